@@ -1,0 +1,35 @@
+"""The errors a user may see and the exit code of each (one line on the terminal, never a traceback).
+
+Exit codes: 0 complete, 3 does not fit, 64 bad input, 65 damaged data or numerics, 70 internal error,
+75 temporary (a lost rank, a hang: a restart makes sense), 143 stopped on request.
+"""
+
+
+class EmpireError(ValueError):
+    """Base of every error whose message is meant for the user: one line naming key, value, host and remedy."""
+
+    exit_code = 70
+
+
+class UserError(EmpireError):
+    """Bad input: a recipe, a hostfile, a model folder or a data file that cannot be used as it is."""
+
+    exit_code = 64
+
+
+class DoesNotFitError(EmpireError):
+    """The plan needs more memory than a node has."""
+
+    exit_code = 3
+
+
+class NumericsError(EmpireError):
+    """Damaged data or numerics: a non-finite loss or gradient, a digest that does not match."""
+
+    exit_code = 65
+
+
+class LostRankError(EmpireError):
+    """A rank died, hung or missed a deadline; starting again makes sense."""
+
+    exit_code = 75

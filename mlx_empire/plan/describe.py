@@ -1,0 +1,101 @@
+"""From a configuration to a ModelSpec: builds mlx-lm's model lazily (no weight is ever computed) and reads its shapes.
+
+Decides which tensors form the root and the layers, the dtype each computes in, and which folders are refused because
+mlx-lm cannot build them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+from mlx_empire.errors import UserError
+from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec
+
+LAYER_LIST_NAMES = ("layers", "h", "blocks")
+COMPUTE_DTYPES = ("bfloat16", "float32")
+MAX_CONFIG_BYTES = 4 << 20
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json` of a Hugging Face folder; a missing or damaged one is a UserError."""
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size} bytes is no model configuration")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; model.path must be a local Hugging Face folder") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({str(error)[:80]}); fetch the model again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path}: model_type is missing; this is no language model's configuration")
+    return config
+
+
+def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
+    """Build mlx-lm's model from its configuration; its arrays are lazy and hold no memory until evaluated."""
+    if "model_file" in config:
+        raise UserError(f"{name}: config.json asks to run model_file={config['model_file']!r}; code is never run")
+    if config.get("quantization") or config.get("quantization_config"):
+        raise UserError(f"{name}: its weights are quantised; full fine-tuning needs a bfloat16 or float32 folder")
+    try:
+        model_class, args_class = _get_classes(dict(config))
+        model = model_class(args_class.from_dict(dict(config)))
+    except (Exception, SystemExit) as error:  # whatever a foreign model file raises on a bad configuration
+        kind = config.get("model_type")
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(f"{name}: mlx-lm cannot build model_type {kind!r}: {reason}") from None
+    assert isinstance(model, nn.Module)
+    return model.train()
+
+
+def find_layers(model: nn.Module, name: str) -> tuple[nn.Module, str, str]:
+    """The module that owns the list of layers, the list's key there, and its full path (`model.layers`)."""
+    try:
+        target = list(model.layers)
+    except AttributeError:
+        target = []
+    if target:
+        for path, module in model.named_modules():
+            for key in LAYER_LIST_NAMES:
+                found = module.get(key)
+                if isinstance(found, list) and len(found) == len(target) and found[0] is target[0]:
+                    return module, key, f"{path}.{key}" if path else key
+    raise UserError(f"{name}: no list of decoder layers found; this architecture cannot be streamed")
+
+
+def compute_dtype(config: Mapping[str, Any], wanted: str | None) -> str:
+    """The model's compute dtype: as asked, else as stored; float16 becomes float32, which holds all its values."""
+    if wanted is not None:
+        return wanted
+    text = config.get("text_config")
+    sources = [config, text] if isinstance(text, Mapping) else [config]
+    stored = [s[key] for s in sources for key in ("torch_dtype", "dtype") if isinstance(s.get(key), str)]
+    return stored[0] if stored and stored[0] in COMPUTE_DTYPES else "float32"
+
+
+def describe(model: nn.Module, config: Mapping[str, Any], name: str, dtype: str) -> ModelSpec:
+    """List the model's tensors by unit. Tensors that mlx-lm asks to keep in fp32 (its `cast_predicate`) stay fp32."""
+    _, _, prefix = find_layers(model, name)
+    count = len(model.layers)
+    may_cast = getattr(model, "cast_predicate", None) or (lambda _: True)
+    trainable = {path for path, _ in tree_flatten(model.trainable_parameters())}
+    groups: list[list[TensorSpec]] = [[] for _ in range(count + 1)]
+    for path, array in tree_flatten(model.parameters()):
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise UserError(f"{name}: {path} is {array.dtype}; only floating-point weights can be trained")
+        rest = path.removeprefix(prefix + ".") if path.startswith(prefix + ".") else ""
+        unit = int(rest.split(".", 1)[0]) + 1 if rest else 0
+        kept = dtype if may_cast(path) else "float32"
+        groups[unit].append(TensorSpec(path, tuple(array.shape), kept, path in trainable))
+    names = ["root", *(f"{prefix}.{i}" for i in range(count))]
+    units = tuple(UnitSpec(n, tuple(g)) for n, g in zip(names, groups, strict=True))
+    return ModelSpec(name, str(config["model_type"]), dtype, units, dict(config))

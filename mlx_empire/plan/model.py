@@ -1,0 +1,91 @@
+"""What a model is made of, as numbers: tensors grouped into units, the things that are gathered together.
+
+Unit 0 is the *root* (embedding, final norm, head and whatever else is no layer); units 1..L are the layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BLOCK = 64  # elements; tensors start and intervals end on multiples of it (the optimizer's block)
+SMALL_ELEMENTS = 4096  # below this a tensor keeps fp32 weights and states
+ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "uint32": 4, "uint8": 1, "int8": 1}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One parameter: `name` is its path in the mlx-lm model, `dtype` the dtype it computes in."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool = True
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def padded_size(self) -> int:
+        """Number of elements rounded up to whole blocks of 64."""
+        return -(-self.size // BLOCK) * BLOCK
+
+    @property
+    def kind(self) -> str:
+        """The segment it belongs to: `trainable`, `small` (fp32 weights and states) or `frozen`."""
+        if not self.trainable:
+            return "frozen"
+        small = len(self.shape) < 2 or self.size < SMALL_ELEMENTS or is_router(self.name)
+        return "small" if small else "trainable"
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """The tensors that are gathered together: the root or one layer."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors, frozen ones included."""
+        return sum(t.size for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as numbers: its name, the family (mlx-lm's module), units and the configuration it came from."""
+
+    name: str
+    family: str
+    dtype: str
+    units: tuple[UnitSpec, ...]
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of the whole model."""
+        return sum(u.parameters for u in self.units)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of elements that training changes."""
+        return sum(t.size for u in self.units for t in u.tensors if t.trainable)
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of the configuration (multimodal folders nest it in `text_config`)."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, Mapping) else self.config
+
+
+def is_router(name: str) -> bool:
+    """True for the weights and biases of a mixture's router: its last module is called router or gate."""
+    parts = name.split(".")
+    return len(parts) > 1 and parts[-2] in ROUTER_NAMES

@@ -1,0 +1,74 @@
+"""What one step asks of a rank, as numbers: the settings that memory and traffic are functions of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_empire.plan.cells import CellLayout
+from mlx_empire.plan.shards import ShardPlan
+from mlx_empire.plan.traffic import Matrix, Route, add, all_gather_bytes, reduce_scatter_bytes
+
+LOGITS_PER_CHUNK = 1 << 25  # tokens x vocabulary entries; 128 MiB in fp32
+LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 128, 4096
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens per chunk of the loss: a power of two that keeps a chunk's logits near 2^25 elements.
+
+    Between 128 and 4,096; a function of the model alone, because it affects bits.
+    """
+    fitting = max(LOGITS_PER_CHUNK // max(vocabulary, 1), 1)
+    return min(max(1 << (fitting.bit_length() - 1), LEAST_CHUNK_TOKENS), MOST_CHUNK_TOKENS)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step's shape. `width` is the number of input positions of a row, `tail` the un-recomputed layers."""
+
+    micro_size: int
+    width: int
+    layout: CellLayout
+    tail: int
+    gradient_dtype: str
+    route: Route
+    bucket_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch, padding included."""
+        return self.micro_size * self.width
+
+    def micro_batches(self, rank: int) -> int:
+        """Micro-batches that `rank` runs in a step."""
+        return sum(len(cell) for cell in self.layout.of_rank(rank))
+
+
+def gathers_per_step(plan: ShardPlan, tail: int) -> list[int]:
+    """How often each unit's weights are gathered in a training step.
+
+    Stage 3: the root once (it stays for the step), layers twice, but those of the tail and the last one, with which
+    the backward begins, once. Stages 1 and 2: once, after the update. Stage 0: never.
+    """
+    if plan.zero_stage < 3:
+        return [int(plan.zero_stage > 0)] * len(plan.units)
+    once = len(plan.units) - max(tail, 1)
+    return [2 if 0 < u.index < once else 1 for u in plan.units]
+
+
+def step_traffic(plan: ShardPlan, work: Workload) -> Matrix:
+    """Bytes that each rank sends each other one in a training step, evaluation not counted."""
+    size = plan.world_size
+    total: Matrix = [[0] * size for _ in range(size)]
+    for unit, gathers in zip(plan.units, gathers_per_step(plan, work.tail), strict=True):
+        for segment in unit.segments:
+            gather = all_gather_bytes(segment.edges, segment.itemsize, work.route)
+            if segment.kind == "frozen":  # never updated, so gathered only where it is not kept whole
+                total = add(total, *[gather] * (gathers if plan.zero_stage == 3 else 0))
+                continue
+            total = add(total, *[gather] * gathers)
+            for r in range(work.layout.rounds):
+                flags = work.layout.contributes(r)
+                total = add(total, reduce_scatter_bytes(segment.edges, segment.itemsize, flags))
+            if plan.zero_stage == 0:
+                total = add(total, all_gather_bytes(segment.edges, 4, work.route))
+    return total

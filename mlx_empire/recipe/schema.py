@@ -1,0 +1,314 @@
+"""Decides which keys a recipe has, their types, ranges and defaults, and which of their values are built
+today.
+
+Every field's description says what it accepts; messages and documentation are made from it, so it completes
+the sentence "expected ...". Fields marked `BuiltToday` know more values than the trainer can do so far: the
+others are refused by name instead of being unknown. Relative paths are relative to the directory in which the
+command is run (on every machine); `~` is expanded. Whether a path exists is the business of whoever opens it.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from mlx_empire.recipe.duration import Duration
+from mlx_empire.recipe.text import printable
+
+MAX_COUNT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class BuiltToday:
+    """Marks a field of which only `values` can be used so far; `BuiltToday(None)` marks a whole key as
+    unbuilt.
+    """
+
+    values: tuple[object, ...]
+    refused: str = ""
+
+    def check(self, value: object) -> object:
+        if value in self.values:
+            return value
+        if self.values == (None,):
+            sentence = "this key is not built yet; leave it out"
+        else:
+            sentence = f"{self.refused or value} is not built yet; use {' or '.join(map(str, self.values))}"
+        raise PydanticCustomError("refused", "{sentence}", {"sentence": sentence})
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+
+def _built(*values: object, refused: str = "") -> BuiltToday:
+    return BuiltToday(values, refused)
+
+
+def _path(written: object) -> object:
+    if isinstance(written, Path):
+        written = str(written)
+    if not isinstance(written, str) or not printable(written) or not 0 < len(written) <= 4096:
+        raise ValueError("not a path")
+    try:
+        return Path(written).expanduser()
+    except RuntimeError:
+        raise ValueError("no such home directory") from None
+
+
+def _exact_number(value: object) -> object:
+    """Keeps true and 1.0 from passing as the literal 1."""
+    if isinstance(value, bool | float):
+        raise ValueError("not a whole number")
+    return value
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _positive_duration(written: object) -> Duration:
+    duration = Duration.parse(written)
+    if duration.value == 0:
+        raise ValueError("zero")
+    return duration
+
+
+def _whole_run(written: object) -> Duration:
+    duration = _positive_duration(written)
+    if duration.unit == "percent":
+        raise ValueError("run.steps cannot be a percentage of itself")
+    return duration
+
+
+RecipePath = Annotated[Path, BeforeValidator(_path)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse)]
+PositiveDuration = Annotated[Duration, BeforeValidator(_positive_duration)]
+RunLength = Annotated[Duration, BeforeValidator(_whole_run)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1e15)]
+
+
+class Section(BaseModel):
+    """What all sections share: no unknown keys, no silent conversion of types, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    path: RecipePath = Field(description="the path of a local Hugging Face folder")
+    architecture: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="a catalog name such as llama-4-scout-109b, for planning when the folder is not there",
+    )
+    dtype: Literal["bfloat16", "float32"] | None = Field(
+        default=None, description="bfloat16 or float32 (compute and wire), or null (as stored in the folder)"
+    )
+    init: Literal["pretrained", "random"] = Field(
+        default="pretrained", description="pretrained or random (built from config.json alone)"
+    )
+
+
+class TuningSection(Section):
+    type: Annotated[Literal["full", "lora", "dora", "qlora"], _built("full")] = Field(
+        default="full", description="full, lora, dora or qlora"
+    )
+    rank: Annotated[Any, _built(None)] = Field(default=None, description="the adapters' rank")
+    alpha: Annotated[Any, _built(None)] = Field(default=None, description="the adapters' alpha")
+    dropout: Annotated[Any, _built(None)] = Field(default=None, description="the adapters' dropout")
+    targets: Annotated[Any, _built(None)] = Field(default=None, description="which projections get adapters")
+    layers: Annotated[Any, _built(None)] = Field(default=None, description="which layers get adapters")
+    bits: Annotated[Any, _built(None)] = Field(
+        default=None, description="bits per weight of a quantised base"
+    )
+
+
+class DataSection(Section):
+    path: RecipePath = Field(description="the path of a folder with train.jsonl, or of one file")
+    format: Literal["auto", "chat", "completions", "text", "tokens"] = Field(
+        default="auto", description="auto, chat, completions, text or tokens"
+    )
+    sequence_length: Annotated[int, Field(ge=1, le=2**24)] = Field(
+        description="a whole number from 1 to 16777216 (input positions per row), such as 2048"
+    )
+    packing: bool = Field(default=False, description="true or false (several documents in a row, kept apart)")
+    mask_prompt: bool = Field(default=True, description="true or false (no loss on prompts)")
+    validation_split: Annotated[float, Field(ge=0, le=0.5)] | None = Field(
+        default=None,
+        description="a fraction from 0 to 0.5, held out when there is no valid.jsonl; or null (none)",
+    )
+
+
+class BatchSection(Section):
+    global_size: Count = Field(
+        description="a whole number of at least 1 (sequences per optimizer step, all machines together)"
+    )
+    micro_size: Count = Field(
+        default=1, description="a whole number of at least 1 (sequences that pass a layer together)"
+    )
+    cells: Literal["auto"] | Count = Field(
+        default="auto",
+        description="auto (the number of ranks) or a whole number from 1 to global_size / micro_size",
+    )
+
+
+class OptimizerSection(Section):
+    name: Annotated[Literal["adamw", "lion", "sgd"], _built("adamw")] = Field(
+        default="adamw", description="adamw, lion or sgd"
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
+        description="a number above 0 and up to 10, such as 1e-5"
+    )
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=0.0, description="a number from 0 to 10"
+    )
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_tuple)] = Field(
+        default=(0.9, 0.999), description="a list of two numbers from 0 to below 1, such as [0.9, 0.999]"
+    )
+    eps: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1e-8, description="a number above 0 and up to 1, such as 1e-8"
+    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="a number above 0 (the largest global gradient norm), or null (no clipping)"
+    )
+    state_bits: Annotated[Literal[8, 32], BeforeValidator(_exact_number)] = Field(
+        default=32, description="8 or 32 (bits per optimizer state)"
+    )
+    master_weights: Annotated[Literal["exact", "diet", "fp32", "none"], _built("exact")] = Field(
+        default="exact", description="exact, diet, fp32 or none"
+    )
+
+
+class ScheduleSection(Section):
+    type: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="constant, cosine or linear"
+    )
+    warmup: AnyDuration = Field(
+        default=Duration(0),
+        description="a duration: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep); or 0",
+    )
+    final: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="a number from 0 to 1 (the fraction of the learning rate that is left at the end)",
+    )
+
+
+class MemorySection(Section):
+    gradient_checkpointing: bool | Literal["auto"] = Field(default="auto", description="true, false or auto")
+    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_exact_number)] = Field(
+        default="auto", description="auto, 0, 1, 2 or 3"
+    )
+    shares: Annotated[
+        Literal["memory", "equal"] | Annotated[tuple[Share, ...], Field(min_length=1, max_length=4096)],
+        BeforeValidator(_tuple),
+    ] = Field(
+        default="memory",
+        description="memory, equal or a list of one positive number per rank, such as [2, 1]",
+    )
+    gradient_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto, float32 or bfloat16"
+    )
+
+
+class CommSection(Section):
+    route: Literal["auto", "relay", "direct"] = Field(default="auto", description="auto, relay or direct")
+    bucket_bytes: Annotated[int, Field(ge=4096, le=2**30)] = Field(
+        default=2**22, description="a whole number of bytes from 4096 to 1073741824"
+    )
+    deadline_seconds: Annotated[float, Field(gt=0, le=604800)] = Field(
+        default=600.0, description="a number of seconds above 0 and up to 604800"
+    )
+
+
+class ReportSection(Section):
+    tensorboard: bool = Field(default=False, description="true or false")
+    progress: Literal["auto", "always", "never"] = Field(
+        default="auto", description="auto (when this is a terminal), always or never"
+    )
+
+
+class RunSection(Section):
+    dir: RecipePath = Field(description="the path of a folder for what the run leaves behind")
+    steps: RunLength = Field(description="a duration above 0: steps (100), tokens (5Mtok) or epochs (1ep)")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="a whole number from 0 to 4294967295"
+    )
+    save_every: Annotated[PositiveDuration | None, _built(None)] = Field(
+        default=None, description="a duration: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep)"
+    )
+    keep_last: Annotated[Count | None, _built(None)] = Field(
+        default=None, description="a whole number of at least 1"
+    )
+    eval_every: PositiveDuration | None = Field(
+        default=None,
+        description="a duration above 0: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep); or null",
+    )
+    eval_batches: Count | None = Field(
+        default=None, description="a whole number of at least 1, or null (the whole validation split)"
+    )
+    resume: Annotated[str, _built("auto", "never", refused="resuming from a named checkpoint")] = Field(
+        default="auto", description="auto or never"
+    )
+    hosts: RecipePath | None = Field(default=None, description="the path of a hostfile, or null")
+
+
+class Recipe(Section):
+    """One training run, as asked for. Immutable; equal recipes mean equal runs."""
+
+    model: ModelSection
+    tuning: TuningSection = TuningSection()
+    data: DataSection
+    batch: BatchSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = ScheduleSection()
+    memory: MemorySection = MemorySection()
+    comm: CommSection = CommSection()
+    report: ReportSection = ReportSection()
+    run: RunSection
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        batch, schedule, steps = self.batch, self.schedule, self.run.steps
+        size, micro = batch.global_size, batch.micro_size
+        if size % micro:
+            larger = -(-size // micro) * micro
+            raise impossible(
+                ("batch.micro_size", "batch.global_size"),
+                f"global_size {size} is not a multiple of micro_size {micro}; use micro_size "
+                f"{largest_divisor(size, micro)} or global_size {larger}",
+            )
+        if isinstance(batch.cells, int) and batch.cells > size // micro:
+            raise impossible(
+                ("batch.cells", "batch.micro_size", "batch.global_size"),
+                f"cells {batch.cells} is more than the {size // micro} micro-batches of a step "
+                f"(global_size {size} / micro_size {micro}); use {size // micro} or less",
+            )
+        if schedule.warmup.unit == steps.unit and schedule.warmup.value > steps.value:
+            raise impossible(
+                ("schedule.warmup", "run.steps"),
+                f"warmup {schedule.warmup} is longer than the whole run, run.steps {steps}; use 3%",
+            )
+        if schedule.type == "constant" and schedule.final:
+            raise impossible(
+                ("schedule.final", "schedule.type"),
+                f"final {schedule.final} has no meaning for a constant schedule; "
+                "use type cosine or linear, or leave final out",
+            )
+        return self
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is not above `limit`, in sqrt(number) divisions."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return max(d for pair in small for d in (pair, number // pair) if d <= limit)
+
+
+def impossible(keys: tuple[str, ...], message: str) -> PydanticCustomError:
+    """The error for values that are valid one by one and impossible together; `keys` in order of
+    suspicion.
+    """
+    return PydanticCustomError("impossible", "{message}", {"message": message, "keys": keys})

@@ -1,0 +1,344 @@
+"""What a person reads when a recipe is wrong: one line with place, key, value and remedy, exit code 64."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_empire.errors import UserError
+from mlx_empire.recipe.duration import Duration
+from mlx_empire.recipe.load import load_recipe, parse_recipe
+
+# What replaces which line of the minimal recipe -> place and words that the message must have.
+# Lines: 1 model, 2 path, 3 data, 4 path, 5 sequence_length, 6 batch, 7 global_size, 8 optimizer,
+# 9 learning_rate, 10 run, 11 dir, 12 steps.
+MALFORMED: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    "misspelled key": (
+        9,
+        "  learning_rat: 1e-3",
+        ("x.yaml:9: ", "optimizer.learning_rat: unknown key", "optimizer.learning_rate?"),
+    ),
+    "misspelled section": (
+        8,
+        "optimiser:",
+        ("x.yaml:8: ", "optimiser: unknown key", "did you mean optimizer?"),
+    ),
+    "key of another section": (
+        12,
+        "  steps: 10\n  warmup: 3%",
+        ("x.yaml:13: ", "did you mean schedule.warmup?"),
+    ),
+    "key at top level": (1, "seed: 1\nmodel:", ("x.yaml:1: seed: unknown key", "did you mean run.seed?")),
+    "unknown to all": (12, "  steps: 10\n  zzz: 1", ("x.yaml:13: run.zzz: unknown key", "steps, seed")),
+    "missing key": (7, "  micro_size: 1", ("x.yaml:6: batch.global_size: missing", "whole number")),
+    "missing section": (1, "tuning: {}\nreport:", ("unknown key",)),
+    "section as value": (6, "batch: 8\nx:", ("x.yaml:7: x: unknown key",)),
+    "number as text": (7, "  global_size: '8'", ("x.yaml:7: batch.global_size: got '8'; expected a whole",)),
+    "fraction": (7, "  global_size: 8.0", ("x.yaml:7: batch.global_size: got 8.0; expected a whole",)),
+    "boolean as number": (7, "  global_size: true", ("x.yaml:7: batch.global_size: got true;",)),
+    "negative": (5, "  sequence_length: -16", ("x.yaml:5: data.sequence_length: got -16;", "from 1 to")),
+    "zero rate": (
+        9,
+        "  learning_rate: 0",
+        ("x.yaml:9: optimizer.learning_rate: got 0; expected a number above 0",),
+    ),
+    "infinite rate": (9, "  learning_rate: .inf", ("x.yaml:9:", "got .inf;")),
+    "rate with a lost minus": (9, "  learning_rate: 1e5", ("x.yaml:9:", "got 100000.0;", "1e-5")),
+    "huge integer": (12, "  steps: 1\n  seed: 99999999999999999999", ("x.yaml:13: run.seed: got 9999",)),
+    "wrong choice": (
+        4,
+        "  path: d\n  format: chatt",
+        ("x.yaml:5: data.format: got 'chatt'", "did you mean chat?"),
+    ),
+    "wrong case": (9, "  learning_rate: 1\n  name: AdamW", ("got 'AdamW'", "did you mean adamw?")),
+    "wrong number": (
+        9,
+        "  learning_rate: 1\n  state_bits: 16",
+        ("x.yaml:10:", "got 16; expected 8 or 32", "8?"),
+    ),
+    "true for a stage": (
+        12,
+        "  steps: 1\nmemory: {zero_stage: true}",
+        ("memory.zero_stage: got true; expected",),
+    ),
+    "1.0 for a stage": (12, "  steps: 1\nmemory: {zero_stage: 1.0}", ("memory.zero_stage: got 1.0",)),
+    "yes for true": (4, "  path: d\n  packing: yes", ("data.packing: got 'yes'; expected true or false",)),
+    "one beta": (9, "  learning_rate: 1\n  betas: [0.9]", ("x.yaml:10: optimizer.betas: got", "two numbers")),
+    "beta of one": (9, "  learning_rate: 1\n  betas: [0.9, 1]", ("optimizer.betas: got 1 at position 2;",)),
+    "negative share": (
+        12,
+        "  steps: 1\nmemory: {shares: [2, -1]}",
+        ("memory.shares: got [2, -1]; expected",),
+    ),
+    "empty path": (2, "  path: ''", ("x.yaml:2: model.path: got ''; expected the path",)),
+    "null path": (2, "  path:", ("x.yaml:2: model.path: got null;",)),
+    "control character in path": (11, '  dir: "a\\nb"', ("x.yaml:11: run.dir: got 'a\\nb';",)),
+    "no home": (11, "  dir: ~no-such-user-here/x", ("x.yaml:11: run.dir: got '~no-such-user-here/x'",)),
+    "percent of itself": (12, "  steps: 5%", ("x.yaml:12: run.steps: got '5%'; expected a duration",)),
+    "no steps": (12, "  steps: 0", ("x.yaml:12: run.steps: got 0;",)),
+    "unit": (12, "  steps: 5 Megatokens", ("x.yaml:12: run.steps: got '5 Megatokens';", "5Mtok")),
+    "not a divisor": (
+        7,
+        "  global_size: 8\n  micro_size: 3",
+        ("x.yaml:8: batch.micro_size:", "8", "3", "use", "2"),
+    ),
+    "too many cells": (
+        7,
+        "  global_size: 8\n  cells: 9",
+        ("x.yaml:8: batch.cells: cells 9", "use 8 or less"),
+    ),
+    "long warmup": (
+        12,
+        "  steps: 10\nschedule: {warmup: 11}",
+        ("x.yaml:13: schedule.warmup: warmup 11", "3%"),
+    ),
+    "final": (12, "  steps: 10\nschedule: {final: 0.1}", ("x.yaml:13: schedule.final:", "cosine or linear")),
+    "lora": (1, "tuning: {type: lora}\nmodel:", ("tuning.type: lora is not built yet; use full",)),
+    "rank": (1, "tuning: {rank: 8}\nmodel:", ("tuning.rank: this key is not built yet; leave it out",)),
+    "diet": (
+        9,
+        "  learning_rate: 1\n  master_weights: diet",
+        ("master_weights: diet is not built yet; use exact",),
+    ),
+    "lion": (9, "  learning_rate: 1\n  name: lion", ("optimizer.name: lion is not built yet; use adamw",)),
+    "save": (12, "  steps: 10\n  save_every: 5", ("run.save_every: this key is not built yet",)),
+    "checkpoint": (
+        12,
+        "  steps: 10\n  resume: a/step-1",
+        ("resuming from a named checkpoint is not built yet",),
+    ),
+    "repeated key": (
+        12,
+        "  steps: 10\n  steps: 11",
+        ("x.yaml:13: run.steps: this key stands on line 12 already",),
+    ),
+    "no colon": (12, "  steps 10", ("x.yaml:1", "not valid YAML")),
+    "alias": (12, "  steps: *ten", ("x.yaml:12: YAML alias *ten; write the value out",)),
+}
+
+
+def assert_one_line(error: pytest.ExceptionInfo[UserError], *words: str) -> None:
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    assert message.isprintable()
+    assert error.value.exit_code == 64
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(("line", "replacement", "words"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed(tmp_path: Path, minimal: str, line: int, replacement: str, words: tuple[str, ...]) -> None:
+    lines = minimal.splitlines()
+    lines[line - 1] = replacement
+    path = tmp_path / "x.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    assert_one_line(error, *words)
+    assert str(error.value).startswith(str(path))
+
+
+def test_a_missing_section_is_asked_for_with_its_keys(minimal: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_recipe(minimal.replace("batch:\n  global_size: 8\n", ""), "x.yaml")
+    assert_one_line(error, "x.yaml: batch: this section is missing; add 'batch:' with global_size")
+
+
+def test_a_section_needs_keys(minimal: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_recipe(minimal + "memory: [1]\n", "x.yaml")
+    assert_one_line(error, "x.yaml:13: memory: got [1]; expected a section", "zero_stage")
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "5", "[model, data]", "model"])
+def test_a_recipe_is_a_mapping(text: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_recipe(text, "x.yaml")
+    assert_one_line(error, "x.yaml:1: ", "expected the sections model, tuning, data")
+
+
+def test_the_minimal_recipe_has_the_documented_defaults(minimal: str) -> None:
+    recipe = parse_recipe(minimal + "report:\n", "x.yaml")  # an empty section is one
+    assert recipe.model.path == Path("models/tiny")
+    assert recipe.optimizer.learning_rate == 1e-3
+    assert recipe.run.steps == Duration(10, "steps")
+    assert (recipe.model.init, recipe.model.dtype, recipe.tuning.type) == ("pretrained", None, "full")
+    assert (recipe.data.format, recipe.data.packing, recipe.data.mask_prompt) == ("auto", False, True)
+    assert (recipe.batch.micro_size, recipe.batch.cells) == (1, "auto")
+    optimizer = recipe.optimizer
+    assert (optimizer.state_bits, optimizer.master_weights, optimizer.clip_norm) == (32, "exact", 1.0)
+    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.999), 1e-8, 0.0)
+    assert (recipe.schedule.type, recipe.schedule.warmup, recipe.schedule.final) == (
+        "constant",
+        Duration(0),
+        0,
+    )
+    memory = recipe.memory
+    assert (memory.gradient_checkpointing, memory.zero_stage, memory.gradient_dtype) == ("auto",) * 3
+    assert memory.shares == "memory"
+    assert (recipe.run.seed, recipe.run.resume, recipe.run.hosts) == (0, "auto", None)
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(minimal: str) -> None:
+    overrides = ["memory.zero_stage=2", "memory.shares=[2,1]", "run.steps=5Mtok", "run.steps=7"]
+    overrides += [
+        "optimizer.clip_norm=null",
+        "optimizer.learning_rate=1e-5",
+        "run.dir='a b'",
+        "schedule.warmup=3%",
+    ]
+    recipe = parse_recipe(minimal, "x.yaml", overrides)
+    assert recipe.memory.zero_stage == 2
+    assert recipe.memory.shares == (2.0, 1.0)
+    assert recipe.run.steps == Duration(7, "steps")
+    assert recipe.optimizer.clip_norm is None
+    assert recipe.optimizer.learning_rate == 1e-5
+    assert recipe.run.dir == Path("a b")
+    assert recipe.schedule.warmup == Duration(3, "percent")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["memory.zero_stagee=2"], ["override 'memory.zero_stagee=2': ", "did you mean memory.zero_stage?"]),
+        (["memmory.zero_stage=2"], ["override 'memmory.zero_stage=2': ", "did you mean memory?"]),
+        (["memory.zero_stage=9"], ["override 'memory.zero_stage=9': memory.zero_stage: got 9", "3?"]),
+        (["run.steps"], ["override 'run.steps': expected section.key=value"]),
+        (["steps=5"], ["override 'steps=5': expected section.key=value"]),
+        (["run={steps: 5}"], ["expected section.key=value"]),
+        (["run.steps=[5"], ["override 'run.steps=[5': run.steps: not valid YAML"]),
+        (["run.steps=\n\n"], ["override 'run.steps=\\n\\n': run.steps: got null"]),
+        (["run.dir=\udc80"], ["override 'run.dir=\\udc80': run.dir"]),
+        (["run.dir=" + "a" * 100_000], ["the value is longer than"]),
+        (["batch.global_size=9", "batch.micro_size=2"], ["override 'batch.micro_size=2': batch.micro_size"]),
+        (["batch.global_size=9"], ["override 'batch.global_size=9': batch.global_size: global_size 9"]),
+        (["run.steps=1"], ["override 'run.steps=1': run.steps: warmup 2 is longer"]),
+    ],
+)
+def test_wrong_overrides_are_named(minimal: str, overrides: list[str], words: list[str]) -> None:
+    text = minimal.replace("global_size: 8", "global_size: 8\n  micro_size: 2") + "schedule:\n  warmup: 2\n"
+    with pytest.raises(UserError) as error:
+        parse_recipe(text, "x.yaml", overrides)
+    assert_one_line(error, *words)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin1.yaml").write_bytes(b"model:\n  path: caf\xe9\n")
+    (tmp_path / "big.yaml").write_bytes(b"#" * (2 << 20))
+    os.mkfifo(tmp_path / "fifo")
+    cases = {
+        tmp_path / "missing.yaml": "No such file",
+        tmp_path: "a directory",
+        tmp_path / "fifo": "not a regular file",
+        tmp_path / "latin1.yaml": "latin1.yaml:2: byte 0xe9 is not UTF-8",
+        tmp_path / "big.yaml": "larger than",
+        tmp_path / "big.yaml" / "x": "Not a directory",
+        tmp_path / ("x" * 300): "too long",
+        Path("nul\0"): "not a possible path",
+        Path("/dev/zero"): "not a regular file",
+    }
+    for path, words in cases.items():
+        with pytest.raises(UserError) as error:
+            load_recipe(path)
+        assert_one_line(error, words)
+
+
+HOSTILE = {
+    "billion laughs": "a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]\n",
+    "brackets": "[" * 60_000,
+    "braces": "{" * 60_000,
+    "dashes": "- " * 30_000,
+    "long list": "a: [" + "1," * 30_000 + "]",
+    "many keys": "".join(f"k{number}: 1\n" for number in range(6_000)),
+    "long key": "a" * 60_000 + ": 1",
+    "many lines": "a\n" * 30_000,
+    "escapes": 'a: "' + "\\x41" * 15_000 + '"',
+    "divisors": "batch: {global_size: 2147483647, micro_size: 2147483646}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_text_is_refused_quickly(minimal: str, text: str) -> None:
+    if text.startswith("batch"):
+        text = minimal.replace("batch:\n  global_size: 8", text)
+    start = time.process_time()
+    with pytest.raises(UserError) as error:
+        parse_recipe(text, "x.yaml")
+    assert time.process_time() - start < 2
+    assert_one_line(error)
+
+
+@settings(deadline=2000)
+@given(st.binary(max_size=300))
+def test_any_bytes_give_a_recipe_or_one_line(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    path = tmp_path_factory.mktemp("bytes") / "x.yaml"
+    path.write_bytes(raw)
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    assert_one_line(error)
+
+
+PIECES = [
+    "model:",
+    "  path: ",
+    "run",
+    "\n",
+    ": ",
+    "[",
+    "]",
+    "{",
+    "}",
+    "- ",
+    "&a",
+    "*a",
+    "!!str ",
+    "'",
+    '"',
+    "#",
+]
+PIECES += [
+    "null",
+    "1e-5",
+    "9" * 50,
+    "\t",
+    "\0",
+    "\ufeff",
+    "\u2028",
+    "\r",
+    "|",
+    ">",
+    "%",
+    "@",
+    "? ",
+    "---\n",
+    "\\U",
+]
+
+
+@settings(deadline=2000)
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=40).map("".join), st.lists(st.text(max_size=30), max_size=2)
+)
+def test_any_text_and_overrides_give_a_recipe_or_one_line(text: str, overrides: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        parse_recipe(text, "x.yaml", overrides)
+    assert_one_line(error)
+
+
+@settings(deadline=2000)
+@given(
+    st.sampled_from(["run.steps", "model.path", "memory.shares", "tuning.rank", "run.hosts"]),
+    st.text(max_size=40),
+)
+def test_any_override_value_gives_a_recipe_or_one_line(key: str, value: str) -> None:
+    from_file = "model: {path: m}\ndata: {path: d, sequence_length: 1}\nbatch: {global_size: 1}\n"
+    from_file += "optimizer: {learning_rate: 1}\nrun: {dir: d, steps: 1}\n"
+    message = ""
+    try:
+        parse_recipe(from_file, "x.yaml", [f"{key}={value}"])
+    except UserError as error:
+        message = str(error)
+    assert len(message.splitlines()) <= 1

@@ -44,7 +44,7 @@ def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
     """Build mlx-lm's model from its configuration; its arrays are lazy and hold no memory until evaluated."""
     if "model_file" in config:
         raise UserError(f"{name}: config.json asks to run model_file={config['model_file']!r}; code is never run")
-    if config.get("quantization") or config.get("quantization_config"):
+    if config.get("quantization") or _packed(config.get("quantization_config")):
         raise UserError(f"{name}: its weights are quantised; full fine-tuning needs a bfloat16 or float32 folder")
     try:
         model_class, args_class = _get_classes(dict(config))
@@ -55,6 +55,11 @@ def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
         raise UserError(f"{name}: mlx-lm cannot build model_type {kind!r}: {reason}") from None
     assert isinstance(model, nn.Module)
     return model.train()
+
+
+def _packed(quantization: object) -> bool:
+    """Whether weights stay packed; mlx-lm takes published fp8 checkpoints back to bfloat16 while loading."""
+    return bool(quantization) and not (isinstance(quantization, Mapping) and quantization.get("quant_method") == "fp8")
 
 
 def find_layers(model: nn.Module, name: str) -> tuple[nn.Module, str, str]:

@@ -1,0 +1,123 @@
+"""The one loop that moves messages: non-blocking sends and receives, polled politely, with a deadline.
+
+Decides how a late peer is waited for without burning a core, and when it counts as lost.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from mlx_empire.comm.lanes import Lane
+from mlx_empire.comm.protocol import Traffic
+from mlx_empire.errors import LostRankError
+
+# MPI's own blocking calls spin, which takes a core from the computation. Here a poll that finds nothing
+# sleeps for a fiftieth of the time since something moved last: messages that follow one another are seen at
+# once, and a peer that is late by 50 ms or more costs a thousand polls a second, about 1 % of a core.
+SPIN_SECONDS = 100e-6
+SLEEP_FRACTION = 0.02
+LONGEST_SLEEP_SECONDS = 1e-3
+
+
+def pause(idle_seconds: float) -> None:
+    """Give the core away for a time that grows with the time already spent waiting."""
+    if idle_seconds < SPIN_SECONDS:
+        time.sleep(0)
+    else:
+        time.sleep(min(idle_seconds * SLEEP_FRACTION, LONGEST_SLEEP_SECONDS))
+
+
+@dataclass
+class Flight:
+    """One posted message."""
+
+    request: MPI.Request
+    lane: Lane
+    index: int
+    nbytes: int
+
+
+class Exchange:
+    """Runs lanes over one communicator, for one thread at a time.
+
+    Between two ranks both sides must offer the same messages in the same order (MPI keeps the order of a
+    pair's messages). Tags differ by operation: ranks that disagree on what comes next stop at the deadline
+    and mix no data.
+
+    deadline_seconds: how long nothing may move. traffic: where to count bytes, if they are to be counted.
+    """
+
+    def __init__(
+        self,
+        communicator: MPI.Intracomm,
+        hostnames: Sequence[str],
+        deadline_seconds: float,
+        traffic: Traffic | None = None,
+    ) -> None:
+        self._communicator = communicator
+        self._hostnames = hostnames
+        self._deadline = deadline_seconds
+        self._traffic = traffic
+        self._busy = threading.Lock()
+
+    def run(self, name: str, tag: int, lanes: Sequence[Lane], within_seconds: float | None = None) -> None:
+        """Move all messages of all lanes.
+
+        Raises LostRankError naming the peers waited for: when nothing has moved for the deadline or, if
+        `within_seconds` is given, when not everything has moved by then.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(f"{name}: two threads use one communicator")
+        try:
+            self._run(name, tag, lanes, within_seconds)
+        finally:
+            self._busy.release()
+
+    def _run(self, name: str, tag: int, lanes: Sequence[Lane], within: float | None) -> None:
+        flights: list[Flight] = []
+        start = moved = time.monotonic()
+        while True:
+            for lane in lanes:
+                while lane.may_post:
+                    flights.append(self._post(lane, tag))
+            if not flights:
+                assert all(lane.finished == lane.count for lane in lanes), (
+                    f"{name}: a message never became ready"
+                )
+                return
+            completed = MPI.Request.Testsome([flight.request for flight in flights])
+            if completed:
+                for index in sorted(completed):
+                    self._land(flights[index])
+                landed = set(completed)
+                flights = [flight for index, flight in enumerate(flights) if index not in landed]
+                moved = time.monotonic()
+                continue
+            now = time.monotonic()
+            if now - moved > self._deadline if within is None else now - start > within:
+                raise LostRankError(self._lost(name, lanes, self._deadline if within is None else within))
+            pause(now - moved)
+
+    def _post(self, lane: Lane, tag: int) -> Flight:
+        message = lane.message(lane.posted).view(np.uint8)
+        start = self._communicator.Isend if lane.sends else self._communicator.Irecv
+        flight = Flight(start([message, MPI.BYTE], lane.peer, tag), lane, lane.posted, message.nbytes)
+        lane.posted += 1
+        return flight
+
+    def _land(self, flight: Flight) -> None:
+        if self._traffic is not None:
+            counts = self._traffic.sent if flight.lane.sends else self._traffic.received
+            counts[flight.lane.peer] += flight.nbytes
+        flight.lane.complete(flight.index)
+
+    def _lost(self, name: str, lanes: Sequence[Lane], seconds: float) -> str:
+        """Blame the ranks from which something is missing; if there are none, those that do not take ours."""
+        unfinished = [lane for lane in lanes if lane.finished < lane.count]
+        silent = {lane.peer for lane in unfinished if not lane.sends} or {lane.peer for lane in unfinished}
+        peers = ", ".join(f"rank {peer} on {self._hostnames[peer]}" for peer in sorted(silent))
+        return f"{name}: waited {seconds:g} s for {peers}; look at that machine and its network, then restart"

@@ -1,0 +1,94 @@
+"""Which messages a gather or a scatter consists of, as ordered lanes between two ranks; no MPI here.
+
+Decides the buckets into which intervals are cut and the order in which a relay passes them on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mlx_empire.comm.protocol import Array
+
+Bucket = tuple[int, int]  # elements [low, high) of a flat buffer
+
+
+def _always(_: int) -> bool:
+    return True
+
+
+def _nothing(_: int) -> None:
+    return None
+
+
+@dataclass
+class Lane:
+    """One ordered stream of `count` messages to (`sends`) or from one peer, and how far it has come.
+
+    message(k): contiguous 1-D array of message k, asked for when it is posted, which is not before ready(k).
+    done(k): called once for each message, in order. window: how many may be in flight.
+    """
+
+    peer: int
+    sends: bool
+    count: int
+    message: Callable[[int], Array]
+    ready: Callable[[int], bool] = _always
+    done: Callable[[int], None] = _nothing
+    window: int = 8
+    posted: int = 0
+    finished: int = 0
+    early: set[int] = field(default_factory=set)  # complete, while one before it is not
+
+    @property
+    def may_post(self) -> bool:
+        room = self.posted < self.count and self.posted - self.finished < self.window
+        return room and self.ready(self.posted)
+
+    def complete(self, index: int) -> None:
+        """Message `index` has been moved."""
+        self.early.add(index)
+        while self.finished in self.early:
+            self.early.remove(self.finished)
+            self.done(self.finished)
+            self.finished += 1
+
+
+def cut(low: int, high: int, itemsize: int, bucket_bytes: int) -> list[Bucket]:
+    """[low, high) elements in buckets of at most `bucket_bytes`, but at least one element."""
+    step = max(1, bucket_bytes // itemsize)
+    return [(first, min(high, first + step)) for first in range(low, high, step)]
+
+
+def flat_lane(peer: int, sends: bool, buffer: Array, buckets: Sequence[Bucket]) -> Lane:
+    """Moves these buckets of one flat buffer, straight from or into it."""
+
+    def message(k: int) -> Array:
+        low, high = buckets[k]
+        return buffer[low:high]
+
+    return Lane(peer, sends, len(buckets), message)
+
+
+def direct_lanes(buffer: Array, buckets: Sequence[list[Bucket]], rank: int) -> list[Lane]:
+    """The own buckets to every peer, every peer's buckets from it. buckets: by owner."""
+    peers = [(rank + step) % len(buckets) for step in range(1, len(buckets))]
+    receives = [flat_lane(peer, False, buffer, buckets[peer]) for peer in peers]
+    return receives + [flat_lane(peer, True, buffer, buckets[rank]) for peer in peers]
+
+
+def relay_lanes(buffer: Array, buckets: Sequence[list[Bucket]], rank: int) -> list[Lane]:
+    """From the previous rank everything but the own buckets, the nearest owner's first; to the next rank
+    the own buckets and then, as they arrive, those same ones but for the last owner's: that owner is the
+    next rank.
+
+    Both sides thus have one and the same order, and a link always has something to carry: the pieces that a
+    rank passes on arrive while it is still sending its own.
+    """
+    size = len(buckets)
+    if size == 1:
+        return []
+    owners = [(rank - step) % size for step in range(1, size)]
+    own = buckets[rank]
+    receive = flat_lane(owners[0], False, buffer, [b for owner in owners for b in buckets[owner]])
+    send = flat_lane(owners[-1], True, buffer, own + [b for owner in owners[:-1] for b in buckets[owner]])
+    send.ready = lambda k: k - len(own) < receive.finished
+    return [receive, send]

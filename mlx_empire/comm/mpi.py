@@ -1,0 +1,138 @@
+"""The protocol over MPI: hands the lanes of each operation to the exchange of its plane (see `protocol`)."""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import numpy as np
+from mpi4py import MPI
+
+from mlx_empire.comm.exchange import Exchange
+from mlx_empire.comm.lanes import cut, direct_lanes, flat_lane, relay_lanes
+from mlx_empire.comm.pieces import Adder, check_buffer, check_reduction
+from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
+from mlx_empire.comm.reduce import ReduceScatter, Staging
+from mlx_empire.plan.traffic import Route, resolve_route
+
+GATHER, REDUCE, SCATTER, CONTROL = 1, 2, 3, 4  # message tags
+ABORT_SECONDS = 10.0
+
+
+class MpiCommunicator:
+    """`protocol.Communicator` over two duplicates of a communicator, one for each plane.
+
+    route: the way of every gather. bucket_bytes: the largest message, below 2^31.
+    deadline_seconds: how long nothing may move before a peer counts as lost.
+    """
+
+    def __init__(
+        self, world: MPI.Intracomm, hostname: str, route: Route, bucket_bytes: int, deadline_seconds: float
+    ) -> None:
+        self.rank, self.size, self.hostname = world.rank, world.size, hostname
+        self.traffic = Traffic.between(self.size)
+        self._world = world
+        self._route = route
+        self._bucket_bytes = bucket_bytes
+        self._staging = Staging()
+        self._adder = Adder()
+        self._control_thread = threading.get_ident()
+        self.hostnames = ["unknown host"] * self.size
+        self._control = Exchange(world.Dup(), self.hostnames, deadline_seconds)
+        self._data = Exchange(world.Dup(), self.hostnames, deadline_seconds, self.traffic)
+        self.hostnames[:] = self.gather_json(hostname)
+
+    @property
+    def staging_bytes(self) -> int:
+        return self._staging.nbytes + self._adder.nbytes
+
+    # ---- data plane ----
+
+    def all_gather(self, buffer: Array, edges: Sequence[int]) -> None:
+        check_buffer(buffer, edges, self.size)
+        buckets = [cut(*interval, buffer.itemsize, self._bucket_bytes) for interval in pairwise(edges)]
+        lanes = relay_lanes if resolve_route(self._route, edges) == "relay" else direct_lanes
+        self._data.run("all-gather", GATHER, lanes(buffer, buckets, self.rank))
+
+    def reduce_scatter(
+        self,
+        contribution: Pieces,
+        edges: Sequence[int],
+        total: Array | None,
+        contributes: Sequence[bool],
+        wire: Wire = "float32",
+    ) -> None:
+        total = check_reduction(self.rank, contribution, edges, total, contributes, wire)
+        reduction = ReduceScatter(
+            self.rank,
+            contribution,
+            edges,
+            total,
+            contributes,
+            wire,
+            self._bucket_bytes,
+            self._staging,
+            self._adder,
+        )
+        self._data.run("reduce-scatter", REDUCE, reduction.lanes())
+        reduction.add_arrived()
+
+    def scatter(self, source: Array | None, edges: Sequence[int], out: Array, root: int) -> None:
+        low, high = edges[self.rank], edges[self.rank + 1]
+        assert out.shape == (high - low,), "out: 1-D, the own interval"
+        assert out.flags.c_contiguous, "out: contiguous"
+        if self.rank != root:
+            own = cut(0, high - low, out.itemsize, self._bucket_bytes)
+            self._data.run("scatter", SCATTER, [flat_lane(root, False, out, own)])
+            return
+        assert source is not None, "the root needs a source"
+        assert source.dtype == out.dtype, f"source is {source.dtype}, out {out.dtype}"
+        check_buffer(source, edges, self.size)
+        buckets = [cut(*interval, source.itemsize, self._bucket_bytes) for interval in pairwise(edges)]
+        lanes = [flat_lane(peer, True, source, buckets[peer]) for peer in range(self.size) if peer != root]
+        self._data.run("scatter", SCATTER, lanes)
+        np.copyto(out, source[low:high])
+
+    # ---- control plane ----
+
+    def gather_arrays(self, values: Array) -> list[Array]:
+        assert values.ndim == 1, "1-D arrays only"
+        return [
+            np.frombuffer(data, values.dtype).copy()
+            for data in self._swap("gather of values", values.tobytes())
+        ]
+
+    def broadcast_json(self, value: Any) -> Any:
+        own = json.dumps(value).encode() if self.rank == 0 else b""
+        return json.loads(self._swap("broadcast", own)[0])
+
+    def gather_json(self, value: Any) -> list[Any]:
+        return [json.loads(data) for data in self._swap("gather", json.dumps(value).encode())]
+
+    def barrier(self, seconds: float) -> None:
+        self._swap("barrier", b"", seconds)
+
+    def abort(self, code: int) -> NoReturn:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        last_resort = threading.Timer(ABORT_SECONDS, os._exit, (code,))
+        last_resort.daemon = True
+        last_resort.start()
+        self._world.Abort(code)
+
+    def _swap(self, name: str, own: bytes, within_seconds: float | None = None) -> list[bytes]:
+        """Every rank's bytes, in rank order: first all lengths, which say who has come, then the bytes."""
+        assert threading.get_ident() == self._control_thread, f"{name}: only for the thread that connected"
+        lengths = np.zeros(self.size, np.int64)
+        lengths[self.rank] = len(own)
+        each = [[(rank, rank + 1)] for rank in range(self.size)]
+        self._control.run(name, CONTROL, direct_lanes(lengths, each, self.rank), within_seconds)
+        edges = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+        buffer = np.empty(edges[-1], np.uint8)
+        buffer[edges[self.rank] : edges[self.rank + 1]] = np.frombuffer(own, np.uint8)
+        buckets = [cut(*interval, 1, self._bucket_bytes) for interval in pairwise(edges)]
+        self._control.run(name, CONTROL, direct_lanes(buffer, buckets, self.rank), within_seconds)
+        return [buffer[low:high].tobytes() for low, high in pairwise(edges)]

@@ -1,0 +1,99 @@
+"""Gathers and reductions in a simulated world: any intervals, any order of completion that MPI allows."""
+
+from itertools import pairwise
+from random import Random
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_empire.comm.lanes import Lane, cut, direct_lanes, relay_lanes
+from mlx_empire.comm.pieces import Adder
+from mlx_empire.comm.reduce import ReduceScatter, Staging
+from mlx_empire.plan.traffic import all_gather_bytes, staging_bytes
+
+SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=5)
+
+
+def edges_of(sizes: list[int]) -> list[int]:
+    return [sum(sizes[:rank]) for rank in range(len(sizes) + 1)]
+
+
+def deliver(world: list[list[Lane]], random: Random) -> list[list[int]]:
+    """Run every rank's lanes: post what may be posted, complete one posted pair after another at random.
+
+    Sends are read at completion, not at posting, so a buffer that is reused too early is seen.
+    Returns elements moved, [source][destination].
+    """
+    moved = [[0] * len(world) for _ in world]
+    posted: dict[tuple[int, int, bool, int], tuple[Lane, np.ndarray]] = {}
+    while True:
+        for rank, lanes in enumerate(world):
+            for lane in lanes:
+                while lane.may_post:
+                    index = lane.posted
+                    pair = (rank, lane.peer) if lane.sends else (lane.peer, rank)
+                    posted[(*pair, lane.sends, index)] = lane, lane.message(index)
+                    lane.posted += 1
+        pairs = [key for key in posted if key[2] and (key[0], key[1], False, key[3]) in posted]
+        if not pairs:
+            assert not posted, "a message was sent or expected, but not both"
+            return moved
+        source, destination, _, index = random.choice(sorted(pairs))
+        sender, sent = posted.pop((source, destination, True, index))
+        receiver, received = posted.pop((source, destination, False, index))
+        assert sent.shape == received.shape
+        received[:] = sent
+        moved[source][destination] += sent.size
+        for lane in random.sample([sender, receiver], 2):
+            lane.complete(index)
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 30), st.sampled_from(["direct", "relay"]), st.randoms(use_true_random=False))
+def test_gathers_are_whole_and_as_large_as_planned(sizes, bucket_bytes, route, random) -> None:
+    edges = edges_of(sizes)
+    whole = np.arange(edges[-1], dtype=np.uint16)
+    buckets = [cut(low, high, 2, bucket_bytes) for low, high in pairwise(edges)]
+    lanes = direct_lanes if route == "direct" else relay_lanes
+    buffers, world = [], []
+    for rank, (low, high) in enumerate(pairwise(edges)):
+        buffer = np.full_like(whole, 65535)
+        buffer[low:high] = whole[low:high]
+        buffers.append(buffer)
+        world.append(lanes(buffer, buckets, rank))
+    moved = deliver(world, random)
+    assert all((buffer == whole).all() for buffer in buffers)
+    assert moved == all_gather_bytes(edges, 1, route)
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 30), st.randoms(use_true_random=False), st.data())
+def test_reductions_add_in_rank_order_whatever_comes_first(sizes, bucket_bytes, random, data) -> None:
+    edges, ranks = edges_of(sizes), range(len(sizes))
+    contributes = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
+    numbers = np.random.default_rng(random.randrange(2**32))
+    totals = [numbers.standard_normal(size).astype(np.float32) for size in sizes]
+    expected = np.concatenate(totals)
+    reductions = []
+    for rank in ranks:
+        dense = (numbers.standard_normal(edges[-1]) * 10.0 ** numbers.integers(-4, 5, edges[-1])).astype(
+            np.float32
+        )
+        middle = sorted(random.choices(range(edges[-1] + 1), k=2))
+        dense[middle[0] : middle[1]] = 0
+        pieces = [(0, dense[: middle[0]].copy()), (middle[1], dense[middle[1] :].copy())]
+        if contributes[rank]:
+            expected += dense
+        pieces = [piece for piece in pieces if piece[1].size]
+        reductions.append(
+            ReduceScatter(
+                rank, pieces, edges, totals[rank], contributes, "float32", bucket_bytes, Staging(), Adder()
+            )
+        )
+    moved = deliver([reduction.lanes() for reduction in reductions], random)
+    for reduction in reductions:
+        reduction.add_arrived()
+        assert reduction.staging.nbytes <= staging_bytes(edges, 4, reduction.rank, bucket_bytes)
+    assert np.concatenate(totals).tobytes() == expected.tobytes()
+    assert moved == [[contributes[a] * sizes[b] if a != b else 0 for b in ranks] for a in ranks]

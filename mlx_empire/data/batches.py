@@ -1,0 +1,77 @@
+"""Decides what a micro-batch looks like: the rows it reads, its padded width, the targets that count."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_empire.data.dataset import Dataset
+from mlx_empire.data.order import fixed_permutation, rows_at
+
+PAD_TO = 32  # widths are multiples of this, so that few shapes occur (each new one costs a compilation)
+PADDING_DOCUMENT = -1
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """The rows that pass the model together, padded on the right to one width.
+
+    inputs: (rows, width) int32 token ids, padding 0. targets: (rows, width) int32, the token that follows
+    each input in its document, padding 0. mask: (rows, width) float32, 1 where the target counts, else 0.
+    documents: (rows, width) int32 numbers of the documents in each row (0, 1, ...), or None when rows are not
+    packed; padding is document -1, which attends to itself, so no attention row is empty. rows_read: the
+    dataset's row of each row.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    mask: np.ndarray
+    documents: np.ndarray | None
+    rows_read: tuple[int, ...]
+
+
+def micro_batch(
+    dataset: Dataset, seed: int, step: int, index: int, *, global_size: int, micro_size: int
+) -> MicroBatch:
+    """Micro-batch `index` of a step (steps count from 0): a pure function of its arguments.
+
+    `global_size` and `micro_size` count rows; a step has global_size / micro_size micro-batches.
+    """
+    assert global_size % micro_size == 0, "global_size is a multiple of micro_size"
+    assert 0 <= index < global_size // micro_size, "the step has no such micro-batch"
+    first = step * global_size + index * micro_size
+    return _collate(dataset, rows_at(len(dataset), seed, first, micro_size))
+
+
+def valid_tokens(dataset: Dataset, seed: int, step: int, *, global_size: int) -> int:
+    """How many targets count in the whole step, over all micro-batches: what the loss is divided by."""
+    rows = rows_at(len(dataset), seed, step * global_size, global_size)
+    return int(dataset.targets_per_row[rows].sum())
+
+
+def validation_micro_batches(
+    dataset: Dataset, micro_size: int, limit: int | None = None
+) -> Iterator[MicroBatch]:
+    """Yield every row once in a fixed shuffled order (so that a `limit` of micro-batches is a fair sample).
+
+    The last micro-batch may have fewer rows than `micro_size`.
+    """
+    order = fixed_permutation(len(dataset))[: None if limit is None else limit * micro_size]
+    for first in range(0, len(order), micro_size):
+        yield _collate(dataset, order[first : first + micro_size])
+
+
+def _collate(dataset: Dataset, indices: np.ndarray) -> MicroBatch:
+    rows = [dataset.row(int(index)) for index in indices]
+    longest = max(len(row.inputs) for row in rows)
+    width = min(-(-longest // PAD_TO) * PAD_TO, dataset.sequence_length)
+    shape = (len(rows), width)
+    inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    mask = np.zeros(shape, np.float32)
+    documents = np.full(shape, PADDING_DOCUMENT, np.int32)
+    for place, row in enumerate(rows):
+        inputs[place, : len(row.inputs)] = row.inputs
+        targets[place, : len(row.inputs)] = row.targets
+        mask[place, : len(row.inputs)] = row.mask
+        documents[place, : len(row.inputs)] = row.documents
+    return MicroBatch(inputs, targets, mask, documents if dataset.packed else None, tuple(indices.tolist()))

@@ -1,0 +1,146 @@
+"""Decides where tokenised data is kept between runs, under which key, and when a kept copy is believed.
+
+An entry is a folder named by its key: one `.npy` file per array (read as memory maps, so a set larger than
+memory is no problem) and `index.json` with a SHA-256 of each. It appears whole, by one rename; an entry in
+which anything does not match is built again. Ranks that share a home may build the same entry at once: the
+first rename wins.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_empire.data.rows import Table
+
+TOKENIZER_FILES = (
+    "*token*",
+    "*vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*chat_template*",
+    "config.json",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The tables of the splits by name, the sentences about them, and a digest of all array contents."""
+
+    tables: Mapping[str, Table]
+    report: tuple[str, ...]
+    digest: str
+
+
+def cache_folder() -> Path:
+    """$MLX_EMPIRE_CACHE, or ~/.cache/mlx_empire."""
+    return Path(os.environ.get("MLX_EMPIRE_CACHE") or "~/.cache/mlx_empire").expanduser()
+
+
+def cache_key(settings: Mapping[str, Any], files: Iterable[Path], tokenizer_folder: Path | None) -> str:
+    """SHA-256 (hex) over the settings, the bytes of data and tokenizer files, and the code that reads them.
+
+    File names other than the tokenizer's do not matter: the same data elsewhere is the same entry.
+    """
+    own = sorted(Path(__file__).parent.glob("*.py"))
+    described: dict[str, Any] = {
+        "settings": dict(settings),
+        "data": [file_digest(file) for file in files],
+        "code": [file_digest(file) for file in own],
+    }
+    if tokenizer_folder is not None:
+        found = {
+            file for pattern in TOKENIZER_FILES for file in tokenizer_folder.glob(pattern) if file.is_file()
+        }
+        described["tokenizer"] = [(file.name, file_digest(file)) for file in sorted(found)]
+        described["versions"] = [version(name) for name in ("mlx-lm", "transformers", "tokenizers")]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def make_entry(tables: Mapping[str, Table], report: Iterable[str]) -> Entry:
+    """An entry in memory, with the same digest that it has once it is stored."""
+    digests = {name: _array_digest(array) for name, array in _named(tables).items()}
+    return Entry(tables, tuple(report), _join(digests))
+
+
+def load_entry(folder: Path) -> Entry | None:
+    """Read an entry as memory maps, or None where it is missing or damaged in any way."""
+    try:
+        index = json.loads((folder / "index.json").read_text("utf-8"))
+        content = index["content"]
+        if index["sha256"] != _text_digest(content):
+            return None
+        tables: dict[str, dict[str, np.ndarray]] = {}
+        for name, digest in content["arrays"].items():
+            array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            if _array_digest(array) != digest:
+                return None
+            split, field = name.split(".")
+            tables.setdefault(split, {})[field] = array
+        return Entry(
+            {split: Table(**arrays) for split, arrays in tables.items()},
+            tuple(content["report"]),
+            _join(content["arrays"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        return None
+
+
+def store_entry(folder: Path, entry: Entry) -> None:
+    """Write an entry beside `folder` and rename it into place, files 0600. Errors: OSError (disk full)."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    try:
+        arrays = _named(entry.tables)
+        for name, array in arrays.items():
+            with _private(building / f"{name}.npy") as file:
+                np.save(file, array, allow_pickle=False)
+        content = {
+            "arrays": {name: _array_digest(array) for name, array in arrays.items()},
+            "report": list(entry.report),
+        }
+        with _private(building / "index.json") as file:
+            file.write(json.dumps({"content": content, "sha256": _text_digest(content)}).encode())
+        if load_entry(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _private(path: Path) -> Any:
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+
+
+def _named(tables: Mapping[str, Table]) -> dict[str, np.ndarray]:
+    return {
+        f"{split}.{name}": array for split, table in tables.items() for name, array in table.arrays().items()
+    }
+
+
+def _array_digest(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _text_digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _join(digests: Mapping[str, str]) -> str:
+    return _text_digest(dict(sorted(digests.items())))

@@ -1,0 +1,160 @@
+"""Decides which files of `data.path` are the training and the validation split, and reads them row by row.
+
+A path is one file, a folder with `train.*` (and `valid.*`), a folder of `.txt` documents, or a Hugging Face
+datasets folder written by `save_to_disk`. Reading is strict: a line that cannot be used is named by file and
+line.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mlx_empire.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
+VALID_NAMES = ("valid", "validation")
+EXPECTED = "train.jsonl (and valid.jsonl), .txt files or a folder written by datasets' save_to_disk"
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as the file has it; `where` is `file:line`, ready to open an error message."""
+
+    where: str
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one split. `kind` is the suffix that says how to read them; `arrow`: a datasets folder."""
+
+    kind: str
+    path: Path
+    files: tuple[Path, ...]
+
+    def rows(self) -> Iterator[RawRow]:
+        """Yield every row in file order. Errors: UserError with file and line."""
+        if self.kind == "arrow":
+            yield from _arrow_rows(self.path)
+        for file in self.files if self.kind != "arrow" else ():
+            try:
+                if self.kind == ".txt":
+                    yield _text_document(file)
+                elif self.kind == ".parquet":
+                    yield from _parquet_rows(file)
+                else:
+                    yield from _json_lines(file)
+            except OSError as error:
+                raise UserError(
+                    f"{file}: cannot be read: {error.strerror or error}; check data.path"
+                ) from error
+
+
+def locate(path: Path) -> tuple[Source, Source | None]:
+    """Find the training source and, where there is one, the validation source of `data.path`.
+
+    Errors: UserError when the path does not exist, holds nothing usable, or offers two files for one split.
+    """
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UserError(
+                f"data.path {path}: unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}"
+            )
+        return Source(path.suffix, path, (path,)), None
+    if not path.is_dir():
+        raise UserError(f"data.path {path}: no such file or folder; give a file or a folder with {EXPECTED}")
+    if (path / "dataset_dict.json").is_file():
+        train = _arrow_source(path / "train")
+        valid = next((v for v in VALID_NAMES if (path / v).is_dir()), None)
+        return train, _arrow_source(path / valid) if valid else None
+    if (path / "state.json").is_file():
+        return _arrow_source(path), None
+    train_file, valid_file = _one_file(path, ("train",)), _one_file(path, VALID_NAMES)
+    held_out = Source(valid_file.suffix, valid_file, (valid_file,)) if valid_file else None
+    if train_file is not None:
+        return Source(train_file.suffix, train_file, (train_file,)), held_out
+    documents = tuple(sorted(file for file in path.glob("*.txt") if file != valid_file))
+    if not documents:
+        raise UserError(f"data.path {path}: nothing to train on in this folder; it needs {EXPECTED}")
+    return Source(".txt", path, documents), held_out
+
+
+def _one_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    found = [folder / f"{n}{s}" for n in names for s in SUFFIXES if (folder / f"{n}{s}").is_file()]
+    if len(found) > 1:
+        listed = " and ".join(f.name for f in found)
+        raise UserError(f"data.path {folder}: {listed} are the same split; keep one of them")
+    return found[0] if found else None
+
+
+def _arrow_source(folder: Path) -> Source:
+    if not (folder / "state.json").is_file():
+        raise UserError(f"data.path {folder}: no split saved there; write it with datasets' save_to_disk")
+    return Source("arrow", folder, tuple(sorted(f for f in folder.rglob("*") if f.is_file())))
+
+
+def _json_lines(file: Path) -> Iterator[RawRow]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{file}:{number}"
+            try:
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+            except json.JSONDecodeError as error:
+                reason = f"{error.msg} at column {error.colno}"
+                raise UserError(f"{where}: not JSON ({reason}); write one JSON object a line") from error
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 nested brackets
+                raise UserError(f"{where}: not usable JSON ({error}); simplify the row") from error
+            if not isinstance(value, dict):
+                kind = type(value).__name__
+                raise UserError(f"{where}: a JSON {kind}, not an object; write one JSON object a line")
+            yield RawRow(where, value)
+
+
+def _text_document(file: Path) -> RawRow:
+    """A `.txt` file is one document: it is split into rows later, and no context ends with a line."""
+    content = file.read_bytes()
+    try:
+        return RawRow(f"{file}:1", {"text": content.decode("utf-8-sig")})
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{file}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+
+
+def _optional(name: str, path: Path) -> ModuleType:
+    """Import `datasets` or a part of pyarrow: an extra, because they weigh more than all the rest."""
+    try:
+        return __import__(name, fromlist=["_"])
+    except ImportError as error:
+        remedy = "pip install 'mlx-empire[datasets]', or save the data as JSON lines"
+        raise UserError(f"{path}: reading it needs the package {name.split('.')[0]!r}; {remedy}") from error
+
+
+def _arrow_rows(folder: Path) -> Iterator[RawRow]:
+    datasets = _optional("datasets", folder)
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}: not a readable datasets folder ({reason}); save it again") from error
+    for number, value in enumerate(table):
+        yield RawRow(f"{folder}:{number + 1}", value)
+
+
+def _parquet_rows(file: Path) -> Iterator[RawRow]:
+    parquet = _optional("pyarrow.parquet", file)
+    try:
+        table = parquet.ParquetFile(file)
+    except ValueError as error:  # pyarrow's ArrowInvalid
+        raise UserError(f"{file}: not a readable parquet file ({error}); save it again") from error
+    number = 0
+    for batch in table.iter_batches(batch_size=1024):
+        for value in batch.to_pylist():
+            number += 1
+            yield RawRow(f"{file}:{number}", value)

@@ -1,0 +1,184 @@
+"""Decides how `data:` in the recipe becomes a training and a validation set; the way into this package."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_empire.data.cache import Entry, cache_folder, cache_key, load_entry, make_entry, store_entry
+from mlx_empire.data.dataset import Dataset
+from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
+from mlx_empire.data.files import Source, locate
+from mlx_empire.data.formats import detect_format
+from mlx_empire.data.order import fixed_permutation
+from mlx_empire.data.rows import Counts, Table, build_table
+from mlx_empire.errors import UserError
+
+SPLITTABLE = ("text", "tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The two sets, what to tell the user about them, and a digest of their contents (equal on every rank and
+    after a resume, or the data is not the same)."""
+
+    train: Dataset
+    valid: Dataset | None
+    report: list[str]
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Everything but the files that decides what the rows are; part of the cache's key."""
+
+    format: str
+    sequence_length: int
+    packing: bool
+    mask_prompt: bool
+    validation_split: float
+    vocab_size: int | None
+    kinds: tuple[str, ...]
+
+
+def load_splits(
+    *,
+    path: str | Path,
+    sequence_length: int,
+    format: str = "auto",
+    packing: bool = False,
+    mask_prompt: bool = True,
+    validation_split: float | None = None,
+    tokenizer_folder: Path | None = None,
+    vocab_size: int | None = None,
+) -> Splits:
+    """Read, tokenise and lay out the data at `path` (the recipe's `data` section), or take it from the cache.
+
+    tokenizer_folder: the model's folder, not needed for format `tokens`. vocab_size: rows of the embedding;
+    token ids beyond it are refused. validation_split: the fraction of the rows held out where there is no
+    validation file. Errors: UserError naming file, line and remedy.
+    """
+    assert sequence_length > 0
+    fraction = validation_split or 0.0
+    assert 0.0 <= fraction < 1.0
+    train, valid = locate(Path(path))
+    data_format = _first_format(train) if format == "auto" else format
+    if data_format == "tokens":
+        tokenizer_folder = None
+    kinds = tuple(source.kind for source in (train, valid) if source)
+    settings = _Settings(
+        data_format, sequence_length, packing, mask_prompt, 0.0 if valid else fraction, vocab_size, kinds
+    )
+    entry, note = _from_cache_or_built(train, valid, settings, tokenizer_folder)
+    sets = {name: Dataset(table, sequence_length, packing) for name, table in entry.tables.items()}
+    return Splits(sets["train"], sets.get("valid"), [*entry.report, note], entry.digest)
+
+
+def _from_cache_or_built(
+    train: Source, valid: Source | None, settings: _Settings, tokenizer_folder: Path | None
+) -> tuple[Entry, str]:
+    files = [*train.files, *(valid.files if valid else ())]
+    folder = cache_folder() / "tokens" / cache_key(vars(settings), files, tokenizer_folder)
+    entry = load_entry(folder)
+    if entry is not None:
+        return entry, f"tokens read from the cache {folder}"
+    entry = _build(train, valid, settings, tokenizer_folder)
+    note = f"tokens written to the cache {folder}"
+    try:
+        store_entry(folder, entry)
+    except OSError as error:
+        reason = error.strerror or error
+        note = f"tokens not cached: {folder}: {reason}; set MLX_EMPIRE_CACHE to a writable folder"
+    return load_entry(folder) or entry, note
+
+
+def _first_format(source: Source) -> str:
+    first = next(source.rows(), None)
+    if first is None:
+        raise UserError(f"{source.path}: no rows; put at least one there")
+    return detect_format(first)
+
+
+def _build(train: Source, valid: Source | None, settings: _Settings, tokenizer_folder: Path | None) -> Entry:
+    tokenizer, notes = None, []
+    if settings.format != "tokens":
+        tokenizer = load_tokenizer(tokenizer_folder)
+        check_tokenizer(settings.format, tokenizer, tokenizer_folder)
+        if settings.format == "completions" and not uses_template(settings.format, tokenizer):
+            notes = ["the tokenizer has no chat template: prompt and completion are joined as they stand"]
+    documents = _documents(train, settings, tokenizer)
+    held_out = _documents(valid, settings, tokenizer) if valid else None
+    if settings.validation_split > 0:
+        documents, held_out = _hold_out(documents, train, settings)
+    tables = {}
+    for name, chosen, source in (("train", documents, train), ("valid", held_out, valid or train)):
+        if chosen is not None:
+            table, counts = build_table(
+                chosen, settings.sequence_length, settings.format in SPLITTABLE, settings.packing
+            )
+            if table is None:
+                raise UserError(f"{source.path}: the {name} split is empty: {_why_empty(counts, settings)}")
+            tables[name] = table
+            notes.append(_sentence(name, table, counts, settings))
+    return make_entry(tables, notes)
+
+
+def _documents(source: Source, settings: _Settings, tokenizer: Any) -> list[Document]:
+    rows = source.rows()
+    return list(encode_rows(rows, settings.format, tokenizer, settings.mask_prompt, settings.vocab_size))
+
+
+def _hold_out(
+    documents: list[Document], source: Source, settings: _Settings
+) -> tuple[list[Document], list[Document]]:
+    """Hold a fraction of the documents out, chosen by a fixed shuffle: run.seed must not move them.
+
+    A lone document that may be split (a book in one .txt file) gives its end instead, cut where two rows
+    meet.
+    """
+    count, length = len(documents), settings.sequence_length
+    if count == 1 and settings.format in SPLITTABLE:
+        (whole,) = documents
+        pieces = -(-(len(whole.tokens) - 1) // length)
+        edge = (pieces - _share(pieces, settings.validation_split)) * length
+        if edge > 0:
+            ends = (slice(edge + 1), slice(edge, None))
+            first, last = (Document(whole.where, whole.tokens[e], whole.counted[e]) for e in ends)
+            return [first], [last]
+    held_out = _share(count, settings.validation_split)
+    if held_out >= count:
+        raise UserError(
+            f"{source.path}: {count} row(s) are too few for data.validation_split "
+            f"{settings.validation_split:g}; add rows or set it to 0"
+        )
+    chosen = set(fixed_permutation(count)[:held_out].tolist())
+    kept = [document for index, document in enumerate(documents) if index not in chosen]
+    return kept, [documents[index] for index in sorted(chosen)]
+
+
+def _share(count: int, fraction: float) -> int:
+    return max(1, round(count * fraction))
+
+
+def _why_empty(counts: Counts, settings: _Settings) -> str:
+    if counts.documents == 0:
+        return "it has no rows; add some or remove the file"
+    return (
+        f"none of its {counts.documents} rows has a target within {settings.sequence_length} positions; "
+        "raise data.sequence_length or set data.mask_prompt: false"
+    )
+
+
+def _sentence(name: str, table: Table, counts: Counts, settings: _Settings) -> str:
+    dataset = Dataset(table, settings.sequence_length, settings.packing)
+    text = (
+        f"{name}: {counts.documents} {settings.format} rows read, {len(dataset)} rows of up to "
+        f"{settings.sequence_length} positions, {dataset.tokens_per_epoch} targets"
+    )
+    if settings.packing:
+        full = dataset.positions_per_epoch / (len(dataset) * settings.sequence_length)
+        text += f", packed {full:.1%} full"
+    if counts.cut:
+        text += f"; {counts.cut} cut at {settings.sequence_length} positions"
+    if counts.dropped:
+        text += f"; {counts.dropped} dropped for want of a target"
+    return text

@@ -1,0 +1,142 @@
+"""The tokenised cache: believed when whole, built again when anything changed or is damaged."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_empire.data import splits
+from mlx_empire.data.splits import load_splits
+
+ROWS = [{"tokens": list(range(n, n + 9))} for n in range(20)]
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted((cache / "tokens").iterdir())
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts how often the data was read and tokenised."""
+    count = [0]
+    build = splits._build
+
+    def counting(*args):
+        count[0] += 1
+        return build(*args)
+
+    monkeypatch.setattr(splits, "_build", counting)
+    return count
+
+
+def same(first, second) -> bool:
+    pairs = zip(first.train.table.arrays().values(), second.train.table.arrays().values(), strict=True)
+    return first.digest == second.digest and all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_the_second_time_nothing_is_tokenised(write, builds, own_cache):
+    path = write("a.jsonl", *ROWS)
+    first = load_splits(path=path, sequence_length=4)
+    second = load_splits(path=path, sequence_length=4)
+    assert builds == [1]
+    assert same(first, second)
+    assert first.report[:-1] == second.report[:-1]
+    assert "written to" in first.report[-1]
+    assert "read from" in second.report[-1]
+    (entry,) = entries(own_cache)
+    assert {file.stat().st_mode & 0o777 for file in entry.iterdir()} == {0o600}
+    assert entry.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_same_content_elsewhere_is_the_same_entry(write, builds):
+    first = load_splits(path=write("a.jsonl", *ROWS), sequence_length=4)
+    second = load_splits(path=write("far/away/b.jsonl", *ROWS), sequence_length=4)
+    assert builds == [1]
+    assert same(first, second)
+
+
+def test_whatever_changes_the_rows_is_another_entry(write, builds, tmp_path, tokenizer_folder):
+    path = write("a.jsonl", *[{"prompt": f"number {n}", "completion": f" is {n}"} for n in range(20)])
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    base = {"path": path, "sequence_length": 40, "tokenizer_folder": folder}
+    changes = [
+        {},
+        {"sequence_length": 39},
+        {"packing": True},
+        {"mask_prompt": False},
+        {"validation_split": 0.2},
+        {"vocab_size": 512},
+    ]
+    for change in changes:
+        load_splits(**base | change)
+    assert builds == [len(changes)]
+
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ messages[0].content }}{{ messages[1].content }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    load_splits(**base)
+    assert builds == [len(changes) + 1]
+
+    path.write_text(path.read_text().replace("number 3", "number three"))
+    load_splits(**base)
+    assert builds == [len(changes) + 2]
+    load_splits(**base)
+    assert builds == [len(changes) + 2]
+
+
+@pytest.mark.parametrize("name", ["train.tokens.npy", "train.counted.npy", "train.pieces.npy", "index.json"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove", "garbage"])
+def test_a_damaged_entry_is_built_again(name, how, write, builds, own_cache):
+    path = write("a.jsonl", *ROWS)
+    first = load_splits(path=path, sequence_length=4)
+    expected = first.digest
+    (entry,) = entries(own_cache)
+    file = entry / name
+    content = bytearray(file.read_bytes())
+    if how == "remove":
+        file.unlink()
+    else:
+        if how == "flip":
+            content[-20] ^= 1
+        elif how == "truncate":
+            del content[-20:]
+        else:
+            content = bytearray(b"\x80\x04garbage")
+        file.write_bytes(content)
+    del first
+    again = load_splits(path=path, sequence_length=4)
+    assert builds == [2]
+    assert again.digest == expected
+    assert again.train.row(0).inputs.tolist() == [0, 1, 2, 3]
+    load_splits(path=path, sequence_length=4)
+    assert builds == [2], "the entry was repaired"
+
+
+def test_a_cache_that_cannot_be_written_is_only_a_remark(write, monkeypatch, tmp_path):
+    blocked = tmp_path / "a_file"
+    blocked.write_text("")
+    monkeypatch.setenv("MLX_EMPIRE_CACHE", str(blocked))
+    loaded = load_splits(path=write("a.jsonl", *ROWS), sequence_length=4)
+    assert len(loaded.train) == 40
+    assert "not cached" in loaded.report[-1]
+    assert "MLX_EMPIRE_CACHE" in loaded.report[-1]
+
+
+def test_ranks_that_build_at_once_agree_and_leave_one_entry(write, own_cache):
+    path = write("a.jsonl", *ROWS)
+    loaded = []
+    ranks = [
+        threading.Thread(target=lambda: loaded.append(load_splits(path=path, sequence_length=4)))
+        for _ in range(4)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert len(loaded) == 4
+    assert all(same(loaded[0], other) for other in loaded)
+    assert len(entries(own_cache)) == 1

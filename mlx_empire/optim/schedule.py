@@ -1,0 +1,52 @@
+"""Decides the learning rate of each step: linear warmup, then constant, cosine or linear decay.
+
+Steps count from 1. With W warmup steps and T steps in all, let P = max(W, 1) be the step of the peak:
+
+- step s <= W gets base * s / W: step 1 already learns (base / W) and step W has the whole base rate;
+- without warmup, step 1 has the whole base rate;
+- from step P on, progress p = (s - P) / (T + 1 - P): 0 at the peak, 1 at step T + 1, the first that is not
+  taken. So step T gets a little more than the final rate and no step is spent at rate zero;
+- constant: base; linear: base * (1 - (1 - final) p); cosine: base * (final + (1 - final) (1 + cos(pi p))
+  / 2).
+
+Steps after T get the final rate (of a constant schedule: base).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """A schedule as a function: `LearningRate("cosine", 1e-5, 30, 1000)(step)`.
+
+    `base` > 0; `warmup_steps` from 0 to `total_steps`; `final`: the fraction of `base` left at the end, 0
+    to 1.
+    """
+
+    type: Literal["constant", "cosine", "linear"]
+    base: float
+    warmup_steps: int
+    total_steps: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert self.type in ("constant", "cosine", "linear")
+        assert 0 <= self.warmup_steps <= self.total_steps
+        assert 0 <= self.final <= 1
+
+    def __call__(self, step: int) -> float:
+        """The rate of `step`, which counts from 1."""
+        assert step >= 1
+        if step < self.warmup_steps:
+            return self.base * step / self.warmup_steps
+        peak = max(self.warmup_steps, 1)
+        progress = min((step - peak) / (self.total_steps + 1 - peak), 1.0)
+        if self.type == "constant":
+            return self.base
+        if self.type == "linear":
+            return self.base * (1 - (1 - self.final) * progress)
+        return self.base * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)

@@ -1,0 +1,126 @@
+"""What the verbs have in common: from a recipe and the ranks to nodes, model, data and plan, the same on all ranks.
+
+Rank 0 reads what only it may have (recipe, hostfile, the model's configuration) and broadcasts it; errors that a
+user can mend are agreed on, said once, and end all ranks with the same exit code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
+from mlx_empire.checkpoint.source import FolderSource, RandomSource
+from mlx_empire.cluster.hostfile import Node, load_hostfile
+from mlx_empire.cluster.machine import measure_this_machine
+from mlx_empire.cluster.match import find_hostfile, match_ranks
+from mlx_empire.comm.failure import together
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.data.share import shared_splits
+from mlx_empire.data.splits import Splits, load_splits
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.optim.schedule import LearningRate
+from mlx_empire.plan import catalog
+from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
+from mlx_empire.plan.model import ModelSpec
+from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
+from mlx_empire.recipe.schema import Recipe
+
+
+def share_recipe(comm: Communicator, path: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe that rank 0 reads, on every rank."""
+    text = None
+    with together(comm):
+        if comm.rank == 0:
+            text = dump_recipe(load_recipe(path, overrides))
+    return parse_recipe(comm.broadcast_json(text), str(path))
+
+
+def share_nodes(comm: Communicator, recipe: Recipe, hosts: Path | None) -> list[Node]:
+    """What each rank may use: its line of the hostfile where there is one, completed by its own measurement."""
+    measured = [Node(**fields) for fields in comm.gather_json(asdict(measure_this_machine()))]
+    nodes: list[dict[str, Any]] | None = None
+    with together(comm):
+        if comm.rank == 0:
+            file = find_hostfile(recipe.run.hosts, hosts)
+            cluster = load_hostfile(file) if file is not None else None
+            nodes = [asdict(node) for node in match_ranks(cluster, comm.hostnames, measured)]
+    return [Node(**fields) for fields in comm.broadcast_json(nodes)]
+
+
+def share_config(comm: Communicator, recipe: Recipe) -> dict[str, Any]:
+    """The model's configuration from rank 0's folder; a random model may come from the catalog instead."""
+    config = None
+    with together(comm):
+        if comm.rank == 0:
+            name = recipe.model.architecture
+            if name is not None and recipe.model.init == "random" and not recipe.model.path.exists():
+                config, _ = catalog.load(name)
+            else:
+                config = read_config(recipe.model.path)
+    shared = comm.broadcast_json(config)
+    assert isinstance(shared, dict)
+    return shared
+
+
+def build(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) -> tuple[nn.Module, ModelSpec]:
+    """The model, lazily, and its description; arrays come from the recipe's seed if they are ever evaluated."""
+    with together(comm):
+        mx.random.seed(recipe.run.seed)
+        model = build_model(config, str(recipe.model.path))
+        spec = describe(model, config, str(recipe.model.path), compute_dtype(config, recipe.model.dtype))
+    return model, spec
+
+
+def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
+    """Training and validation rows, the same on every rank."""
+    data, folder = recipe.data, recipe.model.path
+
+    def load() -> Splits:
+        return load_splits(
+            path=data.path,
+            format=data.format,
+            sequence_length=data.sequence_length,
+            packing=data.packing,
+            mask_prompt=data.mask_prompt,
+            validation_split=data.validation_split or 0.0,
+            tokenizer_folder=folder,
+            vocab_size=int(spec.text_config["vocab_size"]),
+        )
+
+    return shared_splits(comm, load, available=data.path.exists() and folder.is_dir())
+
+
+def learning_rate_of(recipe: Recipe, steps: int, tokens_per_step: int, steps_per_epoch: float) -> LearningRate:
+    """The schedule over `steps` steps."""
+    s = recipe.schedule
+    warmup = s.warmup.to_steps(steps, tokens_per_step, steps_per_epoch)
+    return LearningRate(s.type, recipe.optimizer.learning_rate, warmup, steps, s.final)
+
+
+def load_weights(comm: Communicator, recipe: Recipe, config: Mapping[str, Any], spec: ModelSpec, store: ShardStore) -> bool:
+    """Fill the shards from the model's folder, or at random; True if rank 0 alone had the folder. Collective."""
+    folder = recipe.model.path
+
+    def rebuild() -> nn.Module:
+        return build_model(config, str(folder))
+
+    if recipe.model.init == "random":
+        fill_from_own(store, RandomSource(rebuild, spec, recipe.run.seed))
+        return False
+    everywhere = all(comm.gather_json(any(folder.glob("*.safetensors"))))
+    source = None
+    with together(comm):
+        if everywhere or comm.rank == 0:
+            source = FolderSource(folder, rebuild, spec)
+    if everywhere:
+        assert source is not None
+        fill_from_own(store, source)
+    else:
+        fill_from_root(store, spec, source, comm)
+    return not everywhere

@@ -1,0 +1,71 @@
+"""Filling the shards: every rank reads the model's folder, or rank 0 alone has it and sends each rank its part.
+
+Either way tensors pass one at a time, so no rank holds more than its shard plus one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.engine.hostview import DTYPES, host_view
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.plan.model import ModelSpec, TensorSpec
+from mlx_empire.plan.shards import Placement, Segment
+
+
+class Source(Protocol):
+    """Where weights come from: the tensors of a unit, in the plan's order, one at a time."""
+
+    def unit(self, index: int) -> Iterator[tuple[TensorSpec, mx.array]]:
+        """The tensors of unit `index`, evaluated."""
+
+
+def fill_from_own(store: ShardStore, source: Source) -> None:
+    """Each rank reads what it keeps from its own source."""
+    for unit in store.plan.units:
+        store.load(unit.index, source.unit(unit.index))
+
+
+def fill_from_root(store: ShardStore, spec: ModelSpec, source: Source | None, comm: Communicator) -> None:
+    """Rank 0 reads; every tensor is scattered to its owners, and gathered where weights stay whole. Collective."""
+    assert (source is not None) == (comm.rank == 0), "rank 0 alone has a source"
+    for unit in store.plan.units:
+        buffers, views, starts = store.landing(unit)
+        tensors = source.unit(unit.index) if source is not None else None
+        for tensor in spec.units[unit.index].tensors:
+            _, s, placement = store.plan.tensors[tensor.name]
+            flat = None
+            if tensors is not None:
+                found, array = next(tensors)
+                assert found.name == tensor.name, "a source yields tensors in the spec's order"
+                flat = host_view(array.astype(DTYPES[unit.segments[s].dtype]))
+            _scatter(comm, unit.segments[s], placement, flat, views[s], starts[s])
+        if store.keeps_whole:
+            for view, segment in zip(views, unit.segments, strict=True):
+                comm.all_gather(view, segment.edges)
+        store.landed(unit, buffers)
+
+
+def _scatter(
+    comm: Communicator,
+    segment: Segment,
+    placement: Placement,
+    flat: np.ndarray | None,
+    view: np.ndarray,
+    start: int,
+) -> None:
+    """Send one tensor's elements to their owners; `view` is what this rank keeps, from element `start` on."""
+    edges = _within(segment.edges, placement)
+    a, b = edges[comm.rank] + placement.start, edges[comm.rank + 1] + placement.start
+    comm.scatter(flat, edges, view[a - start : b - start], 0)
+
+
+def _within(edges: Sequence[int], placement: Placement) -> list[int]:
+    """The segment's edges as seen from inside one tensor."""
+    size = placement.tensor.size
+    return [min(max(edge - placement.start, 0), size) for edge in edges]

@@ -1,0 +1,147 @@
+"""From gradients of micro-batches to finished sums on their owners.
+
+For each unit and round (cell of this rank):
+
+1. accumulate: a cell's micro-batches add up in fp32, in order (`CellSum`);
+2. contribute: each tensor's sum is rounded once to the wire's dtype, also where it stays local;
+3. reduce-scatter, on the communication thread: every owner receives its interval of each rank's contribution and
+   adds them in rank order, in fp32, to its total. Rounds follow one another, so the order is that of the cells.
+
+Stage 0 then gathers the finished sums to all ranks; stage 1 keeps contributions whole until the backward has ended
+and only then reduces them. One exchange is in flight while the next unit is computed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_empire.comm.protocol import Communicator, Pieces, Wire
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.hostview import DTYPES, empty_rows, host_view
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.plan.cells import CellLayout
+
+
+class CellSum:
+    """The running fp32 sum of one unit's gradients over the micro-batches of one cell."""
+
+    def __init__(self) -> None:
+        self.arrays: list[mx.array] = []
+
+    def add(self, gradients: Sequence[mx.array]) -> None:
+        """Add one micro-batch's gradients (lazily). A cell of one micro-batch keeps them as they are."""
+        if not self.arrays:
+            self.arrays = list(gradients)
+        else:
+            self.arrays = [
+                a.astype(mx.float32) + g.astype(mx.float32)
+                for a, g in zip(self.arrays, gradients, strict=True)
+            ]
+
+
+class GradientStore:
+    """The gradient totals of this rank: by unit and segment a (rows, 64) array over the rank's state interval."""
+
+    def __init__(
+        self,
+        store: ShardStore,
+        comm: Communicator,
+        thread: CommThread,
+        layout: CellLayout,
+        dtype: str,
+    ) -> None:
+        self._store, self._comm, self._thread, self._layout = store, comm, thread, layout
+        self._dtype = DTYPES[dtype]
+        self._plan = store.plan
+        self.totals: dict[int, list[mx.array]] = {}
+        self._in_flight: deque[tuple[int, bool, Future[None]]] = deque()
+        self._deferred: list[tuple[int, int, CellSum | None]] = []
+
+    def deliver(self, index: int, round_index: int, cell: CellSum | None) -> None:
+        """Hand over unit `index`'s sum of this rank's cell in this round; None where the rank has no cell."""
+        if self._plan.zero_stage == 1:
+            if cell is not None:
+                cell.arrays = self._rounded(index, cell)
+                mx.eval(cell.arrays)
+            self._deferred.append((index, round_index, cell))
+        else:
+            self._reduce(index, round_index, cell)
+
+    def finish(self) -> None:
+        """After the backward: reduce what stage 1 kept back and wait until every total is complete."""
+        for index, round_index, cell in self._deferred:
+            self._reduce(index, round_index, cell)
+        self._deferred = []
+        while self._in_flight:
+            self._settle_oldest()
+
+    def clear(self) -> None:
+        """Drop all totals (after the update)."""
+        self.totals = {}
+
+    def _reduce(self, index: int, round_index: int, cell: CellSum | None) -> None:
+        while len(self._in_flight) > 1:
+            self._settle_oldest()
+        totals = self._totals(index)
+        last = round_index == self._layout.rounds - 1
+        pieces = self._pieces(index, cell)
+        views = [host_view(t) for t in totals]
+        flags = self._layout.contributes(round_index)
+        future = self._thread.submit(self._exchange, index, pieces, views, flags, last)
+        self._in_flight.append((index, last, future))
+
+    def _exchange(
+        self, index: int, pieces: list[Pieces], totals: list[np.ndarray], flags: list[bool], last: bool
+    ) -> None:
+        """On the communication thread: reduce-scatter each segment; at stage 0 gather the finished sums."""
+        replicate = self._plan.zero_stage == 0
+        for s, (piece, total) in enumerate(zip(pieces, totals, strict=True)):
+            segment = self._plan.units[index].segments[s]
+            edges = segment.edges
+            a, b = segment.interval(self._comm.rank)
+            own = total[a:b] if replicate else total
+            self._comm.reduce_scatter(piece, edges, own, flags, cast(Wire, segment.dtype))
+            if replicate and last:
+                self._comm.all_gather(total, edges)
+
+    def _settle_oldest(self) -> None:
+        index, last, future = self._in_flight.popleft()
+        self._thread.wait(future)
+        if last and self._dtype != mx.float32:
+            self.totals[index] = [t.astype(self._dtype) for t in self.totals[index]]
+            mx.eval(self.totals[index])
+
+    def _totals(self, index: int) -> list[mx.array]:
+        if index not in self.totals:
+            fresh = []
+            for segment in self._plan.units[index].segments:
+                if segment.kind == "frozen":
+                    continue
+                a, b = self._plan.state_interval(segment, self._comm.rank)
+                fresh.append(empty_rows(b - a, "float32"))
+                host_view(fresh[-1])[:] = 0
+            self.totals[index] = fresh
+        return self.totals[index]
+
+    def _rounded(self, index: int, cell: CellSum) -> list[mx.array]:
+        """Each tensor's sum in its segment's wire dtype."""
+        segments = self._plan.units[index].segments
+        wires = [DTYPES[segments[s].dtype] for s, _ in self._store.trainable(index)]
+        return [a.astype(w) for a, w in zip(cell.arrays, wires, strict=True)]
+
+    def _pieces(self, index: int, cell: CellSum | None) -> list[Pieces]:
+        """The contribution by segment: tensors at their places, without copying them into one buffer."""
+        segments = [s for s in self._plan.units[index].segments if s.kind != "frozen"]
+        parts: list[list[tuple[int, np.ndarray]]] = [[] for _ in segments]
+        if cell is not None:
+            rounded, cell.arrays = self._rounded(index, cell), []
+            mx.eval(rounded)
+            for (s, placement), array in zip(self._store.trainable(index), rounded, strict=True):
+                parts[s].append((placement.start, host_view(mx.contiguous(array))))
+        return list(parts)

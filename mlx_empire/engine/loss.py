@@ -1,0 +1,88 @@
+"""The loss over the head, in chunks of positions, so that logits are never whole.
+
+The loss of a micro-batch is the sum of its counted tokens' cross-entropies (fp32) divided by the *global* count of
+counted tokens of the step, so unequal micro-batches and accumulation stay exact. Chunk sizes follow from the model
+and the micro-batch's shape alone: they affect bits, memory must not choose them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+HeadCall = Callable[[Sequence[mx.array], mx.array, mx.array], mx.array]
+
+
+def chunk_ranges(rows: int, width: int, tokens: int) -> list[tuple[int, int]]:
+    """Ranges of positions so that rows x positions stays at or below `tokens` (at least one position each)."""
+    positions = max(tokens // rows, 1)
+    return [(a, min(a + positions, width)) for a in range(0, width, positions)]
+
+
+def summed_loss(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:
+    """sum(cross entropy x mask) / total; logits (rows, positions, vocabulary) are taken to fp32 first."""
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
+    return (losses * mask).sum() / total
+
+
+def head_loss(
+    head: HeadCall,
+    root: Sequence[mx.array],
+    hidden: mx.array,
+    batch: tuple[mx.array, mx.array, mx.array],
+    total: mx.array,
+    tokens: int,
+) -> mx.array:
+    """The loss alone, for evaluation: `batch` is (inputs, targets, mask), each (rows, width). Evaluates by chunk."""
+    loss = mx.array(0.0)
+    for a, b in chunk_ranges(*hidden.shape[:2], tokens):
+        inputs, targets, mask = (x[:, a:b] for x in batch)
+        loss = loss + summed_loss(head(root, hidden[:, a:b], inputs), targets, mask, total)
+        mx.eval(loss)
+    return loss
+
+
+def head_gradients(
+    head: HeadCall,
+    root: Sequence[mx.array],
+    hidden: mx.array,
+    batch: tuple[mx.array, mx.array, mx.array],
+    total: mx.array,
+    tokens: int,
+    *,
+    eager: bool,
+) -> tuple[mx.array, list[mx.array], mx.array]:
+    """Loss, its gradients by the root's tensors (fp32 sums over chunks) and by `hidden`.
+
+    `hidden` is (rows, width, features), `batch` (inputs, targets, mask), each (rows, width). `eager` evaluates after
+    every chunk; otherwise each chunk is made to wait for the one before it, which bounds memory just as well when
+    the whole is part of a larger graph (the un-recomputed tail).
+    """
+
+    def chunk(arrays: Sequence[mx.array], part: mx.array, *rest: mx.array) -> mx.array:
+        inputs, targets, mask = rest
+        return summed_loss(head(arrays, part, inputs), targets, mask, total)
+
+    loss_and_gradients = mx.value_and_grad(chunk, argnums=(0, 1))
+    ranges = chunk_ranges(*hidden.shape[:2], tokens)
+    loss: mx.array | None = None
+    sums: list[mx.array] = []
+    parts: list[mx.array] = []
+    for a, b in ranges:
+        part = hidden[:, a:b]
+        if loss is not None and not eager:
+            part = mx.depends([part], [loss, *sums, parts[-1]])[0]
+        value, (gradients, part_gradient) = loss_and_gradients(list(root), part, *(x[:, a:b] for x in batch))
+        if loss is None:
+            loss, sums = value, list(gradients)
+        else:
+            loss = loss + value
+            sums = [s.astype(mx.float32) + g.astype(mx.float32) for s, g in zip(sums, gradients, strict=True)]
+        del gradients
+        parts.append(part_gradient)
+        if eager:
+            mx.eval(loss, sums, part_gradient)
+    assert loss is not None
+    return loss, sums, parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)

@@ -1,0 +1,61 @@
+"""Keeping packed documents apart: the mask a layer was given, combined with the documents' ids.
+
+A layer's mask is `"causal"`, a boolean array (True: may attend), an additive array or None, for (.., width, width).
+A token may attend to tokens of its own document only; sliding and chunked masks are kept. Layers without a `mask`
+parameter, and models whose positions are absolute, cannot be packed: they are refused before training.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_empire.engine.slots import LayerArguments
+
+
+def mask_position(layer: nn.Module) -> int | None:
+    """The index of `mask` among a layer's arguments after the hidden state; None if it takes none."""
+    names = list(inspect.signature(type(layer).__call__).parameters)[2:]
+    return names.index("mask") if "mask" in names else None
+
+
+def same_document(documents: mx.array) -> mx.array:
+    """(rows, width) document ids -> (rows, 1, width, width) booleans: query and key are of one document."""
+    return documents[:, None, :, None] == documents[:, None, None, :]
+
+
+def combine(mask: Any, same: mx.array) -> mx.array:
+    """Restrict `mask` to pairs of one document; `same` is (rows, 1, width, width)."""
+    if mask is None or isinstance(mask, str):
+        width = same.shape[-1]
+        positions = mx.arange(width)
+        mask = positions[:, None] >= positions[None]
+    if mask.dtype == mx.bool_:
+        return mx.logical_and(mask, same)
+    return mx.where(same, mask, mx.array(-mx.inf, mask.dtype))
+
+
+def separate(arguments: list[LayerArguments], layers: list[nn.Module], documents: mx.array) -> list[LayerArguments]:
+    """The layers' arguments with each mask combined with `documents` (rows, width); equal masks stay one array."""
+    same = same_document(documents)
+    made: dict[Any, mx.array] = {}
+    result = []
+    for layer, given in zip(layers, arguments, strict=True):
+        position = mask_position(layer)
+        assert position is not None, "checked before training"
+        named = "mask" in given.keywords
+        inside = position < len(given.positional)
+        mask = given.keywords["mask"] if named else given.positional[position] if inside else None
+        key = mask if isinstance(mask, str) else id(mask)
+        if key not in made:
+            made[key] = combine(mask, same)
+            mx.eval(made[key])
+        if inside and not named:
+            positional = (*given.positional[:position], made[key], *given.positional[position + 1 :])
+            result.append(LayerArguments(positional, given.keywords))
+        else:
+            result.append(LayerArguments(given.positional, {**given.keywords, "mask": made[key]}))
+    return result

@@ -1,0 +1,130 @@
+"""Slots: what stands in the model's list of layers while we train, so that its own `__call__` can be run in parts.
+
+The model's code is never edited. Each layer is replaced by a `Slot` that forwards attribute reads to the layer and
+hands calls to the `Deck`, which decides by mode what the call does:
+
+- capture: no layer runs; the input of layer 0 and every layer's other arguments (masks) are noted;
+- head:    every slot returns its input, the last one the boundary activation: final norm, head and softcaps run;
+- embed:   slot 0 stops the call; what it was given is the embedding's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_empire.errors import UserError
+from mlx_empire.plan.describe import find_layers
+
+
+class _Stop(Exception):
+    """Leaves the model's call once slot 0 has been reached."""
+
+
+@dataclass(frozen=True)
+class LayerArguments:
+    """What the model passes to a layer besides the hidden state."""
+
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class Slot:
+    """Takes a layer's place in the model's list; reads pass through, calls go to the deck."""
+
+    def __init__(self, deck: Deck, index: int, layer: nn.Module) -> None:
+        self._deck, self._index, self._layer = deck, index, layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._layer
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return self._deck.visit(self._index, x, LayerArguments(args, kwargs))
+
+
+class Deck:
+    """The model with slots in place of its layers. `layers` are the real ones, in order."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        owner, key, _ = find_layers(model, name)
+        self.model, self.name = model, name
+        self.layers: list[nn.Module] = list(owner[key])
+        self._owner, self._key = owner, key
+        owner[key] = [Slot(self, i, layer) for i, layer in enumerate(self.layers)]
+        self._mode = "idle"
+        self._noted: list[LayerArguments] = []
+        self._hidden: mx.array | None = None
+        self._noise: Sequence[float] | None = None
+
+    def restore(self) -> None:
+        """Put the real layers back; the model is again as it was built."""
+        self._owner[self._key] = self.layers
+
+    def visit(self, index: int, x: mx.array, arguments: LayerArguments) -> mx.array:
+        """What a slot does when the model calls it."""
+        last = index == len(self.layers) - 1
+        if self._mode == "capture":
+            if index != len(self._noted):
+                raise UserError(f"{self.name}: layers are not visited once each, in order; it cannot be streamed")
+            if index == 0:
+                self._hidden = x
+            self._noted.append(arguments)
+            return x if self._noise is None else x + self._noise[index]
+        if self._mode == "head":
+            assert self._hidden is not None
+            return self._hidden if last else x
+        if self._mode == "embed":
+            self._hidden = x
+            raise _Stop
+        raise AssertionError(f"slot {index} called in mode {self._mode!r}")
+
+    def capture(
+        self, tokens: mx.array, noise: Sequence[float] | None = None
+    ) -> tuple[mx.array, list[LayerArguments]]:
+        """The input of layer 0 and each layer's arguments for (rows, width) tokens. Nothing is evaluated.
+
+        `noise`, one number per layer, is added to what each slot returns: arguments that change with it depend on
+        more than the hidden state, and such a model must be refused.
+        """
+        self._noted, self._noise = [], noise
+        self._run("capture", tokens)
+        noted, hidden = self._noted, self._take()
+        self._noted, self._noise = [], None
+        if len(noted) != len(self.layers):
+            raise UserError(f"{self.name}: only {len(noted)} of {len(self.layers)} layers are called")
+        return hidden, noted
+
+    def head(self, tokens: mx.array, boundary: mx.array) -> mx.array:
+        """Logits from the last layer's output; `tokens` only give the shape. Differentiable in the boundary."""
+        self._hidden = boundary
+        logits = self._run("head", tokens)
+        self._hidden = None
+        if not isinstance(logits, mx.array):
+            raise UserError(f"{self.name}: its call returns {type(logits).__name__}, not logits; cannot be streamed")
+        return logits
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """The input of layer 0 for (rows, width) tokens. Differentiable in the root's tensors."""
+        self._run("embed", tokens)
+        return self._take()
+
+    def _run(self, mode: str, tokens: mx.array) -> Any:
+        self._mode = mode
+        try:
+            return self.model(tokens)
+        except _Stop:
+            return None
+        finally:
+            self._mode = "idle"
+
+    def _take(self) -> mx.array:
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None
+        return hidden

@@ -1,0 +1,233 @@
+"""What a rank keeps of the model, and the coming and going of whole units.
+
+The store holds, for every segment of the ShardPlan, this rank's chunks (weights and optimizer state) and, for a
+while, the *whole* buffer of a unit. A whole buffer passes through these phases:
+
+1. ask:     `gather(i)` allocates it and queues, on the communication thread, the copy of this rank's own interval and
+            the all-gather of the others'. The main thread goes on computing.
+2. bind:    `bind(i)` waits for it, cuts it into tensors (views, no copies) and puts them into the model's modules.
+3. release: `release(i)` puts placeholders back and drops the buffer, unless the stage keeps weights whole.
+
+At ZeRO stages 0-2 whole buffers live from step to step, chunks' weights are views of them, and `refresh(i)` replaces
+one after its chunks were updated. Stage 3 has the same calls with shorter lives; world size 1 has the same path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.hostview import DTYPES, empty_rows, host_view
+from mlx_empire.plan.model import BLOCK, TensorSpec
+from mlx_empire.plan.shards import Chunk, Placement, Segment, ShardPlan, Unit
+
+
+@dataclass
+class LiveChunk:
+    """A chunk of this rank: `weights` (rows, 64) in the segment's dtype and the optimizer's arrays by name."""
+
+    spec: Chunk
+    weights: mx.array
+    state: dict[str, mx.array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """Where a tensor lives in the model: `container[key]`."""
+
+    container: Any
+    key: Any
+    placement: Placement
+
+
+class ShardStore:
+    """This rank's shards of one model, and the whole units that are at hand."""
+
+    def __init__(self, plan: ShardPlan, model: nn.Module, comm: Communicator, thread: CommThread) -> None:
+        self.plan, self._comm, self._thread = plan, comm, thread
+        self.chunks: list[list[list[LiveChunk]]] = [[[] for _ in u.segments] for u in plan.units]
+        self._whole: dict[int, list[mx.array]] = {}
+        self._pending: dict[int, Future[None]] = {}
+        self._bound: dict[int, list[mx.array]] = {}
+        self._bindings = [[[_locate(model, p) for p in s.placements] for s in u.segments] for u in plan.units]
+        self.gathers = 0  # whole units asked for so far (stage 3) or refreshed (stages 1, 2)
+        for unit in plan.units:
+            self._unbind(unit)
+
+    @property
+    def keeps_whole(self) -> bool:
+        """True where weights stay whole between steps (stages 0-2)."""
+        return self.plan.zero_stage < 3
+
+    # ---- filling, once
+
+    def load(self, index: int, tensors: Iterable[tuple[TensorSpec, mx.array]]) -> None:
+        """Fill unit `index` from its tensors, one at a time, keeping only what this rank keeps."""
+        unit = self.plan.units[index]
+        buffers, views, starts = self.landing(unit)
+        for spec, array in tensors:
+            _, s, placement = self.plan.tensors[spec.name]
+            segment = unit.segments[s]
+            flat = host_view(array.astype(DTYPES[segment.dtype]))
+            a = max(placement.start, starts[s])
+            b = min(placement.start + spec.size, starts[s] + views[s].size)
+            if a < b:
+                views[s][a - starts[s] : b - starts[s]] = flat[a - placement.start : b - placement.start]
+        self.landed(unit, buffers)
+
+    def landing(self, unit: Unit) -> tuple[list[mx.array], list[np.ndarray], list[int]]:
+        """Zeroed buffers for what this rank keeps of `unit`, their numpy views and first elements, by segment."""
+        spans = [self.plan.weights_interval(s, self._comm.rank) for s in unit.segments]
+        buffers = [empty_rows(b - a, s.dtype) for s, (a, b) in zip(unit.segments, spans, strict=True)]
+        views = [host_view(buffer) for buffer in buffers]
+        for view in views:
+            view[:] = 0  # gaps between tensors stay zero for good
+        return buffers, views, [a for a, _ in spans]
+
+    def landed(self, unit: Unit, buffers: list[mx.array]) -> None:
+        """Take filled landing buffers over: cut them into chunks, and keep them whole where the stage does."""
+        for s, segment in enumerate(unit.segments):
+            first, _ = self.plan.weights_interval(segment, self._comm.rank)
+            self.chunks[unit.index][s] = list(self._cut(segment, buffers[s], first // BLOCK))
+        if self.keeps_whole:
+            self._whole[unit.index] = buffers
+
+    def _cut(self, segment: Segment, buffer: mx.array, first_row: int) -> Iterator[LiveChunk]:
+        for chunk in segment.chunks(*self.plan.state_interval(segment, self._comm.rank)):
+            a = chunk.start_row - first_row
+            weights = buffer[a : a + chunk.rows]  # a view; the buffer goes once all its chunks have been updated
+            mx.eval(weights)
+            yield LiveChunk(chunk, weights)
+
+    # ---- whole units
+
+    def gather(self, index: int) -> None:
+        """Start to gather unit `index` on the communication thread, unless it is whole or on its way."""
+        if index in self._whole:
+            return
+        self._start_gather(index)
+
+    def refresh(self, index: int) -> None:
+        """After an update: start to build the new whole buffer of a unit that stays whole (stages 0-2)."""
+        assert self.keeps_whole
+        self._start_gather(index, kept=self._whole.pop(index))
+
+    def _start_gather(self, index: int, kept: list[mx.array] | None = None) -> None:
+        """Allocate and queue; of a `kept` whole unit the frozen segments are taken over as they are."""
+        unit = self.plan.units[index]
+        self.gathers += 1
+        buffers, jobs = [], []
+        for s, segment in enumerate(unit.segments):
+            if kept is not None and segment.kind == "frozen":
+                buffers.append(kept[s])
+                continue
+            buffers.append(empty_rows(segment.size, segment.dtype))
+            own = [(c.spec.start_row * BLOCK, host_view(c.weights)) for c in self.chunks[index][s]]
+            jobs.append((host_view(buffers[s]), own, segment.edges))
+        self._whole[index] = buffers
+        self._pending[index] = self._thread.submit(self._exchange, jobs)
+
+    def _exchange(self, jobs: list[tuple[np.ndarray, list[tuple[int, np.ndarray]], tuple[int, ...]]]) -> None:
+        """On the communication thread: copy this rank's chunks into the buffers and all-gather the rest."""
+        for view, own, edges in jobs:
+            for start, values in own:
+                view[start : start + values.size] = values
+            if self.plan.zero_stage > 0:
+                self._comm.all_gather(view, edges)
+
+    def bind(self, index: int) -> list[mx.array]:
+        """Wait for unit `index`, put its tensors into the model and return the trainable ones, segment by segment.
+
+        Small tensors, fp32 in their segment, are bound in the dtype they compute in.
+        """
+        self.gather(index)
+        self._settle(index)
+        trainable = []
+        for s, segment in enumerate(self.plan.units[index].segments):
+            buffer = self._whole[index][s]
+            for binding in self._bindings[index][s]:
+                tensor = binding.placement.tensor
+                array = _view(buffer, binding.placement).astype(DTYPES[tensor.dtype])
+                binding.container[binding.key] = array
+                if segment.kind != "frozen":
+                    trainable.append(array)
+        mx.eval(trainable)
+        self._bound[index] = trainable
+        return trainable
+
+    def bound(self, index: int) -> list[mx.array]:
+        """What `bind` returned for a unit that has not been released since."""
+        return self._bound[index]
+
+    def tensors(self, index: int) -> dict[str, mx.array]:
+        """All tensors of a unit that is bound, by name, in the dtype they compute in."""
+        bindings = (b for segment in self._bindings[index] for b in segment)
+        return {b.placement.tensor.name: b.container[b.key] for b in bindings}
+
+    def rebind(self, index: int, arrays: Iterable[mx.array]) -> None:
+        """Put `arrays`, ordered as `bind` returns them, into the model: tracers, perturbed tensors, or back."""
+        values = iter(arrays)
+        for s, segment in enumerate(self.plan.units[index].segments):
+            if segment.kind != "frozen":
+                for binding in self._bindings[index][s]:
+                    binding.container[binding.key] = next(values)
+
+    def release(self, index: int) -> None:
+        """The unit is not needed for now: placeholders in the model, and at stage 3 its buffer goes."""
+        self._settle(index)
+        self._bound.pop(index, None)
+        self._unbind(self.plan.units[index])
+        if not self.keeps_whole:
+            self._whole.pop(index, None)
+
+    def adopt_views(self, index: int) -> None:
+        """After `refresh`: let the chunks' weights be views of the new whole buffer, so nothing is held twice."""
+        self._settle(index)
+        for s in range(len(self.plan.units[index].segments)):
+            buffer = self._whole[index][s]
+            for chunk in self.chunks[index][s]:
+                chunk.weights = buffer[chunk.spec.start_row : chunk.spec.start_row + chunk.spec.rows]
+                mx.eval(chunk.weights)
+
+    def trainable(self, index: int) -> list[tuple[int, Placement]]:
+        """(segment index, placement) of the unit's trainable tensors, in the order of `bind`."""
+        segments = self.plan.units[index].segments
+        return [(s, p) for s, seg in enumerate(segments) if seg.kind != "frozen" for p in seg.placements]
+
+    def _settle(self, index: int) -> None:
+        pending = self._pending.pop(index, None)
+        if pending is not None:
+            self._thread.wait(pending)
+
+    def _unbind(self, unit: Unit) -> None:
+        for bindings in self._bindings[unit.index]:
+            for binding in bindings:
+                tensor = binding.placement.tensor
+                # Lazy and never evaluated: code that reads a shape or dtype still can, and nothing is allocated.
+                binding.container[binding.key] = mx.zeros(tensor.shape, DTYPES[tensor.dtype])
+
+
+def _view(buffer: mx.array, placement: Placement) -> mx.array:
+    tensor = placement.tensor
+    first = placement.start // BLOCK
+    rows = buffer[first : first + tensor.padded_size // BLOCK]
+    if tensor.size == tensor.padded_size:
+        return rows.reshape(tensor.shape)
+    return rows.reshape(-1)[: tensor.size].reshape(tensor.shape)
+
+
+def _locate(model: nn.Module, placement: Placement) -> _Binding:
+    """Find the container (module, dict or list) and key of a parameter by its dotted path."""
+    *path, last = placement.tensor.name.split(".")
+    container: Any = model
+    for part in path:
+        container = container[int(part)] if isinstance(container, list) else container[part]
+    return _Binding(container, int(last) if isinstance(container, list) else last, placement)

@@ -1,0 +1,115 @@
+"""A rank's training steps: streamed gradients, global norm and clipping, the update, and the weights' renewal.
+
+Built in two moves, because weights are loaded in between: the constructor lays out the store and puts slots into the
+model; `prepare` asks the loaded root how it is used, refuses models that cannot be streamed, and makes the
+optimizer's state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.data.batches import MicroBatch
+from mlx_empire.engine.gradients import GradientStore
+from mlx_empire.engine.probe import check_packing, probe_root
+from mlx_empire.engine.slots import Deck
+from mlx_empire.engine.step import StreamedStep, in_rounds
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.engine.update import Updater
+from mlx_empire.errors import NumericsError
+from mlx_empire.optim.protocol import ShardOptimizer
+from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.shards import ShardPlan
+from mlx_empire.plan.workload import Workload
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks know after a step; `loss` is the mean over the step's counted tokens."""
+
+    loss: float
+    gradient_norm: float
+    wait_seconds: float
+
+
+class Trainer:
+    """One rank's part of a training run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        plan: ShardPlan,
+        work: Workload,
+        comm: Communicator,
+        thread: CommThread,
+        optimizer: ShardOptimizer,
+        clip_norm: float | None,
+    ) -> None:
+        self.spec, self.work = spec, work
+        self._comm, self._thread = comm, thread
+        self.store = ShardStore(plan, model, comm, thread)
+        self._deck = Deck(model, spec.name)
+        self._sums = GradientStore(self.store, comm, thread, work.layout, work.gradient_dtype)
+        self._updater = Updater(self.store, self._sums, optimizer, comm, clip_norm)
+        self.streamed: StreamedStep
+
+    def prepare(self, *, packing: bool) -> None:
+        """After the weights are in: probe the model (UserError if it cannot be streamed) and make the states."""
+        vocabulary = int(self.spec.text_config["vocab_size"])
+        use = probe_root(self._deck, self.store, vocabulary)
+        if packing:
+            check_packing(self._deck, use)
+        self.streamed = StreamedStep(
+            self._deck,
+            self.store,
+            tail=self.work.tail,
+            vocabulary=vocabulary,
+            head_tensors=use.head,
+            embed_tensors=use.embed,
+        )
+        self._updater.init_states()
+
+    @property
+    def gradients(self) -> GradientStore:
+        """This step's gradient totals, between `compute` and the update."""
+        return self._sums
+
+    def compute(self, micro_batches: Sequence[MicroBatch], total_tokens: int) -> float:
+        """Forward and backward of this rank's micro-batches (in the order of its cells); the global mean loss."""
+        members = self.work.layout.of_rank(self._comm.rank)
+        losses = self.streamed.gradients(list(in_rounds(micro_batches, members)), total_tokens, self._sums)
+        self._sums.finish()
+        loss = self._in_order(losses)
+        if not math.isfinite(loss):
+            where = [r for r, own in enumerate(self._comm.gather_json(all(map(math.isfinite, losses)))) if not own]
+            raise NumericsError(f"the loss is {loss}; ranks {where} computed it; no weight was changed")
+        return loss
+
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int, learning_rate: float
+    ) -> StepResult:
+        """One optimizer step (counted from 1). NumericsError before any change if loss or gradient is not finite."""
+        self._thread.reset()
+        loss = self.compute(micro_batches, total_tokens)
+        norm = self._updater.apply(step, learning_rate)
+        waited, _ = self._thread.reset()
+        mx.clear_cache()
+        return StepResult(loss, norm, waited)
+
+    def _in_order(self, losses: Sequence[float]) -> float:
+        """Sum of all ranks' losses in the order of the micro-batches, in fp64."""
+        by_rank = self._comm.gather_arrays(np.array(losses, np.float64))
+        ordered: dict[int, float] = {}
+        for rank, values in enumerate(by_rank):
+            members = [j for cell in self.work.layout.of_rank(rank) for j in cell]
+            ordered |= dict(zip(members, values.tolist(), strict=True))
+        return sum(ordered[j] for j in sorted(ordered))

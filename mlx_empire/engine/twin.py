@@ -1,0 +1,154 @@
+"""The proof before training: a tiny twin of the model, streamed, against its own whole-model gradients.
+
+The twin is mlx-lm's model of the same family and pattern of layers with small numbers, so the check takes a second
+and no memory even for a model that no machine holds. If loss or any gradient differs, the model is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.data.batches import MicroBatch
+from mlx_empire.engine.gradients import GradientStore
+from mlx_empire.engine.hostview import host_view
+from mlx_empire.engine.probe import probe_root
+from mlx_empire.engine.slots import Deck
+from mlx_empire.engine.step import StreamedStep
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.errors import UserError
+from mlx_empire.plan.cells import CellLayout
+from mlx_empire.plan.describe import build_model, describe
+from mlx_empire.plan.shards import make_plan
+
+TOLERANCE = 1e-4
+MOST_LAYERS = 12
+VOCABULARY, HIDDEN, HEADS, HEAD_DIM = 256, 64, 4, 16
+
+SMALL_NUMBERS: dict[str, int] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "model_dim"), HIDDEN),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), HEADS),
+    **dict.fromkeys(("head_dim", "query_pre_attn_scalar", "v_head_dim", "qk_nope_head_dim"), HEAD_DIM),
+    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "n_inner", "ff_intermediate_size"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "state_size", "ssm_state_size"), 16),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "n_ctx", "chunk_size"), 32),
+    **dict.fromkeys(("n_group", "topk_group", "n_groups"), 1),
+    "qk_rope_head_dim": 8,
+    "dim_model_base": HIDDEN,
+}
+AT_MOST: dict[str, int] = {
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "n_shared_experts"), 2),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), MOST_LAYERS),
+}
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+
+
+def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same architecture with small numbers; lists with one entry per layer are shortened alike."""
+    layers = next((config[k] for k in ("num_hidden_layers", "n_layer", "n_layers") if k in config), 0)
+    heads = next((config[k] for k in ("num_attention_heads", "n_head", "n_heads") if k in config), 0)
+    twin: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "text_config" and isinstance(value, Mapping):
+            twin[key] = twin_config(value)
+        elif isinstance(value, bool) or value is None:
+            twin[key] = value
+        elif key in KEY_VALUE_HEADS:
+            twin[key] = HEADS if value == heads else 1 if value == 1 else 2
+        elif key in SMALL_NUMBERS and isinstance(value, int | float):
+            twin[key] = SMALL_NUMBERS[key]
+        elif key in AT_MOST and isinstance(value, int):
+            twin[key] = min(value, AT_MOST[key])
+        elif isinstance(value, list) and layers and len(value) == layers:
+            twin[key] = value[:MOST_LAYERS]
+        elif key == "rope_scaling" and isinstance(value, Mapping) and any(isinstance(v, list) for v in value.values()):
+            twin[key] = None  # factors per rotary dimension: the twin has fewer dimensions
+        else:
+            twin[key] = value
+    return twin
+
+
+def verify_twin(config: Mapping[str, Any], name: str) -> None:
+    """Train-step the twin both ways in fp32 and compare; UserError naming what differs, or that it cannot be built."""
+    small = twin_config(config)
+    small.pop("quantization_config", None)
+    mx.random.seed(0)
+    model = build_model(small, f"{name} (scaled down to verify streaming)")
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    batch = _batch()
+    try:
+        loss, gradients = _whole(model, batch)
+    except Exception as error:  # a foreign model's own code: say what it said
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(f"{name}: mlx-lm's model cannot be differentiated here: {reason}") from None
+    streamed_loss, streamed = _streamed(model, small, name, batch)
+    worst, where = abs(loss - streamed_loss) / max(abs(loss), 1e-9), "the loss"
+    for path, expected in gradients.items():
+        scale = max(float(np.abs(expected).max()), 1e-6)
+        error = float(np.abs(streamed[path] - expected.reshape(-1)).max()) / scale
+        if not error <= worst:
+            worst, where = error, path
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"{name}: streamed and whole-model gradients differ at {where} by {worst:.1e} (relative); "
+            "this architecture would be trained wrongly, so it is refused"
+        )
+
+
+def _batch() -> MicroBatch:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCABULARY, (2, 49)).astype(np.int32)
+    mask = np.ones((2, 48), np.float32)
+    mask[0, :7] = 0
+    return MicroBatch(tokens[:, :-1], tokens[:, 1:], mask, None, (0, 1))
+
+
+def _whole(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, np.ndarray]]:
+    inputs, targets, mask = (mx.array(x) for x in (batch.inputs, batch.targets, batch.mask))
+
+    def mean_loss(module: nn.Module) -> mx.array:
+        losses = nn.losses.cross_entropy(module(inputs).astype(mx.float32), targets)
+        return (losses * mask).sum() / mask.sum()
+
+    loss, gradients = nn.value_and_grad(model, mean_loss)(model)
+    mx.eval(loss, gradients)
+    return float(loss.item()), {path: np.array(g) for path, g in tree_flatten(gradients)}
+
+
+def _streamed(
+    model: nn.Module, config: Mapping[str, Any], name: str, batch: MicroBatch
+) -> tuple[float, dict[str, np.ndarray]]:
+    weights = dict(tree_flatten(model.parameters()))
+    spec = describe(model, config, name, "float32")
+    plan = make_plan(spec.units, [1.0], 3)
+    comm, thread = SoloCommunicator("twin"), CommThread()
+    try:
+        store = ShardStore(plan, model, comm, thread)
+        for index, unit in enumerate(spec.units):
+            store.load(index, ((t, weights[t.name]) for t in unit.tensors))
+        deck = Deck(model, name)
+        use = probe_root(deck, store, VOCABULARY)
+        sums = GradientStore(store, comm, thread, CellLayout(1, 1, 1), "float32")
+        step = StreamedStep(
+            deck, store, tail=0, vocabulary=VOCABULARY, head_tensors=use.head, embed_tensors=use.embed
+        )
+        (loss,) = step.gradients([[batch]], int(batch.mask.sum()), sums)
+        sums.finish()
+    finally:
+        thread.close()
+    flat = {
+        path: host_view(sums.totals[u][s])[p.start : p.start + p.tensor.size]
+        for path, (u, s, p) in plan.tensors.items()
+    }
+    return loss, flat

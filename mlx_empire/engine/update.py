@@ -1,0 +1,118 @@
+"""The end of a step: global norm over all shards, the check that it is finite, clipping, and the optimizer.
+
+Norm and update go over the same flat shards, so nothing is ever put together: each rank updates the elements whose
+state it holds, chunk by chunk, and where weights stay whole a unit's new weights are gathered while the next unit is
+updated.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.engine.gradients import GradientStore
+from mlx_empire.engine.store import LiveChunk, ShardStore
+from mlx_empire.errors import NumericsError
+from mlx_empire.optim.decay import decays
+from mlx_empire.optim.norm import NormLayout, NormPartials, block_sums, clip_scale
+from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars
+from mlx_empire.plan.model import BLOCK
+from mlx_empire.plan.shards import Segment
+
+CHUNKS_AT_ONCE = 4  # small chunks share one evaluation; bounds the temporaries at four large ones
+
+
+class Updater:
+    """Applies finished gradient totals to this rank's shards."""
+
+    def __init__(
+        self,
+        store: ShardStore,
+        sums: GradientStore,
+        optimizer: ShardOptimizer,
+        comm: Communicator,
+        clip_norm: float | None,
+    ) -> None:
+        self._store, self._sums, self._optimizer, self._comm = store, sums, optimizer, comm
+        self._clip_norm = clip_norm
+        self._layout = NormLayout.of(store.plan)
+        self._ids = {
+            name: decays(name, placement.tensor.shape) for name, (_, _, placement) in store.plan.tensors.items()
+        }
+
+    def init_states(self) -> None:
+        """Make the optimizer's state for every chunk that this rank updates."""
+        for unit in self._store.plan.units:
+            for segment, chunks in zip(unit.segments, self._store.chunks[unit.index], strict=True):
+                if segment.kind == "frozen":
+                    continue
+                for chunk in chunks:
+                    chunk.state = self._optimizer.init(chunk.weights, quantised=segment.kind == "trainable")
+                    mx.eval(chunk.state)
+
+    def apply(self, step: int, learning_rate: float) -> float:
+        """Clip, update and renew all weights; returns the global gradient norm before clipping. Collective.
+
+        NumericsError on all ranks, before anything is changed, when the norm is not finite.
+        """
+        norm = self._norm()
+        scalars = StepScalars(step, learning_rate, clip_scale(norm, self._clip_norm))
+        renewing: int | None = None
+        for unit in self._store.plan.units:
+            totals = self._sums.totals.pop(unit.index, [])
+            trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
+            for s, total in zip(trained, totals, strict=True):
+                self._update_segment(unit.segments[s], self._store.chunks[unit.index][s], total, scalars)
+            del totals
+            if self._store.keeps_whole and trained:
+                self._store.refresh(unit.index)
+                if renewing is not None:
+                    self._store.adopt_views(renewing)
+                renewing = unit.index
+        if renewing is not None:
+            self._store.adopt_views(renewing)
+        self._sums.clear()
+        return norm
+
+    def _update_segment(
+        self, segment: Segment, chunks: list[LiveChunk], total: mx.array, scalars: StepScalars
+    ) -> None:
+        """Update the chunks of one segment from its gradient `total` (rows, 64) over this rank's state interval."""
+        first = self._store.plan.state_interval(segment, self._comm.rank)[0] // BLOCK
+        waiting: list[LiveChunk] = []
+        for chunk in chunks:
+            a = chunk.spec.start_row - first
+            gradient = total[a : a + chunk.spec.rows]
+            identity = ChunkId(chunk.spec.tensor, chunk.spec.first_row, self._ids[chunk.spec.name])
+            chunk.weights, chunk.state = self._optimizer.update(
+                chunk.weights, chunk.state, gradient, identity, scalars
+            )
+            waiting.append(chunk)
+            if len(waiting) == CHUNKS_AT_ONCE:
+                mx.eval([(c.weights, c.state) for c in waiting])
+                waiting = []
+        mx.eval([(c.weights, c.state) for c in waiting])
+
+    def _norm(self) -> float:
+        """The norm of all gradients: every rank counts its own interval, also where it holds more."""
+        partials = NormPartials(self._layout, self._comm.rank)
+        segments = [
+            (unit, s)
+            for unit in self._store.plan.units
+            for s, segment in enumerate(seg for seg in unit.segments if seg.kind != "frozen")
+        ]
+        for index, (unit, s) in enumerate(segments):
+            a, b = self._layout.interval(index, self._comm.rank)
+            total = self._sums.totals[unit.index][s]
+            own = total[a:b] if self._store.plan.zero_stage == 0 else total
+            partials.add(index, block_sums(own))
+        sums, blocks = partials.packed()
+        packed = list(zip(self._comm.gather_arrays(sums), self._comm.gather_arrays(blocks), strict=True))
+        norm = self._layout.combine(packed)
+        if norm.bad_segments:
+            names = [segments[i][0].name for i in norm.bad_segments]
+            raise NumericsError(
+                f"the gradient of {names[0]} is not finite ({len(names)} of {len(segments)} segments are not); "
+                "no weight was changed"
+            )
+        return norm.value

@@ -1,0 +1,114 @@
+"""What a run tells: gathers each rank's figures and hands every record to the display, metrics.jsonl and TensorBoard.
+
+All ranks call it, because memory and traffic are reported by rank; only rank 0 writes and prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import mlx.core as mx
+
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.recipe.schema import Recipe
+from mlx_empire.report.console import NodeRow, RunDisplay
+from mlx_empire.report.metrics import MetricsWriter
+from mlx_empire.report.tensorboard import TensorBoardWriter
+
+
+class RunReport:
+    """Everything a run says; use as a context manager on every rank."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        recipe: Recipe,
+        spec: ModelSpec,
+        plan: RunPlan,
+        nodes: Sequence[Node],
+        steps: int,
+    ) -> None:
+        self._comm = comm
+        self._predicted = [ledger.peak for ledger in plan.ledgers]
+        self._last: Mapping[str, Any] = {}
+        self._display: RunDisplay | None = None
+        self._writers: list[MetricsWriter | TensorBoardWriter] = []
+        if comm.rank == 0:
+            self._metrics = MetricsWriter(recipe.run.dir)
+            self._tensorboard = TensorBoardWriter(recipe.run.dir) if recipe.report.tensorboard else None
+            rows = [
+                NodeRow(node.name, node.role or "-", share, ledger.peak, limit)
+                for node, share, ledger, limit in zip(
+                    nodes, plan.shards.shares, plan.ledgers, plan.limits, strict=True
+                )
+            ]
+            title = title_rows(spec, plan, comm.size)
+            self._display = RunDisplay(steps, rows, title, recipe.report.progress)
+
+    def step(self, record: dict[str, Any], sent: int, received: int) -> None:
+        """A step's record from every rank, with the bytes this rank moved in it. Collective."""
+        peak = mx.get_peak_memory() + self._comm.staging_bytes
+        by_rank = self._comm.gather_json([peak, sent, received])
+        record["peak_bytes"], record["bytes_sent"], record["bytes_received"] = map(
+            list, zip(*by_rank, strict=True)
+        )
+        record["predicted_peak_bytes"] = self._predicted
+        self._last = record
+        if self._display is not None:
+            self._metrics.write(record)
+            self._display.step(record)
+            if self._tensorboard is not None:
+                self._tensorboard.step(record)
+
+    def evaluation(self, step: int, loss: float | None) -> None:
+        """The held-out loss after `step` steps; None is passed over."""
+        if self._display is None or loss is None:
+            return
+        record = {"step": step, "eval_loss": loss}
+        self._metrics.write(record)
+        self._display.evaluation(record)
+        if self._tensorboard is not None:
+            self._tensorboard.evaluation(record)
+
+    def message(self, text: str) -> None:
+        """A line for the user, from rank 0."""
+        if self._display is not None:
+            self._display.message(text)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._display is None:
+            return
+        self._display.close(self._summary() if kind is None else None)
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _summary(self) -> dict[str, object]:
+        """Predicted and measured peak side by side, and the last figures."""
+        measured = self._last.get("peak_bytes", [])
+        pairs = zip(self._predicted, measured, strict=False)
+        peaks = ", ".join(f"rank {r}: {m / 2**30:.2f} of {p / 2**30:.2f}" for r, (p, m) in enumerate(pairs))
+        return {"peak GiB, measured of predicted": peaks}
+
+
+def title_rows(spec: ModelSpec, plan: RunPlan, ranks: int) -> list[tuple[str, str]]:
+    """The header: model, size, how it is divided."""
+    layers = len(spec.units) - 1
+    work = plan.work
+    return [
+        ("model", f"{spec.name} ({spec.family}, {spec.dtype})"),
+        ("parameters", f"{spec.parameters:,} ({spec.trainable_parameters:,} trained)"),
+        ("ranks", f"{ranks}, {work.layout.micro_batches} micro-batches a step in {work.layout.cells} cells"),
+        ("ZeRO stage", f"{plan.shards.zero_stage}, gradients kept in {work.gradient_dtype}"),
+        ("recomputed", f"{layers - work.tail} of {layers} layers"),
+    ]

@@ -1,0 +1,246 @@
+"""Train a model: `python -m mlx_empire.train RECIPE [--hosts FILE] [key=value ...]`, alone or under mpirun.
+
+The run's story from top to bottom: what is asked for, where it runs, what is trained on what, the plan, the proof
+that the model can be streamed, the weights, the steps, the result. Every rank runs all of it; rank 0 also talks to
+the user and writes the run's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_empire import assemble
+from mlx_empire.checkpoint.export import FolderWriter
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.comm.connect import connect
+from mlx_empire.comm.failure import guard, together
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
+from mlx_empire.data.dataset import Dataset
+from mlx_empire.data.splits import Splits
+from mlx_empire.engine.trainer import StepResult, Trainer
+from mlx_empire.engine.twin import verify_twin
+from mlx_empire.errors import UserError
+from mlx_empire.evaluate.held_out import held_out_loss
+from mlx_empire.optim.adamw import make_optimizer
+from mlx_empire.plan.describe import build_model
+from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
+from mlx_empire.recipe.load import dump_recipe
+from mlx_empire.recipe.schema import Recipe
+from mlx_empire.report.run import RunReport
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m mlx_empire.train", description="Train a model by a recipe.")
+    parser.add_argument("recipe", type=Path, help="the YAML recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as memory.zero_stage=2 run.steps=5")
+    parser.add_argument("--hosts", type=Path, help="the hostfile, where mpirun's own cannot be found")
+    options = parser.parse_args(arguments)
+    with guard(None):
+        comm = connect()
+    with guard(comm):
+        run(comm, options.recipe, options.overrides, options.hosts)
+    return 0
+
+
+def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
+    """The whole run on this rank."""
+    # ---------------------------------------------------------------- what is asked for, and where it runs
+    recipe = assemble.share_recipe(comm, recipe_path, overrides)
+    comm = connect(recipe.comm.route, recipe.comm.bucket_bytes, recipe.comm.deadline_seconds)
+    nodes = assemble.share_nodes(comm, recipe, hosts)
+    with together(comm):
+        if comm.rank == 0:
+            refuse_finished(recipe.run.dir)
+
+    # ---------------------------------------------------------------- what is trained, on what
+    config = assemble.share_config(comm, recipe)
+    model, spec = assemble.build(comm, recipe, config)
+    splits = assemble.share_data(comm, recipe, spec)
+
+    # ---------------------------------------------------------------- the plan, before anything is allocated
+    optimizer = make_optimizer(recipe.optimizer)
+
+    def state_bytes(elements: int, dtype: str, quantised: bool) -> dict[str, int]:
+        return optimizer.state_bytes(elements, dtype, quantised=quantised)
+
+    plan = resolve(recipe, spec, nodes, state_bytes)
+    with together(comm):
+        require_fit(plan, nodes)
+    if comm.rank == 0:
+        write_plan(recipe, plan, nodes, spec, splits)
+
+    # ---------------------------------------------------------------- the proof that it can be streamed
+    with together(comm):
+        if comm.rank == 0:
+            verify_twin(config, str(recipe.model.path))
+
+    # ---------------------------------------------------------------- the weights
+    mx.reset_peak_memory()
+    with CommThread() as thread:
+        trainer = Trainer(
+            model, spec, plan.shards, plan.work, comm, thread, optimizer, recipe.optimizer.clip_norm
+        )
+        sent = assemble.load_weights(comm, recipe, config, spec, trainer.store)
+        trainer.prepare(packing=recipe.data.packing)
+        with RunReport(comm, recipe, spec, plan, nodes, total_steps(recipe, splits)) as report:
+            for line in splits.report:
+                report.message(line)
+            if sent:
+                report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
+            train(comm, recipe, plan, trainer, splits, report)
+            export(comm, recipe, config, spec, trainer, report)
+
+
+def train(
+    comm: Communicator, recipe: Recipe, plan: RunPlan, trainer: Trainer, splits: Splits, report: RunReport
+) -> None:
+    """The steps, with evaluation in between."""
+    data, seed, global_size = splits.train, recipe.run.seed, recipe.batch.global_size
+    steps = total_steps(recipe, splits)
+    tokens, epochs = pace(recipe, data)
+    rates = assemble.learning_rate_of(recipe, steps, tokens, epochs)
+    every = recipe.run.eval_every.to_steps(steps, tokens, epochs) if recipe.run.eval_every else 0
+    mine = [j for cell in plan.work.layout.of_rank(comm.rank) for j in cell]
+    sizes = {"global_size": global_size, "micro_size": recipe.batch.micro_size}
+    if every:
+        report.evaluation(0, evaluate(comm, recipe, plan, trainer, splits.valid))
+    for step in range(1, steps + 1):
+        started, traffic = time.perf_counter(), comm.traffic.snapshot()
+
+        # ------------------------------------------------------------ one step
+        batches = [micro_batch(data, seed, step - 1, j, **sizes) for j in mine]
+        total = valid_tokens(data, seed, step - 1, global_size=global_size)
+        result = trainer.train_step(batches, total, step, rates(step))
+
+        # ------------------------------------------------------------ what the user sees
+        seconds = time.perf_counter() - started
+        moved = comm.traffic.since(traffic)
+        report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
+        if every and (step % every == 0 or step == steps):
+            report.evaluation(step, evaluate(comm, recipe, plan, trainer, splits.valid))
+
+
+def record(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
+    """One line of metrics.jsonl; figures by rank are added by the report."""
+    return {
+        "step": step,
+        "loss": result.loss,
+        "learning_rate": rate,
+        "grad_norm": result.gradient_norm,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "comm_wait_seconds": result.wait_seconds,
+    }
+
+
+def evaluate(
+    comm: Communicator, recipe: Recipe, plan: RunPlan, trainer: Trainer, valid: Dataset | None
+) -> float | None:
+    """The held-out loss; None without a validation split."""
+    if valid is None:
+        return None
+    batches = list(validation_micro_batches(valid, recipe.batch.micro_size, recipe.run.eval_batches))
+    most = max(plan.work.micro_batches(r) for r in range(comm.size))
+    return held_out_loss(trainer.streamed, comm, batches, max(most, 1))
+
+
+def pace(recipe: Recipe, data: Dataset) -> tuple[int, float]:
+    """(counted tokens per step on average, steps per epoch): what durations are measured in."""
+    epochs = len(data) / recipe.batch.global_size
+    return max(round(data.tokens_per_epoch / epochs), 1), epochs
+
+
+def total_steps(recipe: Recipe, splits: Splits) -> int:
+    """`run.steps` in optimizer steps."""
+    return recipe.run.steps.to_steps(None, *pace(recipe, splits.train))
+
+
+def refuse_finished(folder: Path) -> None:
+    """UserError where a finished run lies: its weights are not ours to replace."""
+    if (folder / "COMPLETE").exists():
+        raise UserError(f"run.dir: {folder} holds a finished run; choose another run.dir or remove that folder")
+
+
+def write_plan(recipe: Recipe, plan: RunPlan, nodes: Sequence[Node], spec: ModelSpec, splits: Splits) -> None:
+    """`recipe.yaml` (resolved) and `plan.json` in the run's folder."""
+    folder = recipe.run.dir
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for stale in ("metrics.jsonl", "plan.json", "recipe.yaml"):  # of an earlier run that did not finish
+        (folder / stale).unlink(missing_ok=True)
+    entries = [
+        {
+            "node": asdict(node),
+            "share": share,
+            "ledger": ledger.items(),
+            "peak_bytes": ledger.peak,
+            "limit_bytes": limit,
+        }
+        for node, share, ledger, limit in zip(nodes, plan.shards.shares, plan.ledgers, plan.limits, strict=True)
+    ]
+    summary = {
+        "parameters": spec.parameters,
+        "dtype": spec.dtype,
+        "zero_stage": plan.shards.zero_stage,
+        "tail": plan.work.tail,
+        "gradient_dtype": plan.work.gradient_dtype,
+        "cells": plan.work.layout.cells,
+        "data_digest": splits.digest,
+        "ranks": entries,
+    }
+    write_private(folder / "recipe.yaml", dump_recipe(recipe))
+    write_private(folder / "plan.json", json.dumps(summary, indent=1))
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a text file that only its owner can read."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text + "\n")
+
+
+def export(
+    comm: Communicator,
+    recipe: Recipe,
+    config: dict[str, Any],
+    spec: ModelSpec,
+    trainer: Trainer,
+    report: RunReport,
+) -> None:
+    """Write `final/` unit by unit, then `COMPLETE`. Every rank joins the gathers, rank 0 writes."""
+    out, folder = recipe.run.dir / "final", recipe.model.path
+    writer = None
+    with together(comm):
+        if comm.rank == 0:
+            source = folder if folder.is_dir() else None
+            writer = FolderWriter(out, spec, lambda: build_model(config, str(folder)), source)
+    for index in range(len(spec.units)):
+        trainer.store.bind(index)
+        with together(comm):
+            if writer is not None:
+                writer.write_unit(index, trainer.store.tensors(index))
+        trainer.store.release(index)
+    with together(comm):
+        if writer is not None:
+            writer.close()
+            for note in writer.notes:
+                report.message(note)
+            write_private(recipe.run.dir / "COMPLETE", "")
+            report.message(f"the trained model is in {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Run by mpirun: steps of many cases in one launch; every rank reports digests of what should agree.
+
+For each case: the losses, a digest of the first step's gradients, a digest of the weights after all steps, and on
+rank 0 the comparison with the whole-model reference where the case asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+from support.mpi import report
+from support.stepping import (
+    Case,
+    batches_of,
+    counted_tokens,
+    digest,
+    gathered_gradients,
+    own_batches,
+    reference_gradients,
+    trainer_of,
+    whole_weights,
+)
+
+from mlx_empire.comm.connect import connect
+from mlx_empire.comm.failure import guard
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.plan.traffic import card_bytes
+from mlx_empire.plan.workload import step_traffic
+
+
+def run_case(case: Case, comm: Communicator, compare: bool) -> dict[str, Any]:
+    """Everything a test may want to know about one case."""
+    found: dict[str, Any] = {"losses": [], "norms": []}
+    with CommThread() as thread:
+        trainer = trainer_of(case, comm, thread)
+        batches = batches_of(case)
+        own = own_batches(trainer, batches, comm.rank)
+        loss = trainer.compute(own, counted_tokens(batches))
+        gradients = gathered_gradients(trainer, comm)
+        found["gradients"] = digest(gradients)
+        if compare and comm.rank == 0:
+            found |= against_reference(case, comm.size, loss, gradients)
+        trainer.gradients.clear()
+        for step in range(case.steps):
+            batches = batches_of(case, step)
+            before = comm.traffic.snapshot()
+            result = trainer.train_step(
+                own_batches(trainer, batches, comm.rank), counted_tokens(batches), step + 1, case.learning_rate
+            )
+            moved = comm.traffic.since(before)
+            found["losses"].append(result.loss)
+            found["norms"].append(result.gradient_norm)
+        found["moved"] = [sum(moved.sent), sum(moved.received)]
+        found["planned"] = list(card_bytes(step_traffic(trainer.store.plan, trainer.work))[comm.rank])
+        found["weights"] = digest(whole_weights(trainer))
+    return found
+
+
+def against_reference(
+    case: Case, size: int, loss: float, gradients: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Largest relative error per tensor, and the names of tensors that are not equal bit for bit."""
+    expected_loss, expected = reference_gradients(case, size)
+    assert gradients.keys() == expected.keys()
+    errors = {
+        name: float(np.abs(gradients[name] - g).max() / (np.abs(g).max() + 1e-12)) for name, g in expected.items()
+    }
+    unequal = [name for name, g in expected.items() if not np.array_equal(gradients[name], g)]
+    return {
+        "loss_error": abs(loss - expected_loss) / abs(expected_loss),
+        "gradient_error": max(errors.values()),
+        "unequal": unequal,
+    }
+
+
+if __name__ == "__main__":
+    world = connect(bucket_bytes=8192)
+    with guard(world):
+        compare_all = "--compare" in sys.argv
+        for key, fields in json.loads(sys.argv[1]).items():
+            fields["shares"] = tuple(fields.get("shares", (1.0,)))
+            report({key: run_case(Case(**fields), world, compare_all)})

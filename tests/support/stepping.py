@@ -1,0 +1,214 @@
+"""Training steps of tiny models for tests: a case in numbers, our trainer for it, and an independent reference.
+
+The reference runs the whole model under `nn.value_and_grad`, one micro-batch at a time, and adds gradients in the
+order of DESIGN's cells: micro-batches within a cell, then cells. A tied matrix is given to it as two tensors, so that
+head and embedding are summed apart, as a streamed step does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.data.batches import MicroBatch
+from mlx_empire.engine.hostview import host_view
+from mlx_empire.engine.trainer import Trainer
+from mlx_empire.optim.adamw import AdamW
+from mlx_empire.plan.cells import cell_layout
+from mlx_empire.plan.describe import build_model, describe
+from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.shards import make_plan
+from mlx_empire.plan.workload import Workload
+from support.tiny_models import tiny_config
+
+VOCABULARY = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting. `shares` has one weight per rank and is cut or repeated to the world's size."""
+
+    family: str = "llama"
+    shares: tuple[float, ...] = (1.0,)
+    stage: int = 3
+    cells: int | str = "auto"
+    tail: int = 0
+    tied: bool = False
+    micro_batches: int = 6
+    rows: int = 2
+    width: int = 32
+    packed: bool = False
+    dtype: str = "float32"
+    clip_norm: float | None = 1.0
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.0
+    state_bits: int = 32
+    gradient_dtype: str = "float32"
+    steps: int = 1
+    route: str = "auto"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def config_of(case: Case) -> dict[str, Any]:
+    """The tiny configuration of a case."""
+    tied = {} if case.family in ("llama4", "gemma2", "gpt2") else {"tie_word_embeddings": case.tied}
+    return tiny_config(case.family, **tied, **case.config)
+
+
+def weights_of(case: Case) -> tuple[nn.Module, ModelSpec, dict[str, mx.array]]:
+    """The randomly initialised model, its description and its weights by name."""
+    config = config_of(case)
+    mx.random.seed(7)
+    model = build_model(config, case.family)
+    model.apply(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a)
+    spec = describe(model, config, case.family, case.dtype)
+    values = dict(tree_flatten(model.parameters()))
+    mx.eval(values)
+    return model, spec, values
+
+
+def batches_of(case: Case, step: int = 0) -> list[MicroBatch]:
+    """All micro-batches of a step: unequal numbers of counted tokens, some rows with none at the start."""
+    rng = np.random.default_rng(100 + step)
+    made = []
+    for j in range(case.micro_batches):
+        tokens = rng.integers(0, VOCABULARY, (case.rows, case.width + 1)).astype(np.int32)
+        mask = np.ones((case.rows, case.width), np.float32)
+        mask[0, : (5 * j) % case.width] = 0
+        documents = None
+        if case.packed:
+            cut = 5 + 3 * (j % 4)
+            documents = np.repeat((np.arange(case.width) >= cut).astype(np.int32)[None], case.rows, 0)
+        made.append(MicroBatch(tokens[:, :-1], tokens[:, 1:], mask, documents, tuple(range(case.rows))))
+    return made
+
+
+def counted_tokens(batches: list[MicroBatch]) -> int:
+    """The step's global count."""
+    return int(sum(b.mask.sum() for b in batches))
+
+
+def trainer_of(case: Case, comm: Communicator, thread: CommThread) -> Trainer:
+    """Our trainer for the case on this world, loaded and prepared."""
+    model, spec, values = weights_of(case)
+    shares = [case.shares[r % len(case.shares)] for r in range(comm.size)]
+    layout = cell_layout(case.micro_batches * case.rows, case.rows, case.cells, comm.size)
+    work = Workload(case.rows, case.width, layout, case.tail, case.gradient_dtype, case.route, 8192)
+    plan = make_plan(spec.units, shares, case.stage)
+    optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
+    trainer = Trainer(model, spec, plan, work, comm, thread, optimizer, case.clip_norm)
+    for index, unit in enumerate(spec.units):
+        trainer.store.load(index, ((t, values[t.name]) for t in unit.tensors))
+    trainer.prepare(packing=case.packed)
+    return trainer
+
+
+def own_batches(trainer: Trainer, batches: list[MicroBatch], rank: int) -> list[MicroBatch]:
+    """The micro-batches of a rank, in the order of its cells."""
+    return [batches[j] for cell in trainer.work.layout.of_rank(rank) for j in cell]
+
+
+def gathered_gradients(trainer: Trainer, comm: Communicator) -> dict[str, np.ndarray]:
+    """The finished gradient of every tensor, put together from all ranks' intervals, flat fp32."""
+    plan, found = trainer.store.plan, {}
+    whole: dict[tuple[int, int], np.ndarray] = {}
+    for unit in plan.units:
+        for s, segment in enumerate(unit.segments):
+            total = host_view(trainer.gradients.totals[unit.index][s].astype(mx.float32))
+            if plan.zero_stage == 0:
+                a, b = segment.interval(comm.rank)
+                total = total[a:b]
+            whole[unit.index, s] = np.concatenate(comm.gather_arrays(total))
+    for name, (u, s, p) in plan.tensors.items():
+        found[name] = whole[u, s][p.start : p.start + p.tensor.size]
+    return found
+
+
+def whole_weights(trainer: Trainer) -> dict[str, np.ndarray]:
+    """Every tensor in its compute dtype (bfloat16 as uint16), flat."""
+    found = {}
+    for unit in trainer.store.plan.units:
+        trainer.store.bind(unit.index)
+        for name, array in trainer.store.tensors(unit.index).items():
+            found[name] = host_view(mx.contiguous(array)).copy()
+        trainer.store.release(unit.index)
+    return found
+
+
+def digest(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 over names and bytes."""
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        sha.update(name.encode())
+        sha.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return sha.hexdigest()[:24]
+
+
+# ---- the reference
+
+
+def reference_loss(model: nn.Module, batch: MicroBatch, total: int) -> mx.array:
+    """Sum of masked cross-entropies over the global count, on whole logits; packed rows one document at a time."""
+    count = mx.array(float(total))
+    if batch.documents is None:
+        logits = model(mx.array(batch.inputs)).astype(mx.float32)
+        losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
+        return (losses * mx.array(batch.mask)).sum() / count
+    loss = mx.array(0.0)
+    for row in range(batch.inputs.shape[0]):
+        for document in np.unique(batch.documents[row]):
+            (place,) = np.nonzero(batch.documents[row] == document)
+            logits = model(mx.array(batch.inputs[row][place])[None]).astype(mx.float32)
+            losses = nn.losses.cross_entropy(logits, mx.array(batch.targets[row][place])[None])
+            loss = loss + (losses * mx.array(batch.mask[row][place])).sum() / count
+    return loss
+
+
+def reference_gradients(
+    case: Case, world_size: int, values: dict[str, mx.array] | None = None, step: int = 0
+) -> tuple[float, dict[str, np.ndarray]]:
+    """(mean loss, flat fp32 gradients by name) by the whole model, added in cell order."""
+    model, spec, initial = weights_of(case)
+    model.load_weights(list((values or initial).items()))
+    tied = case.tied and case.family != "llama4"
+    if tied:
+        model = _untied(case, values or initial)
+    batches = batches_of(case, step)
+    total = counted_tokens(batches)
+    layout = cell_layout(case.micro_batches * case.rows, case.rows, case.cells, world_size)
+    gradient = nn.value_and_grad(model, reference_loss)
+    losses, sums = [], None
+    for cell in range(layout.cells):
+        cell_sum = None
+        for j in layout.members(cell):
+            loss, grads = gradient(model, batches[j], total)
+            flat = dict(tree_flatten(grads))
+            mx.eval(loss, flat)
+            losses.append(loss.item())
+            cell_sum = flat if cell_sum is None else {k: cell_sum[k] + flat[k] for k in flat}
+            mx.eval(cell_sum)
+        assert cell_sum is not None
+        if tied:
+            head = cell_sum.pop("lm_head.weight")
+            cell_sum["model.embed_tokens.weight"] = head + cell_sum["model.embed_tokens.weight"]
+        sums = cell_sum if sums is None else {k: sums[k] + cell_sum[k] for k in sums}
+        mx.eval(sums)
+    assert sums is not None
+    names = {t.name for u in spec.units for t in u.tensors}
+    return sum(losses), {k: np.array(v).reshape(-1) for k, v in sums.items() if k in names}
+
+
+def _untied(case: Case, values: dict[str, mx.array]) -> nn.Module:
+    """The same model with a head of its own that has the embedding's values."""
+    config = {**config_of(case), "tie_word_embeddings": False}
+    model = build_model(config, case.family)
+    model.load_weights([*values.items(), ("lm_head.weight", values["model.embed_tokens.weight"])])
+    return model

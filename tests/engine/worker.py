@@ -80,7 +80,7 @@ def against_reference(
 if __name__ == "__main__":
     world = connect(bucket_bytes=8192)
     with guard(world):
-        compare_all = "--compare" in sys.argv
         for key, fields in json.loads(sys.argv[1]).items():
+            compare = fields.pop("compare", False)
             fields["shares"] = tuple(fields.get("shares", (1.0,)))
-            report({key: run_case(Case(**fields), world, compare_all)})
+            report({key: run_case(Case(**fields), world, compare)})

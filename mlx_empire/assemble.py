@@ -96,14 +96,18 @@ def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
     return shared_splits(comm, load, available=data.path.exists() and folder.is_dir())
 
 
-def learning_rate_of(recipe: Recipe, steps: int, tokens_per_step: int, steps_per_epoch: float) -> LearningRate:
+def learning_rate_of(
+    recipe: Recipe, steps: int, tokens_per_step: int, steps_per_epoch: float
+) -> LearningRate:
     """The schedule over `steps` steps."""
     s = recipe.schedule
     warmup = s.warmup.to_steps(steps, tokens_per_step, steps_per_epoch)
     return LearningRate(s.type, recipe.optimizer.learning_rate, warmup, steps, s.final)
 
 
-def load_weights(comm: Communicator, recipe: Recipe, config: Mapping[str, Any], spec: ModelSpec, store: ShardStore) -> bool:
+def load_weights(
+    comm: Communicator, recipe: Recipe, config: Mapping[str, Any], spec: ModelSpec, store: ShardStore
+) -> bool:
     """Fill the shards from the model's folder, or at random; True if rank 0 alone had the folder. Collective."""
     folder = recipe.model.path
 

@@ -44,9 +44,13 @@ from mlx_empire.report.run import RunReport
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mlx_empire.train", description="Train a model by a recipe.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_empire.train", description="Train a model by a recipe."
+    )
     parser.add_argument("recipe", type=Path, help="the YAML recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as memory.zero_stage=2 run.steps=5")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as memory.zero_stage=2 run.steps=5"
+    )
     parser.add_argument("--hosts", type=Path, help="the hostfile, where mpirun's own cannot be found")
     options = parser.parse_args(arguments)
     with guard(None):
@@ -173,7 +177,9 @@ def total_steps(recipe: Recipe, splits: Splits) -> int:
 def refuse_finished(folder: Path) -> None:
     """UserError where a finished run lies: its weights are not ours to replace."""
     if (folder / "COMPLETE").exists():
-        raise UserError(f"run.dir: {folder} holds a finished run; choose another run.dir or remove that folder")
+        raise UserError(
+            f"run.dir: {folder} holds a finished run; choose another run.dir or remove that folder"
+        )
 
 
 def write_plan(recipe: Recipe, plan: RunPlan, nodes: Sequence[Node], spec: ModelSpec, splits: Splits) -> None:
@@ -190,7 +196,9 @@ def write_plan(recipe: Recipe, plan: RunPlan, nodes: Sequence[Node], spec: Model
             "peak_bytes": ledger.peak,
             "limit_bytes": limit,
         }
-        for node, share, ledger, limit in zip(nodes, plan.shards.shares, plan.ledgers, plan.limits, strict=True)
+        for node, share, ledger, limit in zip(
+            nodes, plan.shards.shares, plan.ledgers, plan.limits, strict=True
+        )
     ]
     summary = {
         "parameters": spec.parameters,

@@ -24,7 +24,8 @@ def chunk_ranges(rows: int, width: int, tokens: int) -> list[tuple[int, int]]:
 def summed_loss(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:
     """sum(cross entropy x mask) / total; logits (rows, positions, vocabulary) are taken to fp32 first."""
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
-    return (losses * mask).sum() / total
+    total_loss: mx.array = (losses * mask).sum() / total
+    return total_loss
 
 
 def head_loss(
@@ -37,7 +38,7 @@ def head_loss(
 ) -> mx.array:
     """The loss alone, for evaluation: `batch` is (inputs, targets, mask), each (rows, width). Evaluates by chunk."""
     loss = mx.array(0.0)
-    for a, b in chunk_ranges(*hidden.shape[:2], tokens):
+    for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
         inputs, targets, mask = (x[:, a:b] for x in batch)
         loss = loss + summed_loss(head(root, hidden[:, a:b], inputs), targets, mask, total)
         mx.eval(loss)
@@ -66,7 +67,7 @@ def head_gradients(
         return summed_loss(head(arrays, part, inputs), targets, mask, total)
 
     loss_and_gradients = mx.value_and_grad(chunk, argnums=(0, 1))
-    ranges = chunk_ranges(*hidden.shape[:2], tokens)
+    ranges = chunk_ranges(hidden.shape[0], hidden.shape[1], tokens)
     loss: mx.array | None = None
     sums: list[mx.array] = []
     parts: list[mx.array] = []

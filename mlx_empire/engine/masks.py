@@ -22,6 +22,24 @@ def mask_position(layer: nn.Module) -> int | None:
     return names.index("mask") if "mask" in names else None
 
 
+def given_mask(layer: nn.Module, arguments: LayerArguments) -> Any:
+    """The mask that the model gave a layer; None if it gave none or the layer takes none."""
+    position = mask_position(layer)
+    if position is not None and position < len(arguments.positional):
+        return arguments.positional[position]
+    return arguments.keywords.get("mask")
+
+
+def separable(layer: nn.Module, arguments: LayerArguments, width: int) -> bool:
+    """Whether a layer's mask is one over pairs of positions, so that documents can be kept apart by it."""
+    mask = given_mask(layer, arguments)
+    if (
+        mask_position(layer) is None or mask is None
+    ):  # a state-space layer takes a mask of another kind, or none
+        return False
+    return isinstance(mask, str) or tuple(mask.shape[-2:]) == (width, width)
+
+
 def same_document(documents: mx.array) -> mx.array:
     """(rows, width) document ids -> (rows, 1, width, width) booleans: query and key are of one document."""
     return documents[:, None, :, None] == documents[:, None, None, :]
@@ -38,7 +56,9 @@ def combine(mask: Any, same: mx.array) -> mx.array:
     return mx.where(same, mask, mx.array(-mx.inf, mask.dtype))
 
 
-def separate(arguments: list[LayerArguments], layers: list[nn.Module], documents: mx.array) -> list[LayerArguments]:
+def separate(
+    arguments: list[LayerArguments], layers: list[nn.Module], documents: mx.array
+) -> list[LayerArguments]:
     """The layers' arguments with each mask combined with `documents` (rows, width); equal masks stay one array."""
     same = same_document(documents)
     made: dict[Any, mx.array] = {}
@@ -46,14 +66,12 @@ def separate(arguments: list[LayerArguments], layers: list[nn.Module], documents
     for layer, given in zip(layers, arguments, strict=True):
         position = mask_position(layer)
         assert position is not None, "checked before training"
-        named = "mask" in given.keywords
-        inside = position < len(given.positional)
-        mask = given.keywords["mask"] if named else given.positional[position] if inside else None
+        mask = given_mask(layer, given)
         key = mask if isinstance(mask, str) else id(mask)
         if key not in made:
             made[key] = combine(mask, same)
             mx.eval(made[key])
-        if inside and not named:
+        if position < len(given.positional):
             positional = (*given.positional[:position], made[key], *given.positional[position + 1 :])
             result.append(LayerArguments(positional, given.keywords))
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_empire.engine.masks import mask_position
+from mlx_empire.engine.masks import separable
 from mlx_empire.engine.slots import Deck, LayerArguments
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
@@ -29,6 +29,7 @@ class RootUse:
     head: tuple[int, ...]
     embed: tuple[int, ...]
     absolute_positions: bool
+    separable: bool
 
 
 def probe_root(deck: Deck, store: ShardStore, vocabulary: int) -> RootUse:
@@ -61,14 +62,15 @@ def probe_root(deck: Deck, store: ShardStore, vocabulary: int) -> RootUse:
     repeated = deck.embed(mx.zeros((1, WIDTH), mx.int32))
     absolute = not bool(mx.array_equal(repeated[:, 0], repeated[:, -1]).item())
     store.release(0)
-    return RootUse(tuple(head), tuple(embed), absolute)
+    apart = all(separable(layer, given, WIDTH) for layer, given in zip(deck.layers, arguments, strict=True))
+    return RootUse(tuple(head), tuple(embed), absolute, apart)
 
 
 def check_packing(deck: Deck, use: RootUse) -> None:
     """UserError where packed documents could not be kept apart."""
     if use.absolute_positions:
         raise UserError(f"data.packing: true: {deck.name} has absolute positions; set data.packing: false")
-    if any(mask_position(layer) is None for layer in deck.layers):
+    if not use.separable:
         raise UserError(f"data.packing: true: {deck.name} has layers without a mask; set data.packing: false")
 
 
@@ -80,7 +82,11 @@ def _same(first: Iterable[LayerArguments], second: Iterable[LayerArguments]) -> 
 def _equal(first: Any, second: Any) -> bool:
     if isinstance(first, mx.array) or isinstance(second, mx.array):
         both = isinstance(first, mx.array) and isinstance(second, mx.array)
-        return both and first.shape == second.shape and bool(mx.array_equal(first, second, equal_nan=True).item())
+        return (
+            both
+            and first.shape == second.shape
+            and bool(mx.array_equal(first, second, equal_nan=True).item())
+        )
     if isinstance(first, tuple | list):
         return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
     if isinstance(first, dict):

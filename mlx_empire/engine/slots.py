@@ -72,7 +72,9 @@ class Deck:
         last = index == len(self.layers) - 1
         if self._mode == "capture":
             if index != len(self._noted):
-                raise UserError(f"{self.name}: layers are not visited once each, in order; it cannot be streamed")
+                raise UserError(
+                    f"{self.name}: layers are not visited once each, in order; it cannot be streamed"
+                )
             if index == 0:
                 self._hidden = x
             self._noted.append(arguments)
@@ -107,7 +109,9 @@ class Deck:
         logits = self._run("head", tokens)
         self._hidden = None
         if not isinstance(logits, mx.array):
-            raise UserError(f"{self.name}: its call returns {type(logits).__name__}, not logits; cannot be streamed")
+            raise UserError(
+                f"{self.name}: its call returns {type(logits).__name__}, not logits; cannot be streamed"
+            )
         return logits
 
     def embed(self, tokens: mx.array) -> mx.array:

@@ -92,7 +92,7 @@ class StreamedStep:
         self._backward(running, sums)
         self._embed(running, head_sums, sums)
         self._store.release(0)
-        return [float(r.loss.item()) for r in flat if r.loss is not None]
+        return [_number(r.loss) for r in flat if r.loss is not None]
 
     def losses(self, batches: Sequence[MicroBatch], total_tokens: int) -> list[float]:
         """Forward only, for evaluation: the loss of each micro-batch, divided by `total_tokens`."""
@@ -104,7 +104,7 @@ class StreamedStep:
         losses = [head_loss(self._call_head, heads, r.hidden, r.batch, total, self._tokens) for r in running]
         self._store.release(len(self._deck.layers))
         self._store.release(0)
-        return [float(loss.item()) for loss in losses]
+        return [_number(loss) for loss in losses]
 
     # ---- 1. capture
 
@@ -118,7 +118,9 @@ class StreamedStep:
                 inputs, targets, mask = (mx.array(x) for x in (micro.inputs, micro.targets, micro.mask))
                 hidden, arguments = self._captured(inputs, micro)
                 mx.eval(inputs, targets, mask, hidden)
-                one.append(_Running((inputs, targets, mask), arguments, hidden, [None] * len(self._deck.layers)))
+                one.append(
+                    _Running((inputs, targets, mask), arguments, hidden, [None] * len(self._deck.layers))
+                )
         return running
 
     def _captured(self, inputs: mx.array, micro: MicroBatch) -> tuple[mx.array, list[LayerArguments]]:
@@ -225,7 +227,9 @@ class StreamedStep:
             surrogate = (hidden * mx.stop_gradient(cotangent)).sum()
             return (surrogate, loss, *gradients)
 
-        outputs, (tail_gradients, cotangent) = mx.value_and_grad(through_tail, argnums=(0, 1))(weights, r.hidden)
+        outputs, (tail_gradients, cotangent) = mx.value_and_grad(through_tail, argnums=(0, 1))(
+            weights, r.hidden
+        )
         for i, arrays in zip(tail, weights, strict=True):
             self._store.rebind(i + 1, arrays)
         _, r.loss, *gradients = outputs
@@ -301,6 +305,12 @@ class StreamedStep:
         by_position.clear()
         mx.eval(cell.arrays)
         return cell
+
+
+def _number(scalar: mx.array) -> float:
+    value = scalar.item()
+    assert isinstance(value, float)
+    return value
 
 
 def in_rounds(micro_batches: Sequence[MicroBatch], members: Sequence[range]) -> Iterator[list[MicroBatch]]:

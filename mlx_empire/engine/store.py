@@ -103,7 +103,9 @@ class ShardStore:
     def _cut(self, segment: Segment, buffer: mx.array, first_row: int) -> Iterator[LiveChunk]:
         for chunk in segment.chunks(*self.plan.state_interval(segment, self._comm.rank)):
             a = chunk.start_row - first_row
-            weights = buffer[a : a + chunk.rows]  # a view; the buffer goes once all its chunks have been updated
+            weights = buffer[
+                a : a + chunk.rows
+            ]  # a view; the buffer goes once all its chunks have been updated
             mx.eval(weights)
             yield LiveChunk(chunk, weights)
 

@@ -90,7 +90,9 @@ class Trainer:
         self._sums.finish()
         loss = self._in_order(losses)
         if not math.isfinite(loss):
-            where = [r for r, own in enumerate(self._comm.gather_json(all(map(math.isfinite, losses)))) if not own]
+            where = [
+                r for r, own in enumerate(self._comm.gather_json(all(map(math.isfinite, losses)))) if not own
+            ]
             raise NumericsError(f"the loss is {loss}; ranks {where} computed it; no weight was changed")
         return loss
 

@@ -71,7 +71,11 @@ def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
             twin[key] = min(value, AT_MOST[key])
         elif isinstance(value, list) and layers and len(value) == layers:
             twin[key] = value[:MOST_LAYERS]
-        elif key == "rope_scaling" and isinstance(value, Mapping) and any(isinstance(v, list) for v in value.values()):
+        elif (
+            key == "rope_scaling"
+            and isinstance(value, Mapping)
+            and any(isinstance(v, list) for v in value.values())
+        ):
             twin[key] = None  # factors per rotary dimension: the twin has fewer dimensions
         else:
             twin[key] = value
@@ -96,9 +100,9 @@ def verify_twin(config: Mapping[str, Any], name: str) -> None:
     worst, where = abs(loss - streamed_loss) / max(abs(loss), 1e-9), "the loss"
     for path, expected in gradients.items():
         scale = max(float(np.abs(expected).max()), 1e-6)
-        error = float(np.abs(streamed[path] - expected.reshape(-1)).max()) / scale
-        if not error <= worst:
-            worst, where = error, path
+        difference = float(np.abs(streamed[path] - expected.reshape(-1)).max()) / scale
+        if not difference <= worst:
+            worst, where = difference, path
     if not worst <= TOLERANCE:
         raise UserError(
             f"{name}: streamed and whole-model gradients differ at {where} by {worst:.1e} (relative); "
@@ -119,7 +123,8 @@ def _whole(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, np.nda
 
     def mean_loss(module: nn.Module) -> mx.array:
         losses = nn.losses.cross_entropy(module(inputs).astype(mx.float32), targets)
-        return (losses * mask).sum() / mask.sum()
+        mean: mx.array = (losses * mask).sum() / mask.sum()
+        return mean
 
     loss, gradients = nn.value_and_grad(model, mean_loss)(model)
     mx.eval(loss, gradients)

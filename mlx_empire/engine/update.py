@@ -37,7 +37,8 @@ class Updater:
         self._clip_norm = clip_norm
         self._layout = NormLayout.of(store.plan)
         self._ids = {
-            name: decays(name, placement.tensor.shape) for name, (_, _, placement) in store.plan.tensors.items()
+            name: decays(name, placement.tensor.shape)
+            for name, (_, _, placement) in store.plan.tensors.items()
         }
 
     def init_states(self) -> None:

@@ -116,9 +116,12 @@ class AdamW:
         return self._step[1][decay]
 
     def _compile(self, weights: mx.array, state: State, gradient: mx.array) -> None:
-        """Have the kernels of this kind of chunk built, one process at a time, on one row and on two."""
+        """Have the kernels of this kind of chunk built, one process at a time.
+
+        A single row has kernels of its own; tensors with codes are too large to be one, but for a cut's rest.
+        """
         with compiling_alone():
-            for rows in (1, 2):
+            for rows in (2,) if "m_codes" in state else (1, 2):
                 tiny = {name: mx.zeros((rows, a.shape[1]), a.dtype) for name, a in state.items()}
                 w, g = (mx.zeros((rows, BLOCK), a.dtype) for a in (weights, gradient))
                 mx.eval(self.update(w, tiny, g, ChunkId(0, 0, True), StepScalars(1, 0.0)))

@@ -6,10 +6,10 @@ Steps count from 1. With W warmup steps and T steps in all, let P = max(W, 1) be
 - without warmup, step 1 has the whole base rate;
 - from step P on, progress p = (s - P) / (T + 1 - P): 0 at the peak, 1 at step T + 1, the first that is not
   taken. So step T gets a little more than the final rate and no step is spent at rate zero;
-- constant: base; linear: base * (1 - (1 - final) p); cosine: base * (final + (1 - final) (1 + cos(pi p))
-  / 2).
+- constant: base; linear: base * (1 - (1 - final) p);
+  cosine: base * (final + (1 - final) (1 + cos(pi p)) / 2).
 
-Steps after T get the final rate (of a constant schedule: base).
+Steps after T get the final rate (of a constant schedule: base). A warmup longer than the run ends with it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from typing import Literal
 class LearningRate:
     """A schedule as a function: `LearningRate("cosine", 1e-5, 30, 1000)(step)`.
 
-    `base` > 0; `warmup_steps` from 0 to `total_steps`; `final`: the fraction of `base` left at the end, 0
-    to 1.
+    `base` > 0; `warmup_steps` and `total_steps` >= 0; `final`: the fraction of `base` that is left, 0 to 1.
     """
 
     type: Literal["constant", "cosine", "linear"]
@@ -35,7 +34,8 @@ class LearningRate:
 
     def __post_init__(self) -> None:
         assert self.type in ("constant", "cosine", "linear")
-        assert 0 <= self.warmup_steps <= self.total_steps
+        assert self.warmup_steps >= 0
+        assert self.total_steps >= 0
         assert 0 <= self.final <= 1
 
     def __call__(self, step: int) -> float:
@@ -44,7 +44,7 @@ class LearningRate:
         if step < self.warmup_steps:
             return self.base * step / self.warmup_steps
         peak = max(self.warmup_steps, 1)
-        progress = min((step - peak) / (self.total_steps + 1 - peak), 1.0)
+        progress = min((step - peak) / (max(self.total_steps, peak) + 1 - peak), 1.0)
         if self.type == "constant":
             return self.base
         if self.type == "linear":

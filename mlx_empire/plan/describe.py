@@ -43,9 +43,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
     """Build mlx-lm's model from its configuration; its arrays are lazy and hold no memory until evaluated."""
     if "model_file" in config:
-        raise UserError(f"{name}: config.json asks to run model_file={config['model_file']!r}; code is never run")
+        raise UserError(
+            f"{name}: config.json asks to run model_file={config['model_file']!r}; code is never run"
+        )
     if config.get("quantization") or _packed(config.get("quantization_config")):
-        raise UserError(f"{name}: its weights are quantised; full fine-tuning needs a bfloat16 or float32 folder")
+        raise UserError(
+            f"{name}: its weights are quantised; full fine-tuning needs a bfloat16 or float32 folder"
+        )
     try:
         model_class, args_class = _get_classes(dict(config))
         model = model_class(args_class.from_dict(dict(config)))
@@ -59,7 +63,9 @@ def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
 
 def _packed(quantization: object) -> bool:
     """Whether weights stay packed; mlx-lm takes published fp8 checkpoints back to bfloat16 while loading."""
-    return bool(quantization) and not (isinstance(quantization, Mapping) and quantization.get("quant_method") == "fp8")
+    return bool(quantization) and not (
+        isinstance(quantization, Mapping) and quantization.get("quant_method") == "fp8"
+    )
 
 
 def find_layers(model: nn.Module, name: str) -> tuple[nn.Module, str, str]:

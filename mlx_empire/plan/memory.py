@@ -28,7 +28,9 @@ ATTENTION_WIDE = 4.5  # latent attention, attention sinks, soft-capped scores: m
 KEPT_FRACTION = 0.55
 LOGITS_COPIES = 3.0  # fp32 arrays of a chunk's logits alive in cross entropy's gradient
 UPDATE_COPIES = 12  # fp32 arrays of one optimizer chunk
-BASE = 48 << 20  # interpreter-independent MLX buffers that are no tensor: rotary tables, scalars, compiled code
+BASE = (
+    48 << 20
+)  # interpreter-independent MLX buffers that are no tensor: rotary tables, scalars, compiled code
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,9 @@ def attention_bytes(spec: ModelSpec, work: Workload) -> int:
     """Fitted bytes of attention scores in one layer's vjp: quadratic in the width (CPU, or any array mask)."""
     text = spec.text_config
     heads = int(text.get("num_attention_heads") or text.get("n_head") or 0)
-    wide = any(
-        k in text for k in ("kv_lora_rank", "attn_logit_softcapping")
-    ) or spec.family.startswith("gpt_oss")
+    wide = any(k in text for k in ("kv_lora_rank", "attn_logit_softcapping")) or spec.family.startswith(
+        "gpt_oss"
+    )
     factor = ATTENTION_WIDE if wide else ATTENTION
     return int(factor * heads * work.micro_size * work.width**2 * ITEM_BYTES[spec.dtype])
 

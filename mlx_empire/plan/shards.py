@@ -152,7 +152,9 @@ def make_plan(units: Sequence[UnitSpec], shares: Sequence[float], zero_stage: in
     """Lay out every unit and cut it by `shares` (any non-negative weights, one per rank; they are normalised)."""
     total = float(sum(shares))
     if not shares or min(shares) < 0 or total <= 0:
-        raise UserError(f"memory.shares: {list(shares)}: needs one non-negative weight per rank, not all zero")
+        raise UserError(
+            f"memory.shares: {list(shares)}: needs one non-negative weight per rank, not all zero"
+        )
     if zero_stage not in (0, 1, 2, 3):
         raise UserError(f"memory.zero_stage: {zero_stage}: must be 0, 1, 2, 3 or auto")
     normal = tuple(s / total for s in shares)

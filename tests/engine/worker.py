@@ -49,7 +49,10 @@ def run_case(case: Case, comm: Communicator, compare: bool) -> dict[str, Any]:
             batches = batches_of(case, step)
             before = comm.traffic.snapshot()
             result = trainer.train_step(
-                own_batches(trainer, batches, comm.rank), counted_tokens(batches), step + 1, case.learning_rate
+                own_batches(trainer, batches, comm.rank),
+                counted_tokens(batches),
+                step + 1,
+                case.learning_rate,
             )
             moved = comm.traffic.since(before)
             found["losses"].append(result.loss)
@@ -60,14 +63,13 @@ def run_case(case: Case, comm: Communicator, compare: bool) -> dict[str, Any]:
     return found
 
 
-def against_reference(
-    case: Case, size: int, loss: float, gradients: dict[str, np.ndarray]
-) -> dict[str, Any]:
+def against_reference(case: Case, size: int, loss: float, gradients: dict[str, np.ndarray]) -> dict[str, Any]:
     """Largest relative error per tensor, and the names of tensors that are not equal bit for bit."""
     expected_loss, expected = reference_gradients(case, size)
     assert gradients.keys() == expected.keys()
     errors = {
-        name: float(np.abs(gradients[name] - g).max() / (np.abs(g).max() + 1e-12)) for name, g in expected.items()
+        name: float(np.abs(gradients[name] - g).max() / (np.abs(g).max() + 1e-12))
+        for name, g in expected.items()
     }
     unequal = [name for name, g in expected.items() if not np.array_equal(gradients[name], g)]
     return {

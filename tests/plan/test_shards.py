@@ -105,7 +105,9 @@ def test_a_layer_of_scout_does_not_overflow():
     plan = make_plan([UnitSpec("layer", (experts,))], [0.42, 0.2, 0.19, 0.19], 3)
     (segment,) = plan.units[0].segments
     assert segment.edges[-1] == experts.size
-    assert sum(c.rows for r in range(4) for c in segment.chunks(*segment.interval(r))) == experts.size // BLOCK
+    assert (
+        sum(c.rows for r in range(4) for c in segment.chunks(*segment.interval(r))) == experts.size // BLOCK
+    )
 
 
 @pytest.mark.parametrize("weights", [[], [-1.0, 2.0], [0.0, 0.0]])

@@ -1,0 +1,105 @@
+"""Decides what `metrics.jsonl` holds: one strict JSON object a line, one line a step or evaluation.
+
+A crash can cut the last line short; whoever opens the file next drops such a line. Values that JSON has no
+word for (NaN, infinities) become null.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+FILE_NAME = "metrics.jsonl"
+
+# What every record of a step says. Lists are indexed by rank; bytes_sent and bytes_received are of this step
+# alone, peak_bytes counts since the run's start.
+STEP_FIELDS = (
+    "step",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+    "step_seconds",
+    "comm_wait_seconds",
+    "peak_bytes",
+    "predicted_peak_bytes",
+    "bytes_sent",
+    "bytes_received",
+)
+EVALUATION_FIELDS = ("step", "eval_loss")
+
+
+class MetricsWriter:
+    """Appends records to `run_dir/metrics.jsonl` (mode 0600); a record survives our end once `write` returns.
+
+    `after_step`: the step from which a resumed run goes on; records of later steps are dropped, because the
+    run repeats them. None keeps everything.
+    """
+
+    def __init__(self, run_dir: Path, after_step: int | None = None) -> None:
+        self.path = Path(run_dir) / FILE_NAME
+        if self.path.exists():
+            _tidy(self.path, after_step)
+        self._file = open(self.path, "ab", buffering=0, opener=_private)  # noqa: SIM115
+        os.fchmod(self._file.fileno(), 0o600)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record: of an evaluation if it has `eval_loss`, else of a step; it may have more names."""
+        required = EVALUATION_FIELDS if "eval_loss" in record else STEP_FIELDS
+        missing = [name for name in required if name not in record]
+        assert not missing, f"a metrics record without {', '.join(missing)}"
+        line = json.dumps({name: _strict(value) for name, value in record.items()}, allow_nan=False)
+        self._file.write(line.encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file; `write` must not be called again."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All records of a run in the order they were written; a last line cut short is left out."""
+    lines = (Path(run_dir) / FILE_NAME).read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _strict(value: Any) -> Any:
+    """The value in JSON's terms: arrays and their scalars as plain numbers, None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): _strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # numpy's and MLX's arrays and scalars
+        return _strict(value.tolist())
+    return value
+
+
+def _tidy(path: Path, after_step: int | None) -> None:
+    """Drop a last line cut short and records later than `after_step`, by replacing the file at once."""
+    before = path.read_bytes()
+    lines = before.split(b"\n")[:-1]
+    if after_step is not None:
+        lines = [line for line in lines if json.loads(line)["step"] <= after_step]
+    after = b"".join(line + b"\n" for line in lines)
+    if after == before:
+        return
+    draft = path.with_suffix(".tmp")
+    with open(draft, "wb", opener=_private) as file:
+        file.write(after)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)

@@ -1,0 +1,60 @@
+"""Decides what a run shows in TensorBoard: what `metrics.jsonl` has, under train/, eval/ and rank-N/."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from mlx_empire.errors import UserError
+
+FOLDER = "tensorboard"
+
+
+class TensorBoardWriter:
+    """Writes event files to `run_dir/tensorboard` (mode 0700) by way of the optional package tensorboardX."""
+
+    def __init__(self, run_dir: Path) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "TensorBoard was asked for, and tensorboardX is missing: pip install tensorboardX"
+            ) from error
+        folder = Path(run_dir) / FOLDER
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        self._writer = SummaryWriter(str(folder))
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """The figures of one step; lists, which are indexed by rank, go to one curve a rank."""
+        self._write("train", record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """The figures of one evaluation: `eval_loss` becomes `eval/loss`."""
+        self._write("eval", {name.removeprefix("eval_"): value for name, value in record.items()})
+
+    def _write(self, group: str, record: Mapping[str, Any]) -> None:
+        step = int(record["step"])
+        for name, value in record.items():
+            if name == "step":
+                continue
+            if isinstance(value, list | tuple):
+                for rank, item in enumerate(value):
+                    self._scalar(f"rank-{rank}/{name}", item, step)
+            else:
+                self._scalar(f"{group}/{name}", value, step)
+        self._writer.flush()
+
+    def _scalar(self, tag: str, value: Any, step: int) -> None:
+        if isinstance(value, int | float) and math.isfinite(value):
+            self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,73 @@
+"""Decides how numbers look to a person: bytes in GiB, durations, counts, and bars of a fixed width."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+GIB = 2**30
+MIB = 2**20
+
+# Where a bar of memory changes colour: (up to this part of the limit, colour).
+LEVELS = ((0.80, "green"), (0.95, "yellow"), (math.inf, "red"))
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One rank's line in the display; rows are indexed by rank.
+
+    `share` is the part of the model it holds (0 to 1); both byte counts are of this rank alone.
+    """
+
+    name: str
+    role: str
+    share: float
+    predicted_peak_bytes: int
+    limit_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan's peak stays under the limit."""
+        return self.predicted_peak_bytes <= self.limit_bytes
+
+
+def amount(count: float) -> str:
+    """Bytes with three digits that matter: 7.45 GiB, 512 MiB."""
+    if count < GIB:
+        return f"{count / MIB:.0f} MiB"
+    value = count / GIB
+    return f"{value:.2f} GiB" if value < 10 else f"{value:.1f} GiB" if value < 100 else f"{value:.0f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 45 s, 3 min 20 s, 5 h 07 min or 12 d 3 h; '?' where it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def number(value: float | None, form: str) -> str:
+    """A figure of a record by a format specification; 'nan' for what is missing or not finite."""
+    return format(value, form) if value is not None and math.isfinite(value) else "nan"
+
+
+def fraction(part: float, whole: float) -> float:
+    """part / whole; infinite where nothing is allowed, so that it shows as too much."""
+    return part / whole if whole > 0 else math.inf
+
+
+def level(part: float) -> str:
+    """The colour of a fraction of a limit."""
+    return next(colour for bound, colour in LEVELS if part < bound or bound == math.inf)
+
+
+def bar(part: float, width: int, blocks: Sequence[str]) -> str:
+    """A bar of `width` characters; `blocks` are the characters for a full and an empty cell."""
+    full = round(width * min(max(part, 0.0), 1.0))
+    return blocks[0] * full + blocks[1] * (width - full)

@@ -1,0 +1,138 @@
+"""Models that cannot be streamed are refused with their name; packing is refused where documents would mix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from support.stepping import Case, trainer_of
+from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
+
+from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.probe import check_packing, probe_root
+from mlx_empire.engine.slots import Deck
+from mlx_empire.engine.step import StreamedStep
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.engine.twin import twin_config, verify_twin
+from mlx_empire.errors import UserError
+from mlx_empire.plan import catalog
+from mlx_empire.plan.describe import describe
+from mlx_empire.plan.shards import make_plan
+
+SIZE, VOCABULARY = 16, 32
+
+
+class Layer(nn.Module):
+    """A layer that takes whatever else the model hands it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SIZE, SIZE)
+
+    def __call__(self, x: mx.array, extra: Any = None) -> Any:
+        return x + self.linear(x)
+
+
+class Model(nn.Module):
+    """A decoder whose way of calling its layers is chosen by `kind`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embed_tokens = nn.Embedding(VOCABULARY, SIZE)
+        self.layers = [Layer() for _ in range(3)]
+        self.lm_head = nn.Linear(SIZE, VOCABULARY, bias=False)
+
+    def __call__(self, tokens: mx.array) -> Any:
+        h = self.embed_tokens(tokens)
+        first = h
+        for i, layer in enumerate(self.layers):
+            if self.kind == "shares hidden states":
+                first, h = (h if i == 0 else first), layer(h, first if i else None)
+            elif self.kind == "gives layers the tokens":
+                h = layer(h, self.embed_tokens(tokens))
+            elif self.kind == "visits a layer twice":
+                h = layer(layer(h))
+            elif self.kind != "skips a layer" or i != 1:
+                h = layer(h)
+        if self.kind == "shares hidden states":
+            h = self.layers[0](h, h)
+        return self.lm_head(h)
+
+
+def probe(model: nn.Module) -> Any:
+    """What the trainer asks of a model before training."""
+    spec = describe(model, {"model_type": "invented", "vocab_size": VOCABULARY}, "invented", "float32")
+    weights = dict(nn.utils.tree_flatten(model.parameters()))
+    with CommThread() as thread:
+        store = ShardStore(make_plan(spec.units, [1.0], 3), model, SoloCommunicator("here"), thread)
+        for index, unit in enumerate(spec.units):
+            store.load(index, ((t, weights[t.name]) for t in unit.tensors))
+        return probe_root(Deck(model, "invented"), store, VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    "kind", ["shares hidden states", "gives layers the tokens", "visits a layer twice", "skips a layer"]
+)
+def test_layers_tied_by_more_than_the_hidden_state_are_refused(kind):
+    with pytest.raises(UserError, match="invented") as error:
+        probe(Model(kind))
+    assert "\n" not in str(error.value)
+
+
+def test_a_plain_model_is_taken_and_its_root_understood():
+    use = probe(Model("plain"))
+    assert (use.embed, use.head, use.absolute_positions) == ((0,), (1,), False)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mamba2"])
+def test_packing_is_refused_without_relative_positions_or_masks(family):
+    with CommThread() as thread, pytest.raises(UserError, match=r"set data\.packing: false"):
+        trainer_of(Case(family, packed=True), SoloCommunicator("here"), thread)
+
+
+@pytest.mark.parametrize("family", [f for f in (*FAMILIES, *OTHER_FAMILIES) if f not in ("gpt2", "mamba2")])
+def test_packing_is_allowed_elsewhere(family):
+    with CommThread() as thread:
+        trainer = trainer_of(Case(family), SoloCommunicator("here"), thread)
+        check_packing(trainer._deck, probe_root(trainer._deck, trainer.store, 256))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
+def test_the_twin_of_every_family_is_streamed_exactly(family):
+    verify_twin(tiny_config(family), family)
+
+
+@pytest.mark.parametrize("name", ["llama-4-scout-109b", "deepseek-v3-671b", "gemma-2-27b", "mixtral-8x22b"])
+def test_the_twin_of_a_published_model_is_small_and_streamed_exactly(name):
+    config, _ = catalog.load(name)
+    mx.reset_peak_memory()
+    verify_twin(config, name)
+    assert mx.get_peak_memory() < 1 << 28
+
+
+def test_the_twin_keeps_the_pattern_of_layers():
+    config, _ = catalog.load("llama-4-maverick-400b")
+    small = twin_config(config)["text_config"]
+    assert small["interleave_moe_layer_step"] == config["text_config"]["interleave_moe_layer_step"]
+    assert small["num_hidden_layers"] == 12
+
+
+def test_a_wrong_step_is_found_by_the_twin(monkeypatch):
+    right = StreamedStep._layer_gradients
+
+    def wrong(self: Any, index: int, *rest: Any) -> None:
+        right(self, index, *rest)
+        rest[0].hidden = rest[0].hidden * 1.01  # a cotangent that is one per cent off
+
+    monkeypatch.setattr(StreamedStep, "_layer_gradients", wrong)
+    with pytest.raises(UserError, match="would be trained wrongly"):
+        verify_twin(tiny_config("llama"), "llama")
+
+
+def test_what_mlx_cannot_run_here_is_refused_by_name():
+    with pytest.raises(UserError, match="bitnet"):
+        verify_twin(tiny_config("llama") | {"model_type": "bitnet"}, "bitnet")

@@ -1,0 +1,125 @@
+"""The optimizer once more, in plain numpy: the textbook's AdamW in float64, exact masters, the 8-bit codec.
+
+Written from the published formulas for readers and tests, not for speed. Blocks are rows of 64 elements.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+TINY = 2.0**-100
+OCTAVE = 1 << 23
+
+
+# ---- AdamW (Loshchilov and Hutter, 2019, algorithm 2), float64
+
+
+def adamw(w, m, v, g, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    """One step in float64; returns w, m, v."""
+    b1, b2 = betas
+    w, m, v, g = (np.asarray(x, np.float64) for x in (w, m, v, g))
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * g * g
+    direction = m / (1 - b1**step) / (np.sqrt(v / (1 - b2**step)) + eps)
+    return w * (1 - lr * weight_decay) - lr * direction, m, v
+
+
+# ---- exact masters
+
+
+def split(master):
+    """float32 -> (bits of the bfloat16 weight as uint16, remainder int16)."""
+    b = np.asarray(master, np.float32).view(np.uint32).astype(np.uint64)
+    upper = ((b + 0x8000) % 2**32) >> 16
+    remainder = (b.astype(np.int64) - (upper << 16).astype(np.int64) + 2**31) % 2**32 - 2**31
+    return upper.astype(np.uint16), remainder.astype(np.int16)
+
+
+def join(upper, remainder):
+    """The inverse of `split`."""
+    b = (upper.astype(np.int64) << 16) + remainder.astype(np.int64)
+    return (b % 2**32).astype(np.uint32).view(np.float32)
+
+
+def bf16_copy(master):
+    """The bfloat16 neighbour of float32 weights (nearest, ties away from zero), as float32."""
+    return (split(master)[0].astype(np.uint32) << 16).view(np.float32)
+
+
+# ---- noise
+
+
+def mix(x):
+    """Wellons' 32-bit mixer on uint64 arrays that hold 32-bit words."""
+    x = np.asarray(x, np.uint64)
+    x = (x ^ x >> np.uint64(16)) * np.uint64(0x7FEB352D) & np.uint64(0xFFFFFFFF)
+    x = (x ^ x >> np.uint64(15)) * np.uint64(0x846CA68B) & np.uint64(0xFFFFFFFF)
+    return x ^ x >> np.uint64(16)
+
+
+def noise(rows, tensor, first_row, step, salt=0):
+    """(rows, 64) float64 in [0, 1): the draw of every element, a multiple of 2^-24."""
+    golden, mask = 0x9E3779B9, 0xFFFFFFFF
+    state = 0
+    for word in (salt & mask, salt >> 32 & mask, tensor & mask, step & mask, step >> 32 & mask):
+        state = int(mix((state + golden) & mask)) ^ word
+    first = int(mix(state))
+    second = int(mix((first + golden) & mask))
+    row = np.arange(first_row, first_row + rows, dtype=np.uint64)[:, None]
+    column = np.arange(64, dtype=np.uint64)[None]
+    key = mix(mix(row ^ np.uint64(first)) ^ np.uint64(second))
+    return (mix((key + column * np.uint64(golden)) & np.uint64(mask)) >> np.uint64(8)) / 2.0**24
+
+
+# ---- first moment: signed square root, nearest
+
+
+def bf16_up(x):
+    """Positive float32 rounded up to the next bfloat16, as float32."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0xFFFF)) >> np.uint32(16) << np.uint32(16)).view(np.float32)
+
+
+def encode_first(m):
+    """(codes int8, scale float32 (rows, 1))."""
+    peak = np.abs(m).max(axis=1, keepdims=True)
+    scale = np.where(peak < TINY, np.float32(0), bf16_up(peak))
+    share = np.abs(m.astype(np.float64)) / np.where(scale == 0, np.inf, scale.astype(np.float64))
+    return (np.sign(m) * np.floor(127 * np.sqrt(share) + 0.5)).astype(np.int8), scale
+
+
+def decode_first(codes, scale):
+    q = codes.astype(np.float64)
+    return q * np.abs(q) / 127**2 * scale
+
+
+# ---- second moment: logarithmic, stochastic
+
+
+def second_grid(v):
+    """(floor bits int64, step in bits int64), both (rows, 1)."""
+    bits = v.astype(np.float32).view(np.int32).astype(np.int64)
+    big = v >= TINY
+    highest = np.minimum(bits.max(axis=1, keepdims=True), (120 + 127) << 23)
+    lowest = np.where(big, bits, 2**40).min(axis=1, keepdims=True)
+    lowest = np.minimum(np.maximum(lowest, highest - 32 * OCTAVE), highest)
+    floor = lowest >> 16 << 16
+    octaves = (highest - floor).astype(np.float32) * np.float32(1.002 / 254 / OCTAVE)
+    step = np.maximum(octaves, np.float32(2.0**-13)).astype(np.float16)
+    return floor, (step.astype(np.float64) * OCTAVE).astype(np.int64)
+
+
+def encode_second(v, u):
+    """(codes uint8, floor bits, step in bits, p): p is the chance of rounding up, compared with `u`."""
+    floor, step = second_grid(v)
+    bits = v.astype(np.float32).view(np.int32).astype(np.int64)
+    k = np.clip((bits - floor) // step, 0, 253)
+    a = (floor + k * step).astype(np.int32).view(np.float32).astype(np.float64)
+    b = (floor + (k + 1) * step).astype(np.int32).view(np.float32).astype(np.float64)
+    p = (v.astype(np.float64) - a) / (b - a)
+    return np.where(v >= TINY, k + (u < p) + 1, 0).astype(np.uint8), floor, step, p
+
+
+def decode_second(codes, floor, step):
+    bits = floor + (codes.astype(np.int64) - 1) * step
+    return np.where(codes > 0, bits.astype(np.int32).view(np.float32), np.float32(0))

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_empire import assemble
-from mlx_empire.checkpoint.export import FolderWriter
+from mlx_empire.checkpoint.export import FolderWriter, refuse_foreign
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
@@ -69,6 +69,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
     with together(comm):
         if comm.rank == 0:
             refuse_finished(recipe.run.dir)
+            refuse_foreign(recipe.run.dir / "final")
 
     # ---------------------------------------------------------------- what is trained, on what
     config = assemble.share_config(comm, recipe)
@@ -84,6 +85,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
     plan = resolve(recipe, spec, nodes, state_bytes)
     with together(comm):
         require_fit(plan, nodes)
+    started_over = (recipe.run.dir / "metrics.jsonl").exists()
     if comm.rank == 0:
         write_plan(recipe, plan, nodes, spec, splits)
 
@@ -103,6 +105,8 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
         with RunReport(comm, recipe, spec, plan, nodes, total_steps(recipe, splits)) as report:
             for line in splits.report:
                 report.message(line)
+            if started_over and recipe.run.resume == "auto":
+                report.message("an unfinished run lay here; it kept no checkpoint, so training starts at step 1")
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             train(comm, recipe, plan, trainer, splits, report)

@@ -17,9 +17,8 @@ from mlx_empire.optim.decay import decays
 from mlx_empire.optim.norm import NormLayout, NormPartials, block_sums, clip_scale
 from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars
 from mlx_empire.plan.model import BLOCK
-from mlx_empire.plan.shards import Segment
+from mlx_empire.plan.shards import CHUNK_ELEMENTS, Segment
 
-CHUNKS_AT_ONCE = 4  # small chunks share one evaluation; bounds the temporaries at four large ones
 
 
 class Updater:
@@ -80,7 +79,8 @@ class Updater:
     ) -> None:
         """Update the chunks of one segment from its gradient `total` (rows, 64) over this rank's state interval."""
         first = self._store.plan.state_interval(segment, self._comm.rank)[0] // BLOCK
-        waiting: list[LiveChunk] = []
+        waiting: list[LiveChunk] = []  # small chunks share one evaluation of at most two full chunks' size
+        elements = 0
         for chunk in chunks:
             a = chunk.spec.start_row - first
             gradient = total[a : a + chunk.spec.rows]
@@ -89,9 +89,10 @@ class Updater:
                 chunk.weights, chunk.state, gradient, identity, scalars
             )
             waiting.append(chunk)
-            if len(waiting) == CHUNKS_AT_ONCE:
+            elements += chunk.spec.rows * BLOCK
+            if elements >= CHUNK_ELEMENTS:
                 mx.eval([(c.weights, c.state) for c in waiting])
-                waiting = []
+                waiting, elements = [], 0
         mx.eval([(c.weights, c.state) for c in waiting])
 
     def _norm(self) -> float:

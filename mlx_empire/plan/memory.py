@@ -27,10 +27,9 @@ ATTENTION_WIDE = 4.5  # latent attention, attention sinks, soft-capped scores: m
 # One un-recomputed layer keeps its forward's intermediates; a vjp holds about twice that.
 KEPT_FRACTION = 0.55
 LOGITS_COPIES = 3.0  # fp32 arrays of a chunk's logits alive in cross entropy's gradient
-UPDATE_COPIES = 12  # fp32 arrays of one optimizer chunk
-BASE = (
-    48 << 20
-)  # interpreter-independent MLX buffers that are no tensor: rotary tables, scalars, compiled code
+# Measured temporaries of one optimizer call, bytes per element: plain fp32, exact master, 8-bit states.
+UPDATE_PLAIN, UPDATE_EXACT, UPDATE_CODES = 12, 20, 82
+BASE = 2 << 20  # MLX buffers that are no tensor: rotary tables, scalars, masks
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,10 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
     hidden = hidden_bytes(spec, work)
     cut = len(layers) - work.tail
     sharded = plan.zero_stage == 3
+    states = _states(plan, rank, state_bytes)
     resident = {
         "weights": _over_segments(plan, rank, lambda s, n: n * s.itemsize, weights=True),
-        **_states(plan, rank, state_bytes),
+        **states,
         "gradients": _over_segments(plan, rank, lambda s, n: n * gradient_item * (s.kind != "frozen")),
         "gathered root": root.gathered_bytes if sharded else 0,
         "layer inputs": micro_batches * (cut + 2) * hidden,
@@ -79,7 +79,6 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
     recompute = max(recompute_bytes(u, spec, work) for u in spec_layers)
     attention = attention_bytes(spec, work)
     several = 4 if work.layout.micro_batches > work.layout.cells else item
-    in_flight = 2 * widest if plan.world_size > 1 or sharded else widest
     staging = max((_staging(u, rank, work.bucket_bytes) for u in plan.units), default=0)
     kept = int(KEPT_FRACTION * work.tail * (recompute + attention))
     tail_units = sum(u.gathered_bytes for u in layers[cut:]) if sharded else 0
@@ -97,18 +96,18 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
             "gathered units": 2 * largest,
             "root gradients": sums,
             "unit gradient sums": widest * several // item,
-            "contributions in flight": in_flight,
+            "contributions in flight": widest,
             "exchange buffers": staging,
             "one layer's recompute": recompute,
             "attention": attention,
         },
         "embed": {
             "root gradients": sums + 2 * root_gradient,
-            "contributions in flight": in_flight,
+            "contributions in flight": widest,
             "exchange buffers": staging,
         },
         "update": {
-            "optimizer chunk": UPDATE_COPIES * 4 * CHUNK_ELEMENTS,
+            "optimizer chunk": _update_bytes(plan, rank, states),
             "gathered units": 0 if sharded else 2 * max(u.gathered_bytes for u in plan.units),
         },
     }
@@ -178,6 +177,15 @@ def _over_segments(
             a, b = interval(segment, rank)
             total += size(segment, b - a)
     return total
+
+
+def _update_bytes(plan: ShardPlan, rank: int, states: Mapping[str, int]) -> int:
+    """Temporaries of one evaluation of the optimizer: up to two chunks, or the rank's largest interval."""
+    intervals = [plan.state_interval(s, rank) for u in plan.units for s in u.segments]
+    elements = min(2 * CHUNK_ELEMENTS, max(b - a for a, b in intervals))
+    codes = any("codes" in name for name in states)
+    exact = "optimizer remainder" in states
+    return elements * (UPDATE_CODES if codes else UPDATE_EXACT if exact else UPDATE_PLAIN)
 
 
 def _states(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> dict[str, int]:

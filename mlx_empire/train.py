@@ -106,7 +106,9 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             for line in splits.report:
                 report.message(line)
             if started_over and recipe.run.resume == "auto":
-                report.message("an unfinished run lay here; it kept no checkpoint, so training starts at step 1")
+                report.message(
+                    "an unfinished run lay here; it kept no checkpoint, so training starts at step 1"
+                )
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             train(comm, recipe, plan, trainer, splits, report)

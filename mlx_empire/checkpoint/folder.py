@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 32 << 20  # some 200,000 tensors
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
+Stored = Mapping[
+    str, tuple[str, Sequence[int]]
+]  # name -> (dtype code, shape), as `ModelFolder.stored` gives it
 Build = Callable[[], nn.Module]  # builds mlx-lm's model lazily; called anew whenever a pristine one is needed
 
 
@@ -53,12 +56,9 @@ class ModelFolder:
             raise UserError(f"{self.path}: mlx cannot read tensor {min(absent)!a}; fetch the model again")
         return arrays
 
-    def stand_ins(self) -> dict[str, mx.array]:
-        """Lazy zeros with the names, shapes and (floating) dtypes of all tensors; no file is opened."""
-        return {
-            name: mx.zeros(info.shape, getattr(mx, DTYPES[info.code]) if info.code in DTYPES else mx.uint8)
-            for name, info in self.tensors.items()
-        }
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype code, shape) of every tensor: all that `settle` needs, and fit for JSON."""
+        return {name: (info.code, info.shape) for name, info in self.tensors.items()}
 
 
 def has_weights(path: Path) -> bool:
@@ -134,14 +134,22 @@ def sanitize(model: nn.Module, weights: dict[str, mx.array], where: Path | str) 
         ) from None
 
 
-def settle(model: nn.Module, folder: ModelFolder) -> nn.Module:
+def stand_ins(stored: Stored) -> dict[str, mx.array]:
+    """Lazy zeros with the names, shapes and (floating) dtypes of tensors; no file is opened."""
+    return {
+        name: mx.zeros(tuple(shape), getattr(mx, DTYPES[code]) if code in DTYPES else mx.uint8)
+        for name, (code, shape) in stored.items()
+    }
+
+
+def settle(model: nn.Module, stored: Stored, where: Path | str) -> nn.Module:
     """Let the model that will be described and trained see a folder's tensor names; returns it.
 
     A few families (gemma3) tie their head only when `sanitize` finds none among the weights, and can do so
-    once: the sources and the writer take the plain `build`. Works on names and shapes alone, so it costs
-    nothing.
+    once: the sources and the writer take the plain `build`. Works on names and shapes alone and on lazy zeros,
+    so it costs nothing and opens no file.
     """
-    sanitize(model, folder.stand_ins(), folder.path)
+    sanitize(model, stand_ins(stored), where)
     return model
 
 

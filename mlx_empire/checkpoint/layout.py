@@ -24,7 +24,7 @@ from operator import itemgetter
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_empire.checkpoint.folder import Build, ModelFolder, sanitize
+from mlx_empire.checkpoint.folder import Build, ModelFolder, sanitize, stand_ins
 from mlx_empire.errors import UserError
 from mlx_empire.plan.model import ModelSpec, TensorSpec
 
@@ -94,9 +94,9 @@ def choose_layout(spec: ModelSpec, build: Build, folder: ModelFolder | None) -> 
     own = tuple(tuple(_same(t) for t in unit.tensors) for unit in spec.units)
     towers = tower_names(folder) if folder else ()
     for carried in dict.fromkeys((towers, ())):
-        stand_ins = {n: a for n, a in folder.stand_ins().items() if n in carried} if folder else {}
+        others = {n: info for n, info in folder.stored().items() if n in carried} if folder else {}
         for units in (inverse, own):
-            if reads_back(spec, build, units, stand_ins):
+            if reads_back(spec, build, units, stand_ins(others)):
                 kind = HUGGING_FACE if units is inverse and _is_huggingface(spec, inverse, folder) else MLX_LM
                 return Layout(kind, units, carried, tuple(_notes(spec, kind, units, carried, folder)))
     raise UserError(

@@ -20,7 +20,6 @@ from mlx_empire.plan.model import BLOCK
 from mlx_empire.plan.shards import CHUNK_ELEMENTS, Segment
 
 
-
 class Updater:
     """Applies finished gradient totals to this rank's shards."""
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
@@ -24,6 +25,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.share import shared_splits
 from mlx_empire.data.splits import Splits, load_splits
 from mlx_empire.engine.store import ShardStore
+from mlx_empire.errors import UserError
 from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan import catalog
 from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
@@ -81,7 +83,18 @@ def build(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) -> tupl
         if stored is not None:
             settle(model, stored, folder)
         spec = describe(model, config, str(folder), compute_dtype(config, recipe.model.dtype))
+        refuse_impossible(spec)
     return model, spec
+
+
+def refuse_impossible(spec: ModelSpec) -> None:
+    """UserError for stacked experts in bfloat16 on a CPU, which MLX cannot multiply there."""
+    stacked = any(len(t.shape) == 3 and t.dtype == "bfloat16" for u in spec.units for t in u.tensors)
+    if stacked and mx.default_device().type == mx.DeviceType.cpu:
+        raise UserError(
+            f"model.dtype: bfloat16: MLX on a CPU multiplies the experts of {spec.family} in float32 only; "
+            "set model.dtype: float32, or train on a GPU"
+        )
 
 
 def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
@@ -100,7 +113,8 @@ def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
             vocab_size=int(spec.text_config["vocab_size"]),
         )
 
-    return shared_splits(comm, load, available=data.path.exists() and folder.is_dir())
+    tokenizer = data.format == "tokens" or folder.is_dir()
+    return shared_splits(comm, load, available=data.path.exists() and tokenizer)
 
 
 def learning_rate_of(

@@ -9,6 +9,15 @@ class EmpireError(ValueError):
     """Base of every error whose message is meant for the user: one line naming key, value, host and remedy."""
 
     exit_code = 70
+    shared = (
+        False  # True: every rank raises it by itself, so one of them says it and nobody has to be stopped
+    )
+
+
+def on_all_ranks(error: "EmpireError") -> "EmpireError":
+    """Mark an error that every rank finds at the same place from the same numbers."""
+    error.shared = True
+    return error
 
 
 class UserError(EmpireError):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
@@ -31,7 +31,7 @@ from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.engine.twin import verify_twin
-from mlx_empire.errors import UserError
+from mlx_empire.errors import UserError, on_all_ranks
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.adamw import make_optimizer
 from mlx_empire.plan.describe import build_model
@@ -42,20 +42,26 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.run import RunReport
 
 
+class UserArguments(argparse.ArgumentParser):
+    """Wrong usage is bad input like any other: one line, exit code 64, said once."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        raise on_all_ranks(UserError(f"{message}; see {self.prog} --help"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_empire.train", description="Train a model by a recipe."
-    )
+    parser = UserArguments(prog="python -m mlx_empire.train", description="Train a model by a recipe.")
     parser.add_argument("recipe", type=Path, help="the YAML recipe")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as memory.zero_stage=2 run.steps=5"
     )
     parser.add_argument("--hosts", type=Path, help="the hostfile, where mpirun's own cannot be found")
-    options = parser.parse_args(arguments)
     with guard(None):
         comm = connect()
     with guard(comm):
+        options = parser.parse_args(arguments)
         run(comm, options.recipe, options.overrides, options.hosts)
     return 0
 
@@ -78,16 +84,13 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
 
     # ---------------------------------------------------------------- the plan, before anything is allocated
     optimizer = make_optimizer(recipe.optimizer)
-
-    def state_bytes(elements: int, dtype: str, quantised: bool) -> dict[str, int]:
-        return optimizer.state_bytes(elements, dtype, quantised=quantised)
-
-    plan = resolve(recipe, spec, nodes, state_bytes)
     with together(comm):
+        refuse_idle_keys(recipe, splits)
+        plan = resolve(recipe, spec, nodes, optimizer.state_bytes)
         require_fit(plan, nodes)
-    started_over = (recipe.run.dir / "metrics.jsonl").exists()
-    if comm.rank == 0:
-        write_plan(recipe, plan, nodes, spec, splits)
+        started_over = (recipe.run.dir / "metrics.jsonl").exists()
+        if comm.rank == 0:
+            write_plan(recipe, plan, nodes, spec, splits)
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     with together(comm):
@@ -95,7 +98,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             verify_twin(config, str(recipe.model.path))
 
     # ---------------------------------------------------------------- the weights
-    mx.reset_peak_memory()
+    limit_memory(plan, comm.rank)
     with CommThread() as thread:
         trainer = Trainer(
             model, spec, plan.shards, plan.work, comm, thread, optimizer, recipe.optimizer.clip_norm
@@ -180,6 +183,23 @@ def total_steps(recipe: Recipe, splits: Splits) -> int:
     return recipe.run.steps.to_steps(None, *pace(recipe, splits.train))
 
 
+def refuse_idle_keys(recipe: Recipe, splits: Splits) -> None:
+    """UserError for an evaluation that was asked for and could never happen."""
+    if recipe.run.eval_every is not None and splits.valid is None:
+        raise UserError(
+            f"run.eval_every: {recipe.run.eval_every}: there is no validation data; add a valid.jsonl to data.path "
+            "or set data.validation_split"
+        )
+
+
+def limit_memory(plan: RunPlan, rank: int) -> None:
+    """Hold MLX to the node's limit: freed buffers are kept for reuse only in what the plan leaves over."""
+    limit, peak = plan.limits[rank], plan.ledgers[rank].peak
+    mx.set_memory_limit(limit)
+    mx.set_cache_limit(max(limit - peak, 1 << 28))
+    mx.reset_peak_memory()
+
+
 def refuse_finished(folder: Path) -> None:
     """UserError where a finished run lies: its weights are not ours to replace."""
     if (folder / "COMPLETE").exists():
@@ -191,9 +211,12 @@ def refuse_finished(folder: Path) -> None:
 def write_plan(recipe: Recipe, plan: RunPlan, nodes: Sequence[Node], spec: ModelSpec, splits: Splits) -> None:
     """`recipe.yaml` (resolved) and `plan.json` in the run's folder."""
     folder = recipe.run.dir
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for stale in ("metrics.jsonl", "plan.json", "recipe.yaml"):  # of an earlier run that did not finish
-        (folder / stale).unlink(missing_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for stale in ("metrics.jsonl", "plan.json", "recipe.yaml"):  # of an earlier run that did not finish
+            (folder / stale).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir: {folder}: {error.strerror}; choose a folder that can be written") from None
     entries = [
         {
             "node": asdict(node),

@@ -5,33 +5,27 @@ Either way tensors pass one at a time, so no rank holds more than its shard plus
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
-import mlx.core as mx
 import numpy as np
 
+from mlx_empire.checkpoint.source import WeightSource
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.hostview import DTYPES, host_view
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.plan.model import ModelSpec, TensorSpec
+from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import Placement, Segment
 
 
-class Source(Protocol):
-    """Where weights come from: the tensors of a unit, in the plan's order, one at a time."""
-
-    def unit(self, index: int) -> Iterator[tuple[TensorSpec, mx.array]]:
-        """The tensors of unit `index`, evaluated."""
-
-
-def fill_from_own(store: ShardStore, source: Source) -> None:
+def fill_from_own(store: ShardStore, source: WeightSource) -> None:
     """Each rank reads what it keeps from its own source."""
     for unit in store.plan.units:
         store.load(unit.index, source.unit(unit.index))
 
 
-def fill_from_root(store: ShardStore, spec: ModelSpec, source: Source | None, comm: Communicator) -> None:
+def fill_from_root(
+    store: ShardStore, spec: ModelSpec, source: WeightSource | None, comm: Communicator
+) -> None:
     """Rank 0 reads; every tensor is scattered to its owners, and gathered where weights stay whole. Collective."""
     assert (source is not None) == (comm.rank == 0), "rank 0 alone has a source"
     for unit in store.plan.units:

@@ -28,7 +28,7 @@ class AgreedExit(SystemExit):
 def guard(comm: Communicator | None) -> Iterator[None]:
     """Around everything a rank does: an exception is printed with rank and host and ends all ranks.
 
-    EmpireError: one line and its exit code. Anything else: the traceback and 70; Ctrl-C: 143. A plain
+    EmpireError: one line and its exit code; one that all ranks share is said by rank 0, and nobody is stopped. Anything else: the traceback and 70; Ctrl-C: 143. A plain
     sys.exit on one rank would leave the others waiting, so it ends them too, with its code (70 for 0: the
     work is not done). comm: None before there is one; then this process leaves alone.
     """
@@ -37,6 +37,10 @@ def guard(comm: Communicator | None) -> Iterator[None]:
     except AgreedExit:
         raise
     except EmpireError as error:
+        if error.shared and comm is not None:
+            if comm.rank == 0:
+                print(f"mlx_empire: {error}", file=sys.stderr, flush=True)
+            raise AgreedExit(error.exit_code) from None
         _end(comm, f"mlx_empire: {_place(comm)}{error}", error.exit_code)
     except KeyboardInterrupt:
         _end(comm, f"mlx_empire: {_place(comm)}stopped by the keyboard", STOPPED)

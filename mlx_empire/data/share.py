@@ -14,7 +14,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.rows import Table
 from mlx_empire.data.splits import Splits
-from mlx_empire.errors import UserError
+from mlx_empire.errors import UserError, on_all_ranks
 
 
 def shared_splits(comm: Communicator, load: Callable[[], Splits], available: bool) -> Splits:
@@ -30,8 +30,10 @@ def shared_splits(comm: Communicator, load: Callable[[], Splits], available: boo
     digests = comm.gather_json(splits.digest)
     if len(set(digests)) > 1:
         odd = [comm.hostnames[r] for r, digest in enumerate(digests) if digest != digests[0]]
-        raise UserError(
-            f"data.path: {', '.join(odd)} and {comm.hostnames[0]} have different data; copy it anew"
+        raise on_all_ranks(
+            UserError(
+                f"data.path: {', '.join(odd)} and {comm.hostnames[0]} have different data; copy it anew"
+            )
         )
     return splits
 

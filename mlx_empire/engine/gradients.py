@@ -86,7 +86,7 @@ class GradientStore:
         self.totals = {}
 
     def _reduce(self, index: int, round_index: int, cell: CellSum | None) -> None:
-        while len(self._in_flight) > 1:
+        while self._in_flight:
             self._settle_oldest()
         totals = self._totals(index)
         last = round_index == self._layout.rounds - 1
@@ -141,7 +141,7 @@ class GradientStore:
         parts: list[list[tuple[int, np.ndarray]]] = [[] for _ in segments]
         if cell is not None:
             rounded, cell.arrays = self._rounded(index, cell), []
-            mx.eval(rounded)
-            for (s, placement), array in zip(self._store.trainable(index), rounded, strict=True):
-                parts[s].append((placement.start, host_view(mx.contiguous(array))))
+            for s, placement in self._store.trainable(index):
+                contiguous = mx.contiguous(rounded.pop(0))  # one at a time: vjp gives transposed gradients
+                parts[s].append((placement.start, host_view(contiguous)))
         return list(parts)

@@ -56,24 +56,15 @@ def combine(mask: Any, same: mx.array) -> mx.array:
     return mx.where(same, mask, mx.array(-mx.inf, mask.dtype))
 
 
-def separate(
-    arguments: list[LayerArguments], layers: list[nn.Module], documents: mx.array
-) -> list[LayerArguments]:
-    """The layers' arguments with each mask combined with `documents` (rows, width); equal masks stay one array."""
-    same = same_document(documents)
-    made: dict[Any, mx.array] = {}
-    result = []
-    for layer, given in zip(layers, arguments, strict=True):
-        position = mask_position(layer)
-        assert position is not None, "checked before training"
-        mask = given_mask(layer, given)
-        key = mask if isinstance(mask, str) else id(mask)
-        if key not in made:
-            made[key] = combine(mask, same)
-            mx.eval(made[key])
-        if position < len(given.positional):
-            positional = (*given.positional[:position], made[key], *given.positional[position + 1 :])
-            result.append(LayerArguments(positional, given.keywords))
-        else:
-            result.append(LayerArguments(given.positional, {**given.keywords, "mask": made[key]}))
-    return result
+def separate(layer: nn.Module, given: LayerArguments, documents: mx.array) -> LayerArguments:
+    """A layer's arguments with the mask combined with `documents` (rows, width).
+
+    Made anew for each call of a layer: a mask of width x width booleans is cheap to compute and dear to keep.
+    """
+    position = mask_position(layer)
+    assert position is not None, "checked before training"
+    mask = combine(given_mask(layer, given), same_document(documents))
+    if position < len(given.positional):
+        positional = (*given.positional[:position], mask, *given.positional[position + 1 :])
+        return LayerArguments(positional, given.keywords)
+    return LayerArguments(given.positional, {**given.keywords, "mask": mask})

@@ -56,16 +56,11 @@ class Deck:
         owner, key, _ = find_layers(model, name)
         self.model, self.name = model, name
         self.layers: list[nn.Module] = list(owner[key])
-        self._owner, self._key = owner, key
         owner[key] = [Slot(self, i, layer) for i, layer in enumerate(self.layers)]
         self._mode = "idle"
         self._noted: list[LayerArguments] = []
         self._hidden: mx.array | None = None
         self._noise: Sequence[float] | None = None
-
-    def restore(self) -> None:
-        """Put the real layers back; the model is again as it was built."""
-        self._owner[self._key] = self.layers
 
     def visit(self, index: int, x: mx.array, arguments: LayerArguments) -> mx.array:
         """What a slot does when the model calls it."""

@@ -40,6 +40,7 @@ class _Running:
 
     batch: tuple[mx.array, mx.array, mx.array]
     arguments: list[LayerArguments]
+    documents: mx.array | None
     hidden: mx.array
     inputs: list[mx.array | None]
     loss: mx.array | None = None
@@ -75,7 +76,6 @@ class StreamedStep:
         self._cut = len(deck.layers) - tail  # layers before it are recomputed
         self._tokens = chunk_tokens(vocabulary)
         self._head_tensors, self._embed_tensors = list(head_tensors), list(embed_tensors)
-        self._arguments: dict[tuple[int, ...], list[LayerArguments]] = {}
 
     def gradients(
         self, rounds: Sequence[Sequence[MicroBatch]], total_tokens: int, sums: GradientStore
@@ -112,25 +112,19 @@ class StreamedStep:
         self._store.gather(0)
         self._store.gather(1)
         self._store.bind(0)
+        shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
         running: Rounds = [[] for _ in rounds]
         for one, micro_batches in zip(running, rounds, strict=True):
             for micro in micro_batches:
                 inputs, targets, mask = (mx.array(x) for x in (micro.inputs, micro.targets, micro.mask))
-                hidden, arguments = self._captured(inputs, micro)
-                mx.eval(inputs, targets, mask, hidden)
-                one.append(
-                    _Running((inputs, targets, mask), arguments, hidden, [None] * len(self._deck.layers))
-                )
+                hidden, arguments = self._deck.capture(inputs)
+                # They depend on the shape alone (checked before training): micro-batches of one shape share them.
+                arguments = shapes.setdefault(tuple(inputs.shape), arguments)
+                documents = None if micro.documents is None else mx.array(micro.documents)
+                mx.eval(inputs, targets, mask, hidden, documents)
+                kept: list[mx.array | None] = [None] * len(self._deck.layers)
+                one.append(_Running((inputs, targets, mask), arguments, documents, hidden, kept))
         return running
-
-    def _captured(self, inputs: mx.array, micro: MicroBatch) -> tuple[mx.array, list[LayerArguments]]:
-        """Layer arguments depend on the shape alone (checked before training), so each shape's are kept."""
-        shape = tuple(inputs.shape)
-        hidden, arguments = self._deck.capture(inputs)
-        arguments = self._arguments.setdefault(shape, arguments)
-        if micro.documents is not None:
-            arguments = separate(arguments, self._deck.layers, mx.array(micro.documents))
-        return hidden, arguments
 
     # ---- 2. forward
 
@@ -141,7 +135,7 @@ class StreamedStep:
             if i + 1 < layers:
                 self._store.gather(i + 2)
             for r in running:
-                output = self._layer(i, r.hidden, r.arguments[i])
+                output = self._layer(i, r.hidden, r)
                 mx.eval(output)
                 if keep_inputs:
                     r.inputs[i] = r.hidden
@@ -149,8 +143,11 @@ class StreamedStep:
             if i + 1 < layers:  # the last layer stays: the backward begins with it
                 self._store.release(i + 1)
 
-    def _layer(self, index: int, hidden: mx.array, arguments: LayerArguments) -> mx.array:
-        output: Any = self._deck.layers[index](hidden, *arguments.positional, **arguments.keywords)
+    def _layer(self, index: int, hidden: mx.array, r: _Running) -> mx.array:
+        layer, given = self._deck.layers[index], r.arguments[index]
+        if r.documents is not None:
+            given = separate(layer, given, r.documents)
+        output: Any = layer(hidden, *given.positional, **given.keywords)
         if not isinstance(output, mx.array):
             raise UserError(
                 f"{self._deck.name}: layer {index} returns {type(output).__name__}, not one array; "
@@ -176,6 +173,8 @@ class StreamedStep:
         """Head and tail of every micro-batch; returns the head's sums by round, hands over the tail's."""
         layers = len(self._deck.layers)
         tail = list(range(self._cut, layers))
+        for i in tail:
+            self._store.gather(i + 1)
         weights = [self._store.bind(i + 1) for i in tail]
         heads = [self._root[i] for i in self._head_tensors]
         if self._cut > 0:
@@ -220,7 +219,7 @@ class StreamedStep:
         def through_tail(tensors: list[list[mx.array]], hidden: mx.array) -> tuple[mx.array, ...]:
             for i, arrays in zip(tail, tensors, strict=True):
                 self._store.rebind(i + 1, arrays)
-                hidden = self._layer(i, hidden, r.arguments[i])
+                hidden = self._layer(i, hidden, r)
             loss, gradients, cotangent = head_gradients(
                 self._call_head, heads, mx.stop_gradient(hidden), r.batch, total, self._tokens, eager=False
             )
@@ -257,7 +256,7 @@ class StreamedStep:
 
         def layer(*arrays: mx.array) -> mx.array:
             self._store.rebind(index + 1, arrays[:-1])
-            return self._layer(index, arrays[-1], r.arguments[index])
+            return self._layer(index, arrays[-1], r)
 
         _, gradients = mx.vjp(layer, [*weights, r.take_input(index)], [r.hidden])
         self._store.rebind(index + 1, weights)

@@ -58,7 +58,6 @@ class ShardStore:
         self._pending: dict[int, Future[None]] = {}
         self._bound: dict[int, list[mx.array]] = {}
         self._bindings = [[[_locate(model, p) for p in s.placements] for s in u.segments] for u in plan.units]
-        self.gathers = 0  # whole units asked for so far (stage 3) or refreshed (stages 1, 2)
         for unit in plan.units:
             self._unbind(unit)
 
@@ -125,7 +124,6 @@ class ShardStore:
     def _start_gather(self, index: int, kept: list[mx.array] | None = None) -> None:
         """Allocate and queue; of a `kept` whole unit the frozen segments are taken over as they are."""
         unit = self.plan.units[index]
-        self.gathers += 1
         buffers, jobs = [], []
         for s, segment in enumerate(unit.segments):
             if kept is not None and segment.kind == "frozen":

@@ -24,7 +24,7 @@ from mlx_empire.engine.slots import Deck
 from mlx_empire.engine.step import StreamedStep, in_rounds
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.update import Updater
-from mlx_empire.errors import NumericsError
+from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 from mlx_empire.optim.protocol import ShardOptimizer
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import ShardPlan
@@ -65,9 +65,12 @@ class Trainer:
     def prepare(self, *, packing: bool) -> None:
         """After the weights are in: probe the model (UserError if it cannot be streamed) and make the states."""
         vocabulary = int(self.spec.text_config["vocab_size"])
-        use = probe_root(self._deck, self.store, vocabulary)
-        if packing:
-            check_packing(self._deck, use)
+        try:
+            use = probe_root(self._deck, self.store, vocabulary)
+            if packing:
+                check_packing(self._deck, use)
+        except UserError as error:  # the same model on every rank, so the same verdict
+            raise on_all_ranks(error) from None
         self.streamed = StreamedStep(
             self._deck,
             self.store,
@@ -90,10 +93,11 @@ class Trainer:
         self._sums.finish()
         loss = self._in_order(losses)
         if not math.isfinite(loss):
-            where = [
-                r for r, own in enumerate(self._comm.gather_json(all(map(math.isfinite, losses)))) if not own
-            ]
-            raise NumericsError(f"the loss is {loss}; ranks {where} computed it; no weight was changed")
+            finite = self._comm.gather_json(all(map(math.isfinite, losses)))
+            where = ", ".join(f"{r} ({self._comm.hostnames[r]})" for r, own in enumerate(finite) if not own)
+            raise on_all_ranks(
+                NumericsError(f"the loss is {loss}, computed by rank {where}; no weight was changed")
+            )
         return loss
 
     def train_step(

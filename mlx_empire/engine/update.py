@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.store import LiveChunk, ShardStore
-from mlx_empire.errors import NumericsError
+from mlx_empire.errors import NumericsError, on_all_ranks
 from mlx_empire.optim.decay import decays
 from mlx_empire.optim.norm import NormLayout, NormPartials, block_sums, clip_scale
 from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars
@@ -34,7 +34,7 @@ class Updater:
         self._store, self._sums, self._optimizer, self._comm = store, sums, optimizer, comm
         self._clip_norm = clip_norm
         self._layout = NormLayout.of(store.plan)
-        self._ids = {
+        self._decays = {
             name: decays(name, placement.tensor.shape)
             for name, (_, _, placement) in store.plan.tensors.items()
         }
@@ -83,7 +83,7 @@ class Updater:
         for chunk in chunks:
             a = chunk.spec.start_row - first
             gradient = total[a : a + chunk.spec.rows]
-            identity = ChunkId(chunk.spec.tensor, chunk.spec.first_row, self._ids[chunk.spec.name])
+            identity = ChunkId(chunk.spec.tensor, chunk.spec.first_row, self._decays[chunk.spec.name])
             chunk.weights, chunk.state = self._optimizer.update(
                 chunk.weights, chunk.state, gradient, identity, scalars
             )
@@ -112,8 +112,10 @@ class Updater:
         norm = self._layout.combine(packed)
         if norm.bad_segments:
             names = [segments[i][0].name for i in norm.bad_segments]
-            raise NumericsError(
-                f"the gradient of {names[0]} is not finite ({len(names)} of {len(segments)} segments are not); "
-                "no weight was changed"
+            raise on_all_ranks(
+                NumericsError(
+                    f"the gradient of {names[0]} is not finite ({len(names)} of {len(segments)} segments are not); "
+                    "no weight was changed"
+                )
             )
         return norm.value

@@ -10,20 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.plan.shards import CHUNK_ELEMENTS, Segment, ShardPlan, Unit
 from mlx_empire.plan.traffic import staging_bytes
 from mlx_empire.plan.workload import Workload, chunk_tokens
 
-StateBytes = Callable[[int, str, bool], Mapping[str, int]]
-"""(elements, weight dtype, quantised) -> bytes of optimizer state by name."""
+
+class StateBytes(Protocol):
+    """The optimizer's answer: bytes of its state by name."""
+
+    def __call__(self, elements: int, weight_dtype: str, *, quantised: bool) -> Mapping[str, int]: ...
+
 
 # Fitted: peak of one layer's vjp = ACTIVATION x (sum of its matrices' inputs and outputs) x tokens
 #                                   + ATTENTION x heads x rows x width^2, both in the compute dtype.
 ACTIVATION = 2.6
 ATTENTION = 3.4
-ATTENTION_WIDE = 4.5  # latent attention, attention sinks, soft-capped scores: more copies of the scores
+ATTENTION_WIDE = 5.2  # latent attention, attention sinks, soft-capped scores: more copies of the scores
 # One un-recomputed layer keeps its forward's intermediates; a vjp holds about twice that.
 KEPT_FRACTION = 0.55
 LOGITS_COPIES = 3.0  # fp32 arrays of a chunk's logits alive in cross entropy's gradient
@@ -76,26 +81,30 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
     root_gradient = trainable_bytes(root)
     sums = root_gradient * (2 if item == 2 else 1) * work.layout.rounds
     spec_layers = spec.units[1:]
-    recompute = max(recompute_bytes(u, spec, work) for u in spec_layers)
+    activations = max(activation_bytes(u, spec, work) for u in spec_layers)
+    recompute = max(activations, max(trainable_bytes(u) for u in layers))
     attention = attention_bytes(spec, work)
-    several = 4 if work.layout.micro_batches > work.layout.cells else item
+    adds_up = work.layout.micro_batches > work.layout.cells  # a cell of one keeps its gradients as they are
+    unit_sums = 4 // item if adds_up else 1
     staging = max((_staging(u, rank, work.bucket_bytes) for u in plan.units), default=0)
-    kept = int(KEPT_FRACTION * work.tail * (recompute + attention))
+    kept = int(KEPT_FRACTION * work.tail * (activations + attention))
     tail_units = sum(u.gathered_bytes for u in layers[cut:]) if sharded else 0
-    logits = int(LOGITS_COPIES * 4 * min(chunk_tokens(_vocabulary(spec)), work.tokens) * _vocabulary(spec))
+    chunk = chunk_tokens(_vocabulary(spec))
+    logits = int(LOGITS_COPIES * 4 * min(chunk, work.tokens) * _vocabulary(spec))
     phases = {
         "forward": {"gathered units": 2 * largest, "one layer's forward": (recompute + attention) // 2},
         "head": {
             "gathered units": tail_units + 2 * largest,
-            "root gradients": sums + root_gradient,
+            "root gradients": sums + (root_gradient if adds_up or work.tokens > chunk else 0),
             "logits chunk": logits,
             "un-recomputed tail": kept,
-            "tail gradients": sum(trainable_bytes(u) for u in layers[cut:]) * (several + item) // item,
+            "tail totals before rounding": _late_rounding(plan, work, rank, cut),
+            "tail gradients": sum(trainable_bytes(u) for u in layers[cut:]) * (unit_sums + adds_up),
         },
         "backward": {
             "gathered units": 2 * largest,
             "root gradients": sums,
-            "unit gradient sums": widest * several // item,
+            "unit gradient sums": widest * unit_sums,
             "contributions in flight": widest,
             "exchange buffers": staging,
             "one layer's recompute": recompute,
@@ -128,12 +137,10 @@ def trainable_bytes(unit: Unit) -> int:
     return sum(s.size * s.itemsize for s in unit.segments if s.kind != "frozen")
 
 
-def recompute_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
-    """Fitted peak of one layer's vjp for one micro-batch, without attention scores, its gradient included."""
+def activation_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
+    """Fitted peak of one layer's vjp for one micro-batch, without attention scores and gradients."""
     widths = sum(activation_width(t, spec) for t in unit.tensors)
-    fitted = int(ACTIVATION * widths * work.tokens * ITEM_BYTES[spec.dtype])
-    gradient = sum(t.size * ITEM_BYTES[t.dtype] for t in unit.tensors if t.trainable)
-    return max(fitted, gradient)
+    return int(ACTIVATION * widths * work.tokens * ITEM_BYTES[spec.dtype])
 
 
 def activation_width(tensor: TensorSpec, spec: ModelSpec) -> int:
@@ -179,6 +186,15 @@ def _over_segments(
     return total
 
 
+def _late_rounding(plan: ShardPlan, work: Workload, rank: int, cut: int) -> int:
+    """Totals of the tail stay in fp32 until the last round: what that costs beyond bfloat16 ones."""
+    if work.gradient_dtype == "float32" or work.layout.rounds == 1:
+        return 0
+    segments = [s for u in plan.units[1 + cut :] for s in u.segments if s.kind != "frozen"]
+    intervals = [plan.state_interval(s, rank) for s in segments]
+    return sum(2 * (b - a) for a, b in intervals)
+
+
 def _update_bytes(plan: ShardPlan, rank: int, states: Mapping[str, int]) -> int:
     """Temporaries of one evaluation of the optimizer: up to two chunks, or the rank's largest interval."""
     intervals = [plan.state_interval(s, rank) for u in plan.units for s in u.segments]
@@ -195,6 +211,8 @@ def _states(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> dict[str, in
             if segment.kind == "frozen":
                 continue
             a, b = plan.state_interval(segment, rank)
-            for name, size in state_bytes(b - a, segment.dtype, segment.kind == "trainable").items():
+            for name, size in state_bytes(
+                b - a, segment.dtype, quantised=segment.kind == "trainable"
+            ).items():
                 named[f"optimizer {name}"] = named.get(f"optimizer {name}", 0) + size
     return named

@@ -45,7 +45,8 @@ def resolve(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], state_bytes:
     batch, memory = recipe.batch, recipe.memory
     layout = cell_layout(batch.global_size, batch.micro_size, batch.cells, len(nodes))
     layers = len(spec.units) - 1
-    tail = layers if memory.gradient_checkpointing is False else 0
+    # Longest first. All are tried: with many micro-batches a longer tail needs less, for it keeps no inputs.
+    tails = {True: [0], False: [layers], "auto": list(range(layers, -1, -1))}[memory.gradient_checkpointing]
     dtypes = ("float32", "bfloat16") if memory.gradient_dtype == "auto" else (memory.gradient_dtype,)
     if spec.dtype == "float32" and memory.gradient_dtype == "auto":
         dtypes = ("float32",)
@@ -56,17 +57,18 @@ def resolve(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], state_bytes:
             batch.micro_size,
             recipe.data.sequence_length,
             layout,
-            tail,
+            tails[-1],
             dtype,
             recipe.comm.route,
             recipe.comm.bucket_bytes,
         )
         plans = [_shared(recipe, spec, nodes, work, stage, state_bytes) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):
-            if plan.fits:
-                if memory.gradient_checkpointing == "auto":
-                    return _longest_tail(recipe, spec, nodes, plan, state_bytes)
-                return plan
+            stage = plan.shards.zero_stage
+            for tail in tails:
+                longer = _shared(recipe, spec, nodes, replace(work, tail=tail), stage, state_bytes)
+                if longer.fits:
+                    return longer
         tried += plans
     return min(tried, key=_excess)
 
@@ -82,9 +84,21 @@ def require_fit(plan: RunPlan, nodes: Sequence[Node]) -> None:
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest)
     raise DoesNotFitError(
         f"{nodes[worst].name} (rank {worst}) needs {need.peak / 2**30:.1f} GiB and may use "
-        f"{limit / 2**30:.1f} GiB at ZeRO stage {plan.shards.zero_stage} (largest: {parts}); try memory.zero_stage: 3, "
-        "memory.gradient_checkpointing: true, optimizer.state_bits: 8, a shorter data.sequence_length or another node"
+        f"{limit / 2**30:.1f} GiB at ZeRO stage {plan.shards.zero_stage} (largest: {parts}); {_remedies(plan)}"
     )
+
+
+def _remedies(plan: RunPlan) -> str:
+    """What could be changed, without what is so already."""
+    done = any("codes" in name for name in plan.ledgers[0].resident)
+    options = [
+        ("memory.zero_stage: 3", plan.shards.zero_stage < 3),
+        ("memory.gradient_checkpointing: true", plan.work.tail > 0),
+        ("optimizer.state_bits: 8", not done),
+        ("a shorter data.sequence_length", True),
+        ("another node", True),
+    ]
+    return "try " + ", ".join(text for text, open_to in options if open_to)
 
 
 def _shared(
@@ -101,35 +115,19 @@ def _shared(
     equal = make_plan(spec.units, [1.0] * len(nodes), stage)
     shards = equal
     if recipe.memory.shares != "equal":
-        fixed = [_fixed(ledger(spec, equal, work, r, state_bytes)) for r in ranks]
+        fixed = [_fixed(ledger(spec, equal, work, r, state_bytes), stage) for r in ranks]
         shards = make_plan(spec.units, solve_shares(recipe.memory.shares, limits, fixed), stage)
     return RunPlan(shards, work, tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks), limits)
 
 
-def _fixed(one: Ledger) -> int:
+def _fixed(one: Ledger, stage: int) -> int:
+    """What a rank needs whatever its share: below stage 3 that includes the whole weights."""
     sharded = sum(
         size
         for name, size in one.resident.items()
-        if name in ("weights", "gradients") or name.startswith("optimizer")
+        if name == "gradients" or name.startswith("optimizer") or (name == "weights" and stage == 3)
     )
     return one.peak - sharded
-
-
-def _longest_tail(
-    recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], plan: RunPlan, state_bytes: StateBytes
-) -> RunPlan:
-    """The largest k that fits, by bisection: memory grows with k."""
-    low, high = 0, len(spec.units) - 1
-    best = plan
-    while low < high:
-        middle = (low + high + 1) // 2
-        work = replace(plan.work, tail=middle)
-        candidate = _shared(recipe, spec, nodes, work, plan.shards.zero_stage, state_bytes)
-        if candidate.fits:
-            low, best = middle, candidate
-        else:
-            high = middle - 1
-    return best
 
 
 def _busiest_card(plan: RunPlan) -> int:

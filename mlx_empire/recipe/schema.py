@@ -220,7 +220,9 @@ class CommSection(Section):
         default=2**22, description="a whole number of bytes from 4096 to 1073741824"
     )
     deadline_seconds: Annotated[float, Field(gt=0, le=604800)] = Field(
-        default=600.0, description="a number of seconds above 0 and up to 604800"
+        default=1800.0,
+        description="a number of seconds above 0 and up to 604800: longer than a step's longest computation, in "
+        "which other ranks hear nothing",
     )
 
 

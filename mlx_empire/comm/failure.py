@@ -28,9 +28,10 @@ class AgreedExit(SystemExit):
 def guard(comm: Communicator | None) -> Iterator[None]:
     """Around everything a rank does: an exception is printed with rank and host and ends all ranks.
 
-    EmpireError: one line and its exit code; one that all ranks share is said by rank 0, and nobody is stopped. Anything else: the traceback and 70; Ctrl-C: 143. A plain
-    sys.exit on one rank would leave the others waiting, so it ends them too, with its code (70 for 0: the
-    work is not done). comm: None before there is one; then this process leaves alone.
+    EmpireError: one line and its exit code; one that all ranks share is said by rank 0, and nobody is
+    stopped. Anything else: the traceback and 70; Ctrl-C: 143. A plain sys.exit on one rank would leave the
+    others waiting, so it ends them too, with its code (70 for 0: the work is not done).
+    comm: None before there is one; then this process leaves alone.
     """
     try:
         yield

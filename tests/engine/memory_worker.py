@@ -72,9 +72,7 @@ def measure(case: Case, comm: Communicator) -> dict[str, int]:
         measured = mx.get_peak_memory() - left_over + comm.staging_bytes
         plan, spec, work = trainer.store.plan, trainer.spec, trainer.work
         optimizer = AdamW(state_bits=case.state_bits)
-        predicted = ledger(
-            spec, plan, work, comm.rank, lambda n, dtype, q: optimizer.state_bytes(n, dtype, quantised=q)
-        )
+        predicted = ledger(spec, plan, work, comm.rank, optimizer.state_bytes)
         vocabulary = int(spec.text_config["vocab_size"])
         chunk = min(chunk_tokens(vocabulary), work.tokens)
         states = sum(

@@ -174,5 +174,5 @@ def test_a_loss_that_is_not_finite_names_the_rank(comm, thread):
     trainer = trainer_of(case, comm, thread)
     (batch,) = batches_of(case)
     bad = MicroBatch(batch.inputs, batch.targets, np.full_like(batch.mask, np.inf), None, batch.rows_read)
-    with pytest.raises(NumericsError, match=r"ranks \[0\]"):
+    with pytest.raises(NumericsError, match="rank 0"):
         trainer.compute([bad], 10)

@@ -1,5 +1,7 @@
 """The ShardPlan by properties: every element has one owner, whatever the shares, ranks and tensors."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +18,12 @@ tensors = st.builds(
     st.sampled_from(["bfloat16", "float32"]),
     st.booleans(),
 )
-units = st.lists(
-    st.lists(tensors, max_size=6, unique_by=lambda t: t.name).map(tuple), min_size=1, max_size=3
-).map(lambda groups: [UnitSpec(f"u{i}", g) for i, g in enumerate(groups)])
+units = st.lists(st.lists(tensors, max_size=6, unique_by=lambda t: t.name), min_size=1, max_size=3).map(
+    lambda groups: [
+        UnitSpec(f"u{i}", tuple(replace(t, name=f"u{i}.{t.name}") for t in group))
+        for i, group in enumerate(groups)
+    ]
+)
 shares = st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=6).filter(any)
 
 

@@ -34,13 +34,15 @@ from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
 
 
-def share_recipe(comm: Communicator, path: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe that rank 0 reads, on every rank."""
+def share_recipe(
+    comm: Communicator, path: Path, overrides: Sequence[str], *, planned: bool = False
+) -> Recipe:
+    """The recipe that rank 0 reads, on every rank; `planned` lets pass what is not built yet."""
     text = None
     with together(comm):
         if comm.rank == 0:
-            text = dump_recipe(load_recipe(path, overrides))
-    return parse_recipe(comm.broadcast_json(text), str(path))
+            text = dump_recipe(load_recipe(path, overrides, planned=planned))
+    return parse_recipe(comm.broadcast_json(text), str(path), planned=planned)
 
 
 def share_nodes(comm: Communicator, recipe: Recipe, hosts: Path | None) -> list[Node]:

@@ -1,4 +1,5 @@
-"""Train a model: `python -m mlx_empire.train RECIPE [--hosts FILE] [key=value ...]`, alone or under mpirun.
+"""Train a model: `python -m mlx_empire.train RECIPE [--hosts FILE] [--dry-run] [key=value ...]`, alone or under
+mpirun.
 
 The run's story from top to bottom: what is asked for, where it runs, what is trained on what, the plan, the proof
 that the model can be streamed, the weights, the steps, the result. Every rank runs all of it; rank 0 also talks to
@@ -7,7 +8,6 @@ the user and writes the run's folder.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -15,11 +15,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble
+from mlx_empire import assemble, capacity
+from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.export import FolderWriter, refuse_foreign
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
@@ -31,7 +32,7 @@ from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.engine.twin import verify_twin
-from mlx_empire.errors import UserError, on_all_ranks
+from mlx_empire.errors import UserError
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.adamw import make_optimizer
 from mlx_empire.plan.describe import build_model
@@ -42,14 +43,6 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.run import RunReport
 
 
-class UserArguments(argparse.ArgumentParser):
-    """Wrong usage is bad input like any other: one line, exit code 64, said once."""
-
-    def error(self, message: str) -> NoReturn:
-        """Called by argparse."""
-        raise on_all_ranks(UserError(f"{message}; see {self.prog} --help"))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = UserArguments(prog="python -m mlx_empire.train", description="Train a model by a recipe.")
@@ -58,10 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="such as memory.zero_stage=2 run.steps=5"
     )
     parser.add_argument("--hosts", type=Path, help="the hostfile, where mpirun's own cannot be found")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what it will need (see mlx_empire.capacity)"
+    )
     with guard(None):
         comm = connect()
     with guard(comm):
-        options = parser.parse_args(arguments)
+        options = parser.parse_intermixed_args(arguments)
+        if options.dry_run:
+            wanted = capacity.Wanted(hosts=options.hosts)
+            return capacity.answer(comm, options.recipe, options.overrides, wanted)
         run(comm, options.recipe, options.overrides, options.hosts)
     return 0
 

@@ -54,6 +54,25 @@ def match_ranks(
     return nodes
 
 
+def planned_nodes(cluster: Cluster, own: Node) -> list[Node]:
+    """What each rank could use if the hostfile were run, without asking its machines: a node for each slot.
+
+    What the hostfile says of a machine counts; `own` (`measure_this_machine`) stands in where it is silent about
+    the one that this runs on. Raises UserError for any other machine whose memory it does not say.
+    """
+    names, measured = [], []
+    for host in cluster.nodes:
+        here = _is_loopback(host.name) or _normal(host.name) == _normal(own.name)
+        if host.memory_bytes is None and not here:
+            raise UserError(
+                f"{cluster.source}:{host.line}: {host.name}: its memory is not written here, and this machine cannot "
+                f"measure another; write {host.name} slots={host.slots} # memory=256GiB"
+            )
+        names += [host.name] * host.slots
+        measured += [own if here else Node(host.name, host.slots, None, 0, 0)] * host.slots
+    return match_ranks(cluster, names, measured)
+
+
 def _match_machines(cluster: Cluster | None, names: dict[str, str]) -> dict[str, Host]:
     """The host of each machine (by normalised name; `names` has the names as given)."""
     if cluster is None:

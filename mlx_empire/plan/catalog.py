@@ -30,3 +30,8 @@ def load(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"model.architecture: {name}: not in the catalog; {hint}")
     config = json.loads((files("mlx_empire.plan") / "architectures" / f"{name}.json").read_text("utf-8"))
     return config, config.pop("_facts", {})
+
+
+def nearest(name: str) -> str:
+    """The catalog name most like `name`, whatever that is."""
+    return difflib.get_close_matches(name, names(), 1, cutoff=0.0)[0]

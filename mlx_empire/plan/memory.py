@@ -1,19 +1,22 @@
 """The memory ledger: what a rank needs, by name, in bytes, and in which phase of a step it needs it.
 
-`resident` is there for the whole step; each phase (forward, head, backward, embed, update) adds what is alive in it
-alone. The peak is resident + the largest phase. Sizes of buffers are exact. What one layer's recomputation and
-attention need is *fitted*: peak bytes of a layer's vjp over six families on MLX 0.32 CPU, within about 10 % above
-512 positions; on Metal it is unmeasured.
+`resident` is there for the whole step; each phase (forward, head, backward, embed, finish, update) adds what is alive
+in it alone, at its worst moment. The peak is resident + the largest phase. Sizes of buffers follow from the plan and
+the engine's order of events and are exact; what layers need while they are differentiated is fitted (`activations`).
+`terms` says both of every name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
-from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
-from mlx_empire.plan.shards import CHUNK_ELEMENTS, Segment, ShardPlan, Unit
+from mlx_empire.plan.activations import forward_bytes, hidden_bytes, layer_costs, tail_costs
+from mlx_empire.plan.model import BLOCK, ITEM_BYTES, ModelSpec
+from mlx_empire.plan.roots import root_use
+from mlx_empire.plan.shards import CHUNK_ELEMENTS, Segment, ShardPlan, Unit, UnitSizes
 from mlx_empire.plan.traffic import staging_bytes
 from mlx_empire.plan.workload import Workload, chunk_tokens
 
@@ -24,17 +27,16 @@ class StateBytes(Protocol):
     def __call__(self, elements: int, weight_dtype: str, *, quantised: bool) -> Mapping[str, int]: ...
 
 
-# Fitted: peak of one layer's vjp = ACTIVATION x (sum of its matrices' inputs and outputs) x tokens
-#                                   + ATTENTION x heads x rows x width^2, both in the compute dtype.
-ACTIVATION = 2.6
-ATTENTION = 3.4
-ATTENTION_WIDE = 5.2  # latent attention, attention sinks, soft-capped scores: more copies of the scores
-# One un-recomputed layer keeps its forward's intermediates; a vjp holds about twice that.
-KEPT_FRACTION = 0.55
-LOGITS_COPIES = 3.0  # fp32 arrays of a chunk's logits alive in cross entropy's gradient
-# Measured temporaries of one optimizer call, bytes per element: plain fp32, exact master, 8-bit states.
-UPDATE_PLAIN, UPDATE_EXACT, UPDATE_CODES = 12, 20, 82
-BASE = 2 << 20  # MLX buffers that are no tensor: rotary tables, scalars, masks
+Items = dict[str, int]
+
+LOGITS_COPIES = 4.0  # fp32 arrays of a chunk's logits alive in cross entropy's gradient
+LOGITS_IN_TAIL = 1.5  # of them when the un-recomputed tail's backward begins
+SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
+# One optimizer call beside the new weights, bytes per element: new states of a group of chunks that are evaluated
+# together, and measured temporaries (of the group, or of its largest chunk if that is more). bfloat16 adds EXACT.
+UPDATE_PLAIN, UPDATE_CODES, UPDATE_EXACT = (8, 0, 0), (2, 52, 65), (2, 8, 8)
+BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
+ROUNDING = 1 << 13  # half a page of Metal's allocator, for every array that is no whole chunk
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class Ledger:
     resident: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
 
-    @property
+    @cached_property
     def largest_phase(self) -> str:
         """The phase that sets the peak."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
-    @property
+    @cached_property
     def peak(self) -> int:
         """Bytes needed at the worst moment of a step."""
         return sum(self.resident.values()) + sum(self.phases[self.largest_phase].values())
@@ -61,75 +63,217 @@ class Ledger:
 
 def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_bytes: StateBytes) -> Ledger:
     """What `rank` needs for a training step of `work`; `state_bytes` comes from the optimizer."""
-    root, layers = plan.units[0], plan.units[1:]
-    micro_batches = work.micro_batches(rank)
-    item, gradient_item = ITEM_BYTES[spec.dtype], ITEM_BYTES[work.gradient_dtype]
-    hidden = hidden_bytes(spec, work)
-    cut = len(layers) - work.tail
-    sharded = plan.zero_stage == 3
-    states = _states(plan, rank, state_bytes)
-    resident = {
-        "weights": _over_segments(plan, rank, lambda s, n: n * s.itemsize, weights=True),
-        **states,
-        "gradients": _over_segments(plan, rank, lambda s, n: n * gradient_item * (s.kind != "frozen")),
-        "gathered root": root.gathered_bytes if sharded else 0,
-        "layer inputs": micro_batches * (cut + 2) * hidden,
-        "base": BASE,
-    }
-    largest = max(u.gathered_bytes for u in layers) if sharded else 0
-    widest = max(trainable_bytes(u) for u in layers)
-    root_gradient = trainable_bytes(root)
-    sums = root_gradient * (2 if item == 2 else 1) * work.layout.rounds
-    spec_layers = spec.units[1:]
-    activations = max(activation_bytes(u, spec, work) for u in spec_layers)
-    recompute = max(activations, max(trainable_bytes(u) for u in layers))
-    attention = attention_bytes(spec, work)
-    adds_up = work.layout.micro_batches > work.layout.cells  # a cell of one keeps its gradients as they are
-    unit_sums = 4 // item if adds_up else 1
+    states = state_sizes(plan, rank, state_bytes)
+    sizes = plan.sizes[rank]
+    adapters = sum(s.adapters for s in sizes)
     staging = max((_staging(u, rank, work.bucket_bytes) for u in plan.units), default=0)
-    kept = int(KEPT_FRACTION * work.tail * (activations + attention))
-    tail_units = sum(u.gathered_bytes for u in layers[cut:]) if sharded else 0
-    chunk = chunk_tokens(_vocabulary(spec))
-    logits = int(LOGITS_COPIES * 4 * min(chunk, work.tokens) * _vocabulary(spec))
-    phases = {
-        "forward": {"gathered units": 2 * largest, "one layer's forward": (recompute + attention) // 2},
-        "head": {
-            "gathered units": tail_units + 2 * largest,
-            "root gradients": sums + (root_gradient if adds_up or work.tokens > chunk else 0),
-            "logits chunk": logits,
-            "un-recomputed tail": kept,
-            "tail totals before rounding": _late_rounding(plan, work, rank, cut),
-            "tail gradients": sum(trainable_bytes(u) for u in layers[cut:]) * (unit_sums + adds_up),
-        },
-        "backward": {
-            "gathered units": 2 * largest,
-            "root gradients": sums,
-            "unit gradient sums": widest * unit_sums,
-            "contributions in flight": widest,
-            "exchange buffers": staging,
-            "one layer's recompute": recompute,
-            "attention": attention,
-        },
-        "embed": {
-            "root gradients": sums + 2 * root_gradient,
-            "contributions in flight": widest,
-            "exchange buffers": staging,
-        },
-        "update": {
-            "optimizer chunk": _update_bytes(plan, rank, states),
-            "gathered units": 0 if sharded else 2 * max(u.gathered_bytes for u in plan.units),
-        },
+    resident = {
+        "weights": sum(s.kept for s in sizes) - adapters,
+        "adapters": adapters,
+        **states,
+        "exchange buffers": staging,
+        "MLX base": BASE,
+        "allocator margin": ROUNDING * sum(len(s.placements) for u in plan.units for s in u.segments),
     }
-    if plan.zero_stage == 1:
-        held = sum(trainable_bytes(u) for u in plan.units) * work.layout.rounds
-        phases["embed"]["contributions kept whole"] = held
-    return Ledger(resident, phases)
+    step = _Step(spec, plan, work, rank, states)
+    root = {"gathered root": sizes[0].gathered if plan.zero_stage == 3 else 0}  # until the update
+    phases = {
+        "forward": root | step.forward(),
+        "head": root | step.head(),
+        "backward": root | max(step.backward(), key=lambda items: sum(items.values())),
+        "embed": root | step.embed(),
+        "finish": step.finish(),
+        "update": step.update(),
+    }
+    return Ledger({k: v for k, v in resident.items() if v}, phases)
 
 
-def hidden_bytes(spec: ModelSpec, work: Workload) -> int:
-    """Bytes of one hidden state of one micro-batch."""
-    width = int(spec.text_config.get("hidden_size") or spec.text_config.get("n_embd") or 0)
-    return work.tokens * width * ITEM_BYTES[spec.dtype]
+class _Step:
+    """The worst moment of each phase, from what is alive then. Bytes throughout."""
+
+    def __init__(
+        self, spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, states: Mapping[str, int]
+    ) -> None:
+        self.spec, self.plan, self.work, self.states = spec, plan, work, states
+        self.rank = rank
+        self.sizes = plan.sizes[rank]
+        self.layers = self.sizes[1:]
+        self.cut = len(self.layers) - work.tail
+        self.micro = work.micro_batches(rank)
+        self.hidden = hidden_bytes(spec, work)
+        self.item = ITEM_BYTES[spec.dtype]
+        self.sharded = plan.zero_stage == 3
+        self.alone = plan.world_size == 1
+        self.rounds = sum(1 for cell in work.layout.of_rank(rank) if len(cell))
+        # A cell of one micro-batch keeps its gradients as they are; otherwise they are added up in fp32.
+        self.adds_up = work.layout.micro_batches > work.layout.cells
+        self.widening = 4 // self.item
+        self.head_use, self.embed_use = root_use(spec)
+
+    # ---- the phases
+
+    def forward(self) -> Items:
+        specs = self.spec.units[1 : 1 + self.cut]
+        worst = max((forward_bytes(u, self.spec, self.work) for u in specs), default=0)
+        return {
+            "gathered units": self._gathered(*self.layers[: self.cut + 1], most=2),
+            "layer inputs": ((self.cut + 1) * self.micro + 1) * self.hidden,
+            "one layer's forward": worst,
+        }
+
+    def head(self) -> Items:
+        chunk = min(chunk_tokens(self._vocabulary), self.work.tokens)
+        chunked = self.work.tokens > chunk
+        head = self.head_use * self.item
+        one = (
+            head * self.widening if chunked else head
+        )  # the gradients of one micro-batch, all chunks together
+        sums = self._head_sums if self.adds_up else self._head_sums - self._head_sums // max(self.rounds, 1)
+        logits = 4 * chunk * self._vocabulary
+        soft = self.spec.family == "gemma2" or self.spec.text_config.get("final_logit_softcapping")
+        capped = SOFT_CAPPED if soft else 0
+        tail = self.layers[self.cut :]
+        ahead = self.layers[self.cut - 1 : self.cut] if self.cut > 0 else ()
+        trained = sum(s.trained for s in tail)
+        items = {
+            "gathered units": self._gathered(*ahead, *tail, most=len(tail) + 1),
+            "layer inputs": ((self.cut + 1) * self.micro + 2) * self.hidden,
+            "root gradients": sums + one + head * chunked,
+        }
+        if not tail:
+            return {**items, "logits chunk": int((LOGITS_COPIES + capped) * logits)}
+        late = 2 * trained if self.work.gradient_dtype == "bfloat16" and self.rounds > 1 else 0
+        items |= {
+            "tail sums": sum(s.gradient for s in tail) * self.widening * self.adds_up,
+            "gradients": self._kept_gradients(trained) if self.rounds > 1 else 0,
+            "tail totals before rounding": late,
+        }
+        start, end = tail_costs(self.spec.units[1 + self.cut :], self.spec, self.work)
+        beginning = {**items, **start, "logits chunk": int((LOGITS_IN_TAIL + capped) * logits)}
+        copies = LOGITS_COPIES / 2 if self.adds_up else LOGITS_COPIES
+        ending = {**items, **end, "logits chunk": int((copies + capped) * logits)}
+        ending["root gradients"] += 0 if self.adds_up else one
+        return max(beginning, ending, key=lambda items: sum(items.values()))
+
+    def backward(self) -> Iterator[Items]:
+        """One moment for every recomputed layer: as gradients become complete, the layers' inputs go."""
+        if self.cut == 0:
+            yield {}
+        complete = sum(s.trained for s in self.layers[self.cut :])
+        for i in reversed(range(self.cut)):
+            layer = self.layers[i]
+            in_flight = 0
+            # Alone the exchange is a copy, done before a second micro-batch; with peers it takes as long as it takes.
+            if i + 1 < self.cut and self.plan.zero_stage != 1 and not (self.alone and self.adds_up):
+                previous = self.layers[i + 1]
+                kept = 0 if self.work.release else self._final
+                in_flight = previous.gradient + previous.trained * (4 - kept)
+            yield {
+                "gradients": self._kept_gradients(complete),
+                "gathered units": self._gathered(*self.layers[max(i - 1, 0) : i + 1], most=2),
+                "layer inputs": (i + 2) * self.micro * self.hidden,
+                "root gradients": self._head_sums,
+                "unit gradient sums": layer.gradient * self.widening * self.adds_up,
+                "contributions in flight": in_flight,
+                "contributions kept whole": self._deferred(self.layers[i + 1 :]),
+                **layer_costs(self.spec.units[1 + i], self.spec, self.work),
+            }
+            complete += layer.trained
+
+    def embed(self) -> Items:
+        root = self.sizes[0]
+        embed = self.embed_use * self.item
+        computing = embed * self.widening * self.adds_up + 2 * embed + self._head_sums
+        delivering = 0
+        if self.plan.zero_stage != 1:
+            contribution = root.gradient * (self.widening if self.adds_up else 1)
+            delivering = contribution + 4 * root.trained + root.largest
+            delivering += self._head_sums * (self.rounds - 1) // max(self.rounds, 1)
+        in_flight = self.layers[0].gradient if self.plan.zero_stage != 1 and self.cut > 0 else 0
+        return {
+            "gradients": self._kept_gradients(sum(s.trained for s in self.layers)),
+            "root gradients": max(computing, delivering - in_flight),
+            "layer inputs": self.micro * self.hidden,
+            "contributions in flight": in_flight,
+            "contributions kept whole": self._deferred(self.layers),
+        }
+
+    def finish(self) -> Items:
+        """Stage 1 alone: all contributions wait for the backward's end and become totals unit by unit."""
+        if self.plan.zero_stage != 1:
+            return {}
+        held = [self._deferred([s]) for s in self.sizes]
+        order = [*range(len(held) - 1, 0, -1), 0]
+        done, waiting, worst = 0, sum(held), (0, 0)
+        for index in order:
+            done += self._final * self.sizes[index].trained
+            extra = (4 - self._final) * self.sizes[index].trained + self.sizes[index].largest
+            worst = max(worst, (done + waiting + extra, waiting))
+            waiting -= held[index]
+        return {"contributions kept whole": worst[1], "gradients": worst[0] - worst[1]}
+
+    def update(self) -> Items:
+        """Gradients go unit by unit; a unit's old weights stay until all of its new ones are there."""
+        left = 0 if self.work.release else sum(s.trained for s in self.sizes)
+        renewing = 0
+        worst: Items = {}
+        for index, unit in enumerate(self.plan.units):
+            new = 0
+            for segment in unit.segments:
+                if segment.kind == "frozen":
+                    continue
+                a, b = self.plan.state_interval(segment, self.rank)
+                new += (b - a) * segment.itemsize
+                one = {
+                    "gradients": left * self._final,
+                    "optimizer chunk": self._temporaries(segment, a, b),
+                    "new weights of a unit": new + (0 if self.sharded else renewing),
+                }
+                worst = max(worst, one, key=lambda items: sum(items.values()))
+            if not self.sharded:  # the whole unit is built anew while the next one is updated
+                kept = {"gradients": left * self._final, "new weights of a unit": new + renewing}
+                worst = max(worst, kept, key=lambda items: sum(items.values()))
+                renewing = new
+            if not self.work.release:
+                left -= self.sizes[index].trained
+        return worst
+
+    # ---- what several phases have
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.spec.text_config.get("vocab_size") or 0)
+
+    @property
+    def _final(self) -> int:
+        """Bytes of an element of a finished gradient."""
+        return ITEM_BYTES[self.work.gradient_dtype]
+
+    @property
+    def _head_sums(self) -> int:
+        widened = self.adds_up or self.work.tokens > chunk_tokens(self._vocabulary)
+        return self.head_use * self.item * (self.widening if widened else 1) * self.rounds
+
+    def _kept_gradients(self, trained: int) -> int:
+        return 0 if self.work.release or self.plan.zero_stage == 1 else trained * self._final
+
+    def _deferred(self, units: tuple[UnitSizes, ...] | list[UnitSizes]) -> int:
+        return sum(s.gradient for s in units) * self.rounds if self.plan.zero_stage == 1 else 0
+
+    def _gathered(self, *units: UnitSizes, most: int) -> int:
+        """Of `units`, the `most` neighbours that are whole at the same time."""
+        if not self.sharded or not units:
+            return 0
+        whole = [s.gathered for s in units]
+        return max(sum(whole[i : i + most]) for i in range(max(len(whole) - most, 0) + 1))
+
+    def _temporaries(self, segment: Segment, start: int, stop: int) -> int:
+        codes = segment.kind == "trainable" and any("codes" in name for name in self.states)
+        parts = [UPDATE_CODES if codes else UPDATE_PLAIN]
+        if segment.dtype == "bfloat16":
+            parts.append(UPDATE_EXACT)
+        group, chunk = largest_group(segment, start, stop)
+        return sum(new * group + max(whole * group, one * chunk) for new, whole, one in parts)
 
 
 def trainable_bytes(unit: Unit) -> int:
@@ -137,82 +281,45 @@ def trainable_bytes(unit: Unit) -> int:
     return sum(s.size * s.itemsize for s in unit.segments if s.kind != "frozen")
 
 
-def activation_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
-    """Fitted peak of one layer's vjp for one micro-batch, without attention scores and gradients."""
-    widths = sum(activation_width(t, spec) for t in unit.tensors)
-    return int(ACTIVATION * widths * work.tokens * ITEM_BYTES[spec.dtype])
+def largest_group(segment: Segment, start: int, stop: int) -> tuple[int, int]:
+    """Elements of the largest group of chunks that the update evaluates at once in [start, stop), and of a chunk."""
+    full = CHUNK_ELEMENTS // BLOCK
+    waiting = worst = chunk = 0
+    for placement in segment.placements:
+        first = placement.start // BLOCK
+        row = max(first, start // BLOCK)
+        end = min(first + placement.tensor.padded_size // BLOCK, stop // BLOCK)
+        if row >= end:
+            continue
+        head = min(
+            full - (row - first) % full, end - row
+        )  # up to the next cut, counted from the tensor's start
+        rest, tail = divmod(end - row - head, full)
+        for rows in (head, *[full] * min(rest, 2), tail):
+            waiting += rows
+            worst, chunk = max(worst, waiting), max(chunk, rows)
+            if waiting >= full:
+                waiting = 0
+    return worst * BLOCK, chunk * BLOCK
 
 
-def activation_width(tensor: TensorSpec, spec: ModelSpec) -> int:
-    """Elements per token that a weight's product reads and writes; stacked experts count once per chosen expert."""
-    if len(tensor.shape) == 2:
-        return sum(tensor.shape)
-    if len(tensor.shape) == 3:
-        chosen = int(
-            spec.text_config.get("num_experts_per_tok") or spec.text_config.get("num_experts_per_token") or 1
-        )
-        return chosen * sum(tensor.shape[1:])
-    return 0
-
-
-def attention_bytes(spec: ModelSpec, work: Workload) -> int:
-    """Fitted bytes of attention scores in one layer's vjp: quadratic in the width (CPU, or any array mask)."""
-    text = spec.text_config
-    heads = int(text.get("num_attention_heads") or text.get("n_head") or 0)
-    wide = any(k in text for k in ("kv_lora_rank", "attn_logit_softcapping")) or spec.family.startswith(
-        "gpt_oss"
-    )
-    factor = ATTENTION_WIDE if wide else ATTENTION
-    return int(factor * heads * work.micro_size * work.width**2 * ITEM_BYTES[spec.dtype])
-
-
-def _vocabulary(spec: ModelSpec) -> int:
-    return int(spec.text_config.get("vocab_size") or 0)
+def state_sizes(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> Items:
+    """The optimizer's state on `rank` by name, each beginning with `optimizer`."""
+    elements: dict[tuple[str, bool], int] = {}
+    for unit in plan.units:
+        for segment in unit.segments:
+            if segment.kind != "frozen":
+                a, b = plan.state_interval(segment, rank)
+                kind = segment.dtype, segment.kind == "trainable"
+                elements[kind] = elements.get(kind, 0) + b - a
+    named: Items = {}
+    for (dtype, quantised), count in elements.items():
+        for name, size in state_bytes(count, dtype, quantised=quantised).items():
+            named[f"optimizer {name}"] = named.get(f"optimizer {name}", 0) + size
+    return named
 
 
 def _staging(unit: Unit, rank: int, bucket_bytes: int) -> int:
-    return max((staging_bytes(s.edges, s.itemsize, rank, bucket_bytes) for s in unit.segments), default=0)
-
-
-def _over_segments(
-    plan: ShardPlan, rank: int, size: Callable[[Segment, int], int], *, weights: bool = False
-) -> int:
-    total = 0
-    for unit in plan.units:
-        for segment in unit.segments:
-            interval = plan.weights_interval if weights else plan.state_interval
-            a, b = interval(segment, rank)
-            total += size(segment, b - a)
-    return total
-
-
-def _late_rounding(plan: ShardPlan, work: Workload, rank: int, cut: int) -> int:
-    """Totals of the tail stay in fp32 until the last round: what that costs beyond bfloat16 ones."""
-    if work.gradient_dtype == "float32" or work.layout.rounds == 1:
-        return 0
-    segments = [s for u in plan.units[1 + cut :] for s in u.segments if s.kind != "frozen"]
-    intervals = [plan.state_interval(s, rank) for s in segments]
-    return sum(2 * (b - a) for a, b in intervals)
-
-
-def _update_bytes(plan: ShardPlan, rank: int, states: Mapping[str, int]) -> int:
-    """Temporaries of one evaluation of the optimizer: up to two chunks, or the rank's largest interval."""
-    intervals = [plan.state_interval(s, rank) for u in plan.units for s in u.segments]
-    elements = min(2 * CHUNK_ELEMENTS, max(b - a for a, b in intervals))
-    codes = any("codes" in name for name in states)
-    exact = "optimizer remainder" in states
-    return elements * (UPDATE_CODES if codes else UPDATE_EXACT if exact else UPDATE_PLAIN)
-
-
-def _states(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> dict[str, int]:
-    named: dict[str, int] = {}
-    for unit in plan.units:
-        for segment in unit.segments:
-            if segment.kind == "frozen":
-                continue
-            a, b = plan.state_interval(segment, rank)
-            for name, size in state_bytes(
-                b - a, segment.dtype, quantised=segment.kind == "trainable"
-            ).items():
-                named[f"optimizer {name}"] = named.get(f"optimizer {name}", 0) + size
-    return named
+    segments = unit.segments
+    trained = [s for s in segments if s.kind != "frozen"]
+    return max((staging_bytes(s.edges, s.itemsize, rank, bucket_bytes) for s in trained), default=0)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 BLOCK = 64  # elements; tensors start and intervals end on multiples of it (the optimizer's block)
 SMALL_ELEMENTS = 4096  # below this a tensor keeps fp32 weights and states
+QUANTISED_GROUP = 64  # inputs that share a scale in a quantised matrix
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "uint32": 4, "uint8": 1, "int8": 1}
@@ -57,6 +59,16 @@ class UnitSpec:
         """Number of elements of all tensors, frozen ones included."""
         return sum(t.size for t in self.tensors)
 
+    @cached_property
+    def structure(self) -> tuple[tuple[str, tuple[int, ...], str, bool], ...]:
+        """What layers of one kind have in common: their tensors without the unit's own name."""
+        return tuple((t.name.removeprefix(self.name), t.shape, t.dtype, t.trainable) for t in self.tensors)
+
+    @cached_property
+    def kind(self) -> int:
+        """A hash of the structure."""
+        return hash(self.structure)
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -78,7 +90,12 @@ class ModelSpec:
         """Number of elements that training changes."""
         return sum(t.size for u in self.units for t in u.tensors if t.trainable)
 
-    @property
+    @cached_property
+    def known(self) -> dict[tuple[object, ...], Any]:
+        """What the plan has worked out about this model so far, by question: layers repeat, and so do plans."""
+        return {}
+
+    @cached_property
     def text_config(self) -> Mapping[str, Any]:
         """The language model's part of the configuration (multimodal folders nest it in `text_config`)."""
         nested = self.config.get("text_config")

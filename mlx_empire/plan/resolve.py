@@ -8,8 +8,9 @@ then the longest tail that fits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import DoesNotFitError
@@ -22,6 +23,7 @@ from mlx_empire.plan.traffic import card_bytes
 from mlx_empire.plan.workload import Workload, step_traffic
 from mlx_empire.recipe.schema import Recipe
 
+TIGHT_HEADROOM = 0.05  # of the limit; less is called tight
 STAGES = (2, 1, 0, 3)  # on equal traffic the one that keeps less comes first
 
 
@@ -39,14 +41,29 @@ class RunPlan:
         """Whether every rank's peak is within its limit."""
         return all(one.peak <= limit for one, limit in zip(self.ledgers, self.limits, strict=True))
 
+    @property
+    def comfortable(self) -> bool:
+        """Whether every rank keeps the headroom below which a plan is called tight."""
+        pairs = zip(self.ledgers, self.limits, strict=True)
+        return all(one.peak <= (1 - TIGHT_HEADROOM) * limit for one, limit in pairs)
 
-def resolve(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], state_bytes: StateBytes) -> RunPlan:
-    """The plan for `recipe` on `nodes`, one per rank; where nothing fits, the one that comes closest."""
+
+def resolve(
+    recipe: Recipe,
+    spec: ModelSpec,
+    nodes: Sequence[Node],
+    state_bytes: StateBytes,
+    *,
+    release: bool = False,
+) -> RunPlan:
+    """The plan for `recipe` on `nodes`, one per rank; where nothing fits, the one that comes closest.
+
+    `release`: with gradients that are not kept (planned, not built).
+    """
     batch, memory = recipe.batch, recipe.memory
     layout = cell_layout(batch.global_size, batch.micro_size, batch.cells, len(nodes))
     layers = len(spec.units) - 1
-    # Longest first. All are tried: with many micro-batches a longer tail needs less, for it keeps no inputs.
-    tails = {True: [0], False: [layers], "auto": list(range(layers, -1, -1))}[memory.gradient_checkpointing]
+    tail = {True: 0, False: layers, "auto": 0}[memory.gradient_checkpointing]
     dtypes = ("float32", "bfloat16") if memory.gradient_dtype == "auto" else (memory.gradient_dtype,)
     if spec.dtype == "float32" and memory.gradient_dtype == "auto":
         dtypes = ("float32",)
@@ -57,20 +74,57 @@ def resolve(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], state_bytes:
             batch.micro_size,
             recipe.data.sequence_length,
             layout,
-            tails[-1],
+            tail,
             dtype,
             recipe.comm.route,
             recipe.comm.bucket_bytes,
+            release,
+            not recipe.data.packing and all(_has_metal(n) for n in nodes),
         )
-        plans = [_shared(recipe, spec, nodes, work, stage, state_bytes) for stage in stages]
+        plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):
-            stage = plan.shards.zero_stage
-            for tail in tails:
-                longer = _shared(recipe, spec, nodes, replace(work, tail=tail), stage, state_bytes)
-                if longer.fits:
-                    return longer
+            if memory.gradient_checkpointing == "auto":
+                plan = _longest_tail(
+                    plan, partial(_shared, recipe, spec, nodes, plan.shards.zero_stage, state_bytes)
+                )
+            if plan.fits:
+                return plan
         tried += plans
     return min(tried, key=_excess)
+
+
+def _has_metal(node: Node) -> bool:
+    """Whether a node is known to compute on Apple's GPU; a hostfile says so by its chip, such as chip=M3-Ultra."""
+    return (node.chip or "").startswith(("Apple", "M1", "M2", "M3", "M4", "M5"))
+
+
+def _longest_tail(none: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPlan:
+    """The plan with the longest un-recomputed tail that leaves headroom, else `none` (that without a tail).
+
+    With many micro-batches a longer tail may need less, for it keeps no inputs, so where `none` does not fit a few
+    lengths are tried first. What is needed is nearly convex in the length: above one that fits lies one border.
+    """
+
+    def with_tail(tail: int) -> RunPlan:
+        return with_work(replace(none.work, tail=tail))
+
+    layers = len(none.shards.units) - 1
+    low, best = 0, none
+    if not none.fits:
+        lengths = sorted({layers, 3 * layers // 4, layers // 2, layers // 4, 1} - {0}, reverse=True)
+        found = next(((tail, plan) for tail in lengths if (plan := with_tail(tail)).fits), None)
+        if found is None:
+            return none
+        low, best = found
+    high = layers + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        plan = with_tail(middle)
+        if plan.comfortable:
+            low, best = middle, plan
+        else:
+            high = middle
+    return best
 
 
 def require_fit(plan: RunPlan, nodes: Sequence[Node]) -> None:
@@ -105,29 +159,46 @@ def _shared(
     recipe: Recipe,
     spec: ModelSpec,
     nodes: Sequence[Node],
-    work: Workload,
     stage: int,
     state_bytes: StateBytes,
+    work: Workload,
 ) -> RunPlan:
     """The plan at one stage, with shares as the recipe asks: what a node needs beside its shard is subtracted."""
     limits = tuple(int(n.limit_bytes or 0) for n in nodes)
     ranks = range(len(nodes))
-    equal = make_plan(spec.units, [1.0] * len(nodes), stage)
-    shards = equal
-    if recipe.memory.shares != "equal":
-        fixed = [_fixed(ledger(spec, equal, work, r, state_bytes), stage) for r in ranks]
+    shards = make_plan(spec.units, [1.0] * len(nodes), stage)
+    ledgers = tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks)
+    if recipe.memory.shares != "equal" and len(nodes) > 1:
+        whole = max(sum(_sharded(one, phase, stage) for one in ledgers) for phase in ledgers[0].phases)
+        fixed = [
+            limit - int(whole * _room(one, limit, stage)) for one, limit in zip(ledgers, limits, strict=True)
+        ]
         shards = make_plan(spec.units, solve_shares(recipe.memory.shares, limits, fixed), stage)
-    return RunPlan(shards, work, tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks), limits)
+        ledgers = tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks)
+    return RunPlan(shards, work, ledgers, limits)
 
 
-def _fixed(one: Ledger, stage: int) -> int:
-    """What a rank needs whatever its share: below stage 3 that includes the whole weights."""
-    sharded = sum(
+def _room(one: Ledger, limit: int, stage: int) -> float:
+    """How large a rank's share could be, in equal shares' units, in the phase that allows the least."""
+    room = []
+    for phase, items in one.phases.items():
+        sharded = _sharded(one, phase, stage)
+        fixed = sum(one.resident.values()) + sum(items.values()) - sharded
+        if sharded:
+            room.append((limit - fixed) / sharded)
+    return min(room, default=1.0)
+
+
+def _sharded(one: Ledger, phase: str, stage: int) -> int:
+    """What a rank needs in a phase in proportion to its share: below stage 3 the weights are no part of it."""
+    items = {**one.resident, **one.phases[phase]}
+    return sum(
         size
-        for name, size in one.resident.items()
-        if name == "gradients" or name.startswith("optimizer") or (name == "weights" and stage == 3)
+        for name, size in items.items()
+        if name == "gradients"
+        or (name.startswith("optimizer ") and name != "optimizer chunk")
+        or (name in ("weights", "adapters") and stage == 3)
     )
-    return one.peak - sharded
 
 
 def _busiest_card(plan: RunPlan) -> int:

@@ -107,6 +107,22 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class UnitSizes:
+    """What a unit weighs on one rank, in bytes but for `trained`.
+
+    `gathered`: the whole unit; `gradient`: the whole gradient in the wire's dtype; `largest`: that of its largest
+    tensor; `kept`: the weights that stay between steps, of them `adapters`; `trained`: elements whose state is here.
+    """
+
+    gathered: int
+    gradient: int
+    largest: int
+    kept: int
+    adapters: int
+    trained: int
+
+
+@dataclass(frozen=True)
 class ShardPlan:
     """Units, shares (one per rank, sum 1) and the ZeRO stage; every consumer derives its layout from this."""
 
@@ -128,6 +144,26 @@ class ShardPlan:
             for s, segment in enumerate(u.segments)
             for p in segment.placements
         }
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[UnitSizes, ...], ...]:
+        """Indexed by rank and unit."""
+        return tuple(tuple(self._unit_sizes(u, r) for u in self.units) for r in range(self.world_size))
+
+    def _unit_sizes(self, unit: Unit, rank: int) -> UnitSizes:
+        gradient = largest = kept = adapters = trained = 0
+        for segment in unit.segments:
+            a, b = self.weights_interval(segment, rank)
+            kept += (b - a) * segment.itemsize
+            if segment.kind == "frozen":
+                continue
+            gradient += segment.size * segment.itemsize
+            largest = max(largest, *(p.tensor.size * segment.itemsize for p in segment.placements))
+            if any(".lora_" in p.tensor.name for p in segment.placements):
+                adapters += (b - a) * segment.itemsize
+            a, b = self.state_interval(segment, rank)
+            trained += b - a
+        return UnitSizes(unit.gathered_bytes, gradient, largest, kept, adapters, trained)
 
     def weights_interval(self, segment: Segment, rank: int) -> tuple[int, int]:
         """The elements of a segment's weights that stay on `rank` between steps."""

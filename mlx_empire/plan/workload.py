@@ -23,7 +23,11 @@ def chunk_tokens(vocabulary: int) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """A step's shape. `width` is the number of input positions of a row, `tail` the un-recomputed layers."""
+    """A step's shape. `width` is the number of input positions of a row, `tail` the un-recomputed layers.
+
+    `linear_attention`: causal attention without an array mask needs no scores (Metal). `release`: a unit is updated as
+    soon as its gradient is complete, which is then not kept (planned, not built).
+    """
 
     micro_size: int
     width: int
@@ -32,6 +36,8 @@ class Workload:
     gradient_dtype: str
     route: Route
     bucket_bytes: int
+    release: bool = False
+    linear_attention: bool = False
 
     @property
     def tokens(self) -> int:

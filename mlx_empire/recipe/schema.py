@@ -3,8 +3,9 @@ today.
 
 Every field's description says what it accepts; messages and documentation are made from it, so it completes
 the sentence "expected ...". Fields marked `BuiltToday` know more values than the trainer can do so far: the
-others are refused by name instead of being unknown. Relative paths are relative to the directory in which the
-command is run (on every machine); `~` is expanded. Whether a path exists is the business of whoever opens it.
+others are refused by name instead of being unknown, and pass where a recipe is only planned. Relative paths are
+relative to the directory in which the command is run (on every machine); `~` is expanded. Whether a path exists
+is the business of whoever opens it.
 """
 
 import math
@@ -12,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from mlx_empire.recipe.duration import Duration
@@ -30,8 +39,9 @@ class BuiltToday:
     values: tuple[object, ...]
     refused: str = ""
 
-    def check(self, value: object) -> object:
-        if value in self.values:
+    def check(self, value: object, info: ValidationInfo) -> object:
+        """Refuses an unbuilt value, unless the context says that the recipe is only planned."""
+        if value in self.values or (info.context or {}).get("planned"):
             return value
         if self.values == (None,):
             sentence = "this key is not built yet; leave it out"
@@ -40,7 +50,7 @@ class BuiltToday:
         raise PydanticCustomError("refused", "{sentence}", {"sentence": sentence})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
+        return core_schema.with_info_after_validator_function(self.check, handler(source))
 
 
 def _built(*values: object, refused: str = "") -> BuiltToday:
@@ -117,14 +127,29 @@ class TuningSection(Section):
     type: Annotated[Literal["full", "lora", "dora", "qlora"], _built("full")] = Field(
         default="full", description="full, lora, dora or qlora"
     )
-    rank: Annotated[Any, _built(None)] = Field(default=None, description="the adapters' rank")
-    alpha: Annotated[Any, _built(None)] = Field(default=None, description="the adapters' alpha")
-    dropout: Annotated[Any, _built(None)] = Field(default=None, description="the adapters' dropout")
-    targets: Annotated[Any, _built(None)] = Field(default=None, description="which projections get adapters")
-    layers: Annotated[Any, _built(None)] = Field(default=None, description="which layers get adapters")
-    bits: Annotated[Any, _built(None)] = Field(
-        default=None, description="bits per weight of a quantised base"
+    rank: Annotated[Count | None, _built(None)] = Field(
+        default=None, description="a whole number of at least 1 (the adapters' rank), or null (8)"
     )
+    alpha: Annotated[Annotated[float, Field(gt=0, le=1e6)] | None, _built(None)] = Field(
+        default=None, description="a number above 0 (adapters are scaled by alpha / rank), or null"
+    )
+    dropout: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, _built(None)] = Field(
+        default=None, description="a number from 0 to below 1, or null"
+    )
+    targets: Annotated[
+        Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None,
+        BeforeValidator(_tuple),
+        _built(None),
+    ] = Field(
+        default=None,
+        description="all-linear, a list of module names such as [q_proj, v_proj, experts], or null (all-linear)",
+    )
+    layers: Annotated[Count | None, _built(None)] = Field(
+        default=None, description="a whole number (adapters in the last so many layers), or null (all)"
+    )
+    bits: Annotated[
+        Annotated[Literal[2, 3, 4, 6, 8, "ternary"], BeforeValidator(_exact_number)] | None, _built(None)
+    ] = Field(default=None, description="2, 3, 4, 6, 8 or ternary (bits per weight of qlora's base)")
 
 
 class DataSection(Section):
@@ -288,6 +313,11 @@ class Recipe(Section):
                 ("batch.cells", "batch.micro_size", "batch.global_size"),
                 f"cells {batch.cells} is more than the {size // micro} micro-batches of a step "
                 f"(global_size {size} / micro_size {micro}); use {size // micro} or less",
+            )
+        if self.tuning.bits is not None and self.tuning.type != "qlora":
+            raise impossible(
+                ("tuning.bits", "tuning.type"),
+                f"bits {self.tuning.bits} has no meaning for type {self.tuning.type}; use type qlora",
             )
         if schedule.warmup.unit == steps.unit and schedule.warmup.value > steps.value:
             raise impossible(

@@ -1,8 +1,9 @@
 """Decides how numbers look to a person: bytes in GiB, durations, counts, and bars of a fixed width."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 GIB = 2**30
 MIB = 2**20
@@ -71,3 +72,62 @@ def bar(part: float, width: int, blocks: Sequence[str]) -> str:
     """A bar of `width` characters; `blocks` are the characters for a full and an empty cell."""
     full = round(width * min(max(part, 0.0), 1.0))
     return blocks[0] * full + blocks[1] * (width - full)
+
+
+def span(pair: Sequence[float], unit: str = "") -> str:
+    """A low and a high figure as '4.1 to 9.8 s'; one figure where both look the same, '?' for what is not finite."""
+    low, high = (_three_digits(value) for value in (min(pair), max(pair)))
+    return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
+
+
+def run_length(hours: Sequence[float]) -> str:
+    """A span of hours, in seconds, minutes or days where that reads better."""
+    longest = max(hours)
+    units = ((1 / 30, 3600.0, " s"), (2.0, 60.0, " min"), (48.0, 1.0, " h"), (math.inf, 1 / 24, " days"))
+    factor, unit = next((factor, unit) for bound, factor, unit in units if longest <= bound)
+    return span([value * factor for value in hours], unit)
+
+
+def energy(kilowatt_hours: Sequence[float]) -> str:
+    """A span of energy, in watt-hours where that is little."""
+    if max(kilowatt_hours) < 1:
+        return span([1000 * value for value in kilowatt_hours], " Wh")
+    return span(kilowatt_hours, " kWh")
+
+
+def _three_digits(value: float) -> str:
+    """A figure with three digits that matter, thousands set apart."""
+    if not math.isfinite(value):
+        return "?"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def room(headroom: float) -> str:
+    """Headroom as a fraction of the limit, in words."""
+    return f"{headroom:.0%} free" if headroom >= 0 else f"{-headroom:.0%} over"
+
+
+def billions(parameters: int) -> str:
+    """Parameters with three digits that matter, in billions."""
+    value = parameters / 1e9
+    return f"{value:.2f} B" if value < 10 else f"{value:.1f} B" if value < 100 else f"{value:.0f} B"
+
+
+def alike(nodes: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Nodes with the same limit that need the same, to a thousandth of it, as (their names, the first of them)."""
+    found: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    for node in nodes:
+        limit = node["limit_bytes"]
+        found.setdefault((limit, round(1000 * node["peak_bytes"] / max(limit, 1))), []).append(node)
+    return [(_names([node["name"] for node in group]), group[0]) for group in found.values()]
+
+
+def _names(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}"
+
+
+def by_size(matrix: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A matrix's rows, small models first."""
+    return sorted(matrix["rows"], key=lambda row: int(row["parameters"]))

@@ -75,11 +75,9 @@ def measure(case: Case, comm: Communicator) -> dict[str, int]:
         predicted = ledger(spec, plan, work, comm.rank, optimizer.state_bytes)
         vocabulary = int(spec.text_config["vocab_size"])
         chunk = min(chunk_tokens(vocabulary), work.tokens)
-        states = sum(
-            size
-            for name, size in predicted.resident.items()
-            if name in ("weights", "gradients") or name.startswith("optimizer")
-        )
+        kept = ("weights", "optimizer")
+        states = sum(size for name, size in predicted.resident.items() if name.startswith(kept))
+        states += sum(4 * unit.trained for unit in plan.sizes[comm.rank])  # gradients in fp32
         return {
             "measured": measured,
             "predicted": predicted.peak,
@@ -88,7 +86,7 @@ def measure(case: Case, comm: Communicator) -> dict[str, int]:
             "root and gradient": plan.units[0].gathered_bytes + trainable_bytes(plan.units[0]),
             "unit gradient": max(trainable_bytes(u) for u in plan.units[1:]),
             "receive buffers": comm.staging_bytes,
-            "layer inputs": predicted.resident["layer inputs"],
+            "layer inputs": predicted.phases["forward"]["layer inputs"],
             "recompute": recompute,
             "logits chunk": 3 * 4 * chunk * vocabulary,
         }

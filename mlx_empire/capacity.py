@@ -1,0 +1,224 @@
+"""Say what every machine will need, before a byte is allocated:
+
+python -m mlx_empire.capacity RECIPE [--hosts FILE] [--json] [--html FILE] [key=value ...]
+                              [--matrix [--compare FILE] | --ladder | --daughters] [--wire NAME] [--calibrate]
+
+Exit code 0 where it fits (also tightly), 3 where it does not, 64 for bad input. Under mpirun every node reports its
+own limits; otherwise the hostfile's are taken, and without a hostfile those of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from mlx_empire import assemble
+from mlx_empire.arguments import UserArguments
+from mlx_empire.cluster.calibrate import calibrate
+from mlx_empire.cluster.hostfile import Node, load_hostfile
+from mlx_empire.cluster.machine import measure_this_machine
+from mlx_empire.cluster.match import find_hostfile, planned_nodes
+from mlx_empire.comm.connect import connect, under_mpirun
+from mlx_empire.comm.failure import guard, together
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.errors import DoesNotFitError, UserError
+from mlx_empire.plan.advice import advise
+from mlx_empire.plan.assess import assess
+from mlx_empire.plan.daughters import daughter_runs, serving
+from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
+from mlx_empire.plan.ladder import ladder
+from mlx_empire.plan.matrix import compare, matrix, read_rows
+from mlx_empire.plan.pace import chips_of, cloud_of, pace_of
+from mlx_empire.plan.subject import subject_of
+from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.schema import Recipe
+from mlx_empire.recipe.text import read_small_text
+from mlx_empire.report.capacity_document import Document, report_document
+from mlx_empire.report.capacity_page import capacity_page
+from mlx_empire.report.capacity_text import capacity_console, print_report
+from mlx_empire.report.daughter_document import daughters_document
+from mlx_empire.report.survey_document import ladder_document, matrix_document
+from mlx_empire.report.survey_text import print_daughters, print_ladder, print_matrix
+
+Maker = Callable[[Recipe, Sequence[Node], "Wanted"], Document]
+Show = Callable[[Document, Console], None]
+DAUGHTERS = 8  # placed where nobody says how many
+MOST_DAUGHTERS = 10_000
+MOST_CSV_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for beside the recipe and its changes."""
+
+    hosts: Path | None = None
+    part: str = "report"
+    compare: Path | None = None
+    as_json: bool = False
+    page: Path | None = None
+    count: int = DAUGHTERS
+    wire: str | None = None
+    calibrate: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = UserArguments(
+        prog="python -m mlx_empire.capacity", description="What every machine will need, before training."
+    )
+    parser.add_argument("recipe", type=Path, help="the YAML recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as memory.zero_stage=2")
+    parser.add_argument("--hosts", type=Path, help="the hostfile; without one, this machine")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
+    for name, words in (
+        ("matrix", "every model of the catalog on four clusters"),
+        ("ladder", "what each technique saves, one after the other"),
+        ("daughters", "tuning and serving small models of this one"),
+    ):
+        parser.add_argument(f"--{name}", action="append_const", dest="parts", const=name, help=words)
+    parser.add_argument("--compare", type=Path, metavar="CSV", help="with --matrix: where this file is wrong")
+    parser.add_argument("--count", type=int, default=DAUGHTERS, help="with --daughters: how many to place")
+    parser.add_argument("--wire", metavar="NAME", help=", ".join(wire.key for wire in WIRES))
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure this machine's speed first (seconds)"
+    )
+    with guard(None):
+        comm = connect()
+    with guard(comm):
+        options = parser.parse_intermixed_args(arguments)
+        parts = options.parts or ["report"]
+        if len(parts) > 1:
+            parser.error(
+                "one of --matrix, --ladder and --daughters at a time; --html FILE shows them together"
+            )
+        if options.compare is not None and parts != ["matrix"]:
+            parser.error("--compare goes with --matrix")
+        if not 1 <= options.count <= MOST_DAUGHTERS:
+            parser.error(f"--count {options.count}: place 1 to {MOST_DAUGHTERS:,}")
+        wanted = Wanted(
+            options.hosts,
+            parts[0],
+            options.compare,
+            options.json,
+            options.html,
+            options.count,
+            options.wire,
+            options.calibrate,
+        )
+        return answer(comm, options.recipe, options.overrides, wanted)
+    raise AssertionError("guard always leaves")
+
+
+def answer(comm: Communicator, recipe_path: Path, overrides: Sequence[str], wanted: Wanted) -> int:
+    """Print what is wanted, on rank 0; the exit code, on every rank."""
+    recipe = assemble.share_recipe(comm, recipe_path, overrides, planned=True)
+    nodes = nodes_of(comm, recipe, wanted.hosts)
+    code = None
+    with together(comm):
+        if comm.rank == 0:
+            code = present(recipe, nodes, wanted)
+    return int(comm.broadcast_json(code))
+
+
+def nodes_of(comm: Communicator, recipe: Recipe, hosts: Path | None) -> list[Node]:
+    """What each rank has: as measured under mpirun, else as the hostfile says, else this machine."""
+    if under_mpirun():
+        return assemble.share_nodes(comm, recipe, hosts)
+    file = find_hostfile(recipe.run.hosts, hosts)
+    own = measure_this_machine()
+    return planned_nodes(load_hostfile(file), own) if file is not None else [own]
+
+
+def present(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> int:
+    """Print what is wanted and write the page; the exit code."""
+    documents: dict[str, Document] = {}
+    if wanted.page is not None:
+        write_page(wanted.page, "")  # a page that cannot be written is said before the work, not after
+        documents = {name: make(recipe, nodes, wanted) for name, (make, _) in PARTS.items()}
+        write_page(wanted.page, capacity_page(**documents, command=command()))
+    make, show = PARTS[wanted.part]
+    document = documents.get(wanted.part) or make(recipe, nodes, wanted)
+    if wanted.as_json:
+        print(json.dumps(document, indent=1))
+    else:
+        show(document, capacity_console(sys.stdout))
+    return DoesNotFitError.exit_code if document.get("verdict") == "no" else 0
+
+
+def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
+    """The report of the recipe on the nodes."""
+    assessment = assess(recipe, subject_of(recipe), nodes)
+    measured = calibrate(assessment.subject.spec.dtype) if wanted.calibrate else None
+    wire = wire_named(wanted.wire) if wanted.wire else wire_of(nodes)
+    others = [other for other in WIRES if other.name != wire.name and len(nodes) > 1]
+    paces = {one: pace_of(assessment, one, None, measured) for one in (wire, *others)}
+    advice = advise(assessment, wire, calibration=measured)
+    cloud = cloud_of(assessment, paces[wire])
+    chips = chips_of(assessment, None, measured)
+    return report_document(assessment, paces, advice, cloud, chips, datetime.now())
+
+
+def matrix_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
+    """The recipe with every model of the catalog, on the four clusters, whatever the nodes."""
+    theirs = read_rows(*text_of(wanted.compare)) if wanted.compare is not None else None
+    found = matrix(for_any_nodes(recipe))
+    return matrix_document(found, compare(found, theirs) if theirs is not None else None)
+
+
+def ladder_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
+    """The recipe's model on the nodes, one technique after the other."""
+    subject = subject_of(recipe)
+    return ladder_document(subject.spec.name, ladder(recipe, subject, nodes))
+
+
+def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
+    """Small models of the recipe's one: training, serving and placing them."""
+    alone = for_any_nodes(recipe)
+    runs, served = daughter_runs(alone, nodes), serving(alone, nodes)
+    return daughters_document(subject_of(recipe).spec.name, runs, served, nodes, wanted.count)
+
+
+def for_any_nodes(recipe: Recipe) -> Recipe:
+    """The recipe without shares that were written for certain ranks."""
+    listed = not isinstance(recipe.memory.shares, str)
+    return variant(recipe, {"memory.shares": "memory"}) if listed else recipe
+
+
+def text_of(path: Path) -> tuple[str, str]:
+    """(text, path) of the file to compare with. UserError."""
+    remedy = "--compare takes a CSV file with the columns model,1K+3S,..."
+    return read_small_text(path, "matrix", MOST_CSV_BYTES, remedy), str(path)
+
+
+# What can be asked for: how each is made, and how it is shown on a terminal.
+PARTS: dict[str, tuple[Maker, Show]] = {
+    "report": (report_of, print_report),
+    "matrix": (matrix_of, print_matrix),
+    "ladder": (ladder_of, print_ladder),
+    "daughters": (daughters_of, print_daughters),
+}
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write the page; UserError where that cannot be done."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html: {path}: {error.strerror}; choose a file that can be written") from None
+
+
+def command() -> str:
+    """What was typed, for the page's last line."""
+    return shlex.join(["python", "-m", "mlx_empire.capacity", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

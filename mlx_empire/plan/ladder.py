@@ -1,0 +1,123 @@
+"""One model under pure training, then with each technique added: what a node needs, and what each rung unlocks.
+
+Decides the order of the rungs and what each sets. A rung keeps everything below it. `largest` are the largest
+trainable models of the catalog that fit at that rung on the same nodes, one dense and one mixture of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.plan import catalog
+from mlx_empire.plan.assess import Assessment, assess
+from mlx_empire.plan.counts import has_closed_form
+from mlx_empire.plan.subject import Subject, catalog_subject
+from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.schema import Recipe
+
+RUNGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    (
+        "pure training in float32",
+        {
+            "model.dtype": "float32",
+            "memory.gradient_checkpointing": False,
+            "memory.zero_stage": 0,
+            "memory.shares": "equal",
+            "memory.gradient_dtype": "float32",
+            "optimizer.state_bits": 32,
+            "optimizer.master_weights": "exact",
+        },
+    ),
+    ("+ gradient checkpointing", {"memory.gradient_checkpointing": True}),
+    ("+ bfloat16 with exact masters", {"model.dtype": "bfloat16", "memory.gradient_dtype": "bfloat16"}),
+    ("+ 8-bit optimizer states", {"optimizer.state_bits": 8}),
+    ("+ ZeRO-1: optimizer divided", {"memory.zero_stage": 1}),
+    ("+ ZeRO-2: gradients divided", {"memory.zero_stage": 2}),
+    ("+ ZeRO-3: weights divided", {"memory.zero_stage": 3}),
+    ("+ shares by free memory", {"memory.shares": "memory"}),
+)
+RELEASE = "+ gradient release"  # planned: a unit is updated as soon as its gradient is complete
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A technique added to those above it. `dense` and `moe`: (catalog name, parameters) of the largest that fit.
+
+    `built`: whether the trainer can do it today.
+    """
+
+    name: str
+    assessment: Assessment
+    dense: tuple[str, int] | None
+    moe: tuple[str, int] | None
+    built: bool
+
+    @property
+    def peak_gb(self) -> tuple[float, ...]:
+        """10^9 bytes that each node needs."""
+        return tuple(n.peak_bytes / 1e9 for n in self.assessment.nodes)
+
+
+def ladder(
+    recipe: Recipe, subject: Subject, nodes: Sequence[Node], names: Sequence[str] | None = None
+) -> list[Rung]:
+    """The rungs for `subject` on `nodes`; `names` are the catalog models that a rung may unlock (default: all)."""
+    bfloat16 = variant(recipe, {"model.dtype": "bfloat16", "tuning.type": "full", "tuning.bits": None})
+    models = [catalog_subject(name, bfloat16) for name in names or catalog.names()]
+    buildable = [m for m in models if not has_closed_form(m.spec.config)]
+    ranked = sorted(buildable, key=lambda m: -m.base_parameters)
+    rungs: list[Rung] = []
+    settings: dict[str, Any] = {}
+    for name, changes in RUNGS:
+        settings |= changes
+        rungs.append(_rung(name, variant(recipe, settings), subject, nodes, ranked))
+    rungs.append(_rung(RELEASE, variant(recipe, settings), subject, nodes, ranked, release=True))
+    return rungs
+
+
+def _rung(
+    name: str,
+    recipe: Recipe,
+    subject: Subject,
+    nodes: Sequence[Node],
+    ranked: Sequence[Subject],
+    *,
+    release: bool = False,
+) -> Rung:
+    dtype = str(recipe.model.dtype)
+
+    def attempt(one: Subject) -> Assessment:
+        return assess(recipe, in_dtype(one, dtype), nodes, release=release)
+
+    def largest(*, mixture: bool) -> tuple[str, int] | None:
+        kind = [s for s in ranked if (s.active_parameters < s.base_parameters) == mixture]
+        for one in kind:
+            if _may_fit(one, recipe, nodes) and attempt(one).verdict != "no":
+                return one.spec.name, one.base_parameters
+        return None
+
+    return Rung(name, attempt(subject), largest(mixture=False), largest(mixture=True), not release)
+
+
+def _may_fit(subject: Subject, recipe: Recipe, nodes: Sequence[Node]) -> bool:
+    """Whether the weights alone leave room: spares most of the plans of models that are much too large."""
+    item = 4 if recipe.model.dtype == "float32" else 2
+    weights = item * subject.base_parameters
+    if recipe.memory.zero_stage == 3:
+        return weights <= sum(n.limit_bytes for n in nodes)
+    return weights <= min(n.limit_bytes for n in nodes)
+
+
+def in_dtype(subject: Subject, dtype: str) -> Subject:
+    """The subject computing in `dtype`; tensors that are kept in another dtype than the model's stay as they are."""
+    spec = subject.spec
+    if spec.dtype == dtype:
+        return subject
+    units = tuple(
+        replace(u, tensors=tuple(replace(t, dtype=dtype) if t.dtype == spec.dtype else t for t in u.tensors))
+        for u in spec.units
+    )
+    return replace(subject, spec=replace(spec, dtype=dtype, units=units))

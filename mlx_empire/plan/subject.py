@@ -1,0 +1,86 @@
+"""What is to be trained, as numbers: from a recipe to a described model, with its parameter counts.
+
+Decides where the description comes from (the folder, or the catalog where the folder is not there), what tuning
+adds to it and freezes in it, and the one sentence that says why the trainer here cannot train it. No weights are
+needed and none are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_empire.errors import UserError
+from mlx_empire.plan import catalog
+from mlx_empire.plan.counts import active_parameters, counted, has_closed_form
+from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
+from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.tuning import tuned
+from mlx_empire.recipe.planned import not_built
+from mlx_empire.recipe.schema import Recipe, TuningSection
+
+_MATTERS = ("model.", "tuning.", "optimizer.")  # what is not built elsewhere does not change a step
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the way it is tuned. Counts are exact and those of the model itself, without adapters.
+
+    `spec`: after tuning (adapters added, base frozen or quantised). `active_parameters`: those that one token
+    passes through (mixtures of experts). `not_trainable`: one sentence why the trainer here cannot do it, or None.
+    """
+
+    spec: ModelSpec
+    base_parameters: int
+    active_parameters: int
+    not_trainable: str | None
+
+
+def subject_of(recipe: Recipe) -> Subject:
+    """The subject of a recipe: `model.path` is a folder or a catalog name; else `model.architecture`. UserError."""
+    path, architecture = recipe.model.path, recipe.model.architecture
+    if path.exists():
+        return _subject(read_config(path), str(path), recipe)
+    if architecture is not None:
+        return catalog_subject(architecture, recipe)
+    if str(path) in catalog.names():
+        return catalog_subject(str(path), recipe)
+    raise UserError(
+        f"model.path: {path}: neither a folder nor a catalog name; name its kind in model.architecture, "
+        f"such as {catalog.nearest(path.name)}"
+    )
+
+
+def catalog_subject(name: str, recipe: Recipe) -> Subject:
+    """The subject that `recipe` would have with the catalog model `name` in the place of its own. UserError."""
+    config, _ = catalog.load(name)
+    return _subject(config, name, recipe)
+
+
+def _subject(config: Mapping[str, Any], name: str, recipe: Recipe) -> Subject:
+    dtype = compute_dtype(config, recipe.model.dtype)
+    tuning, why = recipe.tuning, None
+    quantization = config.get("quantization")
+    if (
+        isinstance(quantization, Mapping) and tuning.type != "full"
+    ):  # adapters train on a base that is packed already
+        config = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
+        tuning = TuningSection.model_construct(
+            **{**dict(tuning), "type": "qlora", "bits": quantization.get("bits")}
+        )
+    if has_closed_form(config):
+        spec: ModelSpec = counted(config, name, dtype)
+        why = f"mlx-lm has no {config['model_type']}, so this model can be counted but not trained here"
+    else:
+        spec = describe(build_model(config, name), config, name, dtype)
+    return Subject(
+        tuned(spec, tuning), spec.parameters, active_parameters(spec), why or _unbuilt_sentence(recipe)
+    )
+
+
+def _unbuilt_sentence(recipe: Recipe) -> str | None:
+    asked = [f"{key}: {value}" for key, value in not_built(recipe).items() if key.startswith(_MATTERS)]
+    if not asked:
+        return None
+    return f"{', '.join(asked)} {'is' if len(asked) == 1 else 'are'} planned here and not built yet"

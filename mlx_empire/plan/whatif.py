@@ -1,0 +1,85 @@
+"""One change to an assessment, assessed: the questions that advice, ladder and daughters ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.plan.assess import VERDICTS, Assessment, assess
+from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.schema import Recipe
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One change as a user would type or buy it, what it does in one sentence with figures, and the verdict then."""
+
+    change: str
+    effect: str
+    verdict: str
+
+
+def with_settings(
+    assessment: Assessment, settings: Settings, nodes: Sequence[Node] | None = None
+) -> Assessment:
+    """The assessment with other settings, perhaps on other nodes."""
+    recipe = variant(assessment.recipe, _consistent(assessment.recipe, settings))
+    return assess(recipe, assessment.subject, nodes or [n.node for n in assessment.nodes])
+
+
+def with_least_memory(
+    assessment: Assessment, settings: Settings, nodes: Sequence[Node] | None = None
+) -> Assessment:
+    """`with_settings`, and whatever is `auto` then as the choice that needs least.
+
+    What this fits, `auto` fits too, and it is one plan to make instead of many. (Only a model of a few layers may fit
+    at a lower stage and not at 3, which gathers two layers beside the shards.)
+    """
+    recipe = variant(assessment.recipe, settings)
+    memory, spec = recipe.memory, assessment.subject.spec
+    count = len(nodes or assessment.nodes)
+    least: Settings = {}
+    if memory.gradient_checkpointing == "auto":
+        least["memory.gradient_checkpointing"] = True
+    if memory.zero_stage == "auto":
+        least["memory.zero_stage"] = 3 if count > 1 else 2
+    if memory.gradient_dtype == "auto" and spec.dtype == "bfloat16":
+        least["memory.gradient_dtype"] = "bfloat16"
+    return with_settings(assessment, {**settings, **least}, nodes)
+
+
+def fits(assessment: Assessment) -> bool:
+    """Whether it can run, with whatever room."""
+    return assessment.verdict != "no"
+
+
+def as_good(other: Assessment, than: Assessment) -> bool:
+    """Whether `other` has no worse a verdict."""
+    return VERDICTS.index(other.verdict) <= VERDICTS.index(than.verdict)
+
+
+def room(assessment: Assessment) -> str:
+    """`soldier-1 is fullest: 196 of 223 GB, 12 % left`."""
+    worst = assessment.worst
+    left = 100 * worst.headroom_bytes / max(worst.limit_bytes, 1)
+    where = f"{worst.node.name} is fullest: " if len(assessment.nodes) > 1 else ""
+    return f"{where}{gb(worst.peak_bytes)} of {gb(worst.limit_bytes)} GB, {left:.0f} % left"
+
+
+def gb(size: float) -> str:
+    """Bytes in units of 10^9, in three digits or fewer."""
+    return f"{size / 1e9:,.0f}" if abs(size) >= 10e9 else f"{size / 1e9:.2g}"
+
+
+def _consistent(recipe: Recipe, settings: Settings) -> Settings:
+    """`settings` and what follows from them: cells cannot outnumber the micro-batches of a step."""
+    size = settings.get("batch.global_size", recipe.batch.global_size)
+    micro = settings.get("batch.micro_size", recipe.batch.micro_size)
+    cells = recipe.batch.cells
+    return (
+        {**settings, "batch.cells": "auto"} if isinstance(cells, int) and cells > size // micro else settings
+    )

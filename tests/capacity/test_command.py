@@ -1,0 +1,150 @@
+"""The command as a user types it: shape of the JSON, verdicts and exit codes, and what stands on which stream."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "tests" / "fixtures" / "tiny-llama-260k"
+SCOUT, EMPIRE = ROOT / "recipes" / "scout.yaml", ROOT / "hosts" / "empire.txt"
+CLUSTER = (
+    "king slots=1 # role=king memory=512GiB",
+    "soldier slots=1 # role=soldier memory=256GiB limit=208GiB",
+)
+
+
+def stored_parameters() -> int:
+    """Elements of all tensors in the model's own file, by its header."""
+    with (MODEL / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def limited(peak: int, part: float) -> str:
+    """A hostfile's line of which `peak` bytes are `part` of the limit."""
+    return f"box slots=1 # memory=1GiB limit={peak / part / 2**20:.6f}MiB"
+
+
+def test_the_json_has_the_promised_shape(say, recipe, hosts):
+    said = say(recipe, "--hosts", hosts(*CLUSTER), "--json", "memory.zero_stage=3", "memory.shares=[3,1]")
+    assert (said.code, said.err) == (0, "")
+    report = said.json
+    assert report["model"]["parameters"] == stored_parameters()
+    assert set(report["model"]) >= {"name", "parameters", "trainable_parameters", "active_parameters"}
+    assert report["verdict"] == "fits"
+    assert report["zero_stage"] == 3
+    king, soldier = report["nodes"]
+    assert (king["name"], king["role"], king["memory_bytes"], king["limit_bytes"]) == (
+        "king",
+        "king",
+        512 * 2**30,
+        464 * 2**30,
+    )
+    assert soldier["limit_bytes"] == 208 * 2**30
+    assert king["share"] == pytest.approx(0.75, abs=0.01)
+    for node in report["nodes"]:
+        assert node["ledger"]["weights"] > 0
+        assert sum(node["ledger"].values()) == node["peak_bytes"]
+        assert node["headroom_bytes"] == node["limit_bytes"] - node["peak_bytes"]
+        assert node["verdict"] == "fits"
+        assert set(node["ledger"]) <= set(report["formulas"]), "each entry says how it was found"
+    for key in ("step_seconds", "tokens_per_second", "run_hours"):
+        low, high = report["time"][key]
+        assert 0 < low <= high
+    assert report["time"]["bound"] in ("compute", "network", "optimizer", "disk")
+    assert report["time"]["tokens_per_second"][0] == pytest.approx(4 * 64 / report["time"]["step_seconds"][1])
+    assert report["time"]["run_hours"][1] == pytest.approx(3 * report["time"]["step_seconds"][1] / 3600)
+    assert all(set(one) == {"change", "effect", "verdict"} for one in report["advice"])
+
+
+@pytest.mark.parametrize(("part", "verdict", "code"), [(0.5, "fits", 0), (0.97, "tight", 0), (1.03, "no", 3)])
+def test_the_limit_decides_verdict_and_exit_code(say, recipe, hosts, part, verdict, code):
+    peak = say(recipe, "--hosts", hosts("box slots=1 # memory=1GiB"), "--json").json["nodes"][0]["peak_bytes"]
+    said = say(recipe, "--hosts", hosts(limited(peak, part)), "--json")
+    assert said.code == code
+    assert said.json["verdict"] == verdict
+    (node,) = said.json["nodes"]
+    assert node["verdict"] == verdict
+    assert node["headroom_bytes"] / node["limit_bytes"] == pytest.approx(1 - part, abs=0.001)
+    assert bool(said.json["reason"]) == (verdict != "fits")
+
+
+def test_without_a_hostfile_this_machine_is_meant(say, recipe):
+    said = say(recipe, "--json")
+    assert said.code == 0
+    assert len(said.json["nodes"]) == 1
+    assert 0 < said.json["nodes"][0]["limit_bytes"] <= said.json["nodes"][0]["memory_bytes"]
+
+
+def test_slots_divide_this_machine(say, recipe, hosts):
+    whole = say(recipe, "--json").json["nodes"][0]
+    halves = say(recipe, "--hosts", hosts("localhost slots=2"), "--json").json["nodes"]
+    assert [node["memory_bytes"] for node in halves] == [whole["memory_bytes"] // 2] * 2
+
+
+def test_nothing_but_json_on_standard_output():
+    command = [sys.executable, "-m", "mlx_empire.capacity", SCOUT, "--hosts", EMPIRE, "--json"]
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0
+    report = json.loads(done.stdout)
+    assert report["model"]["parameters"] == 107_769_861_120  # mlx-lm's text model of the published checkpoint
+    assert report["zero_stage"] == 3
+    assert [node["role"] for node in report["nodes"]] == ["king", "soldier", "soldier", "soldier"]
+
+
+def test_a_person_reads_every_node_with_its_figures(say, recipe, hosts):
+    said = say(recipe, "--hosts", hosts(*CLUSTER))
+    assert said.code == 0
+    for words in ("king", "soldier", "464 GiB", "208 GiB", "verdict", "peak", "what to change", "tokens/s"):
+        assert words in said.out
+    assert "\x1b" not in said.out, "no colours where nobody watches"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("data.sequence_length=-5",), ("data.sequence_length", "-5")),
+        (("model.path=nowhere",), ("model.path", "nowhere", "architecture")),
+        (("model.path=nowhere", "model.architecture=lama-3.1-8b"), ("lama-3.1-8b", "llama-3.1-8b")),
+        (("--hosts", "nowhere.txt"), ("nowhere.txt",)),
+        (("--wire", "string"), ("string", "10gbe")),
+        (("--matrix", "--ladder"), ("--matrix", "--ladder")),
+        (("--compare", "x.csv"), ("--matrix",)),
+        (("--mtrix",), ("--mtrix",)),
+        (("--html", "/nowhere/x.html"), ("--html", "/nowhere/x.html")),
+    ],
+)
+def test_bad_input_is_one_line_and_64(say, recipe, arguments, words):
+    said = say(recipe, *arguments)
+    assert (said.code, said.out) == (64, "")
+    (line,) = said.err.splitlines()
+    for word in words:
+        assert word in line
+
+
+def test_a_hostfile_without_memory_is_one_line_and_64(say, recipe, hosts):
+    said = say(recipe, "--hosts", hosts("king slots=1 # memory=512GiB", "far.example slots=1"), "--json")
+    assert (said.code, said.out) == (64, "")
+    (line,) = said.err.splitlines()
+    assert "hosts.txt:2: far.example" in line
+    assert "memory=" in line
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "no-such-family"}', '{"model_type": "llama"}'])
+def test_a_damaged_config_is_one_line_and_64(say, recipe, tmp_path, text):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+    said = say(recipe, f"model.path={folder}")
+    assert (said.code, said.out) == (64, "")
+    (line,) = said.err.splitlines()
+    assert str(folder) in line

@@ -1,0 +1,162 @@
+"""The page as a reader gets it: one file, nothing hostile in it, and legible in a real browser, light and dark."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from capacity import browser, made_up
+
+from mlx_empire.report.capacity_page import capacity_page
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+ENOUGH, ENOUGH_FOR_PICTURES = (
+    4.5,
+    1.9,
+)  # WCAG 2 AA for text; parts of a bar against the card (they are labelled too)
+needs_browser = pytest.mark.skipif(
+    browser.chromium() is None, reason="no chromium (Debian: apt install chromium)"
+)
+
+
+class Outline(HTMLParser):
+    """Tags in order, what is open, and whatever would fetch or run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.suspicious: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.suspicious += [
+            f"{tag} {name}" for name, _ in attrs if name in ("src", "href") or name.startswith("on")
+        ]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return capacity_page(
+        made_up.report(),
+        made_up.matrix(),
+        made_up.ladder(),
+        made_up.daughters(),
+        f"capacity {made_up.HOSTILE}",
+    )
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["light", "dark"])
+def measured(page: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    found = browser.measure(page, tmp_path_factory.mktemp("browser"), dark=request.param)
+    return found | {"dark": request.param}
+
+
+def test_one_well_formed_file_that_fetches_and_runs_nothing(page):
+    outline = Outline()
+    outline.feed(page)
+    outline.close()
+    assert outline.open == []
+    assert outline.suspicious == []
+    assert not outline.tags & {"script", "img", "link", "iframe", "object", "form"}
+    assert not re.search(r"url\(|@import|https?://", page)
+
+
+def test_it_says_what_the_documents_say(page):
+    outline = Outline()
+    outline.feed(page)
+    text = " ".join(outline.text.split())
+    for words in (
+        "does not fit",
+        "107,769,861,120",
+        "17,172,894,720",
+        "352 GiB of 464 GiB",
+        "22.0 GiB too much",
+        "memory.shares=memory",
+        "10 GbE",
+        "network",
+        "140% over · Z3",
+        "memory: fits",
+        "llama-2-13b",
+        "planned, not built yet",
+        "242",
+        made_up.HOSTILE,
+    ):
+        assert words in text, words
+
+
+@needs_browser
+def test_the_ground_follows_the_readers_system(measured):
+    assert (measured["ground"] < 0.05) == measured["dark"]
+    assert (measured["ground"] > 0.85) == (not measured["dark"])
+
+
+@needs_browser
+def test_every_text_stands_out(measured):
+    assert len(measured["texts"]) > 100
+    faint = [t for t in measured["texts"] if t["contrast"] < ENOUGH]
+    assert not faint
+
+
+@needs_browser
+def test_bars_are_as_long_as_the_memory_that_they_show(measured):
+    nodes = made_up.report()["nodes"]
+    assert len(measured["bars"]) == len(nodes)
+    scale = 512 * 2**30  # the longest box
+    for bar, node in zip(measured["bars"], nodes, strict=True):
+        length = bar["width"] / scale
+        assert bar["machine"]["width"] == pytest.approx(node["memory_bytes"] * length, abs=1)
+        assert bar["limit"]["left"] == pytest.approx(node["limit_bytes"] * length, abs=1)
+        parts = sorted(part["width"] for part in bar["parts"])
+        assert parts == pytest.approx(sorted(size * length for size in node["ledger"].values()), abs=1)
+        end = 0.0
+        for part in bar["parts"]:
+            assert part["left"] == pytest.approx(end, abs=1), "parts stand side by side"
+            end = part["left"] + part["width"]
+            assert part["height"] > 10
+            assert part["contrast"] > ENOUGH_FOR_PICTURES, part["title"]
+        over = max(-node["headroom_bytes"], 0)
+        assert sum(o["width"] for o in bar["over"]) == pytest.approx(over * length, abs=1)
+        assert node["name"] in bar["label"]
+
+
+@needs_browser
+def test_the_heat_map_shades_by_verdict_and_room(measured):
+    no, tight, some, much = (cell["shade"] for cell in measured["cells"][:4])
+
+    def reddest(shade: list[float]) -> bool:
+        return shade[0] > shade[1] and shade[0] > shade[2]
+
+    def greenest(shade: list[float]) -> bool:
+        return shade[1] > shade[0] and shade[1] > shade[2]
+
+    assert reddest(no)
+    assert reddest(tight)
+    assert tight[1] > no[1], "amber is not red"
+    assert greenest(some)
+    assert greenest(much)
+    assert much[1] - much[0] > some[1] - some[0], "more room, more colour"
+    grey = measured["cells"][6]["shade"]
+    assert max(grey) - min(grey) < 25, "not trainable is neither green nor red"
+
+
+@needs_browser
+def test_nothing_hostile_became_an_element(measured):
+    assert measured["images"] == 0
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1200, 500])
+def test_nothing_sticks_out_sideways(page, tmp_path, width):
+    assert browser.measure(page, tmp_path, dark=False, width=width)["overflow"] <= 0

@@ -1,0 +1,45 @@
+"""Run by mpirun: the measured peak of two training steps beside the ledger's prediction, in bytes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+
+import mlx.core as mx
+from support.mpi import report
+from support.stepping import Case, batches_of, counted_tokens, own_batches, trainer_of
+
+from mlx_empire.comm.connect import connect
+from mlx_empire.comm.failure import guard
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.optim.adamw import AdamW
+from mlx_empire.plan.memory import ledger
+
+
+def measure(case: Case, comm: Communicator) -> dict[str, object]:
+    """MLX's peak and the exchange's numpy buffers against the ledger of this rank."""
+    gc.collect()
+    mx.clear_cache()
+    left_over = mx.get_active_memory()  # of earlier cases in this process
+    with CommThread() as thread:
+        trainer = trainer_of(case, comm, thread)
+        gc.collect()
+        mx.reset_peak_memory()
+        for step in (1, 2):
+            batches = batches_of(case, step)
+            own = own_batches(trainer, batches, comm.rank)
+            trainer.train_step(own, counted_tokens(batches), step, case.learning_rate)
+        measured = mx.get_peak_memory() - left_over + comm.staging_bytes
+        optimizer = AdamW(state_bits=case.state_bits)
+        predicted = ledger(trainer.spec, trainer.store.plan, trainer.work, comm.rank, optimizer.state_bytes)
+        return {"measured": measured, "predicted": predicted.peak, "phase": predicted.largest_phase}
+
+
+if __name__ == "__main__":
+    world = connect(bucket_bytes=8192)
+    with guard(world):
+        for key, fields in json.loads(sys.argv[1]).items():
+            fields["shares"] = tuple(fields.get("shares", (1.0,)))
+            report({key: measure(Case(**fields), world)})

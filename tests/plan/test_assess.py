@@ -1,0 +1,122 @@
+"""Verdicts and figures that must be told: Scout on the empire, what does not fit anywhere, and the three limits."""
+
+from pathlib import Path
+
+import pytest
+
+from mlx_empire.cluster.hostfile import Node, load_hostfile
+from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, Assessment, assess
+from mlx_empire.plan.limits import chunk_count
+from mlx_empire.plan.subject import catalog_subject
+from mlx_empire.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[2]
+SEVEN_BYTES = ["optimizer.master_weights=diet", "memory.gradient_dtype=bfloat16"]
+SHORT = ["data.sequence_length=2048", "batch.global_size=4"]
+SOLDIER = Node("soldier", 1, "soldier", 256 << 30, 208 << 30)
+
+
+def assessed(name: str, *overrides: str, hosts: str = "empire", **more: bool) -> Assessment:
+    recipe = load_recipe(ROOT / "recipes/scout.yaml", [*SHORT, *overrides], planned=True)
+    nodes = [
+        Node(h.name, h.slots, h.role, h.memory_bytes or 0, h.limit_bytes or 0)
+        for h in load_hostfile(ROOT / f"hosts/{hosts}.txt").nodes
+    ]
+    return assess(recipe, catalog_subject(name, recipe), nodes, **more)
+
+
+def on_one_soldier(name: str, *overrides: str) -> Assessment:
+    one = [*SHORT, "batch.global_size=1", *overrides]
+    recipe = load_recipe(ROOT / "recipes/scout.yaml", one, planned=True)
+    return assess(recipe, catalog_subject(name, recipe), [SOLDIER])
+
+
+def gigabytes(assessment: Assessment) -> list[float]:
+    return [round(node.peak_bytes / 1e9, 1) for node in assessment.nodes]
+
+
+SCOUT = "llama-4-scout-109b"
+
+
+def test_zero_2_does_not_fit_scout_on_a_soldier_even_without_any_optimizer():
+    found = assessed(SCOUT, *SEVEN_BYTES, "memory.zero_stage=2")
+    assert found.verdict == "no"
+    assert found.worst.node.role in ("king", "soldier")
+    soldier = found.nodes[-1]
+    assert soldier.share == 0
+    assert soldier.peak_bytes / 1e9 == pytest.approx(230, abs=3)
+    assert "needs 21" in soldier.reason
+    assert "weights alone take 200.7 GiB" in soldier.reason
+
+
+def test_zero_3_in_equal_shares_is_tight_and_in_weighted_shares_fits():
+    equal = assessed(SCOUT, *SEVEN_BYTES, "memory.zero_stage=3", "memory.shares=equal")
+    assert gigabytes(equal)[1] == pytest.approx(216, abs=2)
+    assert equal.verdict == "tight"
+    weighted = assessed(SCOUT, *SEVEN_BYTES)
+    assert (weighted.verdict, weighted.zero_stage) == ("fits", 3)
+    king, *soldiers = gigabytes(weighted)
+    assert 360 <= king <= 380
+    assert all(166 <= s <= 175 for s in soldiers)
+    assert min(n.headroom_bytes / n.limit_bytes for n in weighted.nodes) > 0.2
+
+
+def test_a_lora_daughter_of_scout_on_one_soldier_needs_an_8_bit_base():
+    lora = on_one_soldier(SCOUT, "tuning.type=lora", "tuning.rank=16")
+    assert lora.verdict in ("tight", "no")
+    packed = on_one_soldier(SCOUT, "tuning.type=qlora", "tuning.bits=8", "tuning.rank=16")
+    assert packed.verdict == "fits"
+    assert packed.nodes[0].peak_bytes < 0.6 * lora.nodes[0].peak_bytes
+
+
+def test_falcon_180b_fits_only_once_gradients_are_released():
+    assert assessed("falcon-180b", *SEVEN_BYTES).verdict == "no"
+    assert (
+        7 * 178_557_088_768 > 0.99 * (464 + 3 * 208) * 2**30 > 5 * 178_557_088_768
+    )  # what pooling would say
+    assert assessed("falcon-180b", *SEVEN_BYTES, release=True).verdict != "no"
+
+
+@pytest.mark.parametrize("hosts", ["empire", "2k2s", "3k1s", "4k"])
+def test_deepseek_v3_fits_nowhere(hosts):
+    assert assessed("deepseek-v3-671b", *SEVEN_BYTES, hosts=hosts).verdict == "no"
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "diet"),
+    [
+        (SCOUT, "fits", "fits"),
+        ("mistral-large-123b", "fits", "fits"),
+        ("mixtral-8x22b", "no", "fits"),
+    ],
+)
+def test_what_the_exact_master_costs(name, exact, diet):
+    found = assessed(name, "memory.gradient_dtype=bfloat16").verdict
+    assert (found == "no") == (exact == "no")
+    assert (assessed(name, *SEVEN_BYTES).verdict == "no") == (diet == "no")
+
+
+def test_a_ledger_adds_up_and_every_rank_is_there():
+    found = assessed(SCOUT)
+    assert sum(n.share for n in found.nodes) == pytest.approx(1)
+    for node in found.nodes:
+        assert node.peak_bytes == sum(node.ledger.items().values())
+        assert node.headroom_bytes == node.limit_bytes - node.peak_bytes
+        assert 0 < node.live_buffers < MOST_LIVE_BUFFERS
+        assert node.largest_array_bytes < node.buffer_limit_bytes
+
+
+def test_one_array_above_the_buffer_limit_is_a_no_whatever_is_left():
+    # A node that is not known to be a Mac: the scores of one layer's attention are an array of their own.
+    found = on_one_soldier("llama-3.2-1b", "data.sequence_length=65536", "optimizer.state_bits=8")
+    assert found.nodes[0].largest_array_bytes == 32 * 65536**2 * 2
+    assert found.verdict == "no"
+
+
+def test_chunks_are_counted_as_they_are_cut():
+    plan = assessed("llama-3.2-1b").plan.shards
+    for unit in plan.units[:2]:
+        for segment in unit.segments:
+            for rank in range(4):
+                a, b = plan.state_interval(segment, rank)
+                assert chunk_count(segment, a, b) == len(list(segment.chunks(a, b)))

@@ -1,0 +1,85 @@
+"""Chips and wires that nodes and hostfiles name, and the clusters and prices of the empire."""
+
+import pytest
+
+from mlx_empire.cluster.calibrate import Calibration
+from mlx_empire.cluster.hostfile import GIB, Node, parse_hostfile
+from mlx_empire.errors import UserError
+from mlx_empire.plan.hardware import (
+    CHIPS,
+    KING,
+    MACHINES,
+    SOLDIER,
+    WIRES,
+    calibrated,
+    chip_of,
+    price_of,
+    standard_clusters,
+    wire_named,
+    wire_of,
+)
+
+
+def node(chip=None, role=None, memory=64 * GIB, link=None) -> Node:
+    return Node("a", 1, role, memory, memory // 2, link, chip)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (node("Apple M3 Ultra"), "M3 Ultra"),
+        (node("M3-Ultra"), "M3 Ultra"),
+        (node("Apple M4 Max"), "M4 Max"),
+        (node(role="king"), "M3 Ultra"),
+        (node(memory=512 * GIB), "M3 Ultra"),
+        (node(), "CPU"),
+        (node("Apple M9"), "Apple M9"),
+    ],
+)
+def test_a_node_names_its_chip_or_is_told_by_its_memory(given, name):
+    assert chip_of(given).name == name
+
+
+def test_every_figure_says_where_it_is_from():
+    for one in (*CHIPS, *WIRES):
+        assert one.mark in ("measured", "reported", "planned")
+        assert one.source
+    assert chip_of(node("M3 Ultra")).tflops == (5, 12)
+
+
+def test_a_calibration_replaces_the_figures_of_its_own_chip_only():
+    measured = Calibration("here", "Apple M3 Ultra", "bfloat16", 9.0, 6e11)
+    ultra, cpu = chip_of(node(role="king")), chip_of(node())
+    assert calibrated(ultra, measured).tflops == pytest.approx((8.1, 9.9))
+    assert calibrated(ultra, measured).mark == "measured"
+    assert calibrated(cpu, measured) == cpu
+    assert calibrated(cpu, Calibration("here", None, "float32", 0.05, 1e10)).tflops == pytest.approx(
+        (0.045, 0.055)
+    )
+    assert calibrated(ultra, None) == ultra
+
+
+def test_the_clusters_are_those_of_the_hostfiles(request):
+    names = {"1K+3S": "empire.txt", "2K+2S": "2k2s.txt", "3K+1S": "3k1s.txt", "4K": "4k.txt"}
+    clusters = standard_clusters()
+    assert list(clusters) == list(names)
+    for cluster, file in names.items():
+        hosts = parse_hostfile((request.config.rootpath / "hosts" / file).read_text("utf-8"), file).nodes
+        told = [(h.role, h.memory_bytes, h.limit_bytes) for h in hosts]
+        assert told == [(n.role, n.memory_bytes, n.limit_bytes) for n in clusters[cluster]]
+
+
+def test_the_slowest_link_of_a_hostfile_is_the_wire():
+    assert wire_of([node(), node()]).key == "10gbe"
+    wire = wire_of([node(link=6e9), node(link=1.1e9)])
+    assert (wire.rate, wire.per) == ((1.1e9, 1.1e9), "card")
+    assert wire_named("mesh").per == "pair"
+    with pytest.raises(UserError, match=r"wire token-ring: unknown; known: 10gbe"):
+        wire_named("token-ring")
+
+
+def test_prices_are_of_machines_with_that_memory():
+    assert price_of(KING.node("k")) == 11_699
+    assert price_of(node()) is None
+    assert [m.role for m in sorted(MACHINES, key=lambda m: m.dollars_per_gb)] == ["king", "soldier"]
+    assert SOLDIER.node("s").limit_bytes == 223_338_299_392

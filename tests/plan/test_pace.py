@@ -1,0 +1,229 @@
+"""Time against hand-made counts: operations, bytes per card and cable, and what overlaps."""
+
+from dataclasses import replace
+from datetime import datetime
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.planning import llama_like, node_of, nodes_of, recipe_of
+
+from mlx_empire.cluster.calibrate import Calibration
+from mlx_empire.plan.assess import assess
+from mlx_empire.plan.hardware import CPU, M3_ULTRA, WIRES, standard_clusters, wire_named
+from mlx_empire.plan.pace import chips_of, cloud_of, ends, pace_of, paces, run_steps, spell
+from mlx_empire.plan.subject import catalog_subject
+from mlx_empire.plan.work import (
+    attention_flops,
+    attention_layers,
+    busiest,
+    flops_per_token,
+    step_matrices,
+    trained_bytes,
+    update_bytes,
+)
+from mlx_empire.plan.workload import step_traffic
+
+GIB = 2**30
+
+
+def assessed(*overrides, limits=(GIB, GIB), subject=None):
+    return assess(recipe_of(*overrides), subject or llama_like(), nodes_of(limits))
+
+
+def test_operations_are_counted_product_by_product():
+    """Every matrix of every layer, and the scores, pass by pass, for a model whose head is not recomputed."""
+    subject, width = llama_like(layers=3, hidden=128, vocabulary=512), 2048
+    layer = 4 * 128 * 128 + 3 * 128 * 512
+    scores = 2 * (2 * 128 * width)  # 2 products of 2 operations per channel and position
+    root = 2 * 512 * 128  # embedding (counted as if it were a product) and head
+    recomputed = assessed("memory.gradient_checkpointing=true", subject=subject)
+    kept = assessed("memory.gradient_checkpointing=false", subject=subject)
+    assert flops_per_token(subject, recomputed.plan.work) == 4 * 3 * (2 * layer + scores) + 3 * 2 * root
+    assert flops_per_token(subject, kept.plan.work) == 3 * 3 * (2 * layer + scores) + 3 * 2 * root
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "per_parameter"), [("true", 8), ("false", 6)]
+)  # the figures that everybody uses
+def test_scout_executes_eight_per_active_parameter_and_its_attention(checkpointing, per_parameter):
+    recipe = recipe_of(f"memory.gradient_checkpointing={checkpointing}")
+    subject = catalog_subject("llama-4-scout-109b", recipe)
+    plan = assess(recipe, subject, standard_clusters()["4K"]).plan
+    passes = per_parameter / 2
+    expected = per_parameter * 17.17e9 + passes * 48 * 4 * 40 * 128 * 2048
+    assert flops_per_token(subject, plan.work) == pytest.approx(expected, rel=0.03)
+
+
+def test_adapters_spare_the_base_its_weight_gradients_and_quantising_spares_nothing():
+    """About 6 per parameter; Apple's 180 tokens/s on a 9 B model then lie within 5-12 TFLOP/s."""
+    counted = {}
+    for kind in ("full", "lora", "qlora"):
+        recipe = recipe_of(f"tuning.type={kind}", planned=True)
+        subject = catalog_subject("gemma-2-9b", recipe)
+        work = assess(recipe, subject, [standard_clusters()["4K"][0]]).plan.work
+        counted[kind] = flops_per_token(subject, work)
+    assert counted["lora"] == pytest.approx(counted["full"] - 2 * 9.24e9, rel=0.01)
+    assert counted["qlora"] == pytest.approx(counted["lora"], rel=0.01)
+    assert 5e12 < 180 * counted["lora"] < 12e12
+
+
+def test_attention_with_latents_and_without_heads():
+    recipe = recipe_of()
+    deepseek = catalog_subject("deepseek-v3-671b", recipe).spec
+    assert attention_flops(deepseek, 100) == 2 * 128 * 100 * (192 + 128)
+    assert attention_layers(deepseek) == 61
+    headless = replace(llama_like().spec, config={"hidden_size": 64})
+    assert attention_flops(headless, 100) == 0
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.sampled_from([0, 1, 2, 3]),
+    st.sampled_from([1, 2]),
+    st.sampled_from(["auto", "direct", "relay"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_gathers_and_reductions_are_the_plan_s_traffic(weights, stage, cells_per_rank, route):
+    shares = "[" + ",".join(map(str, weights)) + "]"
+    cells = min(8, len(weights) * cells_per_rank)
+    found = assessed(
+        f"memory.zero_stage={stage}",
+        f"memory.shares={shares}",
+        f"comm.route={route}",
+        f"batch.cells={cells}",
+        limits=[GIB] * len(weights),
+    )
+    gathers, reductions = step_matrices(found.plan, route)
+    total = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(gathers, reductions, strict=True)]
+    assert total == step_traffic(found.plan.shards, found.plan.work)
+
+
+def test_a_card_carries_all_of_a_node_and_a_cable_one_pair():
+    sent = [[0, 5, 7], [1, 0, 2], [3, 4, 0]]
+    assert busiest(sent, wire_named("10gbe")) == 12  # node 0 sends 5 + 7
+    assert busiest(sent, wire_named("mesh")) == 7
+
+
+def test_two_equal_nodes_by_hand():
+    """Stage 3, two nodes, bfloat16: a gather sends half of a unit each way, a reduction the other half."""
+    subject = llama_like(layers=4)
+    found = assessed(
+        "memory.zero_stage=3", "memory.shares=equal", "memory.gradient_dtype=bfloat16", subject=subject
+    )
+    root, layer = (u.parameters for u in subject.spec.units[:2])
+    gathered = root + 3 * 2 * layer + layer  # layers twice, but the last one, with which the backward begins
+    seconds = 2 * (gathered + root + 4 * layer) / 2 / 1.1e9
+    pace = pace_of(found, wire_named("10gbe"))
+    assert pace.parts["network"] == pytest.approx((seconds, seconds), rel=1e-6)
+    states = 1 + 1 + 2 + 6 / 64  # codes, remainder, three numbers per block
+    moved = subject.base_parameters / 2 * (2 * 2 + 2 + 2 * states)
+    assert update_bytes(found, 0) == pytest.approx(moved, rel=1e-6)
+    assert pace.parts["optimizer"][0] == pytest.approx(moved / CPU.memory_rate[1], rel=1e-6)
+    tokens = 4 * 2048  # of each node: half of the 8 rows
+    compute = tokens * flops_per_token(subject, found.plan.work) / (CPU.tflops[1] * 1e12)
+    assert pace.parts["compute"][0] == pytest.approx(compute)
+    assert pace.step_seconds[0] == pytest.approx(
+        max(compute, seconds) + pace.parts["optimizer"][0] + pace.parts["disk"][0]
+    )
+
+
+@given(
+    st.sampled_from([0, 1, 2, 3]),
+    st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    st.sampled_from([8, 16, 64]),
+    st.sampled_from(["10gbe", "thunderbolt", "cable", "mesh"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_times_are_ranges_that_hang_together(stage, weights, rows, key):
+    found = assessed(
+        f"memory.zero_stage={stage}",
+        f"memory.shares=[{','.join(map(str, weights))}]",
+        f"batch.global_size={rows}",
+        limits=[GIB] * len(weights),
+    )
+    wire = wire_named(key)
+    pace = pace_of(found, wire)
+    for low, high in (
+        pace.step_seconds,
+        pace.tokens_per_second,
+        pace.run_hours,
+        pace.energy_kwh,
+        *pace.parts.values(),
+    ):
+        assert 0 <= low <= high
+    assert (pace.parts["network"][1] == 0) == (len(weights) == 1)
+    assert pace.step_seconds[1] >= max(high for _, high in pace.parts.values())
+    assert pace.step_seconds[1] <= sum(high for _, high in pace.parts.values()) * (1 + 1e-9)
+    assert pace.tokens_per_second[0] * pace.step_seconds[1] == pytest.approx(rows * 2048)
+    assert pace.run_hours[1] == pytest.approx(pace.step_seconds[1] * 100 / 3600)
+    quicker = replace(wire, rate=(2 * wire.rate[0], 2 * wire.rate[1]))
+    assert pace_of(found, quicker).step_seconds[1] <= pace.step_seconds[1]
+    assert pace.parts[pace.bound] == max(pace.parts.values(), key=sum)
+
+
+def test_scout_over_slow_and_fast_wires():
+    """Few tokens a step leave 10 GbE behind, many hide it; a mesh takes unequal shares direct."""
+    recipe = recipe_of("batch.global_size=4")
+    subject = catalog_subject("llama-4-scout-109b", recipe)
+    found = paces(assess(recipe, subject, standard_clusters()["1K+3S"]))
+    assert list(found) == [w.key for w in WIRES]
+    assert found["10gbe"].bound == "network"
+    assert found["mesh"].parts["network"][1] < found["cable"].parts["network"][0] / 2
+    # about 216 GB gathered twice past each card, and 2 bytes per gradient reduced: 0.5 TB at 1.1 GB/s
+    assert 400 < found["10gbe"].parts["network"][0] < 550
+    many = recipe_of("batch.global_size=64", "data.sequence_length=4096")
+    assert pace_of(assess(many, subject, standard_clusters()["1K+3S"]), WIRES[0]).bound == "compute"
+
+
+def test_a_calibration_narrows_the_range():
+    found = assess(recipe_of(), llama_like(), [node_of("mac", GIB, chip="Apple M3 Ultra")])
+    assert chips_of(found) == [M3_ULTRA]
+    measured = Calibration("mac", "Apple M3 Ultra", "bfloat16", 10.0, 6e11)
+    planned, then = (pace_of(found, WIRES[0], None, c) for c in (None, measured))
+    assert planned.parts["compute"][0] < then.parts["compute"][0] < then.parts["compute"][1]
+    assert then.parts["compute"][1] < planned.parts["compute"][1]
+
+
+@pytest.mark.parametrize(
+    ("written", "rows", "steps", "known"),
+    [("100", None, 100, True), ("1Mtok", None, 62, True), ("2ep", 80, 20, True), ("2ep", None, 1000, False)],
+)
+def test_the_length_of_a_run(written, rows, steps, known):
+    assert run_steps(recipe_of(f"run.steps={written}"), rows) == (steps, known)
+
+
+def test_the_end_of_a_run_and_of_all_calendars():
+    pace = pace_of(assessed(), WIRES[0])
+    start = datetime(2026, 11, 21)
+    early, late = ends(replace(pace, run_hours=(24.0, 1e30)), start)
+    assert early == datetime(2026, 11, 22)
+    assert late.year == 2126
+
+
+def test_rented_machines_hold_what_is_trained():
+    recipe = recipe_of()
+    subject = catalog_subject("llama-4-scout-109b", recipe)
+    found = assess(recipe, subject, standard_clusters()["1K+3S"])
+    bytes_each = sum(trained_bytes(found).values()) / subject.base_parameters
+    assert bytes_each == pytest.approx(
+        8.09 if found.plan.work.gradient_dtype == "bfloat16" else 10.09, abs=0.02
+    )
+    pace = pace_of(found, WIRES[0])
+    cloud = cloud_of(found, pace)
+    assert cloud.gpus == 16
+    assert cloud.gpus * 72e9 > sum(trained_bytes(found).values()) > 8 * 72e9
+    assert cloud.hours[1] < pace.run_hours[0]  # the Macs never win on time
+    assert cloud.dollars[0] == pytest.approx(16 * cloud.hours[0] * 2.5)
+    assert "35,996 dollars" in cloud.sentence
+    other = assessed()
+    assert "dollars of power" not in cloud_of(other, pace_of(other, WIRES[0])).sentence
+
+
+def test_ranges_in_words():
+    assert [spell(p) for p in ((0.0123, 0.5), (3.14, 7.0), (12.4, 12.4), (1200.0, 3400.0))] == [
+        "0.012-0.5",
+        "3.1-7.0",
+        "12",
+        "1,200-3,400",
+    ]

@@ -1,0 +1,71 @@
+"""Where a subject's description comes from, and what is said of a model that cannot be trained here."""
+
+import json
+
+import pytest
+from support.tiny_models import tiny_config
+
+from mlx_empire.errors import UserError
+from mlx_empire.plan.subject import catalog_subject, subject_of
+from mlx_empire.recipe.load import parse_recipe
+
+TEXT = """
+model: {path: PATH}
+data: {path: d, sequence_length: 2048}
+batch: {global_size: 4}
+optimizer: {learning_rate: 1e-5}
+run: {dir: r, steps: 10}
+"""
+
+
+def recipe(path="llama-3.2-1b", *overrides):
+    return parse_recipe(TEXT.replace("PATH", str(path)), "x.yaml", overrides, planned=True)
+
+
+def test_a_folder_wins_over_the_catalog(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama")))
+    found = subject_of(recipe(tmp_path, "model.architecture=llama-3.1-8b"))
+    assert found.base_parameters == found.active_parameters < 10**6
+    assert found.not_trainable is None
+
+
+def test_a_catalog_name_stands_in_for_a_folder_that_is_not_there():
+    assert subject_of(recipe()).base_parameters == 1_235_814_400
+    elsewhere = subject_of(recipe("models/x", "model.architecture=llama-4-scout-109b"))
+    assert elsewhere.base_parameters == 107_769_861_120
+    assert elsewhere.active_parameters == 17_172_894_720
+
+
+def test_adapters_do_not_change_the_models_own_count():
+    found = catalog_subject("llama-3.1-8b", recipe("x", "tuning.type=lora", "tuning.rank=8"))
+    assert found.base_parameters == 8_030_261_248
+    assert found.spec.parameters > found.base_parameters
+    assert "tuning.type: lora" in str(found.not_trainable)
+
+
+@pytest.mark.parametrize("name", ["falcon-180b", "olmo-7b-instruct"])
+def test_what_mlx_lm_lacks_is_counted_and_marked(name, capsys):
+    assert "mlx-lm has no" in str(catalog_subject(name, recipe()).not_trainable)
+    assert capsys.readouterr().out == ""  # mlx-lm's own module prints when it is imported
+
+
+def test_a_quantised_folder_serves_adapters_and_no_full_fine_tuning(tmp_path):
+    config = {
+        **tiny_config("llama", hidden_size=64, intermediate_size=128),
+        "quantization": {"bits": 4, "group_size": 64},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantised"):
+        subject_of(recipe(tmp_path))
+    found = subject_of(recipe(tmp_path, "tuning.type=lora"))
+    assert any(t.dtype == "uint32" for u in found.spec.units for t in u.tensors)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("llama-3.2-1bb", "such as llama-3.2-1b"), ("nowhere/at-all", "neither a folder nor a catalog name")],
+)
+def test_an_unknown_model_is_refused_in_one_line(path, message):
+    with pytest.raises(UserError, match=message) as error:
+        subject_of(recipe(path))
+    assert "\n" not in str(error.value)

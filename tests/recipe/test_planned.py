@@ -1,0 +1,53 @@
+"""A recipe that is only planned may ask for what is not built yet, and says so."""
+
+import pytest
+
+from mlx_empire.errors import UserError
+from mlx_empire.recipe.load import dump_recipe, parse_recipe
+from mlx_empire.recipe.planned import not_built
+
+TEXT = """
+model: {path: m}
+data: {path: d, sequence_length: 16}
+batch: {global_size: 8}
+optimizer: {learning_rate: 1e-5}
+run: {dir: r, steps: 10}
+"""
+PLANNED = ["tuning.type=qlora", "tuning.rank=16", "tuning.bits=4", "tuning.targets=[q_proj, experts]"]
+
+
+def test_what_is_not_built_passes_where_it_is_planned_and_is_listed():
+    recipe = parse_recipe(TEXT, "x.yaml", [*PLANNED, "optimizer.master_weights=diet"], planned=True)
+    assert (recipe.tuning.rank, recipe.tuning.targets) == (16, ("q_proj", "experts"))
+    assert not_built(recipe) == {
+        "tuning.type": "qlora",
+        "tuning.rank": "16",
+        "tuning.targets": "q_proj, experts",
+        "tuning.bits": "4",
+        "optimizer.master_weights": "diet",
+    }
+    assert parse_recipe(dump_recipe(recipe), "y.yaml", planned=True) == recipe
+
+
+def test_the_trainer_still_refuses_it():
+    with pytest.raises(UserError, match="qlora is not built yet; use full"):
+        parse_recipe(TEXT, "x.yaml", PLANNED)
+    assert not_built(parse_recipe(TEXT, "x.yaml")) == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tuning.rank=0", "tuning.rank: got 0; expected a whole number"),
+        ("tuning.rank=many", "tuning.rank: got 'many'"),
+        ("tuning.bits=5", r"tuning.bits: got 5; expected 2, 3, 4, 6, 8 or ternary.*did you mean"),
+        ("tuning.dropout=1", "tuning.dropout: got 1"),
+        ("tuning.targets=[]", "tuning.targets"),
+        ("tuning.bits=4", "bits 4 has no meaning for type lora; use type qlora"),
+        ("data.sequence_length=-16", "data.sequence_length: got -16"),
+    ],
+)
+def test_planned_values_are_checked_all_the_same(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse_recipe(TEXT, "x.yaml", ["tuning.type=lora", override], planned=True)
+    assert "\n" not in str(error.value)

@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, required=True, help="input positions of a row")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder for reports.json and mlx-lm's own files")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for reports.json and mlx-lm's own files"
+    )
     options = parser.parse_args()
 
     model, _ = load_model(options.model)
@@ -55,7 +57,9 @@ def main() -> None:
     recorder = Recorder()
     train(
         model,
-        optim.AdamW(options.learning_rate, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, bias_correction=True),
+        optim.AdamW(
+            options.learning_rate, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, bias_correction=True
+        ),
         read_rows(options.data),
         args=TrainingArgs(
             batch_size=options.global_size,

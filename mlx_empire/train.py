@@ -74,6 +74,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
     with together(comm):
         if comm.rank == 0:
             refuse_finished(recipe.run.dir)
+            refuse_unwritable(recipe.run.dir)
             refuse_foreign(recipe.run.dir / "final")
 
     # ---------------------------------------------------------------- what is trained, on what
@@ -87,9 +88,6 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
         refuse_idle_keys(recipe, splits)
         plan = resolve(recipe, spec, nodes, optimizer.state_bytes)
         require_fit(plan, nodes)
-        started_over = (recipe.run.dir / "metrics.jsonl").exists()
-        if comm.rank == 0:
-            write_plan(recipe, plan, nodes, spec, splits)
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     with together(comm):
@@ -104,6 +102,12 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
         )
         sent = assemble.load_weights(comm, recipe, config, spec, trainer.store)
         trainer.prepare(packing=recipe.data.packing)
+
+        # ------------------------------------------------------------ from here on something is written
+        started_over = (recipe.run.dir / "metrics.jsonl").exists()
+        with together(comm):
+            if comm.rank == 0:
+                write_plan(recipe, plan, nodes, spec, splits)
         with RunReport(comm, recipe, spec, plan, nodes, total_steps(recipe, splits)) as report:
             for line in splits.report:
                 report.message(line)
@@ -205,6 +209,15 @@ def refuse_finished(folder: Path) -> None:
         raise UserError(
             f"run.dir: {folder} holds a finished run; choose another run.dir or remove that folder"
         )
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """UserError where the run's folder could not be made, said before hours of work; nothing is written."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"run.dir: {folder}: {nearest} is a file; choose a folder that can be written")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir: {folder}: {nearest} may not be written; choose a folder that can be")
 
 
 def write_plan(recipe: Recipe, plan: RunPlan, nodes: Sequence[Node], spec: ModelSpec, splits: Splits) -> None:

@@ -284,11 +284,14 @@ class StreamedStep:
             for position, array in zip(self._embed_tensors, arrays, strict=True):
                 bound[position] = array
             self._store.rebind(0, bound)
-            return self._deck.embed(r.batch[0])
+            return self._deck.embed(r.batch[0]).astype(mx.float32)
 
+        # A frequent token's row is a sum over many positions: in fp32, or bfloat16 would swallow most of it. (The
+        # wide copies of the tensors are never evaluated; the gradient does not need them.)
+        wide = [root[i].astype(mx.float32) for i in self._embed_tensors]
         # On Metal a scatter-add uses atomics, in any order; the CPU's is sequential, so the sum is reproducible.
         with mx.stream(mx.cpu):
-            _, gradients = mx.vjp(embed, [root[i] for i in self._embed_tensors], [r.hidden])
+            _, gradients = mx.vjp(embed, wide, [r.hidden.astype(mx.float32)])
         return list(gradients)
 
     def _whole_root(self, root: list[mx.array], head: CellSum, embed: CellSum) -> CellSum:

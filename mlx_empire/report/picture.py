@@ -3,6 +3,7 @@
 python -m mlx_empire.report.picture runs/quickstart [loss.svg]
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -100,25 +101,26 @@ def _legend(row: int, name: str, colour: str) -> str:
     return f'<path d="M{x} {y - 4}h18" stroke="{colour}" stroke-width="3"/>' + _text(x + 26, y, name)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the run named first into the file named second (by default loss.svg in the run's folder)."""
-    if len(arguments) not in (1, 2):
-        print("usage: python -m mlx_empire.report.picture RUN_FOLDER [FILE.svg]", file=sys.stderr)
-        return UserError.exit_code
-    run = Path(arguments[0])
-    out = Path(arguments[1]) if len(arguments) == 2 else run / "loss.svg"
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_empire.report.picture", description="Draw a run's loss."
+    )
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("out", type=Path, nargs="?", help="the SVG file; RUN/loss.svg if not given")
+    options = parser.parse_args(arguments)
+    out = options.out or options.run / "loss.svg"
     try:
-        picture = loss_picture(read_metrics(run), str(run))
-    except FileNotFoundError as error:
-        print(f"picture: {error.filename} is not there: is {run} the folder of a run?", file=sys.stderr)
+        out.write_text(loss_picture(read_metrics(options.run), str(options.run)), encoding="utf-8")
+    except OSError as error:
+        print(f"picture: {error.filename}: {error.strerror}; give the folder of a run", file=sys.stderr)
         return UserError.exit_code
     except UserError as error:
         print(f"picture: {error}", file=sys.stderr)
         return error.exit_code
-    out.write_text(picture, encoding="utf-8")
     print(out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

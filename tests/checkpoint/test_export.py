@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 from safetensors import safe_open
 from support.tiny_models import FAMILIES, MIXTURES, OTHER_FAMILIES, tiny_config, tiny_model
@@ -55,6 +55,8 @@ def test_mlx_lm_opens_it_with_equal_logits(family: str, dtype: str, tmp_path: Pa
     trained = export_all(FolderWriter(tmp_path / "out", spec, build), RandomSource(build, spec, seed=2), spec)
     loaded, config = load_model(tmp_path / "out")
     assert config["torch_dtype"] == dtype
+    # llama4's experts come out of mlx-lm's renaming as transposed views, and a fast BLAS rounds those otherwise
+    with_weights(loaded, {name: mx.contiguous(w) for name, w in tree_flatten(loaded.parameters())})
     expected, found = logits(with_weights(build(), trained)), logits(loaded)
     assert expected.dtype == found.dtype
     assert mx.array_equal(expected, found)

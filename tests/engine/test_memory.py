@@ -50,7 +50,7 @@ PARTS = (
 @cache
 def reports() -> list[dict[str, Any]]:
     """Both ranks' figures for all cases."""
-    return run_ranks(2, "tests/engine/memory_worker.py", [json.dumps(CASES)], timeout=300)
+    return run_ranks(2, "tests/engine/memory_worker.py", [json.dumps(CASES)], timeout=600)
 
 
 @pytest.mark.parametrize("name", list(CASES))

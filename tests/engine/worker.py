@@ -80,9 +80,10 @@ def against_reference(case: Case, size: int, loss: float, gradients: dict[str, n
 
 
 if __name__ == "__main__":
-    world = connect(bucket_bytes=8192)
-    with guard(world):
+    routes = {route: connect(route, bucket_bytes=8192) for route in ("auto", "direct", "relay")}
+    with guard(routes["auto"]):
         for key, fields in json.loads(sys.argv[1]).items():
             compare = fields.pop("compare", False)
             fields["shares"] = tuple(fields.get("shares", (1.0,)))
-            report({key: run_case(Case(**fields), world, compare)})
+            case = Case(**fields)
+            report({key: run_case(case, routes[case.route], compare)})

@@ -1,0 +1,122 @@
+"""One process from recipe to folder: what a run leaves, for whom it is readable, what a second start does."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from pathlib import Path
+
+import pytest
+from train.launching import MODEL, Outcome, Workspace, held_out, metrics, step_records
+
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.recipe.load import load_recipe
+
+# DESIGN, "What a run leaves behind"
+FIELDS = {
+    "step": int,
+    "loss": float,
+    "learning_rate": float,
+    "grad_norm": float,
+    "tokens": int,
+    "tokens_per_second": float,
+    "step_seconds": float,
+    "comm_wait_seconds": float,
+    "peak_bytes": list,
+    "predicted_peak_bytes": list,
+    "bytes_sent": list,
+    "bytes_received": list,
+}
+
+
+def test_a_run_leaves_exactly_what_it_promises(alone_dir: Path) -> None:
+    assert {entry.name for entry in alone_dir.iterdir()} == {
+        "recipe.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        "final",
+        "COMPLETE",
+    }
+
+
+def test_nothing_is_readable_by_others_whatever_the_umask(alone_dir: Path) -> None:
+    for path in (alone_dir, *alone_dir.rglob("*")):
+        expected = 0o700 if path.is_dir() else 0o600
+        assert stat.S_IMODE(path.stat().st_mode) == expected, path
+
+
+def test_the_recipe_is_kept_as_it_was_resolved(workspace: Workspace, alone_dir: Path) -> None:
+    asked = load_recipe(workspace.folder / "recipe.yaml", ["run.dir=alone", "run.eval_every=3"])
+    assert load_recipe(alone_dir / "recipe.yaml") == asked
+
+
+def test_every_step_has_every_field(alone_dir: Path) -> None:
+    records = step_records(alone_dir)
+    assert [record["step"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert {name: type(record[name]) for name in FIELDS} == FIELDS
+        assert 0 < record["loss"] < math.log(512)  # better than guessing among 512 tokens
+        assert 0 < record["grad_norm"] < 100
+        assert 0 <= record["comm_wait_seconds"] <= record["step_seconds"]
+        assert record["tokens"] <= 6 * 64
+        assert math.isclose(
+            record["tokens_per_second"], record["tokens"] / record["step_seconds"], rel_tol=1e-9
+        )
+        assert record["bytes_sent"] == record["bytes_received"] == [0]
+    # The cosine from 1e-3 at step 1 to a tenth of it after step 3: (1 + cos(pi p)) / 2 is 1, 3/4 and 1/4.
+    assert [record["learning_rate"] for record in records] == pytest.approx([1e-3, 7.75e-4, 3.25e-4])
+
+
+def test_memory_is_measured_beside_its_prediction(alone_dir: Path) -> None:
+    (planned,) = json.loads((alone_dir / "plan.json").read_text())["ranks"]
+    peaks = [record["peak_bytes"] for record in step_records(alone_dir)]
+    assert peaks == sorted(peaks)  # since the run's start
+    for record in step_records(alone_dir):
+        assert record["predicted_peak_bytes"] == [planned["peak_bytes"]]
+        assert (
+            3 * 4 * 279_232 < record["peak_bytes"][0] <= 1.1 * planned["peak_bytes"]
+        )  # weights, m and v at least
+
+
+def test_evaluations_come_before_the_first_and_after_the_last_step(alone_dir: Path) -> None:
+    kinds = ["eval" if "eval_loss" in record else "step" for record in metrics(alone_dir)]
+    assert kinds == ["eval", "step", "step", "step", "eval"]
+    losses = held_out(alone_dir)
+    assert [step for step, _ in losses] == [0, 3]
+    assert all(0 < loss < math.log(512) for _, loss in losses)
+
+
+def test_the_plan_is_complete(alone_dir: Path) -> None:
+    plan = json.loads((alone_dir / "plan.json").read_text())
+    assert plan["parameters"] == 279_232
+    assert (plan["dtype"], plan["gradient_dtype"], plan["cells"]) == ("float32", "float32", 4)
+    assert plan["zero_stage"] in (0, 1, 2, 3)
+    (only,) = plan["ranks"]
+    assert only["share"] == 1.0
+    assert sum(only["ledger"].values()) == only["peak_bytes"] <= only["limit_bytes"]
+    assert Node(**only["node"]).limit_bytes == only["limit_bytes"]
+
+
+def test_the_terminal_tells_the_run(alone: Outcome, alone_dir: Path) -> None:
+    for record in step_records(alone_dir):
+        assert f"step {record['step']}/3  loss {record['loss']:.4f}" in alone.stdout
+    for _, loss in held_out(alone_dir):
+        assert f"eval loss {loss:.4f}" in alone.stdout
+    assert str(MODEL) in alone.stdout
+    assert "the trained model is in alone/final" in alone.stdout
+
+
+def test_a_finished_run_is_not_trained_over(workspace: Workspace, alone_dir: Path) -> None:
+    before = {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in alone_dir.rglob("*") if path.is_file()
+    }
+    again = workspace.train("recipe.yaml", "run.dir=alone")
+    assert again.code == 64
+    assert again.stderr.splitlines() == [
+        "mlx_empire: run.dir: alone holds a finished run; choose another run.dir or remove that folder"
+    ]
+    assert again.stdout == ""
+    assert before == {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in alone_dir.rglob("*") if path.is_file()
+    }

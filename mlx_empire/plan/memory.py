@@ -34,7 +34,7 @@ LOGITS_IN_TAIL = 1.5  # of them when the un-recomputed tail's backward begins
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
 # One optimizer call beside the new weights, bytes per element: new states of a group of chunks that are evaluated
 # together, and measured temporaries (of the group, or of its largest chunk if that is more). bfloat16 adds EXACT.
-UPDATE_PLAIN, UPDATE_CODES, UPDATE_EXACT = (8, 0, 0), (2, 52, 65), (2, 8, 8)
+UPDATE_PLAIN, UPDATE_CODES, UPDATE_EXACT = (8, 0, 0), (2, 54, 65), (2, 8, 8)
 BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
 ROUNDING = 1 << 13  # half a page of Metal's allocator, for every array that is no whole chunk
 

@@ -42,10 +42,10 @@ def subject_of(recipe: Recipe) -> Subject:
     path, architecture = recipe.model.path, recipe.model.architecture
     if path.exists():
         return _subject(read_config(path), str(path), recipe)
-    if architecture is not None:
-        return catalog_subject(architecture, recipe)
     if str(path) in catalog.names():
         return catalog_subject(str(path), recipe)
+    if architecture is not None:
+        return catalog_subject(architecture, recipe)
     raise UserError(
         f"model.path: {path}: neither a folder nor a catalog name; name its kind in model.architecture, "
         f"such as {catalog.nearest(path.name)}"

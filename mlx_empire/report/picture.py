@@ -3,7 +3,6 @@
 python -m mlx_empire.report.picture runs/quickstart [loss.svg]
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from mlx_empire.arguments import UserArguments
 from mlx_empire.errors import UserError
 from mlx_empire.report.metrics import read_metrics
 
@@ -103,14 +103,12 @@ def _legend(row: int, name: str, colour: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the run named first into the file named second (by default loss.svg in the run's folder)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_empire.report.picture", description="Draw a run's loss."
-    )
+    parser = UserArguments(prog="python -m mlx_empire.report.picture", description="Draw a run's loss.")
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("out", type=Path, nargs="?", help="the SVG file; RUN/loss.svg if not given")
-    options = parser.parse_args(arguments)
-    out = options.out or options.run / "loss.svg"
     try:
+        options = parser.parse_args(arguments)
+        out = options.out or options.run / "loss.svg"
         out.write_text(loss_picture(read_metrics(options.run), str(options.run)), encoding="utf-8")
     except OSError as error:
         print(f"picture: {error.filename}: {error.strerror}; give the folder of a run", file=sys.stderr)

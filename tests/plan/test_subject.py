@@ -36,6 +36,11 @@ def test_a_catalog_name_stands_in_for_a_folder_that_is_not_there():
     assert elsewhere.active_parameters == 17_172_894_720
 
 
+def test_a_catalog_name_in_the_path_wins_over_the_stand_in():
+    asked = recipe("llama-3.2-1b", "model.architecture=llama-4-scout-109b")
+    assert subject_of(asked).base_parameters == 1_235_814_400
+
+
 def test_adapters_do_not_change_the_models_own_count():
     found = catalog_subject("llama-3.1-8b", recipe("x", "tuning.type=lora", "tuning.rank=8"))
     assert found.base_parameters == 8_030_261_248

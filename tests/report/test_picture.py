@@ -59,4 +59,5 @@ def test_the_command(tmp_path, capsys):
     assert main([str(tmp_path)]) == 0
     assert len(curves((tmp_path / "loss.svg").read_text())) == 2
     assert main([str(tmp_path / "nowhere")]) == 64
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main([]) == 64
+    assert len(capsys.readouterr().err.splitlines()) == 2

@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -108,7 +107,6 @@ class Trainer:
         loss = self.compute(micro_batches, total_tokens)
         norm = self._updater.apply(step, learning_rate)
         waited, _ = self._thread.reset()
-        mx.clear_cache()
         return StepResult(loss, norm, waited)
 
     def _in_order(self, losses: Sequence[float]) -> float:

@@ -120,3 +120,8 @@ def test_chunks_are_counted_as_they_are_cut():
             for rank in range(4):
                 a, b = plan.state_interval(segment, rank)
                 assert chunk_count(segment, a, b) == len(list(segment.chunks(a, b)))
+
+
+def test_a_plan_with_headroom_comes_before_one_that_moves_less_and_is_tight():
+    comfortable, hurried = assessed("llama-2-70b"), assessed("llama-2-70b", "memory.zero_stage=2")
+    assert (comfortable.verdict, comfortable.zero_stage, hurried.verdict) == ("fits", 3, "tight")

@@ -173,7 +173,8 @@ def _shared(
     ranks = range(len(nodes))
     shards = make_plan(spec.units, [1.0] * len(nodes), stage)
     ledgers = tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks)
-    if recipe.memory.shares != "equal" and len(nodes) > 1:
+    listed = not isinstance(recipe.memory.shares, str)  # checked on one node too
+    if listed or (recipe.memory.shares == "memory" and len(nodes) > 1):
         whole = max(sum(_sharded(one, phase, stage) for one in ledgers) for phase in ledgers[0].phases)
         fixed = [
             limit - int(whole * _room(one, limit, stage)) for one, limit in zip(ledgers, limits, strict=True)

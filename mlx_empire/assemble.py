@@ -6,17 +6,22 @@ user can mend are agreed on, said once, and end all ranks with the same exit cod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_empire.adapters.layers import AdapterSettings, adapt
+from mlx_empire.adapters.quantised import quantise, quantise_as_stored, stored_quantisation, unpacked
+from mlx_empire.checkpoint.adapter_folder import AdapterWriter
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
-from mlx_empire.checkpoint.folder import has_weights, open_folder, settle
-from mlx_empire.checkpoint.source import FolderSource, RandomSource
+from mlx_empire.checkpoint.export import FolderWriter
+from mlx_empire.checkpoint.folder import Stored, has_weights, open_folder, settle
+from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource
+from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, match_ranks
@@ -30,8 +35,23 @@ from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan import catalog
 from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
 from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.tuning import base_bits
 from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
-from mlx_empire.recipe.schema import Recipe
+from mlx_empire.recipe.schema import Recipe, TuningSection
+
+
+@dataclass(frozen=True)
+class Built:
+    """The model to train. `spec` is what is trained, `base` what is read from its folder: the same for full tuning.
+
+    `rebuild` makes mlx-lm's own model anew, lazily and without adapters; `adapters` is None for full tuning.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    base: ModelSpec
+    rebuild: Callable[[], nn.Module]
+    adapters: AdapterSettings | None
 
 
 def share_recipe(
@@ -72,8 +92,8 @@ def share_config(comm: Communicator, recipe: Recipe) -> dict[str, Any]:
     return shared
 
 
-def build(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) -> tuple[nn.Module, ModelSpec]:
-    """The model, lazily and settled for its folder, and its description."""
+def build(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) -> Built:
+    """The model, lazily, settled for its folder and tuned as asked, and its description."""
     folder = recipe.model.path
     stored = None
     with together(comm):
@@ -81,17 +101,43 @@ def build(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) -> tupl
             stored = open_folder(folder).stored()
     stored = comm.broadcast_json(stored)
     with together(comm):
-        model = build_model(config, str(folder))
-        if stored is not None:
-            settle(model, stored, folder)
-        spec = describe(model, config, str(folder), compute_dtype(config, recipe.model.dtype))
-        refuse_impossible(spec)
-    return model, spec
+        dtype = compute_dtype(config, recipe.model.dtype)
+        built = tuned_model(config, recipe.tuning, str(folder), dtype, stored)
+        refuse_impossible(built.spec)
+    return built
+
+
+def tuned_model(
+    config: Mapping[str, Any], tuning: TuningSection, name: str, dtype: str, stored: Stored | None = None
+) -> Built:
+    """The model of `config` with the adapters that `tuning` asks for; `stored` describes its folder, if it has one."""
+    packed = stored_quantisation(config, tuning, name)
+    plain = config if tuning.type == "full" else unpacked(config)
+
+    def rebuild() -> nn.Module:
+        return build_model(plain, name)
+
+    model = rebuild()
+    names = settle(model, stored, name) if stored is not None else frozenset()
+    if tuning.type == "full":
+        spec = describe(model, plain, name, dtype)
+        return Built(model, spec, spec, rebuild, None)
+    if packed is not None and stored is not None:
+        quantise_as_stored(model, packed, names)
+    model.freeze()
+    base = describe(model, plain, name, dtype)
+    if packed is None and tuning.type == "qlora":
+        quantise(model, base_bits(tuning))
+    elif packed is not None and stored is None:  # a random model of a packed folder's kind
+        quantise(model, packed["bits"])
+    adapters = adapt(model, tuning)
+    return Built(model, describe(model, plain, name, dtype), base, rebuild, adapters)
 
 
 def refuse_impossible(spec: ModelSpec) -> None:
     """UserError for stacked experts in bfloat16 on a CPU, which MLX cannot multiply there."""
-    stacked = any(len(t.shape) == 3 and t.dtype == "bfloat16" for u in spec.units for t in u.tensors)
+    plain = (t for u in spec.units for t in u.tensors if t.name.endswith(".weight"))
+    stacked = any(len(t.shape) == 3 and t.dtype == "bfloat16" for t in plain)
     if stacked and mx.default_device().type == mx.DeviceType.cpu:
         raise UserError(
             f"model.dtype: bfloat16: MLX on a CPU multiplies the experts of {spec.family} in float32 only; "
@@ -128,26 +174,32 @@ def learning_rate_of(
     return LearningRate(s.type, recipe.optimizer.learning_rate, warmup, steps, s.final)
 
 
-def load_weights(
-    comm: Communicator, recipe: Recipe, config: Mapping[str, Any], spec: ModelSpec, store: ShardStore
-) -> bool:
+def load_weights(comm: Communicator, recipe: Recipe, built: Built, store: ShardStore) -> bool:
     """Fill the shards from the model's folder, or at random; True if rank 0 alone had the folder. Collective."""
-    folder = recipe.model.path
+    folder, seed = recipe.model.path, recipe.run.seed
 
-    def rebuild() -> nn.Module:
-        return build_model(config, str(folder))
+    def tuned(base: WeightSource) -> WeightSource:
+        return base if built.adapters is None else TunedSource(base, built.spec, seed)
 
     if recipe.model.init == "random":
-        fill_from_own(store, RandomSource(rebuild, spec, recipe.run.seed))
+        fill_from_own(store, tuned(RandomSource(built.rebuild, built.base, seed)))
         return False
     everywhere = all(comm.gather_json(has_weights(folder)))
     source = None
     with together(comm):
         if everywhere or comm.rank == 0:
-            source = FolderSource(folder, rebuild, spec)
+            source = tuned(FolderSource(folder, built.rebuild, built.base))
     if everywhere:
         assert source is not None
         fill_from_own(store, source)
     else:
-        fill_from_root(store, spec, source, comm)
+        fill_from_root(store, built.spec, source, comm)
     return not everywhere
+
+
+def result_writer(recipe: Recipe, built: Built) -> FolderWriter | AdapterWriter:
+    """What writes `final/`: the whole model as a folder of its own, or adapters alone."""
+    out, folder = recipe.run.dir / "final", recipe.model.path
+    if built.adapters is not None:
+        return AdapterWriter(out, built.spec, built.adapters)
+    return FolderWriter(out, built.spec, built.rebuild, folder if folder.is_dir() else None)

@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from mlx_empire import assemble, capacity
 from mlx_empire.arguments import UserArguments
-from mlx_empire.checkpoint.export import FolderWriter, refuse_foreign
+from mlx_empire.checkpoint.staging import refuse_foreign
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
@@ -35,7 +35,6 @@ from mlx_empire.engine.twin import verify_twin
 from mlx_empire.errors import UserError
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.adamw import make_optimizer
-from mlx_empire.plan.describe import build_model
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.load import dump_recipe
@@ -79,7 +78,8 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
 
     # ---------------------------------------------------------------- what is trained, on what
     config = assemble.share_config(comm, recipe)
-    model, spec = assemble.build(comm, recipe, config)
+    built = assemble.build(comm, recipe, config)
+    model, spec = built.model, built.spec
     splits = assemble.share_data(comm, recipe, spec)
 
     # ---------------------------------------------------------------- the plan, before anything is allocated
@@ -97,10 +97,9 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
     # ---------------------------------------------------------------- the weights
     limit_memory(plan, comm.rank)
     with CommThread() as thread:
-        trainer = Trainer(
-            model, spec, plan.shards, plan.work, comm, thread, optimizer, recipe.optimizer.clip_norm
-        )
-        sent = assemble.load_weights(comm, recipe, config, spec, trainer.store)
+        clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
+        trainer = Trainer(model, spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise)
+        sent = assemble.load_weights(comm, recipe, built, trainer.store)
         trainer.prepare(packing=recipe.data.packing)
 
         # ------------------------------------------------------------ from here on something is written
@@ -118,7 +117,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             train(comm, recipe, plan, trainer, splits, report)
-            export(comm, recipe, config, spec, trainer, report)
+            export(comm, recipe, built, trainer, report)
 
 
 def train(
@@ -243,6 +242,7 @@ def write_plan(recipe: Recipe, plan: RunPlan, nodes: Sequence[Node], spec: Model
     ]
     summary = {
         "parameters": spec.parameters,
+        "trainable_parameters": spec.trainable_parameters,
         "dtype": spec.dtype,
         "zero_stage": plan.shards.zero_stage,
         "tail": plan.work.tail,
@@ -262,21 +262,14 @@ def write_private(path: Path, text: str) -> None:
 
 
 def export(
-    comm: Communicator,
-    recipe: Recipe,
-    config: dict[str, Any],
-    spec: ModelSpec,
-    trainer: Trainer,
-    report: RunReport,
+    comm: Communicator, recipe: Recipe, built: assemble.Built, trainer: Trainer, report: RunReport
 ) -> None:
     """Write `final/` unit by unit, then `COMPLETE`. Every rank joins the gathers, rank 0 writes."""
-    out, folder = recipe.run.dir / "final", recipe.model.path
     writer = None
     with together(comm):
         if comm.rank == 0:
-            source = folder if folder.is_dir() else None
-            writer = FolderWriter(out, spec, lambda: build_model(config, str(folder)), source)
-    for index in range(len(spec.units)):
+            writer = assemble.result_writer(recipe, built)
+    for index in range(len(built.spec.units)):
         trainer.store.bind(index)
         with together(comm):
             if writer is not None:
@@ -288,7 +281,7 @@ def export(
             for note in writer.notes:
                 report.message(note)
             write_private(recipe.run.dir / "COMPLETE", "")
-            report.message(f"the trained model is in {out}")
+            report.message(f"the trained {'adapters are' if built.adapters else 'model is'} in {writer.out}")
 
 
 if __name__ == "__main__":

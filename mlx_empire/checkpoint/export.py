@@ -7,24 +7,22 @@ files 0600 whatever the umask: a model fine-tuned on private text is private unt
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import mlx.core as mx
 
-from mlx_empire import __version__
 from mlx_empire.checkpoint.folder import INDEX_NAME, Build, ModelFolder, has_weights, open_folder
 from mlx_empire.checkpoint.layout import HUGGING_FACE, Piece, choose_layout
 from mlx_empire.checkpoint.sidefiles import copy_side_files, stored_config, write_json
 from mlx_empire.checkpoint.source import FolderSource
+from mlx_empire.checkpoint.staging import disk_errors, fresh_folder, publish, refuse_foreign, remove
 from mlx_empire.checkpoint.tensorfile import (
     CODES,
     ITEM_BYTES,
@@ -32,13 +30,11 @@ from mlx_empire.checkpoint.tensorfile import (
     array_bytes,
     file_bytes,
     read_header,
-    sync_folder,
     write_file,
 )
 from mlx_empire.errors import NumericsError, UserError
 from mlx_empire.plan.model import ModelSpec, TensorSpec
 
-RECORD_NAME = "EXPORT.json"  # says that a folder is ours: which files were written, in which layout
 NOT_TRAINED_NAME = "NOT_TRAINED.json"
 
 
@@ -72,11 +68,8 @@ class FolderWriter:
         self._build = build
         self._temporary = out.parent / f".{out.name}.partial"
         self._refuse_full_disk()
-        with _disk_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            _remove(self._temporary)
-            self._temporary.mkdir(mode=0o700)
-            self._temporary.chmod(0o700)
+        with disk_errors(out):
+            fresh_folder(self._temporary)
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +105,7 @@ class FolderWriter:
         """Write what is no unit (carried tensors, index, configuration, tokenizer), check, and rename."""
         missing = set(range(len(self._spec.units))) - self._written
         assert not missing, f"units {sorted(missing)} were not written"
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             self._write_towers()
             self._write_index_and_config()
             self._read_back()
@@ -121,21 +114,18 @@ class FolderWriter:
                 self.notes += skipped
                 if not any(name.startswith("token") for name in copied):
                     self.notes.append(f"{self._side_files} has no tokenizer; none was exported")
-            self._write_record()
-            sync_folder(self._temporary)
-            refuse_foreign(self.out)
-            _replace(self._temporary, self.out)
+            publish(self._temporary, self.out, self._layout.kind, self.notes)
 
     def discard(self) -> None:
         """Remove what was written so far; `out` is left as it was."""
-        _remove(self._temporary)
+        remove(self._temporary)
 
     def _write(self, position: int, entries: list[Entry]) -> None:
         count = len(self._spec.units) + bool(self._layout.carried)
         name = f"model-{position + 1:05d}-of-{count:05d}.safetensors"
         # `pt` is what transformers writes; `mlx` tells mlx tools that the names and layouts are mlx-lm's.
         metadata = {"format": "pt" if self._layout.kind == HUGGING_FACE else "mlx"}
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             size = write_file(self._temporary / name, entries, metadata)
         assert read_header(self._temporary / name).file_bytes == size
         self._weight_map.update((entry.name, name) for entry in entries)
@@ -166,15 +156,6 @@ class FolderWriter:
                     place = f"{self._temporary}: tensor {tensor.name}"
                     raise NumericsError(f"{place} reads back differently; {self.out} was not made")
 
-    def _write_record(self) -> None:
-        record = {
-            "written_by": f"mlx_empire {__version__}",
-            "layout": self._layout.kind,
-            "notes": self.notes,
-            "files": sorted([RECORD_NAME, *(entry.name for entry in self._temporary.iterdir())]),
-        }
-        write_json(self._temporary / RECORD_NAME, record)
-
     def _refuse_full_disk(self) -> None:
         pieces = (p for unit in self._layout.units for p in unit)
         needed = sum(ITEM_BYTES[CODES[p.dtype]] * math.prod(p.shape) for p in pieces)
@@ -185,24 +166,6 @@ class FolderWriter:
             raise UserError(
                 f"{self.out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk"
             )
-
-
-def refuse_foreign(out: Path) -> None:
-    """UserError unless `out` is absent, an empty folder, or holds only an earlier export of ours."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out}: exists and is not a folder; move it away or choose another place")
-    names = {entry.name for entry in out.iterdir()} if out.exists() else set()
-    if not names:
-        return
-    try:
-        record: Any = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
-        ours = str(record["written_by"]).startswith("mlx_empire") and names <= set(record["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        ours = False
-    if not ours:
-        raise UserError(
-            f"{out}: exists and holds files that mlx_empire did not write; move them or export elsewhere"
-        )
 
 
 def _checksum(array: mx.array, tensor: TensorSpec) -> int:
@@ -220,38 +183,3 @@ def _made(piece: Piece, tensors: Mapping[str, mx.array]) -> Iterator[memoryview]
 
 def _carried_bytes(source: ModelFolder | None, names: tuple[str, ...]) -> int:
     return sum(source.tensors[n].stop - source.tensors[n].start for n in names) if source else 0
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
-
-
-def _replace(temporary: Path, out: Path) -> None:
-    """Rename `temporary` to `out`; an earlier export steps aside first and is removed last."""
-    earlier = out.parent / f".{out.name}.replaced"
-    _remove(earlier)
-    if out.exists():
-        os.rename(out, earlier)
-    os.rename(temporary, out)
-    sync_folder(out.parent)
-    _remove(earlier)
-
-
-class _disk_errors:
-    """Turns an OSError into one line for the user that names the export folder."""
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise UserError(f"{self._out}: cannot be written: {reason} ({error.filename})") from None

@@ -142,15 +142,14 @@ def stand_ins(stored: Stored) -> dict[str, mx.array]:
     }
 
 
-def settle(model: nn.Module, stored: Stored, where: Path | str) -> nn.Module:
-    """Let the model that will be described and trained see a folder's tensor names; returns it.
+def settle(model: nn.Module, stored: Stored, where: Path | str) -> frozenset[str]:
+    """Let the model that will be described and trained see a folder's tensor names; returns mlx-lm's for them.
 
     A few families (gemma3) tie their head only when `sanitize` finds none among the weights, and can do so
     once: the sources and the writer take the plain `build`. Works on names and shapes alone and on lazy zeros,
     so it costs nothing and opens no file.
     """
-    sanitize(model, stand_ins(stored), where)
-    return model
+    return frozenset(sanitize(model, stand_ins(stored), where))
 
 
 def _read_index(path: Path) -> dict[str, str] | None:

@@ -69,7 +69,7 @@ class _LazySource:
             raise UserError(
                 f"{place} has shape {tuple(found.shape)}, expected {tensor.shape} from config.json"
             )
-        if found.dtype not in READABLE:
+        if found.dtype not in READABLE and not (tensor.dtype == "uint32" and found.dtype == mx.uint32):
             kind = str(found.dtype).removeprefix("mlx.core.")
             raise UserError(
                 f"{place} is {kind}, expected float32, bfloat16 or float16; quantised weights cannot train"

@@ -114,6 +114,11 @@ class Deck:
         self._run("embed", tokens)
         return self._take()
 
+    def train(self, mode: bool) -> None:
+        """Let the layers train (with dropout, where they have it) or evaluate."""
+        for layer in self.layers:
+            layer.train(mode)
+
     def _run(self, mode: str, tokens: mx.array) -> Any:
         self._mode = mode
         try:

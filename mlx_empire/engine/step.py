@@ -28,16 +28,21 @@ from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import CellSum, GradientStore
 from mlx_empire.engine.loss import head_gradients, head_loss
 from mlx_empire.engine.masks import separate
+from mlx_empire.engine.noise import LayerNoise
 from mlx_empire.engine.slots import Deck, LayerArguments
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
-from mlx_empire.plan.workload import chunk_tokens
+from mlx_empire.plan.workload import chunk_tokens, first_trained
 
 
 @dataclass
 class _Running:
-    """A micro-batch on its way: tokens as MLX arrays, the current hidden state or cotangent, the layers' inputs."""
+    """A micro-batch on its way: tokens as MLX arrays, the current hidden state or cotangent, the layers' inputs.
 
+    `position` counts this rank's micro-batches of the step.
+    """
+
+    position: int
     batch: tuple[mx.array, mx.array, mx.array]
     arguments: list[LayerArguments]
     documents: mx.array | None
@@ -59,7 +64,8 @@ class StreamedStep:
     """Runs forward and backward over micro-batches, given the model's deck, the weights and the gradient totals.
 
     `tail` is k, the number of last layers that are not recomputed; `head_tensors` and `embed_tensors` are positions
-    among the root's trainable tensors that the head and the embedding depend on (a tied matrix stands in both).
+    among the root's trainable tensors that the head and the embedding depend on (a tied matrix stands in both);
+    `noise` is there where layers have dropout.
     """
 
     def __init__(
@@ -71,11 +77,13 @@ class StreamedStep:
         vocabulary: int,
         head_tensors: Sequence[int],
         embed_tensors: Sequence[int],
+        noise: LayerNoise | None = None,
     ) -> None:
-        self._deck, self._store = deck, store
+        self._deck, self._store, self._noise = deck, store, noise
         self._cut = len(deck.layers) - tail  # layers before it are recomputed
         self._tokens = chunk_tokens(vocabulary)
         self._head_tensors, self._embed_tensors = list(head_tensors), list(embed_tensors)
+        self._first = first_trained(store.plan) - 1  # the backward ends here: nothing below trains
 
     def gradients(
         self, rounds: Sequence[Sequence[MicroBatch]], total_tokens: int, sums: GradientStore
@@ -98,7 +106,9 @@ class StreamedStep:
         """Forward only, for evaluation: the loss of each micro-batch, divided by `total_tokens`."""
         total = mx.array(float(total_tokens), mx.float32)
         (running,) = self._capture([batches])
+        self._deck.train(False)
         self._forward(running, len(self._deck.layers), keep_inputs=False)
+        self._deck.train(True)
         root = self._store.bind(0)
         heads = [root[i] for i in self._head_tensors]
         losses = [head_loss(self._call_head, heads, r.hidden, r.batch, total, self._tokens) for r in running]
@@ -123,7 +133,8 @@ class StreamedStep:
                 documents = None if micro.documents is None else mx.array(micro.documents)
                 mx.eval(inputs, targets, mask, hidden, documents)
                 kept: list[mx.array | None] = [None] * len(self._deck.layers)
-                one.append(_Running((inputs, targets, mask), arguments, documents, hidden, kept))
+                position = sum(map(len, running))
+                one.append(_Running(position, (inputs, targets, mask), arguments, documents, hidden, kept))
         return running
 
     # ---- 2. forward
@@ -137,7 +148,7 @@ class StreamedStep:
             for r in running:
                 output = self._layer(i, r.hidden, r)
                 mx.eval(output)
-                if keep_inputs:
+                if keep_inputs and i >= self._first:
                     r.inputs[i] = r.hidden
                 r.hidden = output
             if i + 1 < layers:  # the last layer stays: the backward begins with it
@@ -147,6 +158,8 @@ class StreamedStep:
         layer, given = self._deck.layers[index], r.arguments[index]
         if r.documents is not None:
             given = separate(layer, given, r.documents)
+        if self._noise is not None and layer.training:
+            self._noise.seed(r.position, index)
         output: Any = layer(hidden, *given.positional, **given.keywords)
         if not isinstance(output, mx.array):
             raise UserError(
@@ -177,7 +190,7 @@ class StreamedStep:
             self._store.gather(i + 1)
         weights = [self._store.bind(i + 1) for i in tail]
         heads = [self._root[i] for i in self._head_tensors]
-        if self._cut > 0:
+        if self._cut > self._first:
             self._store.gather(self._cut if tail else layers)
         head_sums: list[CellSum | None] = []
         for round_index, one in enumerate(running):
@@ -238,9 +251,9 @@ class StreamedStep:
     # ---- 4. backward
 
     def _backward(self, running: Rounds, sums: GradientStore) -> None:
-        for i in reversed(range(self._cut)):
+        for i in reversed(range(self._first, self._cut)):
             weights = self._store.bind(i + 1)
-            if i > 0:
+            if i > self._first:
                 self._store.gather(i)
             for round_index, one in enumerate(running):
                 cell = CellSum()
@@ -271,7 +284,7 @@ class StreamedStep:
         root = self._root
         for round_index, (one, head_sum) in enumerate(zip(running, head_sums, strict=True)):
             embed_sum = CellSum()
-            for r in one:
+            for r in one if self._embed_tensors else ():
                 embed_sum.add(self._embed_gradients(r, root))
                 mx.eval(embed_sum.arrays)
             cell = self._whole_root(root, head_sum, embed_sum) if head_sum is not None else None

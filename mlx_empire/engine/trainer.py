@@ -18,6 +18,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore
+from mlx_empire.engine.noise import LayerNoise
 from mlx_empire.engine.probe import check_packing, probe_root
 from mlx_empire.engine.slots import Deck
 from mlx_empire.engine.step import StreamedStep, in_rounds
@@ -40,7 +41,7 @@ class StepResult:
 
 
 class Trainer:
-    """One rank's part of a training run."""
+    """One rank's part of a training run; `noise_seed` is given where layers have dropout."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Trainer:
         thread: CommThread,
         optimizer: ShardOptimizer,
         clip_norm: float | None,
+        noise_seed: int | None = None,
     ) -> None:
         self.spec, self.work = spec, work
         self._comm, self._thread = comm, thread
@@ -59,6 +61,7 @@ class Trainer:
         self._deck = Deck(model, spec.name)
         self._sums = GradientStore(self.store, comm, thread, work.layout, work.gradient_dtype)
         self._updater = Updater(self.store, self._sums, optimizer, comm, clip_norm)
+        self._noise = None if noise_seed is None else LayerNoise(noise_seed)
         self.streamed: StreamedStep
 
     def prepare(self, *, packing: bool) -> None:
@@ -77,6 +80,7 @@ class Trainer:
             vocabulary=vocabulary,
             head_tensors=use.head,
             embed_tensors=use.embed,
+            noise=self._noise,
         )
         self._updater.init_states()
 
@@ -85,9 +89,11 @@ class Trainer:
         """This step's gradient totals, between `compute` and the update."""
         return self._sums
 
-    def compute(self, micro_batches: Sequence[MicroBatch], total_tokens: int) -> float:
+    def compute(self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int = 1) -> float:
         """Forward and backward of this rank's micro-batches (in the order of its cells); the global mean loss."""
         members = self.work.layout.of_rank(self._comm.rank)
+        if self._noise is not None:
+            self._noise.begin(step, [j for cell in members for j in cell])
         losses = self.streamed.gradients(list(in_rounds(micro_batches, members)), total_tokens, self._sums)
         self._sums.finish()
         loss = self._in_order(losses)
@@ -104,7 +110,7 @@ class Trainer:
     ) -> StepResult:
         """One optimizer step (counted from 1). NumericsError before any change if loss or gradient is not finite."""
         self._thread.reset()
-        loss = self.compute(micro_batches, total_tokens)
+        loss = self.compute(micro_batches, total_tokens, step)
         norm = self._updater.apply(step, learning_rate)
         waited, _ = self._thread.reset()
         return StepResult(loss, norm, waited)

@@ -98,8 +98,8 @@ def layer_costs(unit: UnitSpec, spec: ModelSpec, work: Workload) -> dict[str, in
     fit, widths = fit_of(spec), width_bytes(unit, spec, work)
     scores, scan = _scores_in(unit, spec, work), scan_bytes(unit, spec, work)
     gradients, _ = gradient_bytes(unit, spec, work)
-    adapted = {t.name.removesuffix(".lora_m") for t in unit.tensors if t.name.endswith(".lora_m")}
-    norms = max((t.size for t in unit.tensors if t.name.removesuffix(".weight") in adapted), default=0)
+    adapted = {f"{t.name.removesuffix('.m')}.linear.weight" for t in unit.tensors if t.name.endswith(".m")}
+    norms = max((t.size for t in unit.tensors if t.name in adapted), default=0)
     during = {
         "one layer's recompute": int(fit.recompute * widths),
         "attention": int(fit.attention * scores),

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec
+from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec, is_adapter
 
 LAYER_LIST_NAMES = ("layers", "h", "blocks")
 COMPUTE_DTYPES = ("bfloat16", "float32")
@@ -94,18 +94,24 @@ def compute_dtype(config: Mapping[str, Any], wanted: str | None) -> str:
 
 
 def describe(model: nn.Module, config: Mapping[str, Any], name: str, dtype: str) -> ModelSpec:
-    """List the model's tensors by unit. Tensors that mlx-lm asks to keep in fp32 (its `cast_predicate`) stay fp32."""
+    """List the model's tensors by unit. Adapters and what mlx-lm asks to keep so (its `cast_predicate`) are fp32.
+
+    Packed weights, which are no floating-point numbers, keep their dtype; only frozen ones may be there.
+    """
     _, _, prefix = find_layers(model, name)
     count = len(model.layers)
     may_cast = getattr(model, "cast_predicate", None) or (lambda _: True)
     trainable = {path for path, _ in tree_flatten(model.trainable_parameters())}
     groups: list[list[TensorSpec]] = [[] for _ in range(count + 1)]
     for path, array in tree_flatten(model.parameters()):
-        if not mx.issubdtype(array.dtype, mx.floating):
+        packed = not mx.issubdtype(array.dtype, mx.floating)
+        if packed and path in trainable:
             raise UserError(f"{name}: {path} is {array.dtype}; only floating-point weights can be trained")
         rest = path.removeprefix(prefix + ".") if path.startswith(prefix + ".") else ""
         unit = int(rest.split(".", 1)[0]) + 1 if rest else 0
-        kept = dtype if may_cast(path) else "float32"
+        kept = dtype if may_cast(path) and not is_adapter(path) else "float32"
+        if packed:
+            kept = str(array.dtype).removeprefix("mlx.core.")
         groups[unit].append(TensorSpec(path, tuple(array.shape), kept, path in trainable))
     names = ["root", *(f"{prefix}.{i}" for i in range(count))]
     units = tuple(UnitSpec(n, tuple(g)) for n, g in zip(names, groups, strict=True))

@@ -14,6 +14,7 @@ from typing import Any
 BLOCK = 64  # elements; tensors start and intervals end on multiples of it (the optimizer's block)
 SMALL_ELEMENTS = 4096  # below this a tensor keeps fp32 weights and states
 QUANTISED_GROUP = 64  # inputs that share a scale in a quantised matrix
+ADAPTER_NAMES = frozenset({"lora_a", "lora_b", "m"})  # mlx-lm's; `m` is DoRA's magnitude
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "uint32": 4, "uint8": 1, "int8": 1}
@@ -100,6 +101,11 @@ class ModelSpec:
         """The language model's part of the configuration (multimodal folders nest it in `text_config`)."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, Mapping) else self.config
+
+
+def is_adapter(name: str) -> bool:
+    """True for the tensors that adapters add to a model."""
+    return name.rpartition(".")[2] in ADAPTER_NAMES
 
 
 def is_router(name: str) -> bool:

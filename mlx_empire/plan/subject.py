@@ -60,11 +60,14 @@ def catalog_subject(name: str, recipe: Recipe) -> Subject:
 
 def _subject(config: Mapping[str, Any], name: str, recipe: Recipe) -> Subject:
     dtype = compute_dtype(config, recipe.model.dtype)
-    tuning, why = recipe.tuning, None
+    tuning = recipe.tuning
+    why: str | None = None
     quantization = config.get("quantization")
     if (
         isinstance(quantization, Mapping) and tuning.type != "full"
     ):  # adapters train on a base that is packed already
+        if tuning.type == "dora":
+            why = "DoRA on a base that is stored quantised is not built yet"
         config = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
         tuning = TuningSection.model_construct(
             **{**dict(tuning), "type": "qlora", "bits": quantization.get("bits")}

@@ -1,16 +1,18 @@
 """What a way of tuning does to a model, as tensors: adapters are added, the base is frozen and perhaps quantised.
 
 Decides which matrices get adapters and which are quantised, and the shapes of both, so that the same ShardPlan and
-ledger serve full fine-tuning and every kind of adapter. Conventions are mlx-lm's: `lora_a` (inputs, rank) and
-`lora_b` (rank, outputs) in fp32, one pair per expert where experts get them; DoRA has a magnitude per output. A
-quantised matrix is `weight` (packed in uint32), `scales` and `biases`, one of each per group of 64 inputs; a ternary
-base is kept in 2-bit codes, so that the stock kernels run it.
+ledger serve full fine-tuning and every kind of adapter. Conventions and names are mlx-lm's: what gets an adapter is
+nested as `linear`; `lora_a` (inputs, rank) and `lora_b` (rank, outputs) are fp32, for stacked experts (experts, rank,
+inputs) and (experts, outputs, rank); DoRA has a magnitude `m` per output. A quantised matrix is `weight` (packed in
+uint32), `scales` and `biases`, one of each per group of 64 inputs; a ternary base is kept in 2-bit codes, so that the
+stock kernels run it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 
 from mlx_empire.plan.counts import experts, is_stacked
 from mlx_empire.plan.model import QUANTISED_GROUP, ModelSpec, TensorSpec, UnitSpec, is_router
@@ -31,10 +33,17 @@ def tuned(spec: ModelSpec, tuning: TuningSection) -> ModelSpec:
     units = []
     for index, unit in enumerate(spec.units):
         tensors: list[TensorSpec] = []
-        for tensor in unit.tensors:
-            tensors += _base(tensor, tuning)
-            if index >= max(first, 1) and _gets_adapter(tensor, tuning, total):
-                tensors += _adapters(tensor, tuning)
+        own = f"{unit.name}."  # targets are looked for inside a layer
+        adapted = {
+            t.name.removesuffix(".weight")
+            for t in unit.tensors
+            if index >= max(first, 1) and _gets_adapter(t, t.name.removeprefix(own), tuning, total)
+        }
+        for stem, module in groupby(unit.tensors, lambda t: t.name.rpartition(".")[0]):
+            for tensor in (members := list(module)):
+                tensors += _base(_nested(tensor) if stem in adapted else tensor, tuning)
+            if stem in adapted:
+                tensors += _adapters(next(t for t in members if _is_matrix(t)), tuning)
         units.append(UnitSpec(unit.name, tuple(tensors)))
     return replace(spec, units=tuple(units))
 
@@ -44,6 +53,16 @@ def base_bits(tuning: TuningSection) -> int | None:
     if tuning.type != "qlora":
         return None
     return TERNARY_BITS if tuning.bits == "ternary" else int(tuning.bits or DEFAULT_BITS)
+
+
+def is_target(module: str, target: str) -> bool:
+    """Whether `target` names `module` (both as paths inside a layer): the whole path or its last parts."""
+    return module == target or module.endswith("." + target)
+
+
+def _nested(tensor: TensorSpec) -> TensorSpec:
+    stem, _, leaf = tensor.name.rpartition(".")
+    return replace(tensor, name=f"{stem}.linear.{leaf}")
 
 
 def _base(tensor: TensorSpec, tuning: TuningSection) -> Iterator[TensorSpec]:
@@ -58,7 +77,7 @@ def _base(tensor: TensorSpec, tuning: TuningSection) -> Iterator[TensorSpec]:
         yield TensorSpec(f"{stem}.{part}", (*rows, inputs // QUANTISED_GROUP), tensor.dtype, False)
 
 
-def _gets_adapter(tensor: TensorSpec, tuning: TuningSection, total_experts: int) -> bool:
+def _gets_adapter(tensor: TensorSpec, inner_name: str, tuning: TuningSection, total_experts: int) -> bool:
     if not _is_matrix(tensor) or is_router(tensor.name):
         return False
     targets = tuning.targets or "all-linear"
@@ -66,18 +85,17 @@ def _gets_adapter(tensor: TensorSpec, tuning: TuningSection, total_experts: int)
         return targets != "all-linear" and EXPERTS in targets
     if len(tensor.shape) != 2:  # the kernel of a convolution
         return False
-    module = tensor.name.removesuffix(".weight")
-    return targets == "all-linear" or any(module == t or module.endswith("." + t) for t in targets)
+    return targets == "all-linear" or any(is_target(inner_name.removesuffix(".weight"), t) for t in targets)
 
 
 def _adapters(tensor: TensorSpec, tuning: TuningSection) -> Iterator[TensorSpec]:
     *stack, outputs, inputs = tensor.shape
     rank = tuning.rank or DEFAULT_RANK
     stem = tensor.name.removesuffix(".weight")
-    yield TensorSpec(f"{stem}.lora_a", (*stack, inputs, rank), "float32")
-    yield TensorSpec(f"{stem}.lora_b", (*stack, rank, outputs), "float32")
     if tuning.type == "dora":
-        yield TensorSpec(f"{stem}.lora_m", (*stack, outputs), "float32")
+        yield TensorSpec(f"{stem}.m", (outputs,), "float32")
+    yield TensorSpec(f"{stem}.lora_a", (*stack, rank, inputs) if stack else (inputs, rank), "float32")
+    yield TensorSpec(f"{stem}.lora_b", (*stack, outputs, rank) if stack else (rank, outputs), "float32")
 
 
 def _is_matrix(tensor: TensorSpec) -> bool:

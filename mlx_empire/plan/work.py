@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.hardware import Wire
-from mlx_empire.plan.model import ITEM_BYTES, QUANTISED_GROUP, ModelSpec, UnitSpec
+from mlx_empire.plan.model import ITEM_BYTES, QUANTISED_GROUP, ModelSpec, UnitSpec, is_adapter
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.plan.subject import Subject
 from mlx_empire.plan.traffic import Matrix, Route, add, all_gather_bytes, card_bytes, reduce_scatter_bytes
@@ -38,7 +38,7 @@ def _weights(unit: UnitSpec) -> int:
         stem, _, part = tensor.name.rpartition(".")
         if stem in packed:
             total += QUANTISED_GROUP * tensor.size if part == "scales" else 0
-        elif not part.startswith("lora_"):
+        elif not is_adapter(tensor.name):
             total += tensor.size
     return total
 

@@ -49,16 +49,23 @@ class Workload:
         return sum(len(cell) for cell in self.layout.of_rank(rank))
 
 
+def first_trained(plan: ShardPlan) -> int:
+    """The first unit that the backward reaches: where root or all layers train 1, with adapters in the last, theirs."""
+    trained = [u.index for u in plan.units if any(s.kind != "frozen" for s in u.segments)]
+    return max(min(trained, default=1), 1)
+
+
 def gathers_per_step(plan: ShardPlan, tail: int) -> list[int]:
     """How often each unit's weights are gathered in a training step.
 
     Stage 3: the root once (it stays for the step), layers twice, but those of the tail and the last one, with which
-    the backward begins, once. Stages 1 and 2: once, after the update. Stage 0: never.
+    the backward begins, and those that it never reaches, once. Stages 1 and 2: once, after the update. Stage 0: never.
     """
     if plan.zero_stage < 3:
         return [int(plan.zero_stage > 0)] * len(plan.units)
     once = len(plan.units) - max(tail, 1)
-    return [2 if 0 < u.index < once else 1 for u in plan.units]
+    first = first_trained(plan)
+    return [2 if first <= u.index < once else 1 for u in plan.units]
 
 
 def step_traffic(plan: ShardPlan, work: Workload) -> Matrix:

@@ -46,7 +46,8 @@ class BuiltToday:
         if self.values == (None,):
             sentence = "this key is not built yet; leave it out"
         else:
-            sentence = f"{self.refused or value} is not built yet; use {' or '.join(map(str, self.values))}"
+            built = " or ".join(str(v) for v in self.values if v is not None)
+            sentence = f"{self.refused or value} is not built yet; use {built}"
         raise PydanticCustomError("refused", "{sentence}", {"sentence": sentence})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -99,6 +100,7 @@ AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse)]
 PositiveDuration = Annotated[Duration, BeforeValidator(_positive_duration)]
 RunLength = Annotated[Duration, BeforeValidator(_whole_run)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Bits = Annotated[Literal[2, 3, 4, 6, 8, "ternary"], BeforeValidator(_exact_number)]
 Share = Annotated[float, Field(gt=0, le=1e15)]
 
 
@@ -124,32 +126,31 @@ class ModelSection(Section):
 
 
 class TuningSection(Section):
-    type: Annotated[Literal["full", "lora", "dora", "qlora"], _built("full")] = Field(
+    type: Literal["full", "lora", "dora", "qlora"] = Field(
         default="full", description="full, lora, dora or qlora"
     )
-    rank: Annotated[Count | None, _built(None)] = Field(
+    rank: Count | None = Field(
         default=None, description="a whole number of at least 1 (the adapters' rank), or null (8)"
     )
-    alpha: Annotated[Annotated[float, Field(gt=0, le=1e6)] | None, _built(None)] = Field(
-        default=None, description="a number above 0 (adapters are scaled by alpha / rank), or null"
+    alpha: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        default=None, description="a number above 0 (adapters are scaled by alpha / rank), or null (2 x rank)"
     )
-    dropout: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, _built(None)] = Field(
-        default=None, description="a number from 0 to below 1, or null"
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="a number from 0 to below 1 (of an adapter's input), or null (0)"
     )
     targets: Annotated[
         Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None,
         BeforeValidator(_tuple),
-        _built(None),
     ] = Field(
         default=None,
         description="all-linear, a list of module names such as [q_proj, v_proj, experts], or null (all-linear)",
     )
-    layers: Annotated[Count | None, _built(None)] = Field(
+    layers: Count | None = Field(
         default=None, description="a whole number (adapters in the last so many layers), or null (all)"
     )
-    bits: Annotated[
-        Annotated[Literal[2, 3, 4, 6, 8, "ternary"], BeforeValidator(_exact_number)] | None, _built(None)
-    ] = Field(default=None, description="2, 3, 4, 6, 8 or ternary (bits per weight of qlora's base)")
+    bits: Annotated[Bits | None, _built(None, 2, 3, 4, 6, 8)] = Field(
+        default=None, description="2, 3, 4, 6, 8 or ternary (bits per weight of qlora's base), or null (4)"
+    )
 
 
 class DataSection(Section):
@@ -315,15 +316,17 @@ class Recipe(Section):
                 f"(global_size {size} / micro_size {micro}); use {size // micro} or less",
             )
         if self.tuning.bits is not None and self.tuning.type != "qlora":
-            raise impossible(
-                ("tuning.bits", "tuning.type"),
-                f"bits {self.tuning.bits} has no meaning for type {self.tuning.type}; use type qlora",
+            message = f"bits {self.tuning.bits} has no meaning for type {self.tuning.type}; use type qlora"
+            raise impossible(("tuning.bits", "tuning.type"), message)
+        idle = next((k for k, v in self.tuning if k != "type" and v is not None), None)
+        if self.tuning.type == "full" and idle:
+            message = (
+                f"{idle} has no meaning for type full; use type lora, dora or qlora, or leave {idle} out"
             )
+            raise impossible((f"tuning.{idle}", "tuning.type"), message)
         if schedule.warmup.unit == steps.unit and schedule.warmup.value > steps.value:
-            raise impossible(
-                ("schedule.warmup", "run.steps"),
-                f"warmup {schedule.warmup} is longer than the whole run, run.steps {steps}; use 3%",
-            )
+            message = f"warmup {schedule.warmup} is longer than the whole run, run.steps {steps}; use 3%"
+            raise impossible(("schedule.warmup", "run.steps"), message)
         if schedule.type == "constant" and schedule.final:
             raise impossible(
                 ("schedule.final", "schedule.type"),

@@ -9,6 +9,7 @@ import sys
 import mlx.core as mx
 from support.mpi import report
 from support.stepping import Case, batches_of, counted_tokens, own_batches, trainer_of
+from support.tuning import TunedCase, tuned_trainer
 
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard
@@ -24,7 +25,8 @@ def measure(case: Case, comm: Communicator) -> dict[str, object]:
     mx.clear_cache()
     left_over = mx.get_active_memory()  # of earlier cases in this process
     with CommThread() as thread:
-        trainer = trainer_of(case, comm, thread)
+        made = tuned_trainer if isinstance(case, TunedCase) else trainer_of
+        trainer = made(case, comm, thread)
         gc.collect()
         mx.reset_peak_memory()
         for step in (1, 2):
@@ -42,4 +44,4 @@ if __name__ == "__main__":
     with guard(world):
         for key, fields in json.loads(sys.argv[1]).items():
             fields["shares"] = tuple(fields.get("shares", (1.0,)))
-            report({key: measure(Case(**fields), world)})
+            report({key: measure((TunedCase if "tuning" in fields else Case)(**fields), world)})

@@ -45,7 +45,9 @@ def test_adapters_do_not_change_the_models_own_count():
     found = catalog_subject("llama-3.1-8b", recipe("x", "tuning.type=lora", "tuning.rank=8"))
     assert found.base_parameters == 8_030_261_248
     assert found.spec.parameters > found.base_parameters
-    assert "tuning.type: lora" in str(found.not_trainable)
+    assert found.not_trainable is None
+    ternary = catalog_subject("llama-3.1-8b", recipe("x", "tuning.type=qlora", "tuning.bits=ternary"))
+    assert "tuning.bits: ternary" in str(ternary.not_trainable)
 
 
 @pytest.mark.parametrize("name", ["falcon-180b", "olmo-7b-instruct"])

@@ -96,8 +96,16 @@ MALFORMED: dict[str, tuple[int, str, tuple[str, ...]]] = {
         ("x.yaml:13: schedule.warmup: warmup 11", "3%"),
     ),
     "final": (12, "  steps: 10\nschedule: {final: 0.1}", ("x.yaml:13: schedule.final:", "cosine or linear")),
-    "lora": (1, "tuning: {type: lora}\nmodel:", ("tuning.type: lora is not built yet; use full",)),
-    "rank": (1, "tuning: {rank: 8}\nmodel:", ("tuning.rank: this key is not built yet; leave it out",)),
+    "ternary": (
+        1,
+        "tuning: {type: qlora, bits: ternary}\nmodel:",
+        ("tuning.bits: ternary is not built yet; use 2 or 3 or 4 or 6 or 8",),
+    ),
+    "rank": (
+        1,
+        "tuning: {rank: 8}\nmodel:",
+        ("tuning.rank: rank has no meaning for type full", "use type lora"),
+    ),
     "diet": (
         9,
         "  learning_rate: 1\n  master_weights: diet",

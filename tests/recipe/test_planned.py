@@ -13,24 +13,21 @@ batch: {global_size: 8}
 optimizer: {learning_rate: 1e-5}
 run: {dir: r, steps: 10}
 """
-PLANNED = ["tuning.type=qlora", "tuning.rank=16", "tuning.bits=4", "tuning.targets=[q_proj, experts]"]
+PLANNED = ["tuning.type=qlora", "tuning.rank=16", "tuning.bits=ternary", "tuning.targets=[q_proj, experts]"]
 
 
 def test_what_is_not_built_passes_where_it_is_planned_and_is_listed():
     recipe = parse_recipe(TEXT, "x.yaml", [*PLANNED, "optimizer.master_weights=diet"], planned=True)
     assert (recipe.tuning.rank, recipe.tuning.targets) == (16, ("q_proj", "experts"))
     assert not_built(recipe) == {
-        "tuning.type": "qlora",
-        "tuning.rank": "16",
-        "tuning.targets": "q_proj, experts",
-        "tuning.bits": "4",
+        "tuning.bits": "ternary",
         "optimizer.master_weights": "diet",
     }
     assert parse_recipe(dump_recipe(recipe), "y.yaml", planned=True) == recipe
 
 
 def test_the_trainer_still_refuses_it():
-    with pytest.raises(UserError, match="qlora is not built yet; use full"):
+    with pytest.raises(UserError, match="ternary is not built yet; use 2 or 3"):
         parse_recipe(TEXT, "x.yaml", PLANNED)
     assert not_built(parse_recipe(TEXT, "x.yaml")) == {}
 

@@ -1,0 +1,89 @@
+"""Putting mlx-lm's adapter layers into a lazily built model, so that it can be described with a frozen base.
+
+Decides which modules get an adapter: linear ones of the decoder layers (never a mixture's router, never embedding or
+head), all of them or those that `tuning.targets` names; `experts` stands for the stacked matrices of a mixture's
+experts. mlx-lm's own function makes the layers from the very settings that `adapter_config.json` will hold, so what
+was trained is what `mlx_lm.load(..., adapter_path=...)` builds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_empire.errors import UserError
+from mlx_empire.plan.model import is_router
+from mlx_empire.plan.tuning import DEFAULT_RANK, EXPERTS, is_target
+from mlx_empire.recipe.schema import TuningSection
+
+DEFAULT_SCALE = 2.0  # alpha = 2 x rank, as is usual; mlx-lm's own default is a scale of 20, whatever the rank
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What mlx-lm needs to build the same layers: `keys` are module names inside a layer, `layers` counts the last."""
+
+    dora: bool
+    layers: int
+    rank: int
+    scale: float
+    dropout: float
+    keys: tuple[str, ...]
+
+    def parameters(self) -> dict[str, Any]:
+        """mlx-lm's `lora_parameters`."""
+        return {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
+
+    def config(self) -> dict[str, Any]:
+        """What `adapter_config.json` must hold."""
+        kind = "dora" if self.dora else "lora"
+        return {"fine_tune_type": kind, "num_layers": self.layers, "lora_parameters": self.parameters()}
+
+
+def adapt(model: nn.Module, tuning: TuningSection) -> AdapterSettings:
+    """Freeze `model` and put trainable adapters into it. UserError for targets or layers that it does not have."""
+    count = len(model.layers)
+    layers = tuning.layers or count
+    if layers > count:
+        raise UserError(f"tuning.layers: {layers}: the model has {count} layers; use {count} or less")
+    rank = tuning.rank or DEFAULT_RANK
+    scale = DEFAULT_SCALE if tuning.alpha is None else tuning.alpha / rank
+    keys = _keys(model, layers, tuning)
+    settings = AdapterSettings(tuning.type == "dora", layers, rank, scale, tuning.dropout or 0.0, keys)
+    model.freeze()
+    linear_to_lora_layers(model, layers, settings.parameters(), use_dora=settings.dora)
+    return settings
+
+
+def _keys(model: nn.Module, layers: int, tuning: TuningSection) -> tuple[str, ...]:
+    """Names, inside a layer, of the modules that get an adapter."""
+    linear: dict[str, None] = {}
+    stacked: dict[str, None] = {}
+    for layer in model.layers[-layers:]:
+        for key, module in layer.named_modules():
+            if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
+                stacked[key] = None
+            elif isinstance(module, nn.Linear | nn.QuantizedLinear) and not is_router(f"{key}.weight"):
+                linear[key] = None
+    if tuning.targets is None or tuning.targets == "all-linear":
+        return tuple(linear)
+    chosen: dict[str, None] = {}
+    for target in tuning.targets:
+        found = [k for k in linear if is_target(k, target)]
+        if target == EXPERTS and stacked:
+            if tuning.type == "dora":
+                raise UserError(
+                    f"tuning.targets: {EXPERTS}: mlx-lm has no DoRA for stacked experts; use type lora"
+                )
+            found += stacked
+        if not found:
+            known = sorted({k.rpartition(".")[2] for k in linear} | ({EXPERTS} if stacked else set()))
+            raise UserError(
+                f"tuning.targets: {target}: no linear module of the layers is called so; there are {', '.join(known)}"
+            )
+        chosen |= dict.fromkeys(found)
+    return tuple(chosen)

@@ -1,0 +1,77 @@
+"""A base that its folder stores quantised, as `mlx_lm.convert -q` writes it: read as it is, or refused."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import save_model
+from support.stepping import config_of, weights_of
+from support.tuning import TunedCase
+
+from mlx_empire.assemble import tuned_model
+from mlx_empire.checkpoint.folder import open_folder
+from mlx_empire.checkpoint.source import FolderSource
+from mlx_empire.checkpoint.tuned_source import TunedSource
+from mlx_empire.errors import UserError
+from mlx_empire.recipe.schema import TuningSection
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
+def folder(request, tmp_path_factory):
+    """Four bits, one module in eight, a group of 32; beside it the tensors that it holds."""
+    case = TunedCase(request.param, config={"moe_intermediate_size": 64})
+    model, _, values = weights_of(case)
+    model.load_weights(list(values.items()))
+    own = {"group_size": 64, "bits": 8}
+    odd = "model.layers.0.self_attn.q_proj"
+
+    def settings(path, module):
+        if not hasattr(module, "to_quantized") or path.endswith(".gate"):
+            return False
+        return own if path == odd else True
+
+    nn.quantize(model, 32, 4, class_predicate=settings)
+    path = tmp_path_factory.mktemp(request.param)
+    save_model(path, model)
+    config = config_of(case) | {"quantization": {"group_size": 32, "bits": 4, odd: own}}
+    (path / "config.json").write_text(json.dumps(config))
+    return path, config, dict(tree_flatten(model.parameters()))
+
+
+def test_packed_weights_are_read_as_they_are(folder):
+    path, config, expected = folder
+    built = tuned_model(config, TuningSection(type="lora"), str(path), "float32", open_folder(path).stored())
+    source = TunedSource(FolderSource(path, built.rebuild, built.base), built.spec, 0)
+    found = {t.name: a for i in range(len(built.spec.units)) for t, a in source.unit(i)}
+    base = {name.replace(".linear.", "."): a for name, a in found.items() if ".lora_" not in name}
+    assert base.keys() == expected.keys()
+    for name, array in expected.items():
+        assert base[name].dtype == array.dtype
+        assert mx.array_equal(base[name], array), name
+    assert {t.name: t.shape for u in built.spec.units for t in u.tensors} == {
+        n: a.shape for n, a in found.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("tuning", "changed", "message"),
+    [
+        ({"type": "dora"}, {}, "tuning.type: dora: .*stored quantised; use type lora"),
+        ({"type": "qlora", "bits": 8}, {}, "tuning.bits: 8: .*stored in 4 bits; leave tuning.bits out"),
+        ({"type": "lora"}, {"mode": "mxfp4"}, "packed as mxfp4"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(folder, tuning, changed, message):
+    path, config, _ = folder
+    config = config | {"quantization": config["quantization"] | changed}
+    with pytest.raises(UserError, match=message) as error:
+        tuned_model(config, TuningSection(**tuning), str(path), "float32", open_folder(path).stored())
+    assert "\n" not in str(error.value)
+
+
+def test_full_fine_tuning_of_it_is_refused(folder):
+    path, config, _ = folder
+    with pytest.raises(UserError, match="quantised"):
+        tuned_model(config, TuningSection(), str(path), "float32", open_folder(path).stored())

@@ -1,0 +1,170 @@
+"""The command with adapters, from recipe to folder: on one and two ranks, and for mlx-lm, which opens what is left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from mlx_lm.utils import save_model
+from train.launching import MODEL, Workspace, curve, held_out, jsonl, raw_tensors, step_records, succeeded
+from train.test_result import TRAIN, VALID, mean_loss
+
+from mlx_empire.assemble import tuned_model
+from mlx_empire.checkpoint.folder import open_folder
+from mlx_empire.checkpoint.source import FolderSource
+from mlx_empire.checkpoint.tuned_source import TunedSource
+from mlx_empire.plan.describe import read_config
+from mlx_empire.recipe.schema import TuningSection
+
+RECIPE = """\
+model: {path: dense}
+data: {path: rows, format: tokens, sequence_length: 64}
+batch: {global_size: 6, micro_size: 1, cells: 2}
+optimizer: {learning_rate: 5.0e-3}
+run: {dir: run, steps: 4, eval_every: 4}
+"""
+KINDS: dict[str, list[str]] = {
+    "lora": ["tuning.type=lora", "tuning.rank=4"],
+    "dora": ["tuning.type=dora", "tuning.alpha=4", "tuning.targets=[q_proj,down_proj]", "tuning.layers=3"],
+    "stored": ["tuning.type=lora", "model.path=packed"],
+    "qlora": ["tuning.type=qlora", "tuning.bits=4"],
+}
+SPREAD = {"stage 3": ["memory.zero_stage=3", "memory.shares=[2,1]"], "stage 2": ["memory.zero_stage=2"]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with the model in float32 (`dense`), the same in four bits (`packed`), and rows of tokens."""
+    made = Workspace(tmp_path_factory.mktemp("adapters"))
+    made.write("recipe.yaml", RECIPE)
+    for name, rows in (("train", TRAIN), ("valid", VALID)):
+        made.write(f"rows/{name}.jsonl", jsonl({"tokens": tokens} for tokens in rows))
+    config = read_config(MODEL)
+    packing = {"quantization": {"group_size": 64, "bits": 4}}
+    for name, more in (("dense", {}), ("packed", packing)):
+        model, _ = mlx_lm.load(str(MODEL))
+        model.set_dtype(mx.float32)
+        if more:
+            nn.quantize(model, 64, 4)
+        save_model(made.folder / name, model)
+        for file in MODEL.glob("token*"):
+            shutil.copy(file, made.folder / name)
+        made.write(f"{name}/config.json", json.dumps({**config, "torch_dtype": "float32", **more}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(place: Workspace) -> Workspace:
+    commands = {kind: ["recipe.yaml", *asked, f"run.dir={kind}"] for kind, asked in KINDS.items()}
+    for outcome in place.train_many(commands)[0].values():
+        assert "the trained adapters are in" in succeeded(outcome).stdout
+    return place
+
+
+@pytest.fixture(scope="module")
+def spread(alone: Workspace) -> Workspace:
+    commands = {
+        f"{kind} {stage}": ["recipe.yaml", *asked, *how, f"run.dir={kind} {stage}"]
+        for kind, asked in KINDS.items()
+        for stage, how in SPREAD.items()
+    }
+    for rank in alone.train_many(commands, ranks=2):
+        for outcome in rank.values():
+            succeeded(outcome)
+    return alone
+
+
+def result(run: Path) -> tuple[Any, ...]:
+    return (
+        curve(run),
+        held_out(run),
+        raw_tensors(run / "final"),
+        (run / "final/adapter_config.json").read_text(),
+    )
+
+
+@pytest.mark.parametrize("stage", SPREAD)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_train_the_same_adapter_as_one(kind: str, stage: str, spread: Workspace) -> None:
+    assert result(spread.folder / f"{kind} {stage}") == result(spread.folder / kind)
+
+
+def test_a_rank_without_the_folder_gets_its_part_of_a_packed_base(alone: Workspace) -> None:
+    empty = alone.folder / "elsewhere"
+    empty.mkdir()
+    asked = ["tuning.type=qlora", "memory.zero_stage=3", "run.dir=sent"]
+    ended = alone.train(alone.folder / "recipe.yaml", *asked, folders=[alone.folder, empty])
+    assert "weights read by rank 0" in succeeded(ended).stdout
+    assert result(alone.folder / "sent") == result(alone.folder / "qlora")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_and_leaves_mlx_lms_two_files_for_its_owner_alone(kind: str, alone: Workspace) -> None:
+    run = alone.folder / kind
+    assert {f.name for f in (run / "final").iterdir()} == {
+        "adapters.safetensors",
+        "adapter_config.json",
+        "EXPORT.json",
+    }
+    for path in (run, *run.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+    losses = [record["loss"] for record in step_records(run)]  # every step reads all rows
+    assert losses == sorted(losses, reverse=True)
+    assert (run / "COMPLETE").exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "stored"])
+def test_mlx_lm_opens_it_with_the_same_logits(kind: str, alone: Workspace) -> None:
+    """Bit for bit those of our own model with the adapter's tensors; and its loss is the one that the run reported."""
+    run = alone.folder / kind
+    folder = alone.folder / ("packed" if kind == "stored" else "dense")
+    theirs, _ = mlx_lm.load(str(folder), adapter_path=str(run / "final"))
+    ours = model_of(folder, kind, run)
+    tokens = mx.array([TRAIN[0]])
+    plain, _ = mlx_lm.load(str(folder))
+    assert mx.array_equal(theirs(tokens), ours(tokens))
+    assert not mx.allclose(theirs(tokens), plain(tokens), atol=1e-2)
+    (_, before), (_, after) = held_out(run)
+    assert mean_loss(plain, VALID) == pytest.approx(before, rel=1e-5)
+    assert mean_loss(theirs, VALID) == pytest.approx(after, rel=1e-5)
+
+
+def model_of(folder: Path, kind: str, run: Path) -> nn.Module:
+    """Our model as it is built and loaded for training, with the adapters that the run left."""
+    written = {
+        "lora": {"type": "lora", "rank": 4},
+        "dora": {"type": "dora", "alpha": 4.0, "targets": ("q_proj", "down_proj"), "layers": 3},
+        "stored": {"type": "lora"},
+    }[kind]
+    tuning, stored = TuningSection.model_validate(written), open_folder(folder).stored()
+    built = tuned_model(read_config(folder), tuning, str(folder), "float32", stored)
+    source = TunedSource(FolderSource(folder, built.rebuild, built.base), built.spec, 0)
+    for index in range(len(built.spec.units)):
+        built.model.load_weights([(t.name, array) for t, array in source.unit(index)], strict=False)
+    adapters = mx.load(str(run / "final/adapters.safetensors"))
+    assert adapters.keys() == {t.name for u in built.spec.units for t in u.tensors if t.trainable}
+    built.model.load_weights(list(adapters.items()), strict=False)
+    built.model.eval()
+    return built.model
+
+
+def test_quantising_while_loading_is_a_quantised_folder(alone: Workspace) -> None:
+    """QLoRA on the dense folder trains the very adapter that LoRA trains on what mlx-lm has quantised."""
+    assert result(alone.folder / "qlora") == result(alone.folder / "stored")
+
+
+def test_a_plan_says_what_is_trained(alone: Workspace) -> None:
+    plan = json.loads((alone.folder / "lora/plan.json").read_text())
+    adapters = raw_tensors(alone.folder / "lora/final")
+    assert plan["trainable_parameters"] * 4 == sum(len(data) for _, _, data in adapters.values())
+    (only,) = plan["ranks"]
+    assert only["ledger"]["adapters"] >= plan["trainable_parameters"] * 4
+    for record in step_records(alone.folder / "lora"):
+        assert record["peak_bytes"][0] <= 1.1 * record["predicted_peak_bytes"][0]

@@ -22,6 +22,7 @@ FLOORS = (
     "cluster",
     "recipe",
     "arguments",
+    "phases",
     "errors",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,79 @@
+"""A run's folder: whether it may be used, and what is written into it before the first step.
+
+`recipe.yaml` is the recipe as resolved, `plan.json` who keeps what and how much memory that needs. Files are private.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.data.splits import Splits
+from mlx_empire.errors import UserError
+from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.recipe.load import dump_recipe
+from mlx_empire.recipe.schema import Recipe
+
+
+def refuse_finished(folder: Path) -> None:
+    """UserError where a finished run lies: its weights are not ours to replace."""
+    if (folder / "COMPLETE").exists():
+        raise UserError(
+            f"run.dir: {folder} holds a finished run; choose another run.dir or remove that folder"
+        )
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """UserError where the run's folder could not be made, said before hours of work; nothing is written."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"run.dir: {folder}: {nearest} is a file; choose a folder that can be written")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir: {folder}: {nearest} may not be written; choose a folder that can be")
+
+
+def write_plan(recipe: Recipe, plan: RunPlan, nodes: Sequence[Node], spec: ModelSpec, splits: Splits) -> None:
+    """`recipe.yaml` (resolved) and `plan.json` in the run's folder."""
+    folder = recipe.run.dir
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for stale in ("metrics.jsonl", "plan.json", "recipe.yaml"):  # of an earlier run that did not finish
+            (folder / stale).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir: {folder}: {error.strerror}; choose a folder that can be written") from None
+    entries = [
+        {
+            "node": asdict(node),
+            "share": share,
+            "ledger": ledger.items(),
+            "peak_bytes": ledger.peak,
+            "limit_bytes": limit,
+        }
+        for node, share, ledger, limit in zip(
+            nodes, plan.shards.shares, plan.ledgers, plan.limits, strict=True
+        )
+    ]
+    summary = {
+        "parameters": spec.parameters,
+        "trainable_parameters": spec.trainable_parameters,
+        "dtype": spec.dtype,
+        "zero_stage": plan.shards.zero_stage,
+        "tail": plan.work.tail,
+        "gradient_dtype": plan.work.gradient_dtype,
+        "cells": plan.work.layout.cells,
+        "data_digest": splits.digest,
+        "ranks": entries,
+    }
+    write_private(folder / "recipe.yaml", dump_recipe(recipe))
+    write_private(folder / "plan.json", json.dumps(summary, indent=1))
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a text file that only its owner can read."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text + "\n")

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, capacity, phases
+from mlx_empire import assemble, capacity, phases, safeguards
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.staging import refuse_foreign
 from mlx_empire.comm.connect import connect
@@ -35,6 +35,7 @@ from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private
 from mlx_empire.report.run import RunReport
+from mlx_empire.safeguards import Safeguards
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,8 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
     """The whole run on this rank."""
     # ---------------------------------------------------------------- what is asked for, and where it runs
+    safeguards.greet(comm, recipe_path, overrides)
     recipe = assemble.share_recipe(comm, recipe_path, overrides)
     comm = connect(recipe.comm.route, recipe.comm.bucket_bytes, recipe.comm.deadline_seconds)
+    with safeguards.standing(comm, recipe) as guards:
+        carry_out(comm, recipe, hosts, guards)
+
+
+def carry_out(comm: Communicator, recipe: Recipe, hosts: Path | None, guards: Safeguards) -> None:
+    """The run itself, once the ranks know each other and what is asked for."""
     nodes = assemble.share_nodes(comm, recipe, hosts)
     with together(comm):
         if comm.rank == 0:
@@ -73,6 +81,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             refuse_foreign(recipe.run.dir / "final")
 
     # ---------------------------------------------------------------- what is trained, on what
+    safeguards.agree_on_model(comm, recipe)
     config = assemble.share_config(comm, recipe)
     built = assemble.build(comm, recipe, config)
     model, spec = built.model, built.spec
@@ -84,6 +93,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
         refuse_idle_keys(recipe, splits)
         plan = resolve(recipe, spec, nodes, optimizer.state_bytes)
         require_fit(plan, nodes)
+    guards.lock(recipe.run.dir)
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     with together(comm):
@@ -105,7 +115,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             if comm.rank == 0:
                 write_plan(recipe, plan, nodes, spec, splits)
         with RunReport(comm, recipe, spec, plan, nodes, total_steps(recipe, splits)) as report:
-            for line in splits.report:
+            for line in [*guards.notes, *splits.report]:
                 report.message(line)
             if started_over and recipe.run.resume == "auto":
                 report.message(

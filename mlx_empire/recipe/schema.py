@@ -123,6 +123,11 @@ class ModelSection(Section):
     init: Literal["pretrained", "random"] = Field(
         default="pretrained", description="pretrained or random (built from config.json alone)"
     )
+    compare: Literal["headers", "contents"] = Field(
+        default="headers",
+        description="headers or contents (what of the folder must be equal on all machines that have it; contents "
+        "reads every weight once more)",
+    )
 
 
 class TuningSection(Section):

@@ -17,6 +17,7 @@ from mlx_empire.comm.failure import together
 from mlx_empire.comm.handshake import Facts, environment, shake_hands
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.selftest import self_test
+from mlx_empire.engine.spikes import SpikeWatch
 from mlx_empire.errors import EmpireError
 from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import MAX_BYTES, dump_recipe, load_recipe
@@ -48,6 +49,13 @@ def agree_on_model(comm: Communicator, recipe: Recipe) -> None:
         except EmpireError as error:
             fact = str(error).removeprefix(f"{folder}/")
     shake_hands(comm, {"model digest": fact}, f"copy {folder} to every machine again")
+
+
+def spike_watch(recipe: Recipe) -> SpikeWatch:
+    """What watches loss and gradient norm."""
+    numerics = recipe.numerics
+    assert numerics.spikes != "rollback", "not built, so no recipe has it"
+    return SpikeWatch(numerics.spikes, numerics.threshold, numerics.window, numerics.max_skips)
 
 
 class Safeguards:

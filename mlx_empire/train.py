@@ -106,6 +106,7 @@ def carry_out(comm: Communicator, recipe: Recipe, hosts: Path | None, guards: Sa
     with CommThread() as thread:
         clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
         trainer = Trainer(model, spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise)
+        trainer.spikes = safeguards.spike_watch(recipe)
         sent = assemble.load_weights(comm, recipe, built, trainer.store)
         trainer.prepare(packing=recipe.data.packing)
 
@@ -154,6 +155,8 @@ def train(
         seconds = time.perf_counter() - started
         moved = comm.traffic.since(traffic)
         report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
+        if result.note:
+            report.message(result.note)
         if every and (step % every == 0 or step == steps):
             report.evaluation(step, evaluate(comm, recipe, plan, trainer, splits.valid))
 
@@ -169,6 +172,7 @@ def record(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "comm_wait_seconds": result.wait_seconds,
+        **({"skipped": True} if result.skipped else {}),
     }
 
 

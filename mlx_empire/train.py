@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, capacity, phases
+from mlx_empire import assemble, capacity, phases, safeguards
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.staging import refuse_foreign
 from mlx_empire.comm.connect import connect
@@ -35,6 +35,7 @@ from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private
 from mlx_empire.report.run import RunReport
+from mlx_empire.safeguards import Safeguards
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,8 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
     """The whole run on this rank."""
     # ---------------------------------------------------------------- what is asked for, and where it runs
+    safeguards.greet(comm, recipe_path, overrides)
     recipe = assemble.share_recipe(comm, recipe_path, overrides)
     comm = connect(recipe.comm.route, recipe.comm.bucket_bytes, recipe.comm.deadline_seconds)
+    with safeguards.standing(comm, recipe) as guards:
+        carry_out(comm, recipe, hosts, guards)
+
+
+def carry_out(comm: Communicator, recipe: Recipe, hosts: Path | None, guards: Safeguards) -> None:
+    """The run itself, once the ranks know each other and what is asked for."""
     nodes = assemble.share_nodes(comm, recipe, hosts)
     with together(comm):
         if comm.rank == 0:
@@ -73,6 +81,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             refuse_foreign(recipe.run.dir / "final")
 
     # ---------------------------------------------------------------- what is trained, on what
+    safeguards.agree_on_model(comm, recipe)
     config = assemble.share_config(comm, recipe)
     built = assemble.build(comm, recipe, config)
     model, spec = built.model, built.spec
@@ -84,6 +93,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
         refuse_idle_keys(recipe, splits)
         plan = resolve(recipe, spec, nodes, optimizer.state_bytes)
         require_fit(plan, nodes)
+    guards.lock(recipe.run.dir)
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     with together(comm):
@@ -96,6 +106,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
     with CommThread() as thread:
         clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
         trainer = Trainer(model, spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise)
+        trainer.spikes = safeguards.spike_watch(recipe)
         sent = assemble.load_weights(comm, recipe, built, trainer.store)
         trainer.prepare(packing=recipe.data.packing)
 
@@ -105,7 +116,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             if comm.rank == 0:
                 write_plan(recipe, plan, nodes, spec, splits)
         with RunReport(comm, recipe, spec, plan, nodes, total_steps(recipe, splits)) as report:
-            for line in splits.report:
+            for line in [*guards.notes, *splits.report]:
                 report.message(line)
             if started_over and recipe.run.resume == "auto":
                 report.message(
@@ -144,6 +155,8 @@ def train(
         seconds = time.perf_counter() - started
         moved = comm.traffic.since(traffic)
         report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
+        if result.note:
+            report.message(result.note)
         if every and (step % every == 0 or step == steps):
             report.evaluation(step, evaluate(comm, recipe, plan, trainer, splits.valid))
 
@@ -159,6 +172,7 @@ def record(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "comm_wait_seconds": result.wait_seconds,
+        **({"skipped": True} if result.skipped else {}),
     }
 
 

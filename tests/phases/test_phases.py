@@ -100,3 +100,14 @@ def test_places_are_known_by_thread():
     phases.reach("backward")
     place = phases.places()["MainThread"]
     assert (place.phase, place.step) == ("backward", 7)
+
+
+def test_a_listener_hears_of_a_phase_before_the_fault_strikes(monkeypatch):
+    arm(monkeypatch, "phase=forward;step=3;action=raise")
+    heard = []
+    monkeypatch.setattr(phases, "_listeners", [])
+    phases.listen(lambda thread, place: heard.append((thread, place.phase, place.step)))
+    phases.begin_step(3)
+    with pytest.raises(phases.InjectedError):
+        phases.reach("forward")
+    assert heard == [("MainThread", "forward", 3)]

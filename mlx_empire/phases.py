@@ -15,10 +15,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlx_empire import beacon
 from mlx_empire.errors import UserError
 
 FAULT_VARIABLE = "MLX_EMPIRE_FAULT"
@@ -71,7 +71,6 @@ _rank = 0
 _step = 0
 _faults: tuple[Fault, ...] | None = None
 _places: dict[str, Place] = {}  # by thread name
-_listeners: list[Callable[[str, Place], None]] = []
 
 
 def begin(rank: int) -> None:
@@ -90,8 +89,7 @@ def reach(phase: str) -> None:
     """This thread begins `phase`; a fault that waits here strikes."""
     thread, place = threading.current_thread().name, Place(phase, _step)
     _places[thread] = place
-    for listener in _listeners:
-        listener(thread, place)
+    beacon.place(thread, place.phase, place.step)  # before a fault strikes
     for fault in _waiting(phase):
         if fault.action != "nan":
             _mark(fault)
@@ -110,12 +108,6 @@ def poisoned(phase: str) -> bool:
 def places() -> dict[str, Place]:
     """Where each thread is, by its name; the main thread is `MainThread`."""
     return dict(_places)
-
-
-def listen(listener: Callable[[str, Place], None]) -> None:
-    """From now on `listener(thread's name, place)` is called in that thread whenever it begins a phase, before a fault
-    strikes."""
-    _listeners.append(listener)
 
 
 def parse(text: str) -> tuple[Fault, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, capacity
+from mlx_empire import assemble, capacity, phases
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.staging import refuse_foreign
 from mlx_empire.comm.connect import connect
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guard(None):
         comm = connect()
     with guard(comm):
+        phases.begin(comm.rank)
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:
             wanted = capacity.Wanted(hosts=options.hosts)
@@ -90,6 +91,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             verify_twin(config, str(recipe.model.path))
 
     # ---------------------------------------------------------------- the weights
+    phases.reach("load")
     limit_memory(plan, comm.rank)
     with CommThread() as thread:
         clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
@@ -132,6 +134,8 @@ def train(
         started, traffic = time.perf_counter(), comm.traffic.snapshot()
 
         # ------------------------------------------------------------ one step
+        phases.begin_step(step)
+        phases.reach("data")
         batches = [micro_batch(data, seed, step - 1, j, **sizes) for j in mine]
         total = valid_tokens(data, seed, step - 1, global_size=global_size)
         result = trainer.train_step(batches, total, step, rates(step))
@@ -164,6 +168,7 @@ def evaluate(
     """The held-out loss; None without a validation split."""
     if valid is None:
         return None
+    phases.reach("evaluate")
     batches = list(validation_micro_batches(valid, recipe.batch.micro_size, recipe.run.eval_batches))
     most = max(plan.work.micro_batches(r) for r in range(comm.size))
     return held_out_loss(trainer.streamed, comm, batches, max(most, 1))
@@ -201,6 +206,7 @@ def export(
     comm: Communicator, recipe: Recipe, built: assemble.Built, trainer: Trainer, report: RunReport
 ) -> None:
     """Write `final/` unit by unit, then `COMPLETE`. Every rank joins the gathers, rank 0 writes."""
+    phases.reach("finish")
     writer = None
     with together(comm):
         if comm.rank == 0:

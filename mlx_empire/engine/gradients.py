@@ -21,6 +21,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
+from mlx_empire import phases
 from mlx_empire.comm.protocol import Communicator, Pieces, Wire
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.hostview import DTYPES, empty_rows, host_view
@@ -100,6 +101,7 @@ class GradientStore:
         self, index: int, pieces: list[Pieces], totals: list[np.ndarray], flags: list[bool], last: bool
     ) -> None:
         """On the communication thread: reduce-scatter each segment; at stage 0 gather the finished sums."""
+        phases.reach("reduce")
         replicate = self._plan.zero_stage == 0
         for s, (piece, total) in enumerate(zip(pieces, totals, strict=True)):
             segment = self._plan.units[index].segments[s]

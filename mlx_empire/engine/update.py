@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_empire import phases
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.store import LiveChunk, ShardStore
@@ -54,6 +55,7 @@ class Updater:
 
         NumericsError on all ranks, before anything is changed, when the norm is not finite.
         """
+        phases.reach("optimizer")
         norm = self._norm()
         scalars = StepScalars(step, learning_rate, clip_scale(norm, self._clip_norm))
         renewing: int | None = None

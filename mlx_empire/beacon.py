@@ -41,6 +41,8 @@ def place(thread: str, phase: str, step: int) -> None:
         tell("place", thread=thread, phase=phase, step=step)
 
 
-def failure(code: int, message: str) -> None:
-    """This rank ends the run with exit code `code`; `message` is what the user reads."""
-    tell("failure", code=code, message=message)
+def failure(code: int, message: str, rank: int | None = None, host: str | None = None) -> None:
+    """The run ends with exit code `code`; `message` is what the user reads. `rank` and `host`: where it failed, if
+    not here."""
+    elsewhere = {} if rank is None else {"rank": rank, "host": host}
+    tell("failure", code=code, message=message, **elsewhere)

@@ -19,17 +19,19 @@ from mlx_empire.cluster.hostfile import Cluster
 from mlx_empire.errors import UserError
 
 # What mpirun and ssh need of a shell.
+# fmt: off
 KEPT = (
-    "HOME LANG LANGUAGE LC_ALL LC_CTYPE LC_MESSAGES LOGNAME PATH SHELL SSH_AUTH_SOCK TERM TMPDIR TZ USER VIRTUAL_ENV"
-).split()
+    "HOME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "LC_MESSAGES", "LOGNAME", "PATH", "SHELL",
+    "SSH_AUTH_SOCK", "TERM", "TMPDIR", "TZ", "USER", "VIRTUAL_ENV",
+)
 # What changes how ranks compute; forwarded to every machine.
-FORWARDED = [
-    *"PYTHONPATH LD_PRELOAD LD_LIBRARY_PATH DYLD_LIBRARY_PATH PYTHONFAULTHANDLER".split(),
-    *"OPENBLAS_NUM_THREADS OMP_NUM_THREADS VECLIB_MAXIMUM_THREADS".split(),
-    *"MLX_DISABLE_COMPILE MLX_MAX_OPS_PER_BUFFER MLX_MAX_MB_PER_BUFFER MLX_EMPIRE_CACHE".split(),
-    phases.FAULT_VARIABLE,
-    beacon.VARIABLE,
-]
+FORWARDED = (
+    "PYTHONPATH", "LD_PRELOAD", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONFAULTHANDLER",
+    "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "MLX_DISABLE_COMPILE",
+    "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "MLX_EMPIRE_CACHE",
+    phases.FAULT_VARIABLE, beacon.VARIABLE,
+)
+# fmt: on
 # Open MPI's own settings, which mpirun forwards by itself.
 SETTINGS = ("OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_", "OMPI_ALLOW_RUN_AS_ROOT")
 # Settings that wedge GPUs when processes wait for one another.
@@ -84,7 +86,9 @@ def clean_environment(source: Mapping[str, str], extra: Sequence[str] = ()) -> d
             )
     missing = [name for name in extra if name not in source]
     if missing:
-        raise UserError(f"--forward {missing[0]}: there is no such variable in the environment; export it first")
+        raise UserError(
+            f"--forward {missing[0]}: there is no such variable in the environment; export it first"
+        )
     wanted = {*KEPT, *FORWARDED, *extra}
     kept = {name: value for name, value in source.items() if name in wanted or name.startswith(SETTINGS)}
     kept[beacon.VARIABLE] = "1"

@@ -90,12 +90,15 @@ class StopRequest:
             os.kill(os.getpid(), number)
 
     def _file_counts(self) -> bool:
-        if self._folder is None:
-            return False
-        try:
-            return (self._folder / STOP_FILE).stat().st_mtime >= self._since - _CLOCK_SLACK_SECONDS
-        except OSError:
-            return False
+        return self._folder is not None and stop_requested(self._folder, self._since)
+
+
+def stop_requested(folder: Path, since: float) -> bool:
+    """Whether the file `stop` in `folder` was made after `since` (seconds since 1970)."""
+    try:
+        return (folder / STOP_FILE).stat().st_mtime >= since - _CLOCK_SLACK_SECONDS
+    except OSError:
+        return False
 
 
 def request_stop(folder: Path) -> None:

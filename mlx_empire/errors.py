@@ -38,6 +38,24 @@ class NumericsError(EmpireError):
     exit_code = 65
 
 
+class DamagedError(EmpireError):
+    """A checkpoint that cannot be used: a file is missing or is not what the manifest says."""
+
+    exit_code = 65
+
+
+class UnsavedError(EmpireError):
+    """The run is complete, but a checkpoint that it should have left could not be written."""
+
+    exit_code = 75
+
+
+class StoppedError(EmpireError):
+    """The run was asked to stop and has saved."""
+
+    exit_code = 143
+
+
 class LostRankError(EmpireError):
     """A rank died, hung or missed a deadline; starting again makes sense."""
 

@@ -93,6 +93,11 @@ def reach(phase: str) -> None:
             _strike(fault)
 
 
+def leave() -> None:
+    """This thread has nothing to do until it reaches its next phase."""
+    _places.pop(threading.current_thread().name, None)
+
+
 def poisoned(phase: str) -> bool:
     """Whether a test wants a NaN in what this phase computes."""
     for fault in _waiting(phase):

@@ -35,7 +35,7 @@ from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan import catalog
 from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
 from mlx_empire.plan.model import ModelSpec
-from mlx_empire.plan.tuning import base_bits
+from mlx_empire.plan.packing import AFFINE, Packing, packing_of
 from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe, TuningSection
 
@@ -44,7 +44,8 @@ from mlx_empire.recipe.schema import Recipe, TuningSection
 class Built:
     """The model to train. `spec` is what is trained, `base` what is read from its folder: the same for full tuning.
 
-    `rebuild` makes mlx-lm's own model anew, lazily and without adapters; `adapters` is None for full tuning.
+    `rebuild` makes mlx-lm's own model anew, lazily and without adapters; `adapters` is None for full tuning;
+    `packing` is how the base is packed while it is loaded.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Built:
     base: ModelSpec
     rebuild: Callable[[], nn.Module]
     adapters: AdapterSettings | None
+    packing: Packing | None = None
 
 
 def share_recipe(
@@ -126,12 +128,13 @@ def tuned_model(
         quantise_as_stored(model, packed, names)
     model.freeze()
     base = describe(model, plain, name, dtype)
-    if packed is None and tuning.type == "qlora":
-        quantise(model, base_bits(tuning))
-    elif packed is not None and stored is None:  # a random model of a packed folder's kind
-        quantise(model, packed["bits"])
+    packing = packing_of(tuning) if packed is None else None
+    if packed is not None and stored is None:  # a random model of a packed folder's kind
+        packing = Packing(packed.get("mode", AFFINE), packed["bits"], packed["group_size"])
+    if packing is not None:
+        quantise(model, packing, name)
     adapters = adapt(model, tuning)
-    return Built(model, describe(model, plain, name, dtype), base, rebuild, adapters)
+    return Built(model, describe(model, plain, name, dtype), base, rebuild, adapters, packing)
 
 
 def refuse_impossible(spec: ModelSpec) -> None:
@@ -179,7 +182,7 @@ def load_weights(comm: Communicator, recipe: Recipe, built: Built, store: ShardS
     folder, seed = recipe.model.path, recipe.run.seed
 
     def tuned(base: WeightSource) -> WeightSource:
-        return base if built.adapters is None else TunedSource(base, built.spec, seed)
+        return base if built.adapters is None else TunedSource(base, built.spec, seed, built.packing)
 
     if recipe.model.init == "random":
         fill_from_own(store, tuned(RandomSource(built.rebuild, built.base, seed)))

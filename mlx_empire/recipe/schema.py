@@ -100,7 +100,7 @@ AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse)]
 PositiveDuration = Annotated[Duration, BeforeValidator(_positive_duration)]
 RunLength = Annotated[Duration, BeforeValidator(_whole_run)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Bits = Annotated[Literal[2, 3, 4, 6, 8, "ternary"], BeforeValidator(_exact_number)]
+Bits = Annotated[Literal[2, 3, 4, 6, 8, "ternary", "mxfp4", "mxfp8", "nvfp4"], BeforeValidator(_exact_number)]
 Share = Annotated[float, Field(gt=0, le=1e15)]
 
 
@@ -143,13 +143,18 @@ class TuningSection(Section):
         BeforeValidator(_tuple),
     ] = Field(
         default=None,
-        description="all-linear, a list of module names such as [q_proj, v_proj, experts], or null (all-linear)",
+        description="all-linear, a list of module names such as [q_proj, v_proj, experts, lm_head], or null",
     )
     layers: Count | None = Field(
         default=None, description="a whole number (adapters in the last so many layers), or null (all)"
     )
-    bits: Annotated[Bits | None, _built(None, 2, 3, 4, 6, 8)] = Field(
-        default=None, description="2, 3, 4, 6, 8 or ternary (bits per weight of qlora's base), or null (4)"
+    bits: Bits | None = Field(
+        default=None,
+        description="2, 3, 4, 6, 8, ternary, mxfp4, mxfp8 or nvfp4 (how qlora packs its base), or null (4)",
+    )
+    rslora: Literal[True] | None = Field(
+        default=None,
+        description="true (adapters are scaled by alpha / the square root of rank), or null (alpha / rank)",
     )
 
 

@@ -96,11 +96,6 @@ MALFORMED: dict[str, tuple[int, str, tuple[str, ...]]] = {
         ("x.yaml:13: schedule.warmup: warmup 11", "3%"),
     ),
     "final": (12, "  steps: 10\nschedule: {final: 0.1}", ("x.yaml:13: schedule.final:", "cosine or linear")),
-    "ternary": (
-        1,
-        "tuning: {type: qlora, bits: ternary}\nmodel:",
-        ("tuning.bits: ternary is not built yet; use 2 or 3 or 4 or 6 or 8",),
-    ),
     "rank": (
         1,
         "tuning: {rank: 8}\nmodel:",

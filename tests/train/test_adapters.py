@@ -145,7 +145,7 @@ def model_of(folder: Path, kind: str, run: Path) -> nn.Module:
     }[kind]
     tuning, stored = TuningSection.model_validate(written), open_folder(folder).stored()
     built = tuned_model(read_config(folder), tuning, str(folder), "float32", stored)
-    source = TunedSource(FolderSource(folder, built.rebuild, built.base), built.spec, 0)
+    source = TunedSource(FolderSource(folder, built.rebuild, built.base), built.spec, 0, built.packing)
     for index in range(len(built.spec.units)):
         built.model.load_weights([(t.name, array) for t, array in source.unit(index)], strict=False)
     adapters = mx.load(str(run / "final/adapters.safetensors"))

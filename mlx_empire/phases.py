@@ -36,6 +36,7 @@ PHASES = (
     "save-renamed",  # this node's folder is renamed, others may not be
     "save-commit",  # all are renamed, nothing is committed
     "retention",
+    "save-wait",  # nothing is wrong: this thread waits for the checkpoint's
     "finish",
 )
 ACTIONS = ("kill", "stop", "exit0", "exit3", "raise", "segv", "nan", "enospc", "delay")

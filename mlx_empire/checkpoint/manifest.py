@@ -132,5 +132,3 @@ def coverage(shards: Sequence[Shard]) -> dict[tuple[str, str], int]:
             key = piece.tensor, piece.array
             rows[key] = rows.get(key, 0) + piece.rows
     return rows
-
-

@@ -73,9 +73,7 @@ def live_pieces(store: ShardStore, rank: int) -> list[LivePiece]:
     return list(pieces.values())
 
 
-def _add(
-    pieces: dict[tuple[str, str], LivePiece], unit: int, chunk: LiveChunk, low: int, high: int
-) -> None:
+def _add(pieces: dict[tuple[str, str], LivePiece], unit: int, chunk: LiveChunk, low: int, high: int) -> None:
     """Append the rows of `chunk` that lie in the segment's rows [low, high) to its tensor's pieces."""
     spec = chunk.spec
     a, b = max(low, spec.start_row), min(high, spec.start_row + spec.rows)
@@ -88,7 +86,9 @@ def _add(
         fresh = LivePiece(unit, spec.name, name, CODES[array.dtype], first, columns)
         piece = pieces.setdefault((spec.name, name), fresh)
         view = host_view(array)
-        piece.views.append(view[(a - spec.start_row) * columns : (b - spec.start_row) * columns].view(np.uint8))
+        piece.views.append(
+            view[(a - spec.start_row) * columns : (b - spec.start_row) * columns].view(np.uint8)
+        )
         piece.rows += b - a
 
 

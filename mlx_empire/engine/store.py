@@ -110,6 +110,10 @@ class ShardStore:
 
     # ---- whole units
 
+    def whole(self, index: int) -> list[mx.array]:
+        """The unit's whole buffers by segment, where weights stay whole (stages 0-2)."""
+        return self._whole[index]
+
     def gather(self, index: int) -> None:
         """Start to gather unit `index` on the communication thread, unless it is whole or on its way."""
         if index in self._whole:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from mlx_empire import assemble
 from mlx_empire.checkpoint.identity import Identity, base_digest
 from mlx_empire.checkpoint.manifest import Resolved
+from mlx_empire.checkpoint.names import step_name
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.resume import Start, folder_of
 from mlx_empire.checkpoint.save import Policy, Saver
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.store import ShardStore
+from mlx_empire.engine.trainer import Trainer
+from mlx_empire.errors import EmpireError, StoppedError, UnsavedError, on_all_ranks
 from mlx_empire.optim.protocol import ShardOptimizer
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
@@ -32,7 +35,7 @@ def load_state(
     comm: Communicator,
     recipe: Recipe,
     built: assemble.Built,
-    store: ShardStore,
+    trainer: Trainer,
     start: Start,
     optimizer: ShardOptimizer,
 ) -> bool:
@@ -41,12 +44,22 @@ def load_state(
     Frozen weights are not in a checkpoint, so with adapters the folder is read as well. True if rank 0 alone had it.
     """
     if start.found is None:
-        return assemble.load_weights(comm, recipe, built, store)
+        return assemble.load_weights(comm, recipe, built, trainer.store)
     with together(comm):
-        restore = Restore(start.found, store, comm)
-    sent = built.adapters is not None and assemble.load_weights(comm, recipe, built, store)
+        restore = Restore(start.found, trainer.store, comm)
+    sent = built.adapters is not None and assemble.load_weights(comm, recipe, built, trainer.store)
     restore.run(optimizer, recipe.optimizer.learning_rate)
+    trainer.spikes.from_json(start.found.manifest.numerics)
     return sent
+
+
+def stopped(saver: Saver, step: int, reason: str) -> EmpireError:
+    """How a run ends that was asked to stop after `step`, the same on all ranks."""
+    if saver.newest == step:
+        again = "the same command goes on from there"
+        return on_all_ranks(StoppedError(f"stopped by {reason}: {step_name(step)} is saved; {again}"))
+    kept = f"{step_name(saver.newest)} is the newest" if saver.newest else "there is none"
+    return on_all_ranks(UnsavedError(f"stopped by {reason}: {step_name(step)} could not be saved; {kept}"))
 
 
 def open_saver(
@@ -70,4 +83,4 @@ def open_saver(
         plan.shards,
     )
     policy = Policy(recipe.run.keep_last, recipe.run.buddy)
-    return Saver(comm, store, folder_of(recipe, comm), identity.manifest, policy, start.step)
+    return Saver(comm, store, folder_of(recipe, comm), identity, policy, start.step)

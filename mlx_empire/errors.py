@@ -45,7 +45,7 @@ class DamagedError(EmpireError):
 
 
 class UnsavedError(EmpireError):
-    """The run is complete, but a checkpoint that it should have left could not be written."""
+    """A checkpoint that the run should have left could not be written; the newest one before it is whole."""
 
     exit_code = 75
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, capacity, continuing, phases
+from mlx_empire import assemble, beacon, capacity, continuing, phases, safeguards
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.resume import find_start, require_same, require_steps_left
 from mlx_empire.checkpoint.save import Saver
@@ -28,6 +28,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
 from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.splits import Splits
+from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.engine.twin import verify_twin
 from mlx_empire.errors import UserError
@@ -37,6 +38,9 @@ from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private
 from mlx_empire.report.run import RunReport
+from mlx_empire.safeguards import Safeguards
+from mlx_empire.supervise.awake import keep_awake
+from mlx_empire.supervise.stop import StopRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         comm = connect()
     with guard(comm):
         phases.begin(comm.rank)
+        if beacon.lit():
+            keep_awake()
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:
             wanted = capacity.Wanted(hosts=options.hosts)
@@ -65,8 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
     """The whole run on this rank."""
     # ---------------------------------------------------------------- what is asked for, and where it runs
+    safeguards.greet(comm, recipe_path, overrides)
     recipe = assemble.share_recipe(comm, recipe_path, overrides)
     comm = connect(recipe.comm.route, recipe.comm.bucket_bytes, recipe.comm.deadline_seconds)
+    with safeguards.standing(comm, recipe) as guards, StopRequest() as stop:
+        carry_out(comm, recipe, hosts, guards, stop)
+
+
+def carry_out(
+    comm: Communicator, recipe: Recipe, hosts: Path | None, guards: Safeguards, stop: StopRequest
+) -> None:
+    """The run itself, once the ranks know each other and what is asked for."""
     nodes = assemble.share_nodes(comm, recipe, hosts)
     with together(comm):
         if comm.rank == 0:
@@ -75,6 +90,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             refuse_foreign(recipe.run.dir / "final")
 
     # ---------------------------------------------------------------- what is trained, on what
+    safeguards.agree_on_model(comm, recipe)
     config = assemble.share_config(comm, recipe)
     built = assemble.build(comm, recipe, config)
     model, spec = built.model, built.spec
@@ -92,6 +108,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
         refuse_idle_keys(recipe, splits)
         plan = resolve(recipe, spec, nodes, optimizer.state_bytes)
         require_fit(plan, nodes)
+    guards.lock(recipe.run.dir)
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     with together(comm):
@@ -104,7 +121,8 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
     with CommThread() as thread:
         clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
         trainer = Trainer(model, spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise)
-        sent = continuing.load_state(comm, recipe, built, trainer.store, start, optimizer)
+        trainer.spikes = safeguards.spike_watch(recipe)
+        sent = continuing.load_state(comm, recipe, built, trainer, start, optimizer)
         trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
 
         # ------------------------------------------------------------ from here on something is written
@@ -117,9 +135,10 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             RunReport(comm, recipe, spec, plan, nodes, steps, start.resumed) as report,
             continuing.open_saver(comm, recipe, plan, trainer.store, start, splits.digest, base) as saver,
         ):
+            stop.watch(recipe.run.dir)
             trainer.hold_updates(saver.hold)
             report.show_status(lambda: saver.status)
-            report.messages([*splits.report, *start.notes])
+            report.messages([*guards.notes, *splits.report, *start.notes])
             if start.found is not None:
                 report.message(f"going on after step {start.step}, from {start.found.folder}")
             elif started_over and recipe.run.resume == "auto":
@@ -128,7 +147,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
                 )
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
-            train(comm, recipe, plan, trainer, splits, report, saver)
+            train(comm, recipe, plan, trainer, splits, report, saver, stop)
             export(comm, recipe, built, trainer, report)
     saver.refuse_unsaved()
 
@@ -141,6 +160,7 @@ def train(
     splits: Splits,
     report: RunReport,
     saver: Saver,
+    stop: StopRequest,
 ) -> None:
     """The steps that are left, with evaluation and saving in between."""
     data, seed, global_size = splits.train, recipe.run.seed, recipe.batch.global_size
@@ -157,6 +177,7 @@ def train(
         saver.open()
     if every and not saver.newest:
         report.evaluation(0, evaluate(comm, recipe, plan, trainer, splits.valid))
+    reason = None
     for step in range(saver.newest + 1, steps + 1):
         started, traffic = time.perf_counter(), comm.traffic.snapshot()
 
@@ -171,15 +192,23 @@ def train(
         seconds = time.perf_counter() - started
         moved = comm.traffic.since(traffic)
         report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
+        if result.note:
+            report.message(result.note)
         if every and (step % every == 0 or step == steps):
             report.evaluation(step, evaluate(comm, recipe, plan, trainer, splits.valid))
 
         # ------------------------------------------------------------ what survives a crash
-        if save_every and (step % save_every == 0 or step == steps):
-            saver.request(step)  # written while the next step computes
+        reason = stop.agreed(comm) if step < steps else None
+        if reason or (save_every and (step % save_every == 0 or step == steps)):
+            replicas_agree(trainer.store, comm)
+            saver.request(step, trainer.spikes.to_json())  # written while the next step computes
         report.messages(saver.news())
+        if reason:
+            break
     saver.finish()
     report.messages(saver.news())
+    if reason:
+        raise continuing.stopped(saver, step, reason)
 
 
 def record(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
@@ -193,6 +222,7 @@ def record(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "comm_wait_seconds": result.wait_seconds,
+        **({"skipped": True} if result.skipped else {}),
     }
 
 

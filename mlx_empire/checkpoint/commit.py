@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ from mlx_empire.comm.protocol import Communicator
 
 HEADROOM = 1.02  # manifest, folders, rounding to the file system's blocks
 
-Describe = Callable[[int, tuple[Shard, ...]], Manifest]
+Describe = Callable[[Sequence[Shard]], Manifest]
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Commit:
 
     def _manifest(self, shards: list[Shard]) -> str:
         """Write the manifest on every node; its digest."""
-        text = self.describe(self.step, tuple(shards)).encode().decode() if self.comm.rank == 0 else None
+        text = self.describe(shards).encode().decode() if self.comm.rank == 0 else None
         raw = self.comm.broadcast_json(text).encode()
         with agreed(self.comm):
             if self.folders.leads:

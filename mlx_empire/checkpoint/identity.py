@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -45,7 +46,9 @@ class Identity:
     resolved: Resolved
     plan: ShardPlan
 
-    def manifest(self, step: int, shards: tuple[Shard, ...]) -> Manifest:
+    def manifest(
+        self, step: int, numerics: Mapping[str, Sequence[float]], shards: Sequence[Shard]
+    ) -> Manifest:
         """The manifest of the state after `step` steps."""
         return Manifest(
             format=1,
@@ -58,9 +61,10 @@ class Identity:
             seed=self.seed,
             base=self.base,
             resolved=self.resolved,
+            numerics={name: tuple(map(float, values)) for name, values in numerics.items()},
             zero_stage=self.plan.zero_stage,
             shares=self.plan.shares,
-            shards=shards,
+            shards=tuple(shards),
         )
 
 

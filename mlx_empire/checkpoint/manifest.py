@@ -79,8 +79,10 @@ class Resolved(_Strict):
 
 
 class Manifest(_Strict):
-    """A checkpoint after `step` steps. `base` identifies frozen weights, which are not saved; `next_row` is how many
-    rows of the data have been read. `shares` and `zero_stage` say how the shards were cut, for people.
+    """A checkpoint after `step` steps.
+
+    `next_row`: rows of the data that have been read. `base` identifies frozen weights, which are not saved. `numerics`:
+    what the watch over leaps has seen. `shares` and `zero_stage` say how the shards were cut, for people.
     """
 
     format: Literal[1]
@@ -93,6 +95,7 @@ class Manifest(_Strict):
     seed: Count
     base: Text | None
     resolved: Resolved
+    numerics: dict[Text, tuple[float, ...]]
     zero_stage: Count
     shares: tuple[float, ...]
     shards: tuple[Shard, ...]

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -21,6 +23,7 @@ from typing import Literal, Self
 from mlx_empire import phases
 from mlx_empire.checkpoint.agree import Folders, SaveFailed, find_folders
 from mlx_empire.checkpoint.commit import Commit, Describe
+from mlx_empire.checkpoint.identity import Identity
 from mlx_empire.checkpoint.names import step_name
 from mlx_empire.checkpoint.retention import clear_the_way, retain
 from mlx_empire.checkpoint.shard import LivePiece, live_pieces
@@ -45,8 +48,8 @@ class Policy:
 class Saver:
     """Saves the shards of `store`; constructed by all ranks together. Use it as a context manager.
 
-    `root` is this rank's folder, which is not touched before `open` or the first save. `describe(step, shards)` makes
-    the manifest; `newest` is the step from which the run goes on, 0 for none.
+    `root` is this rank's folder, which is not touched before `open` or the first save. `identity` makes
+    the manifests; `newest` is the step from which the run goes on, 0 for none.
     """
 
     def __init__(
@@ -54,14 +57,14 @@ class Saver:
         comm: Communicator,
         store: ShardStore,
         root: Path,
-        describe: Describe,
+        identity: Identity,
         policy: Policy,
         newest: int = 0,
     ) -> None:
         self._main, self._comm = comm, comm.duplicate(NOBODY_WAITS_SECONDS)
         self._store, self._root = store, root
         self._folders: Folders | None = None
-        self._describe, self._policy = describe, policy
+        self._identity, self._policy = identity, policy
         self.newest = newest  # the step of the newest committed checkpoint
         self.failed: list[int] = []  # steps whose save failed
         self._asked = newest
@@ -80,15 +83,19 @@ class Saver:
             self._folders = find_folders(self._main, self._root)
             self._news += clear_the_way(self._main, self._folders, self.newest)
 
-    def request(self, step: int) -> None:
-        """Begin to save the state after `step`; waits until an earlier save has ended. All ranks, same steps."""
+    def request(self, step: int, numerics: Mapping[str, Sequence[float]]) -> None:
+        """Begin to save the state after `step`; waits until an earlier save has ended. All ranks, same steps.
+
+        `numerics`: what the watch over leaps has seen.
+        """
         if step == self._asked:
             return
         self.finish()
         self.open()
         pieces = live_pieces(self._store, self._comm.rank)
         self._asked, self._passed, self._bytes = step, 0, (0, sum(piece.nbytes for piece in pieces))
-        self._future = self._thread.submit(self._save, step, pieces)
+        describe = partial(self._identity.manifest, step, numerics)
+        self._future = self._thread.submit(self._save, step, pieces, describe)
 
     def hold(self, unit: int) -> None:
         """Return when the arrays of `unit` may be replaced."""
@@ -148,9 +155,9 @@ class Saver:
 
     # ---- on the thread
 
-    def _save(self, step: int, pieces: list[LivePiece]) -> None:
+    def _save(self, step: int, pieces: list[LivePiece], describe: Describe) -> None:
         assert self._folders is not None
-        commit = Commit(self._comm, self._folders, step, self._describe, self._policy.copies)
+        commit = Commit(self._comm, self._folders, step, describe, self._policy.copies)
         name, start = step_name(step), time.monotonic()
         try:
             shards = commit.run(pieces, self._pass)

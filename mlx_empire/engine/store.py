@@ -110,10 +110,6 @@ class ShardStore:
 
     # ---- whole units
 
-    def whole(self, index: int) -> list[mx.array]:
-        """The unit's whole buffers by segment, where weights stay whole (stages 0-2)."""
-        return self._whole[index]
-
     def gather(self, index: int) -> None:
         """Start to gather unit `index` on the communication thread, unless it is whole or on its way."""
         if index in self._whole:
@@ -170,6 +166,11 @@ class ShardStore:
     def bound(self, index: int) -> list[mx.array]:
         """What `bind` returned for a unit that has not been released since."""
         return self._bound[index]
+
+    def whole(self, index: int) -> list[mx.array]:
+        """The whole buffers of a unit that is at hand, segment by segment."""
+        self._settle(index)
+        return self._whole[index]
 
     def tensors(self, index: int) -> dict[str, mx.array]:
         """All tensors of a unit that is bound, by name, in the dtype they compute in."""

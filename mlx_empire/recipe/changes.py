@@ -20,6 +20,7 @@ HARMLESS = (
     "run.resume",
     "run.accept_changes",
     "run.hosts",
+    "model.compare",
 )
 NOT_HARMLESS = ("memory.gradient_dtype",)
 

@@ -130,6 +130,11 @@ class ModelSection(Section):
     init: Literal["pretrained", "random"] = Field(
         default="pretrained", description="pretrained or random (built from config.json alone)"
     )
+    compare: Literal["headers", "contents"] = Field(
+        default="headers",
+        description="headers or contents (what of the folder must be equal on all machines that have it; contents "
+        "reads every weight once more)",
+    )
 
 
 class TuningSection(Section):
@@ -264,6 +269,23 @@ class CommSection(Section):
     )
 
 
+class NumericsSection(Section):
+    spikes: Annotated[Literal["off", "log", "skip", "rollback"], _built("off", "log", "skip")] = Field(
+        default="log",
+        description="off, log, skip (leave the update of a step out whose loss or gradient norm leaps) or rollback",
+    )
+    threshold: Annotated[float, Field(ge=2, le=1e6)] = Field(
+        default=10.0,
+        description="a number from 2 to 1000000 (robust standard deviations above the median that make a leap)",
+    )
+    window: Annotated[int, Field(ge=16, le=4096)] = Field(
+        default=64, description="a whole number from 16 to 4096 (the steps that a step is compared with)"
+    )
+    max_skips: Annotated[int, Field(ge=0, le=4096)] = Field(
+        default=8, description="a whole number from 0 to 4096 (skipped steps among the last `window` ones)"
+    )
+
+
 class ReportSection(Section):
     tensorboard: bool = Field(default=False, description="true or false")
     progress: Literal["auto", "always", "never"] = Field(
@@ -324,6 +346,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     memory: MemorySection = MemorySection()
     comm: CommSection = CommSection()
+    numerics: NumericsSection = NumericsSection()
     report: ReportSection = ReportSection()
     run: RunSection
 

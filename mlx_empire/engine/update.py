@@ -7,6 +7,8 @@ updated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from mlx_empire import phases
@@ -32,6 +34,7 @@ class Updater:
         comm: Communicator,
         clip_norm: float | None,
     ) -> None:
+        self.hold: Callable[[int], None] = lambda unit: None  # called before a unit's arrays are replaced
         self._store, self._sums, self._optimizer, self._comm = store, sums, optimizer, comm
         self._clip_norm = clip_norm
         self._layout = NormLayout.of(store.plan)
@@ -61,6 +64,8 @@ class Updater:
         for unit in self._store.plan.units:
             totals = self._sums.totals.pop(unit.index, [])
             trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
+            if trained:
+                self.hold(unit.index)
             for s, total in zip(trained, totals, strict=True):
                 self._update_segment(unit.segments[s], self._store.chunks[unit.index][s], total, scalars)
             del totals

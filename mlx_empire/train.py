@@ -33,7 +33,7 @@ from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.engine.twin import verify_twin
 from mlx_empire.errors import UserError
 from mlx_empire.evaluate.held_out import held_out_loss
-from mlx_empire.optim.adamw import make_optimizer
+from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private

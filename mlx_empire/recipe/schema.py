@@ -200,8 +200,8 @@ class BatchSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Annotated[Literal["adamw", "lion", "sgd"], _built("adamw")] = Field(
-        default="adamw", description="adamw, lion or sgd"
+    name: Literal["adamw", "lion", "sgd"] = Field(
+        default="adamw", description="adamw, lion or sgd (with momentum, the first of betas)"
     )
     learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
         description="a number above 0 and up to 10, such as 1e-5"
@@ -221,8 +221,9 @@ class OptimizerSection(Section):
     state_bits: Annotated[Literal[8, 32], BeforeValidator(_exact_number)] = Field(
         default=32, description="8 or 32 (bits per optimizer state)"
     )
-    master_weights: Annotated[Literal["exact", "diet", "fp32", "none"], _built("exact")] = Field(
-        default="exact", description="exact, diet, fp32 or none"
+    master_weights: Literal["exact", "diet", "fp32", "none"] = Field(
+        default="exact",
+        description="exact (2 bytes more than bfloat16, all of float32), diet (1 byte), fp32 (4) or none",
     )
 
 

@@ -101,12 +101,6 @@ MALFORMED: dict[str, tuple[int, str, tuple[str, ...]]] = {
         "tuning: {rank: 8}\nmodel:",
         ("tuning.rank: rank has no meaning for type full", "use type lora"),
     ),
-    "diet": (
-        9,
-        "  learning_rate: 1\n  master_weights: diet",
-        ("master_weights: diet is not built yet; use exact",),
-    ),
-    "lion": (9, "  learning_rate: 1\n  name: lion", ("optimizer.name: lion is not built yet; use adamw",)),
     "save never": (
         12,
         "  steps: 10\n  save_every: 0",

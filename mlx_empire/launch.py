@@ -16,7 +16,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -118,13 +119,11 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.detach:
         return send_away(folder.path, [word for word in words if word != "--detach"])
     asked = Asked()
-    for number in STOPPING:
-        signal.signal(number, lambda *_: on_request(asked))
     keep_awake()
     resume = (
         f"cd {shlex.quote(os.getcwd())} && {printed([sys.executable, '-m', 'mlx_empire.launch', *words])}"
     )
-    with folder:
+    with folder, listening(asked):
         return Supervisor(
             launch,
             folder,
@@ -137,6 +136,17 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
             options.grace,
             options.pause,
         ).run()
+
+
+@contextmanager
+def listening(asked: Asked) -> Iterator[None]:
+    """Inside, the signals that end a program are requests to stop."""
+    before = {number: signal.signal(number, lambda *_: on_request(asked)) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def on_request(asked: Asked) -> None:

@@ -37,6 +37,7 @@ PHASES = (
     "save-renamed",  # this node's folder is renamed, others may not be
     "save-commit",  # all are renamed, nothing is committed
     "retention",
+    "save-wait",  # nothing is wrong: this thread waits for the checkpoint's
     "finish",
 )
 ACTIONS = ("kill", "stop", "exit0", "exit3", "raise", "segv", "nan", "enospc", "delay")
@@ -94,6 +95,13 @@ def reach(phase: str) -> None:
         if fault.action != "nan":
             _mark(fault)
             _strike(fault)
+
+
+def leave() -> None:
+    """This thread has nothing to do until it reaches its next phase."""
+    thread = threading.current_thread().name
+    _places.pop(thread, None)
+    beacon.place(thread, "", _step)
 
 
 def poisoned(phase: str) -> bool:

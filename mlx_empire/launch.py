@@ -35,7 +35,7 @@ from mlx_empire.supervise.awake import keep_awake
 from mlx_empire.supervise.command import Launch, clean_environment, mpirun_line, printed
 from mlx_empire.supervise.machines import probe_with
 from mlx_empire.supervise.memory_pressure import memory_of
-from mlx_empire.supervise.run_folder import RunFolder
+from mlx_empire.supervise.run_folder import run_folder
 from mlx_empire.supervise.supervisor import PAUSE_SECONDS, Supervisor
 
 ABOUT_RUNS = ("status", "attach", "stop")
@@ -110,7 +110,7 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.dry_run:
         print(printed(mpirun_line(launch, environment)))
         return 0
-    folder = RunFolder(recipe.run.dir)
+    folder = run_folder(recipe)
     if folder.complete:
         raise UserError(
             f"run.dir: {folder.path} holds a finished run; choose another run.dir or remove that folder"

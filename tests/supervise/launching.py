@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from typing import Any
 
 from support.mpi import rank_environment
 from train.launching import RECIPE
+
+from mlx_empire.supervise.attempt import descendants
 
 SAID = "mlx_empire.launch: "
 TIMEOUT_SECONDS = 90.0
@@ -69,18 +70,29 @@ class Launching:
         """A launch of the recipe from start to end."""
         return finish(self.start("hosts.txt", "recipe.yaml", "--pause", "0.1", *words, env=env))
 
-    def about(self, verb: str) -> Ended:
-        """`status`, `attach` or `stop` of the run."""
-        return finish(self.start(verb, "run"))
-
     def state(self) -> dict[str, Any]:
         """`launch.json`."""
         return json.loads((self.run / "launch.json").read_text())
+
+    def ranks(self, launcher: int) -> list[int]:
+        """The processes of the ranks of a running launch."""
+        return [pid for pid in descendants(launcher) if b"mlx_empire.train" in _command_line(pid)]
+
+    def living(self, pids: Sequence[int]) -> list[int]:
+        """Those that still train."""
+        return [pid for pid in pids if b"mlx_empire.train" in _command_line(pid)]
 
     def steps(self) -> int:
         """How many lines of metrics there are."""
         path = self.run / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def finish(process: subprocess.Popen[str]) -> Ended:
@@ -109,12 +121,3 @@ def fault(phase: str, action: str, once: Path | None = None, rank: int = 1, step
     """The environment variable's value that injects a fault."""
     named = f"rank={rank};step={step};phase={phase};action={action}"
     return f"{named};once={once}" if once else named
-
-
-def alive(pids: Sequence[int]) -> list[int]:
-    """Those that still run."""
-    return [pid for pid in pids if os.path.exists(f"/proc/{pid}") and _running(pid)]
-
-
-def _running(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -28,11 +28,14 @@ def account(*what: Failure | Death | int) -> Account:
     [
         (account(), 0, True, False, "complete", 0),
         (account(KILLED), 137, True, False, "complete", 0),  # it wrote COMPLETE before
-        (account(75), 75, True, False, "complete", 75),  # complete, and a save had failed
+        (account(Failure(75, "a save failed", 0, "king")), 75, True, False, "complete", 75),
         (account(), 0, False, False, "lost", 75),  # mpirun's 0 proves nothing
         (account(143), 143, False, False, "stopped", 143),  # the file `stop`
         (account(), -9, False, True, "stopped", 143),  # before a rank could listen
         (account(KILLED), 137, False, True, "stopped", 143),
+        (account(Failure(143, "step-000007 is saved", 0, "king")), 143, False, True, "stopped", 143),
+        (account(Failure(75, "step-000007 could not be saved", 0, "king")), 75, False, True, "stopped", 75),
+        (account(Death("was killed by SIGSEGV", 1, "king", signal=11)), 139, False, True, "stopped", 75),
         (account(NAN, 65), 65, False, True, "refused", 65),  # a request does not hide damage
         (account(NAN, KILLED), 65, False, False, "refused", 65),
         (account(Failure(64, "no such key", 0, "king"), 64), 64, False, False, "refused", 64),

@@ -35,7 +35,7 @@ class Ending:
         """The rank, its machine and the cause."""
         named = [] if self.rank is None else [f"rank {self.rank}"]
         who = " on ".join([*named, *([self.host] if self.host else [])])
-        if not who:
+        if not who or self.cause.startswith(who):
             return self.cause
         return f"{who} {self.cause}" if self.died else f"{who}: {self.cause}"
 

@@ -44,11 +44,12 @@ def launching(tmp_path: Path, machines: Machines) -> Launching:
 
 
 def launched(launching: Launching, machines: Machines, cut_seconds: float | None, *words: str) -> Ended:
-    """A run whose second machine loses its link after two steps; None: for ever."""
+    """A run whose second machine loses its link after a few steps; None: for ever."""
+    after = 4 if "run.save_every=2" in words else 2
     process = launching.start(
         "hosts.txt", "recipe.yaml", "--pause", "0.1", STEPS, *words, env=machines.environment()
     )
-    wait_for(lambda: launching.steps() >= 2 or process.poll() is not None)
+    wait_for(lambda: launching.steps() >= after or process.poll() is not None)
     machines.cut("soldier1")
     if cut_seconds is not None:
         time.sleep(cut_seconds)
@@ -78,17 +79,23 @@ def test_a_link_that_is_away_for_two_seconds_changes_nothing(
     assert all(machines.limited(name) for name in MEMORY) or not os.access(machines.cgroups, os.W_OK)
 
 
-def test_a_link_that_stays_away_is_found_and_the_others_go_on(
+def test_a_machine_that_stays_away_is_found_and_the_others_go_on_from_its_copy(
     launching: Launching, machines: Machines, alone: Path
 ) -> None:
+    """C5, the node itself: its shard is taken from the copy that the next machine keeps."""
     words = ["comm.deadline_seconds=8", "--grace", "5", "--restarts", "1"]
-    ended = launched(launching, machines, None, *words)
+    saving = ["run.save_every=2", "run.checkpoints=disk/{host}"]  # each machine has a disk of its own
+    ended = launched(launching, machines, None, *words, *saving)
     assert ended.code == 0, ended.stderr
     (report,) = ended.reports
     assert "soldier1" in report
     assert "soldier1 stays away: ssh: connect to host soldier1: No route to host" in ended.stderr
     assert "GOING ON WITHOUT soldier1: on king, soldier2" in ended.stderr
-    assert launching.state()["failures"][0]["step"] >= 3
+    (failure,) = launching.state()["failures"]
+    assert failure["step"] >= 3
+    assert failure["committed"] >= 2
+    assert f"the checkpoint of step {failure['committed']}" in report
+    assert f"going on after step {failure['committed']}, from disk/king/" in ended.stdout
     assert launching.state()["machines"] == ["king", "soldier2"]
     assert curve(launching.run) == curve(alone)
     assert raw_tensors(launching.run / "final") == raw_tensors(alone / "final")

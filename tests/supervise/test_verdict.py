@@ -61,6 +61,11 @@ def test_a_rank_that_nobody_killed_is_named_by_the_one_that_noticed() -> None:
     assert ending.sentence == "rank 0 on king: rank 1 on soldier-1 has been silent for 60 s"
 
 
+def test_a_rank_that_is_blamed_by_name_is_named_once() -> None:
+    found = Failure(75, "rank 1 on soldier-1: no sign of life for 60 s", 1, "soldier-1")
+    assert judge(account(found), 75, False, False).sentence == found.message
+
+
 def test_a_lost_machine_is_named_with_the_rank_on_it() -> None:
     ending = judge(account(Death("is out of reach", host="soldier-1")), 0, False, False)
     assert ending.sentence == "rank 1 on soldier-1 is out of reach"

@@ -93,6 +93,12 @@ def reach(phase: str) -> None:
             _strike(fault)
 
 
+def progress() -> None:
+    """This thread is where it was, and gets on: a long phase is no hang while it says so now and then."""
+    place = _places.setdefault(threading.current_thread().name, Place(step=_step))
+    place.since = time.monotonic()
+
+
 def poisoned(phase: str) -> bool:
     """Whether a test wants a NaN in what this phase computes."""
     for fault in _waiting(phase):

@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 import numpy as np
 from mpi4py import MPI
 
+from mlx_empire.comm import pulse
 from mlx_empire.comm.exchange import Exchange
 from mlx_empire.comm.lanes import cut, direct_lanes, flat_lane, relay_lanes
+from mlx_empire.comm.mpi_heart import MpiHeart
 from mlx_empire.comm.pieces import Adder, check_buffer, check_reduction
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
 from mlx_empire.comm.reduce import ReduceScatter, Staging
@@ -115,6 +117,9 @@ class MpiCommunicator:
     def barrier(self, seconds: float) -> None:
         self._swap("barrier", b"", seconds)
 
+    def heart(self) -> MpiHeart:
+        return MpiHeart(self._world.Dup())
+
     def abort(self, code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -126,6 +131,10 @@ class MpiCommunicator:
     def _swap(self, name: str, own: bytes, within_seconds: float | None = None) -> list[bytes]:
         """Every rank's bytes, in rank order: first all lengths, which say who has come, then the bytes."""
         assert threading.get_ident() == self._control_thread, f"{name}: only for the thread that connected"
+        with pulse.waiting():
+            return self._swap_waiting(name, own, within_seconds)
+
+    def _swap_waiting(self, name: str, own: bytes, within_seconds: float | None) -> list[bytes]:
         lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(own)
         each = [[(rank, rank + 1)] for rank in range(self.size)]

@@ -22,7 +22,8 @@ Buffers hold the concatenation of all ranks' intervals. `edges` are the N + 1 bo
   scatter         the root sends each owner its interval.
 
 bfloat16 is unknown to numpy: it travels as uint16 and is named by `wire`. Every operation raises
-`LostRankError` when nothing has moved for the deadline; the job cannot go on after that.
+`LostRankError` when nothing has moved for the deadline, unless a watchdog (`watchdog`) runs, which knows more about the
+others than that; the job cannot go on after that.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
+
+from mlx_empire.comm.heart import Heart
 
 Wire = Literal["float32", "bfloat16", "float16"]
 Array = np.ndarray[Any, Any]
@@ -114,6 +117,9 @@ class Communicator(Protocol):
 
     def barrier(self, seconds: float) -> None:
         """Return when all ranks have called it; LostRankError naming those that have not within `seconds`."""
+
+    def heart(self) -> Heart:
+        """Messages between the watchdogs, on a communicator of their own. Collective, control plane."""
 
     def abort(self, code: int) -> NoReturn:
         """End every rank now; mpirun returns `code`."""

@@ -6,6 +6,7 @@ user can mend are agreed on, said once, and end all ranks with the same exit cod
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_empire.adapters.layers import AdapterSettings, adapt
 from mlx_empire.adapters.quantised import quantise, quantise_as_stored, stored_quantisation, unpacked
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
+from mlx_empire.checkpoint.card import model_card
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
 from mlx_empire.checkpoint.export import FolderWriter
 from mlx_empire.checkpoint.folder import Stored, has_weights, open_folder, settle
+from mlx_empire.checkpoint.layout import huggingface_names
 from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.cluster.hostfile import Node, load_hostfile
@@ -38,6 +42,7 @@ from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.packing import AFFINE, Packing, packing_of
 from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe, TuningSection
+from mlx_empire.report.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,17 @@ def tuned_model(
     return Built(model, describe(model, plain, name, dtype), base, rebuild, adapters, packing)
 
 
+def with_adapter(plain: Built, settings: AdapterSettings) -> ModelSpec:
+    """The plain model with the adapters that `settings` describe, wherever they come from."""
+    model = plain.rebuild()
+    model.freeze()
+    try:
+        linear_to_lora_layers(model, settings.layers, settings.parameters(), use_dora=settings.dora)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{plain.spec.name}: mlx-lm cannot put such an adapter into it: {error}") from None
+    return describe(model, plain.spec.config, plain.spec.name, plain.spec.dtype)
+
+
 def refuse_impossible(spec: ModelSpec) -> None:
     """UserError for stacked experts in bfloat16 on a CPU, which MLX cannot multiply there."""
     plain = (t for u in spec.units for t in u.tensors if t.name.endswith(".weight"))
@@ -203,6 +219,13 @@ def load_weights(comm: Communicator, recipe: Recipe, built: Built, store: ShardS
 def result_writer(recipe: Recipe, built: Built) -> FolderWriter | AdapterWriter:
     """What writes `final/`: the whole model as a folder of its own, or adapters alone."""
     out, folder = recipe.run.dir / "final", recipe.model.path
+    writer: FolderWriter | AdapterWriter
     if built.adapters is not None:
-        return AdapterWriter(out, built.spec, built.adapters)
-    return FolderWriter(out, built.spec, built.rebuild, folder if folder.is_dir() else None)
+        stored = open_folder(folder) if has_weights(folder) else None
+        names = huggingface_names(built.base, stored)
+        writer = AdapterWriter(out, built.spec, built.adapters, str(folder), huggingface=names)
+    else:
+        writer = FolderWriter(out, built.spec, built.rebuild, folder if folder.is_dir() else None)
+    plan = json.loads((recipe.run.dir / "plan.json").read_text())
+    writer.card = model_card(recipe, plan, read_metrics(recipe.run.dir), None)
+    return writer

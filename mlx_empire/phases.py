@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlx_empire import beacon
 from mlx_empire.errors import UserError
 
 FAULT_VARIABLE = "MLX_EMPIRE_FAULT"
@@ -86,7 +87,9 @@ def begin_step(step: int) -> None:
 
 def reach(phase: str) -> None:
     """This thread begins `phase`; a fault that waits here strikes."""
-    _places[threading.current_thread().name] = Place(phase, _step)
+    thread, place = threading.current_thread().name, Place(phase, _step)
+    _places[thread] = place
+    beacon.place(thread, place.phase, place.step)  # before a fault strikes
     for fault in _waiting(phase):
         if fault.action != "nan":
             _mark(fault)

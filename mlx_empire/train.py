@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, capacity, phases, safeguards
+from mlx_empire import assemble, beacon, capacity, phases, safeguards
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.staging import refuse_foreign
 from mlx_empire.comm.connect import connect
@@ -36,6 +36,7 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private
 from mlx_empire.report.run import RunReport
 from mlx_empire.safeguards import Safeguards
+from mlx_empire.supervise.awake import keep_awake
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         comm = connect()
     with guard(comm):
         phases.begin(comm.rank)
+        if beacon.lit():
+            keep_awake()
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:
             wanted = capacity.Wanted(hosts=options.hosts)

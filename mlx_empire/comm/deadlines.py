@@ -48,26 +48,29 @@ class Sight:
 @dataclass
 class Deadlines:
     """How long each phase may show no progress, in seconds: `ceiling` at first and where phases are not alike; for the
-    phases of a step, once they were seen in a few steps, FACTOR times the longest so far, at least `floor`."""
+    phases of a step, once a few steps are done, FACTOR times the longest so far, at least `floor`.
+
+    Phases shorter than the watchdog's tick may never be seen; the floor is theirs.
+    """
 
     ceiling: float
     floor: float
     _longest: dict[str, float] = field(default_factory=dict)
-    _steps: dict[str, set[int]] = field(default_factory=dict)
+    _first: int = 0  # step that was seen
+    _steps: int = 0  # that have begun since
 
     def observe(self, sign: Sign) -> None:
         """Learn from what this rank did itself."""
-        if sign.phase in LEARNED and not sign.waits:
+        self._first = self._first or sign.step
+        self._steps = max(self._steps, sign.step - self._first)
+        if not sign.waits:
             self._longest[sign.phase] = max(self._longest.get(sign.phase, 0.0), sign.stalled)
-            seen = self._steps.setdefault(sign.phase, set())
-            if len(seen) <= LEARNING_STEPS:
-                seen.add(sign.step)
 
     def of(self, phase: str) -> float:
         """The deadline of a phase."""
-        if len(self._steps.get(phase, ())) <= LEARNING_STEPS:
+        if phase not in LEARNED or self._steps < LEARNING_STEPS:
             return self.ceiling
-        return min(max(FACTOR * self._longest[phase], self.floor), self.ceiling)
+        return min(max(FACTOR * self._longest.get(phase, 0.0), self.floor), self.ceiling)
 
 
 def judge(sights: Sequence[Sight]) -> dict[int, str]:

@@ -105,9 +105,15 @@ def _place(comm: Communicator | None) -> str:
     return "" if comm is None or comm.size == 1 else f"rank {comm.rank} on {comm.hostname}: "
 
 
-def end(comm: Communicator | None, message: str, code: int, cause: str = "") -> None:
-    """Say it, to the user and to the launcher (`cause`: in one line), and end all ranks."""
-    beacon.failure(code, cause or message.removeprefix(f"mlx_empire: {_place(comm)}"))
+def end(
+    comm: Communicator | None, message: str, code: int, cause: str = "", failed: int | None = None
+) -> None:
+    """Say it, to the user and to the launcher (`cause`: in one line), and end all ranks.
+
+    failed: the rank that is to blame, if it is another one.
+    """
+    host = None if comm is None or failed is None else comm.hostnames[failed]
+    beacon.failure(code, cause or message.removeprefix(f"mlx_empire: {_place(comm)}"), failed, host)
     print(message, file=sys.stderr, flush=True)
     if comm is None:
         raise SystemExit(code)

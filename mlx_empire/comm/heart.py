@@ -8,8 +8,8 @@ from typing import Any, Protocol
 class Heart(Protocol):
     """Sends to, and receives from, all other ranks; for one thread."""
 
-    def send(self, message: Any) -> None:
-        """JSON to everyone who listens."""
+    def send(self, message: Any, *, last: bool = False) -> None:
+        """JSON to everyone; a peer that has not taken the one before gets none, unless it is the last."""
 
     def receive(self) -> list[tuple[int, Any]]:
         """(rank, message) of all that has come."""
@@ -18,7 +18,7 @@ class Heart(Protocol):
 class StillHeart:
     """`Heart` of the only rank."""
 
-    def send(self, message: Any) -> None:
+    def send(self, message: Any, *, last: bool = False) -> None:
         """Nobody listens."""
 
     def receive(self) -> list[tuple[int, Any]]:

@@ -22,17 +22,16 @@ class MpiHeart:
     def __init__(self, communicator: MPI.Intracomm) -> None:
         self._communicator = communicator
         self._peers = [rank for rank in range(communicator.size) if rank != communicator.rank]
-        self._flights: dict[int, tuple[MPI.Request, Any]] = {}
+        self._flights: dict[int, list[tuple[MPI.Request, Any]]] = {}  # with the data, which must live as long
 
-    def send(self, message: Any) -> None:
+    def send(self, message: Any, *, last: bool = False) -> None:
         """See `Heart`."""
         data = np.frombuffer(json.dumps(message).encode(), np.uint8)
         assert data.size <= MAX_BYTES
         for peer in self._peers:
-            flight = self._flights.get(peer)
-            if flight is None or flight[0].Test():
+            if last or all(request.Test() for request, _ in self._flights.get(peer, [])):
                 request = self._communicator.Isend([data, MPI.BYTE], peer, TAG)
-                self._flights[peer] = (request, data)
+                self._flights[peer] = [*(self._flights.get(peer, []) if last else []), (request, data)]
 
     def receive(self) -> list[tuple[int, Any]]:
         """See `Heart`."""

@@ -70,8 +70,7 @@ class Watchdog:
         last = time.monotonic()
         while not self._closing.wait(TICK_SECONDS):
             now = time.monotonic()
-            self._awake(now, now - last - TICK_SECONDS)
-            last = now
+            missed, last = now - last - TICK_SECONDS, now
             for rank, message in self._heart.receive():
                 if "lost" in message:
                     self._end({int(r): why for r, why in message["lost"].items()})
@@ -79,21 +78,21 @@ class Watchdog:
                     self._gone.add(rank)
                 else:
                     self._heard[rank] = (now, Sign(**message))
+            if missed > PAUSE_SECONDS:
+                self._awake(now, missed)
             own = self._own_sign(now)
             self._deadlines.observe(own)
             self._heard[self._comm.rank] = (now, own)
             self._heart.send(vars(own))
             sights = [Sight(s, now - t, r in self._gone) for r, (t, s) in enumerate(self._heard)]
             if lost := judge(sights):
-                self._heart.send({"lost": lost})
+                self._heart.send({"lost": lost}, last=True)
                 self._end(lost)
             self._name_late(late(sights))
-        self._heart.send({"bye": True})
+        self._heart.send({"bye": True}, last=True)
 
     def _awake(self, now: float, missed: float) -> None:
         """Forgive everyone the time that this thread did not run."""
-        if missed < PAUSE_SECONDS:
-            return
         self._heard = [(min(now, heard + missed), sign) for heard, sign in self._heard]
         self._since = now
         if missed > self._heard[self._comm.rank][1].deadline / 4:
@@ -127,7 +126,8 @@ class Watchdog:
         speaks = self._comm.rank == (able or sorted(lost))[0]
         time.sleep(STACKS_SECONDS if speaks else SPEAKER_SECONDS)
         said = "; ".join(f"{self._name(rank)}: {why}" for rank, why in lost.items())
-        end(self._comm, f"mlx_empire: {said}; the run is ended, start it again", LostRankError.exit_code)
+        message = f"mlx_empire: {said}; the run is ended, start it again"
+        end(self._comm, message, LostRankError.exit_code, said, min(lost))
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._comm.hostnames[rank]}"

@@ -59,7 +59,8 @@ def test_who_is_late() -> None:
 
 def test_deadlines_are_learned_from_the_first_steps() -> None:
     deadlines = Deadlines(ceiling=1000.0, floor=20.0)
-    for step in range(LEARNING_STEPS + 1):
+    deadlines.observe(Sign("load", 0, 400.0))
+    for step in range(40, 40 + LEARNING_STEPS + 1):  # a run that was continued
         assert deadlines.of("forward") == 1000.0
         for stalled in (0.5, 7.0, 3.0):
             deadlines.observe(Sign("forward", step, stalled))
@@ -69,7 +70,7 @@ def test_deadlines_are_learned_from_the_first_steps() -> None:
     assert deadlines.of("forward") == FACTOR * 7.0
     assert deadlines.of("backward") == 20.0, "not below the floor"
     assert deadlines.of("evaluate") == deadlines.of("save-write") == deadlines.of("load") == 1000.0
-    deadlines.observe(Sign("forward", 9, 30.0))
+    deadlines.observe(Sign("forward", 59, 30.0))
     assert deadlines.of("forward") == 300.0, "a slow step gives more time to the next"
-    deadlines.observe(Sign("forward", 10, 500.0))
+    deadlines.observe(Sign("forward", 60, 500.0))
     assert deadlines.of("forward") == 1000.0, "not above the ceiling"

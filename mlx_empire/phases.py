@@ -37,6 +37,7 @@ PHASES = (
     "save-renamed",  # this node's folder is renamed, others may not be
     "save-commit",  # all are renamed, nothing is committed
     "retention",
+    "save-wait",  # nothing is wrong: this thread waits for the checkpoint's
     "finish",
 )
 ACTIONS = ("kill", "stop", "exit0", "exit3", "raise", "segv", "nan", "enospc", "delay")
@@ -100,6 +101,13 @@ def progress() -> None:
     """This thread is where it was, and gets on: a long phase is no hang while it says so now and then."""
     place = _places.setdefault(threading.current_thread().name, Place(step=_step))
     place.since = time.monotonic()
+
+
+def leave() -> None:
+    """This thread has nothing to do until it reaches its next phase."""
+    thread = threading.current_thread().name
+    _places.pop(thread, None)
+    beacon.place(thread, "", _step)
 
 
 def poisoned(phase: str) -> bool:

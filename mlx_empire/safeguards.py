@@ -42,13 +42,11 @@ def greet(comm: Communicator, recipe_path: Path, overrides: Sequence[str]) -> No
 
 
 def agree_on_model(comm: Communicator, recipe: Recipe) -> None:
-    """UserError with a table where ranks have different models at the same path. Collective."""
+    """UserError naming a rank whose model is damaged, or with a table where ranks have different ones. Collective."""
     folder, fact = recipe.model.path, None
-    if recipe.model.init == "pretrained" and has_weights(folder):
-        try:
+    with together(comm):
+        if recipe.model.init == "pretrained" and has_weights(folder):
             fact = model_digest(folder, contents=recipe.model.compare == "contents")[:16]
-        except EmpireError as error:
-            fact = str(error).removeprefix(f"{folder}/")
     shake_hands(comm, {"model digest": fact}, f"copy {folder} to every machine again")
 
 

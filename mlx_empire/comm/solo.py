@@ -48,6 +48,10 @@ class SoloCommunicator:
         check_buffer(source, edges, self.size)
         np.copyto(out, source)
 
+    def transfer(self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]]) -> None:
+        assert not sends, "there is nobody to send to"
+        assert not receives, "there is nobody to receive from"
+
     def gather_arrays(self, values: Array) -> list[Array]:
         assert values.ndim == 1, "1-D arrays only"
         return [values.copy()]
@@ -63,6 +67,9 @@ class SoloCommunicator:
 
     def heart(self) -> StillHeart:
         return StillHeart()
+
+    def duplicate(self, deadline_seconds: float) -> "SoloCommunicator":
+        return SoloCommunicator(self.hostname)
 
     def abort(self, code: int) -> NoReturn:
         sys.stdout.flush()

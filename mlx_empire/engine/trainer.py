@@ -8,7 +8,7 @@ optimizer's state.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.nn as nn
@@ -73,8 +73,11 @@ class Trainer:
         self._noise = None if noise_seed is None else LayerNoise(noise_seed)
         self.streamed: StreamedStep
 
-    def prepare(self, *, packing: bool) -> None:
-        """After the weights are in: probe the model (UserError if it cannot be streamed) and make the states."""
+    def prepare(self, *, packing: bool, fresh: bool = True) -> None:
+        """After the weights are in: probe the model (UserError if it cannot be streamed) and make the states.
+
+        `fresh` is False where the states are in too.
+        """
         vocabulary = int(self.spec.text_config["vocab_size"])
         try:
             use = probe_root(self._deck, self.store, vocabulary)
@@ -91,7 +94,12 @@ class Trainer:
             embed_tensors=use.embed,
             noise=self._noise,
         )
-        self._updater.init_states()
+        if fresh:
+            self._updater.init_states()
+
+    def hold_updates(self, hold: Callable[[int], None]) -> None:
+        """Have `hold(unit)` called before a unit's weights and states are replaced; it returns when they may be."""
+        self._updater.hold = hold
 
     @property
     def gradients(self) -> GradientStore:

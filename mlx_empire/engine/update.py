@@ -7,6 +7,8 @@ updated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from mlx_empire import phases
@@ -18,7 +20,7 @@ from mlx_empire.optim.decay import decays
 from mlx_empire.optim.norm import NormLayout, NormPartials, block_sums, clip_scale
 from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars
 from mlx_empire.plan.model import BLOCK
-from mlx_empire.plan.shards import CHUNK_ELEMENTS, Segment
+from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment
 
 
 class Updater:
@@ -32,6 +34,7 @@ class Updater:
         comm: Communicator,
         clip_norm: float | None,
     ) -> None:
+        self.hold: Callable[[int], None] = lambda unit: None  # called before a unit's arrays are replaced
         self._store, self._sums, self._optimizer, self._comm = store, sums, optimizer, comm
         self._clip_norm = clip_norm
         self._layout = NormLayout.of(store.plan)
@@ -61,6 +64,8 @@ class Updater:
         for unit in self._store.plan.units:
             totals = self._sums.totals.pop(unit.index, [])
             trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
+            if trained:
+                self.hold(unit.index)
             for s, total in zip(trained, totals, strict=True):
                 self._update_segment(unit.segments[s], self._store.chunks[unit.index][s], total, scalars)
             del totals
@@ -79,9 +84,13 @@ class Updater:
     ) -> None:
         """Update the chunks of one segment from its gradient `total` (rows, 64) over this rank's state interval."""
         first = self._store.plan.state_interval(segment, self._comm.rank)[0] // BLOCK
-        waiting: list[LiveChunk] = []  # small chunks share one evaluation of at most two full chunks' size
+        # Large chunks are evaluated alone: MLX frees what several have in between at moments of its own choosing.
+        waiting: list[LiveChunk] = []
         elements = 0
         for chunk in chunks:
+            if waiting and elements + chunk.spec.rows * BLOCK > SHARED_ELEMENTS:
+                mx.eval([(c.weights, c.state) for c in waiting])
+                waiting, elements = [], 0
             a = chunk.spec.start_row - first
             gradient = total[a : a + chunk.spec.rows]
             identity = ChunkId(chunk.spec.tensor, chunk.spec.first_row, self._decays[chunk.spec.name])
@@ -90,9 +99,6 @@ class Updater:
             )
             waiting.append(chunk)
             elements += chunk.spec.rows * BLOCK
-            if elements >= CHUNK_ELEMENTS:
-                mx.eval([(c.weights, c.state) for c in waiting])
-                waiting, elements = [], 0
         mx.eval([(c.weights, c.state) for c in waiting])
 
     def norm(self) -> float:

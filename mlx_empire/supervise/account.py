@@ -80,7 +80,7 @@ class Account:
         """(phase, step) of a rank: where its main thread is, and in brackets where another is that began later."""
         threads = self.places.get(rank, {})
         phase, step = threads.get(MAIN_THREAD, ("", 0))
-        others = [f"{p} beside it" for t, (p, s) in threads.items() if t != MAIN_THREAD and s == step]
+        others = [f"{p} beside it" for t, (p, s) in threads.items() if t != MAIN_THREAD and s == step and p]
         named = ", ".join([*([phase] if phase else []), *others])
         return (named, step) if named else None
 

@@ -67,7 +67,7 @@ class Watchdog:
         pulse.watch(False)
 
     def _run(self) -> None:
-        last = time.monotonic()
+        last, paused = time.monotonic(), 0.0
         while not self._closing.wait(TICK_SECONDS):
             now = time.monotonic()
             missed, last = now - last - TICK_SECONDS, now
@@ -78,8 +78,14 @@ class Watchdog:
                     self._gone.add(rank)
                 else:
                     self._heard[rank] = (now, Sign(**message))
-            if missed > PAUSE_SECONDS:
-                self._awake(now, missed)
+            if (
+                paused > self._heard[self._comm.rank][1].deadline / 4
+            ):  # not at once: it may have been meant to end
+                self._say(f"{self._name(self._comm.rank)} did not run for {paused:.3g} s and goes on")
+            paused = missed if missed > PAUSE_SECONDS else 0.0
+            # Forgive everyone the time that this thread did not run.
+            self._heard = [(min(now, heard + paused), sign) for heard, sign in self._heard]
+            self._since = now if paused else self._since
             own = self._own_sign(now)
             self._deadlines.observe(own)
             self._heard[self._comm.rank] = (now, own)
@@ -91,22 +97,13 @@ class Watchdog:
             self._name_late(late(sights))
         self._heart.send({"bye": True}, last=True)
 
-    def _awake(self, now: float, missed: float) -> None:
-        """Forgive everyone the time that this thread did not run."""
-        self._heard = [(min(now, heard + missed), sign) for heard, sign in self._heard]
-        self._since = now
-        if missed > self._heard[self._comm.rank][1].deadline / 4:
-            self._say(f"{self._name(self._comm.rank)} did not run for {missed:.3g} s and goes on")
-
     def _own_sign(self, now: float) -> Sign:
         places = phases.places()
         place = places.get(self._main) or phases.Place("start", 0, self._since)
         waits = pulse.waits(self._main)
-        progress = max(place.since, pulse.last_moved(), self._since)
-        others = [
-            p.phase for thread, p in places.items() if thread != self._main and p.phase.startswith(LONG)
-        ]
-        deadline = max(map(self._deadlines.of, [place.phase, *others]))
+        others = [p for thread, p in places.items() if thread != self._main and p.phase.startswith(LONG)]
+        progress = max(pulse.last_moved(), self._since, *(p.since for p in (place, *others)))
+        deadline = max(self._deadlines.of(p.phase) for p in (place, *others))
         return Sign(place.phase, place.step, max(0.0, now - progress), waits, deadline)
 
     def _name_late(self, found: Mapping[int, str]) -> None:

@@ -285,7 +285,7 @@ def trainable_bytes(unit: Unit) -> int:
 
 
 def largest_update(segment: Segment, start: int, stop: int) -> tuple[int, int]:
-    """Elements of the most small chunks of [start, stop) that the update evaluates at once, and of the largest chunk."""
+    """Elements of the small chunks of [start, stop) that the update evaluates at once, at most; of the largest chunk."""
     full = CHUNK_ELEMENTS // BLOCK
     waiting = together = largest = 0
     for placement in segment.placements:

@@ -31,15 +31,19 @@ def row_keys(rows: int, tensor: int, first_row: int, step: int, salt: int) -> mx
     return keys
 
 
+def draw(keys: mx.array, columns: mx.array) -> mx.array:
+    """Uint32, 32 random bits, from (rows, 1) `keys` and `column_keys()`. Element-wise.
+
+    Codes take the upper 24 bits (`uniform`), lossy masters the lower 8 or 16. Where both draw from one hash they
+    share 8 bits, which are the last of the one's and the first of the other's.
+    """
+    return _mix(keys + columns)
+
+
 def uniform(keys: mx.array, columns: mx.array) -> mx.array:
-    """Float32 in [0, 1), multiples of 2**-24, from (rows, 1) `keys` and `column_keys()`. Element-wise."""
-    draws = mx.right_shift(_mix(keys + columns), mx.array(8, mx.uint32))
-    return draws.astype(mx.int32).astype(mx.float32) * (1.0 / (1 << 24))
-
-
-def second_draw(keys: mx.array, columns: mx.array) -> mx.array:
-    """Uint32, uniform, from the same keys and independent of `uniform`: another turn of the mixer. Element-wise."""
-    return _mix(_mix(keys + columns) + mx.array(_GOLDEN, mx.uint32))
+    """Float32 in [0, 1), multiples of 2**-24, of the upper bits of `draw`."""
+    upper = mx.right_shift(draw(keys, columns), mx.array(8, mx.uint32))
+    return upper.astype(mx.int32).astype(mx.float32) * (1.0 / (1 << 24))
 
 
 @cache

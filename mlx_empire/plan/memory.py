@@ -32,9 +32,15 @@ Items = dict[str, int]
 LOGITS_COPIES = 4.0  # fp32 arrays of a chunk's logits alive in cross entropy's gradient
 LOGITS_IN_TAIL = 1.5  # of them when the un-recomputed tail's backward begins
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
-# One optimizer call beside the new weights, bytes per element: new states of a group of chunks that are evaluated
-# together, and measured temporaries (of the group, or of its largest chunk if that is more). bfloat16 adds EXACT.
-UPDATE_PLAIN, UPDATE_CODES, UPDATE_EXACT = (8, 0, 0), (2, 54, 65), (2, 8, 8)
+# One optimizer call beside the new weights, measured, bytes per element of a group of chunks that are evaluated
+# together: by (8 bits, two moments), then by what is kept beside the weights (`float32`: nothing is, nor needed).
+UPDATE: dict[tuple[bool, bool], dict[str, int]] = {
+    (False, True): {"float32": 8, "exact": 18, "diet": 29, "fp32": 12, "none": 20},
+    (False, False): {"float32": 8, "exact": 14, "diet": 25, "fp32": 8, "none": 16},
+    (True, True): {"float32": 55, "exact": 61, "diet": 62, "fp32": 53, "none": 60},
+    (True, False): {"float32": 45, "exact": 51, "diet": 59, "fp32": 45, "none": 52},
+}
+LONE_CHUNK = 1.2  # of it for 8-bit states where a single chunk is the group: more of it is alive at once
 BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
 ROUNDING = 1 << 13  # half a page of Metal's allocator, for every array that is no whole chunk
 
@@ -268,12 +274,20 @@ class _Step:
         return max(sum(whole[i : i + most]) for i in range(max(len(whole) - most, 0) + 1))
 
     def _temporaries(self, segment: Segment, start: int, stop: int) -> int:
-        codes = segment.kind == "trainable" and any("codes" in name for name in self.states)
-        parts = [UPDATE_CODES if codes else UPDATE_PLAIN]
-        if segment.dtype == "bfloat16":
-            parts.append(UPDATE_EXACT)
+        codes = segment.kind == "trainable" and "optimizer m_codes" in self.states
+        two = "optimizer v" in self.states or "optimizer v_codes" in self.states
+        each = UPDATE[codes, two][self._master if segment.dtype == "bfloat16" else "float32"]
         group, chunk = largest_group(segment, start, stop)
-        return sum(new * group + max(whole * group, one * chunk) for new, whole, one in parts)
+        return int(max(each * group, (LONE_CHUNK if codes else 1) * each * chunk))
+
+    @property
+    def _master(self) -> str:
+        kept = {
+            "optimizer remainder": "exact",
+            "optimizer short_remainder": "diet",
+            "optimizer master": "fp32",
+        }
+        return next((kind for name, kind in kept.items() if name in self.states), "none")
 
 
 def trainable_bytes(unit: Unit) -> int:

@@ -6,6 +6,7 @@ user can mend are agreed on, said once, and end all ranks with the same exit cod
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_empire.adapters.layers import AdapterSettings, adapt
 from mlx_empire.adapters.quantised import quantise, quantise_as_stored, stored_quantisation, unpacked
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
+from mlx_empire.checkpoint.card import model_card
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
 from mlx_empire.checkpoint.export import FolderWriter
 from mlx_empire.checkpoint.folder import Stored, has_weights, open_folder, settle
+from mlx_empire.checkpoint.layout import huggingface_names
 from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.cluster.hostfile import Node, load_hostfile
@@ -35,16 +39,18 @@ from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan import catalog
 from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
 from mlx_empire.plan.model import ModelSpec
-from mlx_empire.plan.tuning import base_bits
+from mlx_empire.plan.packing import AFFINE, Packing, packing_of
 from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe, TuningSection
+from mlx_empire.report.metrics import read_metrics
 
 
 @dataclass(frozen=True)
 class Built:
     """The model to train. `spec` is what is trained, `base` what is read from its folder: the same for full tuning.
 
-    `rebuild` makes mlx-lm's own model anew, lazily and without adapters; `adapters` is None for full tuning.
+    `rebuild` makes mlx-lm's own model anew, lazily and without adapters; `adapters` is None for full tuning;
+    `packing` is how the base is packed while it is loaded.
     """
 
     model: nn.Module
@@ -52,6 +58,7 @@ class Built:
     base: ModelSpec
     rebuild: Callable[[], nn.Module]
     adapters: AdapterSettings | None
+    packing: Packing | None = None
 
 
 def share_recipe(
@@ -126,12 +133,24 @@ def tuned_model(
         quantise_as_stored(model, packed, names)
     model.freeze()
     base = describe(model, plain, name, dtype)
-    if packed is None and tuning.type == "qlora":
-        quantise(model, base_bits(tuning))
-    elif packed is not None and stored is None:  # a random model of a packed folder's kind
-        quantise(model, packed["bits"])
+    packing = packing_of(tuning) if packed is None else None
+    if packed is not None and stored is None:  # a random model of a packed folder's kind
+        packing = Packing(packed.get("mode", AFFINE), packed["bits"], packed["group_size"])
+    if packing is not None:
+        quantise(model, packing, name)
     adapters = adapt(model, tuning)
-    return Built(model, describe(model, plain, name, dtype), base, rebuild, adapters)
+    return Built(model, describe(model, plain, name, dtype), base, rebuild, adapters, packing)
+
+
+def with_adapter(plain: Built, settings: AdapterSettings) -> ModelSpec:
+    """The plain model with the adapters that `settings` describe, wherever they come from."""
+    model = plain.rebuild()
+    model.freeze()
+    try:
+        linear_to_lora_layers(model, settings.layers, settings.parameters(), use_dora=settings.dora)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{plain.spec.name}: mlx-lm cannot put such an adapter into it: {error}") from None
+    return describe(model, plain.spec.config, plain.spec.name, plain.spec.dtype)
 
 
 def refuse_impossible(spec: ModelSpec) -> None:
@@ -179,7 +198,7 @@ def load_weights(comm: Communicator, recipe: Recipe, built: Built, store: ShardS
     folder, seed = recipe.model.path, recipe.run.seed
 
     def tuned(base: WeightSource) -> WeightSource:
-        return base if built.adapters is None else TunedSource(base, built.spec, seed)
+        return base if built.adapters is None else TunedSource(base, built.spec, seed, built.packing)
 
     if recipe.model.init == "random":
         fill_from_own(store, tuned(RandomSource(built.rebuild, built.base, seed)))
@@ -200,6 +219,13 @@ def load_weights(comm: Communicator, recipe: Recipe, built: Built, store: ShardS
 def result_writer(recipe: Recipe, built: Built) -> FolderWriter | AdapterWriter:
     """What writes `final/`: the whole model as a folder of its own, or adapters alone."""
     out, folder = recipe.run.dir / "final", recipe.model.path
+    writer: FolderWriter | AdapterWriter
     if built.adapters is not None:
-        return AdapterWriter(out, built.spec, built.adapters)
-    return FolderWriter(out, built.spec, built.rebuild, folder if folder.is_dir() else None)
+        stored = open_folder(folder) if has_weights(folder) else None
+        names = huggingface_names(built.base, stored)
+        writer = AdapterWriter(out, built.spec, built.adapters, str(folder), huggingface=names)
+    else:
+        writer = FolderWriter(out, built.spec, built.rebuild, folder if folder.is_dir() else None)
+    plan = json.loads((recipe.run.dir / "plan.json").read_text())
+    writer.card = model_card(recipe, plan, read_metrics(recipe.run.dir), None)
+    return writer

@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_empire import phases
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import CellSum, GradientStore
 from mlx_empire.engine.loss import head_gradients, head_loss
@@ -93,9 +94,11 @@ class StreamedStep:
         `rounds` holds this rank's cells; a round without a cell is an empty list and still joins the collectives.
         """
         total = mx.array(float(total_tokens), mx.float32)
+        phases.reach("forward")
         running = self._capture(rounds)
         flat = [r for one in running for r in one]
         self._forward(flat, self._cut)
+        phases.reach("backward")
         head_sums = self._head(running, total, sums)
         self._backward(running, sums)
         self._embed(running, head_sums, sums)
@@ -128,6 +131,8 @@ class StreamedStep:
             for micro in micro_batches:
                 inputs, targets, mask = (mx.array(x) for x in (micro.inputs, micro.targets, micro.mask))
                 hidden, arguments = self._deck.capture(inputs)
+                if phases.poisoned("forward"):
+                    hidden = hidden * mx.nan
                 # They depend on the shape alone (checked before training): micro-batches of one shape share them.
                 arguments = shapes.setdefault(tuple(inputs.shape), arguments)
                 documents = None if micro.documents is None else mx.array(micro.documents)

@@ -18,7 +18,7 @@ from functools import wraps
 from typing import NamedTuple, TypeVar
 
 from mlx_empire.plan.counts import experts, is_stacked
-from mlx_empire.plan.model import ITEM_BYTES, QUANTISED_GROUP, ModelSpec, TensorSpec, UnitSpec
+from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.plan.workload import Workload
 
 
@@ -164,10 +164,10 @@ def width_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
 def activation_width(tensor: TensorSpec, spec: ModelSpec) -> int:
     """Elements per token that a weight's product reads and writes; stacked experts count once per chosen expert."""
     shape = tensor.shape
-    if tensor.dtype == "uint32" or tensor.name.endswith(".biases"):
-        return 0  # a packed matrix is counted by its scales, whose rows are a 64th as long
-    if tensor.name.endswith(".scales"):
-        shape = (*shape[:-1], shape[-1] * QUANTISED_GROUP)
+    if tensor.group:
+        return 0  # scales and biases
+    if tensor.bits:
+        shape = (*shape[:-1], shape[-1] * 32 // tensor.bits)
     if ".lora_" in tensor.name:
         return min(shape[-2:])  # the adapter's own width; its input and output are the matrix's
     total, chosen = experts(spec.text_config)

@@ -16,7 +16,7 @@ from typing import Protocol
 from mlx_empire.plan.activations import forward_bytes, hidden_bytes, layer_costs, tail_costs
 from mlx_empire.plan.model import BLOCK, ITEM_BYTES, ModelSpec
 from mlx_empire.plan.roots import root_use
-from mlx_empire.plan.shards import CHUNK_ELEMENTS, Segment, ShardPlan, Unit, UnitSizes
+from mlx_empire.plan.shards import CHUNK_ELEMENTS, SHARED_ELEMENTS, Segment, ShardPlan, Unit, UnitSizes
 from mlx_empire.plan.traffic import staging_bytes
 from mlx_empire.plan.workload import Workload, chunk_tokens
 
@@ -32,15 +32,17 @@ Items = dict[str, int]
 LOGITS_COPIES = 4.0  # fp32 arrays of a chunk's logits alive in cross entropy's gradient
 LOGITS_IN_TAIL = 1.5  # of them when the un-recomputed tail's backward begins
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
-# One optimizer call beside the new weights, measured, bytes per element of a group of chunks that are evaluated
-# together: by (8 bits, two moments), then by what is kept beside the weights (`float32`: nothing is, nor needed).
+# One optimizer call beside the new weights, measured, bytes per element of a large chunk, which is evaluated alone: by
+# (8 bits, two moments), then by what is kept beside the weights (`float32`: nothing is, nor needed).
 UPDATE: dict[tuple[bool, bool], dict[str, int]] = {
     (False, True): {"float32": 8, "exact": 18, "diet": 29, "fp32": 12, "none": 20},
-    (False, False): {"float32": 8, "exact": 14, "diet": 25, "fp32": 8, "none": 16},
-    (True, True): {"float32": 55, "exact": 61, "diet": 62, "fp32": 53, "none": 60},
-    (True, False): {"float32": 45, "exact": 51, "diet": 59, "fp32": 45, "none": 52},
+    (False, False): {"float32": 8, "exact": 14, "diet": 25, "fp32": 11, "none": 16},
+    (True, True): {"float32": 67, "exact": 80, "diet": 87, "fp32": 71, "none": 78},
+    (True, False): {"float32": 46, "exact": 54, "diet": 63, "fp32": 46, "none": 54},
 }
-LONE_CHUNK = 1.2  # of it for 8-bit states where a single chunk is the group: more of it is alive at once
+SMALL_CHUNKS = (
+    0.83  # of that with 8-bit states for chunks that are evaluated together: they are freed one by one
+)
 BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
 ROUNDING = 1 << 13  # half a page of Metal's allocator, for every array that is no whole chunk
 
@@ -277,8 +279,8 @@ class _Step:
         codes = segment.kind == "trainable" and "optimizer m_codes" in self.states
         two = "optimizer v" in self.states or "optimizer v_codes" in self.states
         each = UPDATE[codes, two][self._master if segment.dtype == "bfloat16" else "float32"]
-        group, chunk = largest_group(segment, start, stop)
-        return int(max(each * group, (LONE_CHUNK if codes else 1) * each * chunk))
+        together, largest = largest_update(segment, start, stop)
+        return int(max((SMALL_CHUNKS if codes else 1) * each * together, each * largest))
 
     @property
     def _master(self) -> str:
@@ -295,26 +297,25 @@ def trainable_bytes(unit: Unit) -> int:
     return sum(s.size * s.itemsize for s in unit.segments if s.kind != "frozen")
 
 
-def largest_group(segment: Segment, start: int, stop: int) -> tuple[int, int]:
-    """Elements of the largest group of chunks that the update evaluates at once in [start, stop), and of a chunk."""
+def largest_update(segment: Segment, start: int, stop: int) -> tuple[int, int]:
+    """Elements of small chunks of [start, stop) that the update evaluates at once, and of the largest chunk."""
     full = CHUNK_ELEMENTS // BLOCK
-    waiting = worst = chunk = 0
+    waiting = together = largest = 0
     for placement in segment.placements:
         first = placement.start // BLOCK
         row = max(first, start // BLOCK)
         end = min(first + placement.tensor.padded_size // BLOCK, stop // BLOCK)
         if row >= end:
             continue
-        head = min(
-            full - (row - first) % full, end - row
-        )  # up to the next cut, counted from the tensor's start
-        rest, tail = divmod(end - row - head, full)
-        for rows in (head, *[full] * min(rest, 2), tail):
-            waiting += rows
-            worst, chunk = max(worst, waiting), max(chunk, rows)
-            if waiting >= full:
-                waiting = 0
-    return worst * BLOCK, chunk * BLOCK
+        # Up to the next cut, counted from the tensor's start; whole chunks, of which one counts; the rest.
+        head = min(full - (row - first) % full, end - row)
+        whole, tail = divmod(end - row - head, full)
+        for rows in (head, *[full] * min(whole, 1), tail):
+            waiting = waiting + rows if (waiting + rows) * BLOCK <= SHARED_ELEMENTS else rows
+            largest = max(largest, rows)
+            if waiting > rows:
+                together = max(together, waiting)
+    return together * BLOCK, largest * BLOCK
 
 
 def state_sizes(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> Items:

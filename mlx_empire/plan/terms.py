@@ -77,9 +77,7 @@ _TERMS = {
     "tail totals before rounding": Term(
         "2 more bytes for each element of the tail's share until the last round", "exact"
     ),
-    "optimizer chunk": Term(
-        "new states of up to two chunks of 2^21 elements, and one chunk's temporaries", "fitted"
-    ),
+    "optimizer chunk": Term("new states and temporaries of a chunk of at most 2^21 elements", "fitted"),
     "new weights of a unit": Term(
         "new weights until the old buffer goes, or the whole unit has been renewed", "exact"
     ),

@@ -80,6 +80,12 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _checkpoint(written: object) -> object:
+    """A step may be written as a number."""
+    step = isinstance(written, int) and not isinstance(written, bool) and written > 0
+    return str(written) if step else written
+
+
 def _positive_duration(written: object) -> Duration:
     duration = Duration.parse(written)
     if duration.value == 0:
@@ -100,7 +106,8 @@ AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse)]
 PositiveDuration = Annotated[Duration, BeforeValidator(_positive_duration)]
 RunLength = Annotated[Duration, BeforeValidator(_whole_run)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Bits = Annotated[Literal[2, 3, 4, 6, 8, "ternary"], BeforeValidator(_exact_number)]
+Bits = Annotated[Literal[2, 3, 4, 6, 8, "ternary", "mxfp4", "mxfp8", "nvfp4"], BeforeValidator(_exact_number)]
+KeyName = Annotated[str, Field(pattern=r"^[a-z_]+\.[a-z_]+$")]
 Share = Annotated[float, Field(gt=0, le=1e15)]
 
 
@@ -123,6 +130,11 @@ class ModelSection(Section):
     init: Literal["pretrained", "random"] = Field(
         default="pretrained", description="pretrained or random (built from config.json alone)"
     )
+    compare: Literal["headers", "contents"] = Field(
+        default="headers",
+        description="headers or contents (what of the folder must be equal on all machines that have it; contents "
+        "reads every weight once more)",
+    )
 
 
 class TuningSection(Section):
@@ -143,13 +155,18 @@ class TuningSection(Section):
         BeforeValidator(_tuple),
     ] = Field(
         default=None,
-        description="all-linear, a list of module names such as [q_proj, v_proj, experts], or null (all-linear)",
+        description="all-linear, a list of module names such as [q_proj, v_proj, experts, lm_head], or null",
     )
     layers: Count | None = Field(
         default=None, description="a whole number (adapters in the last so many layers), or null (all)"
     )
-    bits: Annotated[Bits | None, _built(None, 2, 3, 4, 6, 8)] = Field(
-        default=None, description="2, 3, 4, 6, 8 or ternary (bits per weight of qlora's base), or null (4)"
+    bits: Bits | None = Field(
+        default=None,
+        description="2, 3, 4, 6, 8, ternary, mxfp4, mxfp8 or nvfp4 (how qlora packs its base), or null (4)",
+    )
+    rslora: Literal[True] | None = Field(
+        default=None,
+        description="true (adapters are scaled by alpha / the square root of rank), or null (alpha / rank)",
     )
 
 
@@ -253,6 +270,23 @@ class CommSection(Section):
     )
 
 
+class NumericsSection(Section):
+    spikes: Annotated[Literal["off", "log", "skip", "rollback"], _built("off", "log", "skip")] = Field(
+        default="log",
+        description="off, log, skip (leave the update of a step out whose loss or gradient norm leaps) or rollback",
+    )
+    threshold: Annotated[float, Field(ge=2, le=1e6)] = Field(
+        default=10.0,
+        description="a number from 2 to 1000000 (robust standard deviations above the median that make a leap)",
+    )
+    window: Annotated[int, Field(ge=16, le=4096)] = Field(
+        default=64, description="a whole number from 16 to 4096 (the steps that a step is compared with)"
+    )
+    max_skips: Annotated[int, Field(ge=0, le=4096)] = Field(
+        default=8, description="a whole number from 0 to 4096 (skipped steps among the last `window` ones)"
+    )
+
+
 class ReportSection(Section):
     tensorboard: bool = Field(default=False, description="true or false")
     progress: Literal["auto", "always", "never"] = Field(
@@ -266,11 +300,23 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="a whole number from 0 to 4294967295"
     )
-    save_every: Annotated[PositiveDuration | None, _built(None)] = Field(
-        default=None, description="a duration: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep)"
+    save_every: PositiveDuration | None = Field(
+        default=None,
+        description="a duration above 0: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep); or null (no "
+        "checkpoints)",
     )
-    keep_last: Annotated[Count | None, _built(None)] = Field(
-        default=None, description="a whole number of at least 1"
+    keep_last: Count | None = Field(
+        default=None,
+        description="a whole number of at least 1 (the newest checkpoints that are kept), or null (all)",
+    )
+    buddy: Literal["auto", True, False] = Field(
+        default="auto",
+        description="auto (where disks allow), true or false (each node keeps a copy of another node's shards)",
+    )
+    checkpoints: RecipePath | None = Field(
+        default=None,
+        description="the path of each node's folder for checkpoints, in which {rank} and {host} stand for the "
+        "rank's number and the host's name; or null (checkpoints in run.dir)",
     )
     eval_every: PositiveDuration | None = Field(
         default=None,
@@ -279,8 +325,13 @@ class RunSection(Section):
     eval_batches: Count | None = Field(
         default=None, description="a whole number of at least 1, or null (the whole validation split)"
     )
-    resume: Annotated[str, _built("auto", "never", refused="resuming from a named checkpoint")] = Field(
-        default="auto", description="auto or never"
+    resume: Annotated[str, BeforeValidator(_checkpoint), Field(min_length=1, max_length=4096)] = Field(
+        default="auto",
+        description="auto (the newest whole checkpoint), never, a step such as 300, or the path of a checkpoint",
+    )
+    accept_changes: Annotated[tuple[KeyName, ...], BeforeValidator(_tuple), Field(max_length=256)] = Field(
+        default=(),
+        description="a list of keys that may differ from the checkpoint's recipe, such as [run.steps]",
     )
     hosts: RecipePath | None = Field(default=None, description="the path of a hostfile, or null")
 
@@ -296,6 +347,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     memory: MemorySection = MemorySection()
     comm: CommSection = CommSection()
+    numerics: NumericsSection = NumericsSection()
     report: ReportSection = ReportSection()
     run: RunSection
 
@@ -316,6 +368,12 @@ class Recipe(Section):
                 f"cells {batch.cells} is more than the {size // micro} micro-batches of a step "
                 f"(global_size {size} / micro_size {micro}); use {size // micro} or less",
             )
+        for name in self.run.accept_changes:
+            section, key = name.split(".")
+            if key not in getattr(type(self).model_fields.get(section), "annotation", Section).model_fields:
+                raise impossible(
+                    ("run.accept_changes",), f"there is no key {name}; use keys such as run.steps"
+                )
         if self.tuning.bits is not None and self.tuning.type != "qlora":
             message = f"bits {self.tuning.bits} has no meaning for type {self.tuning.type}; use type qlora"
             raise impossible(("tuning.bits", "tuning.type"), message)

@@ -29,9 +29,12 @@ from mlx_empire.data.splits import Splits
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.engine.twin import verify_twin
 from mlx_empire.errors import UserError
+from mlx_empire.evaluate.evaluator import Evaluator
+from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.adamw import make_optimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
+from mlx_empire.recipe.evaluation import HELD_OUT_LOSS
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private
 from mlx_empire.report.run import RunReport
@@ -84,6 +87,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
         refuse_idle_keys(recipe, splits)
         plan = resolve(recipe, spec, nodes, optimizer.state_bytes)
         require_fit(plan, nodes)
+    evaluator = assemble.share_evaluator(comm, recipe, spec, plan)
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     with together(comm):
@@ -113,14 +117,20 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
                 )
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
-            train(comm, recipe, plan, trainer, splits, report)
-            export(comm, recipe, built, trainer, report)
+            gate = train(comm, recipe, plan, trainer, splits, evaluator, report)
+            export(comm, recipe, built, trainer, gate, report)
 
 
 def train(
-    comm: Communicator, recipe: Recipe, plan: RunPlan, trainer: Trainer, splits: Splits, report: RunReport
-) -> None:
-    """The steps, with evaluation in between."""
+    comm: Communicator,
+    recipe: Recipe,
+    plan: RunPlan,
+    trainer: Trainer,
+    splits: Splits,
+    evaluator: Evaluator | None,
+    report: RunReport,
+) -> GateKeeper:
+    """The steps, with evaluation in between, until they are done or the gate is reached."""
     data, seed, global_size = splits.train, recipe.run.seed, recipe.batch.global_size
     steps = total_steps(recipe, splits)
     tokens, epochs = pace(recipe, data)
@@ -128,8 +138,11 @@ def train(
     every = recipe.run.eval_every.to_steps(steps, tokens, epochs) if recipe.run.eval_every else 0
     mine = [j for cell in plan.work.layout.of_rank(comm.rank) for j in cell]
     sizes = {"global_size": global_size, "micro_size": recipe.batch.micro_size}
+    gate = assemble.gate_keeper(comm, recipe)
     if every:
-        report.evaluation(0, evaluate(comm, recipe, plan, trainer, splits.valid))
+        found = evaluate(comm, recipe, plan, trainer, splits.valid, evaluator)
+        report.evaluation({"step": 0, **found})
+        gate.observe({"step": 0, **found})
     for step in range(1, steps + 1):
         started, traffic = time.perf_counter(), comm.traffic.snapshot()
 
@@ -145,7 +158,11 @@ def train(
         moved = comm.traffic.since(traffic)
         report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
         if every and (step % every == 0 or step == steps):
-            report.evaluation(step, evaluate(comm, recipe, plan, trainer, splits.valid))
+            found = evaluate(comm, recipe, plan, trainer, splits.valid, evaluator)
+            report.evaluation({"step": step, **found})
+            if gate.observe({"step": step, **found}):
+                break
+    return gate
 
 
 def record(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
@@ -163,15 +180,22 @@ def record(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
 
 
 def evaluate(
-    comm: Communicator, recipe: Recipe, plan: RunPlan, trainer: Trainer, valid: Dataset | None
-) -> float | None:
-    """The held-out loss; None without a validation split."""
-    if valid is None:
-        return None
+    comm: Communicator,
+    recipe: Recipe,
+    plan: RunPlan,
+    trainer: Trainer,
+    valid: Dataset | None,
+    evaluator: Evaluator | None,
+) -> dict[str, Any]:
+    """`eval_loss`, None without a validation split, and `scores` of the evaluation sets where there are any."""
     phases.reach("evaluate")
-    batches = list(validation_micro_batches(valid, recipe.batch.micro_size, recipe.run.eval_batches))
-    most = max(plan.work.micro_batches(r) for r in range(comm.size))
-    return held_out_loss(trainer.streamed, comm, batches, max(most, 1))
+    most = max(1, *(plan.work.micro_batches(r) for r in range(comm.size)))
+    loss = None
+    if valid is not None:
+        batches = list(validation_micro_batches(valid, recipe.batch.micro_size, recipe.run.eval_batches))
+        loss = held_out_loss(trainer.streamed, comm, batches, most)
+    scores = {} if evaluator is None else {"scores": evaluator.scores(trainer, comm, most)}
+    return {"eval_loss": loss, **scores}
 
 
 def pace(recipe: Recipe, data: Dataset) -> tuple[int, float]:
@@ -187,7 +211,12 @@ def total_steps(recipe: Recipe, splits: Splits) -> int:
 
 def refuse_idle_keys(recipe: Recipe, splits: Splits) -> None:
     """UserError for an evaluation that was asked for and could never happen."""
-    if recipe.run.eval_every is not None and splits.valid is None:
+    gate = recipe.evaluation.stop_when
+    if gate is not None and gate.metric == HELD_OUT_LOSS and splits.valid is None:
+        raise UserError(
+            f"evaluation.stop_when: {HELD_OUT_LOSS}: there is no validation data to measure it on"
+        )
+    if recipe.run.eval_every is not None and splits.valid is None and not recipe.evaluation.sets:
         raise UserError(
             f"run.eval_every: {recipe.run.eval_every}: there is no validation data; add a valid.jsonl to data.path "
             "or set data.validation_split"
@@ -203,9 +232,17 @@ def limit_memory(plan: RunPlan, rank: int) -> None:
 
 
 def export(
-    comm: Communicator, recipe: Recipe, built: assemble.Built, trainer: Trainer, report: RunReport
+    comm: Communicator,
+    recipe: Recipe,
+    built: assemble.Built,
+    trainer: Trainer,
+    gate: GateKeeper,
+    report: RunReport,
 ) -> None:
-    """Write `final/` unit by unit, then `COMPLETE`. Every rank joins the gathers, rank 0 writes."""
+    """Write `final/` unit by unit, freeze it if the gate was reached, then `COMPLETE`.
+
+    Every rank joins the gathers, rank 0 writes.
+    """
     phases.reach("finish")
     writer = None
     with together(comm):
@@ -222,8 +259,12 @@ def export(
             writer.close()
             for note in writer.notes:
                 report.message(note)
-            write_private(recipe.run.dir / "COMPLETE", "")
             report.message(f"the trained {'adapters are' if built.adapters else 'model is'} in {writer.out}")
+            if gate.asks:
+                report.message(gate.sentence())
+            if gate.reached:
+                report.message(assemble.freeze_result(recipe, gate))
+            write_private(recipe.run.dir / "COMPLETE", "")
 
 
 if __name__ == "__main__":

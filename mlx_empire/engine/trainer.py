@@ -8,7 +8,8 @@ optimizer's state.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.nn as nn
@@ -21,7 +22,7 @@ from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.noise import LayerNoise
 from mlx_empire.engine.probe import check_packing, probe_root
 from mlx_empire.engine.slots import Deck
-from mlx_empire.engine.step import StreamedStep, in_rounds
+from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.update import Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
@@ -84,6 +85,17 @@ class Trainer:
         )
         self._updater.init_states()
 
+    @contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """The model with all its weights on this rank, as mlx-lm made it, for inference. Collective in and out."""
+        units = range(len(self.spec.units))
+        for index in units:
+            self.store.bind(index)
+        with self._deck.whole() as model:
+            yield model
+        for index in units:
+            self.store.release(index)
+
     @property
     def gradients(self) -> GradientStore:
         """This step's gradient totals, between `compute` and the update."""
@@ -123,3 +135,10 @@ class Trainer:
             members = [j for cell in self.work.layout.of_rank(rank) for j in cell]
             ordered |= dict(zip(members, values.tolist(), strict=True))
         return sum(ordered[j] for j in sorted(ordered))
+
+
+def in_rounds(micro_batches: Sequence[MicroBatch], members: Sequence[range]) -> Iterator[list[MicroBatch]]:
+    """A rank's micro-batches, given in order, divided into its cells."""
+    values = iter(micro_batches)
+    for cell in members:
+        yield [next(values) for _ in cell]

@@ -52,7 +52,7 @@ FIND_PYTHON = for python in $(PYTHON); do \
 help:
 	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
 	@echo "make test           lint and the whole test suite"
-	@echo "make test-interop   the tests that need torch and datasets (installs them)"
+	@echo "make test-interop   the tests that need torch, peft and datasets (installs them)"
 	@echo "make bench          the benchmarks, as ratios"
 	@echo "make setup          only the environment in .venv"
 	@echo "make lint           ruff and mypy"
@@ -118,7 +118,7 @@ test: lint
 	@$(FAST) $(PY) -m pytest $(PYTEST_ARGS)
 
 test-interop: setup
-	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH) datasets==5.2.0
+	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH) peft==0.21.2 datasets==5.2.0
 	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py $(PYTEST_ARGS)
 
 bench: setup

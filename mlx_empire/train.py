@@ -11,30 +11,37 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, capacity
+from mlx_empire import assemble, beacon, capacity, continuing, phases, safeguards
 from mlx_empire.arguments import UserArguments
+from mlx_empire.checkpoint.resume import find_start, require_same, require_steps_left
+from mlx_empire.checkpoint.save import Saver
 from mlx_empire.checkpoint.staging import refuse_foreign
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
-from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.splits import Splits
+from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.engine.twin import verify_twin
-from mlx_empire.errors import UserError
+from mlx_empire.evaluate.evaluator import Evaluator
+from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.held_out import held_out_loss
-from mlx_empire.optim.adamw import make_optimizer
+from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private
 from mlx_empire.report.run import RunReport
+from mlx_empire.safeguards import Safeguards
+from mlx_empire.supervise.awake import keep_awake
+from mlx_empire.supervise.stop import StopRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,19 +58,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guard(None):
         comm = connect()
     with guard(comm):
+        phases.begin(comm.rank)
+        if beacon.lit():
+            keep_awake()
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:
             wanted = capacity.Wanted(hosts=options.hosts)
             return capacity.answer(comm, options.recipe, options.overrides, wanted)
-        run(comm, options.recipe, options.overrides, options.hosts)
+        begin(comm, options.recipe, options.overrides, options.hosts)
     return 0
 
 
-def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
+def begin(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
     """The whole run on this rank."""
     # ---------------------------------------------------------------- what is asked for, and where it runs
+    safeguards.greet(comm, recipe_path, overrides)
     recipe = assemble.share_recipe(comm, recipe_path, overrides)
     comm = connect(recipe.comm.route, recipe.comm.bucket_bytes, recipe.comm.deadline_seconds)
+    with safeguards.standing(comm, recipe) as guards, StopRequest() as stop:
+        carry_out(comm, recipe, hosts, guards, stop)
+
+
+def carry_out(
+    comm: Communicator, recipe: Recipe, hosts: Path | None, guards: Safeguards, stop: StopRequest
+) -> None:
+    """The run itself, once the ranks know each other and what is asked for."""
     nodes = assemble.share_nodes(comm, recipe, hosts)
     with together(comm):
         if comm.rank == 0:
@@ -72,17 +91,26 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             refuse_foreign(recipe.run.dir / "final")
 
     # ---------------------------------------------------------------- what is trained, on what
+    safeguards.agree_on_model(comm, recipe)
     config = assemble.share_config(comm, recipe)
     built = assemble.build(comm, recipe, config)
     model, spec = built.model, built.spec
     splits = assemble.share_data(comm, recipe, spec)
 
+    # ---------------------------------------------------------------- where it goes on
+    start = find_start(comm, recipe)
+    recipe, base = start.recipe, continuing.base_of(comm, recipe, built)
+    require_same(start, recipe, splits.digest, base)
+    require_steps_left(start, assemble.total_steps(recipe, splits))
+
     # ---------------------------------------------------------------- the plan, before anything is allocated
     optimizer = make_optimizer(recipe.optimizer)
     with together(comm):
-        refuse_idle_keys(recipe, splits)
+        assemble.refuse_idle_keys(recipe, splits)
         plan = resolve(recipe, spec, nodes, optimizer.state_bytes)
         require_fit(plan, nodes)
+    guards.lock(recipe.run.dir)
+    evaluator = assemble.share_evaluator(comm, recipe, spec, plan)
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     with together(comm):
@@ -90,48 +118,85 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             verify_twin(config, str(recipe.model.path))
 
     # ---------------------------------------------------------------- the weights
+    phases.reach("load")
     limit_memory(plan, comm.rank)
     with CommThread() as thread:
         clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
         trainer = Trainer(model, spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise)
-        sent = assemble.load_weights(comm, recipe, built, trainer.store)
-        trainer.prepare(packing=recipe.data.packing)
+        trainer.spikes = safeguards.spike_watch(recipe)
+        sent = continuing.load_state(comm, recipe, built, trainer, start, optimizer)
+        trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
 
         # ------------------------------------------------------------ from here on something is written
         started_over = (recipe.run.dir / "metrics.jsonl").exists()
         with together(comm):
             if comm.rank == 0:
-                write_plan(recipe, plan, nodes, spec, splits)
-        with RunReport(comm, recipe, spec, plan, nodes, total_steps(recipe, splits)) as report:
-            for line in splits.report:
-                report.message(line)
-            if started_over and recipe.run.resume == "auto":
+                write_plan(recipe, plan, nodes, spec, splits, resumed=start.found is not None)
+        steps = assemble.total_steps(recipe, splits)
+        with (
+            RunReport(comm, recipe, spec, plan, nodes, steps, start.resumed) as report,
+            continuing.open_saver(comm, recipe, plan, trainer.store, start, splits.digest, base) as saver,
+        ):
+            stop.watch(recipe.run.dir)
+            trainer.hold_updates(saver.hold)
+            report.show_status(lambda: saver.status)
+            report.messages([*guards.notes, *splits.report, *start.notes])
+            if start.found is not None:
+                report.message(f"going on after step {start.step}, from {start.found.folder}")
+            elif started_over and recipe.run.resume == "auto":
                 report.message(
                     "an unfinished run lay here; it kept no checkpoint, so training starts at step 1"
                 )
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
-            train(comm, recipe, plan, trainer, splits, report)
-            export(comm, recipe, built, trainer, report)
+            run = Run(comm, recipe, plan, built, trainer, splits, evaluator, report, saver, stop)
+            gate = train(run)
+            export(run, gate)
+    saver.refuse_unsaved()
 
 
-def train(
-    comm: Communicator, recipe: Recipe, plan: RunPlan, trainer: Trainer, splits: Splits, report: RunReport
-) -> None:
-    """The steps, with evaluation in between."""
-    data, seed, global_size = splits.train, recipe.run.seed, recipe.batch.global_size
-    steps = total_steps(recipe, splits)
-    tokens, epochs = pace(recipe, data)
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with."""
+
+    comm: Communicator
+    recipe: Recipe
+    plan: RunPlan
+    built: assemble.Built
+    trainer: Trainer
+    splits: Splits
+    evaluator: Evaluator | None
+    report: RunReport
+    saver: Saver
+    stop: StopRequest
+
+
+def train(run: Run) -> GateKeeper:
+    """The steps that are left, with evaluation and saving in between, until they are done or the gate is reached."""
+    comm, recipe, trainer, report, saver = run.comm, run.recipe, run.trainer, run.report, run.saver
+    data, seed, global_size = run.splits.train, recipe.run.seed, recipe.batch.global_size
+    steps = assemble.total_steps(recipe, run.splits)
+    tokens, epochs = assemble.pace(recipe, data)
     rates = assemble.learning_rate_of(recipe, steps, tokens, epochs)
-    every = recipe.run.eval_every.to_steps(steps, tokens, epochs) if recipe.run.eval_every else 0
-    mine = [j for cell in plan.work.layout.of_rank(comm.rank) for j in cell]
+    every, save_every = (
+        duration.to_steps(steps, tokens, epochs) if duration else 0
+        for duration in (recipe.run.eval_every, recipe.run.save_every)
+    )
+    mine = [j for cell in run.plan.work.layout.of_rank(comm.rank) for j in cell]
     sizes = {"global_size": global_size, "micro_size": recipe.batch.micro_size}
-    if every:
-        report.evaluation(0, evaluate(comm, recipe, plan, trainer, splits.valid))
-    for step in range(1, steps + 1):
+    gate = assemble.gate_keeper(comm, recipe)
+    if save_every:
+        saver.open()
+    if every and not saver.newest:
+        evaluate(run, 0, gate)
+    step, done, reason = saver.newest, gate.reached, None
+    while step < steps and not done and not reason:
+        step += 1
         started, traffic = time.perf_counter(), comm.traffic.snapshot()
 
         # ------------------------------------------------------------ one step
+        phases.begin_step(step)
+        phases.reach("data")
         batches = [micro_batch(data, seed, step - 1, j, **sizes) for j in mine]
         total = valid_tokens(data, seed, step - 1, global_size=global_size)
         result = trainer.train_step(batches, total, step, rates(step))
@@ -140,8 +205,24 @@ def train(
         seconds = time.perf_counter() - started
         moved = comm.traffic.since(traffic)
         report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
-        if every and (step % every == 0 or step == steps):
-            report.evaluation(step, evaluate(comm, recipe, plan, trainer, splits.valid))
+        if result.note:
+            report.message(result.note)
+        done = step == steps
+        if every and (done or step % every == 0):
+            evaluate(run, step, gate)
+            done = done or gate.reached
+
+        # ------------------------------------------------------------ what survives a crash
+        reason = None if done else run.stop.agreed(comm)
+        if reason or (save_every and (done or step % save_every == 0)):
+            replicas_agree(trainer.store, comm)
+            saver.request(step, trainer.spikes.to_json())  # written while the next step computes
+        report.messages(saver.news())
+    saver.finish()
+    report.messages(saver.news())
+    if reason:
+        raise continuing.stopped(saver, step, reason)
+    return gate
 
 
 def record(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
@@ -155,38 +236,23 @@ def record(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "comm_wait_seconds": result.wait_seconds,
+        **({"skipped": True} if result.skipped else {}),
     }
 
 
-def evaluate(
-    comm: Communicator, recipe: Recipe, plan: RunPlan, trainer: Trainer, valid: Dataset | None
-) -> float | None:
-    """The held-out loss; None without a validation split."""
-    if valid is None:
-        return None
-    batches = list(validation_micro_batches(valid, recipe.batch.micro_size, recipe.run.eval_batches))
-    most = max(plan.work.micro_batches(r) for r in range(comm.size))
-    return held_out_loss(trainer.streamed, comm, batches, max(most, 1))
-
-
-def pace(recipe: Recipe, data: Dataset) -> tuple[int, float]:
-    """(counted tokens per step on average, steps per epoch): what durations are measured in."""
-    epochs = len(data) / recipe.batch.global_size
-    return max(round(data.tokens_per_epoch / epochs), 1), epochs
-
-
-def total_steps(recipe: Recipe, splits: Splits) -> int:
-    """`run.steps` in optimizer steps."""
-    return recipe.run.steps.to_steps(None, *pace(recipe, splits.train))
-
-
-def refuse_idle_keys(recipe: Recipe, splits: Splits) -> None:
-    """UserError for an evaluation that was asked for and could never happen."""
-    if recipe.run.eval_every is not None and splits.valid is None:
-        raise UserError(
-            f"run.eval_every: {recipe.run.eval_every}: there is no validation data; add a valid.jsonl to data.path "
-            "or set data.validation_split"
-        )
+def evaluate(run: Run, step: int, gate: GateKeeper) -> None:
+    """Measure the held-out loss (None without a validation split) and the evaluation sets' scores; tell the gate."""
+    phases.reach("evaluate")
+    comm, recipe, valid = run.comm, run.recipe, run.splits.valid
+    most = max(1, *(run.plan.work.micro_batches(r) for r in range(comm.size)))
+    found: dict[str, Any] = {"step": step, "eval_loss": None}
+    if valid is not None:
+        batches = list(validation_micro_batches(valid, recipe.batch.micro_size, recipe.run.eval_batches))
+        found["eval_loss"] = held_out_loss(run.trainer.streamed, comm, batches, most)
+    if run.evaluator is not None:
+        found["scores"] = run.evaluator.scores(run.trainer, comm, most)
+    run.report.evaluation(found)
+    gate.observe(found)
 
 
 def limit_memory(plan: RunPlan, rank: int) -> None:
@@ -197,10 +263,13 @@ def limit_memory(plan: RunPlan, rank: int) -> None:
     mx.reset_peak_memory()
 
 
-def export(
-    comm: Communicator, recipe: Recipe, built: assemble.Built, trainer: Trainer, report: RunReport
-) -> None:
-    """Write `final/` unit by unit, then `COMPLETE`. Every rank joins the gathers, rank 0 writes."""
+def export(run: Run, gate: GateKeeper) -> None:
+    """Write `final/` unit by unit, freeze it if the gate was reached, then `COMPLETE`.
+
+    Every rank joins the gathers, rank 0 writes.
+    """
+    comm, recipe, built, trainer, report = run.comm, run.recipe, run.built, run.trainer, run.report
+    phases.reach("finish")
     writer = None
     with together(comm):
         if comm.rank == 0:
@@ -216,8 +285,12 @@ def export(
             writer.close()
             for note in writer.notes:
                 report.message(note)
-            write_private(recipe.run.dir / "COMPLETE", "")
             report.message(f"the trained {'adapters are' if built.adapters else 'model is'} in {writer.out}")
+            if gate.asks:
+                report.message(gate.sentence())
+            if gate.reached:
+                report.message(assemble.freeze_result(recipe, gate))
+            write_private(recipe.run.dir / "COMPLETE", "")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Quantised bases: which modules of a lazily built model hold packed weights, and how a tensor is packed.
 
-Decides what QLoRA packs (every matrix that MLX can pack but a mixture's router, whose choices are fragile) and that
-of bases stored packed those in MLX's affine format are taken as they are. Nothing is evaluated here but in `pack`.
+Decides that of bases stored packed MLX's own formats are taken as they are. What QLoRA packs, and in which formats,
+stands in plan/packing.py. Nothing is evaluated here but in `pack`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.model import QUANTISED_GROUP, is_router
+from mlx_empire.plan.describe import find_layers
+from mlx_empire.plan.packing import AFFINE, MODES, Packing
 from mlx_empire.recipe.schema import TuningSection
 
 QUANTISATION_KEYS = ("quantization", "quantization_config")
+CODES_PER_WORD = 16  # ternary codes, of two bits each, in one uint32
 
 
 def stored_quantisation(
@@ -24,23 +26,24 @@ def stored_quantisation(
 ) -> Mapping[str, Any] | None:
     """How a folder's configuration says its weights are packed, where adapters can be trained on them; else None.
 
-    UserError for what cannot be: another format than MLX's affine one, other `tuning.bits`, DoRA.
+    UserError for what cannot be: a format that is not MLX's, other `tuning.bits`, DoRA.
     """
     found = config.get("quantization")
     if tuning.type == "full" or not isinstance(found, Mapping):
         return None  # a full fine-tuning of packed weights is refused where the model is built
-    mode = found.get("mode", "affine")
-    if mode != "affine":
+    mode = found.get("mode", AFFINE)
+    if mode not in MODES:
         raise UserError(
-            f"{name}: its weights are packed as {mode}; only affine ones are built; use another folder"
+            f"{name}: its weights are packed as {mode}; {', '.join(MODES)} are built; use another folder"
         )
     if tuning.type == "dora":
         raise UserError(
             f"tuning.type: dora: {name} is stored quantised; use type lora, or a folder that is not"
         )
-    bits = found.get("bits")
+    bits = found.get("bits") if mode == AFFINE else mode
     if tuning.bits is not None and tuning.bits != bits:
-        raise UserError(f"tuning.bits: {tuning.bits}: {name} is stored in {bits} bits; leave tuning.bits out")
+        how = f"in {bits} bits" if mode == AFFINE else f"as {mode}"
+        raise UserError(f"tuning.bits: {tuning.bits}: {name} is stored {how}; leave tuning.bits out")
     return found
 
 
@@ -58,26 +61,49 @@ def quantise_as_stored(model: nn.Module, quantisation: Mapping[str, Any], names:
         own = quantisation.get(path)
         return dict(own) if isinstance(own, Mapping) else True
 
-    nn.quantize(model, quantisation["group_size"], quantisation["bits"], class_predicate=settings)
+    nn.quantize(
+        model,
+        quantisation["group_size"],
+        quantisation["bits"],
+        mode=quantisation.get("mode", AFFINE),
+        class_predicate=settings,
+    )
 
 
-def quantise(model: nn.Module, bits: int | None) -> None:
+def quantise(model: nn.Module, packing: Packing, name: str) -> None:
     """Put quantised modules in the place of those whose weights are packed while they are loaded (QLoRA)."""
-    nn.quantize(model, QUANTISED_GROUP, bits, class_predicate=_packs)
+    _, _, prefix = find_layers(model, name)
+
+    def packs(path: str, module: nn.Module) -> bool:
+        if not hasattr(module, "to_quantized"):
+            return False
+        root = not path.startswith(f"{prefix}.")
+        return packing.packs(f"{path}.weight", tuple(module.weight.shape), root=root)
+
+    nn.quantize(model, packing.group, packing.bits, mode=packing.mode, class_predicate=packs)
 
 
-def pack(array: mx.array, columns: int, groups: int) -> tuple[mx.array, mx.array, mx.array]:
-    """(codes, scales, biases) of a matrix in MLX's affine format, evaluated.
+def pack(array: mx.array, packing: Packing) -> tuple[mx.array, ...]:
+    """(codes, scales, and for affine packing biases) of a matrix (.., outputs, inputs), evaluated."""
+    if packing.ternary:
+        packed: tuple[mx.array, ...] = ternary(array, packing.group)
+    else:
+        packed = tuple(mx.quantize(array, packing.group, packing.bits, mode=packing.mode))
+    mx.eval(packed)
+    return packed
 
-    `columns` of uint32 for each row and `groups` of inputs that share a scale say how many bits and how large a group.
+
+def ternary(array: mx.array, group: int) -> tuple[mx.array, mx.array, mx.array]:
+    """(codes, scales, biases) of weights in {-s, 0, +s} as MLX's affine format of 2 bits: s x code - s, code 0, 1, 2.
+
+    s is the mean of a group's absolute values, rounded to the array's dtype; a weight becomes round(w / s) cut to
+    -1, 0 or 1 (absmean quantisation, BitNet b1.58, arXiv:2402.17764). A group of zeros has s = 0.
     """
-    inputs = array.shape[-1]
-    codes, scales, biases = mx.quantize(array, inputs // groups, columns * 32 // inputs)
-    mx.eval(codes, scales, biases)
-    return codes, scales, biases
-
-
-def _packs(path: str, module: nn.Module) -> bool:
-    if not hasattr(module, "to_quantized") or is_router(f"{path}.weight"):
-        return False
-    return bool(module.weight.ndim >= 2 and module.weight.shape[-1] % QUANTISED_GROUP == 0)
+    *rows, inputs = array.shape
+    weights = array.astype(mx.float32).reshape(*rows, inputs // group, group)
+    scales = mx.mean(mx.abs(weights), axis=-1).astype(array.dtype)
+    step = scales.astype(mx.float32)[..., None]
+    signs = mx.clip(mx.round(weights / mx.where(step > 0, step, 1.0)), -1, 1)
+    codes = (signs + 1).astype(mx.uint32).reshape(*rows, inputs // CODES_PER_WORD, CODES_PER_WORD)
+    shifts = mx.arange(0, 2 * CODES_PER_WORD, 2, dtype=mx.uint32)
+    return mx.sum(codes << shifts, axis=-1).astype(mx.uint32), scales, -scales

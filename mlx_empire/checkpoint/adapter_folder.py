@@ -1,32 +1,58 @@
-"""Trained adapters as a folder that `mlx_lm.load(model, adapter_path=...)` opens: weights, and settings of the layers.
+"""Trained adapters as folders: mlx-lm's format, and PEFT's in the sub-folder `peft` where the family's names allow it.
 
-The base is not part of it. Staged, recorded and as private as every other export.
+Both formats call their settings `adapter_config.json`, so they cannot share one folder:
+
+    final/       adapters.safetensors, adapter_config.json: `mlx_lm.load(model, adapter_path=...)`, `mlx_lm.fuse`
+    final/peft/  adapter_model.safetensors, adapter_config.json: `peft.PeftModel.from_pretrained` on torch
+
+The base is not part of them. Staged, recorded and as private as every other export.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_empire.adapters.layers import AdapterSettings
-from mlx_empire.checkpoint.sidefiles import write_json
+from mlx_empire.checkpoint.peft_format import PEFT_NAME, PEFT_WEIGHTS, no_peft_form, peft_config, peft_weights
+from mlx_empire.checkpoint.sidefiles import write_json, write_text
 from mlx_empire.checkpoint.staging import disk_errors, fresh_folder, publish, refuse_foreign
 from mlx_empire.checkpoint.tensorfile import Entry, array_bytes, read_header, write_file
+from mlx_empire.errors import UserError
 from mlx_empire.plan.model import ModelSpec
 
-WEIGHTS_NAME, CONFIG_NAME = "adapters.safetensors", "adapter_config.json"
+WEIGHTS_NAME, CONFIG_NAME, CARD_NAME = "adapters.safetensors", "adapter_config.json", "README.md"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in mlx-lm's terms: settings of the layers, and tensors by mlx-lm's names."""
+
+    settings: AdapterSettings
+    weights: Mapping[str, mx.array]
 
 
 class AdapterWriter:
-    """Takes a model's tensors unit by unit, keeps the adapters (they are small) and writes `out` when closed."""
+    """Takes a model's tensors unit by unit, keeps the adapters (they are small) and writes `out` when closed.
 
-    def __init__(self, out: Path, spec: ModelSpec, settings: AdapterSettings) -> None:
+    spec: the tuned model. base: where its base lies, as PEFT's settings name it. huggingface: the family's names are
+    Hugging Face's. `card`: text of the model card; none where empty.
+    """
+
+    def __init__(
+        self, out: Path, spec: ModelSpec, settings: AdapterSettings, base: str, *, huggingface: bool
+    ) -> None:
         refuse_foreign(out)
-        self.out, self._spec, self._settings = out, spec, settings
+        self.out, self._spec, self._settings, self._base = out, spec, settings, base
+        self.card = ""
         self.notes: list[str] = []
+        self._huggingface = huggingface
         self._temporary = out.parent / f".{out.name}.partial"
         self._adapters: dict[str, mx.array] = {}
 
@@ -36,14 +62,78 @@ class AdapterWriter:
         self._adapters |= {name: tensors[name] for name in names}
 
     def close(self) -> None:
-        """Write, check the header, and rename."""
+        """Write, check the headers, and rename."""
         assert len(self._adapters) == sum(t.trainable for u in self._spec.units for t in u.tensors)
-        entries = [
-            Entry(n, "F32", tuple(a.shape), partial(array_bytes, a)) for n, a in self._adapters.items()
-        ]
+        adapter = Adapter(self._settings, self._adapters)
         with disk_errors(self.out):
             fresh_folder(self._temporary)
-            size = write_file(self._temporary / WEIGHTS_NAME, entries, {"format": "mlx"})
-            assert read_header(self._temporary / WEIGHTS_NAME).file_bytes == size
-            write_json(self._temporary / CONFIG_NAME, self._settings.config())
+            write_mlx_lm(self._temporary, adapter)
+            why = no_peft_form(self._spec, huggingface=self._huggingface)
+            if why is None:
+                fresh_folder(self._temporary / PEFT_NAME)
+                write_peft(self._temporary / PEFT_NAME, adapter, self._spec, self._base)
+            else:
+                self.notes.append(f"no adapter in PEFT's format was written: {why}")
+            if self.card:
+                write_text(self._temporary / CARD_NAME, self.card)
             publish(self._temporary, self.out, "mlx-lm adapters", self.notes)
+
+
+def write_mlx_lm(folder: Path, adapter: Adapter) -> None:
+    """Write mlx-lm's two files into an empty folder."""
+    _write_tensors(folder / WEIGHTS_NAME, adapter.weights, "mlx")
+    write_json(folder / CONFIG_NAME, adapter.settings.config())
+
+
+def write_peft(folder: Path, adapter: Adapter, spec: ModelSpec, base: str) -> None:
+    """Write PEFT's two files into an empty folder; `spec` is the tuned model."""
+    _write_tensors(folder / PEFT_WEIGHTS, peft_weights(adapter.weights), "pt")
+    write_json(folder / CONFIG_NAME, peft_config(adapter.settings, adapter.weights, spec, base))
+
+
+def read_mlx_lm(folder: Path) -> Adapter:
+    """An adapter in mlx-lm's format; UserError for what is damaged or no adapter."""
+    config = read_settings(folder)
+    try:
+        kind, found = config["fine_tune_type"], config["lora_parameters"]
+        if kind not in ("lora", "dora") or not isinstance(found["keys"], list):
+            raise ValueError(f"fine_tune_type {kind!r}, keys {found['keys']!r:.40}")
+        settings = AdapterSettings(
+            kind == "dora",
+            int(config["num_layers"]),
+            int(found["rank"]),
+            float(found["scale"]),
+            float(found["dropout"]),
+            tuple(map(str, found["keys"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG_NAME}: not mlx-lm's adapter settings ({error})") from None
+    return Adapter(settings, read_tensors(folder / WEIGHTS_NAME))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` of either format. UserError."""
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name a folder with an adapter") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({str(error)[:80]})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not an adapter's settings")
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, mx.array]:
+    """All tensors of a checked safetensors file, lazily."""
+    read_header(path)
+    loaded = mx.load(str(path), format="safetensors")
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def _write_tensors(path: Path, arrays: Mapping[str, mx.array], layout: str) -> None:
+    entries = [Entry(n, "F32", tuple(a.shape), partial(array_bytes, a)) for n, a in arrays.items()]
+    size = write_file(path, entries, {"format": layout})
+    assert read_header(path).file_bytes == size

@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from mlx_empire.checkpoint.folder import INDEX_NAME, Build, ModelFolder, has_weights, open_folder
 from mlx_empire.checkpoint.layout import HUGGING_FACE, Piece, choose_layout
-from mlx_empire.checkpoint.sidefiles import copy_side_files, stored_config, write_json
+from mlx_empire.checkpoint.sidefiles import copy_side_files, stored_config, write_json, write_text
 from mlx_empire.checkpoint.source import FolderSource
 from mlx_empire.checkpoint.staging import disk_errors, fresh_folder, publish, refuse_foreign, remove
 from mlx_empire.checkpoint.tensorfile import (
@@ -45,7 +45,8 @@ class FolderWriter:
     source_folder: where the model came from: its towers (if it has weights), tokenizer and chat template are
     carried over.
 
-    `notes`: sentences for the user; `not_trained`: names of the tensors that are carried through unchanged.
+    `card`: text of the model card, none where empty; `notes`: sentences for the user; `not_trained`: names of the
+    tensors that are carried through unchanged.
     Raises UserError at once when `out` exists and is not an export of ours, or the disk has too little room.
     """
 
@@ -60,6 +61,7 @@ class FolderWriter:
         self._layout = choose_layout(spec, build, self._source)
         self.notes = list(self._layout.notes)
         self.not_trained = self._layout.carried
+        self.card = ""
         self._weight_map: dict[str, str] = {}
         self._tensor_bytes = 0
         self._written: set[int] = set()
@@ -114,6 +116,8 @@ class FolderWriter:
                 self.notes += skipped
                 if not any(name.startswith("token") for name in copied):
                     self.notes.append(f"{self._side_files} has no tokenizer; none was exported")
+            if self.card:
+                write_text(self._temporary / "README.md", self.card)
             publish(self._temporary, self.out, self._layout.kind, self.notes)
 
     def discard(self) -> None:

@@ -136,6 +136,11 @@ def reads_back(
     return all(mx.array_equal(after[n], before[n]).item() for n in small)
 
 
+def huggingface_names(spec: ModelSpec, folder: ModelFolder | None) -> bool:
+    """Whether the modules of `spec` are called as Hugging Face calls them, renamed and stacked ones apart."""
+    return _is_huggingface(spec, tuple(tuple(_inverse(unit.tensors)) for unit in spec.units), folder)
+
+
 def tower_names(folder: ModelFolder) -> tuple[str, ...]:
     """Names of a folder's tensors that belong to a tower beside the language model, in the folder's order."""
     return tuple(n for n in folder.tensors if n.removeprefix("model.").startswith(TOWERS))

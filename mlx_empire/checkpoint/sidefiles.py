@@ -75,8 +75,13 @@ def stored_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a new JSON file (mode 0600, fsynced)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new text file (mode 0600, fsynced)."""
     with create_private(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+        file.write(text.encode("utf-8", "surrogatepass"))
         sync_file(file)
 
 

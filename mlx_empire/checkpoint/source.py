@@ -19,6 +19,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.plan.model import ModelSpec, TensorSpec
 
 READABLE = (mx.float32, mx.bfloat16, mx.float16)
+PACKED = ("uint32", "uint8")  # codes, and the scales of MLX's floating-point formats
 
 
 class WeightSource(Protocol):
@@ -69,7 +70,9 @@ class _LazySource:
             raise UserError(
                 f"{place} has shape {tuple(found.shape)}, expected {tensor.shape} from config.json"
             )
-        if found.dtype not in READABLE and not (tensor.dtype == "uint32" and found.dtype == mx.uint32):
+        if found.dtype not in READABLE and not (
+            tensor.dtype in PACKED and found.dtype == getattr(mx, tensor.dtype)
+        ):
             kind = str(found.dtype).removeprefix("mlx.core.")
             raise UserError(
                 f"{place} is {kind}, expected float32, bfloat16 or float16; quantised weights cannot train"

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from mlx_empire.comm.heart import StillHeart
 from mlx_empire.comm.pieces import Adder, check_buffer, check_reduction
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
 
@@ -47,6 +48,10 @@ class SoloCommunicator:
         check_buffer(source, edges, self.size)
         np.copyto(out, source)
 
+    def transfer(self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]]) -> None:
+        assert not sends, "there is nobody to send to"
+        assert not receives, "there is nobody to receive from"
+
     def gather_arrays(self, values: Array) -> list[Array]:
         assert values.ndim == 1, "1-D arrays only"
         return [values.copy()]
@@ -59,6 +64,12 @@ class SoloCommunicator:
 
     def barrier(self, seconds: float) -> None:
         return None
+
+    def heart(self) -> StillHeart:
+        return StillHeart()
+
+    def duplicate(self, deadline_seconds: float) -> "SoloCommunicator":
+        return SoloCommunicator(self.hostname)
 
     def abort(self, code: int) -> NoReturn:
         sys.stdout.flush()

@@ -12,6 +12,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
+from mlx_empire.comm import pulse
+
 T = TypeVar("T")
 
 
@@ -22,7 +24,7 @@ class CommThread:
     busy_seconds: how long operations ran. Both since the last `reset`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "communication") -> None:
         self.waited_seconds = 0.0
         self.busy_seconds = 0.0
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = (
@@ -30,7 +32,7 @@ class CommThread:
         )
         self._failure: BaseException | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="communication", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> "Future[T]":
@@ -44,7 +46,8 @@ class CommThread:
         """The future's result, its exception raised; the time spent here counts as waited."""
         start = time.perf_counter()
         try:
-            return future.result()
+            with pulse.waiting():
+                return future.result()
         finally:
             self.waited_seconds += time.perf_counter() - start
 

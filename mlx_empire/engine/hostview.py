@@ -11,7 +11,13 @@ import numpy as np
 
 from mlx_empire.plan.model import BLOCK
 
-DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32, "float16": mx.float16, "uint32": mx.uint32}
+DTYPES = {
+    "bfloat16": mx.bfloat16,
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "uint32": mx.uint32,
+    "uint8": mx.uint8,
+}
 
 
 def empty_rows(elements: int, dtype: str) -> mx.array:

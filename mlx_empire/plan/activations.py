@@ -6,10 +6,10 @@ scores and G those of the layer's gradients, the peak of one layer's vjp is the 
     recompute x W + attention x A    (at the attention's backward)
     gradients x W + G                (at the end, when all gradients are there)
 
-and that of its forward is forward x W + scores x A. Where the base is frozen, adapters alone have gradients, which
-changes the recompute's factor: inputs that no weight's gradient needs go early. The factors were fitted by family to measured peaks (MLX 0.32,
-CPU, float32, hidden 256 and 512, widths 64 to 1,024), mostly within 2 %; families that were not measured take
-`OTHERS`, which is above most. On Metal, where causal attention without an array mask is linear, they are unmeasured.
+and that of its forward is forward x W + scores x A. The recompute's factor is another one over a frozen base, where
+inputs that no weight's gradient needs go early. The factors were fitted by family to measured peaks (MLX 0.32, CPU,
+float32, hidden 256 and 512, widths 64 to 1,024), mostly within 2 %; families that were not measured take `OTHERS`,
+which is above most. On Metal, where causal attention without an array mask is linear, they are unmeasured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import wraps
 from typing import NamedTuple, TypeVar
 
 from mlx_empire.plan.counts import experts, is_stacked
-from mlx_empire.plan.model import ITEM_BYTES, QUANTISED_GROUP, ModelSpec, TensorSpec, UnitSpec
+from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.plan.workload import Workload
 
 
@@ -174,10 +174,10 @@ def width_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
 def activation_width(tensor: TensorSpec, spec: ModelSpec) -> int:
     """Elements per token that a weight's product reads and writes; stacked experts count once per chosen expert."""
     shape = tensor.shape
-    if tensor.dtype == "uint32" or tensor.name.endswith(".biases"):
-        return 0  # a packed matrix is counted by its scales, whose rows are a 64th as long
-    if tensor.name.endswith(".scales"):
-        shape = (*shape[:-1], shape[-1] * QUANTISED_GROUP)
+    if tensor.group:
+        return 0  # scales and biases
+    if tensor.bits:
+        shape = (*shape[:-1], shape[-1] * 32 // tensor.bits)
     if ".lora_" in tensor.name:  # what lies between the two; its input and output are the matrix's
         return min(shape[-2:]) if tensor.name.endswith("a") else 0
     total, chosen = experts(spec.text_config)

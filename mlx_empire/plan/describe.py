@@ -102,6 +102,7 @@ def describe(model: nn.Module, config: Mapping[str, Any], name: str, dtype: str)
     count = len(model.layers)
     may_cast = getattr(model, "cast_predicate", None) or (lambda _: True)
     trainable = {path for path, _ in tree_flatten(model.trainable_parameters())}
+    modules = dict(model.named_modules())
     groups: list[list[TensorSpec]] = [[] for _ in range(count + 1)]
     for path, array in tree_flatten(model.parameters()):
         packed = not mx.issubdtype(array.dtype, mx.floating)
@@ -112,7 +113,18 @@ def describe(model: nn.Module, config: Mapping[str, Any], name: str, dtype: str)
         kept = dtype if may_cast(path) and not is_adapter(path) else "float32"
         if packed:
             kept = str(array.dtype).removeprefix("mlx.core.")
-        groups[unit].append(TensorSpec(path, tuple(array.shape), kept, path in trainable))
+        bits, group = _packing(modules.get(path.rpartition(".")[0]), path)
+        groups[unit].append(TensorSpec(path, tuple(array.shape), kept, path in trainable, bits, group))
     names = ["root", *(f"{prefix}.{i}" for i in range(count))]
     units = tuple(UnitSpec(n, tuple(g)) for n, g in zip(names, groups, strict=True))
     return ModelSpec(name, str(config["model_type"]), dtype, units, dict(config))
+
+
+def _packing(module: nn.Module | None, path: str) -> tuple[int, int]:
+    """(bits of a code, inputs of a group) of a quantised module's tensor, as TensorSpec has them."""
+    if module is None or "scales" not in module:
+        return 0, 0
+    leaf = path.rpartition(".")[2]
+    return (module.bits if leaf == "weight" else 0), (
+        module.group_size if leaf in ("scales", "biases") else 0
+    )

@@ -13,7 +13,6 @@ from typing import Any
 
 BLOCK = 64  # elements; tensors start and intervals end on multiples of it (the optimizer's block)
 SMALL_ELEMENTS = 4096  # below this a tensor keeps fp32 weights and states
-QUANTISED_GROUP = 64  # inputs that share a scale in a quantised matrix
 ADAPTER_NAMES = frozenset({"lora_a", "lora_b", "m"})  # mlx-lm's; `m` is DoRA's magnitude
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 
@@ -22,17 +21,29 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "uint32": 4
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One parameter: `name` is its path in the mlx-lm model, `dtype` the dtype it computes in."""
+    """One parameter: `name` is its path in the mlx-lm model, `dtype` the dtype it computes in.
+
+    `bits`: of one code in a packed matrix; `group`: inputs that share an element of its scales or biases; else 0.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     trainable: bool = True
+    bits: int = 0
+    group: int = 0
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def parameters(self) -> int:
+        """Number of the model's parameters in it: a packed matrix holds one for each code, its scales none."""
+        if self.group:
+            return 0
+        return self.size * 32 // self.bits if self.bits else self.size
 
     @property
     def padded_size(self) -> int:
@@ -57,8 +68,8 @@ class UnitSpec:
 
     @property
     def parameters(self) -> int:
-        """Number of elements of all tensors, frozen ones included."""
-        return sum(t.size for t in self.tensors)
+        """Number of parameters of all tensors, frozen ones included."""
+        return sum(t.parameters for t in self.tensors)
 
     @cached_property
     def structure(self) -> tuple[tuple[str, tuple[int, ...], str, bool], ...]:
@@ -83,7 +94,7 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        """Number of elements of the whole model."""
+        """Number of parameters of the whole model, adapters included, however they are stored."""
         return sum(u.parameters for u in self.units)
 
     @property

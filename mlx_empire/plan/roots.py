@@ -6,7 +6,7 @@ embedding or the head, and both where there is only one; everything else counts 
 
 from __future__ import annotations
 
-from mlx_empire.plan.model import ModelSpec, TensorSpec
+from mlx_empire.plan.model import ModelSpec
 
 _EMBEDDINGS = ("embed", "wte", "wpe", "word_embeddings")
 
@@ -15,12 +15,12 @@ def root_use(spec: ModelSpec) -> tuple[int, int]:
     """(trainable elements that the head uses, trainable elements that the embedding uses) of the root."""
     tensors = spec.units[0].tensors
     tables = [t for t in tensors if len(t.shape) == 2]
-    tied = not any(_is_head(t) for t in tables)
+    tied = all(is_embedding(t.name) for t in tables)
     head = embed = 0
     for tensor in tensors:
         if not tensor.trainable:
             continue
-        is_table = len(tensor.shape) == 2 and any(word in tensor.name for word in _EMBEDDINGS)
+        is_table = len(tensor.shape) == 2 and is_embedding(tensor.name)
         position = "wpe" in tensor.name or "position" in tensor.name
         if is_table:
             embed += tensor.size
@@ -30,5 +30,6 @@ def root_use(spec: ModelSpec) -> tuple[int, int]:
     return head, embed
 
 
-def _is_head(tensor: TensorSpec) -> bool:
-    return not any(word in tensor.name for word in _EMBEDDINGS)
+def is_embedding(name: str) -> bool:
+    """Whether a matrix of the root, or its module, is an embedding by its name, not a head."""
+    return any(word in name for word in _EMBEDDINGS) and "embed_out" not in name

@@ -16,9 +16,10 @@ from mlx_empire.plan import catalog
 from mlx_empire.plan.counts import active_parameters, counted, has_closed_form
 from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
 from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.packing import AFFINE, Packing
 from mlx_empire.plan.tuning import tuned
 from mlx_empire.recipe.planned import not_built
-from mlx_empire.recipe.schema import Recipe, TuningSection
+from mlx_empire.recipe.schema import Recipe
 
 _MATTERS = ("model.", "tuning.", "optimizer.")  # what is not built elsewhere does not change a step
 
@@ -62,6 +63,7 @@ def _subject(config: Mapping[str, Any], name: str, recipe: Recipe) -> Subject:
     dtype = compute_dtype(config, recipe.model.dtype)
     tuning = recipe.tuning
     why: str | None = None
+    stored: Packing | None = None
     quantization = config.get("quantization")
     if (
         isinstance(quantization, Mapping) and tuning.type != "full"
@@ -69,8 +71,10 @@ def _subject(config: Mapping[str, Any], name: str, recipe: Recipe) -> Subject:
         if tuning.type == "dora":
             why = "DoRA on a base that is stored quantised is not built yet"
         config = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
-        tuning = TuningSection.model_construct(
-            **{**dict(tuning), "type": "qlora", "bits": quantization.get("bits")}
+        stored = Packing(
+            str(quantization.get("mode", AFFINE)),
+            int(quantization.get("bits", 4)),
+            int(quantization.get("group_size", 64)),
         )
     if has_closed_form(config):
         spec: ModelSpec = counted(config, name, dtype)
@@ -78,7 +82,10 @@ def _subject(config: Mapping[str, Any], name: str, recipe: Recipe) -> Subject:
     else:
         spec = describe(build_model(config, name), config, name, dtype)
     return Subject(
-        tuned(spec, tuning), spec.parameters, active_parameters(spec), why or _unbuilt_sentence(recipe)
+        tuned(spec, tuning, stored),
+        spec.parameters,
+        active_parameters(spec),
+        why or _unbuilt_sentence(recipe),
     )
 
 

@@ -27,8 +27,13 @@ _TERMS = {
     "optimizer v_floor": Term("2 bytes for each 64 elements: floor of the second moment", "exact"),
     "optimizer v_step": Term("2 bytes for each 64 elements: step of the second moment's code", "exact"),
     "optimizer remainder": Term(
-        "2 bytes (exact), 1 (diet) or 4 (fp32) for each bfloat16 element of the share: the master's remainder",
-        "exact",
+        "2 bytes for each bfloat16 element of the share: the rest of its fp32 master weight", "exact"
+    ),
+    "optimizer short_remainder": Term(
+        "1 byte for each bfloat16 element of the share: 8 more bits of its master weight (diet)", "exact"
+    ),
+    "optimizer master": Term(
+        "4 bytes for each bfloat16 element of the share: master weights in fp32", "exact"
     ),
     "exchange buffers": Term("two messages from and for every peer, at most a bucket each", "exact"),
     "MLX base": Term("512 KiB: rotary tables, scalars, compiled kernels' constants", "fitted"),

@@ -1,11 +1,10 @@
 """What a way of tuning does to a model, as tensors: adapters are added, the base is frozen and perhaps quantised.
 
-Decides which matrices get adapters and which are quantised, and the shapes of both, so that the same ShardPlan and
-ledger serve full fine-tuning and every kind of adapter. Conventions and names are mlx-lm's: what gets an adapter is
-nested as `linear`; `lora_a` (inputs, rank) and `lora_b` (rank, outputs) are fp32, for stacked experts (experts, rank,
-inputs) and (experts, outputs, rank); DoRA has a magnitude `m` per output. A quantised matrix is `weight` (packed in
-uint32), `scales` and `biases`, one of each per group of 64 inputs; a ternary base is kept in 2-bit codes, so that the
-stock kernels run it.
+Decides which matrices get adapters and the shapes of these, so that the same ShardPlan and ledger serve full
+fine-tuning and every kind of adapter. Conventions and names are mlx-lm's: what gets an adapter is nested as `linear`
+(an embedding as `embedding`); `lora_a` (inputs, rank) and `lora_b` (rank, outputs) are fp32, for stacked experts
+(experts, rank, inputs) and (experts, outputs, rank); an embedding's inputs are the vocabulary. DoRA has a magnitude
+`m` per output. How a base is packed stands in packing.py.
 """
 
 from __future__ import annotations
@@ -15,44 +14,55 @@ from dataclasses import replace
 from itertools import groupby
 
 from mlx_empire.plan.counts import experts, is_stacked
-from mlx_empire.plan.model import QUANTISED_GROUP, ModelSpec, TensorSpec, UnitSpec, is_router
+from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec, is_router
+from mlx_empire.plan.packing import Packing, packing_of
+from mlx_empire.plan.roots import is_embedding
 from mlx_empire.recipe.schema import TuningSection
 
 DEFAULT_RANK = 8
-DEFAULT_BITS = 4
-TERNARY_BITS = 2  # what codes of three values are stored in
 EXPERTS = "experts"  # the target that stands for the stacked matrices of a mixture's experts
+ALL_LINEAR = (
+    "all-linear"  # the target that stands for every linear module of the layers but routers and experts
+)
 
 
-def tuned(spec: ModelSpec, tuning: TuningSection) -> ModelSpec:
-    """`spec` after tuning: itself for full fine-tuning, else with a frozen base and adapters."""
+def tuned(spec: ModelSpec, tuning: TuningSection, stored: Packing | None = None) -> ModelSpec:
+    """`spec` after tuning: itself for full fine-tuning, else with a frozen base and adapters.
+
+    `stored`: how the folder's weights are packed already.
+    """
     if tuning.type == "full":
         return spec
+    packing = stored or packing_of(tuning)
     total, _ = experts(spec.text_config)
     first = len(spec.units) - (tuning.layers or len(spec.units) - 1)
     units = []
     for index, unit in enumerate(spec.units):
         tensors: list[TensorSpec] = []
-        own = f"{unit.name}."  # targets are looked for inside a layer
+        own = "" if index == 0 else f"{unit.name}."  # targets are looked for inside a layer
         adapted = {
             t.name.removesuffix(".weight")
             for t in unit.tensors
-            if index >= max(first, 1) and _gets_adapter(t, t.name.removeprefix(own), tuning, total)
+            if (index == 0 or index >= first)
+            and _gets_adapter(t, t.name.removeprefix(own), targets_of(tuning), total, root=index == 0)
         }
         for stem, module in groupby(unit.tensors, lambda t: t.name.rpartition(".")[0]):
+            inner = "embedding" if index == 0 and is_embedding(stem) else "linear"
             for tensor in (members := list(module)):
-                tensors += _base(_nested(tensor) if stem in adapted else tensor, tuning)
+                found = _nested(tensor, inner) if stem in adapted else tensor
+                tensors += _base(found, packing, root=index == 0)
             if stem in adapted:
-                tensors += _adapters(next(t for t in members if _is_matrix(t)), tuning)
+                matrix = next(t for t in members if _is_matrix(t))
+                tensors += _adapters(matrix, tuning, embedding=inner == "embedding")
         units.append(UnitSpec(unit.name, tuple(tensors)))
     return replace(spec, units=tuple(units))
 
 
-def base_bits(tuning: TuningSection) -> int | None:
-    """Bits per weight of a quantised base; None where it stays as it is."""
-    if tuning.type != "qlora":
-        return None
-    return TERNARY_BITS if tuning.bits == "ternary" else int(tuning.bits or DEFAULT_BITS)
+def targets_of(tuning: TuningSection) -> tuple[str, ...]:
+    """What the recipe asks adapters for."""
+    if tuning.targets is None or isinstance(tuning.targets, str):
+        return (ALL_LINEAR,)
+    return tuning.targets
 
 
 def is_target(module: str, target: str) -> bool:
@@ -60,36 +70,36 @@ def is_target(module: str, target: str) -> bool:
     return module == target or module.endswith("." + target)
 
 
-def _nested(tensor: TensorSpec) -> TensorSpec:
+def _nested(tensor: TensorSpec, inner: str) -> TensorSpec:
     stem, _, leaf = tensor.name.rpartition(".")
-    return replace(tensor, name=f"{stem}.linear.{leaf}")
+    return replace(tensor, name=f"{stem}.{inner}.{leaf}")
 
 
-def _base(tensor: TensorSpec, tuning: TuningSection) -> Iterator[TensorSpec]:
-    bits = base_bits(tuning)
-    if bits is None or not _is_matrix(tensor) or tensor.shape[-1] % QUANTISED_GROUP or is_router(tensor.name):
+def _base(tensor: TensorSpec, packing: Packing | None, *, root: bool) -> Iterator[TensorSpec]:
+    if packing and _is_matrix(tensor) and packing.packs(tensor.name, tensor.shape, root=root):
+        yield from packing.tensors(tensor)
+    else:
         yield replace(tensor, trainable=False)
-        return
-    *rows, inputs = tensor.shape
-    stem = tensor.name.removesuffix(".weight")
-    yield TensorSpec(tensor.name, (*rows, inputs * bits // 32), "uint32", False)
-    for part in ("scales", "biases"):
-        yield TensorSpec(f"{stem}.{part}", (*rows, inputs // QUANTISED_GROUP), tensor.dtype, False)
 
 
-def _gets_adapter(tensor: TensorSpec, inner_name: str, tuning: TuningSection, total_experts: int) -> bool:
+def _gets_adapter(
+    tensor: TensorSpec, inner_name: str, targets: tuple[str, ...], total_experts: int, *, root: bool
+) -> bool:
     if not _is_matrix(tensor) or is_router(tensor.name):
         return False
-    targets = tuning.targets or "all-linear"
-    if is_stacked(tensor, total_experts):
-        return targets != "all-linear" and EXPERTS in targets
+    if not root and is_stacked(tensor, total_experts):
+        return EXPERTS in targets
     if len(tensor.shape) != 2:  # the kernel of a convolution
         return False
-    return targets == "all-linear" or any(is_target(inner_name.removesuffix(".weight"), t) for t in targets)
+    if ALL_LINEAR in targets and not root:
+        return True
+    return any(is_target(inner_name.removesuffix(".weight"), t) for t in targets)
 
 
-def _adapters(tensor: TensorSpec, tuning: TuningSection) -> Iterator[TensorSpec]:
+def _adapters(tensor: TensorSpec, tuning: TuningSection, *, embedding: bool) -> Iterator[TensorSpec]:
     *stack, outputs, inputs = tensor.shape
+    if embedding:
+        outputs, inputs = inputs, outputs
     rank = tuning.rank or DEFAULT_RANK
     stem = tensor.name.removesuffix(".weight")
     if tuning.type == "dora":

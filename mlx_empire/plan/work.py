@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.hardware import Wire
-from mlx_empire.plan.model import ITEM_BYTES, QUANTISED_GROUP, ModelSpec, UnitSpec, is_adapter
+from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.plan.subject import Subject
 from mlx_empire.plan.traffic import Matrix, Route, add, all_gather_bytes, card_bytes, reduce_scatter_bytes
@@ -31,16 +31,8 @@ def flops_per_token(subject: Subject, work: Workload) -> float:
 
 
 def _weights(unit: UnitSpec) -> int:
-    """Weights of a unit's base; of a quantised matrix they are counted by its scales, of which a group has one."""
-    packed = {t.name.removesuffix(".weight") for t in unit.tensors if t.dtype == "uint32"}
-    total = 0
-    for tensor in unit.tensors:
-        stem, _, part = tensor.name.rpartition(".")
-        if stem in packed:
-            total += QUANTISED_GROUP * tensor.size if part == "scales" else 0
-        elif not is_adapter(tensor.name):
-            total += tensor.size
-    return total
+    """Weights of a unit's base."""
+    return sum(t.parameters for t in unit.tensors if not is_adapter(t.name))
 
 
 def attention_layers(spec: ModelSpec) -> int:

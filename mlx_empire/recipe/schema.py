@@ -10,13 +10,10 @@ is the business of whoever opens it.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     GetCoreSchemaHandler,
     ValidationInfo,
@@ -25,9 +22,8 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from mlx_empire.recipe.duration import Duration
-from mlx_empire.recipe.text import printable
-
-MAX_COUNT = 2**31 - 1
+from mlx_empire.recipe.evaluation import EvaluationSection
+from mlx_empire.recipe.section import Count, RecipePath, Section, as_tuple
 
 
 @dataclass(frozen=True)
@@ -58,17 +54,6 @@ def _built(*values: object, refused: str = "") -> BuiltToday:
     return BuiltToday(values, refused)
 
 
-def _path(written: object) -> object:
-    if isinstance(written, Path):
-        written = str(written)
-    if not isinstance(written, str) or not printable(written) or not 0 < len(written) <= 4096:
-        raise ValueError("not a path")
-    try:
-        return Path(written).expanduser()
-    except RuntimeError:
-        raise ValueError("no such home directory") from None
-
-
 def _exact_number(value: object) -> object:
     """Keeps true and 1.0 from passing as the literal 1."""
     if isinstance(value, bool | float):
@@ -76,8 +61,10 @@ def _exact_number(value: object) -> object:
     return value
 
 
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+def _checkpoint(written: object) -> object:
+    """A step may be written as a number."""
+    step = isinstance(written, int) and not isinstance(written, bool) and written > 0
+    return str(written) if step else written
 
 
 def _positive_duration(written: object) -> Duration:
@@ -94,20 +81,13 @@ def _whole_run(written: object) -> Duration:
     return duration
 
 
-RecipePath = Annotated[Path, BeforeValidator(_path)]
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse)]
 PositiveDuration = Annotated[Duration, BeforeValidator(_positive_duration)]
 RunLength = Annotated[Duration, BeforeValidator(_whole_run)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Bits = Annotated[Literal[2, 3, 4, 6, 8, "ternary"], BeforeValidator(_exact_number)]
+Bits = Annotated[Literal[2, 3, 4, 6, 8, "ternary", "mxfp4", "mxfp8", "nvfp4"], BeforeValidator(_exact_number)]
+KeyName = Annotated[str, Field(pattern=r"^[a-z_]+\.[a-z_]+$")]
 Share = Annotated[float, Field(gt=0, le=1e15)]
-
-
-class Section(BaseModel):
-    """What all sections share: no unknown keys, no silent conversion of types, no change after loading."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -122,6 +102,16 @@ class ModelSection(Section):
     )
     init: Literal["pretrained", "random"] = Field(
         default="pretrained", description="pretrained or random (built from config.json alone)"
+    )
+    compare: Literal["headers", "contents"] = Field(
+        default="headers",
+        description="headers or contents (what of the folder must be equal on all machines that have it; contents "
+        "reads every weight once more)",
+    )
+    base_digest: str | None = Field(
+        default=None,
+        pattern=r"^sha256:[0-9a-f]{64}$",
+        description="the digest of a frozen folder (sha256:...), as its FROZEN.json says, or null (any folder)",
     )
 
 
@@ -140,16 +130,21 @@ class TuningSection(Section):
     )
     targets: Annotated[
         Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None,
-        BeforeValidator(_tuple),
+        BeforeValidator(as_tuple),
     ] = Field(
         default=None,
-        description="all-linear, a list of module names such as [q_proj, v_proj, experts], or null (all-linear)",
+        description="all-linear, a list of module names such as [q_proj, v_proj, experts, lm_head], or null",
     )
     layers: Count | None = Field(
         default=None, description="a whole number (adapters in the last so many layers), or null (all)"
     )
-    bits: Annotated[Bits | None, _built(None, 2, 3, 4, 6, 8)] = Field(
-        default=None, description="2, 3, 4, 6, 8 or ternary (bits per weight of qlora's base), or null (4)"
+    bits: Bits | None = Field(
+        default=None,
+        description="2, 3, 4, 6, 8, ternary, mxfp4, mxfp8 or nvfp4 (how qlora packs its base), or null (4)",
+    )
+    rslora: Literal[True] | None = Field(
+        default=None,
+        description="true (adapters are scaled by alpha / the square root of rank), or null (alpha / rank)",
     )
 
 
@@ -183,8 +178,8 @@ class BatchSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Annotated[Literal["adamw", "lion", "sgd"], _built("adamw")] = Field(
-        default="adamw", description="adamw, lion or sgd"
+    name: Literal["adamw", "lion", "sgd"] = Field(
+        default="adamw", description="adamw, lion or sgd (with momentum, the first of betas)"
     )
     learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
         description="a number above 0 and up to 10, such as 1e-5"
@@ -192,7 +187,7 @@ class OptimizerSection(Section):
     weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(
         default=0.0, description="a number from 0 to 10"
     )
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_tuple)] = Field(
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(as_tuple)] = Field(
         default=(0.9, 0.999), description="a list of two numbers from 0 to below 1, such as [0.9, 0.999]"
     )
     eps: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -204,8 +199,9 @@ class OptimizerSection(Section):
     state_bits: Annotated[Literal[8, 32], BeforeValidator(_exact_number)] = Field(
         default=32, description="8 or 32 (bits per optimizer state)"
     )
-    master_weights: Annotated[Literal["exact", "diet", "fp32", "none"], _built("exact")] = Field(
-        default="exact", description="exact, diet, fp32 or none"
+    master_weights: Literal["exact", "diet", "fp32", "none"] = Field(
+        default="exact",
+        description="exact (2 bytes more than bfloat16, all of float32), diet (1 byte), fp32 (4) or none",
     )
 
 
@@ -230,7 +226,7 @@ class MemorySection(Section):
     )
     shares: Annotated[
         Literal["memory", "equal"] | Annotated[tuple[Share, ...], Field(min_length=1, max_length=4096)],
-        BeforeValidator(_tuple),
+        BeforeValidator(as_tuple),
     ] = Field(
         default="memory",
         description="memory, equal or a list of one positive number per rank, such as [2, 1]",
@@ -247,8 +243,30 @@ class CommSection(Section):
     )
     deadline_seconds: Annotated[float, Field(gt=0, le=604800)] = Field(
         default=1800.0,
-        description="a number of seconds above 0 and up to 604800: longer than a step's longest computation, in "
-        "which other ranks hear nothing",
+        description="a number of seconds above 0 and up to 604800: the longest that a machine may show no progress "
+        "(in a layer, a file, a pause of its own) before the run is ended",
+    )
+    deadline_floor_seconds: Annotated[float, Field(gt=0, le=604800)] = Field(
+        default=60.0,
+        description="a number of seconds above 0 and up to 604800: once a few steps are done, their phases may take "
+        "ten times as long as they did, but at least this and at most comm.deadline_seconds",
+    )
+
+
+class NumericsSection(Section):
+    spikes: Annotated[Literal["off", "log", "skip", "rollback"], _built("off", "log", "skip")] = Field(
+        default="log",
+        description="off, log, skip (leave the update of a step out whose loss or gradient norm leaps) or rollback",
+    )
+    threshold: Annotated[float, Field(ge=2, le=1e6)] = Field(
+        default=10.0,
+        description="a number from 2 to 1000000 (robust standard deviations above the median that make a leap)",
+    )
+    window: Annotated[int, Field(ge=16, le=4096)] = Field(
+        default=64, description="a whole number from 16 to 4096 (the steps that a step is compared with)"
+    )
+    max_skips: Annotated[int, Field(ge=0, le=4096)] = Field(
+        default=8, description="a whole number from 0 to 4096 (skipped steps among the last `window` ones)"
     )
 
 
@@ -265,11 +283,23 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="a whole number from 0 to 4294967295"
     )
-    save_every: Annotated[PositiveDuration | None, _built(None)] = Field(
-        default=None, description="a duration: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep)"
+    save_every: PositiveDuration | None = Field(
+        default=None,
+        description="a duration above 0: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep); or null (no "
+        "checkpoints)",
     )
-    keep_last: Annotated[Count | None, _built(None)] = Field(
-        default=None, description="a whole number of at least 1"
+    keep_last: Count | None = Field(
+        default=None,
+        description="a whole number of at least 1 (the newest checkpoints that are kept), or null (all)",
+    )
+    buddy: Literal["auto", True, False] = Field(
+        default="auto",
+        description="auto (where disks allow), true or false (each node keeps a copy of another node's shards)",
+    )
+    checkpoints: RecipePath | None = Field(
+        default=None,
+        description="the path of each node's folder for checkpoints, in which {rank} and {host} stand for the "
+        "rank's number and the host's name; or null (checkpoints in run.dir)",
     )
     eval_every: PositiveDuration | None = Field(
         default=None,
@@ -278,8 +308,13 @@ class RunSection(Section):
     eval_batches: Count | None = Field(
         default=None, description="a whole number of at least 1, or null (the whole validation split)"
     )
-    resume: Annotated[str, _built("auto", "never", refused="resuming from a named checkpoint")] = Field(
-        default="auto", description="auto or never"
+    resume: Annotated[str, BeforeValidator(_checkpoint), Field(min_length=1, max_length=4096)] = Field(
+        default="auto",
+        description="auto (the newest whole checkpoint), never, a step such as 300, or the path of a checkpoint",
+    )
+    accept_changes: Annotated[tuple[KeyName, ...], BeforeValidator(as_tuple), Field(max_length=256)] = Field(
+        default=(),
+        description="a list of keys that may differ from the checkpoint's recipe, such as [run.steps]",
     )
     hosts: RecipePath | None = Field(default=None, description="the path of a hostfile, or null")
 
@@ -295,7 +330,9 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     memory: MemorySection = MemorySection()
     comm: CommSection = CommSection()
+    numerics: NumericsSection = NumericsSection()
     report: ReportSection = ReportSection()
+    evaluation: EvaluationSection = EvaluationSection()
     run: RunSection
 
     @model_validator(mode="after")
@@ -315,6 +352,12 @@ class Recipe(Section):
                 f"cells {batch.cells} is more than the {size // micro} micro-batches of a step "
                 f"(global_size {size} / micro_size {micro}); use {size // micro} or less",
             )
+        for name in self.run.accept_changes:
+            section, key = name.split(".")
+            if key not in getattr(type(self).model_fields.get(section), "annotation", Section).model_fields:
+                raise impossible(
+                    ("run.accept_changes",), f"there is no key {name}; use keys such as run.steps"
+                )
         if self.tuning.bits is not None and self.tuning.type != "qlora":
             message = f"bits {self.tuning.bits} has no meaning for type {self.tuning.type}; use type qlora"
             raise impossible(("tuning.bits", "tuning.type"), message)
@@ -324,6 +367,9 @@ class Recipe(Section):
                 f"{idle} has no meaning for type full; use type lora, dora or qlora, or leave {idle} out"
             )
             raise impossible((f"tuning.{idle}", "tuning.type"), message)
+        wrong = self.evaluation.contradiction(evaluates=self.run.eval_every is not None)
+        if wrong:
+            raise impossible((f"evaluation.{wrong[0]}",), wrong[1])
         if schedule.warmup.unit == steps.unit and schedule.warmup.value > steps.value:
             message = f"warmup {schedule.warmup} is longer than the whole run, run.steps {steps}; use 3%"
             raise impossible(("schedule.warmup", "run.steps"), message)

@@ -11,9 +11,12 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardWriter:
-    """Writes event files to `run_dir/tensorboard` (mode 0700) by way of the optional package tensorboardX."""
+    """Writes event files to `run_dir/tensorboard` (mode 0700) by way of the optional package tensorboardX.
 
-    def __init__(self, run_dir: Path) -> None:
+    `after_step`: as in `MetricsWriter`.
+    """
+
+    def __init__(self, run_dir: Path, after_step: int | None = None) -> None:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
@@ -23,15 +26,17 @@ class TensorBoardWriter:
         folder = Path(run_dir) / FOLDER
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
-        self._writer = SummaryWriter(str(folder))
+        purge = None if after_step is None else after_step + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """The figures of one step; lists, which are indexed by rank, go to one curve a rank."""
         self._write("train", record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """The figures of one evaluation: `eval_loss` becomes `eval/loss`."""
-        self._write("eval", {name.removeprefix("eval_"): value for name, value in record.items()})
+        """The figures of one evaluation: `eval_loss` becomes `eval/loss`, a score `eval/set.metric`."""
+        figures = {**record, **record.get("scores", {})}
+        self._write("eval", {name.removeprefix("eval_"): value for name, value in figures.items()})
 
     def _write(self, group: str, record: Mapping[str, Any]) -> None:
         step = int(record["step"])

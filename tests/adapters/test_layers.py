@@ -16,6 +16,7 @@ from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.memory import ledger
 from mlx_empire.plan.model import TensorSpec
+from mlx_empire.plan.packing import PACKINGS
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.tuning import tuned
 from mlx_empire.plan.workload import Workload
@@ -25,7 +26,9 @@ TUNINGS = {
     "lora": {"type": "lora", "rank": 4},
     "dora": {"type": "dora"},
     "two layers": {"type": "lora", "layers": 2},
-    **{f"qlora {bits}": {"type": "qlora", "bits": bits} for bits in (2, 3, 4, 6, 8)},
+    **{f"qlora {bits}": {"type": "qlora", "bits": bits} for bits in PACKINGS},
+    "embedding": {"type": "lora", "targets": ["all-linear", "embed_tokens"]},
+    "packed embedding": {"type": "qlora", "targets": ["embed_tokens"]},
 }
 
 
@@ -39,6 +42,8 @@ def both(family, tuning, dtype="bfloat16", **config):
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
 def test_the_plan_lists_the_tensors_that_are_built(family, tuning):
+    if "targets" in tuning and family in ("gpt2", "mamba2"):
+        tuning = tuning | {"targets": [{"gpt2": "wte", "mamba2": "embeddings"}[family]]}
     built, planned = both(family, tuning)
     for one, other in zip(built.units, planned.units, strict=True):
         assert sorted(one.tensors, key=str) == sorted(other.tensors, key=str), one.name
@@ -50,6 +55,23 @@ def test_so_it_does_with_targets(targets):
     for one, other in zip(built.units, planned.units, strict=True):
         assert sorted(one.tensors, key=str) == sorted(other.tensors, key=str)
     assert sum(t.trainable for t in built.units[1].tensors) == 3 * len(targets)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "qlora"])
+def test_so_it_does_with_the_head(kind):
+    built, planned = both("qwen3", {"type": kind, "targets": ["lm_head", "k_proj"], "layers": 1})
+    for one, other in zip(built.units, planned.units, strict=True):
+        assert sorted(one.tensors, key=str) == sorted(other.tensors, key=str)
+    assert [sum(t.trainable for t in u.tensors) > 0 for u in built.units] == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("bits", PACKINGS)
+def test_packed_parameters_are_counted_as_what_they_stand_for(bits):
+    config = {"hidden_size": 128, "intermediate_size": 192}
+    plain, _ = both("llama", {"type": "full"}, **config)
+    built, planned = both("llama", {"type": "qlora", "bits": bits}, **config)
+    for one in (built, planned):
+        assert one.parameters - one.trainable_parameters == plain.parameters
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -86,13 +108,20 @@ def test_settings_are_mlx_lms():
     assert built_of(TunedCase("llama", tuning={"type": "lora", "rank": 32})).adapters.scale == 2.0
 
 
+def test_rslora_divides_by_the_root_of_the_rank():
+    tuning = {"type": "lora", "rank": 16, "rslora": True}
+    assert built_of(TunedCase("llama", tuning=tuning)).adapters.scale == 32 / 4
+    assert built_of(TunedCase("llama", tuning=tuning | {"alpha": 6})).adapters.scale == 6 / 4
+
+
 @pytest.mark.parametrize(
     ("family", "tuning", "message"),
     [
         ("llama", {"type": "lora", "layers": 5}, "tuning.layers: 5: the model has 4 layers"),
         ("llama", {"type": "lora", "targets": ["q_prj"]}, "q_prj: no linear module .*down_proj.*q_proj"),
         ("llama", {"type": "lora", "targets": ["experts"]}, "tuning.targets: experts"),
-        ("qwen3_moe", {"type": "lora", "targets": ["gate"]}, "there are experts, k_proj"),
+        ("qwen3_moe", {"type": "lora", "targets": ["gate"]}, "there are embed_tokens, experts, k_proj"),
+        ("llama", {"type": "dora", "targets": ["embed_tokens"]}, "no DoRA for embeddings"),
         ("qwen3_moe", {"type": "dora", "targets": ["experts"]}, "no DoRA for stacked experts"),
     ],
 )
@@ -125,13 +154,18 @@ def test_lora_a_is_a_function_of_seed_and_name_and_spread_as_mlx_lms():
         TunedCase("llama", tuning={"type": "qlora"}),
         TunedCase("qwen3_moe", tuning={"type": "qlora", "bits": 8}),
         TunedCase("llama4", tuning={"type": "qlora", "bits": 3}),
+        TunedCase("llama", tuning={"type": "qlora", "bits": "mxfp4"}),
+        TunedCase("llama", tied=True, tuning={"type": "qlora", "bits": "nvfp4"}),
+        TunedCase(
+            "qwen3_moe", tuning={"type": "qlora", "bits": "mxfp8"}, config={"moe_intermediate_size": 64}
+        ),
     ],
-    ids=lambda case: f"{case.family} {case.tuning['type']}",
+    ids=lambda case: f"{case.family} {case.tuning['type']} {case.tuning.get('bits')}",
 )
 def test_what_is_loaded_is_what_mlx_lm_makes_of_the_weights(case):
     """Names, packed codes, scales and magnitudes, bit for bit; `lora_a` is ours, `lora_b` zero."""
     built = built_of(case)
-    source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), built.spec, SEED)
+    source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), built.spec, SEED, built.packing)
     found = {t.name: a for i in range(len(built.spec.units)) for t, a in source.unit(i)}
     expected = dict(tree_flatten(reference_model(case).parameters()))
     assert found.keys() == expected.keys()

@@ -52,6 +52,25 @@ def test_ten_steps_are_those_of_mlx_lms_own_layers(family, tuning, comm, thread)
     compare(TunedCase(family, tuning=tuning, tail=1, **COMMON), comm, thread)
 
 
+@pytest.mark.parametrize("bits", ["ternary", "mxfp4", "mxfp8", "nvfp4"])
+def test_so_they_are_on_other_packed_bases(bits, comm, thread):
+    """The ternary one against a dense model with weights that numpy made ternary."""
+    tuning = {"type": "qlora", "rank": 4, "bits": bits}
+    compare(TunedCase("llama", tuning=tuning, tail=1, **COMMON), comm, thread)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_so_they_are_with_adapters_on_embedding_and_head(kind, tied, comm, thread):
+    names = ["embed_tokens", *([] if tied else ["lm_head"])]
+    tuning = {"type": kind, "rank": 4, "targets": ["all-linear", *names], "dropout": 0.0}
+    compare(TunedCase("llama", tied=tied, tuning=tuning, tail=1, **COMMON), comm, thread)
+
+
+def test_so_they_are_with_dora_on_the_head(comm, thread):
+    compare(TunedCase("llama", tuning={"type": "dora", "targets": ["lm_head"]}, **COMMON), comm, thread)
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "llama4"])
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 def test_so_they_are_with_adapters_on_the_experts(family, kind, comm, thread):

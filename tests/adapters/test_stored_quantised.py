@@ -43,7 +43,7 @@ def folder(request, tmp_path_factory):
 def test_packed_weights_are_read_as_they_are(folder):
     path, config, expected = folder
     built = tuned_model(config, TuningSection(type="lora"), str(path), "float32", open_folder(path).stored())
-    source = TunedSource(FolderSource(path, built.rebuild, built.base), built.spec, 0)
+    source = TunedSource(FolderSource(path, built.rebuild, built.base), built.spec, 0, None)
     found = {t.name: a for i in range(len(built.spec.units)) for t, a in source.unit(i)}
     base = {name.replace(".linear.", "."): a for name, a in found.items() if ".lora_" not in name}
     assert base.keys() == expected.keys()
@@ -60,7 +60,8 @@ def test_packed_weights_are_read_as_they_are(folder):
     [
         ({"type": "dora"}, {}, "tuning.type: dora: .*stored quantised; use type lora"),
         ({"type": "qlora", "bits": 8}, {}, "tuning.bits: 8: .*stored in 4 bits; leave tuning.bits out"),
-        ({"type": "lora"}, {"mode": "mxfp4"}, "packed as mxfp4"),
+        ({"type": "lora"}, {"mode": "mxfp5"}, "packed as mxfp5"),
+        ({"type": "qlora", "bits": 4}, {"mode": "mxfp4"}, "tuning.bits: 4: .*stored as mxfp4"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(folder, tuning, changed, message):

@@ -67,6 +67,28 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "llama 64 stage 2, bfloat16": setting(
             "llama", 64, 2, [1], dtype="bfloat16", gradient_dtype="bfloat16"
         ),
+        **{
+            f"llama 64 stage 2, bfloat16, {name} {bits} bits, {master}": setting(
+                "llama",
+                64,
+                2,
+                [1],
+                dtype="bfloat16",
+                gradient_dtype="bfloat16",
+                micro_batches=1,
+                optimizer=name,
+                state_bits=bits,
+                master_weights=master,
+            )
+            for name, bits, master in (
+                ("adamw", 8, "exact"),
+                ("adamw", 8, "diet"),
+                ("adamw", 32, "fp32"),
+                ("adamw", 8, "none"),
+                ("lion", 8, "exact"),
+                ("sgd", 32, "diet"),
+            )
+        },
     },
     2: {
         "llama 384 stage 3, dora in 4 layers": setting(
@@ -96,7 +118,7 @@ NAMES = [(ranks, name) for ranks, cases in SETTINGS.items() for name in cases]
 @cache
 def reports(ranks: int) -> list[dict[str, Any]]:
     """Every rank's figures for all settings of a world's size."""
-    return run_ranks(ranks, "tests/engine/peak_worker.py", [json.dumps(SETTINGS[ranks])], timeout=300)
+    return run_ranks(ranks, "tests/engine/peak_worker.py", [json.dumps(SETTINGS[ranks])], timeout=900)
 
 
 def errors(ranks: int, name: str) -> list[float]:

@@ -47,7 +47,10 @@ def test_adapters_do_not_change_the_models_own_count():
     assert found.spec.parameters > found.base_parameters
     assert found.not_trainable is None
     ternary = catalog_subject("llama-3.1-8b", recipe("x", "tuning.type=qlora", "tuning.bits=ternary"))
-    assert "tuning.bits: ternary" in str(ternary.not_trainable)
+    assert ternary.not_trainable is None
+    assert ternary.spec.parameters - ternary.spec.trainable_parameters == 8_030_261_248
+    unbuilt = catalog_subject("llama-3.1-8b", recipe("x", "optimizer.master_weights=diet"))
+    assert "optimizer.master_weights: diet" in str(unbuilt.not_trainable)
 
 
 @pytest.mark.parametrize("name", ["falcon-180b", "olmo-7b-instruct"])

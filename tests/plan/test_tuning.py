@@ -52,15 +52,20 @@ def test_targets_layers_and_experts():
     assert {t.shape[0] for t in stacked} == {total}
 
 
-@pytest.mark.parametrize(("bits", "stored"), [(8, 8), (4, 4), (2, 2), ("ternary", 2)])
-def test_a_quantised_base_weighs_what_mlx_makes_of_it(bits, stored):
+@pytest.mark.parametrize("bits", [8, 4, 2, "ternary", "mxfp4", "mxfp8", "nvfp4"])
+def test_a_quantised_base_weighs_what_mlx_makes_of_it(bits):
     spec, after = tune("llama", type="qlora", bits=bits, rank=2)
     frozen = [t for u in after.units for t in u.tensors if not t.trainable]
     expected = 0
     for tensor in (t for u in spec.units for t in u.tensors):
         array = mx.zeros(tensor.shape, mx.bfloat16)
-        if len(tensor.shape) == 2 and tensor.shape[-1] % 64 == 0:
-            expected += sum(a.nbytes for a in mx.quantize(array, 64, stored))
+        if len(tensor.shape) == 2 and not (bits == "ternary" and ".layers." not in tensor.name):
+            how = (
+                {"mode": bits}
+                if str(bits).endswith(("fp4", "fp8"))
+                else {"bits": 2 if bits == "ternary" else bits}
+            )
+            expected += sum(a.nbytes for a in mx.quantize(array, **how))
         else:
             expected += array.nbytes
     assert sum(t.size * ITEM_BYTES[t.dtype] for t in frozen) == expected

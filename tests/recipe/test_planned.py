@@ -17,18 +17,15 @@ PLANNED = ["tuning.type=qlora", "tuning.rank=16", "tuning.bits=ternary", "tuning
 
 
 def test_what_is_not_built_passes_where_it_is_planned_and_is_listed():
-    recipe = parse_recipe(TEXT, "x.yaml", [*PLANNED, "optimizer.master_weights=diet"], planned=True)
+    recipe = parse_recipe(TEXT, "x.yaml", [*PLANNED, "numerics.spikes=rollback"], planned=True)
     assert (recipe.tuning.rank, recipe.tuning.targets) == (16, ("q_proj", "experts"))
-    assert not_built(recipe) == {
-        "tuning.bits": "ternary",
-        "optimizer.master_weights": "diet",
-    }
+    assert not_built(recipe) == {"numerics.spikes": "rollback"}
     assert parse_recipe(dump_recipe(recipe), "y.yaml", planned=True) == recipe
 
 
 def test_the_trainer_still_refuses_it():
-    with pytest.raises(UserError, match="ternary is not built yet; use 2 or 3"):
-        parse_recipe(TEXT, "x.yaml", PLANNED)
+    with pytest.raises(UserError, match="rollback is not built yet"):
+        parse_recipe(TEXT, "x.yaml", [*PLANNED, "numerics.spikes=rollback"])
     assert not_built(parse_recipe(TEXT, "x.yaml")) == {}
 
 
@@ -37,7 +34,7 @@ def test_the_trainer_still_refuses_it():
     [
         ("tuning.rank=0", "tuning.rank: got 0; expected a whole number"),
         ("tuning.rank=many", "tuning.rank: got 'many'"),
-        ("tuning.bits=5", r"tuning.bits: got 5; expected 2, 3, 4, 6, 8 or ternary.*did you mean"),
+        ("tuning.bits=5", r"tuning.bits: got 5; expected 2, 3, 4, 6, 8, ternary, mxfp4.*did you mean"),
         ("tuning.dropout=1", "tuning.dropout: got 1"),
         ("tuning.targets=[]", "tuning.targets"),
         ("tuning.bits=4", "bits 4 has no meaning for type lora; use type qlora"),

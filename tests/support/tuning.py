@@ -39,6 +39,7 @@ LINEAR = {
     "qwen3_moe": ATTENTION,
     "llama4": (*ATTENTION, *(f"feed_forward.shared_expert.{p}_proj" for p in ("gate", "up", "down"))),
 }
+ROOT = {"embed_tokens", "lm_head"}
 EXPERTS = {
     "qwen3_moe": tuple(f"mlp.switch_mlp.{p}_proj" for p in ("gate", "up", "down")),
     "llama4": tuple(f"feed_forward.experts.{p}_proj" for p in ("gate", "up", "down")),
@@ -79,7 +80,7 @@ def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Tr
     optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
     noise = SEED if case.tuning.get("dropout") else None
     trainer = Trainer(built.model, built.spec, plan, work, comm, thread, optimizer, case.clip_norm, noise)
-    source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), built.spec, SEED)
+    source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), built.spec, SEED, built.packing)
     for index in range(len(built.spec.units)):
         trainer.store.load(index, source.unit(index))
     trainer.prepare(packing=case.packed)
@@ -95,21 +96,30 @@ def reference_model(case: TunedCase, *, layers: int = 4) -> nn.Module:
     model = build_model(config_of(case), case.family)
     model.load_weights(list(values.items()))
     tuning = case.tuning
-    if tuning["type"] == "qlora":
+    if tuning.get("bits") == "ternary":
+        model.load_weights(
+            [(n, ternary_values(a)) for n, a in values.items() if is_ternary(n, a)], strict=False
+        )
+    elif tuning["type"] == "qlora":
+        bits = tuning.get("bits", 4)
+        group = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}.get(bits, 64)
         nn.quantize(
             model,
-            64,
-            tuning.get("bits", 4),
+            None if isinstance(bits, str) else group,
+            None if isinstance(bits, str) else bits,
+            mode=bits if isinstance(bits, str) else "affine",
             class_predicate=lambda path, module: (
                 hasattr(module, "to_quantized")
-                and module.weight.shape[-1] % 64 == 0
+                and module.weight.shape[-1] % group == 0
                 and not path.endswith((".gate", ".router"))
             ),
         )
     model.freeze()
-    keys = [*LINEAR[case.family]]
-    if "targets" in tuning:
-        keys += EXPERTS[case.family]
+    keys = [*LINEAR[case.family]] if tuning.get("targets") != ["lm_head"] else []
+    root = [
+        f"{'model.' if name == 'embed_tokens' else ''}{name}" for name in ROOT & {*tuning.get("targets", ())}
+    ]
+    keys += root if root or "targets" not in tuning else EXPERTS[case.family]
     rank = tuning.get("rank", 8)
     model.train()
     settings = {
@@ -120,6 +130,25 @@ def reference_model(case: TunedCase, *, layers: int = 4) -> nn.Module:
     }
     linear_to_lora_layers(model, tuning.get("layers", layers), settings, use_dora=tuning["type"] == "dora")
     return model
+
+
+def is_ternary(name: str, array: mx.array) -> bool:
+    """Which weights a ternary base packs, written down by hand: matrices of layers but routers."""
+    plain = (
+        ".layers." in name
+        and name.endswith(".weight")
+        and not name.endswith((".gate.weight", ".router.weight"))
+    )
+    return plain and array.ndim >= 2 and array.shape[-1] % 64 == 0
+
+
+def ternary_values(array: mx.array) -> mx.array:
+    """What a float32 matrix becomes: in each group of 64 inputs -s, 0 or +s, with s the mean absolute value."""
+    values = np.array(array)
+    for group in values.reshape(-1, 64):  # a view
+        s = np.abs(group).mean(dtype=np.float64).astype(np.float32)
+        group[:] = np.where(np.abs(group) > 0.5 * s, np.sign(group) * s, 0)
+    return mx.array(values)
 
 
 class _Seeded(nn.Module):

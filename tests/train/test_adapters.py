@@ -12,10 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import pytest
+from mlx_lm import fuse
 from mlx_lm.utils import save_model
 from train.launching import MODEL, Workspace, curve, held_out, jsonl, raw_tensors, step_records, succeeded
 from train.test_result import TRAIN, VALID, mean_loss
 
+from mlx_empire import export
 from mlx_empire.assemble import tuned_model
 from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.source import FolderSource
@@ -111,7 +113,13 @@ def test_it_learns_and_leaves_mlx_lms_two_files_for_its_owner_alone(kind: str, a
     assert {f.name for f in (run / "final").iterdir()} == {
         "adapters.safetensors",
         "adapter_config.json",
+        "peft",
+        "README.md",
         "EXPORT.json",
+    }
+    assert {f.name for f in (run / "final/peft").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
     }
     for path in (run, *run.rglob("*")):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
@@ -145,7 +153,7 @@ def model_of(folder: Path, kind: str, run: Path) -> nn.Module:
     }[kind]
     tuning, stored = TuningSection.model_validate(written), open_folder(folder).stored()
     built = tuned_model(read_config(folder), tuning, str(folder), "float32", stored)
-    source = TunedSource(FolderSource(folder, built.rebuild, built.base), built.spec, 0)
+    source = TunedSource(FolderSource(folder, built.rebuild, built.base), built.spec, 0, built.packing)
     for index in range(len(built.spec.units)):
         built.model.load_weights([(t.name, array) for t, array in source.unit(index)], strict=False)
     adapters = mx.load(str(run / "final/adapters.safetensors"))
@@ -160,9 +168,54 @@ def test_quantising_while_loading_is_a_quantised_folder(alone: Workspace) -> Non
     assert result(alone.folder / "qlora") == result(alone.folder / "stored")
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "qlora"])
+def test_merged_it_has_the_same_logits(kind: str, alone: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By our export; QLoRA's on the values that its base was packed to, which mlx-lm's packed folder has too."""
+    monkeypatch.chdir(alone.folder)
+    assert export.main(["merge", kind, f"{kind} merged"]) == 0
+    merged, _ = mlx_lm.load(str(alone.folder / f"{kind} merged"))
+    base = "packed" if kind == "qlora" else "dense"
+    adapted, _ = mlx_lm.load(base, adapter_path=f"{kind}/final")
+    tokens = mx.array([TRAIN[0]])
+    assert mx.allclose(merged(tokens), adapted(tokens), atol=1e-4)
+    assert (alone.folder / f"{kind} merged/README.md").read_text().startswith("---\nbase_model: dense")
+
+
+@pytest.mark.parametrize("kind", ["lora", "stored"])
+def test_mlx_lm_fuses_it(kind: str, alone: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(alone.folder)
+    base = "packed" if kind == "stored" else "dense"
+    words = ["--model", base, "--adapter-path", f"{kind}/final", "--save-path", f"{kind} fused"]
+    monkeypatch.setattr("sys.argv", ["fuse", *words, *(["--dequantize"] if kind == "stored" else [])])
+    fuse.main()
+    fused, _ = mlx_lm.load(f"{kind} fused")
+    adapted, _ = mlx_lm.load(base, adapter_path=f"{kind}/final")
+    tokens = mx.array([TRAIN[0]])
+    assert mx.allclose(fused(tokens), adapted(tokens), atol=1e-4)
+
+
+def test_a_ternary_base_is_packed_for_mlx_lm(alone: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on the dense folder packed while loading, and its adapter on a folder that was packed for good."""
+    monkeypatch.chdir(alone.folder)
+    assert export.main(["base", "dense", "ternary base", "--bits", "ternary"]) == 0
+    asked = ["tuning.type=qlora", "tuning.bits=ternary", "run.dir=ternary"]
+    succeeded(alone.train("recipe.yaml", *asked))
+    model, _ = mlx_lm.load("ternary base", adapter_path="ternary/final")
+    (_, _), (_, after) = held_out(alone.folder / "ternary")
+    assert mean_loss(model, VALID) == pytest.approx(after, rel=1e-5)
+    assert export.main(["merge", "ternary", "ternary merged"]) == 0
+    merged, _ = mlx_lm.load("ternary merged")
+    tokens = mx.array([TRAIN[0]])
+    assert mx.allclose(merged(tokens), model(tokens), atol=1e-4)
+
+
 def test_a_plan_says_what_is_trained(alone: Workspace) -> None:
     plan = json.loads((alone.folder / "lora/plan.json").read_text())
     adapters = raw_tensors(alone.folder / "lora/final")
+    assert plan["parameters"] == 279_232 + plan["trainable_parameters"]
+    for kind in ("qlora", "stored"):  # packed weights are counted as what they stand for
+        packed = json.loads((alone.folder / kind / "plan.json").read_text())
+        assert packed["parameters"] == 279_232 + packed["trainable_parameters"]
     assert plan["trainable_parameters"] * 4 == sum(len(data) for _, _, data in adapters.values())
     (only,) = plan["ranks"]
     assert only["ledger"]["adapters"] >= plan["trainable_parameters"] * 4

@@ -1,0 +1,193 @@
+"""Turn results into what other tools open: `python -m mlx_empire.export merge | peft | mlx-lm | base FROM OUT`.
+
+    merge   an adapter added into its base: a whole model folder
+    peft    an adapter in PEFT's format, for torch
+    mlx-lm  an adapter in mlx-lm's format
+    base    a model folder packed as --bits says, ternary included: a whole model folder for mlx-lm
+
+FROM is a run's folder, or a folder with an adapter in either format (then --model names its base); for `base` it is a
+model's folder. A run's model card goes along. Nothing of FROM is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_empire import assemble
+from mlx_empire.adapters.quantised import unpacked
+from mlx_empire.arguments import UserArguments
+from mlx_empire.checkpoint.adapter_folder import (
+    CARD_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    read_mlx_lm,
+    read_settings,
+    read_tensors,
+    write_mlx_lm,
+    write_peft,
+)
+from mlx_empire.checkpoint.export import FolderWriter
+from mlx_empire.checkpoint.folder import open_folder
+from mlx_empire.checkpoint.layout import huggingface_names
+from mlx_empire.checkpoint.merge import MergedSource
+from mlx_empire.checkpoint.packed_folder import write_packed
+from mlx_empire.checkpoint.peft_format import PEFT_WEIGHTS, from_peft, no_peft_form
+from mlx_empire.checkpoint.sidefiles import write_text
+from mlx_empire.checkpoint.source import FolderSource
+from mlx_empire.checkpoint.staging import disk_errors, fresh_folder, publish, refuse_foreign
+from mlx_empire.comm.failure import guard
+from mlx_empire.errors import UserError
+from mlx_empire.plan.describe import compute_dtype, read_config
+from mlx_empire.plan.packing import PACKINGS, Packing, packing_of
+from mlx_empire.recipe.load import load_recipe
+from mlx_empire.recipe.schema import TuningSection
+
+WAYS = ("merge", "peft", "mlx-lm", "base")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: the adapter's folder, its base's, how that was packed, and the model card of its run."""
+
+    adapter: Path
+    model: Path | None
+    packing: Packing | None
+    card: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = UserArguments(prog="python -m mlx_empire.export", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("way", choices=WAYS, help="what to write")
+    parser.add_argument("source", type=Path, metavar="FROM", help="a run's folder, an adapter's or a model's")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to be written")
+    parser.add_argument("--model", type=Path, help="the base, where FROM does not name it")
+    parser.add_argument("--bits", help=f"how the base is packed: {', '.join(map(str, PACKINGS))}")
+    with guard(None):
+        options = parser.parse_intermixed_args(arguments)
+        notes = export(options)
+        for note in notes:
+            print(note)
+        print(f"written: {options.out}")
+    return 0
+
+
+def export(options: argparse.Namespace) -> list[str]:
+    """Do what the command line asks; returns notes for the user. UserError."""
+    refuse_foreign(options.out)
+    packing = _packing(options.bits)
+    if options.way == "base":
+        if packing is None:
+            raise UserError(f"--bits: say how the base is packed: {', '.join(map(str, PACKINGS))}")
+        plain = _plain(options.source)
+        source = FolderSource(options.source, plain.rebuild, plain.spec)
+        return write_packed(options.out, source, plain.spec, packing, options.source)
+    found = _source(options.source, options.model, packing)
+    if options.way == "merge":
+        return _merge(found, options.out)
+    return _convert(found, options.out, options.way)
+
+
+def _packing(bits: str | None) -> Packing | None:
+    if bits is None:
+        return None
+    found = {str(name): packing for name, packing in PACKINGS.items()}.get(bits)
+    if found is None:
+        raise UserError(f"--bits: {bits}: expected one of {', '.join(map(str, PACKINGS))}")
+    return found
+
+
+def _source(folder: Path, model: Path | None, packing: Packing | None) -> Source:
+    recipe_file = next(
+        (f / "recipe.yaml" for f in (folder, folder.parent) if (f / "recipe.yaml").exists()), None
+    )
+    if recipe_file is None:
+        return Source(folder, model, packing, "")
+    recipe = load_recipe(recipe_file, planned=True)
+    if recipe.tuning.type == "full":
+        raise UserError(f"{folder}: a run of full fine-tuning: its final/ is a whole model already")
+    final = recipe_file.parent / "final"
+    if not final.is_dir():
+        raise UserError(f"{recipe_file.parent}: this run has no final/ yet")
+    card = final / CARD_NAME
+    text = card.read_text() if card.exists() else ""
+    return Source(final, model or recipe.model.path, packing or packing_of(recipe.tuning), text)
+
+
+def _plain(folder: Path) -> assemble.Built:
+    """The model of a folder without adapters, lazily; a packed one as the plain model it was made from."""
+    config = read_config(folder)
+    packed = "quantization" in config
+    stored = None if packed else open_folder(folder).stored()
+    plain: dict[str, Any] = unpacked(config) if packed else dict(config)
+    return assemble.tuned_model(plain, TuningSection(), str(folder), compute_dtype(config, None), stored)
+
+
+def _base_of(source: Source) -> Path:
+    if source.model is None:
+        named = read_settings(source.adapter).get("base_model_name_or_path")
+        if isinstance(named, str) and Path(named).is_dir():
+            return Path(named)
+        raise UserError(f"--model: {source.adapter} does not name its base's folder; say --model FOLDER")
+    return source.model
+
+
+def _adapter(source: Source, base: assemble.Built | None) -> Adapter:
+    if (source.adapter / WEIGHTS_NAME).exists():
+        return read_mlx_lm(source.adapter)
+    if not (source.adapter / PEFT_WEIGHTS).exists():
+        raise UserError(f"{source.adapter}: neither {WEIGHTS_NAME} nor {PEFT_WEIGHTS} is there")
+    assert base is not None
+    tensors = read_tensors(source.adapter / PEFT_WEIGHTS)
+    return Adapter(*from_peft(read_settings(source.adapter), tensors, base.spec, str(source.adapter)))
+
+
+def _convert(source: Source, out: Path, way: str) -> list[str]:
+    base = _base_of(source)
+    plain = _plain(base)
+    adapter = _adapter(source, plain)
+    if way == "mlx-lm":
+        return _publish(out, lambda folder: write_mlx_lm(folder, adapter), "mlx-lm adapters", source.card)
+    spec = assemble.with_adapter(plain, adapter.settings)
+    why = no_peft_form(spec, huggingface=huggingface_names(plain.spec, open_folder(base)))
+    if why is not None:
+        raise UserError(f"{source.adapter}: PEFT cannot take it: {why}")
+    return _publish(
+        out, lambda folder: write_peft(folder, adapter, spec, str(base)), "PEFT adapter", source.card
+    )
+
+
+def _publish(out: Path, fill: Callable[[Path], None], layout: str, card: str) -> list[str]:
+    temporary = out.parent / f".{out.name}.partial"
+    with disk_errors(out):
+        fresh_folder(temporary)
+        fill(temporary)
+        if card:
+            write_text(temporary / CARD_NAME, card)
+        publish(temporary, out, layout, [])
+    return []
+
+
+def _merge(source: Source, out: Path) -> list[str]:
+    base = _base_of(source)
+    if "quantization" in read_config(base):
+        raise UserError(
+            f"{base}: stored quantised: mlx_lm.fuse --model {base} --adapter-path ... merges into such a base"
+        )
+    plain = _plain(base)
+    weights = FolderSource(base, plain.rebuild, plain.spec)
+    merged = MergedSource(weights, plain.spec, _adapter(source, plain), source.packing, str(source.adapter))
+    with FolderWriter(out, plain.spec, plain.rebuild, base) as writer:
+        writer.card = source.card
+        for index in range(len(plain.spec.units)):
+            writer.write_unit(index, {tensor.name: array for tensor, array in merged.unit(index)})
+    return writer.notes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -169,10 +169,8 @@ def test_a_calibration_takes_the_place_of_the_planned_figures(say, recipe, hosts
     assert asked == ["float32"]
     assert "45-55 TFLOP/s executed (measured: calibration on here)" in found["notes"][0]
     assert "here" not in planned["notes"][0]
-    low, high = found["time"]["tokens_per_second"]
-    assert (
-        high / low < 1.3 < planned["time"]["tokens_per_second"][1] / planned["time"]["tokens_per_second"][0]
-    )
+    slow, fast = (one["time"]["tokens_per_second"][0] for one in (planned, found))
+    assert fast > 2 * slow
     say(recipe, "--hosts", box, "--json", "--calibrate", "--daughters")
     assert len(asked) == 2
 

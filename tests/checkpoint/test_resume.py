@@ -6,13 +6,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.stepping import Case, optimizer_of, trainer_of, weights_of
 
 from mlx_empire.checkpoint.identity import base_digest
 from mlx_empire.checkpoint.manifest import Manifest, Resolved, digest_of
+from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.resume import Start, find_start, folder_of, require_same, require_steps_left
+from mlx_empire.checkpoint.shard import live_pieces, write_shard
 from mlx_empire.checkpoint.survey import Found
 from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
+from mlx_empire.plan.model import UnitSpec
+from mlx_empire.plan.shards import make_plan
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
 
@@ -95,3 +102,45 @@ def test_a_run_without_checkpoints_begins_and_writes_nothing(
     with pytest.raises(UserError, match=r"run\.resume: a/b: expected auto, never, a step, or the path"):
         find_start(COMM, recipe("run.resume=a/b"))
     assert list(tmp_path.iterdir()) == []
+
+
+class _Listener(SoloCommunicator):
+    """Rank 0 of three that counts what it would send."""
+
+    def __init__(self) -> None:
+        super().__init__("here")
+        self.size, self.hostnames = 3, ["a", "b", "c"]
+        self.sent: list[int] = []
+
+    def transfer(self, sends, receives) -> None:  # type: ignore[no-untyped-def]
+        assert not receives
+        self.sent.append(sum({id(buffer): buffer.nbytes for _, buffer in sends}.values()))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_reader_holds_no_more_than_one_unit_for_others(tmp_path: Path, stage: int) -> None:
+    """One rank has the only shard and gives two others what they keep, unit by unit."""
+    comm = _Listener()
+    with CommThread() as thread:
+        trainer = trainer_of(Case(state_bits=8, dtype="bfloat16"), SoloCommunicator("here"), thread)
+        folder = tmp_path / "step-000007"
+        folder.mkdir()
+        pieces = live_pieces(trainer.store, 0)
+        by_unit: dict[int, int] = {}
+        for piece in pieces:
+            by_unit[piece.unit] = by_unit.get(piece.unit, 0) + piece.nbytes
+        shard = write_shard(folder / "shard-00000-of-00001.safetensors", pieces, 0, "here", lambda u, n: None)
+        found = start().found
+        assert found is not None
+        found = Found(folder, found.manifest.model_copy(update={"shards": (shard,)}), (0,), ())
+        units = [
+            UnitSpec(u.name, tuple(p.tensor for s in u.segments for p in s.placements))
+            for u in trainer.store.plan.units
+        ]
+        model, _, _ = weights_of(Case(state_bits=8, dtype="bfloat16"))
+        store = ShardStore(make_plan(units, [2, 1, 1], stage), model, comm, thread)
+        Restore(found, store, comm).run(optimizer_of(Case(state_bits=8)), 1e-3)
+    assert len(comm.sent) == len(units)
+    assert all(0 < sent <= by_unit[unit] for unit, sent in enumerate(comm.sent))
+    if stage == 3:
+        assert sum(comm.sent) < 0.55 * shard.nbytes  # the half that is not its own

@@ -8,7 +8,8 @@ optimizer's state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.nn as nn
@@ -23,7 +24,7 @@ from mlx_empire.engine.noise import LayerNoise
 from mlx_empire.engine.probe import check_packing, probe_root
 from mlx_empire.engine.slots import Deck
 from mlx_empire.engine.spikes import SpikeWatch
-from mlx_empire.engine.step import StreamedStep, in_rounds
+from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.update import Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
@@ -100,6 +101,17 @@ class Trainer:
     def hold_updates(self, hold: Callable[[int], None]) -> None:
         """Have `hold(unit)` called before a unit's weights and states are replaced; it returns when they may be."""
         self._updater.hold = hold
+
+    @contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """The model with all its weights on this rank, as mlx-lm made it, for inference. Collective in and out."""
+        units = range(len(self.spec.units))
+        for index in units:
+            self.store.bind(index)
+        with self._deck.whole() as model:
+            yield model
+        for index in units:
+            self.store.release(index)
 
     @property
     def gradients(self) -> GradientStore:
@@ -188,3 +200,10 @@ def _shared(message: str) -> NumericsError:
     error = NumericsError(message)
     on_all_ranks(error)
     return error
+
+
+def in_rounds(micro_batches: Sequence[MicroBatch], members: Sequence[range]) -> Iterator[list[MicroBatch]]:
+    """A rank's micro-batches, given in order, divided into its cells."""
+    values = iter(micro_batches)
+    for cell in members:
+        yield [next(values) for _ in cell]

@@ -201,7 +201,7 @@ def train(
         reason = stop.agreed(comm) if step < steps else None
         if reason or (save_every and (step % save_every == 0 or step == steps)):
             replicas_agree(trainer.store, comm)
-            saver.request(step, trainer.spikes.to_json())  # written while the next step computes
+            saver.request(step, trainer.carried())  # written while the next step computes
         report.messages(saver.news())
         if reason:
             break

@@ -216,7 +216,7 @@ def train(run: Run) -> GateKeeper:
         reason = None if done else run.stop.agreed(comm)
         if reason or (save_every and (done or step % save_every == 0)):
             replicas_agree(trainer.store, comm)
-            saver.request(step, trainer.spikes.to_json())  # written while the next step computes
+            saver.request(step, trainer.carried())  # written while the next step computes
         report.messages(saver.news())
     saver.finish()
     report.messages(saver.news())

@@ -38,6 +38,24 @@ class NumericsError(EmpireError):
     exit_code = 65
 
 
+class DamagedError(EmpireError):
+    """A checkpoint that cannot be used: a file is missing or is not what the manifest says."""
+
+    exit_code = 65
+
+
+class UnsavedError(EmpireError):
+    """A checkpoint that the run should have left could not be written; the newest one before it is whole."""
+
+    exit_code = 75
+
+
+class StoppedError(EmpireError):
+    """The run was asked to stop and has saved."""
+
+    exit_code = 143
+
+
 class LostRankError(EmpireError):
     """A rank died, hung or missed a deadline; starting again makes sense."""
 

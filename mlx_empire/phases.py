@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlx_empire import beacon
 from mlx_empire.errors import UserError
 
 FAULT_VARIABLE = "MLX_EMPIRE_FAULT"
@@ -36,6 +37,7 @@ PHASES = (
     "save-renamed",  # this node's folder is renamed, others may not be
     "save-commit",  # all are renamed, nothing is committed
     "retention",
+    "save-wait",  # nothing is wrong: this thread waits for the checkpoint's
     "finish",
 )
 ACTIONS = ("kill", "stop", "exit0", "exit3", "raise", "segv", "nan", "enospc", "delay")
@@ -86,11 +88,20 @@ def begin_step(step: int) -> None:
 
 def reach(phase: str) -> None:
     """This thread begins `phase`; a fault that waits here strikes."""
-    _places[threading.current_thread().name] = Place(phase, _step)
+    thread, place = threading.current_thread().name, Place(phase, _step)
+    _places[thread] = place
+    beacon.place(thread, place.phase, place.step)  # before a fault strikes
     for fault in _waiting(phase):
         if fault.action != "nan":
             _mark(fault)
             _strike(fault)
+
+
+def leave() -> None:
+    """This thread has nothing to do until it reaches its next phase."""
+    thread = threading.current_thread().name
+    _places.pop(thread, None)
+    beacon.place(thread, "", _step)
 
 
 def poisoned(phase: str) -> bool:

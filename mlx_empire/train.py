@@ -16,8 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, capacity, phases
+from mlx_empire import assemble, beacon, capacity, continuing, phases, safeguards
 from mlx_empire.arguments import UserArguments
+from mlx_empire.checkpoint.resume import find_start, require_same, require_steps_left
+from mlx_empire.checkpoint.save import Saver
 from mlx_empire.checkpoint.staging import refuse_foreign
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
@@ -26,18 +28,22 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
 from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.splits import Splits
+from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.engine.twin import verify_twin
 from mlx_empire.errors import UserError
 from mlx_empire.evaluate.evaluator import Evaluator
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.held_out import held_out_loss
-from mlx_empire.optim.adamw import make_optimizer
+from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.evaluation import HELD_OUT_LOSS
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private
 from mlx_empire.report.run import RunReport
+from mlx_empire.safeguards import Safeguards
+from mlx_empire.supervise.awake import keep_awake
+from mlx_empire.supervise.stop import StopRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         comm = connect()
     with guard(comm):
         phases.begin(comm.rank)
+        if beacon.lit():
+            keep_awake()
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:
             wanted = capacity.Wanted(hosts=options.hosts)
@@ -66,8 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
     """The whole run on this rank."""
     # ---------------------------------------------------------------- what is asked for, and where it runs
+    safeguards.greet(comm, recipe_path, overrides)
     recipe = assemble.share_recipe(comm, recipe_path, overrides)
     comm = connect(recipe.comm.route, recipe.comm.bucket_bytes, recipe.comm.deadline_seconds)
+    with safeguards.standing(comm, recipe) as guards, StopRequest() as stop:
+        carry_out(comm, recipe, hosts, guards, stop)
+
+
+def carry_out(
+    comm: Communicator, recipe: Recipe, hosts: Path | None, guards: Safeguards, stop: StopRequest
+) -> None:
+    """The run itself, once the ranks know each other and what is asked for."""
     nodes = assemble.share_nodes(comm, recipe, hosts)
     with together(comm):
         if comm.rank == 0:
@@ -76,10 +93,17 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
             refuse_foreign(recipe.run.dir / "final")
 
     # ---------------------------------------------------------------- what is trained, on what
+    safeguards.agree_on_model(comm, recipe)
     config = assemble.share_config(comm, recipe)
     built = assemble.build(comm, recipe, config)
     model, spec = built.model, built.spec
     splits = assemble.share_data(comm, recipe, spec)
+
+    # ---------------------------------------------------------------- where it goes on
+    start = find_start(comm, recipe)
+    recipe, base = start.recipe, continuing.base_of(comm, recipe, built)
+    require_same(start, recipe, splits.digest, base)
+    require_steps_left(start, total_steps(recipe, splits))
 
     # ---------------------------------------------------------------- the plan, before anything is allocated
     optimizer = make_optimizer(recipe.optimizer)
@@ -88,6 +112,7 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
         plan = resolve(recipe, spec, nodes, optimizer.state_bytes)
         require_fit(plan, nodes)
     evaluator = assemble.share_evaluator(comm, recipe, spec, plan)
+    guards.lock(recipe.run.dir)
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     with together(comm):
@@ -100,25 +125,35 @@ def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: 
     with CommThread() as thread:
         clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
         trainer = Trainer(model, spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise)
-        sent = assemble.load_weights(comm, recipe, built, trainer.store)
-        trainer.prepare(packing=recipe.data.packing)
+        trainer.spikes = safeguards.spike_watch(recipe)
+        sent = continuing.load_state(comm, recipe, built, trainer, start, optimizer)
+        trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
 
         # ------------------------------------------------------------ from here on something is written
         started_over = (recipe.run.dir / "metrics.jsonl").exists()
         with together(comm):
             if comm.rank == 0:
-                write_plan(recipe, plan, nodes, spec, splits)
-        with RunReport(comm, recipe, spec, plan, nodes, total_steps(recipe, splits)) as report:
-            for line in splits.report:
-                report.message(line)
-            if started_over and recipe.run.resume == "auto":
+                write_plan(recipe, plan, nodes, spec, splits, resumed=start.found is not None)
+        steps = total_steps(recipe, splits)
+        with (
+            RunReport(comm, recipe, spec, plan, nodes, steps, start.resumed) as report,
+            continuing.open_saver(comm, recipe, plan, trainer.store, start, splits.digest, base) as saver,
+        ):
+            stop.watch(recipe.run.dir)
+            trainer.hold_updates(saver.hold)
+            report.show_status(lambda: saver.status)
+            report.messages([*guards.notes, *splits.report, *start.notes])
+            if start.found is not None:
+                report.message(f"going on after step {start.step}, from {start.found.folder}")
+            elif started_over and recipe.run.resume == "auto":
                 report.message(
                     "an unfinished run lay here; it kept no checkpoint, so training starts at step 1"
                 )
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
-            gate = train(comm, recipe, plan, trainer, splits, evaluator, report)
+            gate = train(comm, recipe, plan, trainer, splits, evaluator, report, saver, stop)
             export(comm, recipe, built, trainer, gate, report)
+    saver.refuse_unsaved()
 
 
 def train(
@@ -129,21 +164,29 @@ def train(
     splits: Splits,
     evaluator: Evaluator | None,
     report: RunReport,
+    saver: Saver,
+    stop: StopRequest,
 ) -> GateKeeper:
-    """The steps, with evaluation in between, until they are done or the gate is reached."""
+    """The steps that are left, with evaluation and saving in between, until they are done or the gate is reached."""
     data, seed, global_size = splits.train, recipe.run.seed, recipe.batch.global_size
     steps = total_steps(recipe, splits)
     tokens, epochs = pace(recipe, data)
     rates = assemble.learning_rate_of(recipe, steps, tokens, epochs)
-    every = recipe.run.eval_every.to_steps(steps, tokens, epochs) if recipe.run.eval_every else 0
+    every, save_every = (
+        duration.to_steps(steps, tokens, epochs) if duration else 0
+        for duration in (recipe.run.eval_every, recipe.run.save_every)
+    )
     mine = [j for cell in plan.work.layout.of_rank(comm.rank) for j in cell]
     sizes = {"global_size": global_size, "micro_size": recipe.batch.micro_size}
+    if save_every:
+        saver.open()
     gate = assemble.gate_keeper(comm, recipe)
-    if every:
-        found = evaluate(comm, recipe, plan, trainer, splits.valid, evaluator)
-        report.evaluation({"step": 0, **found})
-        gate.observe({"step": 0, **found})
-    for step in range(1, steps + 1):
+    if every and not saver.newest:
+        found = {"step": 0, **evaluate(comm, recipe, plan, trainer, splits.valid, evaluator)}
+        report.evaluation(found)
+        gate.observe(found)
+    reason = None
+    for step in range(saver.newest + 1, 1 if gate.reached else steps + 1):
         started, traffic = time.perf_counter(), comm.traffic.snapshot()
 
         # ------------------------------------------------------------ one step
@@ -157,11 +200,26 @@ def train(
         seconds = time.perf_counter() - started
         moved = comm.traffic.since(traffic)
         report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
+        if result.note:
+            report.message(result.note)
         if every and (step % every == 0 or step == steps):
-            found = evaluate(comm, recipe, plan, trainer, splits.valid, evaluator)
-            report.evaluation({"step": step, **found})
-            if gate.observe({"step": step, **found}):
-                break
+            found = {"step": step, **evaluate(comm, recipe, plan, trainer, splits.valid, evaluator)}
+            report.evaluation(found)
+            gate.observe(found)
+        last = step == steps or gate.reached
+
+        # ------------------------------------------------------------ what survives a crash
+        reason = None if last else stop.agreed(comm)
+        if reason or (save_every and (step % save_every == 0 or last)):
+            replicas_agree(trainer.store, comm)
+            saver.request(step, trainer.spikes.to_json())  # written while the next step computes
+        report.messages(saver.news())
+        if reason or last:
+            break
+    saver.finish()
+    report.messages(saver.news())
+    if reason:
+        raise continuing.stopped(saver, step, reason)
     return gate
 
 
@@ -176,6 +234,7 @@ def record(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "comm_wait_seconds": result.wait_seconds,
+        **({"skipped": True} if result.skipped else {}),
     }
 
 

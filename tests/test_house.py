@@ -23,6 +23,7 @@ FLOORS = (
     "recipe",
     "arguments",
     "phases",
+    "beacon",
     "errors",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_empire.checkpoint.tensorfile import DTYPES, Header, TensorInfo, open_plain, read_header
+from mlx_empire.checkpoint.tensorfile import COPY_BYTES, DTYPES, Header, TensorInfo, open_plain, read_header
 from mlx_empire.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -97,12 +97,12 @@ def open_folder(path: Path) -> ModelFolder:
     return ModelFolder(path, files, tensors)
 
 
-def model_digest(path: Path) -> str:
-    """A cheap identity of a model folder: SHA-256 (hex) over config.json and each file's name, size, header.
+def model_digest(path: Path, *, contents: bool = False) -> str:
+    """An identity of a model folder: SHA-256 (hex) over config.json and each file's name, size, header.
 
     Equal digests mean the same configuration, tensor names, shapes, dtypes and layout on two machines. The
-    data itself is not read (that would take minutes): a flipped bit in a weight, or two fine-tunings of one
-    model that were saved alike, are not seen.
+    data itself is read only if `contents` says so (a second or two per GB): else a flipped bit in a weight, or
+    two fine-tunings of one model that were saved alike, are not seen.
     """
     digest = hashlib.sha256()
 
@@ -118,6 +118,10 @@ def model_digest(path: Path) -> str:
         add(name.encode())
         add(header.file_bytes.to_bytes(8, "little"))
         add(header.raw)
+        if contents:
+            with open_plain(path / name) as file:
+                for piece in iter(lambda: file.read(COPY_BYTES), b""):
+                    digest.update(piece)
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,21 +117,27 @@ def read_header(path: Path) -> Header:
 
 def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> int:
     """Write a new safetensors file (mode 0600, fsynced) one tensor at a time; returns its size in bytes."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    start = 0
-    for entry in entries:
-        offsets = [start, start + entry.nbytes]
-        header[entry.name] = {"dtype": entry.code, "shape": list(entry.shape), "data_offsets": offsets}
-        start = offsets[1]
-    raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)
+    start = encode_header(((e.name, e.code, e.shape) for e in entries), metadata)
     with create_private(path) as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.write(start)
         for entry in entries:
             written = sum(file.write(piece) for piece in entry.data())
             assert written == entry.nbytes, f"{entry.name}: {written} bytes written, {entry.nbytes} announced"
         sync_file(file)
-    return 8 + len(raw) + start
+    return len(start) + sum(entry.nbytes for entry in entries)
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a file that holds these tensors (name, dtype code, shape) one after the other."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, code, shape in tensors:
+        stop = start + math.prod(shape) * ITEM_BYTES[code]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def array_bytes(array: mx.array) -> Iterator[memoryview]:

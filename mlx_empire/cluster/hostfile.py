@@ -25,7 +25,7 @@ ROLES = ("king", "soldier")
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _RATES = {"": 10**9, "GB/s": 10**9, "MB/s": 10**6}
-_HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*@)?([A-Za-z0-9](?:[A-Za-z0-9._:-]{0,252}))", re.ASCII)
+_HOST = re.compile(r"(?:([A-Za-z0-9_][A-Za-z0-9._-]*)@)?([A-Za-z0-9](?:[A-Za-z0-9._:-]{0,252}))", re.ASCII)
 _QUANTITY = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([A-Za-z/]*)", re.ASCII)
 _SLOT_WORDS = {"slots": "slots", "max_slots": "max_slots", "max-slots": "max_slots", "port": "port"}
 _ANNOTATIONS = ("role", "memory", "limit", "link", "chip")
@@ -55,6 +55,8 @@ class Host:
     link_bytes_per_second: float | None = None
     chip: str | None = None
     line: int = field(default=0, compare=False)
+    user: str | None = field(default=None, compare=False)  # how ssh reaches it
+    port: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _parse_line(line: str, where: str, number: int) -> Host | None:
     if match is None:
         raise UserError(f"{where}: {quote(name)} is not a host name; use letters, digits, dots and hyphens")
     where = f"{where}: {name}"
-    slots = _slots(settings, where)
+    slots, port = _slots(settings, where)
     notes = _annotations(comment, where)
     memory = _size(notes, "memory", where)
     limit = _size(notes, "limit", where)
@@ -142,11 +144,11 @@ def _parse_line(line: str, where: str, number: int) -> Host | None:
     if role is not None and role not in ROLES:
         raise UserError(f"{where}: role={role} is not a role; use {_nearest(role, ROLES)}")
     link = _rate(notes, where)
-    return Host(match[1], slots, role, memory, limit, link, notes.get("chip"), number)
+    return Host(match[2], slots, role, memory, limit, link, notes.get("chip"), number, match[1], port)
 
 
-def _slots(settings: list[str], where: str) -> int:
-    """The number of ranks that a host takes, from `slots=N max_slots=N`."""
+def _slots(settings: list[str], where: str) -> tuple[int, int | None]:
+    """The number of ranks that a host takes and ssh's port, from `slots=N max_slots=N port=N`."""
     found: dict[str, int] = {}
     for word in settings:
         key, equals, value = word.partition("=")
@@ -167,7 +169,7 @@ def _slots(settings: list[str], where: str) -> int:
         raise UserError(
             f"{where}: max_slots={found['max_slots']} is below slots={slots}; raise it or leave it out"
         )
-    return slots
+    return slots, found.get("port")
 
 
 def _annotations(comment: str, where: str) -> dict[str, str]:

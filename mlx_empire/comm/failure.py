@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mlx_empire import beacon
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import EmpireError
 
@@ -35,11 +36,14 @@ def guard(comm: Communicator | None) -> Iterator[None]:
     """
     try:
         yield
-    except AgreedExit:
+    except AgreedExit as agreed:
+        if comm is None or comm.rank == 0:
+            beacon.tell("exit", code=agreed.code)
         raise
     except EmpireError as error:
         if error.shared and comm is not None:
             if comm.rank == 0:
+                beacon.failure(error.exit_code, str(error))
                 print(f"mlx_empire: {error}", file=sys.stderr, flush=True)
             raise AgreedExit(error.exit_code) from None
         _end(comm, f"mlx_empire: {_place(comm)}{error}", error.exit_code)
@@ -55,6 +59,7 @@ def guard(comm: Communicator | None) -> Iterator[None]:
             comm,
             f"mlx_empire: {_place(comm)}internal error\n{traceback.format_exc().rstrip()}",
             INTERNAL_ERROR,
+            f"internal error: {traceback.format_exception_only(error)[-1].strip()}",
         )
         raise AssertionError from error
 
@@ -77,6 +82,7 @@ def agree(comm: Communicator, error: EmpireError | None) -> None:
                 f"mlx_empire: {message if len(ranks) == comm.size else f'{names}: {message}'}",
                 file=sys.stderr,
             )
+            beacon.failure(reports[ranks[0]][1], message, ranks[0], comm.hostnames[ranks[0]])
         sys.stderr.flush()
     raise AgreedExit(reports[failed[0]][1])
 
@@ -99,7 +105,9 @@ def _place(comm: Communicator | None) -> str:
     return "" if comm is None or comm.size == 1 else f"rank {comm.rank} on {comm.hostname}: "
 
 
-def _end(comm: Communicator | None, message: str, code: int) -> None:
+def _end(comm: Communicator | None, message: str, code: int, cause: str = "") -> None:
+    """Say it, to the user and to the launcher (`cause`: in one line), and end all ranks."""
+    beacon.failure(code, cause or message.removeprefix(f"mlx_empire: {_place(comm)}"))
     print(message, file=sys.stderr, flush=True)
     if comm is None:
         raise SystemExit(code)

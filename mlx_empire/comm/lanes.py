@@ -68,6 +68,17 @@ def flat_lane(peer: int, sends: bool, buffer: Array, buckets: Sequence[Bucket]) 
     return Lane(peer, sends, len(buckets), message)
 
 
+def queue_lane(peer: int, sends: bool, buffers: Sequence[Array], bucket_bytes: int) -> Lane:
+    """Moves several buffers one after the other."""
+    pieces = [(b, *piece) for b in buffers for piece in cut(0, b.size, b.itemsize, bucket_bytes)]
+
+    def message(k: int) -> Array:
+        buffer, low, high = pieces[k]
+        return buffer[low:high]
+
+    return Lane(peer, sends, len(pieces), message)
+
+
 def direct_lanes(buffer: Array, buckets: Sequence[list[Bucket]], rank: int) -> list[Lane]:
     """The own buckets to every peer, every peer's buckets from it. buckets: by owner."""
     peers = [(rank + step) % len(buckets) for step in range(1, len(buckets))]

@@ -12,13 +12,13 @@ import numpy as np
 from mpi4py import MPI
 
 from mlx_empire.comm.exchange import Exchange
-from mlx_empire.comm.lanes import cut, direct_lanes, flat_lane, relay_lanes
+from mlx_empire.comm.lanes import cut, direct_lanes, flat_lane, queue_lane, relay_lanes
 from mlx_empire.comm.pieces import Adder, check_buffer, check_reduction
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
 from mlx_empire.comm.reduce import ReduceScatter, Staging
 from mlx_empire.plan.traffic import Route, resolve_route
 
-GATHER, REDUCE, SCATTER, CONTROL = 1, 2, 3, 4  # message tags
+GATHER, REDUCE, SCATTER, CONTROL, TRANSFER = 1, 2, 3, 4, 5  # message tags
 ABORT_SECONDS = 10.0
 
 
@@ -39,7 +39,7 @@ class MpiCommunicator:
         self._bucket_bytes = bucket_bytes
         self._staging = Staging()
         self._adder = Adder()
-        self._control_thread = threading.get_ident()
+        self._control_thread: int | None = threading.get_ident()
         self.hostnames = ["unknown host"] * self.size
         self._control = Exchange(world.Dup(), self.hostnames, deadline_seconds)
         self._data = Exchange(world.Dup(), self.hostnames, deadline_seconds, self.traffic)
@@ -96,6 +96,16 @@ class MpiCommunicator:
         self._data.run("scatter", SCATTER, lanes)
         np.copyto(out, source[low:high])
 
+    def transfer(self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]]) -> None:
+        lanes = []
+        for peer in range(self.size):
+            for outgoing, messages in ((False, receives), (True, sends)):
+                buffers = [buffer for other, buffer in messages if other == peer and buffer.size]
+                assert peer != self.rank or not buffers, "a rank does not send to itself"
+                if buffers:
+                    lanes.append(queue_lane(peer, outgoing, buffers, self._bucket_bytes))
+        self._data.run("transfer", TRANSFER, lanes)
+
     # ---- control plane ----
 
     def gather_arrays(self, values: Array) -> list[Array]:
@@ -115,6 +125,11 @@ class MpiCommunicator:
     def barrier(self, seconds: float) -> None:
         self._swap("barrier", b"", seconds)
 
+    def duplicate(self, deadline_seconds: float) -> "MpiCommunicator":
+        other = MpiCommunicator(self._world, self.hostname, self._route, self._bucket_bytes, deadline_seconds)
+        other._control_thread = None
+        return other
+
     def abort(self, code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -125,6 +140,8 @@ class MpiCommunicator:
 
     def _swap(self, name: str, own: bytes, within_seconds: float | None = None) -> list[bytes]:
         """Every rank's bytes, in rank order: first all lengths, which say who has come, then the bytes."""
+        if self._control_thread is None:  # a duplicate belongs to the thread that uses it first
+            self._control_thread = threading.get_ident()
         assert threading.get_ident() == self._control_thread, f"{name}: only for the thread that connected"
         lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(own)

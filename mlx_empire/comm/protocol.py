@@ -2,7 +2,7 @@
 
 Two planes, each with a communicator of its own, so that they may run at the same time:
 
-  data plane     `all_gather`, `reduce_scatter`, `scatter`: large flat numpy buffers, views of *evaluated*
+  data plane     `all_gather`, `reduce_scatter`, `scatter`, `transfer`: large flat numpy buffers, views of *evaluated*
                  arrays. Called by one thread only (`thread.CommThread`), by all ranks in the same order.
                  Payload is counted in `traffic`; `plan.traffic` predicts it to the byte.
   control plane  `gather_arrays`, `broadcast_json`, `gather_json`, `barrier`: small values. Called by the
@@ -20,6 +20,7 @@ Buffers hold the concatenation of all ranks' intervals. `edges` are the N + 1 bo
                   deep; when all have come to one, add them to the fp32 total in rank order, the own one at
                   its place.
   scatter         the root sends each owner its interval.
+  transfer        any buffers from any rank to any other; both sides name them in the same order.
 
 bfloat16 is unknown to numpy: it travels as uint16 and is named by `wire`. Every operation raises
 `LostRankError` when nothing has moved for the deadline; the job cannot go on after that.
@@ -102,6 +103,12 @@ class Communicator(Protocol):
         interval's length.
         """
 
+    def transfer(self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]]) -> None:
+        """Send each (peer, buffer), fill each (peer, buffer); 1-D contiguous buffers of any dtype.
+
+        Of what goes from one rank to another both name the same lengths in the same order.
+        """
+
     def gather_arrays(self, values: Array) -> list[Array]:
         """Every rank's 1-D array, in rank order; lengths may differ, the dtype may not."""
 
@@ -114,6 +121,9 @@ class Communicator(Protocol):
 
     def barrier(self, seconds: float) -> None:
         """Return when all ranks have called it; LostRankError naming those that have not within `seconds`."""
+
+    def duplicate(self, deadline_seconds: float) -> "Communicator":
+        """The same ranks with planes of their own, for one other thread. Collective, control plane."""
 
     def abort(self, code: int) -> NoReturn:
         """End every rank now; mpirun returns `code`."""

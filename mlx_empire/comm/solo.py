@@ -47,6 +47,10 @@ class SoloCommunicator:
         check_buffer(source, edges, self.size)
         np.copyto(out, source)
 
+    def transfer(self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]]) -> None:
+        assert not sends, "there is nobody to send to"
+        assert not receives, "there is nobody to receive from"
+
     def gather_arrays(self, values: Array) -> list[Array]:
         assert values.ndim == 1, "1-D arrays only"
         return [values.copy()]
@@ -59,6 +63,9 @@ class SoloCommunicator:
 
     def barrier(self, seconds: float) -> None:
         return None
+
+    def duplicate(self, deadline_seconds: float) -> "SoloCommunicator":
+        return SoloCommunicator(self.hostname)
 
     def abort(self, code: int) -> NoReturn:
         sys.stdout.flush()

@@ -22,7 +22,7 @@ class CommThread:
     busy_seconds: how long operations ran. Both since the last `reset`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "communication") -> None:
         self.waited_seconds = 0.0
         self.busy_seconds = 0.0
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = (
@@ -30,7 +30,7 @@ class CommThread:
         )
         self._failure: BaseException | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="communication", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> "Future[T]":

@@ -63,9 +63,16 @@ class GradientStore:
         self.totals: dict[int, list[mx.array]] = {}
         self._in_flight: deque[tuple[int, bool, Future[None]]] = deque()
         self._deferred: list[tuple[int, int, CellSum | None]] = []
+        self.suspects: set[str] | None = (
+            None  # if there: the tensors of which this rank's sums are not finite
+        )
 
     def deliver(self, index: int, round_index: int, cell: CellSum | None) -> None:
         """Hand over unit `index`'s sum of this rank's cell in this round; None where the rank has no cell."""
+        if cell is not None and index > 0 and phases.poisoned("backward"):
+            cell.arrays[0] = cell.arrays[0] * mx.nan
+        if cell is not None and self.suspects is not None:
+            self._suspect(self.suspects, index, cell)
         if self._plan.zero_stage == 1:
             if cell is not None:
                 cell.arrays = self._rounded(index, cell)
@@ -130,6 +137,11 @@ class GradientStore:
                 host_view(fresh[-1])[:] = 0
             self.totals[index] = fresh
         return self.totals[index]
+
+    def _suspect(self, suspects: set[str], index: int, cell: CellSum) -> None:
+        for (_, placement), array in zip(self._store.trainable(index), cell.arrays, strict=True):
+            if not mx.isfinite(array).all().item():
+                suspects.add(placement.tensor.name)
 
     def _rounded(self, index: int, cell: CellSum) -> list[mx.array]:
         """Each tensor's sum in its segment's wire dtype."""

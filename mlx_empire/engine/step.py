@@ -151,6 +151,8 @@ class StreamedStep:
             for micro in micro_batches:
                 inputs, targets, mask = (mx.array(x) for x in (micro.inputs, micro.targets, micro.mask))
                 hidden, arguments = self._deck.capture(inputs)
+                if phases.poisoned("forward"):
+                    hidden = hidden * mx.nan
                 # They depend on the shape alone (checked before training): micro-batches of one shape share them.
                 arguments = shapes.setdefault(tuple(inputs.shape), arguments)
                 documents = None if micro.documents is None else mx.array(micro.documents)

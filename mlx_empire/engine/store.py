@@ -167,6 +167,11 @@ class ShardStore:
         """What `bind` returned for a unit that has not been released since."""
         return self._bound[index]
 
+    def whole(self, index: int) -> list[mx.array]:
+        """The whole buffers of a unit that is at hand, segment by segment."""
+        self._settle(index)
+        return self._whole[index]
+
     def tensors(self, index: int) -> dict[str, mx.array]:
         """All tensors of a unit that is bound, by name, in the dtype they compute in."""
         bindings = (b for segment in self._bindings[index] for b in segment)

@@ -8,7 +8,7 @@ optimizer's state.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,10 +18,12 @@ import numpy as np
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
+from mlx_empire.engine.diagnose import GradientError, bad_weights, some_of
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.noise import LayerNoise
 from mlx_empire.engine.probe import check_packing, probe_root
 from mlx_empire.engine.slots import Deck
+from mlx_empire.engine.spikes import SpikeWatch
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.update import Updater
@@ -34,11 +36,16 @@ from mlx_empire.plan.workload import Workload
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all ranks know after a step; `loss` is the mean over the step's counted tokens."""
+    """What all ranks know after a step; `loss` is the mean over the step's counted tokens.
+
+    `skipped`: nothing was updated; `note`: what there is to say about that.
+    """
 
     loss: float
     gradient_norm: float
     wait_seconds: float
+    skipped: bool = False
+    note: str | None = None
 
 
 class Trainer:
@@ -55,8 +62,10 @@ class Trainer:
         optimizer: ShardOptimizer,
         clip_norm: float | None,
         noise_seed: int | None = None,
+        spikes: SpikeWatch | None = None,
     ) -> None:
         self.spec, self.work = spec, work
+        self.spikes = spikes or SpikeWatch("off")
         self._comm, self._thread = comm, thread
         self.store = ShardStore(plan, model, comm, thread)
         self._deck = Deck(model, spec.name)
@@ -65,8 +74,11 @@ class Trainer:
         self._noise = None if noise_seed is None else LayerNoise(noise_seed)
         self.streamed: StreamedStep
 
-    def prepare(self, *, packing: bool) -> None:
-        """After the weights are in: probe the model (UserError if it cannot be streamed) and make the states."""
+    def prepare(self, *, packing: bool, fresh: bool = True) -> None:
+        """After the weights are in: probe the model (UserError if it cannot be streamed) and make the states.
+
+        `fresh` is False where the states are in too.
+        """
         vocabulary = int(self.spec.text_config["vocab_size"])
         try:
             use = probe_root(self._deck, self.store, vocabulary)
@@ -83,7 +95,12 @@ class Trainer:
             embed_tensors=use.embed,
             noise=self._noise,
         )
-        self._updater.init_states()
+        if fresh:
+            self._updater.init_states()
+
+    def hold_updates(self, hold: Callable[[int], None]) -> None:
+        """Have `hold(unit)` called before a unit's weights and states are replaced; it returns when they may be."""
+        self._updater.hold = hold
 
     @contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
@@ -110,11 +127,7 @@ class Trainer:
         self._sums.finish()
         loss = self._in_order(losses)
         if not math.isfinite(loss):
-            finite = self._comm.gather_json(all(map(math.isfinite, losses)))
-            where = ", ".join(f"{r} ({self._comm.hostnames[r]})" for r, own in enumerate(finite) if not own)
-            raise on_all_ranks(
-                NumericsError(f"the loss is {loss}, computed by rank {where}; no weight was changed")
-            )
+            raise self._blame_loss(loss, losses, step)
         return loss
 
     def train_step(
@@ -123,9 +136,54 @@ class Trainer:
         """One optimizer step (counted from 1). NumericsError before any change if loss or gradient is not finite."""
         self._thread.reset()
         loss = self.compute(micro_batches, total_tokens, step)
-        norm = self._updater.apply(step, learning_rate)
+        try:
+            norm = self._updater.norm()
+        except GradientError as error:
+            raise self._blame_gradient(error, micro_batches, total_tokens, step) from None
+        verdict = self.spikes.judge(step, loss, norm)
+        if verdict.skip:
+            self._sums.clear()
+        else:
+            self._updater.apply(step, learning_rate, norm)
         waited, _ = self._thread.reset()
-        return StepResult(loss, norm, waited)
+        return StepResult(loss, norm, waited, verdict.skip, verdict.note)
+
+    def _blame_loss(self, loss: float, losses: Sequence[float], step: int) -> NumericsError:
+        """Whose loss is not finite, and whether a weight is not. Collective."""
+        finite = self._comm.gather_json(all(map(math.isfinite, losses)))
+        where = ", ".join(f"{r} ({self._comm.hostnames[r]})" for r, own in enumerate(finite) if not own)
+        weights = bad_weights(self.store, self._comm)
+        cause = "all weights are finite: look at the data of this step and at the learning rate"
+        if weights:
+            rank = weights[0][1]
+            cause = f"{some_of([n for n, _ in weights])} is not finite on rank {rank} ({self._comm.hostnames[rank]})"
+        return _shared(
+            f"step {step}: the loss is {loss}, computed by rank {where}; {cause}; no weight was changed"
+        )
+
+    def _blame_gradient(
+        self, error: GradientError, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int
+    ) -> NumericsError:
+        """Whose contribution it was: all is computed once more, now looking at every rank's own sums. Collective."""
+        self._sums.clear()
+        self._sums.suspects = set()
+        self.compute(micro_batches, total_tokens, step)
+        by_rank = self._comm.gather_json(sorted(self._sums.suspects))
+        self._sums.suspects = None
+        guilty = [f"{r} ({self._comm.hostnames[r]})" for r, names in enumerate(by_rank) if names]
+        what = f"step {step}: the gradient of {some_of(error.tensors)} is not finite"
+        if guilty:
+            return _shared(f"{what}, computed by rank {', '.join(guilty)}; no weight was changed")
+        try:
+            self._updater.norm()
+        except GradientError:
+            return _shared(
+                f"{what}: every rank's own part is finite, their sum overflows; lower the learning rate; no weight was "
+                "changed"
+            )
+        return _shared(
+            f"{what}, but it is when computed again: a machine's memory or network is at fault; no weight was changed"
+        )
 
     def _in_order(self, losses: Sequence[float]) -> float:
         """Sum of all ranks' losses in the order of the micro-batches, in fp64."""
@@ -142,3 +200,10 @@ def in_rounds(micro_batches: Sequence[MicroBatch], members: Sequence[range]) -> 
     values = iter(micro_batches)
     for cell in members:
         yield [next(values) for _ in cell]
+
+
+def _shared(message: str) -> NumericsError:
+    """The error that every rank raises, having asked the others for the same facts."""
+    error = NumericsError(message)
+    on_all_ranks(error)
+    return error

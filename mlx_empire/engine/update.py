@@ -7,18 +7,20 @@ updated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from mlx_empire import phases
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.engine.diagnose import GradientError, bad_totals
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.store import LiveChunk, ShardStore
-from mlx_empire.errors import NumericsError, on_all_ranks
 from mlx_empire.optim.decay import decays
 from mlx_empire.optim.norm import NormLayout, NormPartials, block_sums, clip_scale
 from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars
 from mlx_empire.plan.model import BLOCK
-from mlx_empire.plan.shards import CHUNK_ELEMENTS, Segment
+from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment
 
 
 class Updater:
@@ -32,6 +34,7 @@ class Updater:
         comm: Communicator,
         clip_norm: float | None,
     ) -> None:
+        self.hold: Callable[[int], None] = lambda unit: None  # called before a unit's arrays are replaced
         self._store, self._sums, self._optimizer, self._comm = store, sums, optimizer, comm
         self._clip_norm = clip_norm
         self._layout = NormLayout.of(store.plan)
@@ -50,18 +53,19 @@ class Updater:
                     chunk.state = self._optimizer.init(chunk.weights, quantised=segment.kind == "trainable")
                     mx.eval(chunk.state)
 
-    def apply(self, step: int, learning_rate: float) -> float:
+    def apply(self, step: int, learning_rate: float, norm: float | None = None) -> float:
         """Clip, update and renew all weights; returns the global gradient norm before clipping. Collective.
 
-        NumericsError on all ranks, before anything is changed, when the norm is not finite.
+        norm: what `norm` gave, if it was asked already. GradientError as there.
         """
-        phases.reach("optimizer")
-        norm = self._norm()
+        norm = self.norm() if norm is None else norm
         scalars = StepScalars(step, learning_rate, clip_scale(norm, self._clip_norm))
         renewing: int | None = None
         for unit in self._store.plan.units:
             totals = self._sums.totals.pop(unit.index, [])
             trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
+            if trained:
+                self.hold(unit.index)
             for s, total in zip(trained, totals, strict=True):
                 self._update_segment(unit.segments[s], self._store.chunks[unit.index][s], total, scalars)
             del totals
@@ -80,9 +84,13 @@ class Updater:
     ) -> None:
         """Update the chunks of one segment from its gradient `total` (rows, 64) over this rank's state interval."""
         first = self._store.plan.state_interval(segment, self._comm.rank)[0] // BLOCK
-        waiting: list[LiveChunk] = []  # small chunks share one evaluation of at most two full chunks' size
+        # Large chunks are evaluated alone: MLX frees what several have in between at moments of its own choosing.
+        waiting: list[LiveChunk] = []
         elements = 0
         for chunk in chunks:
+            if waiting and elements + chunk.spec.rows * BLOCK > SHARED_ELEMENTS:
+                mx.eval([(c.weights, c.state) for c in waiting])
+                waiting, elements = [], 0
             a = chunk.spec.start_row - first
             gradient = total[a : a + chunk.spec.rows]
             identity = ChunkId(chunk.spec.tensor, chunk.spec.first_row, self._decays[chunk.spec.name])
@@ -91,33 +99,30 @@ class Updater:
             )
             waiting.append(chunk)
             elements += chunk.spec.rows * BLOCK
-            if elements >= CHUNK_ELEMENTS:
-                mx.eval([(c.weights, c.state) for c in waiting])
-                waiting, elements = [], 0
         mx.eval([(c.weights, c.state) for c in waiting])
 
-    def _norm(self) -> float:
-        """The norm of all gradients: every rank counts its own interval, also where it holds more."""
+    def norm(self) -> float:
+        """The norm of all gradients: every rank counts its own interval, also where it holds more. Collective.
+
+        GradientError on all ranks, naming the tensors, when it is not finite. Nothing is changed.
+        """
+        phases.reach("optimizer")
         partials = NormPartials(self._layout, self._comm.rank)
         segments = [
-            (unit, s)
+            (unit.index, s)
             for unit in self._store.plan.units
             for s, segment in enumerate(seg for seg in unit.segments if seg.kind != "frozen")
         ]
         for index, (unit, s) in enumerate(segments):
             a, b = self._layout.interval(index, self._comm.rank)
-            total = self._sums.totals[unit.index][s]
+            total = self._sums.totals[unit][s]
             own = total[a:b] if self._store.plan.zero_stage == 0 else total
             partials.add(index, block_sums(own))
         sums, blocks = partials.packed()
         packed = list(zip(self._comm.gather_arrays(sums), self._comm.gather_arrays(blocks), strict=True))
         norm = self._layout.combine(packed)
         if norm.bad_segments:
-            names = [segments[i][0].name for i in norm.bad_segments]
-            raise on_all_ranks(
-                NumericsError(
-                    f"the gradient of {names[0]} is not finite ({len(names)} of {len(segments)} segments are not); "
-                    "no weight was changed"
-                )
-            )
+            suspects = [segments[i] for i in norm.bad_segments]
+            names = bad_totals(self._store, self._sums.totals, suspects, self._comm)
+            raise GradientError(names or [self._store.plan.units[suspects[0][0]].name])
         return norm.value

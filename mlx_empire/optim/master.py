@@ -1,9 +1,17 @@
-"""Decides how an fp32 master weight is kept beside a bf16 model: 16 + 16 bits, exactly.
+"""Decides what keeps an fp32 master weight beside a bf16 model: two bytes exactly, one, a whole copy, or nothing.
 
 With b the bits of the fp32 weight, the bf16 weight is the upper half of b + 0x8000 (nearest, ties away from
-zero) and the remainder is the int16 difference between b and that half. Joining adds them again as
-integers: every bit pattern comes back. Above bf16's maximum the bf16 weight is infinite but the master is
-not lost. A bf16 checkpoint starts with remainder 0. The same split is Transformer Engine's.
+zero) and the remainder is the difference between b and that half. Joining adds them again as integers.
+
+- exact: the remainder is an int16: every bit pattern comes back (the split is Transformer Engine's);
+- diet:  b is first rounded to its upper 24 bits, up with the probability that keeps its mean; the remainder
+  is then a multiple of 2^8 and fits an int8. For rates from about 1e-5: below, an update is lost in noise;
+- fp32:  the master is kept whole, as `master`, and the bf16 weight is the same as with `exact`;
+- none:  b is rounded to its upper 16 bits in the same way as diet's, and nothing is kept.
+
+Bits grow with the weight's magnitude, in equal steps between neighbours, so rounding them without bias rounds
+the weight without bias. Above bf16's maximum the bf16 weight is infinite but an exact master is not lost; what
+is not finite is never rounded into a finite number. A bf16 checkpoint starts with remainder 0.
 """
 
 from __future__ import annotations
@@ -11,12 +19,53 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_empire.optim.fusion import fused
+from mlx_empire.optim.noise import column_keys, second_draw
+
+State = dict[str, mx.array]
+
+KINDS = ("exact", "diet", "fp32", "none")
+REMAINDER_BYTES = {"exact": ("remainder", 2), "diet": ("remainder", 1), "fp32": ("master", 4)}
+_DTYPES = {"exact": mx.int16, "diet": mx.int8}
+
+
+def begin(weights: mx.array, kind: str) -> State:
+    """What is kept beside bfloat16 `weights` at the start: a zero remainder, a copy, or nothing."""
+    if kind == "fp32":
+        return {"master": weights.astype(mx.float32)}
+    return {"remainder": mx.zeros(weights.shape, _DTYPES[kind])} if kind in _DTYPES else {}
+
+
+def joined(weights: mx.array, state: State) -> mx.array:
+    """The fp32 weights (float32) that bfloat16 `weights` and what `state` keeps beside them stand for."""
+    if "master" in state:
+        return state["master"]
+    if "remainder" not in state:
+        return weights.astype(mx.float32)
+    return join(weights, state["remainder"])
+
+
+def parted(master: mx.array, kind: str, keys: mx.array | None) -> tuple[mx.array, State]:
+    """(weights bfloat16, what is kept) of a float32 `master` (rows, 64); `keys` as in `codec.encode`.
+
+    Only `diet` and `none` draw noise and need the keys.
+    """
+    if kind == "exact":
+        weights, remainder = split(master)
+        return weights, {"remainder": remainder}
+    if kind == "fp32":
+        return _nearest(master.view(mx.uint32)).view(mx.bfloat16), {"master": master}
+    assert keys is not None
+    if kind == "diet":
+        upper, remainder = _split_diet(master.view(mx.uint32), keys, column_keys())
+        return upper.view(mx.bfloat16), {"remainder": remainder}
+    return _upper_half(master.view(mx.uint32), keys, column_keys()).view(mx.bfloat16), {}
 
 
 def join(weights: mx.array, remainder: mx.array) -> mx.array:
-    """The fp32 master (float32) of bfloat16 `weights` and int16 `remainder`, all of one shape."""
-    joined: mx.array = _join_bits(weights.view(mx.int16), remainder).view(mx.float32)
-    return joined
+    """The fp32 master (float32) of bfloat16 `weights` and their int16 or int8 `remainder`, all of one shape."""
+    put_together = _join_diet if remainder.dtype == mx.int8 else _join_bits
+    master: mx.array = put_together(weights.view(mx.int16), remainder).view(mx.float32)
+    return master
 
 
 def split(master: mx.array) -> tuple[mx.array, mx.array]:
@@ -31,8 +80,48 @@ def _join_bits(upper: mx.array, remainder: mx.array) -> mx.array:
 
 
 @fused
-def _split_bits(bits: mx.array) -> tuple[mx.array, mx.array]:
+def _join_diet(upper: mx.array, remainder: mx.array) -> mx.array:
+    return mx.left_shift(upper.astype(mx.int32), 16) + mx.left_shift(remainder.astype(mx.int32), 8)
+
+
+def _halves(bits: mx.array) -> tuple[mx.array, mx.array]:
     # Unsigned, so that the addition may wrap. The lower half of b + 0x8000, less 0x8000, is the remainder.
     shifted = bits + mx.array(0x8000, mx.uint32)
     lower = mx.bitwise_and(shifted, mx.array(0xFFFF, mx.uint32)).astype(mx.int32) - 0x8000
-    return mx.right_shift(shifted, mx.array(16, mx.uint32)).astype(mx.uint16), lower.astype(mx.int16)
+    return mx.right_shift(shifted, mx.array(16, mx.uint32)).astype(mx.uint16), lower
+
+
+@fused
+def _split_bits(bits: mx.array) -> tuple[mx.array, mx.array]:
+    upper, lower = _halves(bits)
+    return upper, lower.astype(mx.int16)
+
+
+@fused
+def _nearest(bits: mx.array) -> mx.array:
+    return _halves(bits)[0]
+
+
+@fused
+def _split_diet(bits: mx.array, keys: mx.array, columns: mx.array) -> tuple[mx.array, mx.array]:
+    upper, lower = _halves(_rounded(bits, keys, columns, 8))
+    return upper, mx.right_shift(lower, 8).astype(mx.int8)
+
+
+@fused
+def _upper_half(bits: mx.array, keys: mx.array, columns: mx.array) -> mx.array:
+    return mx.right_shift(_rounded(bits, keys, columns, 16), mx.array(16, mx.uint32)).astype(mx.uint16)
+
+
+def _rounded(bits: mx.array, keys: mx.array, columns: mx.array, lost: int) -> mx.array:
+    """`bits` rounded to a multiple of 2^lost without bias; infinities and NaN (always a quiet one) stay."""
+    below = mx.array((1 << lost) - 1, mx.uint32)
+    up = bits + mx.bitwise_and(second_draw(keys, columns), below)
+    exponent = mx.bitwise_and(bits, mx.array(0x7F800000, mx.uint32))
+    quiet = mx.where(
+        mx.bitwise_and(bits, mx.array(0x7FFFFF, mx.uint32)) > mx.array(0, mx.uint32),
+        mx.bitwise_or(bits, mx.array(0x400000, mx.uint32)),
+        bits,
+    )
+    kept = mx.where(exponent == mx.array(0x7F800000, mx.uint32), quiet, up)
+    return mx.bitwise_and(kept, mx.array(0xFFFFFFFF ^ ((1 << lost) - 1), mx.uint32))

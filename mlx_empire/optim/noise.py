@@ -37,6 +37,11 @@ def uniform(keys: mx.array, columns: mx.array) -> mx.array:
     return draws.astype(mx.int32).astype(mx.float32) * (1.0 / (1 << 24))
 
 
+def second_draw(keys: mx.array, columns: mx.array) -> mx.array:
+    """Uint32, uniform, from the same keys and independent of `uniform`: another turn of the mixer. Element-wise."""
+    return _mix(_mix(keys + columns) + mx.array(_GOLDEN, mx.uint32))
+
+
 @cache
 def column_keys() -> mx.array:
     """(64,) uint32: one odd stride per column."""

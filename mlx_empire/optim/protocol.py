@@ -57,6 +57,10 @@ class ShardOptimizer(Protocol):
         """New weights (same shape and dtype) and state; `gradient` is (rows, 64), float32 or bfloat16."""
         ...
 
+    def convert(self, state: State, chunk: ChunkId, scalars: StepScalars, *, quantised: bool) -> State:
+        """`state` from a run with other `state_bits`, decoded or encoded; any other is returned as it is."""
+        ...
+
     def state_bytes(self, elements: int, weight_dtype: str, *, quantised: bool) -> dict[str, int]:
         """Exact bytes of each state array of `elements` (a multiple of 64) weights, for the memory ledger."""
         ...

@@ -16,7 +16,7 @@ from typing import Protocol
 from mlx_empire.plan.activations import forward_bytes, hidden_bytes, layer_costs, tail_costs
 from mlx_empire.plan.model import BLOCK, ITEM_BYTES, ModelSpec
 from mlx_empire.plan.roots import root_use
-from mlx_empire.plan.shards import CHUNK_ELEMENTS, Segment, ShardPlan, Unit, UnitSizes
+from mlx_empire.plan.shards import CHUNK_ELEMENTS, SHARED_ELEMENTS, Segment, ShardPlan, Unit, UnitSizes
 from mlx_empire.plan.traffic import staging_bytes
 from mlx_empire.plan.workload import Workload, chunk_tokens
 
@@ -32,9 +32,14 @@ Items = dict[str, int]
 LOGITS_COPIES = 4.0  # fp32 arrays of a chunk's logits alive in cross entropy's gradient
 LOGITS_IN_TAIL = 1.5  # of them when the un-recomputed tail's backward begins
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
-# One optimizer call beside the new weights, bytes per element: new states of a group of chunks that are evaluated
-# together, and measured temporaries (of the group, or of its largest chunk if that is more). bfloat16 adds EXACT.
-UPDATE_PLAIN, UPDATE_CODES, UPDATE_EXACT = (8, 0, 0), (2, 54, 65), (2, 8, 8)
+# One optimizer call beside the new weights, bytes per element, by (8-bit codes, bfloat16 weights): new states, and the
+# measured temporaries of small chunks that are evaluated together and of a chunk that is evaluated alone.
+UPDATE = {
+    (False, False): (8, 0, 0),
+    (False, True): (10, 8, 8),
+    (True, False): (2, 54, 65),
+    (True, True): (4, 56, 76),
+}
 BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
 ROUNDING = 1 << 13  # half a page of Metal's allocator, for every array that is no whole chunk
 
@@ -269,11 +274,9 @@ class _Step:
 
     def _temporaries(self, segment: Segment, start: int, stop: int) -> int:
         codes = segment.kind == "trainable" and any("codes" in name for name in self.states)
-        parts = [UPDATE_CODES if codes else UPDATE_PLAIN]
-        if segment.dtype == "bfloat16":
-            parts.append(UPDATE_EXACT)
-        group, chunk = largest_group(segment, start, stop)
-        return sum(new * group + max(whole * group, one * chunk) for new, whole, one in parts)
+        new, shared, alone = UPDATE[codes, segment.dtype == "bfloat16"]
+        together, largest = largest_update(segment, start, stop)
+        return new * max(together, largest) + max(shared * together, alone * largest)
 
 
 def trainable_bytes(unit: Unit) -> int:
@@ -281,26 +284,25 @@ def trainable_bytes(unit: Unit) -> int:
     return sum(s.size * s.itemsize for s in unit.segments if s.kind != "frozen")
 
 
-def largest_group(segment: Segment, start: int, stop: int) -> tuple[int, int]:
-    """Elements of the largest group of chunks that the update evaluates at once in [start, stop), and of a chunk."""
+def largest_update(segment: Segment, start: int, stop: int) -> tuple[int, int]:
+    """Elements of the most small chunks of [start, stop) that the update evaluates at once, and of the largest."""
     full = CHUNK_ELEMENTS // BLOCK
-    waiting = worst = chunk = 0
+    waiting = together = largest = 0
     for placement in segment.placements:
         first = placement.start // BLOCK
         row = max(first, start // BLOCK)
         end = min(first + placement.tensor.padded_size // BLOCK, stop // BLOCK)
         if row >= end:
             continue
-        head = min(
-            full - (row - first) % full, end - row
-        )  # up to the next cut, counted from the tensor's start
-        rest, tail = divmod(end - row - head, full)
-        for rows in (head, *[full] * min(rest, 2), tail):
-            waiting += rows
-            worst, chunk = max(worst, waiting), max(chunk, rows)
-            if waiting >= full:
-                waiting = 0
-    return worst * BLOCK, chunk * BLOCK
+        # Up to the next cut, counted from the tensor's start; whole chunks, of which one counts; the rest.
+        head = min(full - (row - first) % full, end - row)
+        whole, tail = divmod(end - row - head, full)
+        for rows in (head, *[full] * min(whole, 1), tail):
+            waiting = waiting + rows if (waiting + rows) * BLOCK <= SHARED_ELEMENTS else rows
+            largest = max(largest, rows)
+            if waiting > rows:
+                together = max(together, waiting)
+    return together * BLOCK, largest * BLOCK
 
 
 def state_sizes(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> Items:

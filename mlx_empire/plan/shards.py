@@ -29,6 +29,7 @@ from mlx_empire.plan.model import BLOCK, ITEM_BYTES, TensorSpec, UnitSpec
 
 KINDS = ("trainable", "small", "frozen")
 CHUNK_ELEMENTS = 1 << 21  # one optimizer call; bounds its temporaries
+SHARED_ELEMENTS = 1 << 18  # small chunks up to so many elements together are evaluated at once
 
 
 @dataclass(frozen=True)

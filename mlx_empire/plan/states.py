@@ -1,6 +1,6 @@
-"""Bytes of optimizer state by formula, also of optimizers and master weights that are only planned.
+"""Bytes of optimizer state by formula, for plans that are made without an optimizer at hand.
 
-What is built answers for itself (`ShardOptimizer.state_bytes`); a test holds this formula against that answer.
+A run takes the optimizer's own answer (`ShardOptimizer.state_bytes`); a test holds this formula against it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ _CODES = {  # name of the moment -> (name, bytes per element, bytes per block of
     "m": (("m_codes", 1, 0), ("m_scale", 0, 2)),
     "v": (("v_codes", 1, 0), ("v_floor", 0, 2), ("v_step", 0, 2)),
 }
-_REMAINDER = {"exact": 2, "diet": 1, "fp32": 4, "none": 0}  # beside a bfloat16 weight, bytes per element
+_MASTERS = {  # beside a bfloat16 weight: name and bytes per element
+    "exact": {"remainder": 2},
+    "diet": {"remainder": 1},
+    "fp32": {"master": 4},
+    "none": {},
+}
 
 
 def planned_state_bytes(optimizer: OptimizerSection) -> StateBytes:
@@ -31,9 +36,8 @@ def planned_state_bytes(optimizer: OptimizerSection) -> StateBytes:
                 sizes |= {name: elements * each + elements // BLOCK * row for name, each, row in parts}
             else:
                 sizes[moment] = 4 * elements
-        remainder = _REMAINDER[optimizer.master_weights]
-        if weight_dtype == "bfloat16" and remainder:
-            sizes["remainder"] = remainder * elements
+        if weight_dtype == "bfloat16":
+            sizes |= {name: each * elements for name, each in _MASTERS[optimizer.master_weights].items()}
         return sizes
 
     return state_bytes

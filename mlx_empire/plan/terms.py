@@ -27,8 +27,10 @@ _TERMS = {
     "optimizer v_floor": Term("2 bytes for each 64 elements: floor of the second moment", "exact"),
     "optimizer v_step": Term("2 bytes for each 64 elements: step of the second moment's code", "exact"),
     "optimizer remainder": Term(
-        "2 bytes (exact), 1 (diet) or 4 (fp32) for each bfloat16 element of the share: the master's remainder",
-        "exact",
+        "2 bytes (exact) or 1 (diet) for each bfloat16 element of the share: the master's remainder", "exact"
+    ),
+    "optimizer master": Term(
+        "4 bytes for each bfloat16 element of the share: master weights in fp32", "exact"
     ),
     "exchange buffers": Term("two messages from and for every peer, at most a bucket each", "exact"),
     "MLX base": Term("512 KiB: rotary tables, scalars, compiled kernels' constants", "fitted"),
@@ -72,9 +74,7 @@ _TERMS = {
     "tail totals before rounding": Term(
         "2 more bytes for each element of the tail's share until the last round", "exact"
     ),
-    "optimizer chunk": Term(
-        "new states of up to two chunks of 2^21 elements, and one chunk's temporaries", "fitted"
-    ),
+    "optimizer chunk": Term("new states and temporaries of a chunk of at most 2^21 elements", "fitted"),
     "new weights of a unit": Term(
         "new weights until the old buffer goes, or the whole unit has been renewed", "exact"
     ),

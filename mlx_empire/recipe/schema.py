@@ -61,6 +61,12 @@ def _exact_number(value: object) -> object:
     return value
 
 
+def _checkpoint(written: object) -> object:
+    """A step may be written as a number."""
+    step = isinstance(written, int) and not isinstance(written, bool) and written > 0
+    return str(written) if step else written
+
+
 def _positive_duration(written: object) -> Duration:
     duration = Duration.parse(written)
     if duration.value == 0:
@@ -80,6 +86,7 @@ PositiveDuration = Annotated[Duration, BeforeValidator(_positive_duration)]
 RunLength = Annotated[Duration, BeforeValidator(_whole_run)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[Literal[2, 3, 4, 6, 8, "ternary", "mxfp4", "mxfp8", "nvfp4"], BeforeValidator(_exact_number)]
+KeyName = Annotated[str, Field(pattern=r"^[a-z_]+\.[a-z_]+$")]
 Share = Annotated[float, Field(gt=0, le=1e15)]
 
 
@@ -100,6 +107,11 @@ class ModelSection(Section):
         default=None,
         pattern=r"^sha256:[0-9a-f]{64}$",
         description="the digest of a frozen folder (sha256:...), as its FROZEN.json says, or null (any folder)",
+    )
+    compare: Literal["headers", "contents"] = Field(
+        default="headers",
+        description="headers or contents (what of the folder must be equal on all machines that have it; contents "
+        "reads every weight once more)",
     )
 
 
@@ -166,8 +178,8 @@ class BatchSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Annotated[Literal["adamw", "lion", "sgd"], _built("adamw")] = Field(
-        default="adamw", description="adamw, lion or sgd"
+    name: Literal["adamw", "lion", "sgd"] = Field(
+        default="adamw", description="adamw, lion or sgd (with momentum, the first of betas)"
     )
     learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
         description="a number above 0 and up to 10, such as 1e-5"
@@ -187,8 +199,9 @@ class OptimizerSection(Section):
     state_bits: Annotated[Literal[8, 32], BeforeValidator(_exact_number)] = Field(
         default=32, description="8 or 32 (bits per optimizer state)"
     )
-    master_weights: Annotated[Literal["exact", "diet", "fp32", "none"], _built("exact")] = Field(
-        default="exact", description="exact, diet, fp32 or none"
+    master_weights: Literal["exact", "diet", "fp32", "none"] = Field(
+        default="exact",
+        description="exact (2 bytes more than bfloat16, all of float32), diet (1 byte), fp32 (4) or none",
     )
 
 
@@ -235,6 +248,23 @@ class CommSection(Section):
     )
 
 
+class NumericsSection(Section):
+    spikes: Annotated[Literal["off", "log", "skip", "rollback"], _built("off", "log", "skip")] = Field(
+        default="log",
+        description="off, log, skip (leave the update of a step out whose loss or gradient norm leaps) or rollback",
+    )
+    threshold: Annotated[float, Field(ge=2, le=1e6)] = Field(
+        default=10.0,
+        description="a number from 2 to 1000000 (robust standard deviations above the median that make a leap)",
+    )
+    window: Annotated[int, Field(ge=16, le=4096)] = Field(
+        default=64, description="a whole number from 16 to 4096 (the steps that a step is compared with)"
+    )
+    max_skips: Annotated[int, Field(ge=0, le=4096)] = Field(
+        default=8, description="a whole number from 0 to 4096 (skipped steps among the last `window` ones)"
+    )
+
+
 class ReportSection(Section):
     tensorboard: bool = Field(default=False, description="true or false")
     progress: Literal["auto", "always", "never"] = Field(
@@ -248,11 +278,23 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="a whole number from 0 to 4294967295"
     )
-    save_every: Annotated[PositiveDuration | None, _built(None)] = Field(
-        default=None, description="a duration: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep)"
+    save_every: PositiveDuration | None = Field(
+        default=None,
+        description="a duration above 0: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep); or null (no "
+        "checkpoints)",
     )
-    keep_last: Annotated[Count | None, _built(None)] = Field(
-        default=None, description="a whole number of at least 1"
+    keep_last: Count | None = Field(
+        default=None,
+        description="a whole number of at least 1 (the newest checkpoints that are kept), or null (all)",
+    )
+    buddy: Literal["auto", True, False] = Field(
+        default="auto",
+        description="auto (where disks allow), true or false (each node keeps a copy of another node's shards)",
+    )
+    checkpoints: RecipePath | None = Field(
+        default=None,
+        description="the path of each node's folder for checkpoints, in which {rank} and {host} stand for the "
+        "rank's number and the host's name; or null (checkpoints in run.dir)",
     )
     eval_every: PositiveDuration | None = Field(
         default=None,
@@ -261,8 +303,13 @@ class RunSection(Section):
     eval_batches: Count | None = Field(
         default=None, description="a whole number of at least 1, or null (the whole validation split)"
     )
-    resume: Annotated[str, _built("auto", "never", refused="resuming from a named checkpoint")] = Field(
-        default="auto", description="auto or never"
+    resume: Annotated[str, BeforeValidator(_checkpoint), Field(min_length=1, max_length=4096)] = Field(
+        default="auto",
+        description="auto (the newest whole checkpoint), never, a step such as 300, or the path of a checkpoint",
+    )
+    accept_changes: Annotated[tuple[KeyName, ...], BeforeValidator(as_tuple), Field(max_length=256)] = Field(
+        default=(),
+        description="a list of keys that may differ from the checkpoint's recipe, such as [run.steps]",
     )
     hosts: RecipePath | None = Field(default=None, description="the path of a hostfile, or null")
 
@@ -278,6 +325,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     memory: MemorySection = MemorySection()
     comm: CommSection = CommSection()
+    numerics: NumericsSection = NumericsSection()
     report: ReportSection = ReportSection()
     evaluation: EvaluationSection = EvaluationSection()
     run: RunSection
@@ -299,6 +347,12 @@ class Recipe(Section):
                 f"cells {batch.cells} is more than the {size // micro} micro-batches of a step "
                 f"(global_size {size} / micro_size {micro}); use {size // micro} or less",
             )
+        for name in self.run.accept_changes:
+            section, key = name.split(".")
+            if key not in getattr(type(self).model_fields.get(section), "annotation", Section).model_fields:
+                raise impossible(
+                    ("run.accept_changes",), f"there is no key {name}; use keys such as run.steps"
+                )
         if self.tuning.bits is not None and self.tuning.type != "qlora":
             message = f"bits {self.tuning.bits} has no meaning for type {self.tuning.type}; use type qlora"
             raise impossible(("tuning.bits", "tuning.type"), message)

@@ -6,7 +6,7 @@ each step is one plain line. The header is the same in both.
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -40,6 +40,7 @@ class RunDisplay:
         mode: Literal["auto", "always", "never"] = "auto",
         stream: TextIO | None = None,
     ) -> None:
+        self.status: Callable[[], str | None] = lambda: None  # what else is going on, for the live display
         self._total = total_steps
         self._nodes = list(nodes)
         self._clock = _Clock(total_steps)
@@ -168,12 +169,13 @@ class RunDisplay:
             f"{duration(self._clock.elapsed())} so far",
             f"{duration(self._clock.seconds_left())} left" if done else "",
         )
+        status = Text(self.status() or "", "dim")
         if not self._record:
-            return Group(line, Text("waiting for the first step", "dim"))
+            return Group(line, Text("waiting for the first step", "dim"), status)
         figures = Text("  ").join(
             Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in self._figures()
         )
-        return Group(line, figures, self._memory_table())
+        return Group(line, figures, self._memory_table(), *([status] if status.plain else []))
 
     def _memory_table(self) -> Table:
         table = Table.grid(padding=(0, 2))

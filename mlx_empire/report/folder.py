@@ -37,13 +37,22 @@ def refuse_unwritable(folder: Path) -> None:
         raise UserError(f"run.dir: {folder}: {nearest} may not be written; choose a folder that can be")
 
 
-def write_plan(recipe: Recipe, plan: RunPlan, nodes: Sequence[Node], spec: ModelSpec, splits: Splits) -> None:
-    """`recipe.yaml` (resolved) and `plan.json` in the run's folder."""
+def write_plan(
+    recipe: Recipe,
+    plan: RunPlan,
+    nodes: Sequence[Node],
+    spec: ModelSpec,
+    splits: Splits,
+    *,
+    resumed: bool = False,
+) -> None:
+    """`recipe.yaml` (resolved) and `plan.json` in the run's folder; only a `resumed` run keeps its metrics."""
     folder = recipe.run.dir
+    stale = ["plan.json", "recipe.yaml"] if resumed else ["metrics.jsonl", "plan.json", "recipe.yaml"]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for stale in ("metrics.jsonl", "plan.json", "recipe.yaml"):  # of an earlier run that did not finish
-            (folder / stale).unlink(missing_ok=True)
+        for name in stale:  # of an earlier run that did not finish
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; choose a folder that can be written") from None
     entries = [

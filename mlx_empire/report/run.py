@@ -5,7 +5,7 @@ All ranks call it, because memory and traffic are reported by rank; only rank 0 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ from mlx_empire.report.tensorboard import TensorBoardWriter
 
 
 class RunReport:
-    """Everything a run says; use as a context manager on every rank."""
+    """Everything a run says; use as a context manager on every rank. `resumed`: the step from which it goes on."""
 
     def __init__(
         self,
@@ -32,6 +32,7 @@ class RunReport:
         plan: RunPlan,
         nodes: Sequence[Node],
         steps: int,
+        resumed: int | None = None,
     ) -> None:
         self._comm = comm
         self._predicted = [ledger.peak for ledger in plan.ledgers]
@@ -39,8 +40,10 @@ class RunReport:
         self._display: RunDisplay | None = None
         self._writers: list[MetricsWriter | TensorBoardWriter] = []
         if comm.rank == 0:
-            self._metrics = MetricsWriter(recipe.run.dir)
-            self._tensorboard = TensorBoardWriter(recipe.run.dir) if recipe.report.tensorboard else None
+            self._metrics = MetricsWriter(recipe.run.dir, resumed)
+            self._tensorboard = (
+                TensorBoardWriter(recipe.run.dir, resumed) if recipe.report.tensorboard else None
+            )
             rows = [
                 NodeRow(node.name, node.role or "-", share, ledger.peak, limit)
                 for node, share, ledger, limit in zip(
@@ -78,6 +81,16 @@ class RunReport:
         """A line for the user, from rank 0."""
         if self._display is not None:
             self._display.message(text)
+
+    def messages(self, texts: Iterable[str]) -> None:
+        """Several lines for the user, from rank 0."""
+        for text in texts:
+            self.message(text)
+
+    def show_status(self, status: Callable[[], str | None]) -> None:
+        """Have the live display show what `status` says, such as how far a save is."""
+        if self._display is not None:
+            self._display.status = status
 
     def __enter__(self) -> Self:
         return self

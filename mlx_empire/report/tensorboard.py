@@ -11,9 +11,12 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardWriter:
-    """Writes event files to `run_dir/tensorboard` (mode 0700) by way of the optional package tensorboardX."""
+    """Writes event files to `run_dir/tensorboard` (mode 0700) by way of the optional package tensorboardX.
 
-    def __init__(self, run_dir: Path) -> None:
+    `after_step`: as in `MetricsWriter`.
+    """
+
+    def __init__(self, run_dir: Path, after_step: int | None = None) -> None:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
@@ -23,7 +26,8 @@ class TensorBoardWriter:
         folder = Path(run_dir) / FOLDER
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
-        self._writer = SummaryWriter(str(folder))
+        purge = None if after_step is None else after_step + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """The figures of one step; lists, which are indexed by rank, go to one curve a rank."""

@@ -254,6 +254,11 @@ def test_digest_tells_folders_apart(write_folder: Write) -> None:
     one, same, *others = [model_digest(folder) for folder in folders]
     assert one == same
     assert len({one, *others}) == 4
+    assert model_digest(folders[0], contents=True) == model_digest(folders[1], contents=True)
+    file = folders[1] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert model_digest(folders[1]) == one, "weights are not read unless asked for"
+    assert model_digest(folders[0], contents=True) != model_digest(folders[1], contents=True)
 
 
 def test_random_weights_depend_on_model_and_seed_only() -> None:

@@ -8,7 +8,7 @@ import sys
 
 import mlx.core as mx
 from support.mpi import report
-from support.stepping import Case, batches_of, counted_tokens, own_batches, trainer_of
+from support.stepping import Case, batches_of, counted_tokens, optimizer_of, own_batches, trainer_of
 from support.tuning import TunedCase, tuned_trainer
 
 from mlx_empire.comm.connect import connect
@@ -34,7 +34,7 @@ def measure(case: Case, comm: Communicator) -> dict[str, object]:
             own = own_batches(trainer, batches, comm.rank)
             trainer.train_step(own, counted_tokens(batches), step, case.learning_rate)
         measured = mx.get_peak_memory() - left_over + comm.staging_bytes
-        optimizer = AdamW(state_bits=case.state_bits)
+        optimizer = AdamW(state_bits=case.state_bits) if isinstance(case, TunedCase) else optimizer_of(case)
         predicted = ledger(trainer.spec, trainer.store.plan, trainer.work, comm.rank, optimizer.state_bytes)
         return {"measured": measured, "predicted": predicted.peak, "phase": predicted.largest_phase}
 

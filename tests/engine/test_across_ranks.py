@@ -20,6 +20,11 @@ EQUAL_SHARES = [1]
 
 # Ten micro-batches in four cells: neither divides the other, nor do three ranks divide four cells.
 COMMON = {"micro_batches": 10, "cells": 4, "rows": 2, "width": 32, "compare": True}
+OPTIMIZERS = (
+    *(("adamw", bits, master) for bits in (8, 32) for master in ("diet", "fp32", "none")),
+    *((name, bits, "exact") for name in ("lion", "sgd") for bits in (8, 32)),
+    ("lion", 8, "diet"),
+)
 
 
 def cases(ranks: int) -> dict[str, dict[str, Any]]:
@@ -68,6 +73,13 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
             "compare": False,
             "steps": 2,
         }
+    small = {"micro_batches": 4, "rows": 1, "width": 16, "config": {"num_hidden_layers": 1}, "compare": False}
+    step = {**made["steps:stage 3 relay"], **small, "steps": 3, "dtype": "bfloat16"}
+    for name, bits, master in OPTIMIZERS:
+        group = f"{name} {bits} bit {master}"
+        for stage in (2, 3):
+            kind = {"optimizer": name, "state_bits": bits, "master_weights": master, "stage": stage}
+            made[f"{group}:stage {stage}"] = {**step, **kind}
     made["packed:stage 3"] = {**COMMON, "packed": True, "shares": SHARES[ranks]}
     made["packed:stage 0"] = {**COMMON, "packed": True, "stage": 0, "tail": 3}
     made["packed gemma2:stage 3"] = {**COMMON, "packed": True, "family": "gemma2", "shares": SHARES[ranks]}

@@ -23,6 +23,7 @@ from support.tiny_models import FAMILIES
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
+from mlx_empire.engine.spikes import SpikeWatch
 from mlx_empire.errors import NumericsError
 
 
@@ -194,3 +195,25 @@ def test_a_frequent_token_s_gradient_is_not_swallowed_by_bfloat16(comm, thread):
         rows[dtype] = gradient.reshape(-1, trainer.spec.text_config["hidden_size"])[5]
     error = np.linalg.norm(rows["bfloat16"] - rows["float32"]) / np.linalg.norm(rows["float32"])
     assert error < 0.03
+
+
+def test_a_skipped_step_changes_nothing(comm, thread):
+    case = Case("llama", micro_batches=2, cells=1)
+    trainer = trainer_of(case, comm, thread)
+    trainer.spikes = SpikeWatch("skip", losses=[1e-3] * 20, norms=[1e3] * 20)
+    before = whole_weights(trainer)
+    states = states_of(trainer)
+    batches = batches_of(case)
+    result = trainer.train_step(batches, counted_tokens(batches), 1, 1e-3)
+    assert result.skipped
+    assert "loss" in result.note
+    after = whole_weights(trainer)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert all(np.array_equal(a, b) for a, b in zip(states, states_of(trainer), strict=True))
+    trainer.spikes.threshold = 1e9
+    assert not trainer.train_step(batches, counted_tokens(batches), 2, 1e-3).skipped
+    assert not all(np.array_equal(before[name], value) for name, value in whole_weights(trainer).items())
+
+
+def states_of(trainer):
+    return [np.array(a) for c in trainer.store.chunks[1][0] for a in c.state.values()]

@@ -10,7 +10,9 @@ from mpi4py import MPI
 from support.mpi import report
 
 from mlx_empire.comm.connect import connect
+from mlx_empire.comm.selftest import self_test
 from mlx_empire.comm.thread import CommThread
+from mlx_empire.errors import NumericsError
 from mlx_empire.plan.traffic import all_gather_bytes, reduce_scatter_bytes, scatter_bytes
 
 SIZE = MPI.COMM_WORLD.size
@@ -175,6 +177,34 @@ def check_both_planes_at_once(comm):
     return talks
 
 
+def check_self_test(comm):
+    """The self-test passes, and names the rank that sends one wrong bit, seen by everyone who receives it."""
+    self_test(comm)
+    told = []
+    for operation in ("all_gather", "reduce_scatter"):
+        right = getattr(comm, operation)
+
+        def wrong(*arguments, right=right, **keywords):
+            sent = arguments[0]  # a buffer, or pieces of it
+            if isinstance(sent, list):
+                sent = sent[0][1] if sent else None
+            if comm.rank == SIZE - 1 and sent is not None:
+                sent.view(np.uint8)[-1] ^= 1  # its own last element, or its contribution to the last interval
+            right(*arguments, **keywords)
+
+        setattr(comm, operation, wrong)
+        try:
+            self_test(comm)
+        except NumericsError as error:
+            told.append(str(error))
+        finally:
+            delattr(comm, operation)
+    assert len(told) == 2
+    for error in told:
+        assert f"from rank {SIZE - 1}" in error
+        assert not any(f"from rank {rank}" in error for rank in range(SIZE - 1)), error
+
+
 def idle_share(comm):
     """Share of a core that waiting for a late peer costs."""
     edges = [0, *(1000 * (rank + 1) for rank in range(SIZE))]
@@ -202,6 +232,7 @@ def main():
         check_control(comm)
         if bucket_bytes == 64:
             assert comm.staging_bytes < 64 * 4 * SIZE + (1 << 19)
+    check_self_test(comm)
     talks = check_both_planes_at_once(comm)
     share, waited = idle_share(comm)
     report({"rank": comm.rank, "size": comm.size, "talks": talks, "idle_share": share, "waited": waited})

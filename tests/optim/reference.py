@@ -24,7 +24,24 @@ def adamw(w, m, v, g, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
     return w * (1 - lr * weight_decay) - lr * direction, m, v
 
 
-# ---- exact masters
+# ---- Lion (Chen et al., 2023, algorithm 2) and SGD with momentum (Polyak), float64
+
+
+def lion(w, m, g, lr, betas=(0.9, 0.99), weight_decay=0.0):
+    """One step in float64; returns w, m and the interpolation whose sign is taken."""
+    w, m, g = (np.asarray(x, np.float64) for x in (w, m, g))
+    c = betas[0] * m + (1 - betas[0]) * g
+    return w * (1 - lr * weight_decay) - lr * np.sign(c), betas[1] * m + (1 - betas[1]) * g, c
+
+
+def sgd(w, m, g, lr, momentum=0.9, weight_decay=0.0):
+    """One step in float64; returns w, m."""
+    w, m, g = (np.asarray(x, np.float64) for x in (w, m, g))
+    m = momentum * m + g
+    return w * (1 - lr * weight_decay) - lr * m, m
+
+
+# ---- masters
 
 
 def split(master):
@@ -46,6 +63,21 @@ def bf16_copy(master):
     return (split(master)[0].astype(np.uint32) << 16).view(np.float32)
 
 
+def rounded_bits(master, draws, lost):
+    """float32 bits (uint64) rounded to a multiple of 2^lost: up where the lost bits and the draw's carry."""
+    b = np.asarray(master, np.float32).view(np.uint32).astype(np.uint64)
+    below = np.uint64((1 << lost) - 1)
+    return (b + (draws.astype(np.uint64) & below)) & ~below
+
+
+def split_diet(master, draws):
+    """float32 -> (bits of the bfloat16 weight as uint16, remainder int8), 24 bits in all."""
+    kept = rounded_bits(master, draws, 8).astype(np.uint32).view(np.float32)
+    upper, remainder = split(kept)
+    assert (remainder % 256 == 0).all()
+    return upper, (remainder // 256).astype(np.int8)
+
+
 # ---- noise
 
 
@@ -59,6 +91,10 @@ def mix(x):
 
 def noise(rows, tensor, first_row, step, salt=0):
     """(rows, 64) float64 in [0, 1): the draw of every element, a multiple of 2^-24."""
+    return (mix(_keyed(rows, tensor, first_row, step, salt)) >> np.uint64(8)) / 2.0**24
+
+
+def _keyed(rows, tensor, first_row, step, salt):
     golden, mask = 0x9E3779B9, 0xFFFFFFFF
     state = 0
     for word in (salt & mask, salt >> 32 & mask, tensor & mask, step & mask, step >> 32 & mask):
@@ -68,7 +104,13 @@ def noise(rows, tensor, first_row, step, salt=0):
     row = np.arange(first_row, first_row + rows, dtype=np.uint64)[:, None]
     column = np.arange(64, dtype=np.uint64)[None]
     key = mix(mix(row ^ np.uint64(first)) ^ np.uint64(second))
-    return (mix((key + column * np.uint64(golden)) & np.uint64(mask)) >> np.uint64(8)) / 2.0**24
+    return (key + column * np.uint64(golden)) & np.uint64(mask)
+
+
+def second_noise(rows, tensor, first_row, step, salt=0):
+    """(rows, 64) uint64, 32 bits each: the second draw, from another turn of the mixer."""
+    golden, mask = np.uint64(0x9E3779B9), np.uint64(0xFFFFFFFF)
+    return mix((mix(_keyed(rows, tensor, first_row, step, salt)) + golden) & mask)
 
 
 # ---- first moment: signed square root, nearest
@@ -86,6 +128,15 @@ def encode_first(m):
     scale = np.where(peak < TINY, np.float32(0), bf16_up(peak))
     share = np.abs(m.astype(np.float64)) / np.where(scale == 0, np.inf, scale.astype(np.float64))
     return (np.sign(m) * np.floor(127 * np.sqrt(share) + 0.5)).astype(np.int8), scale
+
+
+def encode_lone_first(m, u):
+    """(codes int8, scale float32 (rows, 1), p): m alone, rounded at random; p is the chance of the larger code."""
+    _, scale = encode_first(m)
+    share = np.abs(m.astype(np.float64)) / np.where(scale == 0, np.inf, scale.astype(np.float64)) * 127**2
+    q = np.minimum(np.floor(np.sqrt(share)), 126)
+    p = (share - q * q) / (2 * q + 1)
+    return (np.sign(m) * (q + (u < p))).astype(np.int8), scale, p
 
 
 def decode_first(codes, scale):

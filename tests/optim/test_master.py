@@ -1,4 +1,4 @@
-"""Exact masters: every bit pattern comes back, and the bf16 weight is the nearest one."""
+"""Masters: exact ones lose nothing, lossy ones are the reference's and unbiased, and what is not finite stays so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from optim import reference
 
-from mlx_empire.optim import master
+from mlx_empire.optim import master, noise
 
 
 def patterns(kind: str) -> np.ndarray:
@@ -48,3 +48,71 @@ def test_a_bf16_checkpoint_starts_without_remainder() -> None:
     upper, remainder = master.split(weights.astype(mx.float32))
     assert mx.array_equal(upper, weights).item()
     assert not mx.any(remainder).item()
+
+
+KEY = (7, 40, 3, 1)  # tensor, first row, step, salt
+
+
+@pytest.mark.parametrize("kind", ["random", "all lower halves", "every bfloat16"])
+def test_lossy_masters_are_the_references(kind: str) -> None:
+    bits = patterns(kind).reshape(-1, 64)
+    values = bits.view(np.float32)
+    rows = bits.shape[0]
+    keys, draws = noise.row_keys(rows, *KEY), reference.second_noise(rows, *KEY)
+    diet, kept = master.parted(mx.array(bits).view(mx.float32), "diet", keys)
+    none, nothing = master.parted(mx.array(bits).view(mx.float32), "none", keys)
+    assert (diet.dtype, kept["remainder"].dtype, none.dtype, nothing) == (
+        mx.bfloat16,
+        mx.int8,
+        mx.bfloat16,
+        {},
+    )
+    joined = np.array(master.joined(diet, kept).view(mx.uint32))
+    upper = np.array(none.view(mx.uint16)).astype(np.uint32) << 16
+    finite = np.isfinite(values)
+    np.testing.assert_array_equal(joined[finite], reference.rounded_bits(values, draws, 8)[finite])
+    np.testing.assert_array_equal(upper[finite], reference.rounded_bits(values, draws, 16)[finite])
+    expected_upper, expected_remainder = reference.split_diet(np.where(finite, values, 0), draws)
+    np.testing.assert_array_equal(np.array(diet.view(mx.uint16))[finite], expected_upper[finite])
+    np.testing.assert_array_equal(np.array(kept["remainder"])[finite], expected_remainder[finite])
+    for back in (joined.view(np.float32), upper.view(np.float32)):
+        np.testing.assert_array_equal(np.isnan(back), np.isnan(values))
+        infinite = np.isinf(values)
+        np.testing.assert_array_equal(back[infinite], values[infinite])
+
+
+@pytest.mark.parametrize(("kind", "lost"), [("diet", 8), ("none", 16)])
+def test_lossy_masters_are_unbiased_and_within_one_step(kind: str, lost: int) -> None:
+    rng = np.random.default_rng(3)
+    row = (rng.normal(size=(1, 64)) * np.exp(4 * rng.normal(size=(1, 64)))).astype(np.float32)
+    draws = 4096
+    keys = noise.row_keys(draws, *KEY)
+    weights, kept = master.parted(mx.array(np.repeat(row, draws, axis=0)), kind, keys)
+    back = np.array(master.joined(weights, kept), np.float64)
+    bits = row.view(np.uint32).astype(np.int64)
+    below = (bits >> lost << lost).astype(np.uint32).view(np.float32).astype(np.float64)
+    above = ((bits >> lost << lost) + (1 << lost)).astype(np.uint32).view(np.float32).astype(np.float64)
+    assert ((back == below) | (back == above)).all()
+    chance = (row - below) / (above - below)
+    sigma = np.abs(above - below) * np.sqrt(chance * (1 - chance) / draws)
+    assert (np.abs(back.mean(axis=0) - row) <= 4 * sigma + 1e-12).all()
+
+
+def test_a_whole_copy_is_kept_whole_beside_the_same_weights_as_exact() -> None:
+    values = mx.array(patterns("random").reshape(-1, 64)).view(mx.float32)
+    weights, kept = master.parted(values, "fp32", None)
+    assert mx.array_equal(kept["master"].view(mx.uint32), values.view(mx.uint32)).item()
+    exact, _ = master.split(values)
+    assert mx.array_equal(weights.view(mx.uint16), exact.view(mx.uint16)).item()
+
+
+@pytest.mark.parametrize("kind", master.KINDS)
+def test_every_kind_starts_as_the_bf16_checkpoint(kind: str) -> None:
+    weights = mx.array(np.random.default_rng(2).normal(size=(8, 64))).astype(mx.bfloat16)
+    kept = master.begin(weights, kind)
+    assert mx.array_equal(master.joined(weights, kept), weights.astype(mx.float32)).item()
+    again, kept_again = master.parted(master.joined(weights, kept), kind, noise.row_keys(8, *KEY))
+    assert mx.array_equal(again, weights).item()
+    assert {n: (a.dtype, a.shape) for n, a in kept.items()} == {
+        n: (a.dtype, a.shape) for n, a in kept_again.items()
+    }

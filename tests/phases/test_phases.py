@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from mlx_empire import phases
+from mlx_empire import beacon, phases
 from mlx_empire.errors import UserError
 
 
@@ -65,7 +65,7 @@ def test_nan_is_for_those_who_ask(monkeypatch):
 def test_actions_that_end_the_process(action, code):
     script = textwrap.dedent(
         """
-        from mlx_empire import phases
+        from mlx_empire import beacon, phases
         phases.begin(0)
         phases.reach("optimizer")
         raise SystemExit(99)
@@ -100,3 +100,13 @@ def test_places_are_known_by_thread():
     phases.reach("backward")
     place = phases.places()["MainThread"]
     assert (place.phase, place.step) == ("backward", 7)
+
+
+def test_the_launcher_hears_of_a_phase_before_the_fault_strikes(monkeypatch):
+    arm(monkeypatch, "phase=forward;step=3;action=raise")
+    heard = []
+    monkeypatch.setattr(beacon, "place", lambda *place: heard.append(place))
+    phases.begin_step(3)
+    with pytest.raises(phases.InjectedError):
+        phases.reach("forward")
+    assert heard == [("MainThread", "forward", 3)]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from mlx_empire.optim.adamw import make_optimizer
+from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.states import planned_state_bytes
 from mlx_empire.recipe.schema import OptimizerSection
 
@@ -13,17 +13,24 @@ def section(**settings):
     return OptimizerSection.model_validate({"learning_rate": 1e-5, **settings}, context={"planned": True})
 
 
-@pytest.mark.parametrize(
-    ("bits", "dtype", "quantised"), [*itertools.product((8, 32), ("bfloat16", "float32"), (True, False))]
+CASES = itertools.product(
+    ("adamw", "lion", "sgd"),
+    (8, 32),
+    ("exact", "diet", "fp32", "none"),
+    ("bfloat16", "float32"),
+    (True, False),
 )
-def test_what_is_built_answers_the_same(bits, dtype, quantised):
-    asked = section(state_bits=bits)
+
+
+@pytest.mark.parametrize(("name", "bits", "master", "dtype", "quantised"), [*CASES])
+def test_the_optimizer_answers_the_same(name, bits, master, dtype, quantised):
+    asked = section(name=name, state_bits=bits, master_weights=master)
     ours = planned_state_bytes(asked)(6400, dtype, quantised=quantised)
     assert ours == dict(make_optimizer(asked).state_bytes(6400, dtype, quantised=quantised))
 
 
 @pytest.mark.parametrize(("master", "per_element"), [("exact", 2), ("diet", 1), ("fp32", 4), ("none", 0)])
-def test_masters_that_are_planned(master, per_element):
+def test_bytes_of_masters(master, per_element):
     sizes = planned_state_bytes(section(state_bits=8, master_weights=master))(640, "bfloat16", quantised=True)
-    assert sizes.get("remainder", 0) == 640 * per_element
+    assert sizes.get("remainder", sizes.get("master", 0)) == 640 * per_element
     assert sum(sizes.values()) == 640 * (2 + per_element) + 10 * 6

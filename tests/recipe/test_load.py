@@ -101,17 +101,21 @@ MALFORMED: dict[str, tuple[int, str, tuple[str, ...]]] = {
         "tuning: {rank: 8}\nmodel:",
         ("tuning.rank: rank has no meaning for type full", "use type lora"),
     ),
-    "diet": (
-        9,
-        "  learning_rate: 1\n  master_weights: diet",
-        ("master_weights: diet is not built yet; use exact",),
-    ),
-    "lion": (9, "  learning_rate: 1\n  name: lion", ("optimizer.name: lion is not built yet; use adamw",)),
-    "save": (12, "  steps: 10\n  save_every: 5", ("run.save_every: this key is not built yet",)),
-    "checkpoint": (
+    "save never": (
         12,
-        "  steps: 10\n  resume: a/step-1",
-        ("resuming from a named checkpoint is not built yet",),
+        "  steps: 10\n  save_every: 0",
+        ("run.save_every: got 0; expected a duration above 0",),
+    ),
+    "step zero": (12, "  steps: 10\n  resume: 0", ("x.yaml:13: run.resume: got 0; expected auto",)),
+    "unknown change": (
+        12,
+        "  steps: 10\n  accept_changes: [run.step]",
+        ("run.accept_changes: there is no key run.step;",),
+    ),
+    "no key": (
+        12,
+        "  steps: 10\n  accept_changes: [steps]",
+        ("run.accept_changes: got", "a list of keys"),
     ),
     "repeated key": (
         12,

@@ -21,12 +21,14 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.hostview import host_view
 from mlx_empire.engine.trainer import Trainer
-from mlx_empire.optim.adamw import AdamW
+from mlx_empire.optim.choose import make_optimizer
+from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.workload import Workload
+from mlx_empire.recipe.schema import OptimizerSection
 from support.tiny_models import tiny_config
 
 VOCABULARY = 256
@@ -51,6 +53,8 @@ class Case:
     learning_rate: float = 1e-5
     weight_decay: float = 0.0
     state_bits: int = 32
+    optimizer: str = "adamw"
+    master_weights: str = "exact"
     gradient_dtype: str = "float32"
     steps: int = 1
     route: str = "auto"
@@ -103,12 +107,24 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread) -> Trainer:
     layout = cell_layout(case.micro_batches * case.rows, case.rows, case.cells, comm.size)
     work = Workload(case.rows, case.width, layout, case.tail, case.gradient_dtype, case.route, 8192)
     plan = make_plan(spec.units, shares, case.stage)
-    optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
+    optimizer = optimizer_of(case)
     trainer = Trainer(model, spec, plan, work, comm, thread, optimizer, case.clip_norm)
     for index, unit in enumerate(spec.units):
         trainer.store.load(index, ((t, values[t.name]) for t in unit.tensors))
     trainer.prepare(packing=case.packed)
     return trainer
+
+
+def optimizer_of(case: Case) -> FlatOptimizer:
+    """The case's optimizer, as a recipe would ask for it."""
+    section = OptimizerSection(
+        name=case.optimizer,
+        learning_rate=case.learning_rate,
+        weight_decay=case.weight_decay,
+        state_bits=case.state_bits,
+        master_weights=case.master_weights,
+    )
+    return make_optimizer(section)
 
 
 def own_batches(trainer: Trainer, batches: list[MicroBatch], rank: int) -> list[MicroBatch]:

@@ -1,0 +1,81 @@
+"""How the ranks agree while they save: an error of one disk is an error of the save, never of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from mlx_empire.checkpoint.tensorfile import create_private
+from mlx_empire.comm.failure import together
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.errors import UserError
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; what was there before is as it was. Known to all ranks."""
+
+
+@contextmanager
+def agreed(comm: Communicator) -> Iterator[None]:
+    """Around a rank's own work with the disk: SaveFailed on all ranks if any of them had an OSError. Collective."""
+    problem = None
+    try:
+        yield
+    except OSError as error:
+        problem = describe(error)
+    problems = comm.gather_json(problem)
+    found = [f"rank {r} on {comm.hostnames[r]}: {p}" for r, p in enumerate(problems) if p is not None]
+    if found:
+        raise SaveFailed("; ".join(found))
+
+
+def describe(error: OSError) -> str:
+    """What the system said, and about which file."""
+    text = error.strerror or str(error)
+    return f"{text} ({error.filename})" if error.filename else text
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where this rank keeps checkpoints, and which ranks share a folder: the lowest of them, by rank, leads it."""
+
+    root: Path
+    rank: int
+    leaders: tuple[int, ...]
+
+    @property
+    def leads(self) -> bool:
+        """True for the one rank that makes and renames directories in this folder."""
+        return self.leaders[self.rank] == self.rank
+
+    def shared_with(self, leader: int) -> list[int]:
+        """The ranks of one folder."""
+        return [rank for rank, other in enumerate(self.leaders) if other == leader]
+
+    def keeper_of(self, rank: int) -> int | None:
+        """The next rank with another folder, which keeps a copy of this rank's shard; None where there is none."""
+        size = len(self.leaders)
+        following = ((rank + k) % size for k in range(1, size))
+        return next((r for r in following if self.leaders[r] != self.leaders[rank]), None)
+
+
+def find_folders(comm: Communicator, root: Path) -> Folders:
+    """Make this rank's folder and find out by probe files who shares it. Collective; UserError agreed on."""
+    nonce = comm.broadcast_json(uuid4().hex[:8])
+    names = [f".probe-{nonce}-{rank}" for rank in range(comm.size)]
+    own = root / names[comm.rank]
+    with together(comm):
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            create_private(own).close()
+        except OSError as error:
+            raise UserError(
+                f"run.checkpoints: {root}: {error.strerror}; choose a folder that can be written"
+            ) from None
+    seen = [rank for rank, name in enumerate(names) if (root / name).exists()]
+    leaders = comm.gather_json(min(seen))
+    own.unlink(missing_ok=True)
+    return Folders(root, comm.rank, tuple(leaders))

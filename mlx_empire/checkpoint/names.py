@@ -1,0 +1,114 @@
+"""Which names a checkpoint folder may hold, and that nothing else in it is ever touched.
+
+    checkpoints/
+      step-000003/            one checkpoint: this node's shards, and copies of another node's
+        shard-00000-of-00002.safetensors
+        MANIFEST.json         the same on every node
+        COMMIT                the manifest's digest; without it (on all nodes) the checkpoint does not count
+        KEEP                  made by a person: retention leaves this checkpoint alone
+      .tmp-6-1a2b3c4d/        a checkpoint being written
+      superseded-000009-../   set aside, because the run went on from an earlier one
+      LATEST                  a hint for people
+
+Folders have mode 0700, files 0600, whatever the umask. Symbolic links are never followed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from mlx_empire.checkpoint.tensorfile import create_private, sync_file, sync_folder
+
+MANIFEST, COMMIT, PIN, LATEST = "MANIFEST.json", "COMMIT", "KEEP", "LATEST"
+SHARD_PATTERN = r"^shard-[0-9]{5}-of-[0-9]{5}\.safetensors$"
+_STEP = re.compile(r"step-([0-9]{6,12})")
+_DRAFT = re.compile(r"\.tmp-[0-9]{1,12}-[0-9a-f]{8}")
+_OURS = re.compile(rf"{SHARD_PATTERN[1:-1]}|MANIFEST\.json|COMMIT|\.COMMIT")
+
+
+def step_name(step: int) -> str:
+    """The folder of a checkpoint."""
+    return f"step-{step:06d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder name; None for any other name."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found and step_name(int(found[1])) == name else None
+
+
+def draft_name(step: int, attempt: str) -> str:
+    """The folder of a checkpoint that is being written."""
+    return f".tmp-{step}-{attempt}"
+
+
+def shard_name(rank: int, size: int) -> str:
+    """The file of one rank's shard."""
+    return f"shard-{rank:05d}-of-{size:05d}.safetensors"
+
+
+def steps_in(root: Path) -> dict[int, Path]:
+    """The checkpoint folders in `root` by step, ascending; real folders only."""
+    found = {step: path for path in _entries(root) if (step := step_of(path.name)) is not None}
+    return {step: found[step] for step in sorted(found) if is_folder(found[step])}
+
+
+def drafts_in(root: Path) -> list[Path]:
+    """What interrupted saves left in `root`."""
+    return sorted(path for path in _entries(root) if _DRAFT.fullmatch(path.name) and is_folder(path))
+
+
+def is_folder(path: Path) -> bool:
+    """True for a folder, not for a link to one."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that must not exist, and its parents."""
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700)
+    folder.chmod(0o700)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint or draft: its own files, COMMIT first, then the folder, which stays if others are in it."""
+    if not is_folder(folder):
+        return
+    own = [path for path in _entries(folder) if _OURS.fullmatch(path.name)]
+    for path in sorted(own, key=lambda path: path.name != COMMIT):
+        path.unlink()
+    folder.rmdir()
+
+
+def open_own(path: Path) -> BinaryIO:
+    """Open a regular file for reading; OSError for a link."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(0, "not a regular file", str(path))
+    return file
+
+
+def write_durable(path: Path, content: bytes) -> None:
+    """Put a small file in its place at once: it is whole or not there, also after a power cut."""
+    draft = path.with_name(f".{path.name.lstrip('.')}")
+    draft.unlink(missing_ok=True)
+    with create_private(draft) as file:
+        file.write(content)
+        sync_file(file)
+    os.rename(draft, path)
+    sync_folder(path.parent)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []

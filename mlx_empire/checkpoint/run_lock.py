@@ -1,0 +1,152 @@
+"""One run per folder: a second launch into the same `run.dir` is refused with the name of the one that is there.
+
+The lock is a file `LOCK` (mode 0600) that rank 0 holds with `flock` while it lives, so the system itself lets go of it
+when the process ends, however it ends. The file says who holds it. On a shared disk another machine may not see the
+`flock`: there a holder elsewhere counts as alive while it touches the file, which it does every few seconds. A lock
+whose holder is gone is taken over, and said so.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import tempfile
+import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mlx_empire.errors import UserError
+
+NAME = "LOCK"
+TOUCH_SECONDS = 15.0
+STALE_SECONDS = 120.0  # a holder elsewhere that has not touched its file for so long is gone
+MAX_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock: machine, process and since when (local time, ISO 8601)."""
+
+    host: str
+    pid: int
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+def read_holder(folder: Path) -> Holder | None:
+    """Who wrote the lock file of a run's folder; None where there is none that can be read."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            raw = json.loads(file.read(MAX_BYTES))
+        return Holder(str(raw["host"])[:255], int(raw["pid"]), str(raw["since"])[:40])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+class RunLock:
+    """The held lock of a run's folder; a context manager. `note` is what there is to say about a stale one."""
+
+    def __init__(self, folder: Path, *, stale_seconds: float = STALE_SECONDS) -> None:
+        """Make the folder (mode 0700) if need be and take its lock. UserError naming the holder if it is held."""
+        self.note: str | None = None
+        self._folder = folder
+        try:
+            self._made = _make(folder)
+            self._file = self._take(stale_seconds)
+        except OSError as error:
+            raise UserError(
+                f"run.dir: {folder}: {error.strerror}; choose a folder that can be written"
+            ) from None
+        self._released = threading.Event()
+        threading.Thread(target=self._keep_touching, name="run lock", daemon=True).start()
+
+    def release(self) -> None:
+        """Let go; a folder that was made for the lock and got nothing else goes too."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        with suppress(OSError):
+            (self._folder / NAME).unlink()
+        os.close(self._file)
+        with suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _take(self, stale_seconds: float) -> int:
+        """The locked file's descriptor, with this process written into it."""
+        path = self._folder / NAME
+        while True:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise self._held() from None
+                holder = read_holder(self._folder)
+                if holder is not None and holder.host != socket.gethostname():
+                    quiet = _age(path)
+                    if quiet < stale_seconds:
+                        raise self._held(f" (its file was touched {quiet:.0f} s ago)")
+                if not _same(file, path):  # its holder removed it between our opening and our locking it
+                    os.close(file)
+                    continue
+                if os.fstat(file).st_size:
+                    left = f"left by {holder}, which is gone" if holder else "that nobody can be read from"
+                    self.note = f"took over the lock of {self._folder} {left}"
+                since = datetime.now().astimezone().isoformat(timespec="seconds")
+                own = json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), since)))
+                os.ftruncate(file, 0)
+                os.pwrite(file, own.encode() + b"\n", 0)
+                return file
+            except BaseException:
+                with suppress(OSError):
+                    os.close(file)
+                raise
+
+    def _held(self, seen: str = "") -> UserError:
+        holder = read_holder(self._folder) or "another process"
+        return UserError(
+            f"run.dir: {self._folder}: is in use by {holder}{seen}; wait for it, end it, or choose another run.dir"
+        )
+
+    def _keep_touching(self) -> None:
+        while not self._released.wait(TOUCH_SECONDS):
+            with suppress(OSError):
+                os.utime(self._folder / NAME)
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a private folder; returns those that were made, innermost first."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return absent
+
+
+def _same(file: int, path: Path) -> bool:
+    """Whether the open file is the one that has the name now."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was touched, by the clock of the disk it lies on: the two machines' may differ."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".clock-") as now:
+        return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime

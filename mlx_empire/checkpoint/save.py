@@ -1,0 +1,202 @@
+"""Saving beside the training: a thread writes the live arrays while the next step computes.
+
+There is no room for a copy of a shard, so the thread reads the very arrays that the next update replaces. `hold(u)`,
+called before unit u is updated, waits until its bytes are written; a step lasts about as long as the longer of its
+computation and the write. The thread has a communicator of its own and runs the protocol of `commit`; what it has to
+say is fetched by `news` at a step's border. A save that fails for lack of disk is told and counted, and training goes
+on; any other error of the thread is raised in the main thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from mlx_empire import phases
+from mlx_empire.checkpoint.agree import Folders, SaveFailed, find_folders
+from mlx_empire.checkpoint.commit import Commit, Describe
+from mlx_empire.checkpoint.identity import Identity
+from mlx_empire.checkpoint.names import step_name
+from mlx_empire.checkpoint.retention import clear_the_way, retain
+from mlx_empire.checkpoint.shard import LivePiece, live_pieces
+from mlx_empire.comm.failure import AgreedExit
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.errors import EmpireError, UnsavedError, on_all_ranks
+
+NOBODY_WAITS_SECONDS = 86400.0  # a slow disk is no lost rank: hangs are the watchdog's business
+_ALL = 1 << 62
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How many checkpoints to keep (None: all), and whether other nodes keep copies of shards."""
+
+    keep_last: int | None
+    copies: bool | Literal["auto"]
+
+
+class Saver:
+    """Saves the shards of `store`; constructed by all ranks together. Use it as a context manager.
+
+    `root` is this rank's folder, which is not touched before `open` or the first save. `identity` makes
+    the manifests; `newest` is the step from which the run goes on, 0 for none.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        store: ShardStore,
+        root: Path,
+        identity: Identity,
+        policy: Policy,
+        newest: int = 0,
+    ) -> None:
+        self._main, self._comm = comm, comm.duplicate(NOBODY_WAITS_SECONDS)
+        self._store, self._root = store, root
+        self._folders: Folders | None = None
+        self._identity, self._policy = identity, policy
+        self.newest = newest  # the step of the newest committed checkpoint
+        self.failed: list[int] = []  # steps whose save failed
+        self._asked = newest
+        self._news: list[str] = []
+        self._changed = threading.Condition()
+        self._passed = _ALL  # units below it are written
+        self._bytes = (0, 0)  # written, in all
+        self._future: Future[None] | None = None
+        self._thread = CommThread("checkpoint")
+
+    # ---- for the main thread
+
+    def open(self) -> None:
+        """Make the folder and clear it of what interrupted saves left. Collective; UserError agreed on."""
+        if self._folders is None:
+            self._folders = find_folders(self._main, self._root)
+            self._news += clear_the_way(self._main, self._folders, self.newest)
+
+    def request(self, step: int, numerics: Mapping[str, Sequence[float]]) -> None:
+        """Begin to save the state after `step`; waits until an earlier save has ended. All ranks, same steps.
+
+        `numerics`: what the watch over leaps has seen.
+        """
+        if step == self._asked:
+            return
+        self.finish()
+        self.open()
+        pieces = live_pieces(self._store, self._comm.rank)
+        self._asked, self._passed, self._bytes = step, 0, (0, sum(piece.nbytes for piece in pieces))
+        describe = partial(self._identity.manifest, step, numerics)
+        self._future = self._thread.submit(self._save, step, pieces, describe)
+
+    def hold(self, unit: int) -> None:
+        """Return when the arrays of `unit` may be replaced."""
+        if unit < self._passed:
+            return
+        phases.reach("save-wait")
+        with self._changed:
+            self._changed.wait_for(lambda: unit < self._passed)
+        if self._future is not None and self._future.done():
+            self._future.result()
+        phases.reach("optimizer")
+
+    def finish(self) -> None:
+        """Wait until nothing is being saved; raises what the thread raised."""
+        if self._future is not None:
+            if not self._future.done():
+                phases.reach("save-wait")
+            self._future.result()
+            self._future = None
+
+    def news(self) -> list[str]:
+        """What there is to tell since the last call; raises what the thread raised."""
+        if self._future is not None and self._future.done():
+            self._future.result()
+        lines, self._news = self._news, []
+        return lines
+
+    @property
+    def status(self) -> str | None:
+        """How far the running save is, for a display; None where none runs."""
+        if self._future is None or self._future.done():
+            return None
+        written, total = self._bytes
+        return f"saving {step_name(self._asked)}  {written / max(total, 1):.0%} of this rank's {total / 1e9:.1f} GB"
+
+    def refuse_unsaved(self) -> None:
+        """UnsavedError on all ranks if a checkpoint could not be saved: for the end of a run."""
+        if self.failed:
+            steps = ", ".join(map(str, self.failed))
+            newest = f"the newest is that of step {self.newest}" if self.newest else "there is none"
+            raise on_all_ranks(
+                UnsavedError(
+                    f"the run is complete, but its checkpoints of step {steps} could not be saved; {newest}"
+                )
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, AgreedExit) or (isinstance(error, EmpireError) and error.shared):
+            with suppress(BaseException):  # all ranks leave together: what was begun before the error is good
+                self.finish()
+        self._thread.close(60.0 if error is None else 0.0)
+
+    # ---- on the thread
+
+    def _save(self, step: int, pieces: list[LivePiece], describe: Describe) -> None:
+        assert self._folders is not None
+        commit = Commit(self._comm, self._folders, step, describe, self._policy.copies)
+        name, start = step_name(step), time.monotonic()
+        try:
+            shards = commit.run(pieces, self._pass)
+            self.newest = step
+            total = sum(shard.nbytes for shard in shards)
+            seconds = time.monotonic() - start
+            self._news.append(f"{name} saved: {_amount(total)} in {seconds:.1f} s" + _after(commit.notes))
+            self._retain(step)
+        except SaveFailed as error:
+            self.failed.append(step)
+            newest = f"the newest is {step_name(self.newest)}" if self.newest else "there is none yet"
+            self._news.append(f"WARNING: {name} could not be saved, training goes on; {newest}: {error}")
+        finally:
+            for piece in pieces:
+                piece.views = []
+            self._pass(_ALL, 0)
+            phases.leave()
+
+    def _retain(self, step: int) -> None:
+        try:
+            assert self._folders is not None
+            retain(self._comm, self._folders, step, self._policy.keep_last)
+        except SaveFailed as error:
+            self._news.append(f"WARNING: old checkpoints could not be removed: {error}")
+
+    def _pass(self, unit: int, nbytes: int) -> None:
+        """Everything up to `unit` is written."""
+        with self._changed:
+            self._passed = unit + 1
+            self._bytes = (max(nbytes, self._bytes[0]), self._bytes[1])
+            self._changed.notify_all()
+
+
+def _amount(nbytes: int) -> str:
+    for size, unit in ((1 << 30, "GiB"), (1 << 20, "MiB")):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes / 1024:.0f} KiB"
+
+
+def _after(notes: list[str]) -> str:
+    return f" ({'; '.join(notes)})" if notes else ""

@@ -1,0 +1,86 @@
+"""How a run begins, goes on from a checkpoint, and leaves checkpoints: what the training loop asks of `checkpoint/`."""
+
+from __future__ import annotations
+
+from mlx_empire import assemble
+from mlx_empire.checkpoint.identity import Identity, base_digest
+from mlx_empire.checkpoint.manifest import Resolved
+from mlx_empire.checkpoint.names import step_name
+from mlx_empire.checkpoint.restore import Restore
+from mlx_empire.checkpoint.resume import Start, folder_of
+from mlx_empire.checkpoint.save import Policy, Saver
+from mlx_empire.comm.failure import together
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.engine.trainer import Trainer
+from mlx_empire.errors import EmpireError, StoppedError, UnsavedError, on_all_ranks
+from mlx_empire.optim.protocol import ShardOptimizer
+from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.recipe.load import dump_recipe
+from mlx_empire.recipe.schema import Recipe
+
+
+def base_of(comm: Communicator, recipe: Recipe, built: assemble.Built) -> str | None:
+    """What identifies weights that are not trained, hence not saved; None where there are none. Collective."""
+    if built.adapters is None or recipe.model.init == "random":
+        return None
+    digest = None
+    with together(comm):
+        if comm.rank == 0:
+            digest = base_digest(recipe.model.path)
+    return str(comm.broadcast_json(digest))
+
+
+def load_state(
+    comm: Communicator,
+    recipe: Recipe,
+    built: assemble.Built,
+    trainer: Trainer,
+    start: Start,
+    optimizer: ShardOptimizer,
+) -> bool:
+    """Weights from the model's folder or, with the optimizer's states, from a checkpoint. Collective.
+
+    Frozen weights are not in a checkpoint, so with adapters the folder is read as well. True if rank 0 alone had it.
+    """
+    if start.found is None:
+        return assemble.load_weights(comm, recipe, built, trainer.store)
+    with together(comm):
+        restore = Restore(start.found, trainer.store, comm)
+    sent = built.adapters is not None and assemble.load_weights(comm, recipe, built, trainer.store)
+    restore.run(optimizer, recipe.optimizer.learning_rate)
+    trainer.spikes.from_json(start.found.manifest.numerics)
+    return sent
+
+
+def stopped(saver: Saver, step: int, reason: str) -> EmpireError:
+    """How a run ends that was asked to stop after `step`, the same on all ranks."""
+    if saver.newest == step:
+        again = "the same command goes on from there"
+        return on_all_ranks(StoppedError(f"stopped by {reason}: {step_name(step)} is saved; {again}"))
+    kept = f"{step_name(saver.newest)} is the newest" if saver.newest else "there is none"
+    return on_all_ranks(UnsavedError(f"stopped by {reason}: {step_name(step)} could not be saved; {kept}"))
+
+
+def open_saver(
+    comm: Communicator,
+    recipe: Recipe,
+    plan: RunPlan,
+    store: ShardStore,
+    start: Start,
+    data: str,
+    base: str | None,
+) -> Saver:
+    """What saves this run's checkpoints; `data` and `base` identify what is not in them. Collective."""
+    resolved = Resolved(cells=plan.work.layout.cells, gradient_dtype=plan.work.gradient_dtype)  # type: ignore[arg-type]
+    identity = Identity(
+        dump_recipe(recipe),
+        data,
+        recipe.batch.global_size,
+        recipe.run.seed,
+        base,
+        resolved,
+        plan.shards,
+    )
+    policy = Policy(recipe.run.keep_last, recipe.run.buddy)
+    return Saver(comm, store, folder_of(recipe, comm), identity, policy, start.step)

@@ -1,0 +1,97 @@
+"""Loss and gradient norm that leap: how a leap is told from noise, and what is done about it.
+
+A value is scored against the last `window` ones by median and median absolute deviation, which a few outliers do not
+move: score = (value - median) / (1.4826 MAD), the factor making MAD a standard deviation for normal noise. Only leaps
+upwards count. Decided from numbers that all ranks share, so all decide alike.
+
+- log:  say it, and train on.
+- skip: leave this step's update out; weights and optimizer state stay as they are, and the value does not enter the
+        window. More than `max_skips` skipped steps within the last `window` ones end the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+from mlx_empire.errors import NumericsError, on_all_ranks
+
+Mode = Literal["off", "log", "skip"]
+LEAST_HISTORY = 16  # below that nothing is judged
+LEAST_SPREAD = 0.005  # of the median: a plateau's noise may be next to nothing
+MAD_TO_SIGMA = 1.4826
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do with a step's update; `note` is what there is to say, if anything."""
+
+    skip: bool = False
+    note: str | None = None
+
+
+@dataclass
+class SpikeWatch:
+    """The values seen, and the steps skipped. What `to_json` gives belongs into a checkpoint."""
+
+    mode: Mode = "log"
+    threshold: float = 10.0
+    window: int = 64
+    max_skips: int = 8
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+
+    def judge(self, step: int, loss: float, norm: float) -> Verdict:
+        """The verdict on step `step`, whose values are finite. NumericsError (on all ranks) for too many skips."""
+        if self.mode == "off":
+            return Verdict()
+        scores = {"loss": score(loss, self.losses), "gradient norm": score(norm, self.norms)}
+        values = {"loss": loss, "gradient norm": norm}
+        worst = max(scores, key=lambda name: scores[name])
+        if scores[worst] <= self.threshold:
+            self._remember(loss, norm)
+            return Verdict()
+        history = self.losses if worst == "loss" else self.norms
+        told = (
+            f"step {step}: {worst} {values[worst]:.4g} leaps from {median(history):.4g} "
+            f"(score {scores[worst]:.1f} above {self.threshold:g})"
+        )
+        if self.mode == "log":
+            self._remember(loss, norm)
+            return Verdict(note=told)
+        self.skipped = [s for s in self.skipped if s > step - self.window] + [step]
+        if len(self.skipped) > self.max_skips:
+            raise on_all_ranks(
+                NumericsError(
+                    f"{told}: {len(self.skipped)} steps of the last {self.window} would be skipped, more than "
+                    f"numerics.max_skips {self.max_skips}; lower the learning rate or look at the data of steps "
+                    f"{', '.join(map(str, self.skipped))}"
+                )
+            )
+        return Verdict(skip=True, note=f"{told}; its update is skipped")
+
+    def to_json(self) -> dict[str, Any]:
+        """What a continued run needs to decide alike; floats survive JSON bit by bit."""
+        return {"losses": list(self.losses), "norms": list(self.norms), "skipped": list(self.skipped)}
+
+    def from_json(self, state: Mapping[str, Any]) -> None:
+        """Take over what `to_json` gave; the settings stay this run's own."""
+        self.losses = [float(value) for value in state["losses"]][-self.window :]
+        self.norms = [float(value) for value in state["norms"]][-self.window :]
+        self.skipped = [int(step) for step in state["skipped"]]
+
+    def _remember(self, loss: float, norm: float) -> None:
+        self.losses = [*self.losses, loss][-self.window :]
+        self.norms = [*self.norms, norm][-self.window :]
+
+
+def score(value: float, history: list[float]) -> float:
+    """How many robust standard deviations `value` lies above the history's median; 0 while there is too little."""
+    if len(history) < LEAST_HISTORY:
+        return 0.0
+    middle = median(history)
+    spread = MAD_TO_SIGMA * median(abs(one - middle) for one in history)
+    return (value - middle) / max(spread, LEAST_SPREAD * abs(middle), 1e-12)

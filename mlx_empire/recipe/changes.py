@@ -1,0 +1,66 @@
+"""What differs between two recipes, and which differences a run may have when it goes on from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlx_empire.errors import UserError
+from mlx_empire.recipe.explain import leaf_fields
+from mlx_empire.recipe.schema import Recipe
+
+# They change where and how a run computes, what it shows and keeps, but no bit of its result.
+HARMLESS_SECTIONS = ("comm", "report", "memory", "evaluation")
+HARMLESS = (
+    "run.dir",
+    "run.checkpoints",
+    "run.save_every",
+    "run.keep_last",
+    "run.buddy",
+    "run.eval_every",
+    "run.resume",
+    "run.accept_changes",
+    "run.hosts",
+    "model.compare",
+    "model.base_digest",
+)
+NOT_HARMLESS = ("memory.gradient_dtype",)
+
+
+def changes(before: Recipe, now: Recipe) -> dict[str, tuple[object, object]]:
+    """Key -> (value before, value now), for every key that differs."""
+    found = {}
+    for name in leaf_fields():
+        section, key = name.split(".")
+        pair = tuple(getattr(getattr(recipe, section), key) for recipe in (before, now))
+        if pair[0] != pair[1]:
+            found[name] = pair
+    return found
+
+
+def harmless(key: str, before: Recipe, now: Recipe) -> bool:
+    """Whether `key` may differ without being named in run.accept_changes."""
+    if key == "run.steps":  # under any other schedule it changes every step's learning rate
+        return before.schedule.type == now.schedule.type == "constant" and not _relative(before, now)
+    return key in HARMLESS or (key.split(".")[0] in HARMLESS_SECTIONS and key not in NOT_HARMLESS)
+
+
+def require_acceptable(before: Recipe, now: Recipe, accepted: Sequence[str], checkpoint: str) -> list[str]:
+    """A line for each difference; UserError with all that are neither harmless nor accepted."""
+    found = changes(before, now)
+    lines = {key: f"{key}: {_show(a)} -> {_show(b)}" for key, (a, b) in found.items()}
+    refused = [key for key in found if key not in accepted and not harmless(key, before, now)]
+    if refused:
+        raise UserError(
+            f"{checkpoint} was made by another recipe: {'; '.join(lines[key] for key in refused)}; put the old values "
+            f"back, add run.accept_changes=[{','.join(refused)}], or start anew in another run.dir"
+        )
+    return list(lines.values())
+
+
+def _relative(before: Recipe, now: Recipe) -> bool:
+    """Whether the warm-up is measured in the run's length, which would move its end."""
+    return any(recipe.schedule.warmup.unit == "percent" for recipe in (before, now))
+
+
+def _show(value: object) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

@@ -1,0 +1,180 @@
+"""What is known of a run from what its ranks and mpirun say on stderr: where each rank is, and how it ended.
+
+Ranks speak in marked lines (`beacon`), which are taken out. Open MPI announces deaths between two dashed lines, wrapped
+at some column; those that are understood are taken out too, because the failure report says the same once and in
+order. Everything else is for the user.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_empire.beacon import MARK
+
+MAIN_THREAD = "MainThread"
+_DASHES = re.compile(r"-{60,}\s*$")
+_MOST_LINES = 60  # of one announcement
+
+
+@dataclass(frozen=True)
+class Death:
+    """How mpirun says that a process or a machine was lost; None is what it does not say."""
+
+    how: str
+    rank: int | None = None
+    host: str | None = None
+    code: int | None = None  # of exit()
+    signal: int | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank said before it ended the run."""
+
+    code: int
+    message: str
+    rank: int
+    host: str
+
+
+@dataclass
+class Account:
+    """One launch so far. `places`: (phase, step) by rank and thread; `told`: exit codes that all ranks agreed on."""
+
+    places: dict[int, dict[str, tuple[str, int]]] = field(default_factory=dict)
+    hosts: dict[int, str] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    deaths: list[Death] = field(default_factory=list)
+    told: list[int] = field(default_factory=list)
+
+    def note(self, event: dict[str, Any]) -> None:
+        """A rank's line. KeyError, TypeError or ValueError for one that is not what a rank sends."""
+        rank, host = int(event["rank"]), str(event["host"])
+        match event["event"]:
+            case "place":
+                self.hosts[rank] = host
+                place = str(event["phase"]), int(event["step"])
+                self.places.setdefault(rank, {})[str(event["thread"])] = place
+            case "failure":
+                self.failures.append(Failure(int(event["code"]), str(event["message"]), rank, host))
+            case "exit":
+                self.told.append(int(event["code"]))
+
+    @property
+    def failing(self) -> bool:
+        """Whether the run is known to end."""
+        return bool(self.failures or self.deaths or self.told)
+
+    @property
+    def step(self) -> int:
+        """The latest step that any rank has begun."""
+        return max((step for of in self.places.values() for _, step in of.values()), default=0)
+
+    def place_of(self, rank: int) -> tuple[str, int] | None:
+        """(phase, step) of a rank: where its main thread is, and in brackets where another is that began later."""
+        threads = self.places.get(rank, {})
+        phase, step = threads.get(MAIN_THREAD, ("", 0))
+        others = [f"{p} beside it" for t, (p, s) in threads.items() if t != MAIN_THREAD and s == step and p]
+        named = ", ".join([*([phase] if phase else []), *others])
+        return (named, step) if named else None
+
+
+class Listener:
+    """Sorts stderr as it comes: `feed` returns what the user should see."""
+
+    def __init__(self, account: Account) -> None:
+        self._account = account
+        self._partial = b""
+        self._block: list[str] | None = None
+
+    def feed(self, data: bytes) -> str:
+        """The next bytes; an incomplete last line is kept until it is whole."""
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        return "".join(map(self._line, (line.decode(errors="replace") + "\n" for line in lines)))
+
+    def close(self) -> str:
+        """What was kept back, at the end."""
+        kept, self._partial = self._partial.decode(errors="replace"), b""
+        shown = self._line(kept) if kept else ""
+        block, self._block = self._block or [], None
+        return shown + self._announced(block)
+
+    def _line(self, line: str) -> str:
+        before, mark, event = line.partition(MARK)
+        if mark:
+            # Two ranks' lines may have run into one another: the next one says where they are.
+            with suppress(ValueError, KeyError, TypeError):
+                self._account.note(json.loads(event))
+            return self._line(before + "\n") if before.strip() else ""
+        if self._block is None:
+            if not _DASHES.match(line):
+                return line
+            self._block = [line]
+            return ""
+        self._block.append(line)
+        if not _DASHES.match(line) and len(self._block) < _MOST_LINES:
+            return ""
+        block, self._block = self._block, None
+        return self._announced(block)
+
+    def _announced(self, block: list[str]) -> str:
+        death = read_announcement("".join(block))
+        if death is None:
+            return "".join(block)
+        if death not in self._account.deaths:
+            self._account.deaths.append(death)
+        return ""
+
+
+def read_announcement(text: str) -> Death | None:
+    """The death that one of Open MPI 5's announcements tells of, or None."""
+    flat = " ".join(text.split())
+    for pattern, made in _ANNOUNCEMENTS:
+        found = re.search(pattern, flat)
+        if found:
+            return made(found)
+    return None
+
+
+def _killed(found: re.Match[str]) -> Death:
+    number = int(found[3])
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    return Death(f"was killed by {name}", int(found[1]), found[2], signal=number)
+
+
+_ANNOUNCEMENTS: tuple[tuple[str, Callable[[re.Match[str]], Death]], ...] = (
+    (r"process rank (\d+) with PID \d+ on node (\S+) exited on signal (\d+)", _killed),
+    (
+        r"process rank (\d+) with PID \d+ on node (\S+) exiting improperly",
+        lambda found: Death(
+            "left before the run was complete (exit code 0)", int(found[1]), found[2], code=0
+        ),
+    ),
+    (
+        r"Process name: \[\S+@\d+,(\d+)\] Exit code: (\d+)",
+        lambda found: Death(
+            f"left before the run was complete (exit code {found[2]})", int(found[1]), code=int(found[2])
+        ),
+    ),
+    (
+        r"MPI_ABORT was invoked on rank (\d+) .*?Errorcode: (\d+)",
+        lambda found: Death(f"ended all ranks (exit code {found[2]})", int(found[1]), code=int(found[2])),
+    ),
+    (
+        r"process rank (\d+) with PID \d+ on node (\S+) calling \"?abort",
+        lambda found: Death("ended all ranks", int(found[1]), found[2]),
+    ),
+    (
+        r"lost communication with a remote daemon.*?Remote daemon: \S+ on node (\S+)",
+        lambda found: Death("is out of reach: mpirun lost its connection", host=found[1]),
+    ),
+)

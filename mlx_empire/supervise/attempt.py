@@ -1,0 +1,127 @@
+"""Runs one mpirun from start to end: passes on what it says, forwards a request to stop, and does not wait for ever
+when it cannot end.
+
+mpirun writes to our own standard output, so that a display there knows whether a person watches; its stderr comes
+through here. It gets a session of its own: the terminal's Ctrl-C would reach it, and give its ranks half a second.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from mlx_empire.supervise.account import Account, Listener
+
+TICK_SECONDS = 0.1
+# After a failure was announced mpirun ends its ranks in seconds, more where they hold hundreds of gigabytes; a machine
+# that is out of reach would keep it waiting.
+GRACE_SECONDS = 60.0
+KILL_SECONDS = 5.0
+_CHUNK = 1 << 16
+
+
+@dataclass
+class Asked:
+    """What the user wants while a run runs; signal handlers set it. `times`: requests to stop; the second is urgent."""
+
+    times: int = 0
+
+    def stop(self) -> None:
+        """One more request."""
+        self.times += 1
+
+
+@dataclass
+class Attempt:
+    """One launch. `on_tick` is called several times a second while it runs; `grace` seconds may pass between the news
+    of a failure and mpirun's end."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    asked: Asked
+    on_tick: Callable[[Account], None] = lambda account: None
+    grace: float = GRACE_SECONDS
+    account: Account = field(default_factory=Account)
+    seconds: float = 0.0
+
+    def run(self) -> int:
+        """mpirun's exit code, negative for a signal that ended it."""
+        started = time.monotonic()
+        process = subprocess.Popen(
+            self.command,
+            env=dict(self.environment),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        reader = threading.Thread(target=self._read, args=(process,), name="mpirun's stderr", daemon=True)
+        reader.start()
+        self._watch(process)
+        reader.join(KILL_SECONDS)  # a rank that mpirun left behind may hold the pipe
+        self.seconds = time.monotonic() - started
+        return process.returncode
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        forwarded = False
+        ending: float | None = None  # when it should be over
+        last_signal = signal.SIGTERM
+        while True:
+            try:
+                process.wait(TICK_SECONDS)
+                return
+            except subprocess.TimeoutExpired:
+                pass
+            now = time.monotonic()
+            self.on_tick(self.account)
+            if self.asked.times and not forwarded:
+                forwarded = True
+                _send(process, signal.SIGUSR1)
+            if ending is None and self.account.failing:
+                ending = now + self.grace
+            if self.asked.times > 1 and last_signal == signal.SIGTERM:
+                ending = now
+            if ending is not None and now >= ending:
+                self._end(process, last_signal)
+                ending, last_signal = now + KILL_SECONDS, signal.SIGKILL
+
+    def _end(self, process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+        """End mpirun; its ranks with it, where they are its children."""
+        if number == signal.SIGTERM:
+            _send(process, number)
+            return
+        _say(
+            "mpirun does not end; it is killed. Ranks on machines out of reach end themselves at their deadline."
+        )
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            process.kill()
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stderr is not None
+        listener = Listener(self.account)
+        while data := os.read(process.stderr.fileno(), _CHUNK):
+            _show(listener.feed(data))
+        _show(listener.close())
+
+
+def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        process.send_signal(number)
+
+
+def _show(text: str) -> None:
+    if text:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _say(text: str) -> None:
+    print(f"mlx_empire.launch: {text}", file=sys.stderr, flush=True)

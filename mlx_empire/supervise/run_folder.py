@@ -1,0 +1,142 @@
+"""What a launcher leaves in the run's folder, and what it and others read there.
+
+`launch.json`: who supervises the run and how it goes. `launch.lock`: held for as long as the launcher lives, so a dead
+one is told from a living one whatever its process id is today. `launch.log`: the output of a detached run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from mlx_empire.errors import UserError
+
+STATE, LOCK, LOG, COMPLETE = "launch.json", "launch.lock", "launch.log", "COMPLETE"
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass
+class LaunchState:
+    """What `launch.json` says. Times in seconds since 1970; `code` is None while the run goes on."""
+
+    pid: int = field(default_factory=os.getpid)
+    host: str = field(default_factory=socket.gethostname)
+    started: float = field(default_factory=time.time)
+    command: str = ""
+    machines: list[str] = field(default_factory=list)
+    restarts: int = 0
+    budget: int = 0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    said: str = ""
+    code: int | None = None
+
+
+class RunFolder:
+    """A run's folder as its launcher sees it; use as a context manager, which keeps others away."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    def take(self) -> bool:
+        """Lock the folder if it is there yet (the run makes it when it may begin); whether it is ours.
+
+        UserError when another launcher holds it.
+        """
+        if self._lock is None and self.path.is_dir():
+            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise UserError(in_use(self.path)) from None
+            self._lock = lock
+        return self._lock is not None
+
+    def make(self) -> None:
+        """Make the folder, readable by its owner only; UserError where that is impossible."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run.dir: {self.path}: {error.strerror}; choose a folder that can be written"
+            ) from None
+
+    def write(self, state: LaunchState) -> None:
+        """`launch.json`, replaced at once; nothing where the folder is not ours yet."""
+        if self.take():
+            write_private(self.path / STATE, json.dumps(asdict(state), indent=1) + "\n")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run wrote `COMPLETE`."""
+        return (self.path / COMPLETE).exists()
+
+    @property
+    def committed(self) -> int | None:
+        """The step of the newest committed checkpoint on this machine."""
+        steps = [
+            int(found[1])
+            for folder in self.path.glob("checkpoints/step-*")
+            if (found := _STEP.fullmatch(folder.name)) and (folder / "COMMIT").is_file()
+        ]
+        return max(steps, default=None)
+
+    def __enter__(self) -> Self:
+        self.take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def supervised(path: Path) -> bool:
+    """Whether a launcher is at work in the folder, on this machine."""
+    try:
+        lock = os.open(path / LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def read_state(path: Path) -> LaunchState | None:
+    """What `launch.json` says; None where no launcher was here. UserError for a file that cannot be understood."""
+    try:
+        return LaunchState(**json.loads((path / STATE).read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path / STATE}: cannot be read ({error}); remove it") from None
+
+
+def in_use(path: Path) -> str:
+    """The sentence that names who holds the folder."""
+    state = read_state(path)
+    holder = f"process {state.pid} on {state.host}" if state else "another process"
+    return (
+        f"run.dir: {path} is in use by {holder}; look at it with `python -m mlx_empire.launch status {path}`, "
+        "or choose another run.dir"
+    )
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace a text file by one that only its owner can read."""
+    draft = path.with_name(path.name + ".tmp")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    os.replace(draft, path)

@@ -1,0 +1,87 @@
+"""The lock of a run's folder: one holder, named; holders elsewhere; folders that hold other things."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_empire.checkpoint.run_lock import RunLock, read_holder
+from mlx_empire.errors import UserError
+
+
+def left_behind(folder: Path, text: str, age: float = 0.0) -> Path:
+    """A lock file that nobody holds, touched `age` seconds ago."""
+    file = folder / "LOCK"
+    file.write_text(text)
+    os.utime(file, (time.time() - age, time.time() - age))
+    return file
+
+
+def holder(host: str) -> str:
+    return json.dumps({"host": host, "pid": 4711, "since": "2026-01-02T03:04:05+00:00"})
+
+
+def test_one_holder_at_a_time(tmp_path: Path) -> None:
+    with RunLock(tmp_path) as lock:
+        assert lock.note is None
+        own = read_holder(tmp_path)
+        assert own is not None
+        assert (own.host, own.pid) == (socket.gethostname(), os.getpid())
+        with pytest.raises(
+            UserError, match=rf"is in use by process {own.pid} on {own.host}, since {own.since[:10]}"
+        ):
+            RunLock(tmp_path)
+        assert read_holder(tmp_path) == own, "a refused launch changes nothing"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
+    program = (
+        "import os, pathlib; from mlx_empire.checkpoint.run_lock import RunLock;"
+        f"lock = RunLock(pathlib.Path({str(tmp_path)!r})); print(os.getpid()); os._exit(9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 9
+    with RunLock(tmp_path) as lock:
+        assert lock.note is not None
+        assert f"left by process {done.stdout.strip()} on {socket.gethostname()}" in lock.note
+
+
+def test_a_holder_elsewhere_counts_while_it_touches_its_file(tmp_path: Path) -> None:
+    left_behind(tmp_path, holder("king"), age=30)
+    with pytest.raises(UserError, match=r"process 4711 on king, since 2026.*touched (29|30|31) s ago"):
+        RunLock(tmp_path, stale_seconds=60)
+    assert {file.name for file in tmp_path.iterdir()} == {"LOCK"}
+    with RunLock(tmp_path, stale_seconds=20) as lock:
+        assert lock.note is not None
+        assert "process 4711 on king" in lock.note
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"host": 3}', "\x00" * 9000, "[" * 4000])
+def test_a_lock_that_cannot_be_read_is_taken_over(tmp_path: Path, text: str) -> None:
+    left_behind(tmp_path, text)
+    with RunLock(tmp_path) as lock:
+        assert (lock.note is not None) == bool(text)
+
+
+def test_a_link_is_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    target = tmp_path / "precious"
+    target.write_text("keep")
+    (tmp_path / "run" / "LOCK").symlink_to(target)
+    with pytest.raises(UserError, match=r"run\.dir"):
+        RunLock(tmp_path / "run")
+    assert target.read_text() == "keep"
+
+
+def test_a_folder_with_other_things_stays(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run"):
+        (tmp_path / "run" / "metrics.jsonl").touch()
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]

@@ -16,7 +16,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -34,7 +35,7 @@ from mlx_empire.supervise.awake import keep_awake
 from mlx_empire.supervise.command import Launch, clean_environment, mpirun_line, printed
 from mlx_empire.supervise.machines import probe_with
 from mlx_empire.supervise.memory_pressure import memory_of
-from mlx_empire.supervise.run_folder import RunFolder
+from mlx_empire.supervise.run_folder import run_folder
 from mlx_empire.supervise.supervisor import PAUSE_SECONDS, Supervisor
 
 ABOUT_RUNS = ("status", "attach", "stop")
@@ -109,7 +110,7 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.dry_run:
         print(printed(mpirun_line(launch, environment)))
         return 0
-    folder = RunFolder(recipe.run.dir)
+    folder = run_folder(recipe)
     if folder.complete:
         raise UserError(
             f"run.dir: {folder.path} holds a finished run; choose another run.dir or remove that folder"
@@ -118,13 +119,11 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.detach:
         return send_away(folder.path, [word for word in words if word != "--detach"])
     asked = Asked()
-    for number in STOPPING:
-        signal.signal(number, lambda *_: on_request(asked))
     keep_awake()
     resume = (
         f"cd {shlex.quote(os.getcwd())} && {printed([sys.executable, '-m', 'mlx_empire.launch', *words])}"
     )
-    with folder:
+    with folder, listening(asked):
         return Supervisor(
             launch,
             folder,
@@ -137,6 +136,17 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
             options.grace,
             options.pause,
         ).run()
+
+
+@contextmanager
+def listening(asked: Asked) -> Iterator[None]:
+    """Inside, the signals that end a program are requests to stop."""
+    before = {number: signal.signal(number, lambda *_: on_request(asked)) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def on_request(asked: Asked) -> None:

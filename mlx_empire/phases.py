@@ -97,6 +97,12 @@ def reach(phase: str) -> None:
             _strike(fault)
 
 
+def progress() -> None:
+    """This thread is where it was, and gets on: a long phase is no hang while it says so now and then."""
+    place = _places.setdefault(threading.current_thread().name, Place(step=_step))
+    place.since = time.monotonic()
+
+
 def leave() -> None:
     """This thread has nothing to do until it reaches its next phase."""
     thread = threading.current_thread().name

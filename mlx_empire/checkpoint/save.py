@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -68,7 +69,7 @@ class Saver:
         self.newest = newest  # the step of the newest committed checkpoint
         self.failed: list[int] = []  # steps whose save failed
         self._asked = newest
-        self._news: list[str] = []
+        self._news: deque[str] = deque()
         self._changed = threading.Condition()
         self._passed = _ALL  # units below it are written
         self._bytes = (0, 0)  # written, in all
@@ -120,8 +121,7 @@ class Saver:
         """What there is to tell since the last call; raises what the thread raised."""
         if self._future is not None and self._future.done():
             self._future.result()
-        lines, self._news = self._news, []
-        return lines
+        return [self._news.popleft() for _ in range(len(self._news))]
 
     @property
     def status(self) -> str | None:

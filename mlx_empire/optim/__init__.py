@@ -1,5 +1,9 @@
-"""The optimizer as pure functions over flat shards: AdamW, 8-bit states, exact masters, schedules, norm.
+"""The optimizer as pure functions over flat shards: AdamW, Lion, SGD, 8-bit states, masters, schedules, norm.
 
-Nothing here knows of ranks' messages, models or files. May import `adapters`, `data`, `comm`, `plan`,
-`cluster`, `recipe` and `errors`.
+`AdamW8bit` is the same AdamW for any MLX training loop. Nothing here knows of ranks' messages, models or files. May
+import `adapters`, `data`, `comm`, `plan`, `cluster`, `recipe` and `errors`.
 """
+
+from mlx_empire.optim.dropin import AdamW8bit
+
+__all__ = ["AdamW8bit"]

@@ -4,7 +4,7 @@ A rule says which moments it has and how one step advances them, element by elem
 row per row of weights:
 - moments in float32, `m` and perhaps `v` (rows, 64), or in 8 bits, the arrays of `codec`, updated from
   un-quantised moments;
-- beside bfloat16 weights what `master` keeps of the float32 weight: `remainder`, `master` or nothing.
+- beside bfloat16 weights what `master` keeps of the float32 weight: one array, or nothing.
 
 Everything that depends on the step alone is computed in float64 on the host and rounded once (`numbers`). `step`
 takes these numbers and the rounding noise's keys as arrays, so that a caller whose step counter is itself an array
@@ -112,9 +112,9 @@ class FlatOptimizer(ABC):
             sizes = codec.code_bytes(elements // BLOCK, self.moments)
         else:
             sizes = {name: 4 * elements for name in self.moments}
-        if weight_dtype == "bfloat16" and self.master_weights in master.REMAINDER_BYTES:
-            name, each = master.REMAINDER_BYTES[self.master_weights]
-            sizes[name] = each * elements
+        if weight_dtype == "bfloat16" and self.master_weights in master.KEPT:
+            name, dtype = master.KEPT[self.master_weights]
+            sizes[name] = dtype.size * elements
         return sizes
 
     def convert(self, state: State, chunk: ChunkId, scalars: StepScalars, *, quantised: bool) -> State:
@@ -122,7 +122,7 @@ class FlatOptimizer(ABC):
         codes = quantised and self.state_bits == 8
         if codes == ("m_codes" in state):
             return state
-        kept = {name: state[name] for name in ("remainder", "master") if name in state}
+        kept = {name: state[name] for name, _ in master.KEPT.values() if name in state}
         if not codes:
             decoders = {"m": codec.decode_first, "v": codec.decode_second}
             return {name: decoders[name](state) for name in self.moments} | kept

@@ -3,9 +3,9 @@
 With b the bits of the fp32 weight, the bf16 weight is the upper half of b + 0x8000 (nearest, ties away from
 zero) and the remainder is the difference between b and that half. Joining adds them again as integers.
 
-- exact: the remainder is an int16: every bit pattern comes back (the split is Transformer Engine's);
-- diet:  b is first rounded to its upper 24 bits, up with the probability that keeps its mean; the remainder
-  is then a multiple of 2^8 and fits an int8. For rates from about 1e-5: below, an update is lost in noise;
+- exact: `remainder` is an int16: every bit pattern comes back (the split is Transformer Engine's);
+- diet:  b is first rounded to its upper 24 bits, up with the probability that keeps its mean; the remainder is
+  then a multiple of 2^8 and `short_remainder` an int8. For rates from about 1e-5: below, noise drowns updates;
 - fp32:  the master is kept whole, as `master`, and the bf16 weight is the same as with `exact`;
 - none:  b is rounded to its upper 16 bits in the same way as diet's, and nothing is kept.
 
@@ -19,29 +19,36 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_empire.optim.fusion import fused
-from mlx_empire.optim.noise import column_keys, second_draw
+from mlx_empire.optim.noise import column_keys, draw
 
 State = dict[str, mx.array]
 
 KINDS = ("exact", "diet", "fp32", "none")
-REMAINDER_BYTES = {"exact": ("remainder", 2), "diet": ("remainder", 1), "fp32": ("master", 4)}
-_DTYPES = {"exact": mx.int16, "diet": mx.int8}
+KEPT: dict[str, tuple[str, mx.Dtype]] = {  # kind -> name and dtype of what is kept beside a bfloat16 weight
+    "exact": ("remainder", mx.int16),
+    "diet": ("short_remainder", mx.int8),
+    "fp32": ("master", mx.float32),
+}
 
 
 def begin(weights: mx.array, kind: str) -> State:
     """What is kept beside bfloat16 `weights` at the start: a zero remainder, a copy, or nothing."""
-    if kind == "fp32":
-        return {"master": weights.astype(mx.float32)}
-    return {"remainder": mx.zeros(weights.shape, _DTYPES[kind])} if kind in _DTYPES else {}
+    if kind == "none":
+        return {}
+    name, dtype = KEPT[kind]
+    return {name: weights.astype(dtype) if kind == "fp32" else mx.zeros(weights.shape, dtype)}
 
 
 def joined(weights: mx.array, state: State) -> mx.array:
     """The fp32 weights (float32) that bfloat16 `weights` and what `state` keeps beside them stand for."""
     if "master" in state:
         return state["master"]
-    if "remainder" not in state:
-        return weights.astype(mx.float32)
-    return join(weights, state["remainder"])
+    if "remainder" in state:
+        return join(weights, state["remainder"])
+    if "short_remainder" in state:
+        master: mx.array = _join_diet(weights.view(mx.int16), state["short_remainder"]).view(mx.float32)
+        return master
+    return weights.astype(mx.float32)
 
 
 def parted(master: mx.array, kind: str, keys: mx.array | None) -> tuple[mx.array, State]:
@@ -57,15 +64,14 @@ def parted(master: mx.array, kind: str, keys: mx.array | None) -> tuple[mx.array
     assert keys is not None
     if kind == "diet":
         upper, remainder = _split_diet(master.view(mx.uint32), keys, column_keys())
-        return upper.view(mx.bfloat16), {"remainder": remainder}
+        return upper.view(mx.bfloat16), {"short_remainder": remainder}
     return _upper_half(master.view(mx.uint32), keys, column_keys()).view(mx.bfloat16), {}
 
 
 def join(weights: mx.array, remainder: mx.array) -> mx.array:
-    """The fp32 master (float32) of bfloat16 `weights` and their int16 or int8 `remainder`, all of one shape."""
-    put_together = _join_diet if remainder.dtype == mx.int8 else _join_bits
-    master: mx.array = put_together(weights.view(mx.int16), remainder).view(mx.float32)
-    return master
+    """The fp32 master (float32) of bfloat16 `weights` and int16 `remainder`, all of one shape."""
+    joined: mx.array = _join_bits(weights.view(mx.int16), remainder).view(mx.float32)
+    return joined
 
 
 def split(master: mx.array) -> tuple[mx.array, mx.array]:
@@ -104,24 +110,19 @@ def _nearest(bits: mx.array) -> mx.array:
 
 @fused
 def _split_diet(bits: mx.array, keys: mx.array, columns: mx.array) -> tuple[mx.array, mx.array]:
-    upper, lower = _halves(_rounded(bits, keys, columns, 8))
+    kept = mx.bitwise_and(_carried(bits, keys, columns, 8), mx.array(0xFFFFFF00, mx.uint32))
+    upper, lower = _halves(kept)
     return upper, mx.right_shift(lower, 8).astype(mx.int8)
 
 
 @fused
 def _upper_half(bits: mx.array, keys: mx.array, columns: mx.array) -> mx.array:
-    return mx.right_shift(_rounded(bits, keys, columns, 16), mx.array(16, mx.uint32)).astype(mx.uint16)
+    return mx.right_shift(_carried(bits, keys, columns, 16), mx.array(16, mx.uint32)).astype(mx.uint16)
 
 
-def _rounded(bits: mx.array, keys: mx.array, columns: mx.array, lost: int) -> mx.array:
-    """`bits` rounded to a multiple of 2^lost without bias; infinities and NaN (always a quiet one) stay."""
-    below = mx.array((1 << lost) - 1, mx.uint32)
-    up = bits + mx.bitwise_and(second_draw(keys, columns), below)
-    exponent = mx.bitwise_and(bits, mx.array(0x7F800000, mx.uint32))
-    quiet = mx.where(
-        mx.bitwise_and(bits, mx.array(0x7FFFFF, mx.uint32)) > mx.array(0, mx.uint32),
-        mx.bitwise_or(bits, mx.array(0x400000, mx.uint32)),
-        bits,
-    )
-    kept = mx.where(exponent == mx.array(0x7F800000, mx.uint32), quiet, up)
-    return mx.bitwise_and(kept, mx.array(0xFFFFFFFF ^ ((1 << lost) - 1), mx.uint32))
+def _carried(bits: mx.array, keys: mx.array, columns: mx.array, lost: int) -> mx.array:
+    """`bits` plus noise below 2^lost: what remains above is rounded without bias. Infinities stay, and NaN too."""
+    noise = mx.bitwise_and(draw(keys, columns), mx.array((1 << lost) - 1, mx.uint32))
+    magnitude = mx.bitwise_and(bits, mx.array(0x7FFFFFFF, mx.uint32))
+    nan = magnitude > mx.array(0x7F800000, mx.uint32)
+    return mx.where(nan, mx.array(0x7FC00000, mx.uint32), bits) + noise

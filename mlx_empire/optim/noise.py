@@ -20,26 +20,31 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 
 
-def row_keys(rows: int, tensor: int, first_row: int, step: int, salt: int) -> mx.array:
-    """(rows, 1) uint32: the hash of everything but the column, for rows first_row, first_row + 1, ..."""
+def row_keys(rows: int, tensor: int, first_row: int, step: int | mx.array, salt: int) -> mx.array:
+    """(rows, 1) uint32: the hash of everything but the column, for rows first_row, first_row + 1, ...
+
+    `step` may be an array (a whole number): then nothing here needs its value.
+    """
     if first_row + rows > 1 << 32:
         raise ValueError("a tensor of more than 2**38 elements")
     first, second = _seed(tensor, step, salt)
-    keys: mx.array = _row_keys(
-        _count(rows), mx.array(first_row, mx.uint32), mx.array(first, mx.uint32), mx.array(second, mx.uint32)
-    )
+    keys: mx.array = _row_keys(_count(rows), mx.array(first_row, mx.uint32), first, second)
     return keys
 
 
+def draw(keys: mx.array, columns: mx.array) -> mx.array:
+    """Uint32, 32 random bits, from (rows, 1) `keys` and `column_keys()`. Element-wise.
+
+    Codes take the upper 24 bits (`uniform`), lossy masters the lower 8 or 16. Where both draw from one hash they
+    share 8 bits, which are the last of the one's and the first of the other's.
+    """
+    return _mix(keys + columns)
+
+
 def uniform(keys: mx.array, columns: mx.array) -> mx.array:
-    """Float32 in [0, 1), multiples of 2**-24, from (rows, 1) `keys` and `column_keys()`. Element-wise."""
-    draws = mx.right_shift(_mix(keys + columns), mx.array(8, mx.uint32))
-    return draws.astype(mx.int32).astype(mx.float32) * (1.0 / (1 << 24))
-
-
-def second_draw(keys: mx.array, columns: mx.array) -> mx.array:
-    """Uint32, uniform, from the same keys and independent of `uniform`: another turn of the mixer. Element-wise."""
-    return _mix(_mix(keys + columns) + mx.array(_GOLDEN, mx.uint32))
+    """Float32 in [0, 1), multiples of 2**-24, of the upper bits of `draw`."""
+    upper = mx.right_shift(draw(keys, columns), mx.array(8, mx.uint32))
+    return upper.astype(mx.int32).astype(mx.float32) * (1.0 / (1 << 24))
 
 
 @cache
@@ -68,13 +73,23 @@ def _mix(x: mx.array) -> mx.array:
     return mx.bitwise_xor(x, mx.right_shift(x, mx.array(16, mx.uint32)))
 
 
-def _seed(tensor: int, step: int, salt: int) -> tuple[int, int]:
-    """Two 32-bit words; each depends on all of (tensor, step, salt)."""
+def _seed(tensor: int, step: int | mx.array, salt: int) -> tuple[mx.array, mx.array]:
+    """Two 32-bit words (uint32 scalars); each depends on all of (tensor, step, salt)."""
     state = 0
-    for word in (salt & _MASK, salt >> 32 & _MASK, tensor & _MASK, step & _MASK, step >> 32 & _MASK):
+    for word in (salt & _MASK, salt >> 32 & _MASK, tensor & _MASK):
         state = _mix_int(state + _GOLDEN & _MASK) ^ word
-    first = _mix_int(state)
-    return first, _mix_int(first + _GOLDEN & _MASK)
+    if isinstance(step, int):
+        for word in (step & _MASK, step >> 32 & _MASK):
+            state = _mix_int(state + _GOLDEN & _MASK) ^ word
+        first = _mix_int(state)
+        return mx.array(first, mx.uint32), mx.array(_mix_int(first + _GOLDEN & _MASK), mx.uint32)
+    mixed, golden = mx.array(state, mx.uint32), mx.array(_GOLDEN, mx.uint32)
+    whole = step.astype(mx.uint64)
+    upper = mx.right_shift(whole, mx.array(32, mx.uint64))
+    for half in (mx.bitwise_and(whole, mx.array(_MASK, mx.uint64)), upper):
+        mixed = mx.bitwise_xor(_mix(mixed + golden), half.astype(mx.uint32))
+    mixed = _mix(mixed)
+    return mixed, _mix(mixed + golden)
 
 
 def _mix_int(x: int) -> int:

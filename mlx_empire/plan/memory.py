@@ -32,14 +32,17 @@ Items = dict[str, int]
 LOGITS_COPIES = 4.0  # fp32 arrays of a chunk's logits alive in cross entropy's gradient
 LOGITS_IN_TAIL = 1.5  # of them when the un-recomputed tail's backward begins
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
-# One optimizer call beside the new weights, bytes per element, by (8-bit codes, bfloat16 weights): new states, and the
-# measured temporaries of small chunks that are evaluated together and of a chunk that is evaluated alone.
-UPDATE = {
-    (False, False): (8, 0, 0),
-    (False, True): (10, 8, 8),
-    (True, False): (2, 54, 65),
-    (True, True): (4, 56, 76),
+# One optimizer call beside the new weights, measured, bytes per element of a large chunk, which is evaluated alone: by
+# (8 bits, two moments), then by what is kept beside the weights (`float32`: nothing is, nor needed).
+UPDATE: dict[tuple[bool, bool], dict[str, int]] = {
+    (False, True): {"float32": 8, "exact": 18, "diet": 29, "fp32": 12, "none": 20},
+    (False, False): {"float32": 8, "exact": 14, "diet": 25, "fp32": 11, "none": 16},
+    (True, True): {"float32": 67, "exact": 80, "diet": 87, "fp32": 71, "none": 78},
+    (True, False): {"float32": 46, "exact": 54, "diet": 63, "fp32": 46, "none": 54},
 }
+SMALL_CHUNKS = (
+    0.83  # of that with 8-bit states for chunks that are evaluated together: they are freed one by one
+)
 BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
 ROUNDING = 1 << 13  # half a page of Metal's allocator, for every array that is no whole chunk
 
@@ -273,10 +276,20 @@ class _Step:
         return max(sum(whole[i : i + most]) for i in range(max(len(whole) - most, 0) + 1))
 
     def _temporaries(self, segment: Segment, start: int, stop: int) -> int:
-        codes = segment.kind == "trainable" and any("codes" in name for name in self.states)
-        new, shared, alone = UPDATE[codes, segment.dtype == "bfloat16"]
+        codes = segment.kind == "trainable" and "optimizer m_codes" in self.states
+        two = "optimizer v" in self.states or "optimizer v_codes" in self.states
+        each = UPDATE[codes, two][self._master if segment.dtype == "bfloat16" else "float32"]
         together, largest = largest_update(segment, start, stop)
-        return new * max(together, largest) + max(shared * together, alone * largest)
+        return int(max((SMALL_CHUNKS if codes else 1) * each * together, each * largest))
+
+    @property
+    def _master(self) -> str:
+        kept = {
+            "optimizer remainder": "exact",
+            "optimizer short_remainder": "diet",
+            "optimizer master": "fp32",
+        }
+        return next((kind for name, kind in kept.items() if name in self.states), "none")
 
 
 def trainable_bytes(unit: Unit) -> int:
@@ -285,7 +298,7 @@ def trainable_bytes(unit: Unit) -> int:
 
 
 def largest_update(segment: Segment, start: int, stop: int) -> tuple[int, int]:
-    """Elements of the most small chunks of [start, stop) that the update evaluates at once, and of the largest."""
+    """Elements of small chunks of [start, stop) that the update evaluates at once, and of the largest chunk."""
     full = CHUNK_ELEMENTS // BLOCK
     waiting = together = largest = 0
     for placement in segment.placements:

@@ -16,7 +16,7 @@ _CODES = {  # name of the moment -> (name, bytes per element, bytes per block of
 }
 _MASTERS = {  # beside a bfloat16 weight: name and bytes per element
     "exact": {"remainder": 2},
-    "diet": {"remainder": 1},
+    "diet": {"short_remainder": 1},
     "fp32": {"master": 4},
     "none": {},
 }

@@ -27,7 +27,10 @@ _TERMS = {
     "optimizer v_floor": Term("2 bytes for each 64 elements: floor of the second moment", "exact"),
     "optimizer v_step": Term("2 bytes for each 64 elements: step of the second moment's code", "exact"),
     "optimizer remainder": Term(
-        "2 bytes (exact) or 1 (diet) for each bfloat16 element of the share: the master's remainder", "exact"
+        "2 bytes for each bfloat16 element of the share: the rest of its fp32 master weight", "exact"
+    ),
+    "optimizer short_remainder": Term(
+        "1 byte for each bfloat16 element of the share: 8 more bits of its master weight (diet)", "exact"
     ),
     "optimizer master": Term(
         "4 bytes for each bfloat16 element of the share: master weights in fp32", "exact"

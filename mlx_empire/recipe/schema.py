@@ -243,8 +243,13 @@ class CommSection(Section):
     )
     deadline_seconds: Annotated[float, Field(gt=0, le=604800)] = Field(
         default=1800.0,
-        description="a number of seconds above 0 and up to 604800: longer than a step's longest computation, in "
-        "which other ranks hear nothing",
+        description="a number of seconds above 0 and up to 604800: the longest that a machine may show no progress "
+        "(in a layer, a file, a pause of its own) before the run is ended",
+    )
+    deadline_floor_seconds: Annotated[float, Field(gt=0, le=604800)] = Field(
+        default=60.0,
+        description="a number of seconds above 0 and up to 604800: once a few steps are done, their phases may take "
+        "ten times as long as they did, but at least this and at most comm.deadline_seconds",
     )
 
 

@@ -92,17 +92,16 @@ class Attempt:
                 ending, last_signal = now + KILL_SECONDS, signal.SIGKILL
 
     def _end(self, process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-        """End mpirun; its ranks with it, where they are its children."""
+        """End mpirun; at last with all that it started here: ranks, and the ssh to machines out of reach."""
         if number == signal.SIGTERM:
             _send(process, number)
             return
         _say(
             "mpirun does not end; it is killed. Ranks on machines out of reach end themselves at their deadline."
         )
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            process.kill()
+        for pid in [*descendants(process.pid), process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr is not None
@@ -115,6 +114,22 @@ class Attempt:
 def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         process.send_signal(number)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that `pid` started on this machine, directly or not."""
+    try:
+        listed = subprocess.check_output(["ps", "-A", "-o", "pid=,ppid="], text=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    children: dict[int, list[int]] = {}
+    for line in listed.splitlines():
+        child, parent = map(int, line.split())
+        children.setdefault(parent, []).append(child)
+    found = list(children.get(pid, []))
+    for child in found:  # which grows meanwhile
+        found += children.get(child, [])
+    return found
 
 
 def _show(text: str) -> None:

@@ -57,6 +57,28 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "llama 64 stage 2, bfloat16": setting(
             "llama", 64, 2, [1], dtype="bfloat16", gradient_dtype="bfloat16"
         ),
+        **{
+            f"llama 64 stage 2, bfloat16, {name} {bits} bits, {master}": setting(
+                "llama",
+                64,
+                2,
+                [1],
+                dtype="bfloat16",
+                gradient_dtype="bfloat16",
+                micro_batches=1,
+                optimizer=name,
+                state_bits=bits,
+                master_weights=master,
+            )
+            for name, bits, master in (
+                ("adamw", 8, "exact"),
+                ("adamw", 8, "diet"),
+                ("adamw", 32, "fp32"),
+                ("adamw", 8, "none"),
+                ("lion", 8, "exact"),
+                ("sgd", 32, "diet"),
+            )
+        },
     },
     2: {
         "llama 384 stage 3": setting("llama", 384, 3, [3, 2], micro_batches=2),

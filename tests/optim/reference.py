@@ -107,10 +107,9 @@ def _keyed(rows, tensor, first_row, step, salt):
     return (key + column * np.uint64(golden)) & np.uint64(mask)
 
 
-def second_noise(rows, tensor, first_row, step, salt=0):
-    """(rows, 64) uint64, 32 bits each: the second draw, from another turn of the mixer."""
-    golden, mask = np.uint64(0x9E3779B9), np.uint64(0xFFFFFFFF)
-    return mix((mix(_keyed(rows, tensor, first_row, step, salt)) + golden) & mask)
+def draws(rows, tensor, first_row, step, salt=0):
+    """(rows, 64) uint64, 32 bits each: the whole draw of every element."""
+    return mix(_keyed(rows, tensor, first_row, step, salt))
 
 
 # ---- first moment: signed square root, nearest

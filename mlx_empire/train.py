@@ -187,6 +187,7 @@ def train(run: Run) -> GateKeeper:
     gate = assemble.gate_keeper(comm, recipe)
     if save_every:
         saver.open()
+    gate = assemble.gate_keeper(comm, recipe)
     if every and not saver.newest:
         evaluate(run, 0, gate)
     step, done, reason = saver.newest, gate.reached, None

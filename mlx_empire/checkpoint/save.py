@@ -84,6 +84,8 @@ class Saver:
         if self._folders is None:
             self._folders = find_folders(self._main, self._root)
             self._news += clear_the_way(self._main, self._folders, self.newest)
+            if self._policy.copies is True and len(set(self._folders.leaders)) == 1:
+                self._news.append("run.buddy: there is one checkpoint folder only, so there are no copies")
 
     def request(self, step: int, numerics: Mapping[str, Sequence[float]]) -> None:
         """Begin to save the state after `step`; waits until an earlier save has ended. All ranks, same steps.

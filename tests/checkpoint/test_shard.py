@@ -185,5 +185,6 @@ def test_units_are_written_in_the_order_in_which_they_are_updated(store: ShardSt
     assert list(dict.fromkeys(piece.unit for piece in pieces)) == order
     shard = write_shard(tmp_path / FILE, pieces, 0, "here", lambda u, n: None)
     assert problem_with(tmp_path / FILE, shard) is None
-    straight = write_shard(tmp_path / "straight", live_pieces(store, 0), 0, "here", lambda u, n: None)
+    (tmp_path / "straight").mkdir()
+    straight = write_shard(tmp_path / "straight" / FILE, live_pieces(store, 0), 0, "here", lambda u, n: None)
     assert {p.name: p.digest for p in shard.pieces} == {p.name: p.digest for p in straight.pieces}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from supervise.launching import Launching, fault
+from support.mpi import ROOT
 from train.launching import curve, raw_tensors
 
 from mlx_empire import launch
@@ -141,3 +142,13 @@ def test_the_printed_line_starts_nothing(
     assert f"-hostfile {launching.folder}/hosts.txt" in stdout
     assert "btl_tcp_if_include en0" in stdout
     assert not launching.run.exists()
+
+
+def test_the_quickstart_can_be_launched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert launch.main(["hosts/local.txt", "recipes/quickstart.yaml", "--dry-run"]) == 0
+    line = capsys.readouterr().out
+    assert f"-hostfile {ROOT}/hosts/local.txt" in line
+    assert "--oversubscribe" in line

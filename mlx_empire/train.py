@@ -187,6 +187,7 @@ def train(run: Run) -> GateKeeper:
     gate = assemble.gate_keeper(comm, recipe)
     if save_every:
         saver.open()
+    gate = assemble.gate_keeper(comm, recipe)
     if every and not saver.newest:
         evaluate(run, 0, gate)
     step, done, reason = saver.newest, gate.reached, None
@@ -216,7 +217,7 @@ def train(run: Run) -> GateKeeper:
         reason = None if done else run.stop.agreed(comm)
         if reason or (save_every and (done or step % save_every == 0)):
             replicas_agree(trainer.store, comm)
-            saver.request(step, trainer.spikes.to_json())  # written while the next step computes
+            saver.request(step, trainer.carried())  # written while the next step computes
         report.messages(saver.news())
     saver.finish()
     report.messages(saver.news())

@@ -73,6 +73,22 @@ def test_an_exit_code_that_no_rank_explained_is_a_lost_rank(launching: Launching
 
 
 @pytest.mark.faults
+def test_a_rank_that_hangs_is_ended_and_the_run_goes_on(launching: Launching, tmp_path: Path) -> None:
+    """H1: a stopped process is found by its deadline, named, killed although it does not listen, and replaced."""
+    hang = fault("forward", "stop", tmp_path / "once", step=3)
+    settings = ["run.steps=4", "run.save_every=1", "comm.deadline_seconds=8"]
+    ended = launching.launch(*settings, env={FAULT: hang})
+    assert ended.code == 0, ended.stderr
+    (report,) = ended.reports
+    assert f"what   rank 1 on {os.uname().nodename}: no sign of life for" in report
+    assert "where  forward" in report, report
+    assert "step 3" in report
+    assert "the checkpoint of step" in report
+    assert "---- stacks of rank 0" in ended.stderr
+    assert "going on after step" in ended.stdout
+
+
+@pytest.mark.faults
 def test_a_crash_loop_is_stopped(launching: Launching) -> None:
     """K4: the same rank dies again right after each restart."""
     ended = launching.launch("run.steps=3", "--restarts", 9, env={FAULT: fault("forward", "kill")})

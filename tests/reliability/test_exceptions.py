@@ -26,7 +26,9 @@ def check(workspace: Workspace, phase: str, rank: int) -> None:
     )
     assert ended.code == 70, ended.stderr[-3000:]
     assert ended.stderr.count(f"InjectedError: injected in {phase} at step") == 1, ended.stderr[-3000:]
-    assert [line for line in ended.said if "internal error" in line] == [f"rank {rank} on {HOST}: internal error"]
+    assert [line for line in ended.said if "internal error" in line] == [
+        f"rank {rank} on {HOST}: internal error"
+    ]
     assert "no sign of life" not in ended.stderr, "it was not found by waiting"
     assert not (workspace.folder / f"raises-{phase}" / "COMPLETE").exists()
 

@@ -184,7 +184,6 @@ def train(run: Run) -> GateKeeper:
     )
     mine = [j for cell in run.plan.work.layout.of_rank(comm.rank) for j in cell]
     sizes = {"global_size": global_size, "micro_size": recipe.batch.micro_size}
-    gate = assemble.gate_keeper(comm, recipe)
     if save_every:
         saver.open()
     gate = assemble.gate_keeper(comm, recipe)
@@ -208,6 +207,8 @@ def train(run: Run) -> GateKeeper:
         report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
         if result.note:
             report.message(result.note)
+        if result.go_back:
+            report.message(continuing.go_back(comm, recipe, trainer, saver))
         done = step == steps
         if every and (done or step % every == 0):
             evaluate(run, step, gate)

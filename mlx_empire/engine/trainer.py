@@ -39,13 +39,15 @@ from mlx_empire.plan.workload import Workload
 class StepResult:
     """What all ranks know after a step; `loss` is the mean over the step's counted tokens.
 
-    `skipped`: nothing was updated; `note`: what there is to say about that.
+    `skipped`: nothing was updated; `go_back`: and the last checkpoint is to be restored; `note`: what there is to say
+    about that.
     """
 
     loss: float
     gradient_norm: float
     wait_seconds: float
     skipped: bool = False
+    go_back: bool = False
     note: str | None = None
 
 
@@ -65,7 +67,7 @@ class Trainer:
         noise_seed: int | None = None,
         spikes: SpikeWatch | None = None,
     ) -> None:
-        self.spec, self.work = spec, work
+        self.spec, self.work, self.optimizer = spec, work, optimizer
         self.spikes = spikes or SpikeWatch("off")
         self._comm, self._thread = comm, thread
         self.store = ShardStore(plan, model, comm, thread)
@@ -156,7 +158,7 @@ class Trainer:
         else:
             self._updater.apply(step, learning_rate, norm)
         waited, _ = self._thread.reset()
-        return StepResult(loss, norm, waited, verdict.skip, verdict.note)
+        return StepResult(loss, norm, waited, verdict.skip, verdict.back, verdict.note)
 
     def _released_step(
         self,
@@ -176,7 +178,7 @@ class Trainer:
         verdict = self.spikes.judge(step, loss, norm)
         assert not verdict.skip, "the recipe refuses it: units are updated before the norm is known"
         waited, _ = self._thread.reset()
-        return StepResult(loss, norm, waited, False, verdict.note)
+        return StepResult(loss, norm, waited, note=verdict.note)
 
     def carried(self) -> dict[str, list[float]]:
         """What a continued run needs beside weights and states to go on bitwise."""

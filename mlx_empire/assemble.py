@@ -23,23 +23,34 @@ from mlx_empire.checkpoint.card import model_card
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
 from mlx_empire.checkpoint.export import FolderWriter
 from mlx_empire.checkpoint.folder import Stored, has_weights, open_folder, settle
+from mlx_empire.checkpoint.freeze import freeze, frozen_digest, verify
 from mlx_empire.checkpoint.layout import huggingface_names
+from mlx_empire.checkpoint.sidefiles import write_json
 from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource
+from mlx_empire.checkpoint.staging import remove
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, match_ranks
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.data.dataset import Dataset
+from mlx_empire.data.encode import load_tokenizer
 from mlx_empire.data.share import shared_splits
 from mlx_empire.data.splits import Splits, load_splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
+from mlx_empire.evaluate.evaluator import Evaluator, from_json, to_json
+from mlx_empire.evaluate.gate import GateKeeper
+from mlx_empire.evaluate.generation import refuse_too_large
+from mlx_empire.evaluate.questions import load_questions
 from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan import catalog
 from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.packing import AFFINE, Packing, packing_of
+from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.recipe.evaluation import HELD_OUT_LOSS
 from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe, TuningSection
 from mlx_empire.report.metrics import read_metrics
@@ -101,9 +112,11 @@ def share_config(comm: Communicator, recipe: Recipe) -> dict[str, Any]:
 
 def build(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) -> Built:
     """The model, lazily, settled for its folder and tuned as asked, and its description."""
-    folder = recipe.model.path
+    folder, digest = recipe.model.path, recipe.model.base_digest
     stored = None
     with together(comm):
+        if digest is not None and (comm.rank == 0 or has_weights(folder)):
+            verify(folder, digest)
         if comm.rank == 0 and recipe.model.init == "pretrained":
             stored = open_folder(folder).stored()
     stored = comm.broadcast_json(stored)
@@ -184,6 +197,73 @@ def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
     return shared_splits(comm, load, available=data.path.exists() and tokenizer)
 
 
+def share_evaluator(comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator | None:
+    """What scores the recipe's evaluation sets, which rank 0 reads; None where there are none. Collective."""
+    asked, folder, length = recipe.evaluation.sets, recipe.model.path, recipe.data.sequence_length
+    if not asked:
+        return None
+    raw, decode, ends = None, None, None
+    with together(comm):
+        if any(one.generates for one in asked):
+            refuse_too_large(plan, spec, length)
+        if comm.rank == 0:
+            vocabulary = int(spec.text_config["vocab_size"])
+            raw = to_json([load_questions(one, folder, length, vocabulary) for one in asked])
+            if any(one.generates for one in asked):
+                tokenizer = load_tokenizer(folder)
+                decode, ends = tokenizer.decode, sorted(map(int, tokenizer.eos_token_ids))
+    raw, ends = comm.broadcast_json(raw), comm.broadcast_json(ends)
+    return Evaluator(from_json(raw), length, recipe.batch.micro_size, ends or (), decode)
+
+
+def gate_keeper(comm: Communicator, recipe: Recipe) -> GateKeeper:
+    """What watches the recipe's gate, told of the evaluations before a run was resumed. Collective."""
+    folder = recipe.run.dir
+    records = read_metrics(folder) if comm.rank == 0 and (folder / "metrics.jsonl").exists() else []
+    return GateKeeper(
+        recipe.evaluation.stop_when, comm.broadcast_json([r for r in records if "eval_loss" in r])
+    )
+
+
+def freeze_result(recipe: Recipe, gate: GateKeeper) -> str:
+    """Freeze `final/` and record it as a base in `BASE.json`; returns a sentence for the user. On rank 0."""
+    final = recipe.run.dir / "final"
+    about = {
+        "gate": gate.sentence(),
+        "trained_from": str(recipe.model.path),
+        "trained_from_digest": recipe.model.base_digest or frozen_digest(recipe.model.path),
+    }
+    digest = freeze(final, about)
+    remove(recipe.run.dir / "BASE.json")
+    write_json(recipe.run.dir / "BASE.json", {"path": str(final), "digest": digest, **about})
+    return f"{final} is frozen; a recipe builds on it by model.path: {final} and model.base_digest: {digest}"
+
+
+def pace(recipe: Recipe, data: Dataset) -> tuple[int, float]:
+    """(counted tokens per step on average, steps per epoch): what durations are measured in."""
+    epochs = len(data) / recipe.batch.global_size
+    return max(round(data.tokens_per_epoch / epochs), 1), epochs
+
+
+def total_steps(recipe: Recipe, splits: Splits) -> int:
+    """`run.steps` in optimizer steps."""
+    return recipe.run.steps.to_steps(None, *pace(recipe, splits.train))
+
+
+def refuse_idle_keys(recipe: Recipe, splits: Splits) -> None:
+    """UserError for an evaluation that was asked for and could never happen."""
+    gate = recipe.evaluation.stop_when
+    if gate is not None and gate.metric == HELD_OUT_LOSS and splits.valid is None:
+        raise UserError(
+            f"evaluation.stop_when: {HELD_OUT_LOSS}: there is no validation data to measure it on"
+        )
+    if recipe.run.eval_every is not None and splits.valid is None and not recipe.evaluation.sets:
+        raise UserError(
+            f"run.eval_every: {recipe.run.eval_every}: there is no validation data; add a valid.jsonl to data.path "
+            "or set data.validation_split"
+        )
+
+
 def learning_rate_of(
     recipe: Recipe, steps: int, tokens_per_step: int, steps_per_epoch: float
 ) -> LearningRate:
@@ -227,5 +307,6 @@ def result_writer(recipe: Recipe, built: Built) -> FolderWriter | AdapterWriter:
     else:
         writer = FolderWriter(out, built.spec, built.rebuild, folder if folder.is_dir() else None)
     plan = json.loads((recipe.run.dir / "plan.json").read_text())
-    writer.card = model_card(recipe, plan, read_metrics(recipe.run.dir), None)
+    digest = recipe.model.base_digest or frozen_digest(folder)
+    writer.card = model_card(recipe, plan, read_metrics(recipe.run.dir), digest)
     return writer

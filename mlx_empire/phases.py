@@ -33,6 +33,7 @@ PHASES = (
     "evaluate",
     "save-write",  # in the middle of a shard's file
     "save-fsync",  # a shard is written, not yet on the disk
+    "save-copy",  # shards go to other nodes
     "save-rename",  # the manifest is on the disk, the folder has its temporary name
     "save-renamed",  # this node's folder is renamed, others may not be
     "save-commit",  # all are renamed, nothing is committed
@@ -95,6 +96,12 @@ def reach(phase: str) -> None:
         if fault.action != "nan":
             _mark(fault)
             _strike(fault)
+
+
+def progress() -> None:
+    """This thread is where it was, and gets on: a long phase is no hang while it says so now and then."""
+    place = _places.setdefault(threading.current_thread().name, Place(step=_step))
+    place.since = time.monotonic()
 
 
 def leave() -> None:

@@ -17,6 +17,7 @@ from mlx_empire.comm.failure import together
 from mlx_empire.comm.handshake import Facts, environment, shake_hands
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.selftest import self_test
+from mlx_empire.comm.watchdog import Watchdog
 from mlx_empire.engine.spikes import SpikeWatch
 from mlx_empire.errors import EmpireError
 from mlx_empire.recipe.explain import leaf_fields
@@ -74,8 +75,9 @@ class Safeguards:
 @contextmanager
 def standing(comm: Communicator, recipe: Recipe) -> Iterator[Safeguards]:
     """The safeguards of a run, from its first collective to its end. Collective."""
-    self_test(comm)
     with ExitStack() as stack:
+        stack.enter_context(Watchdog(comm, recipe.comm.deadline_seconds, recipe.comm.deadline_floor_seconds))
+        self_test(comm)
         yield Safeguards(comm, stack)
 
 

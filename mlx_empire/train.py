@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
-from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.engine.twin import verify_twin
-from mlx_empire.errors import UserError
+from mlx_empire.evaluate.evaluator import Evaluator
+from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
@@ -64,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             wanted = capacity.Wanted(hosts=options.hosts)
             return capacity.answer(comm, options.recipe, options.overrides, wanted)
-        run(comm, options.recipe, options.overrides, options.hosts)
+        begin(comm, options.recipe, options.overrides, options.hosts)
     return 0
 
 
-def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
+def begin(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
     """The whole run on this rank."""
     # ---------------------------------------------------------------- what is asked for, and where it runs
     safeguards.greet(comm, recipe_path, overrides)
@@ -100,15 +101,16 @@ def carry_out(
     start = find_start(comm, recipe)
     recipe, base = start.recipe, continuing.base_of(comm, recipe, built)
     require_same(start, recipe, splits.digest, base)
-    require_steps_left(start, total_steps(recipe, splits))
+    require_steps_left(start, assemble.total_steps(recipe, splits))
 
     # ---------------------------------------------------------------- the plan, before anything is allocated
     optimizer = make_optimizer(recipe.optimizer)
     with together(comm):
-        refuse_idle_keys(recipe, splits)
+        assemble.refuse_idle_keys(recipe, splits)
         plan = resolve(recipe, spec, nodes, optimizer.state_bytes)
         require_fit(plan, nodes)
     guards.lock(recipe.run.dir)
+    evaluator = assemble.share_evaluator(comm, recipe, spec, plan)
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     with together(comm):
@@ -122,6 +124,8 @@ def carry_out(
         clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
         trainer = Trainer(model, spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise)
         trainer.spikes = safeguards.spike_watch(recipe)
+        if recipe.optimizer.statistics_every is not None:
+            trainer.watch_states(optimizer, recipe.optimizer.statistics_every)
         sent = continuing.load_state(comm, recipe, built, trainer, start, optimizer)
         trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
 
@@ -130,7 +134,7 @@ def carry_out(
         with together(comm):
             if comm.rank == 0:
                 write_plan(recipe, plan, nodes, spec, splits, resumed=start.found is not None)
-        steps = total_steps(recipe, splits)
+        steps = assemble.total_steps(recipe, splits)
         with (
             RunReport(comm, recipe, spec, plan, nodes, steps, start.resumed) as report,
             continuing.open_saver(comm, recipe, plan, trainer.store, start, splits.digest, base) as saver,
@@ -147,38 +151,50 @@ def carry_out(
                 )
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
-            train(comm, recipe, plan, trainer, splits, report, saver, stop)
-            export(comm, recipe, built, trainer, report)
+            run = Run(comm, recipe, plan, built, trainer, splits, evaluator, report, saver, stop)
+            gate = train(run)
+            export(run, gate)
     saver.refuse_unsaved()
 
 
-def train(
-    comm: Communicator,
-    recipe: Recipe,
-    plan: RunPlan,
-    trainer: Trainer,
-    splits: Splits,
-    report: RunReport,
-    saver: Saver,
-    stop: StopRequest,
-) -> None:
-    """The steps that are left, with evaluation and saving in between."""
-    data, seed, global_size = splits.train, recipe.run.seed, recipe.batch.global_size
-    steps = total_steps(recipe, splits)
-    tokens, epochs = pace(recipe, data)
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with."""
+
+    comm: Communicator
+    recipe: Recipe
+    plan: RunPlan
+    built: assemble.Built
+    trainer: Trainer
+    splits: Splits
+    evaluator: Evaluator | None
+    report: RunReport
+    saver: Saver
+    stop: StopRequest
+
+
+def train(run: Run) -> GateKeeper:
+    """The steps that are left, with evaluation and saving in between, until they are done or the gate is reached."""
+    comm, recipe, trainer, report, saver = run.comm, run.recipe, run.trainer, run.report, run.saver
+    data, seed, global_size = run.splits.train, recipe.run.seed, recipe.batch.global_size
+    steps = assemble.total_steps(recipe, run.splits)
+    tokens, epochs = assemble.pace(recipe, data)
     rates = assemble.learning_rate_of(recipe, steps, tokens, epochs)
     every, save_every = (
         duration.to_steps(steps, tokens, epochs) if duration else 0
         for duration in (recipe.run.eval_every, recipe.run.save_every)
     )
-    mine = [j for cell in plan.work.layout.of_rank(comm.rank) for j in cell]
+    mine = [j for cell in run.plan.work.layout.of_rank(comm.rank) for j in cell]
     sizes = {"global_size": global_size, "micro_size": recipe.batch.micro_size}
+    gate = assemble.gate_keeper(comm, recipe)
     if save_every:
         saver.open()
+    gate = assemble.gate_keeper(comm, recipe)
     if every and not saver.newest:
-        report.evaluation(0, evaluate(comm, recipe, plan, trainer, splits.valid))
-    reason = None
-    for step in range(saver.newest + 1, steps + 1):
+        evaluate(run, 0, gate)
+    step, done, reason = saver.newest, gate.reached, None
+    while step < steps and not done and not reason:
+        step += 1
         started, traffic = time.perf_counter(), comm.traffic.snapshot()
 
         # ------------------------------------------------------------ one step
@@ -194,21 +210,22 @@ def train(
         report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
         if result.note:
             report.message(result.note)
-        if every and (step % every == 0 or step == steps):
-            report.evaluation(step, evaluate(comm, recipe, plan, trainer, splits.valid))
+        done = step == steps
+        if every and (done or step % every == 0):
+            evaluate(run, step, gate)
+            done = done or gate.reached
 
         # ------------------------------------------------------------ what survives a crash
-        reason = stop.agreed(comm) if step < steps else None
-        if reason or (save_every and (step % save_every == 0 or step == steps)):
+        reason = None if done else run.stop.agreed(comm)
+        if reason or (save_every and (done or step % save_every == 0)):
             replicas_agree(trainer.store, comm)
             saver.request(step, trainer.carried())  # written while the next step computes
         report.messages(saver.news())
-        if reason:
-            break
     saver.finish()
     report.messages(saver.news())
     if reason:
         raise continuing.stopped(saver, step, reason)
+    return gate
 
 
 def record(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
@@ -223,39 +240,23 @@ def record(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
         "step_seconds": seconds,
         "comm_wait_seconds": result.wait_seconds,
         **({"skipped": True} if result.skipped else {}),
+        **result.statistics,
     }
 
 
-def evaluate(
-    comm: Communicator, recipe: Recipe, plan: RunPlan, trainer: Trainer, valid: Dataset | None
-) -> float | None:
-    """The held-out loss; None without a validation split."""
-    if valid is None:
-        return None
+def evaluate(run: Run, step: int, gate: GateKeeper) -> None:
+    """Measure the held-out loss (None without a validation split) and the evaluation sets' scores; tell the gate."""
     phases.reach("evaluate")
-    batches = list(validation_micro_batches(valid, recipe.batch.micro_size, recipe.run.eval_batches))
-    most = max(plan.work.micro_batches(r) for r in range(comm.size))
-    return held_out_loss(trainer.streamed, comm, batches, max(most, 1))
-
-
-def pace(recipe: Recipe, data: Dataset) -> tuple[int, float]:
-    """(counted tokens per step on average, steps per epoch): what durations are measured in."""
-    epochs = len(data) / recipe.batch.global_size
-    return max(round(data.tokens_per_epoch / epochs), 1), epochs
-
-
-def total_steps(recipe: Recipe, splits: Splits) -> int:
-    """`run.steps` in optimizer steps."""
-    return recipe.run.steps.to_steps(None, *pace(recipe, splits.train))
-
-
-def refuse_idle_keys(recipe: Recipe, splits: Splits) -> None:
-    """UserError for an evaluation that was asked for and could never happen."""
-    if recipe.run.eval_every is not None and splits.valid is None:
-        raise UserError(
-            f"run.eval_every: {recipe.run.eval_every}: there is no validation data; add a valid.jsonl to data.path "
-            "or set data.validation_split"
-        )
+    comm, recipe, valid = run.comm, run.recipe, run.splits.valid
+    most = max(1, *(run.plan.work.micro_batches(r) for r in range(comm.size)))
+    found: dict[str, Any] = {"step": step, "eval_loss": None}
+    if valid is not None:
+        batches = list(validation_micro_batches(valid, recipe.batch.micro_size, recipe.run.eval_batches))
+        found["eval_loss"] = held_out_loss(run.trainer.streamed, comm, batches, most)
+    if run.evaluator is not None:
+        found["scores"] = run.evaluator.scores(run.trainer, comm, most)
+    run.report.evaluation(found)
+    gate.observe(found)
 
 
 def limit_memory(plan: RunPlan, rank: int) -> None:
@@ -266,10 +267,12 @@ def limit_memory(plan: RunPlan, rank: int) -> None:
     mx.reset_peak_memory()
 
 
-def export(
-    comm: Communicator, recipe: Recipe, built: assemble.Built, trainer: Trainer, report: RunReport
-) -> None:
-    """Write `final/` unit by unit, then `COMPLETE`. Every rank joins the gathers, rank 0 writes."""
+def export(run: Run, gate: GateKeeper) -> None:
+    """Write `final/` unit by unit, freeze it if the gate was reached, then `COMPLETE`.
+
+    Every rank joins the gathers, rank 0 writes.
+    """
+    comm, recipe, built, trainer, report = run.comm, run.recipe, run.built, run.trainer, run.report
     phases.reach("finish")
     writer = None
     with together(comm):
@@ -286,8 +289,12 @@ def export(
             writer.close()
             for note in writer.notes:
                 report.message(note)
-            write_private(recipe.run.dir / "COMPLETE", "")
             report.message(f"the trained {'adapters are' if built.adapters else 'model is'} in {writer.out}")
+            if gate.asks:
+                report.message(gate.sentence())
+            if gate.reached:
+                report.message(assemble.freeze_result(recipe, gate))
+            write_private(recipe.run.dir / "COMPLETE", "")
 
 
 if __name__ == "__main__":

@@ -65,9 +65,7 @@ def _figures(plan: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> s
     if steps:
         rows.append(("training loss, first and last step", f"{_number(steps[0])}, {_number(steps[-1])}"))
     for record in evaluations[:1] + evaluations[1:][-1:]:
-        found = {k.removeprefix("eval_"): v for k, v in record.items() if k not in ("step", "sets")}
-        for name, scores in record.get("sets", {}).items():
-            found |= {f"{name} {metric}": value for metric, value in scores.items()}
+        found = {"loss": record["eval_loss"], **record.get("scores", {})}
         text = ", ".join(f"{k} {v:.4f}" for k, v in found.items() if isinstance(v, float))
         rows.append((f"held out, after {record['step']} steps", text))
     return "| | |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in rows)

@@ -8,7 +8,7 @@ they are to have another number of bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -166,15 +166,16 @@ class Restore:
             if segment.kind == "frozen":
                 continue
             quantised = segment.kind == "trainable"
-            expected = set(optimizer.state_bytes(BLOCK, segment.dtype, quantised=quantised))
             for chunk in chunks:
                 spec = chunk.spec
                 shape = self._plan.tensors[spec.name][2].tensor.shape
                 identity = ChunkId(spec.tensor, spec.first_row, decays(spec.name, shape))
                 chunk.state = optimizer.convert(chunk.state, identity, scalars, quantised=quantised)
                 mx.eval(chunk.state)
-                if set(chunk.state) != expected:
-                    has, needs = (", ".join(sorted(names)) for names in (chunk.state, expected))
+                sizes = {name: array.nbytes for name, array in chunk.state.items()}
+                expected = optimizer.state_bytes(spec.rows * BLOCK, segment.dtype, quantised=quantised)
+                if sizes != expected:
+                    has, needs = (_sizes(of, spec.rows) for of in (sizes, expected))
                     raise UserError(
                         f"checkpoint {self._found.folder}: {spec.name} has the states {has}, this recipe's optimizer "
                         f"needs {needs}; put optimizer.* back"
@@ -204,6 +205,11 @@ def _fill(file: BinaryIO, place: _Place, part: tuple[int, int], view: np.ndarray
     size = file.readinto(view.data)  # type: ignore[attr-defined]
     if size != view.nbytes:
         raise OSError(0, "ended early", file.name)
+
+
+def _sizes(arrays: Mapping[str, int], rows: int) -> str:
+    """For a message: each state with its bytes for a row of 64 weights."""
+    return ", ".join(f"{name} ({nbytes // rows} bytes a row)" for name, nbytes in sorted(arrays.items()))
 
 
 def _empty(chunk: LiveChunk, piece: Piece) -> mx.array:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
+from mlx_empire.comm import pulse
 from mlx_empire.comm.lanes import Lane
 from mlx_empire.comm.protocol import Traffic
 from mlx_empire.errors import LostRankError
@@ -48,7 +49,8 @@ class Exchange:
     pair's messages). Tags differ by operation: ranks that disagree on what comes next stop at the deadline
     and mix no data.
 
-    deadline_seconds: how long nothing may move. traffic: where to count bytes, if they are to be counted.
+    deadline_seconds: how long nothing may move; without meaning while a watchdog looks after the peers. traffic: where
+    to count bytes, if they are to be counted.
     """
 
     def __init__(
@@ -96,9 +98,11 @@ class Exchange:
                 landed = set(completed)
                 flights = [flight for index, flight in enumerate(flights) if index not in landed]
                 moved = time.monotonic()
+                pulse.moved()
                 continue
             now = time.monotonic()
-            if now - moved > self._deadline if within is None else now - start > within:
+            patient = pulse.watched() or now - moved <= self._deadline
+            if not patient if within is None else now - start > within:
                 raise LostRankError(self._lost(name, lanes, self._deadline if within is None else within))
             pause(now - moved)
 

@@ -46,16 +46,16 @@ def guard(comm: Communicator | None) -> Iterator[None]:
                 beacon.failure(error.exit_code, str(error))
                 print(f"mlx_empire: {error}", file=sys.stderr, flush=True)
             raise AgreedExit(error.exit_code) from None
-        _end(comm, f"mlx_empire: {_place(comm)}{error}", error.exit_code)
+        end(comm, f"mlx_empire: {_place(comm)}{error}", error.exit_code)
     except KeyboardInterrupt:
-        _end(comm, f"mlx_empire: {_place(comm)}stopped by the keyboard", STOPPED)
+        end(comm, f"mlx_empire: {_place(comm)}stopped by the keyboard", STOPPED)
     except SystemExit as error:
         if comm is None or comm.size == 1:
             raise
         code = error.code if isinstance(error.code, int) and error.code else INTERNAL_ERROR
-        _end(comm, f"mlx_empire: {_place(comm)}called sys.exit({error.code!r}) while others run", code)
+        end(comm, f"mlx_empire: {_place(comm)}called sys.exit({error.code!r}) while others run", code)
     except BaseException as error:
-        _end(
+        end(
             comm,
             f"mlx_empire: {_place(comm)}internal error\n{traceback.format_exc().rstrip()}",
             INTERNAL_ERROR,
@@ -105,9 +105,15 @@ def _place(comm: Communicator | None) -> str:
     return "" if comm is None or comm.size == 1 else f"rank {comm.rank} on {comm.hostname}: "
 
 
-def _end(comm: Communicator | None, message: str, code: int, cause: str = "") -> None:
-    """Say it, to the user and to the launcher (`cause`: in one line), and end all ranks."""
-    beacon.failure(code, cause or message.removeprefix(f"mlx_empire: {_place(comm)}"))
+def end(
+    comm: Communicator | None, message: str, code: int, cause: str = "", failed: int | None = None
+) -> None:
+    """Say it, to the user and to the launcher (`cause`: in one line), and end all ranks.
+
+    failed: the rank that is to blame, if it is another one.
+    """
+    host = None if comm is None or failed is None else comm.hostnames[failed]
+    beacon.failure(code, cause or message.removeprefix(f"mlx_empire: {_place(comm)}"), failed, host)
     print(message, file=sys.stderr, flush=True)
     if comm is None:
         raise SystemExit(code)

@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 import numpy as np
 from mpi4py import MPI
 
+from mlx_empire.comm import pulse
 from mlx_empire.comm.exchange import Exchange
 from mlx_empire.comm.lanes import cut, direct_lanes, flat_lane, queue_lane, relay_lanes
+from mlx_empire.comm.mpi_heart import MpiHeart
 from mlx_empire.comm.pieces import Adder, check_buffer, check_reduction
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
 from mlx_empire.comm.reduce import ReduceScatter, Staging
@@ -125,6 +127,9 @@ class MpiCommunicator:
     def barrier(self, seconds: float) -> None:
         self._swap("barrier", b"", seconds)
 
+    def heart(self) -> MpiHeart:
+        return MpiHeart(self._world.Dup())
+
     def duplicate(self, deadline_seconds: float) -> "MpiCommunicator":
         other = MpiCommunicator(self._world, self.hostname, self._route, self._bucket_bytes, deadline_seconds)
         other._control_thread = None
@@ -143,6 +148,10 @@ class MpiCommunicator:
         if self._control_thread is None:  # a duplicate belongs to the thread that uses it first
             self._control_thread = threading.get_ident()
         assert threading.get_ident() == self._control_thread, f"{name}: only for the thread that connected"
+        with pulse.waiting():
+            return self._swap_waiting(name, own, within_seconds)
+
+    def _swap_waiting(self, name: str, own: bytes, within_seconds: float | None) -> list[bytes]:
         lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(own)
         each = [[(rank, rank + 1)] for rank in range(self.size)]

@@ -23,7 +23,8 @@ Buffers hold the concatenation of all ranks' intervals. `edges` are the N + 1 bo
   transfer        any buffers from any rank to any other; both sides name them in the same order.
 
 bfloat16 is unknown to numpy: it travels as uint16 and is named by `wire`. Every operation raises
-`LostRankError` when nothing has moved for the deadline; the job cannot go on after that.
+`LostRankError` when nothing has moved for the deadline, unless a watchdog (`watchdog`) runs, which knows more about the
+others than that; the job cannot go on after that.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
+
+from mlx_empire.comm.heart import Heart
 
 Wire = Literal["float32", "bfloat16", "float16"]
 Array = np.ndarray[Any, Any]
@@ -121,6 +124,9 @@ class Communicator(Protocol):
 
     def barrier(self, seconds: float) -> None:
         """Return when all ranks have called it; LostRankError naming those that have not within `seconds`."""
+
+    def heart(self) -> Heart:
+        """Messages between the watchdogs, on a communicator of their own. Collective, control plane."""
 
     def duplicate(self, deadline_seconds: float) -> "Communicator":
         """The same ranks with planes of their own, for one other thread. Collective, control plane."""

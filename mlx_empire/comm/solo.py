@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from mlx_empire.comm.heart import StillHeart
 from mlx_empire.comm.pieces import Adder, check_buffer, check_reduction
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
 
@@ -63,6 +64,9 @@ class SoloCommunicator:
 
     def barrier(self, seconds: float) -> None:
         return None
+
+    def heart(self) -> StillHeart:
+        return StillHeart()
 
     def duplicate(self, deadline_seconds: float) -> "SoloCommunicator":
         return SoloCommunicator(self.hostname)

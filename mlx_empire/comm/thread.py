@@ -12,6 +12,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
+from mlx_empire.comm import pulse
+
 T = TypeVar("T")
 
 
@@ -44,7 +46,8 @@ class CommThread:
         """The future's result, its exception raised; the time spent here counts as waited."""
         start = time.perf_counter()
         try:
-            return future.result()
+            with pulse.waiting():
+                return future.result()
         finally:
             self.waited_seconds += time.perf_counter() - start
 

@@ -61,6 +61,11 @@ def validation_micro_batches(
         yield _collate(dataset, order[first : first + micro_size])
 
 
+def counted(batch: MicroBatch) -> int:
+    """Number of targets that count in a micro-batch."""
+    return int(np.count_nonzero(batch.mask))
+
+
 def _collate(dataset: Dataset, indices: np.ndarray) -> MicroBatch:
     rows = [dataset.row(int(index)) for index in indices]
     longest = max(len(row.inputs) for row in rows)

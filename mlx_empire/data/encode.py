@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_empire import phases
 from mlx_empire.data.chat import Span, render_chat, shared_prefix
 from mlx_empire.data.files import RawRow
 from mlx_empire.data.formats import check_row
@@ -63,6 +64,7 @@ def encode_rows(
     """
     remaining = iter(rows)
     while batch := list(islice(remaining, BATCH)):
+        phases.progress()
         for row in batch:
             check_row(row, data_format)
         if data_format == "tokens":

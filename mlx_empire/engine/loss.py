@@ -45,6 +45,28 @@ def head_loss(
     return loss
 
 
+def head_scores(
+    head: HeadCall,
+    root: Sequence[mx.array],
+    hidden: mx.array,
+    batch: tuple[mx.array, mx.array, mx.array],
+    tokens: int,
+) -> mx.array:
+    """(rows, 2) float32: each row's sum of its counted targets' log-probabilities, and how many are likeliest.
+
+    Arguments as `head_loss` has them. Evaluates by chunk.
+    """
+    scores = mx.zeros((hidden.shape[0], 2))
+    for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
+        inputs, targets, mask = (x[:, a:b] for x in batch)
+        logits = head(root, hidden[:, a:b], inputs).astype(mx.float32)
+        losses = nn.losses.cross_entropy(logits, targets)
+        likeliest = mx.argmax(logits, axis=-1) == targets
+        scores = scores + mx.stack([-(losses * mask).sum(axis=1), (likeliest * mask).sum(axis=1)], axis=1)
+        mx.eval(scores)
+    return scores
+
+
 def head_gradients(
     head: HeadCall,
     root: Sequence[mx.array],

@@ -10,7 +10,8 @@ hands calls to the `Deck`, which decides by mode what the call does:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,18 @@ class Deck:
         self._noted: list[LayerArguments] = []
         self._hidden: mx.array | None = None
         self._noise: Sequence[float] | None = None
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The model as it was, layers in place of slots and without dropout; its weights must be bound."""
+        owner, key, _ = find_layers(self.model, self.name)
+        slots, owner[key] = owner[key], list(self.layers)
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.train()
+            owner[key] = slots
 
     def visit(self, index: int, x: mx.array, arguments: LayerArguments) -> mx.array:
         """What a slot does when the model calls it."""

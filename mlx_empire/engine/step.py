@@ -17,7 +17,7 @@ collectives only ever see evaluated arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 from mlx_empire import phases
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import CellSum, GradientStore
-from mlx_empire.engine.loss import head_gradients, head_loss
+from mlx_empire.engine.loss import head_gradients, head_loss, head_scores
 from mlx_empire.engine.masks import separate
 from mlx_empire.engine.noise import LayerNoise
 from mlx_empire.engine.slots import Deck, LayerArguments
@@ -108,16 +108,36 @@ class StreamedStep:
     def losses(self, batches: Sequence[MicroBatch], total_tokens: int) -> list[float]:
         """Forward only, for evaluation: the loss of each micro-batch, divided by `total_tokens`."""
         total = mx.array(float(total_tokens), mx.float32)
+        return [
+            _number(loss)
+            for loss in self._evaluated(
+                batches,
+                lambda root, r: head_loss(self._call_head, root, r.hidden, r.batch, total, self._tokens),
+            )
+        ]
+
+    def scores(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """Forward only: by micro-batch what `head_scores` says of each row."""
+        return [
+            np.array(scores)
+            for scores in self._evaluated(
+                batches, lambda root, r: head_scores(self._call_head, root, r.hidden, r.batch, self._tokens)
+            )
+        ]
+
+    def _evaluated(
+        self, batches: Sequence[MicroBatch], measure: Callable[[list[mx.array], _Running], mx.array]
+    ) -> list[mx.array]:
+        """`measure` of the head's tensors and each micro-batch that has passed all layers, without dropout."""
         (running,) = self._capture([batches])
         self._deck.train(False)
         self._forward(running, len(self._deck.layers), keep_inputs=False)
         self._deck.train(True)
         root = self._store.bind(0)
-        heads = [root[i] for i in self._head_tensors]
-        losses = [head_loss(self._call_head, heads, r.hidden, r.batch, total, self._tokens) for r in running]
+        found = [measure([root[i] for i in self._head_tensors], r) for r in running]
         self._store.release(len(self._deck.layers))
         self._store.release(0)
-        return [_number(loss) for loss in losses]
+        return found
 
     # ---- 1. capture
 
@@ -331,15 +351,3 @@ def _number(scalar: mx.array) -> float:
     value = scalar.item()
     assert isinstance(value, float)
     return value
-
-
-def in_rounds(micro_batches: Sequence[MicroBatch], members: Sequence[range]) -> Iterator[list[MicroBatch]]:
-    """A rank's micro-batches, given in order, divided into its cells."""
-    values = iter(micro_batches)
-    for cell in members:
-        yield [next(values) for _ in cell]
-
-
-def counted(batch: MicroBatch) -> int:
-    """Number of targets that count in a micro-batch."""
-    return int(np.count_nonzero(batch.mask))

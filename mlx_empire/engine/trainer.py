@@ -8,8 +8,9 @@ optimizer's state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import mlx.nn as nn
 import numpy as np
@@ -24,10 +25,12 @@ from mlx_empire.engine.probe import check_packing, probe_root
 from mlx_empire.engine.release import ReleasingUpdater
 from mlx_empire.engine.slots import Deck
 from mlx_empire.engine.spikes import SpikeWatch
-from mlx_empire.engine.step import StreamedStep, in_rounds
+from mlx_empire.engine.statistics import UpdateStatistics
+from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.update import Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
+from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.protocol import ShardOptimizer
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import ShardPlan
@@ -38,7 +41,7 @@ from mlx_empire.plan.workload import Workload
 class StepResult:
     """What all ranks know after a step; `loss` is the mean over the step's counted tokens.
 
-    `skipped`: nothing was updated; `note`: what there is to say about that.
+    `skipped`: nothing was updated; `note`: what there is to say about that; `statistics`: see `UpdateStatistics`.
     """
 
     loss: float
@@ -46,6 +49,7 @@ class StepResult:
     wait_seconds: float
     skipped: bool = False
     note: str | None = None
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -106,6 +110,17 @@ class Trainer:
         """Have `hold(unit)` called before a unit's weights and states are replaced; it returns when they may be."""
         self._updater.hold = hold
 
+    @contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """The model with all its weights on this rank, as mlx-lm made it, for inference. Collective in and out."""
+        units = range(len(self.spec.units))
+        for index in units:
+            self.store.bind(index)
+        with self._deck.whole() as model:
+            yield model
+        for index in units:
+            self.store.release(index)
+
     @property
     def gradients(self) -> GradientStore:
         """This step's gradient totals, between `compute` and the update."""
@@ -144,7 +159,7 @@ class Trainer:
         else:
             self._updater.apply(step, learning_rate, norm)
         waited, _ = self._thread.reset()
-        return StepResult(loss, norm, waited, verdict.skip, verdict.note)
+        return StepResult(loss, norm, waited, verdict.skip, verdict.note, self._statistics(step))
 
     def _released_step(
         self,
@@ -164,7 +179,14 @@ class Trainer:
         verdict = self.spikes.judge(step, loss, norm)
         assert not verdict.skip, "the recipe refuses it: units are updated before the norm is known"
         waited, _ = self._thread.reset()
-        return StepResult(loss, norm, waited, False, verdict.note)
+        return StepResult(loss, norm, waited, False, verdict.note, self._statistics(step))
+
+    def watch_states(self, optimizer: FlatOptimizer, every: int) -> None:
+        """Have every `every`-th step's result say how the optimizer's states are."""
+        self._updater.statistics = UpdateStatistics(self.store, optimizer, self._comm, every)
+
+    def _statistics(self, step: int) -> Mapping[str, float]:
+        return {} if self._updater.statistics is None else self._updater.statistics.measured(step)
 
     def carried(self) -> dict[str, list[float]]:
         """What a continued run needs beside weights and states to go on bitwise."""
@@ -229,3 +251,10 @@ def _shared(message: str) -> NumericsError:
     error = NumericsError(message)
     on_all_ranks(error)
     return error
+
+
+def in_rounds(micro_batches: Sequence[MicroBatch], members: Sequence[range]) -> Iterator[list[MicroBatch]]:
+    """A rank's micro-batches, given in order, divided into its cells."""
+    values = iter(micro_batches)
+    for cell in members:
+        yield [next(values) for _ in cell]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.data.batches import MicroBatch
-from mlx_empire.engine.step import StreamedStep, counted
+from mlx_empire.data.batches import MicroBatch, counted
+from mlx_empire.engine.step import StreamedStep
 
 
 def held_out_loss(

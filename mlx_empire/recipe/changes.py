@@ -9,7 +9,7 @@ from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.schema import Recipe
 
 # They change where and how a run computes, what it shows and keeps, but no bit of its result.
-HARMLESS_SECTIONS = ("comm", "report", "memory")
+HARMLESS_SECTIONS = ("comm", "report", "memory", "evaluation")
 HARMLESS = (
     "run.dir",
     "run.checkpoints",
@@ -21,6 +21,7 @@ HARMLESS = (
     "run.accept_changes",
     "run.hosts",
     "model.compare",
+    "model.base_digest",
 )
 NOT_HARMLESS = ("memory.gradient_dtype",)
 

@@ -79,7 +79,7 @@ def _place(key: KeyPath, where: Mapping[KeyPath, Place], source: str) -> Place:
 
 
 def _sentence(key: KeyPath, details: ErrorDetails) -> str:
-    if details["type"] == "extra_forbidden":
+    if details["type"] == "extra_forbidden" and len(details["loc"]) <= 2:
         return f"unknown key; {nearest_key(key)}"
     if details["type"] == "refused":
         return one_line(str(details["ctx"]["sentence"]))
@@ -99,6 +99,8 @@ def _sentence(key: KeyPath, details: ErrorDetails) -> str:
     inside = [part for part in details["loc"][2:] if isinstance(part, int)]
     position = f" at position {inside[0] + 1}" if inside and not incomplete else ""
     hint = nearest_choice(details["input"], info)
+    if details["type"] == "extra_forbidden":
+        return f"unknown key {quote(str(details['loc'][-1]))}{position}; expected {info.description}"
     return f"got {quote(details['input'])}{position}; expected {info.description}{hint}"
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.duration import Duration
@@ -91,10 +91,15 @@ def dump_recipe(recipe: Recipe) -> str:
     lines: list[str] = []
     for name, section_class in sections().items():
         section = getattr(recipe, name)
+        if section == section_class.model_construct() and not any(
+            info.is_required() or info.default not in (None, ())
+            for info in section_class.model_fields.values()
+        ):
+            continue  # nothing to say
         lines.append(f"{name}:")
         for key, info in section_class.model_fields.items():
             value = getattr(section, key)
-            if value is not None or info.default is not None:
+            if value != info.default or info.default not in (None, ()):
                 lines.append(f"  {key}: {_written(value)}")
     return "\n".join(lines) + "\n"
 
@@ -103,6 +108,10 @@ def _written(value: object) -> str:
     """One value in YAML 1.2: flow lists, and quotes wherever a plain word could be read as something else."""
     if isinstance(value, Duration):
         return str(value)
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields.items()
+        pairs = [(info.alias or name, getattr(value, name), info.default) for name, info in fields]
+        return "{" + ", ".join(f"{n}: {_written(v)}" for n, v, default in pairs if v != default) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(_written(item) for item in value) + "]"
     if value is None or isinstance(value, bool | int | float):

@@ -10,13 +10,10 @@ is the business of whoever opens it.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     GetCoreSchemaHandler,
     ValidationInfo,
@@ -25,9 +22,8 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from mlx_empire.recipe.duration import Duration
-from mlx_empire.recipe.text import printable
-
-MAX_COUNT = 2**31 - 1
+from mlx_empire.recipe.evaluation import EvaluationSection
+from mlx_empire.recipe.section import Count, RecipePath, Section, as_tuple
 
 
 @dataclass(frozen=True)
@@ -58,26 +54,11 @@ def _built(*values: object, refused: str = "") -> BuiltToday:
     return BuiltToday(values, refused)
 
 
-def _path(written: object) -> object:
-    if isinstance(written, Path):
-        written = str(written)
-    if not isinstance(written, str) or not printable(written) or not 0 < len(written) <= 4096:
-        raise ValueError("not a path")
-    try:
-        return Path(written).expanduser()
-    except RuntimeError:
-        raise ValueError("no such home directory") from None
-
-
 def _exact_number(value: object) -> object:
     """Keeps true and 1.0 from passing as the literal 1."""
     if isinstance(value, bool | float):
         raise ValueError("not a whole number")
     return value
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _checkpoint(written: object) -> object:
@@ -100,8 +81,6 @@ def _whole_run(written: object) -> Duration:
     return duration
 
 
-RecipePath = Annotated[Path, BeforeValidator(_path)]
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse)]
 PositiveDuration = Annotated[Duration, BeforeValidator(_positive_duration)]
 RunLength = Annotated[Duration, BeforeValidator(_whole_run)]
@@ -109,12 +88,6 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[Literal[2, 3, 4, 6, 8, "ternary", "mxfp4", "mxfp8", "nvfp4"], BeforeValidator(_exact_number)]
 KeyName = Annotated[str, Field(pattern=r"^[a-z_]+\.[a-z_]+$")]
 Share = Annotated[float, Field(gt=0, le=1e15)]
-
-
-class Section(BaseModel):
-    """What all sections share: no unknown keys, no silent conversion of types, no change after loading."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -135,6 +108,11 @@ class ModelSection(Section):
         description="headers or contents (what of the folder must be equal on all machines that have it; contents "
         "reads every weight once more)",
     )
+    base_digest: str | None = Field(
+        default=None,
+        pattern=r"^sha256:[0-9a-f]{64}$",
+        description="the digest of a frozen folder (sha256:...), as its FROZEN.json says, or null (any folder)",
+    )
 
 
 class TuningSection(Section):
@@ -152,7 +130,7 @@ class TuningSection(Section):
     )
     targets: Annotated[
         Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None,
-        BeforeValidator(_tuple),
+        BeforeValidator(as_tuple),
     ] = Field(
         default=None,
         description="all-linear, a list of module names such as [q_proj, v_proj, experts, lm_head], or null",
@@ -209,7 +187,7 @@ class OptimizerSection(Section):
     weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(
         default=0.0, description="a number from 0 to 10"
     )
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_tuple)] = Field(
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(as_tuple)] = Field(
         default=(0.9, 0.999), description="a list of two numbers from 0 to below 1, such as [0.9, 0.999]"
     )
     eps: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -224,6 +202,10 @@ class OptimizerSection(Section):
     master_weights: Literal["exact", "diet", "fp32", "none"] = Field(
         default="exact",
         description="exact (2 bytes more than bfloat16, all of float32), diet (1 byte), fp32 (4) or none",
+    )
+    statistics_every: Count | None = Field(
+        default=100,
+        description="a whole number of steps (after which metrics.jsonl also says how the states are), or null",
     )
     in_backward: bool = Field(
         default=False,
@@ -253,7 +235,7 @@ class MemorySection(Section):
     )
     shares: Annotated[
         Literal["memory", "equal"] | Annotated[tuple[Share, ...], Field(min_length=1, max_length=4096)],
-        BeforeValidator(_tuple),
+        BeforeValidator(as_tuple),
     ] = Field(
         default="memory",
         description="memory, equal or a list of one positive number per rank, such as [2, 1]",
@@ -270,8 +252,13 @@ class CommSection(Section):
     )
     deadline_seconds: Annotated[float, Field(gt=0, le=604800)] = Field(
         default=1800.0,
-        description="a number of seconds above 0 and up to 604800: longer than a step's longest computation, in "
-        "which other ranks hear nothing",
+        description="a number of seconds above 0 and up to 604800: the longest that a machine may show no progress "
+        "(in a layer, a file, a pause of its own) before the run is ended",
+    )
+    deadline_floor_seconds: Annotated[float, Field(gt=0, le=604800)] = Field(
+        default=60.0,
+        description="a number of seconds above 0 and up to 604800: once a few steps are done, their phases may take "
+        "ten times as long as they did, but at least this and at most comm.deadline_seconds",
     )
 
 
@@ -334,7 +321,7 @@ class RunSection(Section):
         default="auto",
         description="auto (the newest whole checkpoint), never, a step such as 300, or the path of a checkpoint",
     )
-    accept_changes: Annotated[tuple[KeyName, ...], BeforeValidator(_tuple), Field(max_length=256)] = Field(
+    accept_changes: Annotated[tuple[KeyName, ...], BeforeValidator(as_tuple), Field(max_length=256)] = Field(
         default=(),
         description="a list of keys that may differ from the checkpoint's recipe, such as [run.steps]",
     )
@@ -354,6 +341,7 @@ class Recipe(Section):
     comm: CommSection = CommSection()
     numerics: NumericsSection = NumericsSection()
     report: ReportSection = ReportSection()
+    evaluation: EvaluationSection = EvaluationSection()
     run: RunSection
 
     @model_validator(mode="after")
@@ -388,6 +376,9 @@ class Recipe(Section):
                 f"{idle} has no meaning for type full; use type lora, dora or qlora, or leave {idle} out"
             )
             raise impossible((f"tuning.{idle}", "tuning.type"), message)
+        wrong = self.evaluation.contradiction(evaluates=self.run.eval_every is not None)
+        if wrong:
+            raise impossible((f"evaluation.{wrong[0]}",), wrong[1])
         if schedule.warmup.unit == steps.unit and schedule.warmup.value > steps.value:
             message = f"warmup {schedule.warmup} is longer than the whole run, run.steps {steps}; use 3%"
             raise impossible(("schedule.warmup", "run.steps"), message)

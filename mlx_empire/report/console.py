@@ -76,9 +76,12 @@ class RunDisplay:
         """Show an evaluation; `record` has `step` and `eval_loss`."""
         before, self._evaluation = self._evaluation, record
         if self._live is None:
-            change = f"  (was {number(before['eval_loss'], '.4f')})" if before else ""
-            loss = number(record["eval_loss"], ".4f")
-            self._print_line(f"{self._step_of(record)}  eval loss {loss}{change}")
+            earlier = dict(_evaluated(before)) if before else {}
+            figures = [
+                f"{name} {value}" + (f"  (was {earlier[name]})" if name in earlier else "")
+                for name, value in _evaluated(record)
+            ]
+            self._print_line("  ".join([self._step_of(record), *figures]))
 
     def message(self, text: str) -> None:
         """Print one remark above the progress: a checkpoint saved, a request to stop."""
@@ -142,12 +145,13 @@ class RunDisplay:
             ("tokens/s", number(record["tokens_per_second"], ",.0f")),
         ]
         if self._evaluation:
-            figures.insert(1, ("eval loss", number(self._evaluation["eval_loss"], ".4f")))
+            figures[1:1] = _evaluated(self._evaluation)
         return figures
 
     def _step_line(self) -> str:
         """The plain line of the last step; of the ranks' memory it names the one nearest its limit."""
-        figures = [f"{name} {value}" for name, value in self._figures() if name != "eval loss"]
+        held_out = dict(_evaluated(self._evaluation))
+        figures = [f"{name} {value}" for name, value in self._figures() if name not in held_out]
         peaks = list(zip(self._nodes, self._record["peak_bytes"], strict=False))
         if peaks:
             node, peak = max(peaks, key=lambda pair: fraction(pair[1], pair[0].limit_bytes))
@@ -180,6 +184,14 @@ class RunDisplay:
             sizes = f"{amount(peak)} of {amount(node.limit_bytes)}"
             table.add_row(Text(str(rank), "dim"), escape(node.name), used, sizes)
         return table
+
+
+def _evaluated(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of an evaluation by name: the held-out loss where there is one, and every score."""
+    scores = [(name, number(value, ".4f")) for name, value in record.get("scores", {}).items()]
+    if record.get("eval_loss") is None:
+        return scores
+    return [("eval loss", number(record["eval_loss"], ".4f")), *scores]
 
 
 class _Clock:

@@ -68,11 +68,10 @@ class RunReport:
             if self._tensorboard is not None:
                 self._tensorboard.step(record)
 
-    def evaluation(self, step: int, loss: float | None) -> None:
-        """The held-out loss after `step` steps; None is passed over."""
-        if self._display is None or loss is None:
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """An evaluation: `step`, `eval_loss` (None without validation data) and perhaps `scores` by name."""
+        if self._display is None:
             return
-        record = {"step": step, "eval_loss": loss}
         self._metrics.write(record)
         self._display.evaluation(record)
         if self._tensorboard is not None:
@@ -124,4 +123,5 @@ def title_rows(spec: ModelSpec, plan: RunPlan, ranks: int) -> list[tuple[str, st
         ("ranks", f"{ranks}, {work.layout.micro_batches} micro-batches a step in {work.layout.cells} cells"),
         ("ZeRO stage", f"{plan.shards.zero_stage}, gradients kept in {work.gradient_dtype}"),
         ("recomputed", f"{layers - work.tail} of {layers} layers"),
+        *((("updates", "in the backward, clipped by the last step's norm"),) if work.release else ()),
     ]

@@ -12,9 +12,10 @@ from typing import Any
 
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import FILE_NAME, read_metrics
 from mlx_empire.report.text import duration
-from mlx_empire.supervise.run_folder import LaunchState, RunFolder, read_state, supervised
+from mlx_empire.supervise.run_folder import LaunchState, RunFolder, read_state, run_folder, supervised
 
 _RECENT = 20  # steps whose pace says how long the rest takes
 
@@ -23,14 +24,15 @@ def status_rows(folder: Path, now: float | None = None) -> list[tuple[str, str]]
     """(name, value) rows. UserError for a folder without a run."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    state, run = read_state(folder), RunFolder(folder)
+    state, recipe = read_state(folder), _recipe(folder)
+    run = RunFolder(folder) if recipe is None else run_folder(recipe)
     records = read_metrics(folder) if (folder / FILE_NAME).exists() else []
     if state is None and not records:
         raise UserError(f"{folder}: no run has been here")
-    rows = [("run", _condition(state, supervised(folder), run.complete))]
+    rows = [("run", _condition(state, supervised(folder), RunFolder(folder).complete))]
     if state is not None:
         rows += _launch_rows(state, now if now is not None else time.time())
-    rows += _progress_rows(records, _total(folder))
+    rows += _progress_rows(records, _total(recipe))
     committed = run.committed
     rows.append(("last checkpoint", "none" if committed is None else f"step {committed}"))
     return rows
@@ -81,13 +83,14 @@ def _progress_rows(records: Sequence[Mapping[str, Any]], total: int | None) -> l
     return rows
 
 
-def _total(folder: Path) -> int | None:
-    """The run's length where the recipe gives it in steps."""
-    path = folder / "recipe.yaml"
-    if not path.exists():
-        return None
+def _recipe(folder: Path) -> Recipe | None:
+    """The recipe as the run resolved it; None before it has."""
     try:
-        steps = load_recipe(path).run.steps
+        return load_recipe(folder / "recipe.yaml")
     except UserError:
         return None
-    return int(steps.value) if steps.unit == "steps" else None
+
+
+def _total(recipe: Recipe | None) -> int | None:
+    """The run's length where the recipe gives it in steps."""
+    return int(recipe.run.steps.value) if recipe is not None and recipe.run.steps.unit == "steps" else None

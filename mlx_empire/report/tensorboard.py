@@ -34,8 +34,9 @@ class TensorBoardWriter:
         self._write("train", record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """The figures of one evaluation: `eval_loss` becomes `eval/loss`."""
-        self._write("eval", {name.removeprefix("eval_"): value for name, value in record.items()})
+        """The figures of one evaluation: `eval_loss` becomes `eval/loss`, a score `eval/set.metric`."""
+        figures = {**record, **record.get("scores", {})}
+        self._write("eval", {name.removeprefix("eval_"): value for name, value in figures.items()})
 
     def _write(self, group: str, record: Mapping[str, Any]) -> None:
         step = int(record["step"])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlx_empire.errors import UserError
+from mlx_empire.recipe.schema import Recipe
 
 STATE, LOCK, LOG, COMPLETE = "launch.json", "launch.lock", "launch.log", "COMPLETE"
 _STEP = re.compile(r"step-(\d{6,})")
@@ -41,8 +42,10 @@ class LaunchState:
 class RunFolder:
     """A run's folder as its launcher sees it; use as a context manager, which keeps others away."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, checkpoints: Path | None = None) -> None:
+        """`checkpoints`: where rank 0 keeps them, if not in the run's folder."""
         self.path = path
+        self.checkpoints = checkpoints or path / "checkpoints"
         self._lock: int | None = None
 
     def take(self) -> bool:
@@ -84,7 +87,7 @@ class RunFolder:
         """The step of the newest committed checkpoint on this machine."""
         steps = [
             int(found[1])
-            for folder in self.path.glob("checkpoints/step-*")
+            for folder in self.checkpoints.glob("step-*")
             if (found := _STEP.fullmatch(folder.name)) and (folder / "COMMIT").is_file()
         ]
         return max(steps, default=None)
@@ -97,6 +100,14 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def run_folder(recipe: Recipe) -> RunFolder:
+    """The folder of the recipe's run, with the checkpoints of the rank on this machine: rank 0."""
+    if recipe.run.checkpoints is None:
+        return RunFolder(recipe.run.dir)
+    filled = str(recipe.run.checkpoints).replace("{rank}", "0").replace("{host}", socket.gethostname())
+    return RunFolder(recipe.run.dir, Path(filled))
 
 
 def supervised(path: Path) -> bool:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from mlx_empire.errors import LostRankError
 from mlx_empire.supervise.account import Account
@@ -21,7 +20,7 @@ from mlx_empire.supervise.machines import Probe, away, without
 from mlx_empire.supervise.memory_pressure import Memory, NothingWired, wait_until_free
 from mlx_empire.supervise.run_folder import LaunchState, RunFolder
 from mlx_empire.supervise.stop import stop_requested
-from mlx_empire.supervise.verdict import LOST, STOPPED, Ending, judge
+from mlx_empire.supervise.verdict import LOST, Ending, judge
 
 PAUSE_SECONDS = 2.0
 FRUITLESS = 2  # restarts in a row without a newer checkpoint
@@ -143,7 +142,8 @@ class Supervisor:
         self.say(
             f"GOING ON WITHOUT {', '.join(missing)}: on {names}, by {path}; the plan there says if that fits"
         )
-        return replace(self.launch, hostfile=Path(path), cluster=cluster)
+        overrides = (*self.launch.overrides, *self.launch.with_fewer)
+        return replace(self.launch, hostfile=path, cluster=cluster, overrides=overrides)
 
     def _report(self, ending: Ending, account: Account) -> None:
         phase, step = ending.place or ("", account.step)
@@ -167,8 +167,8 @@ class Supervisor:
         )
 
     def _over(self, ending: Ending) -> int:
-        if ending.code == STOPPED:
-            self.say(f"stopped on request; saved is {self._saved()}; to go on: {self.resume}")
+        if ending.kind == "stopped":
+            self.say(f"{ending.cause}; there is {self._saved()}; to go on: {self.resume}")
         elif ending.code not in (0, LOST, *REPORTED):
             self.say(f"ended with exit code {ending.code}: {ending.sentence}")
         self._note(ending.kind, ending.code)

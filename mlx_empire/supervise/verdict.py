@@ -6,6 +6,7 @@ code means what errors.py says only where a rank said it in words; a process tha
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,8 @@ from mlx_empire.supervise.account import Account, Death
 
 COMPLETE, LOST, STOPPED = 0, 75, 143
 FINAL = (3, 64, 65, 70, 143)  # what ranks may say that no restart would change
+# How ranks end that were asked to stop before they listened, or twice.
+ENDED_BY_US = (signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Ending:
         """The rank, its machine and the cause."""
         named = [] if self.rank is None else [f"rank {self.rank}"]
         who = " on ".join([*named, *([self.host] if self.host else [])])
-        if not who:
+        if not who or self.cause.startswith(who):
             return self.cause
         return f"{who} {self.cause}" if self.died else f"{who}: {self.cause}"
 
@@ -45,12 +48,15 @@ def judge(account: Account, mpirun_code: int, complete: bool, asked: bool) -> En
     """
     told = [failure.code for failure in account.failures] + account.told
     if complete:
-        code = next((code for code in account.told if code), COMPLETE)
+        code = next((code for code in told if code), COMPLETE)
         return Ending(
             "complete", code, "the run is complete" if not code else "complete, with trouble on the way"
         )
     if STOPPED in told or (asked and not any(code in FINAL for code in told)):
-        return Ending("stopped", STOPPED, "stopped on request")
+        by_us = all(death.signal in ENDED_BY_US for death in account.deaths)
+        whole = STOPPED in told or (by_us and not any(told))
+        why = account.failures[0].message if account.failures else "stopped on request"
+        return Ending("stopped", STOPPED if whole else LOST, why)
     final = [failure for failure in account.failures if failure.code in FINAL]
     killed = [death for death in account.deaths if death.signal is not None]
     if final or (account.failures and not killed):

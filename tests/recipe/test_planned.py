@@ -17,15 +17,15 @@ PLANNED = ["tuning.type=qlora", "tuning.rank=16", "tuning.bits=ternary", "tuning
 
 
 def test_what_is_not_built_passes_where_it_is_planned_and_is_listed():
-    recipe = parse_recipe(TEXT, "x.yaml", [*PLANNED, "run.resume=a/step-1"], planned=True)
+    recipe = parse_recipe(TEXT, "x.yaml", [*PLANNED, "numerics.spikes=rollback"], planned=True)
     assert (recipe.tuning.rank, recipe.tuning.targets) == (16, ("q_proj", "experts"))
-    assert not_built(recipe) == {"run.resume": "a/step-1"}
+    assert not_built(recipe) == {"numerics.spikes": "rollback"}
     assert parse_recipe(dump_recipe(recipe), "y.yaml", planned=True) == recipe
 
 
 def test_the_trainer_still_refuses_it():
-    with pytest.raises(UserError, match="a/step-1"):
-        parse_recipe(TEXT, "x.yaml", [*PLANNED, "run.resume=a/step-1"])
+    with pytest.raises(UserError, match="rollback is not built yet"):
+        parse_recipe(TEXT, "x.yaml", [*PLANNED, "numerics.spikes=rollback"])
     assert not_built(parse_recipe(TEXT, "x.yaml")) == {}
 
 

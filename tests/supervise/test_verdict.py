@@ -28,11 +28,14 @@ def account(*what: Failure | Death | int) -> Account:
     [
         (account(), 0, True, False, "complete", 0),
         (account(KILLED), 137, True, False, "complete", 0),  # it wrote COMPLETE before
-        (account(75), 75, True, False, "complete", 75),  # complete, and a save had failed
+        (account(Failure(75, "a save failed", 0, "king")), 75, True, False, "complete", 75),
         (account(), 0, False, False, "lost", 75),  # mpirun's 0 proves nothing
         (account(143), 143, False, False, "stopped", 143),  # the file `stop`
         (account(), -9, False, True, "stopped", 143),  # before a rank could listen
         (account(KILLED), 137, False, True, "stopped", 143),
+        (account(Failure(143, "step-000007 is saved", 0, "king")), 143, False, True, "stopped", 143),
+        (account(Failure(75, "step-000007 could not be saved", 0, "king")), 75, False, True, "stopped", 75),
+        (account(Death("was killed by SIGSEGV", 1, "king", signal=11)), 139, False, True, "stopped", 75),
         (account(NAN, 65), 65, False, True, "refused", 65),  # a request does not hide damage
         (account(NAN, KILLED), 65, False, False, "refused", 65),
         (account(Failure(64, "no such key", 0, "king"), 64), 64, False, False, "refused", 64),
@@ -56,6 +59,11 @@ def test_a_killed_rank_is_named_with_its_place_whoever_complains() -> None:
 def test_a_rank_that_nobody_killed_is_named_by_the_one_that_noticed() -> None:
     ending = judge(account(ABORT, SILENT), 75, False, False)
     assert ending.sentence == "rank 0 on king: rank 1 on soldier-1 has been silent for 60 s"
+
+
+def test_a_rank_that_is_blamed_by_name_is_named_once() -> None:
+    found = Failure(75, "rank 1 on soldier-1: no sign of life for 60 s", 1, "soldier-1")
+    assert judge(account(found), 75, False, False).sentence == found.message
 
 
 def test_a_lost_machine_is_named_with_the_rank_on_it() -> None:

@@ -101,7 +101,7 @@ RECIPES = {
     "a wrong type": Case("type.yaml", ("type.yaml:3: ", "batch.global_size", "'six'")),
     "a value out of range": Case("range.yaml", ("range.yaml:4: ", "optimizer.learning_rate", "-0.001")),
     "what is not built": Case(
-        "recipe.yaml run.resume=a/step-1", ("run.resume", "is not built yet", "auto or never")
+        "recipe.yaml numerics.spikes=rollback", ("numerics.spikes", "is not built yet", "off or log or skip")
     ),
     "micro and global size": Case(
         "recipe.yaml batch.micro_size=4", ("override 'batch.micro_size=4'", "6", "micro_size 3")

@@ -1,0 +1,68 @@
+"""Decides when a run has learnt enough: a score beyond its bound at so many evaluations in a row.
+
+A function of the evaluations so far, which stand in metrics.jsonl, so a run that resumes decides as if it had never
+stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, Gate
+
+
+class GateKeeper:
+    """Watches one score. `records`: the evaluations before this process began; None for `gate` never lets through."""
+
+    def __init__(self, gate: Gate | None, records: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._gate = gate
+        self._values: list[tuple[int, float]] = []
+        for record in records:
+            self.observe(record)
+
+    def observe(self, record: Mapping[str, Any]) -> bool:
+        """Take an evaluation's record; whether the gate is reached with it."""
+        if self._gate is None:
+            return False
+        metric = self._gate.metric
+        value = record["eval_loss"] if metric == HELD_OUT_LOSS else record.get("scores", {}).get(metric)
+        if value is not None:
+            self._values.append((int(record["step"]), float(value)))
+        return self.reached
+
+    @property
+    def reached(self) -> bool:
+        """Whether the last evaluations, as many as the gate wants, all passed."""
+        if self._gate is None or len(self._values) < self._gate.times:
+            return False
+        return all(self._passes(value) for _, value in self._values[-self._gate.times :])
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is a gate at all."""
+        return self._gate is not None
+
+    def sentence(self) -> str:
+        """What became of the gate, for the user."""
+        assert self._gate is not None
+        gate = self._gate
+        bound = f"at least {gate.at_least:g}" if gate.at_least is not None else f"at most {gate.at_most:g}"
+        asked = f"{gate.metric} {bound}" + (f", {gate.times} times in a row" if gate.times > 1 else "")
+        if not self._values:
+            return f"the gate ({asked}) was never measured; the result is not frozen"
+        step, last = self._values[-1]
+        if self.reached:
+            return f"the gate is reached at step {step}: {gate.metric} is {last:.4g} ({asked})"
+        choose = max if gate.at_least is not None else min
+        best_step, best = choose(self._values, key=lambda pair: pair[1])
+        return (
+            f"the gate was not reached: {asked} was asked; it was {best:.4g} at its best (step {best_step}) and "
+            f"{last:.4g} at the end, so the result is not frozen"
+        )
+
+    def _passes(self, value: float) -> bool:
+        assert self._gate is not None
+        if self._gate.at_least is not None:
+            return value >= self._gate.at_least
+        return self._gate.at_most is not None and value <= self._gate.at_most

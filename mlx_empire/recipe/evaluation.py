@@ -1,0 +1,101 @@
+"""Decides what a recipe may ask of a model on held-out questions, and when that is enough: the `evaluation` section.
+
+Scores are named `set.metric`, such as `facts.exact_match`; `eval_loss` is the loss on the validation split.
+"""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from mlx_empire.recipe.section import Count, RecipePath, Section, as_tuple
+
+# By one streamed forward pass, exact also for a model that no machine holds whole ...
+TEACHER_FORCED = ("loss", "perplexity", "token_accuracy", "exact_match", "multiple_choice")
+# ... and by greedy generation, where each machine can hold the model.
+GENERATED = ("regular_expression", "valid_json", "json_schema")
+LOWER_IS_BETTER = ("loss", "perplexity")
+HELD_OUT_LOSS = "eval_loss"
+
+Metric = Literal[
+    "loss",
+    "perplexity",
+    "token_accuracy",
+    "exact_match",
+    "multiple_choice",
+    "regular_expression",
+    "valid_json",
+    "json_schema",
+]
+SET = (
+    "a list of sets such as [{path: data/facts.jsonl, metrics: [exact_match]}], with name, format, max_tokens, "
+    "pattern and schema where a set needs them; metrics: " + ", ".join((*TEACHER_FORCED, *GENERATED))
+)
+GATE = (
+    "a gate such as {metric: facts.exact_match, at_least: 0.95, for: 2} (at_least or at_most), or null (none)"
+)
+
+
+class EvaluationSet(Section):
+    """One file of questions, what is measured on it, and what that needs."""
+
+    path: RecipePath
+    metrics: Annotated[tuple[Metric, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=8)]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,60}$")] | None = None
+    format: Literal["auto", "chat", "completions", "text", "tokens"] = "auto"
+    max_tokens: Annotated[int, Field(ge=1, le=65536)] = 128
+    pattern: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
+    json_schema: RecipePath | None = Field(default=None, alias="schema")
+
+    @property
+    def title(self) -> str:
+        """The set's name in scores: as given, else its file's."""
+        return self.name or re.sub(r"[^A-Za-z0-9_-]", "_", self.path.stem)
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers must be generated."""
+        return any(metric in GENERATED for metric in self.metrics)
+
+
+class Gate(Section):
+    """When a run has learnt enough: a score beyond a bound at so many evaluations in a row."""
+
+    model_config = ConfigDict(**Section.model_config, populate_by_name=False)
+
+    metric: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]
+    at_least: float | None = None
+    at_most: float | None = None
+    times: Count = Field(default=1, alias="for")
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("one of at_least and at_most")
+        return self
+
+
+class EvaluationSection(Section):
+    sets: Annotated[tuple[EvaluationSet, ...], BeforeValidator(as_tuple), Field(max_length=64)] = Field(
+        default=(), description=SET
+    )
+    stop_when: Gate | None = Field(default=None, description=GATE)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The names of all scores that the sets give."""
+        return tuple(f"{one.title}.{metric}" for one in self.sets for metric in one.metrics)
+
+    def contradiction(self, *, evaluates: bool) -> tuple[str, str] | None:
+        """(key, sentence) of what cannot be; `evaluates`: the run stops to evaluate now and then."""
+        idle = "stop_when" if self.stop_when else "sets" if self.sets else None
+        if idle and not evaluates:
+            return idle, f"{idle} has no meaning where nothing is evaluated; set run.eval_every, such as 10%"
+        titles = [one.title for one in self.sets]
+        twice = next((title for title in titles if titles.count(title) > 1), None)
+        if twice:
+            return "sets", f"two sets are called {twice}; give one another name"
+        known = (*self.scores, HELD_OUT_LOSS)
+        if self.stop_when and self.stop_when.metric not in known:
+            return "stop_when", f"{self.stop_when.metric} is not measured; there are {', '.join(known)}"
+        return None

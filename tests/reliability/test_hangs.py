@@ -1,0 +1,118 @@
+"""A rank that stops or hangs is found by the deadline of its phase; one that is only slow is not (H1, H2)."""
+
+from __future__ import annotations
+
+import re
+import socket
+
+import pytest
+from reliability.faulty import Ended, train
+from train.launching import Workspace, step_records
+
+HOST = socket.gethostname()
+SHORT = ("comm.deadline_seconds=5", "run.steps=6")
+
+
+def stop_at(place: str) -> str:
+    """SIGSTOP there, after a second in which the others can see where the rank is."""
+    return f"{place};action=delay;seconds=1 {place};action=stop"
+
+
+def last_words(ended: Ended) -> str:
+    """What was said at the end; on the way stragglers are named."""
+    assert "Traceback" not in ended.stderr
+    return ended.said[-1]
+
+
+def stacks(ended: Ended) -> set[int]:
+    """The ranks that printed the stacks of their threads."""
+    return {rank for rank in range(3) if f"---- stacks of rank {rank} on {HOST}" in ended.stderr}
+
+
+def test_a_stopped_rank_is_found(workspace: Workspace) -> None:
+    ended = train(workspace, stop_at("rank=1;step=3;phase=forward"), *SHORT, "run.dir=stopped")
+    assert ended.code == 75
+    assert last_words(ended).startswith(f"rank 1 on {HOST}: no sign of life for 5.")
+    assert "last seen in forward of step 3 (deadline 5 s)" in last_words(ended)
+    assert any(
+        line.startswith(f"rank 1 on {HOST} is late: silent, last seen in forward") for line in ended.said
+    )
+    assert stacks(ended) >= {0}  # mpirun wakes the other to end it; it may come to print its own
+    assert "Current thread" in ended.stderr
+    assert [record["step"] for record in step_records(workspace.folder / "stopped")] == [1, 2]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("phase", "place"), [("reduce", "backward"), ("evaluate", "evaluate"), ("load", "load")]
+)
+def test_a_stopped_rank_is_found_in_every_phase(workspace: Workspace, phase: str, place: str) -> None:
+    step = "" if phase == "load" else "step=3;"
+    ended = train(
+        workspace,
+        stop_at(f"rank=0;{step}phase={phase}"),
+        *SHORT,
+        f"run.dir=stopped-{phase}",
+        "run.eval_every=3",
+        ranks=3,
+    )
+    assert ended.code == 75
+    assert f"rank 0 on {HOST}: no sign of life for 5." in last_words(ended)
+    assert f"last seen in {place}" in last_words(ended)
+    assert stacks(ended) >= {1, 2}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_rank_that_hangs_while_it_lives_is_found(workspace: Workspace, ranks: int) -> None:
+    """All ranks print their stacks, that one too: it shows where it hangs."""
+    fault = f"rank={max(ranks - 1, 0)};step=2;phase=optimizer;action=delay;seconds=600"
+    ended = train(workspace, fault, *SHORT, f"run.dir=hangs-{ranks}", ranks=ranks)
+    assert ended.code == 75
+    assert (
+        f"rank {max(ranks - 1, 0)} on {HOST}: stuck in optimizer of step 2: no progress for 5."
+        in last_words(ended)
+    )
+    assert stacks(ended) == set(range(max(ranks, 1)))
+    assert "in _strike" in ended.stderr
+
+
+@pytest.mark.faults
+def test_the_deadline_is_learned(workspace: Workspace) -> None:
+    """With a ceiling of an hour a stop after the first steps is found within seconds."""
+    settings = (
+        "comm.deadline_floor_seconds=4",
+        "comm.deadline_seconds=3600",
+        "run.steps=20",
+        "run.dir=learned",
+    )
+    ended = train(workspace, stop_at("rank=1;step=12;phase=backward"), *settings)
+    assert ended.code == 75
+    found = re.search(r"last seen in backward of step 12 \(deadline ([0-9.]+) s\)", last_words(ended))
+    assert found
+    assert 4 <= float(found[1]) < 60
+
+
+@pytest.mark.faults
+def test_slow_is_not_lost(workspace: Workspace) -> None:
+    """A slow rank, a slow evaluation and a slow start, each longer than what a peer's silence was allowed to be: they
+    show life. The straggler is named, and the run completes."""
+    slow = " ".join(
+        [
+            "rank=1;step=2;phase=forward;action=delay;seconds=5",
+            "rank=0;step=4;phase=optimizer;action=delay;seconds=5",
+            "rank=1;step=6;phase=evaluate;action=delay;seconds=5",
+            "rank=0;phase=load;action=delay;seconds=5",
+        ]
+    )
+    settings = ("comm.deadline_seconds=8", "run.steps=6", "run.eval_every=3", "run.dir=slow")
+    ended = train(workspace, slow, *settings)
+    assert ended.code == 0
+    assert (workspace.folder / "slow" / "COMPLETE").exists()
+    late = [line for line in ended.said if "is late" in line]
+    assert [line.partition("; the run")[0] for line in late] == [
+        f"rank 0 on {HOST} is late: still in load",
+        f"rank 1 on {HOST} is late: still in forward of step 2",
+        f"rank 0 on {HOST} is late: still in optimizer of step 4",
+        f"rank 1 on {HOST} is late: still in evaluate of step 6",
+    ]

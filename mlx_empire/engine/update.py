@@ -60,6 +60,11 @@ class Updater:
         """
         norm = self.norm() if norm is None else norm
         scalars = StepScalars(step, learning_rate, clip_scale(norm, self._clip_norm))
+        self.renew(lambda name: scalars)
+        return norm
+
+    def renew(self, scalars_of: Callable[[str], StepScalars]) -> None:
+        """Update all weights, each tensor by what `scalars_of` says for its name; drop the gradients. Collective."""
         renewing: int | None = None
         for unit in self._store.plan.units:
             totals = self._sums.totals.pop(unit.index, [])
@@ -67,7 +72,7 @@ class Updater:
             if trained:
                 self.hold(unit.index)
             for s, total in zip(trained, totals, strict=True):
-                self._update_segment(unit.segments[s], self._store.chunks[unit.index][s], total, scalars)
+                self._update_segment(unit.segments[s], self._store.chunks[unit.index][s], total, scalars_of)
             del totals
             if self._store.keeps_whole and trained:
                 self._store.refresh(unit.index)
@@ -77,10 +82,13 @@ class Updater:
         if renewing is not None:
             self._store.adopt_views(renewing)
         self._sums.clear()
-        return norm
 
     def _update_segment(
-        self, segment: Segment, chunks: list[LiveChunk], total: mx.array, scalars: StepScalars
+        self,
+        segment: Segment,
+        chunks: list[LiveChunk],
+        total: mx.array,
+        scalars_of: Callable[[str], StepScalars],
     ) -> None:
         """Update the chunks of one segment from its gradient `total` (rows, 64) over this rank's state interval."""
         first = self._store.plan.state_interval(segment, self._comm.rank)[0] // BLOCK
@@ -95,7 +103,7 @@ class Updater:
             gradient = total[a : a + chunk.spec.rows]
             identity = ChunkId(chunk.spec.tensor, chunk.spec.first_row, self._decays[chunk.spec.name])
             chunk.weights, chunk.state = self._optimizer.update(
-                chunk.weights, chunk.state, gradient, identity, scalars
+                chunk.weights, chunk.state, gradient, identity, scalars_of(chunk.spec.name)
             )
             waiting.append(chunk)
             elements += chunk.spec.rows * BLOCK

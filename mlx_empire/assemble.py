@@ -34,6 +34,7 @@ from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, match_ranks
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.encode import load_tokenizer
 from mlx_empire.data.share import shared_splits
 from mlx_empire.data.splits import Splits, load_splits
@@ -49,6 +50,7 @@ from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.packing import AFFINE, Packing, packing_of
 from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.recipe.evaluation import HELD_OUT_LOSS
 from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe, TuningSection
 from mlx_empire.report.metrics import read_metrics
@@ -237,6 +239,31 @@ def freeze_result(recipe: Recipe, gate: GateKeeper) -> str:
     remove(recipe.run.dir / "BASE.json")
     write_json(recipe.run.dir / "BASE.json", {"path": str(final), "digest": digest, **about})
     return f"{final} is frozen; a recipe builds on it by model.path: {final} and model.base_digest: {digest}"
+
+
+def pace(recipe: Recipe, data: Dataset) -> tuple[int, float]:
+    """(counted tokens per step on average, steps per epoch): what durations are measured in."""
+    epochs = len(data) / recipe.batch.global_size
+    return max(round(data.tokens_per_epoch / epochs), 1), epochs
+
+
+def total_steps(recipe: Recipe, splits: Splits) -> int:
+    """`run.steps` in optimizer steps."""
+    return recipe.run.steps.to_steps(None, *pace(recipe, splits.train))
+
+
+def refuse_idle_keys(recipe: Recipe, splits: Splits) -> None:
+    """UserError for an evaluation that was asked for and could never happen."""
+    gate = recipe.evaluation.stop_when
+    if gate is not None and gate.metric == HELD_OUT_LOSS and splits.valid is None:
+        raise UserError(
+            f"evaluation.stop_when: {HELD_OUT_LOSS}: there is no validation data to measure it on"
+        )
+    if recipe.run.eval_every is not None and splits.valid is None and not recipe.evaluation.sets:
+        raise UserError(
+            f"run.eval_every: {recipe.run.eval_every}: there is no validation data; add a valid.jsonl to data.path "
+            "or set data.validation_split"
+        )
 
 
 def learning_rate_of(

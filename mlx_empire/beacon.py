@@ -28,7 +28,7 @@ def tell(event: str, **fields: Any) -> None:
     if not lit():
         return
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
-    told = {"event": event, "rank": rank, "host": socket.gethostname(), **fields}
+    told = {"event": event, "rank": rank, "host": socket.gethostname(), "pid": os.getpid(), **fields}
     os.write(
         2, f"{MARK}{json.dumps(told)}\n".encode()
     )  # one write, so that lines of other threads stay whole
@@ -44,5 +44,5 @@ def place(thread: str, phase: str, step: int) -> None:
 def failure(code: int, message: str, rank: int | None = None, host: str | None = None) -> None:
     """The run ends with exit code `code`; `message` is what the user reads. `rank` and `host`: where it failed, if
     not here."""
-    elsewhere = {} if rank is None else {"rank": rank, "host": host}
+    elsewhere = {} if rank is None else {"rank": rank, "host": host, "pid": None}
     tell("failure", code=code, message=message, **elsewhere)

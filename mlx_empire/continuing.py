@@ -49,7 +49,7 @@ def load_state(
         restore = Restore(start.found, trainer.store, comm)
     sent = built.adapters is not None and assemble.load_weights(comm, recipe, built, trainer.store)
     restore.run(optimizer, recipe.optimizer.learning_rate)
-    trainer.spikes.from_json(start.found.manifest.numerics)
+    trainer.carry_on(start.found.manifest.numerics)
     return sent
 
 

@@ -15,6 +15,7 @@ import argparse
 import os
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_empire.arguments import UserArguments
-from mlx_empire.cluster.hostfile import load_hostfile
+from mlx_empire.cluster.hostfile import Cluster, load_hostfile
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.load import load_recipe
@@ -33,7 +34,7 @@ from mlx_empire.supervise import detached
 from mlx_empire.supervise.attempt import GRACE_SECONDS, Asked
 from mlx_empire.supervise.awake import keep_awake
 from mlx_empire.supervise.command import Launch, clean_environment, mpirun_line, printed
-from mlx_empire.supervise.machines import probe_with
+from mlx_empire.supervise.machines import is_here, probe_with
 from mlx_empire.supervise.memory_pressure import memory_of
 from mlx_empire.supervise.run_folder import run_folder
 from mlx_empire.supervise.supervisor import PAUSE_SECONDS, Supervisor
@@ -105,6 +106,7 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
         tuple(options.overrides),
         options.interface,
         tuple(options.forward),
+        () if isinstance(recipe.memory.shares, str) else ("memory.shares=memory",),
     )
     environment = clean_environment(os.environ, launch.extra)
     if options.dry_run:
@@ -115,6 +117,7 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
         raise UserError(
             f"run.dir: {folder.path} holds a finished run; choose another run.dir or remove that folder"
         )
+    refuse_elsewhere(cluster)
     detached.refuse_second(folder.path)
     if options.detach:
         return send_away(folder.path, [word for word in words if word != "--detach"])
@@ -136,6 +139,17 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
             options.grace,
             options.pause,
         ).run()
+
+
+def refuse_elsewhere(cluster: Cluster) -> None:
+    """UserError unless this is the first machine: rank 0 writes the run's folder there, and nothing else says whether
+    the run is complete."""
+    first = cluster.nodes[0]
+    if not is_here(first):
+        raise UserError(
+            f"{cluster.source}:{first.line}: {first.name}: start the run on this machine, the first of the hostfile "
+            f"(this one is {socket.gethostname()})"
+        )
 
 
 @contextmanager

@@ -33,6 +33,7 @@ PHASES = (
     "evaluate",
     "save-write",  # in the middle of a shard's file
     "save-fsync",  # a shard is written, not yet on the disk
+    "save-copy",  # shards go to other nodes
     "save-rename",  # the manifest is on the disk, the folder has its temporary name
     "save-renamed",  # this node's folder is renamed, others may not be
     "save-commit",  # all are renamed, nothing is committed

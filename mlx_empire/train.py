@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,15 @@ from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
-from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.engine.twin import verify_twin
-from mlx_empire.errors import UserError
 from mlx_empire.evaluate.evaluator import Evaluator
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
-from mlx_empire.recipe.evaluation import HELD_OUT_LOSS
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private
 from mlx_empire.report.run import RunReport
@@ -67,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             wanted = capacity.Wanted(hosts=options.hosts)
             return capacity.answer(comm, options.recipe, options.overrides, wanted)
-        run(comm, options.recipe, options.overrides, options.hosts)
+        begin(comm, options.recipe, options.overrides, options.hosts)
     return 0
 
 
-def run(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
+def begin(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
     """The whole run on this rank."""
     # ---------------------------------------------------------------- what is asked for, and where it runs
     safeguards.greet(comm, recipe_path, overrides)
@@ -103,16 +101,16 @@ def carry_out(
     start = find_start(comm, recipe)
     recipe, base = start.recipe, continuing.base_of(comm, recipe, built)
     require_same(start, recipe, splits.digest, base)
-    require_steps_left(start, total_steps(recipe, splits))
+    require_steps_left(start, assemble.total_steps(recipe, splits))
 
     # ---------------------------------------------------------------- the plan, before anything is allocated
     optimizer = make_optimizer(recipe.optimizer)
     with together(comm):
-        refuse_idle_keys(recipe, splits)
+        assemble.refuse_idle_keys(recipe, splits)
         plan = resolve(recipe, spec, nodes, optimizer.state_bytes)
         require_fit(plan, nodes)
-    evaluator = assemble.share_evaluator(comm, recipe, spec, plan)
     guards.lock(recipe.run.dir)
+    evaluator = assemble.share_evaluator(comm, recipe, spec, plan)
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     with together(comm):
@@ -134,7 +132,7 @@ def carry_out(
         with together(comm):
             if comm.rank == 0:
                 write_plan(recipe, plan, nodes, spec, splits, resumed=start.found is not None)
-        steps = total_steps(recipe, splits)
+        steps = assemble.total_steps(recipe, splits)
         with (
             RunReport(comm, recipe, spec, plan, nodes, steps, start.resumed) as report,
             continuing.open_saver(comm, recipe, plan, trainer.store, start, splits.digest, base) as saver,
@@ -151,42 +149,50 @@ def carry_out(
                 )
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
-            gate = train(comm, recipe, plan, trainer, splits, evaluator, report, saver, stop)
-            export(comm, recipe, built, trainer, gate, report)
+            run = Run(comm, recipe, plan, built, trainer, splits, evaluator, report, saver, stop)
+            gate = train(run)
+            export(run, gate)
     saver.refuse_unsaved()
 
 
-def train(
-    comm: Communicator,
-    recipe: Recipe,
-    plan: RunPlan,
-    trainer: Trainer,
-    splits: Splits,
-    evaluator: Evaluator | None,
-    report: RunReport,
-    saver: Saver,
-    stop: StopRequest,
-) -> GateKeeper:
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with."""
+
+    comm: Communicator
+    recipe: Recipe
+    plan: RunPlan
+    built: assemble.Built
+    trainer: Trainer
+    splits: Splits
+    evaluator: Evaluator | None
+    report: RunReport
+    saver: Saver
+    stop: StopRequest
+
+
+def train(run: Run) -> GateKeeper:
     """The steps that are left, with evaluation and saving in between, until they are done or the gate is reached."""
-    data, seed, global_size = splits.train, recipe.run.seed, recipe.batch.global_size
-    steps = total_steps(recipe, splits)
-    tokens, epochs = pace(recipe, data)
+    comm, recipe, trainer, report, saver = run.comm, run.recipe, run.trainer, run.report, run.saver
+    data, seed, global_size = run.splits.train, recipe.run.seed, recipe.batch.global_size
+    steps = assemble.total_steps(recipe, run.splits)
+    tokens, epochs = assemble.pace(recipe, data)
     rates = assemble.learning_rate_of(recipe, steps, tokens, epochs)
     every, save_every = (
         duration.to_steps(steps, tokens, epochs) if duration else 0
         for duration in (recipe.run.eval_every, recipe.run.save_every)
     )
-    mine = [j for cell in plan.work.layout.of_rank(comm.rank) for j in cell]
+    mine = [j for cell in run.plan.work.layout.of_rank(comm.rank) for j in cell]
     sizes = {"global_size": global_size, "micro_size": recipe.batch.micro_size}
+    gate = assemble.gate_keeper(comm, recipe)
     if save_every:
         saver.open()
     gate = assemble.gate_keeper(comm, recipe)
     if every and not saver.newest:
-        found = {"step": 0, **evaluate(comm, recipe, plan, trainer, splits.valid, evaluator)}
-        report.evaluation(found)
-        gate.observe(found)
-    reason = None
-    for step in range(saver.newest + 1, 1 if gate.reached else steps + 1):
+        evaluate(run, 0, gate)
+    step, done, reason = saver.newest, gate.reached, None
+    while step < steps and not done and not reason:
+        step += 1
         started, traffic = time.perf_counter(), comm.traffic.snapshot()
 
         # ------------------------------------------------------------ one step
@@ -202,20 +208,17 @@ def train(
         report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
         if result.note:
             report.message(result.note)
-        if every and (step % every == 0 or step == steps):
-            found = {"step": step, **evaluate(comm, recipe, plan, trainer, splits.valid, evaluator)}
-            report.evaluation(found)
-            gate.observe(found)
-        last = step == steps or gate.reached
+        done = step == steps
+        if every and (done or step % every == 0):
+            evaluate(run, step, gate)
+            done = done or gate.reached
 
         # ------------------------------------------------------------ what survives a crash
-        reason = None if last else stop.agreed(comm)
-        if reason or (save_every and (step % save_every == 0 or last)):
+        reason = None if done else run.stop.agreed(comm)
+        if reason or (save_every and (done or step % save_every == 0)):
             replicas_agree(trainer.store, comm)
-            saver.request(step, trainer.spikes.to_json())  # written while the next step computes
+            saver.request(step, trainer.carried())  # written while the next step computes
         report.messages(saver.news())
-        if reason or last:
-            break
     saver.finish()
     report.messages(saver.news())
     if reason:
@@ -238,48 +241,19 @@ def record(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
     }
 
 
-def evaluate(
-    comm: Communicator,
-    recipe: Recipe,
-    plan: RunPlan,
-    trainer: Trainer,
-    valid: Dataset | None,
-    evaluator: Evaluator | None,
-) -> dict[str, Any]:
-    """`eval_loss`, None without a validation split, and `scores` of the evaluation sets where there are any."""
+def evaluate(run: Run, step: int, gate: GateKeeper) -> None:
+    """Measure the held-out loss (None without a validation split) and the evaluation sets' scores; tell the gate."""
     phases.reach("evaluate")
-    most = max(1, *(plan.work.micro_batches(r) for r in range(comm.size)))
-    loss = None
+    comm, recipe, valid = run.comm, run.recipe, run.splits.valid
+    most = max(1, *(run.plan.work.micro_batches(r) for r in range(comm.size)))
+    found: dict[str, Any] = {"step": step, "eval_loss": None}
     if valid is not None:
         batches = list(validation_micro_batches(valid, recipe.batch.micro_size, recipe.run.eval_batches))
-        loss = held_out_loss(trainer.streamed, comm, batches, most)
-    scores = {} if evaluator is None else {"scores": evaluator.scores(trainer, comm, most)}
-    return {"eval_loss": loss, **scores}
-
-
-def pace(recipe: Recipe, data: Dataset) -> tuple[int, float]:
-    """(counted tokens per step on average, steps per epoch): what durations are measured in."""
-    epochs = len(data) / recipe.batch.global_size
-    return max(round(data.tokens_per_epoch / epochs), 1), epochs
-
-
-def total_steps(recipe: Recipe, splits: Splits) -> int:
-    """`run.steps` in optimizer steps."""
-    return recipe.run.steps.to_steps(None, *pace(recipe, splits.train))
-
-
-def refuse_idle_keys(recipe: Recipe, splits: Splits) -> None:
-    """UserError for an evaluation that was asked for and could never happen."""
-    gate = recipe.evaluation.stop_when
-    if gate is not None and gate.metric == HELD_OUT_LOSS and splits.valid is None:
-        raise UserError(
-            f"evaluation.stop_when: {HELD_OUT_LOSS}: there is no validation data to measure it on"
-        )
-    if recipe.run.eval_every is not None and splits.valid is None and not recipe.evaluation.sets:
-        raise UserError(
-            f"run.eval_every: {recipe.run.eval_every}: there is no validation data; add a valid.jsonl to data.path "
-            "or set data.validation_split"
-        )
+        found["eval_loss"] = held_out_loss(run.trainer.streamed, comm, batches, most)
+    if run.evaluator is not None:
+        found["scores"] = run.evaluator.scores(run.trainer, comm, most)
+    run.report.evaluation(found)
+    gate.observe(found)
 
 
 def limit_memory(plan: RunPlan, rank: int) -> None:
@@ -290,18 +264,12 @@ def limit_memory(plan: RunPlan, rank: int) -> None:
     mx.reset_peak_memory()
 
 
-def export(
-    comm: Communicator,
-    recipe: Recipe,
-    built: assemble.Built,
-    trainer: Trainer,
-    gate: GateKeeper,
-    report: RunReport,
-) -> None:
+def export(run: Run, gate: GateKeeper) -> None:
     """Write `final/` unit by unit, freeze it if the gate was reached, then `COMPLETE`.
 
     Every rank joins the gathers, rank 0 writes.
     """
+    comm, recipe, built, trainer, report = run.comm, run.recipe, run.built, run.trainer, run.report
     phases.reach("finish")
     writer = None
     with together(comm):

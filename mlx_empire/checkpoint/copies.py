@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mlx_empire import phases
 from mlx_empire.checkpoint.agree import Folders
 from mlx_empire.checkpoint.manifest import Shard
 from mlx_empire.checkpoint.names import open_own
@@ -21,6 +22,7 @@ from mlx_empire.checkpoint.tensorfile import create_private, sync_file
 from mlx_empire.comm.protocol import Communicator
 
 PIECE_BYTES = 8 << 20
+SIGN_OF_LIFE = 64  # pieces
 
 
 def exchange_copies(comm: Communicator, folders: Folders, draft: Path, shards: list[Shard]) -> None:
@@ -35,6 +37,9 @@ def exchange_copies(comm: Communicator, folders: Folders, draft: Path, shards: l
     own = _Disk(draft / shards[comm.rank].file, open_own)
     copies = {source: _Disk(draft / shards[source].file, create_private) for source in sources}
     for k in range(max(map(len, [outgoing, *incoming.values()]))):
+        if k % SIGN_OF_LIFE == 0:
+            with own.keeping():
+                phases.reach("save-copy")
         sends = [(keeper, own.read(outgoing[k]))] if keeper is not None and k < len(outgoing) else []
         receives = [(s, np.empty(sizes[k], np.uint8)) for s, sizes in incoming.items() if k < len(sizes)]
         comm.transfer(sends, receives)
@@ -57,30 +62,31 @@ class _Disk:
         self.path = path
         self.problem: OSError | None = None
         self._file: BinaryIO | None = None
-        with self._keeping():
+        with self.keeping():
             self._file = opened(path)
 
     def read(self, size: int) -> np.ndarray:
         buffer = np.zeros(size, np.uint8)
-        with self._keeping():
+        with self.keeping():
             if self._file is not None and self._file.readinto(buffer.data) != size:  # type: ignore[attr-defined]
                 raise OSError(0, "ended early", str(self.path))
         return buffer
 
     def write(self, data: np.ndarray) -> None:
-        with self._keeping():
+        with self.keeping():
             if self._file is not None:
                 self._file.write(data.data)
 
     def close(self, *, sync: bool = False) -> None:
-        with self._keeping():
+        with self.keeping():
             if self._file is not None:
                 if sync:
                     sync_file(self._file)
                 self._file.close()
 
     @contextmanager
-    def _keeping(self) -> Iterator[None]:
+    def keeping(self) -> Iterator[None]:
+        """Around work with this file."""
         try:
             yield
         except OSError as error:

@@ -132,9 +132,10 @@ class RunLock:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make a private folder; returns those that were made, innermost first."""
+    """Make a private folder and the parents it lacks; returns those that were made, innermost first."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in reversed(absent):
+        path.mkdir(mode=0o700, exist_ok=True)
     return absent
 
 

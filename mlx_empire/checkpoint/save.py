@@ -73,6 +73,7 @@ class Saver:
         self._changed = threading.Condition()
         self._passed = _ALL  # units below it are written
         self._bytes = (0, 0)  # written, in all
+        self._broken: BaseException | None = None  # what ended the thread
         self._future: Future[None] | None = None
         self._thread = CommThread("checkpoint")
 
@@ -99,15 +100,14 @@ class Saver:
         self._future = self._thread.submit(self._save, step, pieces, describe)
 
     def hold(self, unit: int) -> None:
-        """Return when the arrays of `unit` may be replaced."""
-        if unit < self._passed:
-            return
-        phases.reach("save-wait")
-        with self._changed:
-            self._changed.wait_for(lambda: unit < self._passed)
-        if self._future is not None and self._future.done():
-            self._future.result()
-        phases.reach("optimizer")
+        """Return when the arrays of `unit` may be replaced; raises what the thread raised."""
+        if unit >= self._passed:
+            phases.reach("save-wait")
+            with self._changed:
+                self._changed.wait_for(lambda: unit < self._passed)
+            phases.reach("optimizer")
+        if self._broken is not None:
+            raise self._broken
 
     def finish(self) -> None:
         """Wait until nothing is being saved; raises what the thread raised."""
@@ -170,6 +170,9 @@ class Saver:
             self.failed.append(step)
             newest = f"the newest is {step_name(self.newest)}" if self.newest else "there is none yet"
             self._news.append(f"WARNING: {name} could not be saved, training goes on; {newest}: {error}")
+        except BaseException as error:
+            self._broken = error
+            raise
         finally:
             for piece in pieces:
                 piece.views = []

@@ -86,6 +86,7 @@ def _add(pieces: dict[tuple[str, str], LivePiece], unit: int, chunk: LiveChunk, 
         fresh = LivePiece(unit, spec.name, name, CODES[array.dtype], first, columns)
         piece = pieces.setdefault((spec.name, name), fresh)
         view = host_view(array)
+        assert not view.flags.owndata, f"{spec.name}/{name}: a copy"
         piece.views.append(
             view[(a - spec.start_row) * columns : (b - spec.start_row) * columns].view(np.uint8)
         )

@@ -102,7 +102,8 @@ def load_entry(folder: Path) -> Entry | None:
 
 def store_entry(folder: Path, entry: Entry) -> None:
     """Write an entry beside `folder` and rename it into place, files 0600. Errors: OSError (disk full)."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    for parent in reversed([parent for parent in folder.parents if not parent.exists()]):
+        parent.mkdir(mode=0o700, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
         arrays = _named(entry.tables)

@@ -14,7 +14,7 @@ and only then reduces them. One exchange is in flight while the next unit is com
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import cast
 
@@ -60,6 +60,7 @@ class GradientStore:
         self._store, self._comm, self._thread, self._layout = store, comm, thread, layout
         self._dtype = DTYPES[dtype]
         self._plan = store.plan
+        self.complete: Callable[[int], None] = lambda unit: None  # called when a unit's totals are there
         self.totals: dict[int, list[mx.array]] = {}
         self._in_flight: deque[tuple[int, bool, Future[None]]] = deque()
         self._deferred: list[tuple[int, int, CellSum | None]] = []
@@ -125,6 +126,8 @@ class GradientStore:
         if last and self._dtype != mx.float32:
             self.totals[index] = [t.astype(self._dtype) for t in self.totals[index]]
             mx.eval(self.totals[index])
+        if last:
+            self.complete(index)
 
     def _totals(self, index: int) -> list[mx.array]:
         if index not in self.totals:

@@ -8,7 +8,7 @@ optimizer's state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from mlx_empire.engine.diagnose import GradientError, bad_weights, some_of
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.noise import LayerNoise
 from mlx_empire.engine.probe import check_packing, probe_root
+from mlx_empire.engine.release import ReleasingUpdater
 from mlx_empire.engine.slots import Deck
 from mlx_empire.engine.spikes import SpikeWatch
 from mlx_empire.engine.step import StreamedStep
@@ -70,7 +71,11 @@ class Trainer:
         self.store = ShardStore(plan, model, comm, thread)
         self._deck = Deck(model, spec.name)
         self._sums = GradientStore(self.store, comm, thread, work.layout, work.gradient_dtype)
-        self._updater = Updater(self.store, self._sums, optimizer, comm, clip_norm)
+        self._updater = (ReleasingUpdater if work.release else Updater)(
+            self.store, self._sums, optimizer, comm, clip_norm
+        )
+        if isinstance(self._updater, ReleasingUpdater):
+            self._sums.complete = self._updater.complete
         self._noise = None if noise_seed is None else LayerNoise(noise_seed)
         self.streamed: StreamedStep
 
@@ -144,8 +149,13 @@ class Trainer:
     def train_step(
         self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int, learning_rate: float
     ) -> StepResult:
-        """One optimizer step (counted from 1). NumericsError before any change if loss or gradient is not finite."""
+        """One optimizer step (counted from 1). NumericsError before any change if loss or gradient is not finite.
+
+        With gradient release units that were complete earlier are changed by then; the error says so.
+        """
         self._thread.reset()
+        if isinstance(self._updater, ReleasingUpdater):
+            return self._released_step(self._updater, micro_batches, total_tokens, step, learning_rate)
         loss = self.compute(micro_batches, total_tokens, step)
         try:
             norm = self._updater.norm()
@@ -159,6 +169,37 @@ class Trainer:
         waited, _ = self._thread.reset()
         return StepResult(loss, norm, waited, verdict.skip, verdict.note)
 
+    def _released_step(
+        self,
+        updater: ReleasingUpdater,
+        micro_batches: Sequence[MicroBatch],
+        total_tokens: int,
+        step: int,
+        learning_rate: float,
+    ) -> StepResult:
+        updater.begin(step, learning_rate)
+        try:
+            loss = self.compute(micro_batches, total_tokens, step)
+        except GradientError as error:
+            what = f"the gradient of {some_of(error.tensors)} is not finite"
+            raise _shared(f"step {step}: {what}; {updater.changed}") from None
+        norm = updater.end()
+        verdict = self.spikes.judge(step, loss, norm)
+        assert not verdict.skip, "the recipe refuses it: units are updated before the norm is known"
+        waited, _ = self._thread.reset()
+        return StepResult(loss, norm, waited, False, verdict.note)
+
+    def carried(self) -> dict[str, list[float]]:
+        """What a continued run needs beside weights and states to go on bitwise."""
+        norm = {"last_norm": [self._updater.last_norm]} if isinstance(self._updater, ReleasingUpdater) else {}
+        return {**self.spikes.to_json(), **norm}
+
+    def carry_on(self, carried: Mapping[str, Sequence[float]]) -> None:
+        """Take over what `carried` gave."""
+        self.spikes.from_json(carried)
+        if isinstance(self._updater, ReleasingUpdater):
+            (self._updater.last_norm,) = carried.get("last_norm", (0.0,))
+
     def _blame_loss(self, loss: float, losses: Sequence[float], step: int) -> NumericsError:
         """Whose loss is not finite, and whether a weight is not. Collective."""
         finite = self._comm.gather_json(all(map(math.isfinite, losses)))
@@ -169,7 +210,7 @@ class Trainer:
             rank = weights[0][1]
             cause = f"{some_of([n for n, _ in weights])} is not finite on rank {rank} ({self._comm.hostnames[rank]})"
         return _shared(
-            f"step {step}: the loss is {loss}, computed by rank {where}; {cause}; no weight was changed"
+            f"step {step}: the loss is {loss}, computed by rank {where}; {cause}; {self._updater.changed}"
         )
 
     def _blame_gradient(
@@ -206,15 +247,15 @@ class Trainer:
         return sum(ordered[j] for j in sorted(ordered))
 
 
-def in_rounds(micro_batches: Sequence[MicroBatch], members: Sequence[range]) -> Iterator[list[MicroBatch]]:
-    """A rank's micro-batches, given in order, divided into its cells."""
-    values = iter(micro_batches)
-    for cell in members:
-        yield [next(values) for _ in cell]
-
-
 def _shared(message: str) -> NumericsError:
     """The error that every rank raises, having asked the others for the same facts."""
     error = NumericsError(message)
     on_all_ranks(error)
     return error
+
+
+def in_rounds(micro_batches: Sequence[MicroBatch], members: Sequence[range]) -> Iterator[list[MicroBatch]]:
+    """A rank's micro-batches, given in order, divided into its cells."""
+    values = iter(micro_batches)
+    for cell in members:
+        yield [next(values) for _ in cell]

@@ -20,7 +20,7 @@ from mlx_empire.optim.decay import decays
 from mlx_empire.optim.norm import NormLayout, NormPartials, block_sums, clip_scale
 from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars
 from mlx_empire.plan.model import BLOCK
-from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment
+from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, Unit
 
 
 class Updater:
@@ -37,11 +37,17 @@ class Updater:
         self.hold: Callable[[int], None] = lambda unit: None  # called before a unit's arrays are replaced
         self._store, self._sums, self._optimizer, self._comm = store, sums, optimizer, comm
         self._clip_norm = clip_norm
+        self._renewing: int | None = None
         self._layout = NormLayout.of(store.plan)
         self._decays = {
             name: decays(name, placement.tensor.shape)
             for name, (_, _, placement) in store.plan.tensors.items()
         }
+
+    @property
+    def changed(self) -> str:
+        """What an error that comes before or in the update says of the weights."""
+        return "no weight was changed"
 
     def init_states(self) -> None:
         """Make the optimizer's state for every chunk that this rank updates."""
@@ -65,23 +71,31 @@ class Updater:
 
     def renew(self, scalars_of: Callable[[str], StepScalars]) -> None:
         """Update all weights, each tensor by what `scalars_of` says for its name; drop the gradients. Collective."""
-        renewing: int | None = None
         for unit in self._store.plan.units:
-            totals = self._sums.totals.pop(unit.index, [])
-            trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
-            if trained:
-                self.hold(unit.index)
-            for s, total in zip(trained, totals, strict=True):
-                self._update_segment(unit.segments[s], self._store.chunks[unit.index][s], total, scalars_of)
-            del totals
-            if self._store.keeps_whole and trained:
-                self._store.refresh(unit.index)
-                if renewing is not None:
-                    self._store.adopt_views(renewing)
-                renewing = unit.index
-        if renewing is not None:
-            self._store.adopt_views(renewing)
+            self._update_unit(unit, scalars_of)
+        self._adopt_renewed()
         self._sums.clear()
+
+    def _update_unit(self, unit: Unit, scalars_of: Callable[[str], StepScalars]) -> None:
+        """Update a unit from its totals, which go, and begin to renew it where weights stay whole."""
+        totals = self._sums.totals.pop(unit.index, [])
+        trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
+        if not trained:
+            return
+        self.hold(unit.index)
+        for s, total in zip(trained, totals, strict=True):
+            self._update_segment(unit.segments[s], self._store.chunks[unit.index][s], total, scalars_of)
+        del totals
+        if self._store.keeps_whole:
+            self._store.refresh(unit.index)
+            self._adopt_renewed()
+            self._renewing = unit.index
+
+    def _adopt_renewed(self) -> None:
+        """The unit that was renewed while the next one was updated gives up its old weights."""
+        if self._renewing is not None:
+            self._store.adopt_views(self._renewing)
+        self._renewing = None
 
     def _update_segment(
         self,
@@ -115,20 +129,24 @@ class Updater:
         GradientError on all ranks, naming the tensors, when it is not finite. Nothing is changed.
         """
         phases.reach("optimizer")
-        partials = NormPartials(self._layout, self._comm.rank)
+        return self._norm_of(self._layout, list(self._store.plan.units))
+
+    def _norm_of(self, layout: NormLayout, units: list[Unit]) -> float:
+        """The norm over the trained segments of `units`, which are those of `layout`. As `norm`."""
+        partials = NormPartials(layout, self._comm.rank)
         segments = [
             (unit.index, s)
-            for unit in self._store.plan.units
+            for unit in units
             for s, segment in enumerate(seg for seg in unit.segments if seg.kind != "frozen")
         ]
         for index, (unit, s) in enumerate(segments):
-            a, b = self._layout.interval(index, self._comm.rank)
+            a, b = layout.interval(index, self._comm.rank)
             total = self._sums.totals[unit][s]
             own = total[a:b] if self._store.plan.zero_stage == 0 else total
             partials.add(index, block_sums(own))
         sums, blocks = partials.packed()
         packed = list(zip(self._comm.gather_arrays(sums), self._comm.gather_arrays(blocks), strict=True))
-        norm = self._layout.combine(packed)
+        norm = layout.combine(packed)
         if norm.bad_segments:
             suspects = [segments[i] for i in norm.bad_segments]
             names = bad_totals(self._store, self._sums.totals, suspects, self._comm)

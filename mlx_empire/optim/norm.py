@@ -15,7 +15,7 @@ rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_empire.plan.model import BLOCK
-from mlx_empire.plan.shards import ShardPlan
+from mlx_empire.plan.shards import ShardPlan, Unit
 
 CHUNK_ROWS = (1 << 20) // BLOCK
 _PIECE_ROWS = 1 << 14  # rows squared at once: bounds the temporaries to a few MB
@@ -64,7 +64,12 @@ class NormLayout:
 
         At stage 0 every rank has all gradients; each still counts only its own interval.
         """
-        segments = [s for unit in plan.units for s in unit.segments if s.kind != "frozen"]
+        return cls.of_units(plan.units)
+
+    @classmethod
+    def of_units(cls, units: Iterable[Unit]) -> NormLayout:
+        """The layout of some units' trained segments; without one it has no edges and no size."""
+        segments = [s for unit in units for s in unit.segments if s.kind != "frozen"]
         return cls(tuple(tuple(edge // BLOCK for edge in s.edges) for s in segments))
 
     @property

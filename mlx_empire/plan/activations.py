@@ -6,9 +6,10 @@ scores and G those of the layer's gradients, the peak of one layer's vjp is the 
     recompute x W + attention x A    (at the attention's backward)
     gradients x W + G                (at the end, when all gradients are there)
 
-and that of its forward is forward x W + scores x A. The factors were fitted by family to measured peaks (MLX 0.32,
-CPU, float32, hidden 256 and 512, widths 64 to 1,024), mostly within 2 %; families that were not measured take
-`OTHERS`, which is above most. On Metal, where causal attention without an array mask is linear, they are unmeasured.
+and that of its forward is forward x W + scores x A. The recompute's factor is another one over a frozen base, where
+inputs that no weight's gradient needs go early. The factors were fitted by family to measured peaks (MLX 0.32, CPU,
+float32, hidden 256 and 512, widths 64 to 1,024), mostly within 2 %; families that were not measured take `OTHERS`,
+which is above most. On Metal, where causal attention without an array mask is linear, they are unmeasured.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from mlx_empire.plan.workload import Workload
 
 
 class Fit(NamedTuple):
-    """The factors of one family; `kept` and `kept_scores` are what an un-recomputed layer keeps for its backward."""
+    """The factors of one family; `kept` and `kept_scores` are what an un-recomputed layer keeps for its backward.
+
+    `adapted` is the recompute's factor over a frozen base; 0 where it was not measured.
+    """
 
     recompute: float
     attention: float
@@ -32,18 +36,19 @@ class Fit(NamedTuple):
     scores: float
     kept: float
     kept_scores: float
+    adapted: float = 0
 
 
 FITS = {
-    "llama": Fit(2.73, 3.17, 2.11, 1.07, 1.05, 1.44, 0.65),
+    "llama": Fit(2.73, 3.17, 2.11, 1.07, 1.05, 1.44, 0.65, 2.78),
     "qwen2": Fit(2.75, 3.17, 2.0, 1.07, 1.05, 1.6, 1.05),
-    "qwen3": Fit(2.94, 3.12, 2.01, 1.07, 1.05, 1.6, 1.05),
-    "qwen3_moe": Fit(2.57, 3.22, 1.5, 0.97, 1.03, 1.33, 1.03),
-    "mixtral": Fit(2.57, 3.17, 1.45, 0.97, 1.03, 1.33, 1.03),
+    "qwen3": Fit(2.94, 3.12, 2.01, 1.07, 1.05, 1.6, 1.05, 2.85),
+    "qwen3_moe": Fit(2.57, 3.22, 1.5, 0.97, 1.03, 1.33, 1.03, 2.05),
+    "mixtral": Fit(2.57, 3.17, 1.45, 0.97, 1.03, 1.33, 1.03, 2.0),
     "gemma": Fit(2.87, 3.12, 1.87, 1.05, 1.05, 1.6, 1.05),
-    "gemma2": Fit(3.0, 4.3, 2.8, 1.21, 1.02, 1.8, 2.0),
+    "gemma2": Fit(3.0, 4.3, 2.8, 1.21, 1.02, 1.8, 2.0, 2.6),
     "gemma3_text": Fit(3.55, 3.03, 2.03, 1.16, 1.06, 1.6, 1.05),
-    "phi3": Fit(3.75, 3.13, 2.8, 1.42, 1.04, 1.61, 1.03),
+    "phi3": Fit(3.75, 3.13, 2.8, 1.42, 1.04, 1.61, 1.03, 4.1),
     "gpt2": Fit(4.25, 3.17, 3.08, 1.4, 1.05, 1.6, 1.05),
     "olmo2": Fit(3.12, 3.12, 1.92, 1.04, 1.06, 1.6, 1.05),
     "cohere2": Fit(2.71, 3.17, 2.24, 0.9, 1.09, 1.6, 1.05),
@@ -52,14 +57,16 @@ FITS = {
     "deepseek_v2": Fit(2.02, 3.17, 1.23, 0.82, 1.15, 1.1, 1.1),
     "deepseek_v3": Fit(2.15, 4.12, 1.27, 0.82, 2.0, 1.08, 1.12),
     "gpt_oss": Fit(2.21, 6.16, 1.3, 1.0, 3.05, 1.3, 2.0),
-    "mamba2": Fit(10.0, 0.0, 8.5, 5.2, 0.0, 6.0, 0.0),
+    "mamba2": Fit(10.0, 0.0, 8.5, 5.2, 0.0, 6.0, 0.0, 8.8),
 }
 OTHERS = Fit(3.2, 3.3, 2.3, 1.3, 1.1, 1.7, 1.1)
 # Families whose layers get "causal" for a mask and no array, so that Metal's fused attention takes them.
 PLAINLY_CAUSAL = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "phi3", "olmo2", "starcoder2")
 SCAN = 3.6  # arrays of a chunk's decays, positions x positions x heads, alive in one layer's vjp
 SCAN_CHUNK = 256  # positions that mlx-lm's state-space layers take at a time
-NORM_COPIES = 2.0  # of an adapted matrix in fp32, while DoRA takes its rows' norms; unmeasured
+ADAPTED_FORWARD = 1.1  # more in the forward with adapters
+DORA, DORA_KEPT = 0.15, 0.5  # more of W in the recompute and kept, because DoRA scales what a matrix gives
+NORM_COPIES = 2.0  # of an adapted matrix in fp32, while DoRA takes its rows' norms
 
 
 def fit_of(spec: ModelSpec) -> Fit:
@@ -98,13 +105,13 @@ def layer_costs(unit: UnitSpec, spec: ModelSpec, work: Workload) -> dict[str, in
     fit, widths = fit_of(spec), width_bytes(unit, spec, work)
     scores, scan = _scores_in(unit, spec, work), scan_bytes(unit, spec, work)
     gradients, _ = gradient_bytes(unit, spec, work)
-    adapted = {f"{t.name.removesuffix('.m')}.linear.weight" for t in unit.tensors if t.name.endswith(".m")}
-    norms = max((t.size for t in unit.tensors if t.name in adapted), default=0)
+    norms = norm_bytes(unit)
+    recompute = fit.adapted if fit.adapted and _is_adapted(unit) else fit.recompute
     during = {
-        "one layer's recompute": int(fit.recompute * widths),
+        "one layer's recompute": int((recompute + (DORA if norms else 0)) * widths),
         "attention": int(fit.attention * scores),
         "state-space scan": scan,
-        "DoRA norms": int(NORM_COPIES * 4 * norms),
+        "DoRA norms": norm_bytes(unit),
     }
     after = {"one layer's recompute": int(fit.gradients * widths), "one unit's gradients": gradients}
     return max(during, after, key=lambda items: sum(items.values()))
@@ -114,8 +121,9 @@ def layer_costs(unit: UnitSpec, spec: ModelSpec, work: Workload) -> dict[str, in
 def forward_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
     """Peak of one layer's forward for one micro-batch."""
     fit = fit_of(spec)
+    factor = fit.forward * (ADAPTED_FORWARD if _is_adapted(unit) else 1)
     scores = fit.scores * _scores_in(unit, spec, work)
-    return int(fit.forward * width_bytes(unit, spec, work) + scores) + scan_bytes(unit, spec, work) // 2
+    return int(factor * width_bytes(unit, spec, work) + scores) + scan_bytes(unit, spec, work) // 2
 
 
 @once
@@ -123,7 +131,9 @@ def kept_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
     """What an un-recomputed layer keeps of its forward for its backward, for one micro-batch."""
     fit = fit_of(spec)
     scores = fit.kept_scores * _scores_in(unit, spec, work)
-    return int(fit.kept * width_bytes(unit, spec, work) + scores) + scan_bytes(unit, spec, work) // 2
+    norms = norm_bytes(unit)
+    kept = fit.kept + (DORA_KEPT if norms else 0)
+    return int(kept * width_bytes(unit, spec, work) + scores) + scan_bytes(unit, spec, work) // 2 + norms
 
 
 def tail_costs(
@@ -168,8 +178,8 @@ def activation_width(tensor: TensorSpec, spec: ModelSpec) -> int:
         return 0  # scales and biases
     if tensor.bits:
         shape = (*shape[:-1], shape[-1] * 32 // tensor.bits)
-    if ".lora_" in tensor.name:
-        return min(shape[-2:])  # the adapter's own width; its input and output are the matrix's
+    if ".lora_" in tensor.name:  # what lies between the two; its input and output are the matrix's
+        return min(shape[-2:]) if tensor.name.endswith("a") else 0
     total, chosen = experts(spec.text_config)
     if len(shape) == 3 and total > 0 and shape[0] == total:
         return chosen * sum(shape[1:])
@@ -204,6 +214,12 @@ def scan_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
     return int(4 * (decays + states))
 
 
+def norm_bytes(unit: UnitSpec) -> int:
+    """Bytes that DoRA needs to take the norms of the rows of a layer's largest adapted matrix; 0 without DoRA."""
+    named = {f"{t.name.removesuffix('.m')}.linear.weight" for t in unit.tensors if t.name.endswith(".m")}
+    return int(NORM_COPIES * 4 * max((t.size for t in unit.tensors if t.name in named), default=0))
+
+
 @once
 def widest_activation(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
     """Bytes of the largest activation of a layer for one micro-batch."""
@@ -214,6 +230,10 @@ def widest_activation(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
         if len(t.shape) in (2, 3)
     ]
     return max(widths, default=0) * work.tokens * ITEM_BYTES[spec.dtype]
+
+
+def _is_adapted(unit: UnitSpec) -> bool:
+    return any(".lora_" in t.name for t in unit.tensors)
 
 
 def _scores_in(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:

@@ -18,7 +18,7 @@ from mlx_empire.plan.model import BLOCK, ITEM_BYTES, ModelSpec
 from mlx_empire.plan.roots import root_use
 from mlx_empire.plan.shards import CHUNK_ELEMENTS, SHARED_ELEMENTS, Segment, ShardPlan, Unit, UnitSizes
 from mlx_empire.plan.traffic import staging_bytes
-from mlx_empire.plan.workload import Workload, chunk_tokens
+from mlx_empire.plan.workload import Workload, chunk_tokens, first_trained
 
 
 class StateBytes(Protocol):
@@ -40,11 +40,9 @@ UPDATE: dict[tuple[bool, bool], dict[str, int]] = {
     (True, True): {"float32": 67, "exact": 80, "diet": 87, "fp32": 71, "none": 78},
     (True, False): {"float32": 46, "exact": 54, "diet": 63, "fp32": 46, "none": 54},
 }
-SMALL_CHUNKS = (
-    0.83  # of that with 8-bit states for chunks that are evaluated together: they are freed one by one
-)
+SMALL_CHUNKS = 0.83  # of that with 8 bits for chunks that are evaluated together: they are freed one by one
 BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
-ROUNDING = 1 << 13  # half a page of Metal's allocator, for every array that is no whole chunk
+ROUNDING = 1 << 13  # half a page of Metal's allocator
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         **states,
         "exchange buffers": staging,
         "MLX base": BASE,
-        "allocator margin": ROUNDING * sum(len(s.placements) for u in plan.units for s in u.segments),
+        "allocator margin": ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
     }
     step = _Step(spec, plan, work, rank, states)
     root = {"gathered root": sizes[0].gathered if plan.zero_stage == 3 else 0}  # until the update
@@ -107,6 +105,7 @@ class _Step:
         self.sizes = plan.sizes[rank]
         self.layers = self.sizes[1:]
         self.cut = len(self.layers) - work.tail
+        self.first = min(first_trained(plan) - 1, self.cut)  # the backward ends here: nothing below trains
         self.micro = work.micro_batches(rank)
         self.hidden = hidden_bytes(spec, work)
         self.item = ITEM_BYTES[spec.dtype]
@@ -125,7 +124,7 @@ class _Step:
         worst = max((forward_bytes(u, self.spec, self.work) for u in specs), default=0)
         return {
             "gathered units": self._gathered(*self.layers[: self.cut + 1], most=2),
-            "layer inputs": ((self.cut + 1) * self.micro + 1) * self.hidden,
+            "layer inputs": (self._inputs(self.cut) + 1) * self.hidden,
             "one layer's forward": worst,
         }
 
@@ -141,11 +140,11 @@ class _Step:
         soft = self.spec.family == "gemma2" or self.spec.text_config.get("final_logit_softcapping")
         capped = SOFT_CAPPED if soft else 0
         tail = self.layers[self.cut :]
-        ahead = self.layers[self.cut - 1 : self.cut] if self.cut > 0 else ()
+        ahead = self.layers[self.cut - 1 : self.cut] if self.cut > self.first else ()
         trained = sum(s.trained for s in tail)
         items = {
             "gathered units": self._gathered(*ahead, *tail, most=len(tail) + 1),
-            "layer inputs": ((self.cut + 1) * self.micro + 2) * self.hidden,
+            "layer inputs": (self._inputs(self.cut) + 2) * self.hidden,
             "root gradients": sums + one + head * chunked,
         }
         if not tail:
@@ -165,10 +164,10 @@ class _Step:
 
     def backward(self) -> Iterator[Items]:
         """One moment for every recomputed layer: as gradients become complete, the layers' inputs go."""
-        if self.cut == 0:
+        if self.cut == self.first:
             yield {}
         complete = sum(s.trained for s in self.layers[self.cut :])
-        for i in reversed(range(self.cut)):
+        for i in reversed(range(self.first, self.cut)):
             layer = self.layers[i]
             in_flight = 0
             # Alone the exchange is a copy, done before a second micro-batch; with peers it takes as long as it takes.
@@ -178,8 +177,8 @@ class _Step:
                 in_flight = previous.gradient + previous.trained * (4 - kept)
             yield {
                 "gradients": self._kept_gradients(complete),
-                "gathered units": self._gathered(*self.layers[max(i - 1, 0) : i + 1], most=2),
-                "layer inputs": (i + 2) * self.micro * self.hidden,
+                "gathered units": self._gathered(*self.layers[max(i - 1, self.first) : i + 1], most=2),
+                "layer inputs": self._inputs(i + 1) * self.hidden,
                 "root gradients": self._head_sums,
                 "unit gradient sums": layer.gradient * self.widening * self.adds_up,
                 "contributions in flight": in_flight,
@@ -252,6 +251,10 @@ class _Step:
     def _vocabulary(self) -> int:
         return int(self.spec.text_config.get("vocab_size") or 0)
 
+    def _inputs(self, layers: int) -> int:
+        """Hidden states when the inputs of the layers up to `layers` are kept, and what all micro-batches are at."""
+        return (layers - self.first + 1) * self.micro
+
     @property
     def _final(self) -> int:
         """Bytes of an element of a finished gradient."""
@@ -292,9 +295,9 @@ class _Step:
         return next((kind for name, kind in kept.items() if name in self.states), "none")
 
 
-def trainable_bytes(unit: Unit) -> int:
-    """Bytes of a unit's gradient in the wire's dtype."""
-    return sum(s.size * s.itemsize for s in unit.segments if s.kind != "frozen")
+def _odd_arrays(segment: Segment) -> int:
+    """Arrays that may not fill their last page: a segment's buffer, and small tensors' states."""
+    return 1 + (len(segment.placements) if segment.kind == "small" else 0)
 
 
 def largest_update(segment: Segment, start: int, stop: int) -> tuple[int, int]:

@@ -9,13 +9,15 @@
 | nvfp4           | nvfp4      | 4    | 16    | 0.56                               |
 
 Only matrices of at least two dimensions whose inputs are whole groups are packed, never a mixture's router, whose
-choices are fragile; of a ternary base embedding and head stay as they are too, as in BitNet b1.58.
+choices are fragile; of a ternary base embedding and head stay as they are too, as in BitNet b1.58. A folder that is
+stored packed says in its `quantization` how, also for single modules, and that holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mlx_empire.plan.model import TensorSpec, is_router
 from mlx_empire.recipe.schema import TuningSection
@@ -72,3 +74,39 @@ def packing_of(tuning: TuningSection) -> Packing | None:
     if tuning.type != "qlora":
         return None
     return PACKINGS[DEFAULT_BITS if tuning.bits is None else tuning.bits]
+
+
+Choice = Callable[[TensorSpec, bool], Packing | None]  # of a matrix and whether it belongs to the root
+
+
+def uniformly(packing: Packing | None) -> Choice:
+    """Every matrix that `packing` can pack."""
+
+    def choose(matrix: TensorSpec, root: bool) -> Packing | None:
+        return packing if packing and packing.packs(matrix.name, matrix.shape, root=root) else None
+
+    return choose
+
+
+def as_stored(quantization: Mapping[str, Any]) -> Choice:
+    """What a folder's `quantization` says: settings for all, and by a module's path its own or false."""
+    mode = str(quantization.get("mode", AFFINE))
+    everywhere = _stored(quantization, Packing(mode, DEFAULT_BITS, 64))
+    otherwise = uniformly(everywhere)
+
+    def choose(matrix: TensorSpec, root: bool) -> Packing | None:
+        own = quantization.get(matrix.name.removesuffix(".weight"))
+        if isinstance(own, Mapping):
+            return _stored(own, everywhere)
+        return None if own is False else otherwise(matrix, root)
+
+    return choose
+
+
+def _stored(settings: Mapping[str, Any], default: Packing) -> Packing:
+    """The packing of `settings`, which may leave out what is as in `default`."""
+    mode, bits, group = (
+        settings.get(k, d)
+        for k, d in (("mode", default.mode), ("bits", default.bits), ("group_size", default.group))
+    )
+    return Packing(str(mode), int(bits), int(group))

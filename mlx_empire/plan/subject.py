@@ -16,7 +16,7 @@ from mlx_empire.plan import catalog
 from mlx_empire.plan.counts import active_parameters, counted, has_closed_form
 from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
 from mlx_empire.plan.model import ModelSpec
-from mlx_empire.plan.packing import AFFINE, Packing
+from mlx_empire.plan.packing import Choice, as_stored
 from mlx_empire.plan.tuning import tuned
 from mlx_empire.recipe.planned import not_built
 from mlx_empire.recipe.schema import Recipe
@@ -63,19 +63,15 @@ def _subject(config: Mapping[str, Any], name: str, recipe: Recipe) -> Subject:
     dtype = compute_dtype(config, recipe.model.dtype)
     tuning = recipe.tuning
     why: str | None = None
-    stored: Packing | None = None
+    stored: Choice | None = None
     quantization = config.get("quantization")
     if (
         isinstance(quantization, Mapping) and tuning.type != "full"
-    ):  # adapters train on a base that is packed already
+    ):  # adapters train on what is packed already
         if tuning.type == "dora":
             why = "DoRA on a base that is stored quantised is not built yet"
         config = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
-        stored = Packing(
-            str(quantization.get("mode", AFFINE)),
-            int(quantization.get("bits", 4)),
-            int(quantization.get("group_size", 64)),
-        )
+        stored = as_stored(quantization)
     if has_closed_form(config):
         spec: ModelSpec = counted(config, name, dtype)
         why = f"mlx-lm has no {config['model_type']}, so this model can be counted but not trained here"

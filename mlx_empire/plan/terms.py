@@ -37,7 +37,9 @@ _TERMS = {
     ),
     "exchange buffers": Term("two messages from and for every peer, at most a bucket each", "exact"),
     "MLX base": Term("512 KiB: rotary tables, scalars, compiled kernels' constants", "fitted"),
-    "allocator margin": Term("half a page of 16 KiB for every tensor, for rounding", "unmeasured"),
+    "allocator margin": Term(
+        "half a page of 16 KiB for every buffer and for every tensor that is small", "unmeasured"
+    ),
     "gathered root": Term(
         "embedding, final norm and head, whole from the first phase to the last but one", "exact"
     ),
@@ -55,7 +57,8 @@ _TERMS = {
     ),
     "root gradients": Term("sums and parts of head and embedding, in fp32 where they are added up", "exact"),
     "layer inputs": Term(
-        "one hidden state for each kept layer and micro-batch, and the current ones", "exact"
+        "one hidden state for each layer that the backward reaches and each micro-batch, and the current ones",
+        "exact",
     ),
     "one layer's forward": Term(
         "forward x what its products read and write + scores x attention scores", "fitted"
@@ -67,7 +70,7 @@ _TERMS = {
         "factor x heads x rows x width^2: quadratic on a CPU and wherever a mask is an array", "fitted"
     ),
     "state-space scan": Term("3.6 x heads x tokens x 256 decays + the states between chunks", "fitted"),
-    "DoRA norms": Term("two fp32 copies of the largest adapted matrix", "unmeasured"),
+    "DoRA norms": Term("two fp32 copies of the largest adapted matrix", "fitted"),
     "logits chunk": Term("four fp32 arrays of a chunk of tokens x vocabulary", "fitted"),
     "un-recomputed tail": Term("what the layers that are not recomputed keep for their backward", "fitted"),
     "tail gradients": Term("gradients of all un-recomputed layers for one micro-batch", "exact"),

@@ -15,7 +15,7 @@ from itertools import groupby
 
 from mlx_empire.plan.counts import experts, is_stacked
 from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec, is_router
-from mlx_empire.plan.packing import Packing, packing_of
+from mlx_empire.plan.packing import Choice, Packing, packing_of, uniformly
 from mlx_empire.plan.roots import is_embedding
 from mlx_empire.recipe.schema import TuningSection
 
@@ -26,14 +26,14 @@ ALL_LINEAR = (
 )
 
 
-def tuned(spec: ModelSpec, tuning: TuningSection, stored: Packing | None = None) -> ModelSpec:
+def tuned(spec: ModelSpec, tuning: TuningSection, stored: Choice | None = None) -> ModelSpec:
     """`spec` after tuning: itself for full fine-tuning, else with a frozen base and adapters.
 
     `stored`: how the folder's weights are packed already.
     """
     if tuning.type == "full":
         return spec
-    packing = stored or packing_of(tuning)
+    choose = stored or uniformly(packing_of(tuning))
     total, _ = experts(spec.text_config)
     first = len(spec.units) - (tuning.layers or len(spec.units) - 1)
     units = []
@@ -49,8 +49,8 @@ def tuned(spec: ModelSpec, tuning: TuningSection, stored: Packing | None = None)
         for stem, module in groupby(unit.tensors, lambda t: t.name.rpartition(".")[0]):
             inner = "embedding" if index == 0 and is_embedding(stem) else "linear"
             for tensor in (members := list(module)):
-                found = _nested(tensor, inner) if stem in adapted else tensor
-                tensors += _base(found, packing, root=index == 0)
+                packing = choose(tensor, index == 0) if _is_matrix(tensor) else None
+                tensors += _base(_nested(tensor, inner) if stem in adapted else tensor, packing)
             if stem in adapted:
                 matrix = next(t for t in members if _is_matrix(t))
                 tensors += _adapters(matrix, tuning, embedding=inner == "embedding")
@@ -75,8 +75,8 @@ def _nested(tensor: TensorSpec, inner: str) -> TensorSpec:
     return replace(tensor, name=f"{stem}.{inner}.{leaf}")
 
 
-def _base(tensor: TensorSpec, packing: Packing | None, *, root: bool) -> Iterator[TensorSpec]:
-    if packing and _is_matrix(tensor) and packing.packs(tensor.name, tensor.shape, root=root):
+def _base(tensor: TensorSpec, packing: Packing | None) -> Iterator[TensorSpec]:
+    if packing:
         yield from packing.tensors(tensor)
     else:
         yield replace(tensor, trainable=False)

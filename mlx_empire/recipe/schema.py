@@ -103,15 +103,15 @@ class ModelSection(Section):
     init: Literal["pretrained", "random"] = Field(
         default="pretrained", description="pretrained or random (built from config.json alone)"
     )
-    base_digest: str | None = Field(
-        default=None,
-        pattern=r"^sha256:[0-9a-f]{64}$",
-        description="the digest of a frozen folder (sha256:...), as its FROZEN.json says, or null (any folder)",
-    )
     compare: Literal["headers", "contents"] = Field(
         default="headers",
         description="headers or contents (what of the folder must be equal on all machines that have it; contents "
         "reads every weight once more)",
+    )
+    base_digest: str | None = Field(
+        default=None,
+        pattern=r"^sha256:[0-9a-f]{64}$",
+        description="the digest of a frozen folder (sha256:...), as its FROZEN.json says, or null (any folder)",
     )
 
 
@@ -202,6 +202,11 @@ class OptimizerSection(Section):
     master_weights: Literal["exact", "diet", "fp32", "none"] = Field(
         default="exact",
         description="exact (2 bytes more than bfloat16, all of float32), diet (1 byte), fp32 (4) or none",
+    )
+    in_backward: bool = Field(
+        default=False,
+        description="true (a unit is updated as soon as its gradient is complete, which is not kept; clipped by the "
+        "norm of the last step) or false",
     )
 
 
@@ -373,6 +378,9 @@ class Recipe(Section):
         if schedule.warmup.unit == steps.unit and schedule.warmup.value > steps.value:
             message = f"warmup {schedule.warmup} is longer than the whole run, run.steps {steps}; use 3%"
             raise impossible(("schedule.warmup", "run.steps"), message)
+        if self.optimizer.in_backward and self.numerics.spikes == "skip":
+            message = "skip cannot be had with optimizer.in_backward: units are updated before a leap is known; use log"
+            raise impossible(("numerics.spikes", "optimizer.in_backward"), message)
         if schedule.type == "constant" and schedule.final:
             raise impossible(
                 ("schedule.final", "schedule.type"),

@@ -45,10 +45,12 @@ class Failure:
 
 @dataclass
 class Account:
-    """One launch so far. `places`: (phase, step) by rank and thread; `told`: exit codes that all ranks agreed on."""
+    """One launch so far. `places`: (phase, step) by rank and thread; `pids`: on each rank's machine; `told`: exit codes
+    that all ranks agreed on."""
 
     places: dict[int, dict[str, tuple[str, int]]] = field(default_factory=dict)
     hosts: dict[int, str] = field(default_factory=dict)
+    pids: dict[int, int] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     deaths: list[Death] = field(default_factory=list)
     told: list[int] = field(default_factory=list)
@@ -59,6 +61,7 @@ class Account:
         match event["event"]:
             case "place":
                 self.hosts[rank] = host
+                self.pids[rank] = int(event["pid"])
                 place = str(event["phase"]), int(event["step"])
                 self.places.setdefault(rank, {})[str(event["thread"])] = place
             case "failure":
@@ -172,6 +175,12 @@ _ANNOUNCEMENTS: tuple[tuple[str, Callable[[re.Match[str]], Death]], ...] = (
     (
         r"process rank (\d+) with PID \d+ on node (\S+) calling \"?abort",
         lambda found: Death("ended all ranks", int(found[1]), found[2]),
+    ),
+    (
+        r"daemon failed to report back.*?Remote host: (\S+)",
+        lambda found: Death(
+            "is out of reach: Open MPI's daemon there is gone or could not start", host=found[1]
+        ),
     ),
     (
         r"lost communication with a remote daemon.*?Remote daemon: \S+ on node (\S+)",

@@ -1,14 +1,14 @@
 """Runs one mpirun from start to end: passes on what it says, forwards a request to stop, and does not wait for ever
 when it cannot end.
 
-mpirun writes to our own standard output, so that a display there knows whether a person watches; its stderr comes
-through here. It gets a session of its own: the terminal's Ctrl-C would reach it, and give its ranks half a second.
+mpirun gets a session of its own: the terminal's Ctrl-C would reach it, and give its ranks half a second.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mlx_empire.supervise.account import Account, Listener
+from mlx_empire.supervise.outlet import Outlet
 
 TICK_SECONDS = 0.1
 # After a failure was announced mpirun ends its ranks in seconds, more where they hold hundreds of gigabytes; a machine
@@ -54,17 +55,23 @@ class Attempt:
     def run(self) -> int:
         """mpirun's exit code, negative for a signal that ended it."""
         started = time.monotonic()
+        sys.stdout.flush()
+        self._outlet = Outlet(1, Listener(self.account).feed)
         process = subprocess.Popen(
             self.command,
             env=dict(self.environment),
             stdin=subprocess.DEVNULL,
+            stdout=self._outlet.theirs,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        self._outlet.start()
         reader = threading.Thread(target=self._read, args=(process,), name="mpirun's stderr", daemon=True)
         reader.start()
         self._watch(process)
-        reader.join(KILL_SECONDS)  # a rank that mpirun left behind may hold the pipe
+        self._bury()
+        reader.join(KILL_SECONDS)  # a rank that mpirun left behind on another machine may hold the pipe
+        self._outlet.finish(KILL_SECONDS)
         self.seconds = time.monotonic() - started
         return process.returncode
 
@@ -80,6 +87,7 @@ class Attempt:
                 pass
             now = time.monotonic()
             self.on_tick(self.account)
+            self._outlet.resize()
             if self.asked.times and not forwarded:
                 forwarded = True
                 _send(process, signal.SIGUSR1)
@@ -103,6 +111,19 @@ class Attempt:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def _bury(self) -> None:
+        """See that the ranks on this machine have ended: when Open MPI loses a machine, mpirun may leave them behind,
+        and they would hold the memory and the run's lock."""
+        here = socket.gethostname()
+        left = [pid for rank, pid in self.account.pids.items() if self.account.hosts[rank] == here]
+        deadline = time.monotonic() + KILL_SECONDS
+        while (left := [pid for pid in left if _trains(pid)]) and time.monotonic() < deadline:
+            time.sleep(TICK_SECONDS)
+        for pid in left:
+            _say(f"mpirun left process {pid} behind; it is killed")
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr is not None
         listener = Listener(self.account)
@@ -114,6 +135,16 @@ class Attempt:
 def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         process.send_signal(number)
+
+
+def _trains(pid: int) -> bool:
+    """Whether this process is still one of ours: its number may belong to another by now."""
+    with suppress(OSError):
+        listed = subprocess.run(
+            ["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False
+        )
+        return "mlx_empire.train" in listed.stdout
+    return False
 
 
 def descendants(pid: int) -> list[int]:

@@ -40,7 +40,8 @@ REFUSED = ("MLX_METAL_FAST_SYNCH",)
 
 @dataclass(frozen=True)
 class Launch:
-    """What is asked for. `overrides`: `key=value` words of the recipe; `extra`: more variables to forward, by name."""
+    """What is asked for. `overrides`: `key=value` words of the recipe; `extra`: more variables to forward, by name;
+    `with_fewer`: more overrides for when machines are left out."""
 
     hostfile: Path
     cluster: Cluster
@@ -48,6 +49,7 @@ class Launch:
     overrides: tuple[str, ...] = ()
     interface: str | None = None
     extra: tuple[str, ...] = ()
+    with_fewer: tuple[str, ...] = ()
 
 
 def mpirun() -> Path:

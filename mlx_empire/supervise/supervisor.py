@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from mlx_empire.errors import LostRankError
 from mlx_empire.supervise.account import Account
@@ -143,7 +142,8 @@ class Supervisor:
         self.say(
             f"GOING ON WITHOUT {', '.join(missing)}: on {names}, by {path}; the plan there says if that fits"
         )
-        return replace(self.launch, hostfile=Path(path), cluster=cluster)
+        overrides = (*self.launch.overrides, *self.launch.with_fewer)
+        return replace(self.launch, hostfile=path, cluster=cluster, overrides=overrides)
 
     def _report(self, ending: Ending, account: Account) -> None:
         phase, step = ending.place or ("", account.step)

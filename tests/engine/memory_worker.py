@@ -22,7 +22,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.slots import Deck
 from mlx_empire.optim.adamw import AdamW
-from mlx_empire.plan.memory import ledger, trainable_bytes
+from mlx_empire.plan.memory import ledger
 from mlx_empire.plan.workload import chunk_tokens
 
 
@@ -73,6 +73,7 @@ def measure(case: Case, comm: Communicator) -> dict[str, int]:
         plan, spec, work = trainer.store.plan, trainer.spec, trainer.work
         optimizer = AdamW(state_bits=case.state_bits)
         predicted = ledger(spec, plan, work, comm.rank, optimizer.state_bytes)
+        sizes = plan.sizes[comm.rank]
         vocabulary = int(spec.text_config["vocab_size"])
         chunk = min(chunk_tokens(vocabulary), work.tokens)
         kept = ("weights", "optimizer")
@@ -83,8 +84,8 @@ def measure(case: Case, comm: Communicator) -> dict[str, int]:
             "predicted": predicted.peak,
             "states": states,
             "two units": 2 * max(u.gathered_bytes for u in plan.units[1:]),
-            "root and gradient": plan.units[0].gathered_bytes + trainable_bytes(plan.units[0]),
-            "unit gradient": max(trainable_bytes(u) for u in plan.units[1:]),
+            "root and gradient": sizes[0].gathered + sizes[0].gradient,
+            "unit gradient": max(s.gradient for s in sizes[1:]),
             "receive buffers": comm.staging_bytes,
             "layer inputs": predicted.phases["forward"]["layer inputs"],
             "recompute": recompute,

@@ -80,6 +80,14 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
         for stage in (2, 3):
             kind = {"optimizer": name, "state_bits": bits, "master_weights": master, "stage": stage}
             made[f"{group}:stage {stage}"] = {**step, **kind}
+    for stage, tail in ((0, 0), (1, 2), (2, 0), (3, 4)):
+        made[f"released:stage {stage}"] = {
+            **made["steps:stage 3 relay"],
+            "stage": stage,
+            "tail": tail,
+            "release": True,
+            "compare": False,
+        }
     made["packed:stage 3"] = {**COMMON, "packed": True, "shares": SHARES[ranks]}
     made["packed:stage 0"] = {**COMMON, "packed": True, "stage": 0, "tail": 3}
     made["packed gemma2:stage 3"] = {**COMMON, "packed": True, "family": "gemma2", "shares": SHARES[ranks]}

@@ -22,8 +22,6 @@ SIZES = {
     "num_hidden_layers": 10,
     "vocab_size": 4096,
 }
-# With several ranks a layer's contribution may be on its way a little longer or shorter, so that a peak of these small
-# models differs by up to 3 MiB from run to run: the ledger counts it.
 EXTRA: dict[str, dict[str, int]] = {
     "llama": {},
     "qwen3_moe": {"moe_intermediate_size": 256, "num_experts": 8},
@@ -39,6 +37,11 @@ def setting(family: str, width: int, stage: int, shares: list[int], **more: Any)
     return {"family": family, "width": width, "stage": stage, "shares": shares, **fixed, **more}
 
 
+def tuned(kind: str, **more: Any) -> dict[str, Any]:
+    """A `tuning` section."""
+    return {"type": kind, "rank": 16, **more}
+
+
 SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "llama 128 stage 2": setting("llama", 128, 2, [1]),
@@ -49,11 +52,18 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "gemma2 384 stage 0, tail of 2": setting("gemma2", 384, 0, [1], tail=2),
         "phi3 384 stage 2": setting("phi3", 384, 2, [1], micro_batches=1),
         "mamba2 384 stage 3": setting("mamba2", 384, 3, [1]),
-        "llama 640 stage 2, qlora": setting("llama", 640, 2, [1], tuning={"type": "qlora", "rank": 16}),
-        "llama 384 stage 3, lora": setting("llama", 384, 3, [1], tuning={"type": "lora", "rank": 16}),
-        "llama 384 stage 2, lora, tail of 10": setting(
-            "llama", 384, 2, [1], tuning={"type": "lora", "rank": 16}, tail=10
+        "llama 640 stage 2, qlora": setting("llama", 640, 2, [1], tuning=tuned("qlora")),
+        "llama 384 stage 3, lora": setting("llama", 384, 3, [1], tuning=tuned("lora")),
+        "llama 384 stage 2, lora, tail of 10": setting("llama", 384, 2, [1], tuning=tuned("lora"), tail=10),
+        "llama 384 stage 2, lora in 4 layers": setting("llama", 384, 2, [1], tuning=tuned("lora", layers=4)),
+        "llama 384 stage 3, lora in 4 layers, tail of 2": setting(
+            "llama", 384, 3, [1], tuning=tuned("lora", layers=4), tail=2
         ),
+        "llama 384 stage 2, dora": setting("llama", 384, 2, [1], tuning=tuned("dora")),
+        "qwen3_moe 384 stage 2, qlora of experts": setting(
+            "qwen3_moe", 384, 2, [1], tuning=tuned("qlora", targets=["q_proj", "experts"])
+        ),
+        "gemma2 384 stage 2, lora": setting("gemma2", 384, 2, [1], tuning=tuned("lora")),
         "llama 64 stage 2, bfloat16": setting(
             "llama", 64, 2, [1], dtype="bfloat16", gradient_dtype="bfloat16"
         ),
@@ -81,6 +91,12 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         },
     },
     2: {
+        "llama 384 stage 3, dora in 4 layers": setting(
+            "llama", 384, 3, [2, 1], tuning=tuned("dora", layers=4)
+        ),
+        "qwen3_moe 384 stage 3, qlora in 8 bits": setting(
+            "qwen3_moe", 384, 3, [3, 1], tuning=tuned("qlora", bits=8)
+        ),
         "llama 384 stage 3": setting("llama", 384, 3, [3, 2], micro_batches=2),
         "llama 128 stage 3, tail of 3": setting("llama", 128, 3, [2, 1], tail=3),
         "llama 128 stage 0": setting("llama", 128, 0, [1, 1]),
@@ -102,7 +118,7 @@ NAMES = [(ranks, name) for ranks, cases in SETTINGS.items() for name in cases]
 @cache
 def reports(ranks: int) -> list[dict[str, Any]]:
     """Every rank's figures for all settings of a world's size."""
-    return run_ranks(ranks, "tests/engine/peak_worker.py", [json.dumps(SETTINGS[ranks])], timeout=300)
+    return run_ranks(ranks, "tests/engine/peak_worker.py", [json.dumps(SETTINGS[ranks])], timeout=900)
 
 
 def errors(ranks: int, name: str) -> list[float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.faults import Command, Lab, Outcome, Result, succeeded
 
-SAVING = ("save-write", "save-fsync", "save-rename", "save-renamed", "save-commit")
+SAVING = ("save-write", "save-fsync", "save-copy", "save-rename", "save-renamed", "save-commit")
 # (phase, rank): that rank's disk is full the first time it comes there, which is the save of step 3.
 ALWAYS = [("save-write", 1)]
 OTHERS = [(phase, rank) for phase in SAVING for rank in (0, 1) if (phase, rank) not in ALWAYS]

@@ -41,6 +41,7 @@ PHASES = (
     "reduce",
     "optimizer",
     "save-fsync",
+    "save-copy",
     "save-renamed",
     "retention",
 )

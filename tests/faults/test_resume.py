@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -186,3 +187,36 @@ def test_states_that_were_decoded_stay_near(lab: Lab, base: Result, changed: dic
     curve = lab.result("states-of-32-bits").curve
     assert curve.keys() == base.after(6).curve.keys()
     assert all(abs(curve[step][0] - base.curve[step][0]) < 0.05 for step in curve)
+
+
+CONSTANT = ["schedule.type=constant", "schedule.final=0"]
+TUNED = {
+    "lora": ["tuning.type=lora", "tuning.rank=4", "tuning.dropout=0.1", "memory.zero_stage=3"],
+    "dora": ["tuning.type=dora", "tuning.rank=4", "tuning.layers=2", "memory.zero_stage=2"],
+    "qlora": ["tuning.type=qlora", "tuning.bits=4", "memory.zero_stage=3"],
+}
+
+
+@pytest.fixture(scope="module")
+def tuned(lab: Lab) -> dict[str, Outcome]:
+    """Of each kind a whole run, the first half of it, and the second half on from there with other shares."""
+    commands = {}
+    for kind, settings in TUNED.items():
+        ours = [*settings, *CONSTANT]
+        half = f"run.resume={kind}-half/node-{{rank}}/step-000006"
+        commands[f"{kind}-whole"] = Command(ours)
+        commands[f"{kind}-half"] = Command([*ours, "run.steps=6"])
+        commands[f"{kind}-rest"] = Command([*ours, half, "memory.shares=[1,2]"])
+    return lab.train_many(commands)
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.faults), "qlora"])
+def test_adapters_go_on_over_the_same_base(lab: Lab, tuned: dict[str, Outcome], kind: str) -> None:
+    """Frozen weights are not in the checkpoint: they come from the model's folder again."""
+    assert succeeded(tuned[f"{kind}-rest"]).resumed == 6
+    assert lab.result(f"{kind}-rest") == lab.result(f"{kind}-whole").after(6)
+    shard = lab.checkpoints(f"{kind}-half", 0) / "step-000006" / "shard-00000-of-00002.safetensors"
+    header = shard.read_bytes()
+    names = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")]).keys() - {"__metadata__"}
+    assert names
+    assert all(".lora_" in name or name.split("/")[0].endswith(".m") for name in names)

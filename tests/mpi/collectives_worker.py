@@ -177,6 +177,46 @@ def check_both_planes_at_once(comm):
     return talks
 
 
+def check_transfer(comm):
+    """Any buffers between any two ranks, of several dtypes and lengths, some larger than a bucket, some empty."""
+
+    def messages(source, target):
+        lengths = [(7 * source + 3 * target + k) % 5 * 211 for k in range(4)]
+        return [values(DTYPES[k % 3], n, "transfer", source, target, k) for k, n in enumerate(lengths)]
+
+    others = [peer for peer in range(SIZE) if peer != comm.rank]
+    expected = [(peer, message) for peer in others for message in messages(peer, comm.rank)]
+    receives = [(peer, np.zeros_like(message)) for peer, message in expected]
+    comm.transfer([(peer, message) for peer in others for message in messages(comm.rank, peer)], receives)
+    for (_, found), (_, message) in zip(receives, expected, strict=True):
+        assert found.tobytes() == message.tobytes()
+    comm.transfer([], [])
+
+
+def check_duplicate(comm):
+    """A duplicate is another thread's: both talk and move data at the same time and nothing is mixed up."""
+    before = comm.traffic.snapshot()
+    other = comm.duplicate(60.0)
+    failures = []
+
+    def work():
+        try:
+            for k in range(20):
+                check_transfer(other)
+                assert other.gather_json([k, other.rank]) == [[k, r] for r in range(SIZE)]
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for k in range(20):
+        assert comm.gather_json(["main", k]) == [["main", k]] * SIZE
+    assert comm.traffic == before
+    check_all_gather(comm, "auto")
+    thread.join(60.0)
+    assert not failures, failures
+
+
 def check_self_test(comm):
     """The self-test passes, and names the rank that sends one wrong bit, seen by everyone who receives it."""
     self_test(comm)
@@ -230,8 +270,10 @@ def main():
         check_reduce_scatter(comm)
         check_scatter(comm)
         check_control(comm)
+        check_transfer(comm)
         if bucket_bytes == 64:
             assert comm.staging_bytes < 64 * 4 * SIZE + (1 << 19)
+    check_duplicate(comm)
     check_self_test(comm)
     talks = check_both_planes_at_once(comm)
     share, waited = idle_share(comm)

@@ -123,6 +123,15 @@ def drawn(display: RunDisplay) -> str:
     return console.export_text()
 
 
+def test_a_running_save_is_shown_live():
+    display, _ = live()
+    display.step(record(1))
+    assert "saving" not in drawn(display)
+    display.status = lambda: "saving step-000001  40% of this rank's 3.2 GB"
+    assert "saving step-000001  40% of this rank's 3.2 GB" in drawn(display)
+    display.close()
+
+
 def test_the_live_display_shows_progress_and_the_memory_of_every_rank():
     display, stream = live()
     with display:

@@ -17,7 +17,11 @@ DASHES = "-" * 74
 
 
 def tell(**event: object) -> None:
-    print("@mlx_empire " + json.dumps({"rank": 0, "host": "king", **event}), file=sys.stderr, flush=True)
+    print(
+        "@mlx_empire " + json.dumps({"rank": 0, "host": "king", "pid": 1, **event}),
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def wait_for_a_request() -> None:

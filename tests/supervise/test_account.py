@@ -9,7 +9,7 @@ import pytest
 from mlx_empire.beacon import MARK
 from mlx_empire.supervise.account import Account, Death, Failure, Listener, read_announcement
 
-DASHES = "-" * 74 + "\n"
+DASHES = "-" * 60 + "\n"
 KILLED = """\
 prterun noticed that process rank 1 with PID 15305 on node vm exited on
 signal 9 (Killed).
@@ -40,11 +40,25 @@ MPI_ABORT was invoked on rank 1 in communicator MPI_COMM_WORLD
 
 NOTE: invoking MPI_ABORT causes Open MPI to kill all MPI processes.
 """
+DAEMON = """\
+A daemon failed to report back after being spawned. This could
+be due to several factors, including inability to find the
+daemon executable, or the executable was unable to find its
+required supporting libraries.
+
+  Local host:    king
+  Remote host:   soldier-1
+  Daemon exit status: 137
+"""
 OTHER = "The value of the MCA parameter is not valid.\n"
 
 
 def event(kind: str, rank: int = 0, **fields: object) -> str:
-    return MARK + json.dumps({"event": kind, "rank": rank, "host": f"mac-{rank}", **fields}) + "\n"
+    return (
+        MARK
+        + json.dumps({"event": kind, "rank": rank, "host": f"mac-{rank}", "pid": 100 + rank, **fields})
+        + "\n"
+    )
 
 
 def place(rank: int, phase: str, step: int, thread: str = "MainThread") -> str:
@@ -59,6 +73,10 @@ def place(rank: int, phase: str, step: int, thread: str = "MainThread") -> str:
         (IMPROPER, Death("left before the run was complete (exit code 0)", 1, "vm", code=0)),
         (NON_ZERO, Death("left before the run was complete (exit code 3)", 1, code=3)),
         (ABORTED, Death("ended all ranks (exit code 75)", 1, code=75)),
+        (
+            DAEMON,
+            Death("is out of reach: Open MPI's daemon there is gone or could not start", host="soldier-1"),
+        ),
         (OTHER, None),
     ],
 )
@@ -95,6 +113,7 @@ def test_what_is_understood_is_taken_out_and_the_rest_is_shown(size: int) -> Non
     assert account.place_of(1) == ("backward, reduce beside it", 4)
     assert account.place_of(2) is None
     assert account.hosts == {0: "mac-0", 1: "mac-1"}
+    assert account.pids == {0: 100, 1: 101}
     assert account.step == 4
     assert account.failing
 

@@ -94,6 +94,7 @@ def test_a_crash_loop_is_stopped(launching: Launching) -> None:
         (["attach", "."], 64, "--detach"),
         (["stop", "."], 64, "no launcher"),
         (["gone.txt", "recipe.yaml"], 75, "unreachable.invalid"),
+        (["far.txt", "recipe.yaml"], 64, "far.txt:1: king.invalid: start the run on this machine"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_launched_or_written(
@@ -106,6 +107,7 @@ def test_bad_input_is_one_line_and_nothing_is_launched_or_written(
 ) -> None:
     (launching.folder / "evil.txt").write_text("-oProxyCommand=x slots=1\n")
     (launching.folder / "gone.txt").write_text("localhost\nunreachable.invalid\n")
+    (launching.folder / "far.txt").write_text("king.invalid\nlocalhost\n")
     before = sorted(launching.folder.iterdir())
     monkeypatch.chdir(launching.folder)
     monkeypatch.delenv(FAULT, raising=False)

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,28 @@ def test_a_machine_that_stays_away_is_found_and_the_others_go_on_from_its_copy(
     assert f"the checkpoint of step {failure['committed']}" in report
     assert f"going on after step {failure['committed']}, from disk/king/" in ended.stdout
     assert launching.state()["machines"] == ["king", "soldier2"]
+    assert curve(launching.run) == curve(alone)
+    assert raw_tensors(launching.run / "final") == raw_tensors(alone / "final")
+
+
+def test_a_machine_that_crashes_and_comes_back_is_used_again(
+    launching: Launching, machines: Machines, alone: Path
+) -> None:
+    """All its processes end at once, as when a machine restarts; mpirun may well return 0 then."""
+    saving = ["run.save_every=2", "run.checkpoints=disk/{host}"]
+    process = launching.start(
+        "hosts.txt", "recipe.yaml", "--pause", "0.1", STEPS, *saving, env=machines.environment()
+    )
+    wait_for(lambda: launching.steps() >= 4 or process.poll() is not None)
+    for pid in machines.processes("soldier1"):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    ended = finish(process)
+    assert ended.code == 0, ended.stderr
+    (report,) = ended.reports
+    assert "rank 1 on soldier1" in report
+    assert "GOING ON WITHOUT" not in ended.stderr
+    assert "going on after step" in ended.stdout
     assert curve(launching.run) == curve(alone)
     assert raw_tensors(launching.run / "final") == raw_tensors(alone / "final")
 

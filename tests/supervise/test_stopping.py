@@ -4,10 +4,13 @@ result is to the last bit that of a run that nobody touched."""
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from supervise.launching import Launching, finish, wait_for
+from support.mpi import mpirun, rank_environment
 from train.launching import curve, raw_tensors
 
 from mlx_empire import launch
@@ -104,6 +107,35 @@ def test_other_ways_to_end_a_program_save_too(
     process.send_signal(number)
     assert finish(process).code == 143
     assert launching.steps() == saved(launching)
+    assert launching.launch(*STEPS).code == 0
+    assert raw_tensors(launching.run / "final") == raw_tensors(alone / "final")
+
+
+@pytest.mark.faults
+def test_sigusr1_to_a_bare_mpirun_saves_too(launching: Launching, alone: Path) -> None:
+    process = subprocess.Popen(
+        [
+            mpirun(),
+            "--oversubscribe",
+            "-n",
+            "2",
+            sys.executable,
+            "-m",
+            "mlx_empire.train",
+            "recipe.yaml",
+            *STEPS,
+        ],
+        cwd=launching.folder,
+        env=rank_environment(str(launching.folder), SLOW),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: launching.steps() >= 1 or process.poll() is not None)
+    process.send_signal(signal.SIGUSR1)
+    assert finish(process).code == 143
+    assert launching.steps() == saved(launching) < 16
     assert launching.launch(*STEPS).code == 0
     assert raw_tensors(launching.run / "final") == raw_tensors(alone / "final")
 

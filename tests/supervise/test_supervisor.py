@@ -53,7 +53,12 @@ class Scene:
         hostfile = self.folder / "hosts.txt"
         with RunFolder(self.run) as run:
             return Supervisor(
-                Launch(hostfile, load_hostfile(hostfile), Path("recipe.yaml")),
+                Launch(
+                    hostfile,
+                    load_hostfile(hostfile),
+                    Path("recipe.yaml"),
+                    with_fewer=("memory.shares=memory",),
+                ),
                 run,
                 {"PATH": "/usr/bin:/bin"},
                 self.asked,
@@ -145,6 +150,7 @@ def test_a_machine_that_stays_away_is_left_out_and_taken_back(scene: Scene) -> N
     names = [[host.name for host in launch.cluster.nodes] for launch in scene.launched]
     everyone = ["king.local", "soldier-1.local", "soldier-2.local"]
     assert names == [everyone, ["king.local", "soldier-2.local"], everyone]
+    assert [launch.overrides for launch in scene.launched] == [(), ("memory.shares=memory",), ()]
     smaller = scene.launched[1].hostfile
     assert smaller.parent == scene.run
     assert smaller.read_text().splitlines()[1:] == [HOSTS.splitlines()[0], HOSTS.splitlines()[2]]

@@ -56,6 +56,7 @@ class Case:
     optimizer: str = "adamw"
     master_weights: str = "exact"
     gradient_dtype: str = "float32"
+    release: bool = False
     steps: int = 1
     route: str = "auto"
     config: dict[str, Any] = field(default_factory=dict)
@@ -105,7 +106,9 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread) -> Trainer:
     model, spec, values = weights_of(case)
     shares = [case.shares[r % len(case.shares)] for r in range(comm.size)]
     layout = cell_layout(case.micro_batches * case.rows, case.rows, case.cells, comm.size)
-    work = Workload(case.rows, case.width, layout, case.tail, case.gradient_dtype, case.route, 8192)
+    work = Workload(
+        case.rows, case.width, layout, case.tail, case.gradient_dtype, case.route, 8192, case.release
+    )
     plan = make_plan(spec.units, shares, case.stage)
     optimizer = optimizer_of(case)
     trainer = Trainer(model, spec, plan, work, comm, thread, optimizer, case.clip_norm)

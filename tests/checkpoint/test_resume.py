@@ -1,0 +1,146 @@
+"""What a continued run must find as it was: data, frozen weights; and where it looks for checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from support.stepping import Case, optimizer_of, trainer_of, weights_of
+
+from mlx_empire.checkpoint.identity import base_digest
+from mlx_empire.checkpoint.manifest import Manifest, Resolved, digest_of
+from mlx_empire.checkpoint.restore import Restore
+from mlx_empire.checkpoint.resume import Start, find_start, folder_of, require_same, require_steps_left
+from mlx_empire.checkpoint.shard import live_pieces, write_shard
+from mlx_empire.checkpoint.survey import Found
+from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.errors import UserError
+from mlx_empire.plan.model import UnitSpec
+from mlx_empire.plan.shards import make_plan
+from mlx_empire.recipe.load import parse_recipe
+from mlx_empire.recipe.schema import Recipe
+
+MODEL = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama-260k"
+TEXT = """\
+model: {path: m}
+data: {path: d, sequence_length: 8}
+batch: {global_size: 4}
+optimizer: {learning_rate: 1e-3}
+run: {dir: r, steps: 10}
+"""
+COMM = SoloCommunicator("king.local")
+
+
+def recipe(*overrides: str) -> Recipe:
+    return parse_recipe(TEXT, "x.yaml", overrides)
+
+
+def start(*overrides: str) -> Start:
+    manifest = Manifest(
+        format=1,
+        step=7,
+        written_by={},
+        recipe=TEXT,
+        recipe_digest=digest_of(TEXT.encode()),
+        data_digest="rows",
+        next_row=28,
+        seed=0,
+        base="base",
+        resolved=Resolved(cells=2, gradient_dtype="float32"),
+        numerics={},
+        zero_stage=3,
+        shares=(1.0,),
+        shards=(),
+    )
+    return Start(recipe(*overrides), Found(Path("c/step-000007"), manifest, (), ()), ())
+
+
+def test_data_and_base_must_be_the_same() -> None:
+    require_same(start(), recipe(), "rows", "base")
+    with pytest.raises(UserError, match=r"data\.path: d holds other rows"):
+        require_same(start(), recipe(), "others", "base")
+    with pytest.raises(UserError, match=r"model\.path: m holds other weights"):
+        require_same(start(), recipe(), "rows", "another")
+    accepted = recipe("run.accept_changes=[data.path,model.path]")
+    require_same(start(), accepted, "others", "another")
+    require_same(Start(recipe(), None, ()), recipe(), "others", "another")
+
+
+def test_a_run_that_is_shorter_than_its_checkpoint_is_refused() -> None:
+    require_steps_left(start(), 7)
+    with pytest.raises(UserError, match=r"run\.steps: 6: .* is of step 7 already"):
+        require_steps_left(start(), 6)
+
+
+def test_a_base_is_known_by_its_bytes(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(MODEL, copy)
+    assert base_digest(copy) == base_digest(MODEL)
+    weights = copy / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1 - len(raw) // 128] ^= 1  # inside the last sample
+    weights.write_bytes(bytes(raw))
+    assert base_digest(copy) != base_digest(MODEL)
+
+
+def test_every_node_may_keep_its_checkpoints_where_it_likes() -> None:
+    assert folder_of(recipe(), COMM) == Path("r/checkpoints")
+    assert folder_of(recipe("run.checkpoints=/disk/{host}-{rank}"), COMM) == Path("/disk/king.local-0")
+
+
+def test_a_run_without_checkpoints_begins_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for resume in ("auto", "never"):
+        assert find_start(COMM, recipe(f"run.resume={resume}")).step == 0
+    with pytest.raises(UserError, match=r"r/checkpoints has no checkpoint of step 3; there are: none"):
+        find_start(COMM, recipe("run.resume=3"))
+    with pytest.raises(UserError, match=r"run\.resume: a/b: expected auto, never, a step, or the path"):
+        find_start(COMM, recipe("run.resume=a/b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Listener(SoloCommunicator):
+    """Rank 0 of three that counts what it would send."""
+
+    def __init__(self) -> None:
+        super().__init__("here")
+        self.size, self.hostnames = 3, ["a", "b", "c"]
+        self.sent: list[int] = []
+
+    def transfer(self, sends, receives) -> None:  # type: ignore[no-untyped-def]
+        assert not receives
+        self.sent.append(sum({id(buffer): buffer.nbytes for _, buffer in sends}.values()))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_reader_holds_no_more_than_one_unit_for_others(tmp_path: Path, stage: int) -> None:
+    """One rank has the only shard and gives two others what they keep, unit by unit."""
+    comm = _Listener()
+    with CommThread() as thread:
+        trainer = trainer_of(Case(state_bits=8, dtype="bfloat16"), SoloCommunicator("here"), thread)
+        folder = tmp_path / "step-000007"
+        folder.mkdir()
+        pieces = live_pieces(trainer.store, 0)
+        by_unit: dict[int, int] = {}
+        for piece in pieces:
+            by_unit[piece.unit] = by_unit.get(piece.unit, 0) + piece.nbytes
+        shard = write_shard(folder / "shard-00000-of-00001.safetensors", pieces, 0, "here", lambda u, n: None)
+        found = start().found
+        assert found is not None
+        found = Found(folder, found.manifest.model_copy(update={"shards": (shard,)}), (0,), ())
+        units = [
+            UnitSpec(u.name, tuple(p.tensor for s in u.segments for p in s.placements))
+            for u in trainer.store.plan.units
+        ]
+        model, _, _ = weights_of(Case(state_bits=8, dtype="bfloat16"))
+        store = ShardStore(make_plan(units, [2, 1, 1], stage), model, comm, thread)
+        Restore(found, store, comm).run(optimizer_of(Case(state_bits=8)), 1e-3)
+    assert len(comm.sent) == len(units)
+    assert all(0 < sent <= by_unit[unit] for unit, sent in enumerate(comm.sent))
+    if stage == 3:
+        assert sum(comm.sent) < 0.55 * shard.nbytes  # the half that is not its own

@@ -55,13 +55,8 @@ def resolve(
     spec: ModelSpec,
     nodes: Sequence[Node],
     state_bytes: StateBytes,
-    *,
-    release: bool = False,
 ) -> RunPlan:
-    """The plan for `recipe` on `nodes`, one per rank; where nothing fits, the one that comes closest.
-
-    `release`: with gradients that are not kept (planned, not built).
-    """
+    """The plan for `recipe` on `nodes`, one per rank; where nothing fits, the one that comes closest."""
     batch, memory = recipe.batch, recipe.memory
     layout = cell_layout(batch.global_size, batch.micro_size, batch.cells, len(nodes))
     layers = len(spec.units) - 1
@@ -80,7 +75,7 @@ def resolve(
             dtype,
             recipe.comm.route,
             recipe.comm.bucket_bytes,
-            release,
+            recipe.optimizer.in_backward,
             _LINEAR and not recipe.data.packing and all(_has_metal(n) for n in nodes),
         )
         plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]

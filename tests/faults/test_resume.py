@@ -199,12 +199,11 @@ TUNED = {
 }
 
 
-@pytest.fixture(scope="module")
-def tuned(lab: Lab) -> dict[str, Outcome]:
+def halved(lab: Lab, *kinds: str) -> dict[str, Outcome]:
     """Of each kind a whole run, the first half of it, and the second half on from there with other shares."""
     commands = {}
-    for kind, settings in TUNED.items():
-        ours = [*settings, *CONSTANT]
+    for kind in kinds:
+        ours = [*TUNED[kind], *CONSTANT]
         half = f"run.resume={kind}-half/node-{{rank}}/step-000006"
         commands[f"{kind}-whole"] = Command(ours)
         commands[f"{kind}-half"] = Command([*ours, "run.steps=6"])
@@ -212,8 +211,22 @@ def tuned(lab: Lab) -> dict[str, Outcome]:
     return lab.train_many(commands)
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.faults), "qlora"])
+@pytest.fixture(scope="module")
+def tuned(lab: Lab) -> dict[str, Outcome]:
+    return halved(lab, "lora", "qlora")
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
 def test_adapters_go_on_over_the_same_base(lab: Lab, tuned: dict[str, Outcome], kind: str) -> None:
+    check_halves(lab, tuned, kind)
+
+
+@pytest.mark.faults
+def test_magnitudes_go_on_too(lab: Lab) -> None:
+    check_halves(lab, halved(lab, "dora"), "dora")
+
+
+def check_halves(lab: Lab, tuned: dict[str, Outcome], kind: str) -> None:
     """Frozen weights are not in the checkpoint: they come from the model's folder again."""
     assert succeeded(tuned[f"{kind}-rest"]).resumed == 6
     assert lab.result(f"{kind}-rest") == lab.result(f"{kind}-whole").after(6)

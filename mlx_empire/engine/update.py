@@ -118,7 +118,7 @@ class Updater:
             a = chunk.spec.start_row - first
             gradient = total[a : a + chunk.spec.rows]
             if self.statistics is not None:
-                self.statistics.see(chunk, gradient, scalars)
+                self.statistics.see(chunk, gradient, scalars_of(chunk.spec.name))
             identity = ChunkId(chunk.spec.tensor, chunk.spec.first_row, self._decays[chunk.spec.name])
             chunk.weights, chunk.state = self._optimizer.update(
                 chunk.weights, chunk.state, gradient, identity, scalars_of(chunk.spec.name)

@@ -119,7 +119,7 @@ class Updater:
             gradient = total[a : a + chunk.spec.rows]
             scalars = scalars_of(chunk.spec.name)
             if self.statistics is not None:
-                self.statistics.see(chunk, gradient, scalars_of(chunk.spec.name))
+                self.statistics.see(chunk, gradient, scalars)
             identity = ChunkId(chunk.spec.tensor, chunk.spec.first_row, self._decays[chunk.spec.name])
             chunk.weights, chunk.state = self._optimizer.update(
                 chunk.weights, chunk.state, gradient, identity, scalars

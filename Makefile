@@ -47,12 +47,13 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup quickstart test test-faults test-interop lint bench lock clean
+.PHONY: help setup quickstart test test-faults test-fuzz test-interop lint bench lock clean
 
 help:
 	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
 	@echo "make test           lint and the whole test suite"
 	@echo "make test-faults    every way in which a run is broken and must go on (long)"
+	@echo "make test-fuzz      2,000 broken files of each kind; only the errors of our own"
 	@echo "make test-interop   the tests that need torch, peft and datasets (installs them)"
 	@echo "make bench          the benchmarks, as ratios"
 	@echo "make setup          only the environment in .venv"
@@ -120,7 +121,11 @@ test: lint
 
 # Everything that kills, damages and fills disks in real runs; the part of it that always runs is in `make test`.
 test-faults: setup
-	@$(FAST) $(PY) -m pytest tests/faults -m "faults or not faults" $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/faults tests/reliability -m "faults or not faults" $(PYTEST_ARGS)
+
+# Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
+test-fuzz: setup
+	@$(FAST) MLX_EMPIRE_FUZZ_EXAMPLES=2000 $(PY) -m pytest tests/fuzz $(PYTEST_ARGS)
 
 test-interop: setup
 	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH) peft==0.21.2 datasets==5.2.0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from mlx_empire import assemble
+from mlx_empire import assemble, phases
 from mlx_empire.checkpoint.identity import Identity, base_digest
 from mlx_empire.checkpoint.manifest import Resolved
 from mlx_empire.checkpoint.names import step_name
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.resume import Start, folder_of
 from mlx_empire.checkpoint.save import Policy, Saver
+from mlx_empire.checkpoint.survey import Survey
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.store import ShardStore
@@ -53,6 +54,19 @@ def load_state(
     return sent
 
 
+def go_back(comm: Communicator, recipe: Recipe, trainer: Trainer, saver: Saver) -> str:
+    """Put weights and states of the newest checkpoint into a run that goes on; what there is to say. Collective."""
+    saver.finish()
+    found = Survey(comm, folder_of(recipe, comm)).newest() if saver.newest else None
+    if found is None:
+        return "there is no checkpoint to go back to: only this step's update is left out"
+    phases.reach("load")
+    with together(comm):
+        restore = Restore(found, trainer.store, comm)
+    restore.run(trainer.optimizer, recipe.optimizer.learning_rate)
+    return f"weights and states are those after step {found.step} again, from {found.folder}"
+
+
 def stopped(saver: Saver, step: int, reason: str) -> EmpireError:
     """How a run ends that was asked to stop after `step`, the same on all ranks."""
     if saver.newest == step:
@@ -83,4 +97,7 @@ def open_saver(
         plan.shards,
     )
     policy = Policy(recipe.run.keep_last, recipe.run.buddy)
-    return Saver(comm, store, folder_of(recipe, comm), identity, policy, start.step)
+    units = range(len(plan.shards.units))
+    # Where units are updated in the backward, the last one is the first, and the root comes last of all.
+    order = [*reversed(units[1:]), 0] if plan.work.release else list(units)
+    return Saver(comm, store, folder_of(recipe, comm), identity, policy, start.step, order)

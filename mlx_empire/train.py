@@ -124,6 +124,8 @@ def carry_out(
         clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
         trainer = Trainer(model, spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise)
         trainer.spikes = safeguards.spike_watch(recipe)
+        if recipe.optimizer.statistics_every is not None:
+            trainer.watch_states(optimizer, recipe.optimizer.statistics_every)
         sent = continuing.load_state(comm, recipe, built, trainer, start, optimizer)
         trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
 
@@ -184,7 +186,6 @@ def train(run: Run) -> GateKeeper:
     )
     mine = [j for cell in run.plan.work.layout.of_rank(comm.rank) for j in cell]
     sizes = {"global_size": global_size, "micro_size": recipe.batch.micro_size}
-    gate = assemble.gate_keeper(comm, recipe)
     if save_every:
         saver.open()
     gate = assemble.gate_keeper(comm, recipe)
@@ -208,6 +209,8 @@ def train(run: Run) -> GateKeeper:
         report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
         if result.note:
             report.message(result.note)
+        if result.go_back:
+            report.message(continuing.go_back(comm, recipe, trainer, saver))
         done = step == steps
         if every and (done or step % every == 0):
             evaluate(run, step, gate)
@@ -238,6 +241,7 @@ def record(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
         "step_seconds": seconds,
         "comm_wait_seconds": result.wait_seconds,
         **({"skipped": True} if result.skipped else {}),
+        **result.statistics,
     }
 
 

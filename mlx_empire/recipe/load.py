@@ -83,7 +83,7 @@ def parse_override(override: str) -> tuple[KeyPath, object]:
     except UserError as error:
         problem = str(error).lstrip(":0123456789 ")
         hint = "; put a value with special characters in quotes" if "not valid YAML" in problem else ""
-        raise UserError(f"{place}: {key}: {problem}{hint}") from None
+        raise UserError(f"{place}: {one_line(key[:80])}: {problem}{hint}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

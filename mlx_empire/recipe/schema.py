@@ -203,6 +203,10 @@ class OptimizerSection(Section):
         default="exact",
         description="exact (2 bytes more than bfloat16, all of float32), diet (1 byte), fp32 (4) or none",
     )
+    statistics_every: Count | None = Field(
+        default=100,
+        description="a whole number of steps (after which metrics.jsonl also says how the states are), or null",
+    )
     in_backward: bool = Field(
         default=False,
         description="true (a unit is updated as soon as its gradient is complete, which is not kept; clipped by the "
@@ -259,9 +263,10 @@ class CommSection(Section):
 
 
 class NumericsSection(Section):
-    spikes: Annotated[Literal["off", "log", "skip", "rollback"], _built("off", "log", "skip")] = Field(
+    spikes: Literal["off", "log", "skip", "rollback"] = Field(
         default="log",
-        description="off, log, skip (leave the update of a step out whose loss or gradient norm leaps) or rollback",
+        description="off, log, skip (leave the update of a step out whose loss or gradient norm leaps) or rollback (go "
+        "back to the last checkpoint, and on with the data after the leap)",
     )
     threshold: Annotated[float, Field(ge=2, le=1e6)] = Field(
         default=10.0,
@@ -378,8 +383,12 @@ class Recipe(Section):
         if schedule.warmup.unit == steps.unit and schedule.warmup.value > steps.value:
             message = f"warmup {schedule.warmup} is longer than the whole run, run.steps {steps}; use 3%"
             raise impossible(("schedule.warmup", "run.steps"), message)
-        if self.optimizer.in_backward and self.numerics.spikes == "skip":
-            message = "skip cannot be had with optimizer.in_backward: units are updated before a leap is known; use log"
+        spikes = self.numerics.spikes
+        if spikes == "rollback" and self.run.save_every is None:
+            message = "rollback needs checkpoints to go back to; set run.save_every"
+            raise impossible(("numerics.spikes", "run.save_every"), message)
+        if self.optimizer.in_backward and spikes in ("skip", "rollback"):
+            message = f"{spikes} cannot be had with optimizer.in_backward, which updates before it is known; use log"
             raise impossible(("numerics.spikes", "optimizer.in_backward"), message)
         if schedule.type == "constant" and schedule.final:
             raise impossible(

@@ -122,7 +122,7 @@ test: lint
 
 # Everything that kills, damages and fills disks in real runs; the part of it that always runs is in `make test`.
 test-faults: setup
-	@$(FAST) $(PY) -m pytest tests/faults tests/reliability -m "faults or not faults" $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/faults tests/reliability tests/supervise -m "faults or not faults" $(PYTEST_ARGS)
 
 # Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
 test-fuzz: setup

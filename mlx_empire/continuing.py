@@ -97,4 +97,7 @@ def open_saver(
         plan.shards,
     )
     policy = Policy(recipe.run.keep_last, recipe.run.buddy)
-    return Saver(comm, store, folder_of(recipe, comm), identity, policy, start.step)
+    units = range(len(plan.shards.units))
+    # Where units are updated in the backward, the last one is the first, and the root comes last of all.
+    order = [*reversed(units[1:]), 0] if plan.work.release else list(units)
+    return Saver(comm, store, folder_of(recipe, comm), identity, policy, start.step, order)

@@ -124,6 +124,8 @@ def carry_out(
         clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
         trainer = Trainer(model, spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise)
         trainer.spikes = safeguards.spike_watch(recipe)
+        if recipe.optimizer.statistics_every is not None:
+            trainer.watch_states(optimizer, recipe.optimizer.statistics_every)
         sent = continuing.load_state(comm, recipe, built, trainer, start, optimizer)
         trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
 
@@ -239,6 +241,7 @@ def record(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
         "step_seconds": seconds,
         "comm_wait_seconds": result.wait_seconds,
         **({"skipped": True} if result.skipped else {}),
+        **result.statistics,
     }
 
 

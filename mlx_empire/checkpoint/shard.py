@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,10 +60,14 @@ class LivePiece:
         return sum(view.nbytes for view in self.views)
 
 
-def live_pieces(store: ShardStore, rank: int) -> list[LivePiece]:
-    """What `rank` saves, as views of the arrays that are in use now. Main thread only; nothing is copied."""
+def live_pieces(store: ShardStore, rank: int, order: Sequence[int] | None = None) -> list[LivePiece]:
+    """What `rank` saves, as views of the arrays that are in use now, unit by unit in `order` (None: as they stand).
+
+    Main thread only; nothing is copied.
+    """
     pieces: dict[tuple[str, str], LivePiece] = {}
-    for unit in store.plan.units:
+    for index in order if order is not None else range(len(store.plan.units)):
+        unit = store.plan.units[index]
         for segment, chunks in zip(unit.segments, store.chunks[unit.index], strict=True):
             if segment.kind == "frozen":
                 continue

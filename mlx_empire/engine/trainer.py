@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.nn as nn
 import numpy as np
@@ -25,10 +25,12 @@ from mlx_empire.engine.probe import check_packing, probe_root
 from mlx_empire.engine.release import ReleasingUpdater
 from mlx_empire.engine.slots import Deck
 from mlx_empire.engine.spikes import SpikeWatch
+from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.update import Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
+from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.protocol import ShardOptimizer
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import ShardPlan
@@ -40,7 +42,7 @@ class StepResult:
     """What all ranks know after a step; `loss` is the mean over the step's counted tokens.
 
     `skipped`: nothing was updated; `go_back`: and the last checkpoint is to be restored; `note`: what there is to say
-    about that.
+    about that; `statistics`: see `UpdateStatistics`.
     """
 
     loss: float
@@ -49,6 +51,7 @@ class StepResult:
     skipped: bool = False
     go_back: bool = False
     note: str | None = None
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -158,7 +161,8 @@ class Trainer:
         else:
             self._updater.apply(step, learning_rate, norm)
         waited, _ = self._thread.reset()
-        return StepResult(loss, norm, waited, verdict.skip, verdict.back, verdict.note)
+        statistics = self._statistics(step)
+        return StepResult(loss, norm, waited, verdict.skip, verdict.back, verdict.note, statistics)
 
     def _released_step(
         self,
@@ -178,7 +182,14 @@ class Trainer:
         verdict = self.spikes.judge(step, loss, norm)
         assert not verdict.skip, "the recipe refuses it: units are updated before the norm is known"
         waited, _ = self._thread.reset()
-        return StepResult(loss, norm, waited, note=verdict.note)
+        return StepResult(loss, norm, waited, note=verdict.note, statistics=self._statistics(step))
+
+    def watch_states(self, optimizer: FlatOptimizer, every: int) -> None:
+        """Have every `every`-th step's result say how the optimizer's states are."""
+        self._updater.statistics = UpdateStatistics(self.store, optimizer, self._comm, every)
+
+    def _statistics(self, step: int) -> Mapping[str, float]:
+        return {} if self._updater.statistics is None else self._updater.statistics.measured(step)
 
     def carried(self) -> dict[str, list[float]]:
         """What a continued run needs beside weights and states to go on bitwise."""

@@ -15,6 +15,7 @@ from mlx_empire import phases
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.diagnose import GradientError, bad_totals
 from mlx_empire.engine.gradients import GradientStore
+from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.optim.decay import decays
 from mlx_empire.optim.norm import NormLayout, NormPartials, block_sums, clip_scale
@@ -37,6 +38,7 @@ class Updater:
         self.hold: Callable[[int], None] = lambda unit: None  # called before a unit's arrays are replaced
         self._store, self._sums, self._optimizer, self._comm = store, sums, optimizer, comm
         self._clip_norm = clip_norm
+        self.statistics: UpdateStatistics | None = None
         self._renewing: int | None = None
         self._layout = NormLayout.of(store.plan)
         self._decays = {
@@ -107,6 +109,8 @@ class Updater:
                 waiting, elements = [], 0
             a = chunk.spec.start_row - first
             gradient = total[a : a + chunk.spec.rows]
+            if self.statistics is not None:
+                self.statistics.see(chunk, gradient, scalars)
             identity = ChunkId(chunk.spec.tensor, chunk.spec.first_row, self._decays[chunk.spec.name])
             chunk.weights, chunk.state = self._optimizer.update(
                 chunk.weights, chunk.state, gradient, identity, scalars

@@ -43,6 +43,12 @@ class AdamW(FlatOptimizer):
         fixed = (beta1, 1 - beta1, beta2, 1 - beta2, self.eps)
         return (*fixed, scalars.clip_scale, lr / first, 1 / second, decayed)
 
+    def largest_update(self, state: State, step: int) -> mx.array:
+        """max |m / (1 - beta1^t)| / (sqrt(v / (1 - beta2^t)) + eps)."""
+        m, v = codec.decode(state) if "m_codes" in state else (state["m"], state["v"])
+        first, second = (1 - beta**step for beta in self.betas)
+        return mx.max(mx.abs(m) * (1 / first) / (mx.sqrt(v * (1 / second)) + self.eps))
+
     def _advance(
         self,
         w: mx.array,

@@ -59,6 +59,10 @@ class FlatOptimizer(ABC):
     ) -> tuple[mx.array, State]:
         """New float32 weights and moments in the form that `state` has; `keys` where codes are drawn."""
 
+    @abstractmethod
+    def largest_update(self, state: State, step: int) -> mx.array:
+        """The largest element of the update that a state after `step` stands for, over the learning rate; a scalar."""
+
     # ---- the protocol
 
     def init(self, weights: mx.array, *, quantised: bool) -> State:

@@ -110,6 +110,11 @@ class Lion(MomentumOptimizer):
         decayed = lr * self.weight_decay if decay else 0.0
         return (beta1, 1 - beta1, beta2, 1 - beta2, scalars.clip_scale, lr, decayed)
 
+    def largest_update(self, state: State, step: int) -> mx.array:
+        """1, or 0 where there was no gradient yet: a sign has no size."""
+        m = codec.decode_first(state) if "m_codes" in state else state["m"]
+        return mx.any(m != 0).astype(mx.float32)
+
 
 class Sgd(MomentumOptimizer):
     """SGD with momentum as a `ShardOptimizer`; see `FlatOptimizer` for the rest."""
@@ -130,3 +135,7 @@ class Sgd(MomentumOptimizer):
         """Momentum, clip scale, lr, lr weight_decay."""
         lr = scalars.learning_rate
         return (self.momentum, scalars.clip_scale, lr, lr * self.weight_decay if decay else 0.0)
+
+    def largest_update(self, state: State, step: int) -> mx.array:
+        """max |m|."""
+        return mx.max(mx.abs(codec.decode_first(state) if "m_codes" in state else state["m"]))

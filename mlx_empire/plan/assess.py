@@ -79,16 +79,13 @@ def assess(
     subject: Subject,
     nodes: Sequence[Node],
     state_bytes: StateBytes | None = None,
-    *,
-    release: bool = False,
 ) -> Assessment:
     """Resolve `recipe` on `nodes` and hold it against their limits.
 
-    `state_bytes`: the optimizer's own answer; None takes the formula, which knows planned optimizers too. `release`:
-    gradients are not kept (planned, not built).
+    `state_bytes`: the optimizer's own answer; None takes the formula.
     """
     sizes = planned_state_bytes(recipe.optimizer) if state_bytes is None else state_bytes
-    plan = resolve(recipe, subject.spec, nodes, sizes, release=release)
+    plan = resolve(recipe, subject.spec, nodes, sizes)
     return Assessment(
         subject, recipe, plan, tuple(_node(subject, plan, r, n, sizes) for r, n in enumerate(nodes))
     )

@@ -16,6 +16,7 @@ from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.counts import has_closed_form
 from mlx_empire.plan.subject import Subject, catalog_subject
 from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.planned import not_built
 from mlx_empire.recipe.schema import Recipe
 
 RUNGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -29,6 +30,7 @@ RUNGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
             "memory.gradient_dtype": "float32",
             "optimizer.state_bits": 32,
             "optimizer.master_weights": "exact",
+            "optimizer.in_backward": False,
         },
     ),
     ("+ gradient checkpointing", {"memory.gradient_checkpointing": True}),
@@ -38,8 +40,8 @@ RUNGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("+ ZeRO-2: gradients divided", {"memory.zero_stage": 2}),
     ("+ ZeRO-3: weights divided", {"memory.zero_stage": 3}),
     ("+ shares by free memory", {"memory.shares": "memory"}),
+    ("+ gradient release", {"optimizer.in_backward": True}),
 )
-RELEASE = "+ gradient release"  # planned: a unit is updated as soon as its gradient is complete
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,6 @@ def ladder(
     for name, changes in RUNGS:
         settings |= changes
         rungs.append(_rung(name, variant(recipe, settings), subject, nodes, ranked))
-    rungs.append(_rung(RELEASE, variant(recipe, settings), subject, nodes, ranked, release=True))
     return rungs
 
 
@@ -84,13 +85,12 @@ def _rung(
     subject: Subject,
     nodes: Sequence[Node],
     ranked: Sequence[Subject],
-    *,
-    release: bool = False,
 ) -> Rung:
     dtype = str(recipe.model.dtype)
+    built = not any(key in not_built(recipe) for _, changes in RUNGS for key in changes)
 
     def attempt(one: Subject) -> Assessment:
-        return assess(recipe, in_dtype(one, dtype), nodes, release=release)
+        return assess(recipe, in_dtype(one, dtype), nodes)
 
     def largest(*, mixture: bool) -> tuple[str, int] | None:
         kind = [s for s in ranked if (s.active_parameters < s.base_parameters) == mixture]
@@ -99,7 +99,7 @@ def _rung(
                 return one.spec.name, one.base_parameters
         return None
 
-    return Rung(name, attempt(subject), largest(mixture=False), largest(mixture=True), not release)
+    return Rung(name, attempt(subject), largest(mixture=False), largest(mixture=True), built)
 
 
 def _may_fit(subject: Subject, recipe: Recipe, nodes: Sequence[Node]) -> bool:

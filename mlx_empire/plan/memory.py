@@ -14,10 +14,11 @@ from functools import cached_property
 from typing import Protocol
 
 from mlx_empire.plan.activations import forward_bytes, hidden_bytes, layer_costs, tail_costs
-from mlx_empire.plan.model import BLOCK, ITEM_BYTES, ModelSpec
+from mlx_empire.plan.model import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.roots import root_use
-from mlx_empire.plan.shards import CHUNK_ELEMENTS, SHARED_ELEMENTS, Segment, ShardPlan, Unit, UnitSizes
+from mlx_empire.plan.shards import Segment, ShardPlan, Unit, UnitSizes
 from mlx_empire.plan.traffic import staging_bytes
+from mlx_empire.plan.updating import temporaries
 from mlx_empire.plan.workload import Workload, chunk_tokens, first_trained
 
 
@@ -32,15 +33,6 @@ Items = dict[str, int]
 LOGITS_COPIES = 4.0  # fp32 arrays of a chunk's logits alive in cross entropy's gradient
 LOGITS_IN_TAIL = 1.5  # of them when the un-recomputed tail's backward begins
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
-# One optimizer call beside the new weights, measured, bytes per element of a large chunk, which is evaluated alone: by
-# (8 bits, two moments), then by what is kept beside the weights (`float32`: nothing is, nor needed).
-UPDATE: dict[tuple[bool, bool], dict[str, int]] = {
-    (False, True): {"float32": 8, "exact": 18, "diet": 29, "fp32": 12, "none": 20},
-    (False, False): {"float32": 8, "exact": 14, "diet": 25, "fp32": 11, "none": 16},
-    (True, True): {"float32": 67, "exact": 80, "diet": 87, "fp32": 71, "none": 78},
-    (True, False): {"float32": 46, "exact": 54, "diet": 63, "fp32": 46, "none": 54},
-}
-SMALL_CHUNKS = 0.83  # of that with 8 bits for chunks that are evaluated together: they are freed one by one
 BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
 ROUNDING = 1 << 13  # half a page of Metal's allocator
 
@@ -88,6 +80,7 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         "head": root | step.head(),
         "backward": root | max(step.backward(), key=lambda items: sum(items.values())),
         "embed": root | step.embed(),
+        "release": root | max(step.release(), key=lambda items: sum(items.values())),
         "finish": step.finish(),
         "update": step.update(),
     }
@@ -217,33 +210,81 @@ class _Step:
             extra = (4 - self._final) * self.sizes[index].trained + self.sizes[index].largest
             worst = max(worst, (done + waiting + extra, waiting))
             waiting -= held[index]
+            if self.work.release:  # and its update, before the next one's reduction begins
+                worst = max(
+                    worst,
+                    (waiting + done + sum(self._update_of(index, self._before(index)).values()), waiting),
+                )
+                done = 0
         return {"contributions kept whole": worst[1], "gradients": worst[0] - worst[1]}
 
+    def release(self) -> Iterator[Items]:
+        """With gradient release: a layer's update in the backward, while the sums of the layer below wait."""
+        if not self.work.release or self.plan.zero_stage == 1:
+            yield {}
+            return
+        tail = self.layers[self.cut :]
+        for i in reversed(range(self.first, len(self.layers))):
+            below = self.layers[max(i - 1, self.first) : i]
+            whole = self._gathered(*self.layers[max(i - 2, self.first) : i], most=2)
+            if i > self.cut:  # an un-recomputed layer: the whole tail is still there
+                below, whole = self.layers[self.cut : i], self._gathered(*tail, most=len(tail))
+            inputs = self._inputs(min(i, self.cut))
+            yield {
+                "gradients": self.layers[i].trained * self._final,
+                "gathered units": whole,
+                "layer inputs": inputs * self.hidden,
+                "root gradients": self._head_sums if i else self._root_sums,
+                "unit gradient sums": sum(s.gradient for s in below) * (self.widening if self.adds_up else 1),
+                **self._update_of(i + 1, self._before(i + 1)),
+            }
+
     def update(self) -> Items:
-        """Gradients go unit by unit; a unit's old weights stay until all of its new ones are there."""
-        left = 0 if self.work.release else sum(s.trained for s in self.sizes)
-        renewing = 0
+        """Gradients go unit by unit; a unit's old weights stay until all of its new ones are there.
+
+        With gradient release only the root is left for the end.
+        """
+        left = sum(s.trained for s in self.sizes[: 1 if self.work.release else None])
+        before = self._before(0) if self.work.release else None
         worst: Items = {}
-        for index, unit in enumerate(self.plan.units):
-            new = 0
-            for segment in unit.segments:
-                if segment.kind == "frozen":
-                    continue
-                a, b = self.plan.state_interval(segment, self.rank)
-                new += (b - a) * segment.itemsize
-                one = {
-                    "gradients": left * self._final,
-                    "optimizer chunk": self._temporaries(segment, a, b),
-                    "new weights of a unit": new + (0 if self.sharded else renewing),
-                }
-                worst = max(worst, one, key=lambda items: sum(items.values()))
-            if not self.sharded:  # the whole unit is built anew while the next one is updated
-                kept = {"gradients": left * self._final, "new weights of a unit": new + renewing}
-                worst = max(worst, kept, key=lambda items: sum(items.values()))
-                renewing = new
-            if not self.work.release:
-                left -= self.sizes[index].trained
+        for index in range(1 if self.work.release else len(self.sizes)):
+            one = {"gradients": left * self._final, **self._update_of(index, before)}
+            worst = max(worst, one, key=lambda items: sum(items.values()))
+            left -= self.sizes[index].trained
+            before = index
         return worst
+
+    # ---- the update of one unit
+
+    def _before(self, index: int) -> int | None:
+        """The unit that is updated before `index` in the backward."""
+        return index + 1 if index + 1 < len(self.sizes) else None
+
+    def _update_of(self, index: int, before: int | None) -> Items:
+        """At its worst moment; below stage 3 unit `before` is being renewed meanwhile, and then the unit itself."""
+        renewing = 0 if self.sharded or before is None else self._new(before)
+        unit, new = self.plan.units[index], 0
+        worst: Items = {"new weights of a unit": self._new(index) + renewing} if not self.sharded else {}
+        for segment in unit.segments:
+            if segment.kind == "frozen":
+                continue
+            a, b = self.plan.state_interval(segment, self.rank)
+            new += (b - a) * segment.itemsize
+            chunk = temporaries(segment, a, b, self.states)
+            one = {"optimizer chunk": chunk, "new weights of a unit": new + renewing}
+            worst = max(worst, one, key=lambda items: sum(items.values()))
+        return worst
+
+    def _new(self, index: int) -> int:
+        """Bytes of a unit's new weights on this rank."""
+        trained = [s for s in self.plan.units[index].segments if s.kind != "frozen"]
+        intervals = [(self.plan.state_interval(s, self.rank), s.itemsize) for s in trained]
+        return sum((b - a) * item for (a, b), item in intervals)
+
+    @property
+    def _root_sums(self) -> int:
+        """The root's contribution when it is handed over."""
+        return self.sizes[0].gradient * (self.widening if self.adds_up else 1) * max(self.rounds, 1)
 
     # ---- what several phases have
 
@@ -278,47 +319,10 @@ class _Step:
         whole = [s.gathered for s in units]
         return max(sum(whole[i : i + most]) for i in range(max(len(whole) - most, 0) + 1))
 
-    def _temporaries(self, segment: Segment, start: int, stop: int) -> int:
-        codes = segment.kind == "trainable" and "optimizer m_codes" in self.states
-        two = "optimizer v" in self.states or "optimizer v_codes" in self.states
-        each = UPDATE[codes, two][self._master if segment.dtype == "bfloat16" else "float32"]
-        together, largest = largest_update(segment, start, stop)
-        return int(max((SMALL_CHUNKS if codes else 1) * each * together, each * largest))
-
-    @property
-    def _master(self) -> str:
-        kept = {
-            "optimizer remainder": "exact",
-            "optimizer short_remainder": "diet",
-            "optimizer master": "fp32",
-        }
-        return next((kind for name, kind in kept.items() if name in self.states), "none")
-
 
 def _odd_arrays(segment: Segment) -> int:
     """Arrays that may not fill their last page: a segment's buffer, and small tensors' states."""
     return 1 + (len(segment.placements) if segment.kind == "small" else 0)
-
-
-def largest_update(segment: Segment, start: int, stop: int) -> tuple[int, int]:
-    """Elements of small chunks of [start, stop) that the update evaluates at once, and of the largest chunk."""
-    full = CHUNK_ELEMENTS // BLOCK
-    waiting = together = largest = 0
-    for placement in segment.placements:
-        first = placement.start // BLOCK
-        row = max(first, start // BLOCK)
-        end = min(first + placement.tensor.padded_size // BLOCK, stop // BLOCK)
-        if row >= end:
-            continue
-        # Up to the next cut, counted from the tensor's start; whole chunks, of which one counts; the rest.
-        head = min(full - (row - first) % full, end - row)
-        whole, tail = divmod(end - row - head, full)
-        for rows in (head, *[full] * min(whole, 1), tail):
-            waiting = waiting + rows if (waiting + rows) * BLOCK <= SHARED_ELEMENTS else rows
-            largest = max(largest, rows)
-            if waiting > rows:
-                together = max(together, waiting)
-    return together * BLOCK, largest * BLOCK
 
 
 def state_sizes(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> Items:

@@ -26,7 +26,7 @@ class Workload:
     """A step's shape. `width` is the number of input positions of a row, `tail` the un-recomputed layers.
 
     `linear_attention`: causal attention without an array mask needs no scores (Metal). `release`: a unit is updated as
-    soon as its gradient is complete, which is then not kept (planned, not built).
+    soon as its gradient is complete, which is then not kept.
     """
 
     micro_size: int

@@ -203,6 +203,10 @@ class OptimizerSection(Section):
         default="exact",
         description="exact (2 bytes more than bfloat16, all of float32), diet (1 byte), fp32 (4) or none",
     )
+    statistics_every: Count | None = Field(
+        default=100,
+        description="a whole number of steps (after which metrics.jsonl also says how the states are), or null",
+    )
     in_backward: bool = Field(
         default=False,
         description="true (a unit is updated as soon as its gradient is complete, which is not kept; clipped by the "

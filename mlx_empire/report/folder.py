@@ -19,6 +19,11 @@ from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 
+CLIPPING = {  # what plan.json says, by whether gradients are released
+    False: "by the step's own global norm",
+    True: "by the last step's global norm, or that of this step's units so far where it is larger",
+}
+
 
 def refuse_finished(folder: Path) -> None:
     """UserError where a finished run lies: its weights are not ours to replace."""
@@ -73,6 +78,7 @@ def write_plan(
         "dtype": spec.dtype,
         "zero_stage": plan.shards.zero_stage,
         "tail": plan.work.tail,
+        "clipping": CLIPPING[plan.work.release],
         "gradient_dtype": plan.work.gradient_dtype,
         "cells": plan.work.layout.cells,
         "data_digest": splits.digest,

@@ -125,4 +125,5 @@ def title_rows(spec: ModelSpec, plan: RunPlan, ranks: int) -> list[tuple[str, st
         ("ranks", f"{ranks}, {work.layout.micro_batches} micro-batches a step in {work.layout.cells} cells"),
         ("ZeRO stage", f"{plan.shards.zero_stage}, gradients kept in {work.gradient_dtype}"),
         ("recomputed", f"{layers - work.tail} of {layers} layers"),
+        *((("updates", "in the backward, clipped by the last step's norm"),) if work.release else ()),
     ]

@@ -62,6 +62,8 @@ class Account:
             case "place":
                 self.hosts[rank] = host
                 self.pids[rank] = int(event["pid"])
+                if self.failing:  # to end a stopped process mpirun first continues it
+                    return
                 place = str(event["phase"]), int(event["step"])
                 self.places.setdefault(rank, {})[str(event["thread"])] = place
             case "failure":

@@ -7,14 +7,13 @@ one report: who, where, why, what is saved, and the command that goes on.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mlx_empire.errors import LostRankError
 from mlx_empire.supervise.account import Account
-from mlx_empire.supervise.attempt import GRACE_SECONDS, Asked, Attempt
+from mlx_empire.supervise.attempt import GRACE_SECONDS, Asked, Attempt, say
 from mlx_empire.supervise.command import Launch, mpirun_line, printed
 from mlx_empire.supervise.machines import Probe, away, without
 from mlx_empire.supervise.memory_pressure import Memory, NothingWired, wait_until_free
@@ -41,7 +40,7 @@ class Supervisor:
     memory: Memory = field(default_factory=NothingWired)
     grace: float = GRACE_SECONDS
     pause: float = PAUSE_SECONDS
-    say: Callable[[str], None] = lambda text: print(f"mlx_empire.launch: {text}", file=sys.stderr, flush=True)
+    say: Callable[[str], None] = say
     state: LaunchState = field(default_factory=LaunchState)
 
     def run(self) -> int:

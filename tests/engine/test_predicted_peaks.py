@@ -64,6 +64,9 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
             "qwen3_moe", 384, 2, [1], tuning=tuned("qlora", targets=["q_proj", "experts"])
         ),
         "gemma2 384 stage 2, lora": setting("gemma2", 384, 2, [1], tuning=tuned("lora")),
+        "llama 64 stage 3, released, bfloat16, 8 bits": setting(
+            "llama", 64, 3, [1], dtype="bfloat16", gradient_dtype="bfloat16", state_bits=8, release=True
+        ),
         "llama 64 stage 2, bfloat16": setting(
             "llama", 64, 2, [1], dtype="bfloat16", gradient_dtype="bfloat16"
         ),
@@ -105,6 +108,11 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "gemma2 128 stage 1": setting("gemma2", 128, 1, [2, 1]),
         "phi3 384 stage 2": setting("phi3", 384, 2, [3, 2], micro_batches=2),
         "llama 128 stage 3, 8 bits": setting("llama", 128, 3, [2, 1], state_bits=8),
+        "llama 128 stage 3, released": setting("llama", 128, 3, [2, 1], release=True),
+        "llama 128 stage 2, released, tail of 3": setting("llama", 128, 2, [2, 1], tail=3, release=True),
+        "llama 64 stage 1, released, bfloat16, 8 bits": setting(
+            "llama", 64, 1, [2, 1], dtype="bfloat16", gradient_dtype="bfloat16", state_bits=8, release=True
+        ),
     },
     3: {
         "llama 128 stage 3": setting("llama", 128, 3, [3, 2, 1]),

@@ -109,7 +109,7 @@ def check(lab: Lab, base: Result, outcome: Outcome, name: str, said: str) -> Non
     succeeded(outcome)
     assert outcome.resumed == 3
     (line,) = [line for line in outcome.stdout.splitlines() if "is damaged" in line]
-    assert line.startswith(f"{NEWEST} is damaged: ")
+    assert line.startswith(f"WARNING: {NEWEST} is damaged: ")
     assert said in line
     assert "going on from step-000003 instead" in outcome.stdout
     assert lab.result(name) == base.after(3)

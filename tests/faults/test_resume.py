@@ -48,6 +48,8 @@ def moved(lab: Lab, moves: list[Move]) -> dict[Move, Outcome]:
         mine = [move for move in moves if move.ranks == ranks]
         for move in mine:
             lab.copy("base" if move.source == 2 else "base-3", move.name, [move.step], move.source)
+            if move.source - ranks > 1:  # a copy stands in for one node, not for two
+                lab.bring_together(move.name, move.source)
         commands = {move.name: Command(move.settings) for move in mine}
         ended = lab.train_many(commands, ranks)
         outcomes |= {move: ended[move.name] for move in mine}

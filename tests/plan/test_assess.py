@@ -16,13 +16,13 @@ SHORT = ["data.sequence_length=2048", "batch.global_size=4"]
 SOLDIER = Node("soldier", 1, "soldier", 256 << 30, 208 << 30)
 
 
-def assessed(name: str, *overrides: str, hosts: str = "empire", **more: bool) -> Assessment:
+def assessed(name: str, *overrides: str, hosts: str = "empire") -> Assessment:
     recipe = load_recipe(ROOT / "recipes/scout.yaml", [*SHORT, *overrides], planned=True)
     nodes = [
         Node(h.name, h.slots, h.role, h.memory_bytes or 0, h.limit_bytes or 0)
         for h in load_hostfile(ROOT / f"hosts/{hosts}.txt").nodes
     ]
-    return assess(recipe, catalog_subject(name, recipe), nodes, **more)
+    return assess(recipe, catalog_subject(name, recipe), nodes)
 
 
 def on_one_soldier(name: str, *overrides: str) -> Assessment:
@@ -74,7 +74,7 @@ def test_falcon_180b_fits_only_once_gradients_are_released():
     assert (
         7 * 178_557_088_768 > 0.99 * (464 + 3 * 208) * 2**30 > 5 * 178_557_088_768
     )  # what pooling would say
-    assert assessed("falcon-180b", *SEVEN_BYTES, release=True).verdict != "no"
+    assert assessed("falcon-180b", *SEVEN_BYTES, "optimizer.in_backward=true").verdict != "no"
 
 
 @pytest.mark.parametrize("hosts", ["empire", "2k2s", "3k1s", "4k"])

@@ -154,6 +154,12 @@ class Lab:
                 shutil.copytree(self.checkpoints(source, rank) / folder, target / folder)
         return name
 
+    def bring_together(self, name: str, ranks: int) -> None:
+        """Copy what all nodes have into the first one's folder, as a person does who has one machine left."""
+        for rank in range(1, ranks):
+            for shard in self.checkpoints(name, rank).glob("step-*/shard-*"):
+                shutil.copy(shard, self.checkpoints(name, 0) / shard.parent.name)
+
     def committed(self, name: str, ranks: int = 2) -> list[int]:
         """The steps of the checkpoints that some node committed."""
         found = {

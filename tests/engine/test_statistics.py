@@ -1,0 +1,81 @@
+"""Statistics of optimizer states against the reference's moments, and that they notice what they are there for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from optim import reference
+from support.stepping import Case, batches_of, counted_tokens, optimizer_of, own_batches, trainer_of
+
+from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.trainer import StepResult, Trainer
+
+CASE = Case(micro_batches=2, cells=1, learning_rate=1e-3, state_bits=8)
+
+
+@pytest.fixture
+def trainer():
+    with CommThread() as thread:
+        made = trainer_of(CASE, SoloCommunicator("here"), thread)
+        made.watch_states(optimizer_of(CASE), 3)
+        yield made
+
+
+def take(trainer: Trainer, step: int) -> StepResult:
+    batches = batches_of(CASE, step)
+    return trainer.train_step(
+        own_batches(trainer, batches, 0), counted_tokens(batches), step, CASE.learning_rate
+    )
+
+
+def test_they_come_every_third_step_and_are_sound(trainer):
+    found = [take(trainer, step).statistics for step in range(1, 7)]
+    assert [bool(one) for one in found] == [False, False, True, False, False, True]
+    for one in (found[2], found[5]):
+        assert set(one) == {"update_over_lr_max", "v_at_floor", "v_zero", "v_bias"}
+        assert 0.5 < one["update_over_lr_max"] < 3
+        assert 1 / 64 * 0.3 < one["v_at_floor"] < 0.2
+        assert abs(one["v_bias"]) < 0.03
+
+
+def test_largest_update_is_the_references(trainer):
+    steps = [take(trainer, step) for step in (1, 2, 3)]
+    worst = 0.0
+    for unit in trainer.store.chunks:
+        for chunk in (c for segment in unit for c in segment):
+            state = {
+                n: np.array(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a)
+                for n, a in chunk.state.items()
+            }
+            if "m" in state:
+                m, v = state["m"].astype(np.float64), state["v"].astype(np.float64)
+            else:
+                m = reference.decode_first(state["m_codes"], state["m_scale"].astype(np.float64))
+                floor = np.array(chunk.state["v_floor"].view(mx.uint16)).astype(np.int64) << 16
+                step = (state["v_step"].astype(np.float64) * 2**23).astype(np.int64)
+                v = reference.decode_second(state["v_codes"], floor, step).astype(np.float64)
+            worst = max(worst, np.abs(m / (1 - 0.9**3) / (np.sqrt(v / (1 - 0.999**3)) + 1e-8)).max())
+    assert steps[-1].statistics["update_over_lr_max"] == pytest.approx(worst, rel=1e-5)
+
+
+def test_a_lost_second_moment_is_seen(trainer):
+    for step in (1, 2):
+        take(trainer, step)
+    for unit in trainer.store.chunks:
+        for chunk in (c for segment in unit for c in segment if "v_codes" in c.state):
+            chunk.state["v_codes"] = mx.zeros_like(chunk.state["v_codes"])  # as if rounded to zero
+    found = take(trainer, 3).statistics
+    assert found["v_bias"] < -0.1
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "lion"}, {"optimizer": "sgd"}, {"state_bits": 32}])
+def test_other_optimizers_say_what_they_have(settings):
+    case = replace(CASE, **settings)
+    with CommThread() as thread:
+        made = trainer_of(case, SoloCommunicator("here"), thread)
+        made.watch_states(optimizer_of(case), 1)
+        assert list(take(made, 1).statistics) == ["update_over_lr_max"]

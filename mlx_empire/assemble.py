@@ -180,21 +180,23 @@ def refuse_impossible(spec: ModelSpec) -> None:
 def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
     """Training and validation rows, the same on every rank."""
     data, folder = recipe.data, recipe.model.path
-
-    def load() -> Splits:
-        return load_splits(
-            path=data.path,
-            format=data.format,
-            sequence_length=data.sequence_length,
-            packing=data.packing,
-            mask_prompt=data.mask_prompt,
-            validation_split=data.validation_split or 0.0,
-            tokenizer_folder=folder,
-            vocab_size=int(spec.text_config["vocab_size"]),
-        )
-
     tokenizer = data.format == "tokens" or folder.is_dir()
-    return shared_splits(comm, load, available=data.path.exists() and tokenizer)
+    return shared_splits(comm, lambda: load_data(recipe, spec), available=data.path.exists() and tokenizer)
+
+
+def load_data(recipe: Recipe, spec: ModelSpec) -> Splits:
+    """Training and validation rows, as this machine has them."""
+    data = recipe.data
+    return load_splits(
+        path=data.path,
+        format=data.format,
+        sequence_length=data.sequence_length,
+        packing=data.packing,
+        mask_prompt=data.mask_prompt,
+        validation_split=data.validation_split or 0.0,
+        tokenizer_folder=recipe.model.path,
+        vocab_size=int(spec.text_config["vocab_size"]),
+    )
 
 
 def share_evaluator(comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator | None:

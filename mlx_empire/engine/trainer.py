@@ -31,7 +31,7 @@ from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.update import Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 from mlx_empire.optim.flat import FlatOptimizer
-from mlx_empire.optim.protocol import ShardOptimizer
+from mlx_empire.optim.protocol import ShardOptimizer, StepScalars
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.workload import Workload
@@ -128,13 +128,24 @@ class Trainer:
         """This step's gradient totals, between `compute` and the update."""
         return self._sums
 
-    def compute(self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int = 1) -> float:
-        """Forward and backward of this rank's micro-batches (in the order of its cells); the global mean loss."""
+    def gather_gradients(
+        self, micro_batches: Sequence[MicroBatch], step: int, total_tokens: int = 1
+    ) -> list[float]:
+        """Forward and backward of this rank's micro-batches, in the order of its cells; their losses."""
         members = self.work.layout.of_rank(self._comm.rank)
         if self._noise is not None:
             self._noise.begin(step, [j for cell in members for j in cell])
         losses = self.streamed.gradients(list(in_rounds(micro_batches, members)), total_tokens, self._sums)
         self._sums.finish()
+        return losses
+
+    def renew(self, scalars_of: Callable[[str], StepScalars]) -> None:
+        """Update every tensor by what `scalars_of` says for its name."""
+        self._updater.renew(scalars_of)
+
+    def compute(self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int = 1) -> float:
+        """Forward and backward of this rank's micro-batches (in the order of its cells); the global mean loss."""
+        losses = self.gather_gradients(micro_batches, step, total_tokens)
         loss = self._in_order(losses)
         if not math.isfinite(loss):
             raise self._blame_loss(loss, losses, step)

@@ -137,7 +137,7 @@ test-interop: setup
 	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py $(PYTEST_ARGS)
 
 bench: setup
-	@$(FAST) $(PY) benchmarks/run.py && $(PY) benchmarks/capacity_report.py
+	@$(FAST) $(PY) benchmarks/run.py && $(PY) benchmarks/adapters.py && $(PY) benchmarks/capacity_report.py
 
 # Versions that stand in the file are kept where pyproject.toml allows; delete the file first to take the newest.
 lock:

@@ -50,13 +50,13 @@ class UpdateStatistics:
         bias: list[float] = []
         for chunk in self._chunks():
             worst = self._optimizer.largest_update(chunk.state, step)
-            counts = [worst]
+            counts: list[mx.array] = [worst]
             if "v_codes" in chunk.state:
                 v = chunk.state["v_codes"]
                 counts += [mx.sum(v == 1), mx.sum(v == 0)]
                 codes += v.size
             mx.eval(counts)
-            values = [float(c.item()) for c in counts]
+            values = [float(np.array(c)) for c in counts]
             largest = max(largest, values[0]) if values[0] == values[0] else values[0]
             floor, zero = (a + int(b) for a, b in zip((floor, zero), values[1:] or (0, 0), strict=True))
             bias += self._bias(chunk)

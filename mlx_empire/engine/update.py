@@ -117,11 +117,12 @@ class Updater:
                 waiting, elements = [], 0
             a = chunk.spec.start_row - first
             gradient = total[a : a + chunk.spec.rows]
+            scalars = scalars_of(chunk.spec.name)
             if self.statistics is not None:
                 self.statistics.see(chunk, gradient, scalars)
             identity = ChunkId(chunk.spec.tensor, chunk.spec.first_row, self._decays[chunk.spec.name])
             chunk.weights, chunk.state = self._optimizer.update(
-                chunk.weights, chunk.state, gradient, identity, scalars_of(chunk.spec.name)
+                chunk.weights, chunk.state, gradient, identity, scalars
             )
             waiting.append(chunk)
             elements += chunk.spec.rows * BLOCK

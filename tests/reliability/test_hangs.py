@@ -175,6 +175,8 @@ def test_slow_is_not_lost(workspace: Workspace) -> None:
     ended = train(workspace, slow, *settings)
     assert ended.code == 0
     assert (workspace.folder / "slow" / "COMPLETE").exists()
+    waited = step_records(workspace.folder / "slow")[1]["wait_seconds"]
+    assert waited[0] > 3 > waited[1], "the figures name the straggler too"
     late = [line for line in ended.said if "is late" in line]
     assert [line.partition("; the run")[0] for line in late] == [
         f"rank 0 on {HOST} is late: still in load",

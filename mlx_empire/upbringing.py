@@ -286,6 +286,10 @@ def refuse_unbuilt(recipe: Recipe) -> None:
         raise UserError(
             "evaluation: daughters that are trained together have no sets and gates; leave it out"
         )
+    if recipe.optimizer.in_backward:
+        raise UserError(
+            "optimizer.in_backward: true: every daughter is clipped by her own norm; leave it out"
+        )
     if recipe.model.init == "random":
         raise UserError("model.init: random: daughters build on a trained base; use pretrained")
     open_folder(recipe.model.path)

@@ -50,7 +50,7 @@ class UpdateStatistics:
         bias: list[float] = []
         for chunk in self._chunks():
             worst = self._optimizer.largest_update(chunk.state, step)
-            counts = [worst]
+            counts: list[mx.array] = [worst]
             if "v_codes" in chunk.state:
                 v = chunk.state["v_codes"]
                 counts += [mx.sum(v == 1), mx.sum(v == 0)]

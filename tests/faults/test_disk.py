@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.faults import Command, Lab, Outcome, Result, succeeded
+from support.faults import Command, Event, Lab, Outcome, Result, succeeded
 
 SAVING = ("save-write", "save-fsync", "save-copy", "save-rename", "save-renamed", "save-commit")
 # (phase, rank): that rank's disk is full the first time it comes there, which is the save of step 3.
@@ -49,6 +49,10 @@ def check(lab: Lab, base: Result, outcome: Outcome, phase: str, rank: int) -> No
         kept = {path.name for path in lab.checkpoints(name, node).iterdir()}
         assert kept == {"step-000006", "step-000009", "step-000012", "LATEST"}
     assert lab.result(name) == base
+    where = "first" if rank == 0 else "last"
+    lab.events.append(
+        Event(f"disk full: {phase} on {where} rank", "ENOSPC raised", "a checkpoint", "at once", "trains on")
+    )
 
 
 @pytest.mark.parametrize(("phase", "rank"), ALWAYS)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from supervise.launching import Launching, fault
+from supervise.launching import Launching, fault, note_failure
 from support.mpi import ROOT
 from train.launching import curve, raw_tensors
 
@@ -67,9 +67,12 @@ def test_an_exception_is_told_once_and_never_retried(launching: Launching, phase
 @pytest.mark.faults
 def test_an_exit_code_that_no_rank_explained_is_a_lost_rank(launching: Launching, tmp_path: Path) -> None:
     """K3: exit(3) is not "does not fit"."""
-    ended = launching.launch("run.steps=3", env={FAULT: fault("forward", "exit3", tmp_path / "once")})
+    exits = fault("forward", "exit3", tmp_path / "once", step=4)
+    ended = launching.launch("run.steps=5", "run.save_every=1", env={FAULT: exits})
     assert ended.code == 0
     assert "left before the run was complete (exit code 3)" in ended.reports[0]
+    struck = (tmp_path / "once").stat().st_mtime
+    note_failure(launching, "a rank leaves in the middle", "exit(3) in forward", struck)
 
 
 @pytest.mark.faults
@@ -86,6 +89,8 @@ def test_a_rank_that_hangs_is_ended_and_the_run_goes_on(launching: Launching, tm
     assert "the checkpoint of step" in report
     assert "---- stacks of rank 0" in ended.stderr
     assert "going on after step" in ended.stdout
+    struck = (tmp_path / "once").stat().st_mtime
+    note_failure(launching, "a rank stopped, deadline 8 s", "SIGSTOP in forward", struck)
 
 
 @pytest.mark.faults

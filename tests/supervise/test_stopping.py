@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from supervise.launching import Launching, finish, wait_for
+from supervise.launching import Launching, finish, note_row, wait_for
 from support.mpi import mpirun, rank_environment
 from train.launching import curve, raw_tensors
 
@@ -88,6 +88,7 @@ def test_detached_stopped_resumed_interrupted_resumed(
     assert "saving and stopping" in ended.stderr
     assert ended.reports == []
     assert first < launching.steps() == saved(launching) < 16
+    note_row("Ctrl-C", "SIGINT to launch", "0 steps", "after the step", "when asked to")
 
     # ---- to the end
     last = launching.launch(*STEPS)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mlx_empire import assemble, phases
 from mlx_empire.checkpoint.identity import Identity, base_digest
 from mlx_empire.checkpoint.manifest import Resolved
 from mlx_empire.checkpoint.names import step_name
 from mlx_empire.checkpoint.restore import Restore
-from mlx_empire.checkpoint.resume import Start, folder_of
+from mlx_empire.checkpoint.resume import Start, find_start, folder_of, require_same, require_steps_left
 from mlx_empire.checkpoint.save import Policy, Saver
 from mlx_empire.checkpoint.survey import Survey
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.data.splits import Splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import EmpireError, StoppedError, UnsavedError, on_all_ranks
@@ -19,6 +22,14 @@ from mlx_empire.optim.protocol import ShardOptimizer
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
+
+
+def where_to_begin(comm: Communicator, recipe: Recipe, built: assemble.Built, splits: Splits) -> Start:
+    """What run.resume asks for, if this run may go on from it: the errors are the same on all ranks. Collective."""
+    start = replace(find_start(comm, recipe), data=splits.digest, base=base_of(comm, recipe, built))
+    require_same(start)
+    require_steps_left(start, assemble.total_steps(start.recipe, splits))
+    return start
 
 
 def base_of(comm: Communicator, recipe: Recipe, built: assemble.Built) -> str | None:
@@ -76,23 +87,16 @@ def stopped(saver: Saver, step: int, reason: str) -> EmpireError:
     return on_all_ranks(UnsavedError(f"stopped by {reason}: {step_name(step)} could not be saved; {kept}"))
 
 
-def open_saver(
-    comm: Communicator,
-    recipe: Recipe,
-    plan: RunPlan,
-    store: ShardStore,
-    start: Start,
-    data: str,
-    base: str | None,
-) -> Saver:
-    """What saves this run's checkpoints; `data` and `base` identify what is not in them. Collective."""
+def open_saver(comm: Communicator, plan: RunPlan, store: ShardStore, start: Start) -> Saver:
+    """What saves this run's checkpoints. Collective."""
+    recipe = start.recipe
     resolved = Resolved(cells=plan.work.layout.cells, gradient_dtype=plan.work.gradient_dtype)  # type: ignore[arg-type]
     identity = Identity(
         dump_recipe(recipe),
-        data,
+        start.data,
         recipe.batch.global_size,
         recipe.run.seed,
-        base,
+        start.base,
         resolved,
         plan.shards,
     )

@@ -19,7 +19,6 @@ import mlx.core as mx
 
 from mlx_empire import assemble, beacon, capacity, continuing, phases, safeguards
 from mlx_empire.arguments import UserArguments
-from mlx_empire.checkpoint.resume import find_start, require_same, require_steps_left
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.checkpoint.staging import refuse_foreign
 from mlx_empire.comm.connect import connect
@@ -98,10 +97,8 @@ def carry_out(
     splits = assemble.share_data(comm, recipe, spec)
 
     # ---------------------------------------------------------------- where it goes on
-    start = find_start(comm, recipe)
-    recipe, base = start.recipe, continuing.base_of(comm, recipe, built)
-    require_same(start, recipe, splits.digest, base)
-    require_steps_left(start, assemble.total_steps(recipe, splits))
+    start = continuing.where_to_begin(comm, recipe, built, splits)
+    recipe = start.recipe
 
     # ---------------------------------------------------------------- the plan, before anything is allocated
     optimizer = make_optimizer(recipe.optimizer)
@@ -137,18 +134,12 @@ def carry_out(
         steps = assemble.total_steps(recipe, splits)
         with (
             RunReport(comm, recipe, spec, plan, nodes, steps, start.resumed) as report,
-            continuing.open_saver(comm, recipe, plan, trainer.store, start, splits.digest, base) as saver,
+            continuing.open_saver(comm, plan, trainer.store, start) as saver,
         ):
             stop.watch(recipe.run.dir)
             trainer.hold_updates(saver.hold)
             report.show_status(lambda: saver.status)
-            report.messages([*guards.notes, *splits.report, *start.notes])
-            if start.found is not None:
-                report.message(f"going on after step {start.step}, from {start.found.folder}")
-            elif started_over and recipe.run.resume == "auto":
-                report.message(
-                    "an unfinished run lay here; it kept no checkpoint, so training starts at step 1"
-                )
+            report.messages([*guards.notes, *splits.report, *start.told(started_over)])
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             run = Run(comm, recipe, plan, built, trainer, splits, evaluator, report, saver, stop)

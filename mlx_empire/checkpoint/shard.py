@@ -22,6 +22,7 @@ from mlx_empire import phases
 from mlx_empire.checkpoint.manifest import Piece, Shard, digest_of
 from mlx_empire.checkpoint.names import open_own
 from mlx_empire.checkpoint.tensorfile import COPY_BYTES, create_private, encode_header, sync_file
+from mlx_empire.comm import pulse
 from mlx_empire.engine.hostview import host_view
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.plan.model import BLOCK
@@ -197,6 +198,7 @@ def _first_damage(path: Path, shard: Shard) -> str | None:
                 return None
             piece, future = waiting.pop(0)
             found = future.result()
+            pulse.moved()  # hours of reading are no hang
             if found != piece.digest:
                 for _, later in waiting:
                     later.cancel()

@@ -79,11 +79,14 @@ def worker_line(
 
 def _start(hostfile: Path, cluster: Cluster) -> list[str]:
     shared = any(host.slots > 1 for host in cluster.nodes)
+    alone = len(cluster.nodes) == 1
     return [
         str(mpirun()),
         *("-hostfile", str(hostfile.absolute())),
         *("--bind-to", "none"),  # Open MPI would bind each rank to one core
         *(["--oversubscribe"] if shared else []),
+        # Open MPI's TCP listens on all interfaces, whatever btl_tcp_if_include says; one machine does not need it.
+        *(["--mca", "btl", "self,sm"] if alone else []),
     ]
 
 

@@ -1,0 +1,77 @@
+"""The audit's arithmetic, and that it catches a technique that changes bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mlx_empire.evaluate.fidelity import PLAIN, Finding, Outcome, Pair, audit
+from mlx_empire.plan.variants import value
+from mlx_empire.recipe.load import parse_recipe
+from mlx_empire.report.fidelity_page import document, failed, page, rows
+
+TEXT = """
+model: {path: m}
+data: {path: d, sequence_length: 16}
+batch: {global_size: 8}
+optimizer: {learning_rate: 1e-5, state_bits: 8}
+run: {dir: r, steps: 10}
+"""
+ONE = Outcome((3.0, 2.0), 2.0, "a")
+
+
+def finding(identical: bool, *tried: Outcome) -> Finding:
+    return Finding(Pair("it", {}, identical), (ONE,) * len(tried), tried)
+
+
+def test_difference_and_standard_error_are_over_seeds():
+    found = finding(
+        False, replace(ONE, held_out=2.02), replace(ONE, held_out=2.04), replace(ONE, held_out=2.06)
+    )
+    assert found.difference == pytest.approx(0.02)
+    assert found.standard_error == pytest.approx(0.01 / 3**0.5)
+    assert finding(False, ONE).standard_error is None
+
+
+def test_same_bits_means_losses_and_weights_of_every_seed():
+    assert finding(True, ONE, ONE).same
+    assert not finding(True, ONE, replace(ONE, digest="b")).same
+    assert not finding(True, ONE, replace(ONE, losses=(3.0, 2.0000000000000004))).same
+
+
+def test_without_validation_data_the_last_quarter_counts():
+    assert Outcome((5.0, 4.0, 3.0, 2.0, 1.0, 1.0, 0.5, 0.25), None, "a").judged == pytest.approx(0.375)
+
+
+def test_every_pair_is_run_from_the_plain_settings_and_equal_runs_once():
+    asked = []
+
+    def run(recipe, moved):
+        asked.append(({key: value(recipe, key) for key in PLAIN}, recipe.run.seed, moved))
+        return ONE
+
+    pairs = [Pair("noise", {}, False, moved=True), Pair("bits", {"optimizer.state_bits": 8}, False)]
+    pairs.append(Pair("again", {"optimizer.state_bits": 8}, False))
+    audit(parse_recipe(TEXT, "x.yaml"), pairs, [4, 5], run, lambda text: None)
+    assert len(asked) == 6
+    assert [(settings["optimizer.state_bits"], seed, moved) for settings, seed, moved in asked] == [
+        (32, 4, False),
+        (32, 5, False),
+        (32, 4, True),
+        (32, 5, True),
+        (8, 4, False),
+        (8, 5, False),
+    ]
+
+
+def test_a_changed_bit_is_marked_everywhere():
+    wrong = replace(ONE, digest="b")
+    found = document({"model": "m<1>", "what": "w"}, [finding(True, wrong)], {"it": 2**30})
+    assert failed(found) == ["it"]
+    assert "different bits ✗" in rows(found)[0]
+    html = page(found)
+    assert "changed bits that they must not" in html
+    assert "m&lt;1&gt;" in html
+    assert html.count("<polyline") == 2
+    assert failed(document({"model": "m", "what": "w"}, [finding(True, ONE)], {})) == []

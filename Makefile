@@ -47,12 +47,14 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup quickstart test test-faults test-interop lint bench bench-optim bench-quality lock clean
+.PHONY: help setup quickstart test test-faults test-fuzz soak test-interop lint bench bench-optim bench-quality lock clean
 
 help:
 	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
 	@echo "make test           lint and the whole test suite"
 	@echo "make test-faults    every way in which a run is broken and must go on (long)"
+	@echo "make soak           twenty kills at random, and the same result"
+	@echo "make test-fuzz      2,000 broken files of each kind; only the errors of our own"
 	@echo "make test-interop   the tests that need torch, peft and datasets (installs them)"
 	@echo "make bench          the benchmarks, as ratios"
 	@echo "make bench-optim    the optimizer beside others of its kind, which it installs, and its speed"
@@ -122,14 +124,22 @@ test: lint
 
 # Everything that kills, damages and fills disks in real runs; the part of it that always runs is in `make test`.
 test-faults: setup
-	@$(FAST) $(PY) -m pytest tests/faults -m "faults or not faults" $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/faults tests/reliability tests/supervise -m "faults or not faults" $(PYTEST_ARGS)
+
+# Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
+test-fuzz: setup
+	@$(FAST) MLX_EMPIRE_FUZZ_EXAMPLES=2000 $(PY) -m pytest tests/fuzz $(PYTEST_ARGS)
+
+# Twenty kills at random over sixty steps.
+soak: setup
+	@$(FAST) $(PY) tests/faults/soak.py
 
 test-interop: setup
 	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH) peft==0.21.2 datasets==5.2.0
 	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py $(PYTEST_ARGS)
 
 bench: setup
-	@$(FAST) $(PY) benchmarks/run.py && $(PY) benchmarks/capacity_report.py
+	@$(FAST) $(PY) benchmarks/run.py && $(PY) benchmarks/adapters.py && $(PY) benchmarks/capacity_report.py
 
 # The others come in an environment of their own, which no test sees.
 PEERS := torchao==0.18.0 bitsandbytes==0.50.2 torch-optimi==0.3.3 flashoptim-jax==0.1.0 jax==0.10.2 jaxlib==0.10.2

@@ -96,7 +96,7 @@ def run_ours(setting: Setting, data: Path, stage: int) -> Run:
         text = {**recipe, "run": {"dir": str(run_dir), "steps": setting.steps}}
         file.write_text(json.dumps(text))  # JSON is YAML
         mpirun = [beside_python("mpirun"), "--oversubscribe", "-n", str(setting.ranks)]
-        _launch([*mpirun, sys.executable, "-u", "-m", "mlx_empire.train", str(file)], Path(folder))
+        launch([*mpirun, sys.executable, "-u", "-m", "mlx_empire.train", str(file)], Path(folder))
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     counted = records[setting.warmup :]
@@ -128,7 +128,7 @@ def run_peer(setting: Setting, data: Path, backend: str) -> Run:
         script = Path(__file__).parent / "mlx_lm_peer.py"
         launcher = [beside_python("mlx.launch"), "-n", str(setting.ranks), "--backend", backend]
         options = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
-        _launch([*launcher, sys.executable, str(script), *options], out)
+        launch([*launcher, sys.executable, str(script), *options], out)
         summary = json.loads((out / "reports.json").read_text())
     assert summary["ranks"] == setting.ranks, (
         f"mlx-lm trained on {summary['ranks']} ranks, not {setting.ranks}"
@@ -177,7 +177,7 @@ def environment() -> dict[str, str]:
     return {**defaults, **inherited, "PYTHONPATH": path, "PATH": beside, "TERM": "dumb"}
 
 
-def _launch(command: list[str], folder: Path) -> None:
+def launch(command: list[str], folder: Path) -> None:
     """Run to the end; SystemExit with the last lines of what it said when it failed."""
     log = folder / "log"
     with log.open("w") as output:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from mlx_empire import assemble
 from mlx_empire.arguments import UserArguments
-from mlx_empire.cluster.calibrate import calibrate
+from mlx_empire.cluster.calibrate import Calibration, calibrate
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, planned_nodes
@@ -36,7 +36,7 @@ from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
 from mlx_empire.plan.ladder import ladder
 from mlx_empire.plan.matrix import compare, matrix, read_rows
 from mlx_empire.plan.pace import chips_of, cloud_of, pace_of
-from mlx_empire.plan.subject import subject_of
+from mlx_empire.plan.subject import Subject, subject_of
 from mlx_empire.plan.variants import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def answer(comm: Communicator, recipe_path: Path, overrides: Sequence[str], wanted: Wanted) -> int:
     """Print what is wanted, on rank 0; the exit code, on every rank."""
-    recipe = assemble.share_recipe(comm, recipe_path, overrides, planned=True)
+    recipe = assemble.share_recipe(comm, recipe_path, overrides)
     nodes = nodes_of(comm, recipe, wanted.hosts)
     code = None
     with together(comm):
@@ -156,7 +156,7 @@ def present(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> int:
 def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
     """The report of the recipe on the nodes."""
     assessment = assess(recipe, subject_of(recipe), nodes)
-    measured = calibrate(assessment.subject.spec.dtype) if wanted.calibrate else None
+    measured = calibration_of(assessment.subject, wanted)
     wire = wire_named(wanted.wire) if wanted.wire else wire_of(nodes)
     others = [other for other in WIRES if other.name != wire.name and len(nodes) > 1]
     paces = {one: pace_of(assessment, one, None, measured) for one in (wire, *others)}
@@ -181,9 +181,16 @@ def ladder_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document
 
 def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
     """Small models of the recipe's one: training, serving and placing them."""
-    alone = for_any_nodes(recipe)
-    runs, served = daughter_runs(alone, nodes), serving(alone, nodes)
-    return daughters_document(subject_of(recipe).spec.name, runs, served, nodes, wanted.count)
+    alone, subject = for_any_nodes(recipe), subject_of(recipe)
+    measured = calibration_of(subject, wanted)
+    runs = daughter_runs(alone, nodes, calibration=measured)
+    served = serving(alone, nodes, calibration=measured)
+    return daughters_document(subject.spec.name, runs, served, nodes, wanted.count)
+
+
+def calibration_of(subject: Subject, wanted: Wanted) -> Calibration | None:
+    """What this machine does in the subject's dtype, if that is to be measured."""
+    return calibrate(subject.spec.dtype) if wanted.calibrate else None
 
 
 def for_any_nodes(recipe: Recipe) -> Recipe:

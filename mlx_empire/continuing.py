@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from mlx_empire import assemble
+from dataclasses import replace
+
+from mlx_empire import assemble, phases
 from mlx_empire.checkpoint.identity import Identity, base_digest
 from mlx_empire.checkpoint.manifest import Resolved
 from mlx_empire.checkpoint.names import step_name
 from mlx_empire.checkpoint.restore import Restore
-from mlx_empire.checkpoint.resume import Start, folder_of
+from mlx_empire.checkpoint.resume import Start, find_start, folder_of, require_same, require_steps_left
 from mlx_empire.checkpoint.save import Policy, Saver
+from mlx_empire.checkpoint.survey import Survey
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.data.splits import Splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import EmpireError, StoppedError, UnsavedError, on_all_ranks
@@ -18,6 +22,14 @@ from mlx_empire.optim.protocol import ShardOptimizer
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
+
+
+def where_to_begin(comm: Communicator, recipe: Recipe, built: assemble.Built, splits: Splits) -> Start:
+    """What run.resume asks for, if this run may go on from it: the errors are the same on all ranks. Collective."""
+    start = replace(find_start(comm, recipe), data=splits.digest, base=base_of(comm, recipe, built))
+    require_same(start)
+    require_steps_left(start, assemble.total_steps(start.recipe, splits))
+    return start
 
 
 def base_of(comm: Communicator, recipe: Recipe, built: assemble.Built) -> str | None:
@@ -53,6 +65,19 @@ def load_state(
     return sent
 
 
+def go_back(comm: Communicator, recipe: Recipe, trainer: Trainer, saver: Saver) -> str:
+    """Put weights and states of the newest checkpoint into a run that goes on; what there is to say. Collective."""
+    saver.finish()
+    found = Survey(comm, folder_of(recipe, comm)).newest() if saver.newest else None
+    if found is None:
+        return "there is no checkpoint to go back to: only this step's update is left out"
+    phases.reach("load")
+    with together(comm):
+        restore = Restore(found, trainer.store, comm)
+    restore.run(trainer.optimizer, recipe.optimizer.learning_rate)
+    return f"weights and states are those after step {found.step} again, from {found.folder}"
+
+
 def stopped(saver: Saver, step: int, reason: str) -> EmpireError:
     """How a run ends that was asked to stop after `step`, the same on all ranks."""
     if saver.newest == step:
@@ -62,25 +87,21 @@ def stopped(saver: Saver, step: int, reason: str) -> EmpireError:
     return on_all_ranks(UnsavedError(f"stopped by {reason}: {step_name(step)} could not be saved; {kept}"))
 
 
-def open_saver(
-    comm: Communicator,
-    recipe: Recipe,
-    plan: RunPlan,
-    store: ShardStore,
-    start: Start,
-    data: str,
-    base: str | None,
-) -> Saver:
-    """What saves this run's checkpoints; `data` and `base` identify what is not in them. Collective."""
+def open_saver(comm: Communicator, plan: RunPlan, store: ShardStore, start: Start) -> Saver:
+    """What saves this run's checkpoints. Collective."""
+    recipe = start.recipe
     resolved = Resolved(cells=plan.work.layout.cells, gradient_dtype=plan.work.gradient_dtype)  # type: ignore[arg-type]
     identity = Identity(
         dump_recipe(recipe),
-        data,
+        start.data,
         recipe.batch.global_size,
         recipe.run.seed,
-        base,
+        start.base,
         resolved,
         plan.shards,
     )
     policy = Policy(recipe.run.keep_last, recipe.run.buddy)
-    return Saver(comm, store, folder_of(recipe, comm), identity, policy, start.step)
+    units = range(len(plan.shards.units))
+    # Where units are updated in the backward, the last one is the first, and the root comes last of all.
+    order = [*reversed(units[1:]), 0] if plan.work.release else list(units)
+    return Saver(comm, store, folder_of(recipe, comm), identity, policy, start.step, order)

@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -169,7 +169,8 @@ def on_request(asked: Asked) -> None:
     said = ["saving and stopping after this step; again ends at once", "ending at once"][
         min(asked.times, 2) - 1
     ]
-    os.write(2, f"mlx_empire.launch: {said}\n".encode())  # print is not safe here
+    with suppress(OSError):  # the terminal may be what went away
+        os.write(2, f"mlx_empire.launch: {said}\n".encode())  # print is not safe here
 
 
 def send_away(folder: Path, words: Sequence[str]) -> int:

@@ -19,7 +19,6 @@ import mlx.core as mx
 
 from mlx_empire import assemble, beacon, capacity, continuing, phases, safeguards
 from mlx_empire.arguments import UserArguments
-from mlx_empire.checkpoint.resume import find_start, require_same, require_steps_left
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.checkpoint.staging import refuse_foreign
 from mlx_empire.comm.connect import connect
@@ -35,6 +34,7 @@ from mlx_empire.evaluate.evaluator import Evaluator
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.choose import make_optimizer
+from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private
@@ -94,14 +94,12 @@ def carry_out(
     safeguards.agree_on_model(comm, recipe)
     config = assemble.share_config(comm, recipe)
     built = assemble.build(comm, recipe, config)
-    model, spec = built.model, built.spec
+    spec = built.spec
     splits = assemble.share_data(comm, recipe, spec)
 
     # ---------------------------------------------------------------- where it goes on
-    start = find_start(comm, recipe)
-    recipe, base = start.recipe, continuing.base_of(comm, recipe, built)
-    require_same(start, recipe, splits.digest, base)
-    require_steps_left(start, assemble.total_steps(recipe, splits))
+    start = continuing.where_to_begin(comm, recipe, built, splits)
+    recipe = start.recipe
 
     # ---------------------------------------------------------------- the plan, before anything is allocated
     optimizer = make_optimizer(recipe.optimizer)
@@ -121,40 +119,48 @@ def carry_out(
     phases.reach("load")
     limit_memory(plan, comm.rank)
     with CommThread() as thread:
-        clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
-        trainer = Trainer(model, spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise)
-        trainer.spikes = safeguards.spike_watch(recipe)
-        if recipe.optimizer.statistics_every is not None:
-            trainer.watch_states(optimizer, recipe.optimizer.statistics_every)
+        trainer = make_trainer(comm, thread, recipe, built, plan, optimizer)
         sent = continuing.load_state(comm, recipe, built, trainer, start, optimizer)
         trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
 
         # ------------------------------------------------------------ from here on something is written
         started_over = (recipe.run.dir / "metrics.jsonl").exists()
+        steps = assemble.total_steps(recipe, splits)
         with together(comm):
             if comm.rank == 0:
                 write_plan(recipe, plan, nodes, spec, splits, resumed=start.found is not None)
-        steps = assemble.total_steps(recipe, splits)
         with (
             RunReport(comm, recipe, spec, plan, nodes, steps, start.resumed) as report,
-            continuing.open_saver(comm, recipe, plan, trainer.store, start, splits.digest, base) as saver,
+            continuing.open_saver(comm, plan, trainer.store, start) as saver,
         ):
             stop.watch(recipe.run.dir)
             trainer.hold_updates(saver.hold)
             report.show_status(lambda: saver.status)
-            report.messages([*guards.notes, *splits.report, *start.notes])
-            if start.found is not None:
-                report.message(f"going on after step {start.step}, from {start.found.folder}")
-            elif started_over and recipe.run.resume == "auto":
-                report.message(
-                    "an unfinished run lay here; it kept no checkpoint, so training starts at step 1"
-                )
+            report.messages([*guards.notes, *splits.report, *start.told(started_over)])
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             run = Run(comm, recipe, plan, built, trainer, splits, evaluator, report, saver, stop)
             gate = train(run)
             export(run, gate)
     saver.refuse_unsaved()
+
+
+def make_trainer(
+    comm: Communicator,
+    thread: CommThread,
+    recipe: Recipe,
+    built: assemble.Built,
+    plan: RunPlan,
+    optimizer: FlatOptimizer,
+) -> Trainer:
+    """The trainer that the recipe asks for, without weights."""
+    clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
+    shards, work = plan.shards, plan.work
+    trainer = Trainer(built.model, built.spec, shards, work, comm, thread, optimizer, clip, noise)
+    trainer.spikes = safeguards.spike_watch(recipe)
+    if recipe.optimizer.statistics_every is not None:
+        trainer.watch_states(optimizer, recipe.optimizer.statistics_every)
+    return trainer
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,6 @@ def train(run: Run) -> GateKeeper:
     )
     mine = [j for cell in run.plan.work.layout.of_rank(comm.rank) for j in cell]
     sizes = {"global_size": global_size, "micro_size": recipe.batch.micro_size}
-    gate = assemble.gate_keeper(comm, recipe)
     if save_every:
         saver.open()
     gate = assemble.gate_keeper(comm, recipe)
@@ -210,6 +215,8 @@ def train(run: Run) -> GateKeeper:
         report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
         if result.note:
             report.message(result.note)
+        if result.go_back:
+            report.message(continuing.go_back(comm, recipe, trainer, saver))
         done = step == steps
         if every and (done or step % every == 0):
             evaluate(run, step, gate)

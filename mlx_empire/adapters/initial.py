@@ -12,6 +12,7 @@ import math
 
 import mlx.core as mx
 
+from mlx_empire.adapters.together import own_name
 from mlx_empire.plan.model import TensorSpec
 
 
@@ -22,7 +23,8 @@ def initial_adapter(tensor: TensorSpec, seed: int) -> mx.array:
     assert tensor.name.endswith(".lora_a"), tensor.name
     inputs = tensor.shape[-1] if len(tensor.shape) == 3 else tensor.shape[0]
     bound = 1 / math.sqrt(inputs)
-    digest = hashlib.sha256(f"{seed}:{tensor.name}".encode()).digest()
+    _, name = own_name(tensor.name)  # trained together or alone, a daughter begins alike
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     key = mx.random.key(int.from_bytes(digest[:8], "little"))
     return mx.random.uniform(-bound, bound, tensor.shape, key=key)
 

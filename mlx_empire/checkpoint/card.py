@@ -62,7 +62,7 @@ def _figures(plan: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> s
         ("steps", str(steps[-1]["step"]) if steps else "0"),
         ("tokens learnt from", f"{sum(r['tokens'] for r in steps):,}"),
     ]
-    if steps:
+    if steps and steps[-1]["loss"] is not None:
         rows.append(("training loss, first and last step", f"{_number(steps[0])}, {_number(steps[-1])}"))
     for record in evaluations[:1] + evaluations[1:][-1:]:
         found = {"loss": record["eval_loss"], **record.get("scores", {})}

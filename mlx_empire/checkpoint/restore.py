@@ -19,6 +19,7 @@ from mlx_empire.checkpoint.manifest import Piece
 from mlx_empire.checkpoint.names import open_own
 from mlx_empire.checkpoint.shard import CODES, WEIGHTS, places
 from mlx_empire.checkpoint.survey import Found
+from mlx_empire.comm import pulse
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.hostview import DTYPES, host_view
 from mlx_empire.engine.store import LiveChunk, ShardStore
@@ -119,6 +120,7 @@ class Restore:
                             elif reader != self._comm.rank:
                                 receives.append((reader, own))
         self._comm.transfer(sends, receives)
+        pulse.moved()
 
     def _read(
         self, file: BinaryIO, place: _Place, segment: Segment, placement: Placement

@@ -17,11 +17,16 @@ from mlx_empire.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: `recipe` with what an earlier start resolved, `found` to go on from (None: step 1)."""
+    """How a run begins: `recipe` with what an earlier start resolved, `found` to go on from (None: step 1).
+
+    `data` and `base` identify what is not in a checkpoint: the rows and, where there are any, the frozen weights.
+    """
 
     recipe: Recipe
     found: Found | None
     notes: tuple[str, ...]
+    data: str = ""
+    base: str | None = None
 
     @property
     def step(self) -> int:
@@ -32,6 +37,15 @@ class Start:
     def resumed(self) -> int | None:
         """The step after which the run goes on; None for a run that begins."""
         return self.found.step if self.found is not None else None
+
+    def told(self, started_over: bool) -> list[str]:
+        """What there is to say about it; `started_over`: an unfinished run lies in the folder."""
+        if self.found is not None:
+            return [*self.notes, f"going on after step {self.step}, from {self.found.folder}"]
+        if started_over and self.recipe.run.resume == "auto":
+            lost = "an unfinished run lay here; it kept no checkpoint, so training starts at step 1"
+            return [*self.notes, lost]
+        return list(self.notes)
 
 
 def folder_of(recipe: Recipe, comm: Communicator) -> Path:
@@ -63,21 +77,21 @@ def find_start(comm: Communicator, recipe: Recipe) -> Start:
     return Start(resolved, found, tuple(notes))
 
 
-def require_same(start: Start, recipe: Recipe, data_digest: str, base: str | None) -> None:
+def require_same(start: Start) -> None:
     """UserError unless data and frozen weights are those of the checkpoint, or their change was accepted."""
-    found = start.found
+    found, recipe = start.found, start.recipe
     if found is None:
         return
     accepted = recipe.run.accept_changes
     name = f"checkpoint {found.folder}"
-    if found.manifest.data_digest != data_digest and not _accepts(accepted, "data"):
+    if found.manifest.data_digest != start.data and not _accepts(accepted, "data"):
         raise on_all_ranks(
             UserError(
                 f"{name}: data.path: {recipe.data.path} holds other rows than the run began with; bring them back, or "
                 "add run.accept_changes=[data.path]"
             )
         )
-    if found.manifest.base != base and not _accepts(accepted, "model"):
+    if found.manifest.base != start.base and not _accepts(accepted, "model"):
         raise on_all_ranks(
             UserError(
                 f"{name}: model.path: {recipe.model.path} holds other weights than the run began with; bring them "
@@ -125,7 +139,7 @@ def _filled(path: str, comm: Communicator) -> Path:
 def _reconcile(recipe: Recipe, found: Found) -> tuple[Recipe, list[str]]:
     """The recipe with what the first start resolved, and how it differs; UserError for what may not."""
     resolved = found.manifest.resolved
-    before = parse_recipe(found.manifest.recipe, f"the recipe of {found.folder}", planned=True)
+    before = parse_recipe(found.manifest.recipe, f"the recipe of {found.folder}")
 
     def settled(one: Recipe) -> Recipe:
         batch, memory = one.batch, one.memory

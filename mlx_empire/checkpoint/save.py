@@ -35,7 +35,6 @@ from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import EmpireError, UnsavedError, on_all_ranks
 
 NOBODY_WAITS_SECONDS = 86400.0  # a slow disk is no lost rank: hangs are the watchdog's business
-_ALL = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class Saver:
     """Saves the shards of `store`; constructed by all ranks together. Use it as a context manager.
 
     `root` is this rank's folder, which is not touched before `open` or the first save. `identity` makes
-    the manifests; `newest` is the step from which the run goes on, 0 for none.
+    the manifests; `newest` is the step from which the run goes on, 0 for none. `order`: that in which units are updated
+    (None: as they stand).
     """
 
     def __init__(
@@ -61,17 +61,19 @@ class Saver:
         identity: Identity,
         policy: Policy,
         newest: int = 0,
+        order: Sequence[int] | None = None,
     ) -> None:
         self._main, self._comm = comm, comm.duplicate(NOBODY_WAITS_SECONDS)
         self._store, self._root = store, root
         self._folders: Folders | None = None
         self._identity, self._policy = identity, policy
+        self._order = list(order if order is not None else range(len(store.plan.units)))
         self.newest = newest  # the step of the newest committed checkpoint
         self.failed: list[int] = []  # steps whose save failed
         self._asked = newest
         self._news: deque[str] = deque()
         self._changed = threading.Condition()
-        self._passed = _ALL  # units below it are written
+        self._waiting: set[int] = set()  # units that are not written yet
         self._bytes = (0, 0)  # written, in all
         self._broken: BaseException | None = None  # what ended the thread
         self._future: Future[None] | None = None
@@ -84,6 +86,8 @@ class Saver:
         if self._folders is None:
             self._folders = find_folders(self._main, self._root)
             self._news += clear_the_way(self._main, self._folders, self.newest)
+            if self._policy.copies is True and len(set(self._folders.leaders)) == 1:
+                self._news.append("run.buddy: there is one checkpoint folder only, so there are no copies")
 
     def request(self, step: int, numerics: Mapping[str, Sequence[float]]) -> None:
         """Begin to save the state after `step`; waits until an earlier save has ended. All ranks, same steps.
@@ -94,17 +98,18 @@ class Saver:
             return
         self.finish()
         self.open()
-        pieces = live_pieces(self._store, self._comm.rank)
-        self._asked, self._passed, self._bytes = step, 0, (0, sum(piece.nbytes for piece in pieces))
+        pieces = live_pieces(self._store, self._comm.rank, self._order)
+        self._asked, self._bytes = step, (0, sum(piece.nbytes for piece in pieces))
+        self._waiting = {piece.unit for piece in pieces}
         describe = partial(self._identity.manifest, step, numerics)
         self._future = self._thread.submit(self._save, step, pieces, describe)
 
     def hold(self, unit: int) -> None:
         """Return when the arrays of `unit` may be replaced; raises what the thread raised."""
-        if unit >= self._passed:
+        if unit in self._waiting:
             phases.reach("save-wait")
             with self._changed:
-                self._changed.wait_for(lambda: unit < self._passed)
+                self._changed.wait_for(lambda: unit not in self._waiting)
             phases.reach("optimizer")
         if self._broken is not None:
             raise self._broken
@@ -176,7 +181,9 @@ class Saver:
         finally:
             for piece in pieces:
                 piece.views = []
-            self._pass(_ALL, 0)
+            with self._changed:
+                self._waiting.clear()
+                self._changed.notify_all()
             phases.leave()
 
     def _retain(self, step: int) -> None:
@@ -187,9 +194,9 @@ class Saver:
             self._news.append(f"WARNING: old checkpoints could not be removed: {error}")
 
     def _pass(self, unit: int, nbytes: int) -> None:
-        """Everything up to `unit` is written."""
+        """All of `unit` is written."""
         with self._changed:
-            self._passed = unit + 1
+            self._waiting.discard(unit)
             self._bytes = (max(nbytes, self._bytes[0]), self._bytes[1])
             self._changed.notify_all()
 

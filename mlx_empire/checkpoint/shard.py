@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from mlx_empire import phases
 from mlx_empire.checkpoint.manifest import Piece, Shard, digest_of
 from mlx_empire.checkpoint.names import open_own
 from mlx_empire.checkpoint.tensorfile import COPY_BYTES, create_private, encode_header, sync_file
+from mlx_empire.comm import pulse
 from mlx_empire.engine.hostview import host_view
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.plan.model import BLOCK
@@ -60,10 +61,14 @@ class LivePiece:
         return sum(view.nbytes for view in self.views)
 
 
-def live_pieces(store: ShardStore, rank: int) -> list[LivePiece]:
-    """What `rank` saves, as views of the arrays that are in use now. Main thread only; nothing is copied."""
+def live_pieces(store: ShardStore, rank: int, order: Sequence[int] | None = None) -> list[LivePiece]:
+    """What `rank` saves, as views of the arrays that are in use now, unit by unit in `order` (None: as they stand).
+
+    Main thread only; nothing is copied.
+    """
     pieces: dict[tuple[str, str], LivePiece] = {}
-    for unit in store.plan.units:
+    for index in order if order is not None else range(len(store.plan.units)):
+        unit = store.plan.units[index]
         for segment, chunks in zip(unit.segments, store.chunks[unit.index], strict=True):
             if segment.kind == "frozen":
                 continue
@@ -193,6 +198,7 @@ def _first_damage(path: Path, shard: Shard) -> str | None:
                 return None
             piece, future = waiting.pop(0)
             found = future.result()
+            pulse.moved()  # hours of reading are no hang
             if found != piece.digest:
                 for _, later in waiting:
                     later.cancel()

@@ -76,7 +76,7 @@ class Survey:
             if found is not None:
                 return found
         if damage:
-            raise on_all_ranks(DamagedError(f"no checkpoint is whole: {'; '.join(damage)}; {REMEDY}"))
+            raise on_all_ranks(DamagedError(f"no checkpoint is whole: {_said(damage)}; {REMEDY}"))
         return None
 
     def exactly(self, step: int) -> Found:
@@ -88,7 +88,7 @@ class Survey:
         damage: list[str] = []
         found = self._judge(step, damage)
         if found is None:
-            raise on_all_ranks(DamagedError(f"{'; '.join(damage)}; {REMEDY}"))
+            raise on_all_ranks(DamagedError(f"{_said(damage)}; {REMEDY}"))
         return found
 
     def _judge(self, step: int, damage: list[str]) -> Found | None:
@@ -99,7 +99,7 @@ class Survey:
                 raise _Damaged(f"its manifest is of step {manifest.step}")
             readers, notes = self._readers(manifest)
         except _Damaged as error:
-            damage.append(f"{step_name(step)} is damaged: {error}")
+            damage.append(f"WARNING: {step_name(step)} is damaged: {error}")
             return None
         if damage:
             notes = [*damage, *notes, f"going on from {step_name(step)} instead"]
@@ -153,7 +153,7 @@ class Survey:
             found = {int(s): text for one in comm.gather_json(problems) for s, text in one.items()}
             readers |= {s: rank for s, rank in trying.items() if s not in found}
             damage += found.values()
-        notes = [f"{text}; its copy on another node is used" for text in dict.fromkeys(damage)]
+        notes = [f"WARNING: {text}; its copy on another node is used" for text in dict.fromkeys(damage)]
         for shard in manifest.shards:
             holders = {(comm.hostnames[r], self._seen[r][step].folder): r for r in self._holders(shard, step)}
             home = f"{shard.folder}/{step_name(step)}"
@@ -210,6 +210,11 @@ def _read(path: Path) -> bytes:
     if len(raw) > MAX_BYTES:
         raise OSError(0, "too large", str(path))
     return raw
+
+
+def _said(damage: list[str]) -> str:
+    """As part of an error, which needs no warning."""
+    return "; ".join(text.removeprefix("WARNING: ") for text in damage)
 
 
 def _missing(shard: Shard, step: int) -> str:

@@ -142,7 +142,7 @@ def _parse_line(line: str, where: str, number: int) -> Host | None:
         )
     role = notes.get("role")
     if role is not None and role not in ROLES:
-        raise UserError(f"{where}: role={role} is not a role; use {_nearest(role, ROLES)}")
+        raise UserError(f"{where}: role={one_line(role[:40])} is not a role; use {_nearest(role, ROLES)}")
     link = _rate(notes, where)
     return Host(match[2], slots, role, memory, limit, link, notes.get("chip"), number, match[1], port)
 

@@ -53,7 +53,8 @@ class ReleasingUpdater(Updater):
         self._squares += self._norm_of(layout, [unit]) ** 2
         step, learning_rate = self._step
         known = max(self.last_norm, sqrt(self._squares))
-        self._update_unit(unit, StepScalars(step, learning_rate, clip_scale(known, self._clip_norm)))
+        scalars = StepScalars(step, learning_rate, clip_scale(known, self._clip_norm))
+        self._update_unit(unit, lambda name: scalars)
         self.updated += 1
 
     def end(self) -> float:

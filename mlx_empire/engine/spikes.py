@@ -7,6 +7,8 @@ upwards count. Decided from numbers that all ranks share, so all decide alike.
 - log:  say it, and train on.
 - skip: leave this step's update out; weights and optimizer state stay as they are, and the value does not enter the
         window. More than `max_skips` skipped steps within the last `window` ones end the run.
+- rollback: skip, and go back to the weights and states of the last checkpoint; the steps since then are not repeated,
+        for they would lead to the same leap. Training goes on with the data after the leap. Bounded like skips.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, Literal
 
 from mlx_empire.errors import NumericsError, on_all_ranks
 
-Mode = Literal["off", "log", "skip"]
+Mode = Literal["off", "log", "skip", "rollback"]
 LEAST_HISTORY = 16  # below that nothing is judged
 LEAST_SPREAD = 0.005  # of the median: a plateau's noise may be next to nothing
 MAD_TO_SIGMA = 1.4826
@@ -26,9 +28,10 @@ MAD_TO_SIGMA = 1.4826
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do with a step's update; `note` is what there is to say, if anything."""
+    """What to do with a step's update; `note` is what there is to say, if anything. `back`: and then go back."""
 
     skip: bool = False
+    back: bool = False
     note: str | None = None
 
 
@@ -71,7 +74,8 @@ class SpikeWatch:
                     f"{', '.join(map(str, self.skipped))}"
                 )
             )
-        return Verdict(skip=True, note=f"{told}; its update is skipped")
+        back = self.mode == "rollback"
+        return Verdict(True, back, f"{told}; {'the run goes back' if back else 'its update is skipped'}")
 
     def to_json(self) -> dict[str, Any]:
         """What a continued run needs to decide alike; floats survive JSON bit by bit."""

@@ -82,8 +82,8 @@ class StreamedStep:
     ) -> None:
         self._deck, self._store, self._noise = deck, store, noise
         self._cut = len(deck.layers) - tail  # layers before it are recomputed
-        self._tokens = chunk_tokens(vocabulary)
         self._head_tensors, self._embed_tensors = list(head_tensors), list(embed_tensors)
+        self._tokens = chunk_tokens(vocabulary, frozen=not store.trainable(0))
         self._first = first_trained(store.plan) - 1  # the backward ends here: nothing below trains
 
     def gradients(

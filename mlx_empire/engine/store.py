@@ -14,7 +14,7 @@ one after its chunks were updated. Stage 3 has the same calls with shorter lives
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -204,6 +204,20 @@ class ShardStore:
             for chunk in self.chunks[index][s]:
                 chunk.weights = buffer[chunk.spec.start_row : chunk.spec.start_row + chunk.spec.rows]
                 mx.eval(chunk.weights)
+
+    def put(self, values: Mapping[str, mx.array]) -> None:
+        """Replace tensors between steps, where weights stay whole (stages 0-2), and nothing is bound."""
+        assert self.keeps_whole
+        touched = set()
+        for name, array in values.items():
+            index, s, placement = self.plan.tensors[name]
+            view = host_view(self._whole[index][s])
+            view[placement.start : placement.start + placement.tensor.size] = host_view(
+                mx.contiguous(array.astype(DTYPES[self.plan.units[index].segments[s].dtype]))
+            )
+            touched.add(index)
+        for index in touched:
+            self.adopt_views(index)
 
     def trainable(self, index: int) -> list[tuple[int, Placement]]:
         """(segment index, placement) of the unit's trainable tensors, in the order of `bind`."""

@@ -31,7 +31,7 @@ from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.update import Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 from mlx_empire.optim.flat import FlatOptimizer
-from mlx_empire.optim.protocol import ShardOptimizer
+from mlx_empire.optim.protocol import ShardOptimizer, StepScalars
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.workload import Workload
@@ -41,13 +41,15 @@ from mlx_empire.plan.workload import Workload
 class StepResult:
     """What all ranks know after a step; `loss` is the mean over the step's counted tokens.
 
-    `skipped`: nothing was updated; `note`: what there is to say about that; `statistics`: see `UpdateStatistics`.
+    `skipped`: nothing was updated; `go_back`: and the last checkpoint is to be restored; `note`: what there is to say
+    about that; `statistics`: see `UpdateStatistics`.
     """
 
     loss: float
     gradient_norm: float
     wait_seconds: float
     skipped: bool = False
+    go_back: bool = False
     note: str | None = None
     statistics: Mapping[str, float] = field(default_factory=dict)
 
@@ -68,7 +70,7 @@ class Trainer:
         noise_seed: int | None = None,
         spikes: SpikeWatch | None = None,
     ) -> None:
-        self.spec, self.work = spec, work
+        self.spec, self.work, self.optimizer = spec, work, optimizer
         self.spikes = spikes or SpikeWatch("off")
         self._comm, self._thread = comm, thread
         self.store = ShardStore(plan, model, comm, thread)
@@ -126,13 +128,24 @@ class Trainer:
         """This step's gradient totals, between `compute` and the update."""
         return self._sums
 
-    def compute(self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int = 1) -> float:
-        """Forward and backward of this rank's micro-batches (in the order of its cells); the global mean loss."""
+    def gather_gradients(
+        self, micro_batches: Sequence[MicroBatch], step: int, total_tokens: int = 1
+    ) -> list[float]:
+        """Forward and backward of this rank's micro-batches, in the order of its cells; their losses."""
         members = self.work.layout.of_rank(self._comm.rank)
         if self._noise is not None:
             self._noise.begin(step, [j for cell in members for j in cell])
         losses = self.streamed.gradients(list(in_rounds(micro_batches, members)), total_tokens, self._sums)
         self._sums.finish()
+        return losses
+
+    def renew(self, scalars_of: Callable[[str], StepScalars]) -> None:
+        """Update every tensor by what `scalars_of` says for its name."""
+        self._updater.renew(scalars_of)
+
+    def compute(self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int = 1) -> float:
+        """Forward and backward of this rank's micro-batches (in the order of its cells); the global mean loss."""
+        losses = self.gather_gradients(micro_batches, step, total_tokens)
         loss = self._in_order(losses)
         if not math.isfinite(loss):
             raise self._blame_loss(loss, losses, step)
@@ -159,7 +172,8 @@ class Trainer:
         else:
             self._updater.apply(step, learning_rate, norm)
         waited, _ = self._thread.reset()
-        return StepResult(loss, norm, waited, verdict.skip, verdict.note, self._statistics(step))
+        statistics = self._statistics(step)
+        return StepResult(loss, norm, waited, verdict.skip, verdict.back, verdict.note, statistics)
 
     def _released_step(
         self,
@@ -179,7 +193,7 @@ class Trainer:
         verdict = self.spikes.judge(step, loss, norm)
         assert not verdict.skip, "the recipe refuses it: units are updated before the norm is known"
         waited, _ = self._thread.reset()
-        return StepResult(loss, norm, waited, False, verdict.note, self._statistics(step))
+        return StepResult(loss, norm, waited, note=verdict.note, statistics=self._statistics(step))
 
     def watch_states(self, optimizer: FlatOptimizer, every: int) -> None:
         """Have every `every`-th step's result say how the optimizer's states are."""

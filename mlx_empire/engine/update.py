@@ -68,13 +68,17 @@ class Updater:
         """
         norm = self.norm() if norm is None else norm
         scalars = StepScalars(step, learning_rate, clip_scale(norm, self._clip_norm))
-        for unit in self._store.plan.units:
-            self._update_unit(unit, scalars)
-        self._adopt_renewed()
-        self._sums.clear()
+        self.renew(lambda name: scalars)
         return norm
 
-    def _update_unit(self, unit: Unit, scalars: StepScalars) -> None:
+    def renew(self, scalars_of: Callable[[str], StepScalars]) -> None:
+        """Update all weights, each tensor by what `scalars_of` says for its name; drop the gradients. Collective."""
+        for unit in self._store.plan.units:
+            self._update_unit(unit, scalars_of)
+        self._adopt_renewed()
+        self._sums.clear()
+
+    def _update_unit(self, unit: Unit, scalars_of: Callable[[str], StepScalars]) -> None:
         """Update a unit from its totals, which go, and begin to renew it where weights stay whole."""
         totals = self._sums.totals.pop(unit.index, [])
         trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
@@ -82,7 +86,7 @@ class Updater:
             return
         self.hold(unit.index)
         for s, total in zip(trained, totals, strict=True):
-            self._update_segment(unit.segments[s], self._store.chunks[unit.index][s], total, scalars)
+            self._update_segment(unit.segments[s], self._store.chunks[unit.index][s], total, scalars_of)
         del totals
         if self._store.keeps_whole:
             self._store.refresh(unit.index)
@@ -96,7 +100,11 @@ class Updater:
         self._renewing = None
 
     def _update_segment(
-        self, segment: Segment, chunks: list[LiveChunk], total: mx.array, scalars: StepScalars
+        self,
+        segment: Segment,
+        chunks: list[LiveChunk],
+        total: mx.array,
+        scalars_of: Callable[[str], StepScalars],
     ) -> None:
         """Update the chunks of one segment from its gradient `total` (rows, 64) over this rank's state interval."""
         first = self._store.plan.state_interval(segment, self._comm.rank)[0] // BLOCK
@@ -109,6 +117,7 @@ class Updater:
                 waiting, elements = [], 0
             a = chunk.spec.start_row - first
             gradient = total[a : a + chunk.spec.rows]
+            scalars = scalars_of(chunk.spec.name)
             if self.statistics is not None:
                 self.statistics.see(chunk, gradient, scalars)
             identity = ChunkId(chunk.spec.tensor, chunk.spec.first_row, self._decays[chunk.spec.name])

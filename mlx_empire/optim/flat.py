@@ -24,6 +24,8 @@ from mlx_empire.optim.noise import row_keys
 from mlx_empire.optim.protocol import ChunkId, State, StepScalars
 from mlx_empire.plan.model import BLOCK
 
+KNOWN_STEPS = 64  # daughters that are trained together are at different steps
+
 
 class FlatOptimizer(ABC):
     """A `ShardOptimizer`. `state_bits`: 32 or 8; 8 holds only for chunks with `quantised=True`.
@@ -39,7 +41,7 @@ class FlatOptimizer(ABC):
         assert state_bits in (8, 32)
         assert master_weights in master.KINDS
         self.weight_decay, self.state_bits, self.master_weights = weight_decay, state_bits, master_weights
-        self._step: tuple[StepScalars, dict[bool, tuple[mx.array, ...]]] | None = None
+        self._steps: dict[StepScalars, dict[bool, tuple[mx.array, ...]]] = {}
         self._seen: set[tuple[object, ...]] = set()
 
     # ---- what a rule says
@@ -139,11 +141,12 @@ class FlatOptimizer(ABC):
     # ---- once a step, once a kind of chunk
 
     def _arrays(self, scalars: StepScalars, decay: bool) -> tuple[mx.array, ...]:
-        if self._step is None or self._step[0] != scalars:
+        if scalars not in self._steps:
             assert scalars.step >= 1
-            both = {on: as_arrays(*self.numbers(scalars, on)) for on in (False, True)}
-            self._step = (scalars, both)
-        return self._step[1][decay]
+            if len(self._steps) >= KNOWN_STEPS:
+                self._steps.clear()
+            self._steps[scalars] = {on: as_arrays(*self.numbers(scalars, on)) for on in (False, True)}
+        return self._steps[scalars][decay]
 
     def _compile(self, weights: mx.array, state: State, gradient: mx.array) -> None:
         """Have the kernels of this kind of chunk built, one process at a time.

@@ -111,7 +111,7 @@ def layer_costs(unit: UnitSpec, spec: ModelSpec, work: Workload) -> dict[str, in
         "one layer's recompute": int((recompute + (DORA if norms else 0)) * widths),
         "attention": int(fit.attention * scores),
         "state-space scan": scan,
-        "DoRA norms": norm_bytes(unit),
+        "DoRA norms": norms // 2,  # one of the two copies is gone by then
     }
     after = {"one layer's recompute": int(fit.gradients * widths), "one unit's gradients": gradients}
     return max(during, after, key=lambda items: sum(items.values()))

@@ -57,8 +57,10 @@ def _until_it_fits(assessment: Assessment, pace: PaceOf) -> list[Advice]:
     settings = _fewest(assessment, each)
     if settings:
         return [_by_settings(assessment, settings)]
-    costly = _costly_settings(assessment, free)
-    settings = _fewest(assessment, [*each, costly]) if costly else None
+    diet = _diet(assessment)
+    settings = _fewest(assessment, [*each, diet]) if diet else None
+    if settings is None and (costly := _costly_settings(assessment, {**free, **diet})):
+        settings = _fewest(assessment, [*each, diet, costly] if diet else [*each, costly])
     found = [_by_settings(assessment, settings)] if settings else []
     found += _raised(assessment, free)
     found += _more_machines(assessment, free)
@@ -82,6 +84,14 @@ def _free_settings(recipe: Recipe) -> Iterator[tuple[str, Any]]:
         yield "memory.gradient_dtype", "auto"
     if recipe.batch.micro_size > 1:
         yield "batch.micro_size", 1
+
+
+def _diet(assessment: Assessment) -> Settings:
+    """A master weight of 24 bits where it has 32: a byte per parameter less, and a little less exact."""
+    full = assessment.recipe.optimizer.master_weights in ("exact", "fp32")
+    return (
+        {"optimizer.master_weights": "diet"} if full and assessment.subject.spec.dtype == "bfloat16" else {}
+    )
 
 
 def _costly_settings(assessment: Assessment, free: Settings) -> Settings:

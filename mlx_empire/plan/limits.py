@@ -18,7 +18,7 @@ _IN_FLIGHT = 2000  # arrays of one layer's graph and of the model's own making
 def largest_array(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int) -> tuple[int, str]:
     """(bytes, what it is) of the largest single array that `rank` makes in a step."""
     vocabulary = int(spec.text_config.get("vocab_size") or 0)
-    chunk = min(chunk_tokens(vocabulary), work.tokens)
+    chunk = min(chunk_tokens(vocabulary, frozen=spec.frozen_root), work.tokens)
     found = [
         (4 * chunk * vocabulary, "a chunk of logits"),
         (attention_scores(spec, work), "the attention scores of a layer"),

@@ -122,7 +122,7 @@ class _Step:
         }
 
     def head(self) -> Items:
-        chunk = min(chunk_tokens(self._vocabulary), self.work.tokens)
+        chunk = min(self._chunk_tokens, self.work.tokens)
         chunked = self.work.tokens > chunk
         head = self.head_use * self.item
         one = (
@@ -297,13 +297,17 @@ class _Step:
         return (layers - self.first + 1) * self.micro
 
     @property
+    def _chunk_tokens(self) -> int:
+        return chunk_tokens(self._vocabulary, frozen=self.spec.frozen_root)
+
+    @property
     def _final(self) -> int:
         """Bytes of an element of a finished gradient."""
         return ITEM_BYTES[self.work.gradient_dtype]
 
     @property
     def _head_sums(self) -> int:
-        widened = self.adds_up or self.work.tokens > chunk_tokens(self._vocabulary)
+        widened = self.adds_up or self.work.tokens > self._chunk_tokens
         return self.head_use * self.item * (self.widening if widened else 1) * self.rounds
 
     def _kept_gradients(self, trained: int) -> int:

@@ -103,6 +103,11 @@ class ModelSpec:
         return sum(t.size for u in self.units for t in u.tensors if t.trainable)
 
     @cached_property
+    def frozen_root(self) -> bool:
+        """Whether nothing of embedding, final norm and head trains."""
+        return not any(t.trainable for t in self.units[0].tensors)
+
+    @cached_property
     def known(self) -> dict[tuple[object, ...], Any]:
         """What the plan has worked out about this model so far, by question: layers repeat, and so do plans."""
         return {}

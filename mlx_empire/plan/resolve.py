@@ -8,9 +8,11 @@ then the longest tail that fits. A plan that leaves headroom comes before one th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import DoesNotFitError
@@ -74,7 +76,7 @@ def resolve(
             recipe.comm.route,
             recipe.comm.bucket_bytes,
             recipe.optimizer.in_backward,
-            not recipe.data.packing and all(_has_metal(n) for n in nodes),
+            _LINEAR and not recipe.data.packing and all(_has_metal(n) for n in nodes),
         )
         plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]
         tight: list[RunPlan] = []
@@ -91,6 +93,15 @@ def resolve(
             return tight[0]
         tried += plans
     return min(tried, key=_excess)
+
+
+def linear_in(mlx: str) -> bool:
+    """Whether this version of MLX has the backward of causal attention on Metal whose memory is linear in the width."""
+    numbers = re.findall(r"\d+", mlx)[:3]
+    return tuple(map(int, numbers)) >= (0, 32, 4)
+
+
+_LINEAR = linear_in(version("mlx"))
 
 
 def _has_metal(node: Node) -> bool:

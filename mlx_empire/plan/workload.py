@@ -9,15 +9,19 @@ from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.traffic import Matrix, Route, add, all_gather_bytes, reduce_scatter_bytes
 
 LOGITS_PER_CHUNK = 1 << 25  # tokens x vocabulary entries; 128 MiB in fp32
+LOGITS_PER_FROZEN_CHUNK = 1 << 23
 LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 128, 4096
 
 
-def chunk_tokens(vocabulary: int) -> int:
+def chunk_tokens(vocabulary: int, *, frozen: bool = False) -> int:
     """Tokens per chunk of the loss: a power of two that keeps a chunk's logits near 2^25 elements.
 
-    Between 128 and 4,096; a function of the model alone, because it affects bits.
+    `frozen`: nothing of the root trains, so a chunk costs no sum of the head's gradient and can be a quarter as large:
+    under adapters four arrays of logits would be the peak. Between 128 and 4,096; a function of model and recipe
+    alone, because it affects bits.
     """
-    fitting = max(LOGITS_PER_CHUNK // max(vocabulary, 1), 1)
+    most = LOGITS_PER_FROZEN_CHUNK if frozen else LOGITS_PER_CHUNK
+    fitting = max(most // max(vocabulary, 1), 1)
     return min(max(1 << (fitting.bit_length() - 1), LEAST_CHUNK_TOKENS), MOST_CHUNK_TOKENS)
 
 

@@ -54,12 +54,14 @@ class RunReport:
             self._display = RunDisplay(steps, rows, title, recipe.report.progress)
 
     def step(self, record: dict[str, Any], sent: int, received: int) -> None:
-        """A step's record from every rank, with the bytes this rank moved in it. Collective."""
+        """A step's record from every rank, with the bytes this rank moved in it. Collective.
+
+        wait_seconds: comm_wait_seconds by rank; a straggler is the one that waits least.
+        """
         peak = mx.get_peak_memory() + self._comm.staging_bytes
-        by_rank = self._comm.gather_json([peak, sent, received])
-        record["peak_bytes"], record["bytes_sent"], record["bytes_received"] = map(
-            list, zip(*by_rank, strict=True)
-        )
+        by_rank = self._comm.gather_json([peak, sent, received, record["comm_wait_seconds"]])
+        names = ("peak_bytes", "bytes_sent", "bytes_received", "wait_seconds")
+        record |= {name: list(values) for name, values in zip(names, zip(*by_rank, strict=True), strict=True)}
         record["predicted_peak_bytes"] = self._predicted
         self._last = record
         if self._display is not None:

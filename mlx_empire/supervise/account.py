@@ -62,6 +62,8 @@ class Account:
             case "place":
                 self.hosts[rank] = host
                 self.pids[rank] = int(event["pid"])
+                if self.failing:  # to end a stopped process mpirun first continues it
+                    return
                 place = str(event["phase"]), int(event["step"])
                 self.places.setdefault(rank, {})[str(event["thread"])] = place
             case "failure":
@@ -112,7 +114,7 @@ class Listener:
         before, mark, event = line.partition(MARK)
         if mark:
             # Two ranks' lines may have run into one another: the next one says where they are.
-            with suppress(ValueError, KeyError, TypeError):
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
                 self._account.note(json.loads(event))
             return self._line(before + "\n") if before.strip() else ""
         if self._block is None:

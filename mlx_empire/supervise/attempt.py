@@ -104,7 +104,7 @@ class Attempt:
         if number == signal.SIGTERM:
             _send(process, number)
             return
-        _say(
+        say(
             "mpirun does not end; it is killed. Ranks on machines out of reach end themselves at their deadline."
         )
         for pid in [*descendants(process.pid), process.pid]:
@@ -120,7 +120,7 @@ class Attempt:
         while (left := [pid for pid in left if _trains(pid)]) and time.monotonic() < deadline:
             time.sleep(TICK_SECONDS)
         for pid in left:
-            _say(f"mpirun left process {pid} behind; it is killed")
+            say(f"mpirun left process {pid} behind; it is killed")
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -165,9 +165,11 @@ def descendants(pid: int) -> list[int]:
 
 def _show(text: str) -> None:
     if text:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        with suppress(OSError):  # the terminal may be gone, and the run must not notice
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
-def _say(text: str) -> None:
-    print(f"mlx_empire.launch: {text}", file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """A line of the launcher's own."""
+    _show(f"mlx_empire.launch: {text}\n")

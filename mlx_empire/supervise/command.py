@@ -63,20 +63,35 @@ def mpirun() -> Path:
 
 def mpirun_line(launch: Launch, environment: Mapping[str, str]) -> list[str]:
     """The words of the command. `environment`: that in which it will run; decides what -x can name."""
-    shared = any(host.slots > 1 for host in launch.cluster.nodes)
     hostfile = str(launch.hostfile.absolute())
     interface = ["--mca", "btl_tcp_if_include", launch.interface] if launch.interface else []
-    named = [word for name in (*FORWARDED, *launch.extra) if name in environment for word in ("-x", name)]
+    words = [*interface, *_named(environment, launch.extra)]
+    words += [sys.executable, "-u", "-m", "mlx_empire.train", str(launch.recipe), *launch.overrides]
+    return [*_start(launch.hostfile, launch.cluster), *words, "--hosts", hostfile]
+
+
+def worker_line(
+    hostfile: Path, cluster: Cluster, program: Sequence[str], environment: Mapping[str, str]
+) -> list[str]:
+    """The words that run `program` on every machine of the hostfile."""
+    return [*_start(hostfile, cluster), *_named(environment), *program]
+
+
+def _start(hostfile: Path, cluster: Cluster) -> list[str]:
+    shared = any(host.slots > 1 for host in cluster.nodes)
+    alone = len(cluster.nodes) == 1
     return [
         str(mpirun()),
-        *("-hostfile", hostfile),
+        *("-hostfile", str(hostfile.absolute())),
         *("--bind-to", "none"),  # Open MPI would bind each rank to one core
         *(["--oversubscribe"] if shared else []),
-        *interface,
-        *named,
-        *(sys.executable, "-u", "-m", "mlx_empire.train", str(launch.recipe), *launch.overrides),
-        *("--hosts", hostfile),
+        # Open MPI's TCP listens on all interfaces, whatever btl_tcp_if_include says; one machine does not need it.
+        *(["--mca", "btl", "self,sm"] if alone else []),
     ]
+
+
+def _named(environment: Mapping[str, str], extra: Sequence[str] = ()) -> list[str]:
+    return [word for name in (*FORWARDED, *extra) if name in environment for word in ("-x", name)]
 
 
 def clean_environment(source: Mapping[str, str], extra: Sequence[str] = ()) -> dict[str, str]:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 _CHUNK = 1 << 16
+_SANE = b"\x1b[0m\x1b[?25h"  # plain colours, cursor shown
 
 
 class Outlet:
@@ -47,8 +48,12 @@ class Outlet:
                 fcntl.ioctl(self._source, termios.TIOCSWINSZ, size)
 
     def finish(self, seconds: float) -> None:
-        """Wait until all is copied; a process that was left behind may hold the other end."""
+        """Wait until all is copied; a process that was left behind may hold the other end. Give a terminal its cursor
+        back, which a display that was killed has hidden."""
         self._thread.join(seconds)
+        if self._terminal:
+            with suppress(OSError):
+                _write_all(self._ours, _SANE)
 
     def _copy(self) -> None:
         with suppress(OSError):  # a pseudo-terminal's end is an error

@@ -7,14 +7,13 @@ one report: who, where, why, what is saved, and the command that goes on.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mlx_empire.errors import LostRankError
 from mlx_empire.supervise.account import Account
-from mlx_empire.supervise.attempt import GRACE_SECONDS, Asked, Attempt
+from mlx_empire.supervise.attempt import GRACE_SECONDS, Asked, Attempt, say
 from mlx_empire.supervise.command import Launch, mpirun_line, printed
 from mlx_empire.supervise.machines import Probe, away, without
 from mlx_empire.supervise.memory_pressure import Memory, NothingWired, wait_until_free
@@ -24,6 +23,7 @@ from mlx_empire.supervise.verdict import LOST, Ending, judge
 
 PAUSE_SECONDS = 2.0
 FRUITLESS = 2  # restarts in a row without a newer checkpoint
+STARTING = "starting"
 REPORTED = (65, 70)  # refusals that happen in the middle of work
 
 
@@ -41,7 +41,7 @@ class Supervisor:
     memory: Memory = field(default_factory=NothingWired)
     grace: float = GRACE_SECONDS
     pause: float = PAUSE_SECONDS
-    say: Callable[[str], None] = lambda text: print(f"mlx_empire.launch: {text}", file=sys.stderr, flush=True)
+    say: Callable[[str], None] = say
     state: LaunchState = field(default_factory=LaunchState)
 
     def run(self) -> int:
@@ -86,7 +86,7 @@ class Supervisor:
         line = mpirun_line(launch, self.environment)
         self.say(printed(line))
         self.state.machines = [host.name for host in launch.cluster.nodes]
-        self._note("running")
+        self._note(STARTING)  # nothing is written at first: the run makes its folder when it may begin
         attempt = Attempt(line, self.environment, self.asked, self._tick, self.grace)
         code = attempt.run()
         ending = judge(attempt.account, code, self.folder.complete, self._stopped())
@@ -95,7 +95,11 @@ class Supervisor:
     def _tick(self, account: Account) -> None:
         if not self.asked.times and stop_requested(self.folder.path, self.state.started):
             self.asked.stop()
-        if self.state.said == "running" and self.folder.take():
+        if self.state.said == STARTING and self.folder.take():
+            self._note("loading")
+        if self.state.said == "loading" and account.step:
+            if self.state.failures:
+                self.state.failures[-1]["again"] = time.time()
             self._note("training")
 
     def _stopped(self) -> bool:
@@ -163,6 +167,7 @@ class Supervisor:
                 "step": step,
                 "cause": ending.cause,
                 "committed": self.folder.committed,
+                "again": None,  # when a restarted run began its next step
             }
         )
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mlx_empire import capacity
+from mlx_empire.cluster import calibrate as measuring
+from mlx_empire.cluster.calibrate import Calibration
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "fixtures" / "tiny-llama-260k"
@@ -148,3 +153,32 @@ def test_a_damaged_config_is_one_line_and_64(say, recipe, tmp_path, text):
     assert (said.code, said.out) == (64, "")
     (line,) = said.err.splitlines()
     assert str(folder) in line
+
+
+def test_a_calibration_takes_the_place_of_the_planned_figures(say, recipe, hosts, monkeypatch):
+    asked = []
+
+    def measured(dtype):
+        asked.append(dtype)
+        return Calibration("here", None, dtype, 50.0, 2e9)
+
+    monkeypatch.setattr(capacity, "calibrate", measured)
+    box = hosts("box slots=1 # memory=1GiB chip=CPU")
+    planned = say(recipe, "--hosts", box, "--json").json
+    found = say(recipe, "--hosts", box, "--json", "--calibrate").json
+    assert asked == ["float32"]
+    assert "45-55 TFLOP/s executed (measured: calibration on here)" in found["notes"][0]
+    assert "here" not in planned["notes"][0]
+    slow, fast = (one["time"]["tokens_per_second"][0] for one in (planned, found))
+    assert fast > 2 * slow
+    say(recipe, "--hosts", box, "--json", "--calibrate", "--daughters")
+    assert len(asked) == 2
+
+
+def test_the_calibration_measures_this_machine(say, recipe, monkeypatch):
+    monkeypatch.setattr(measuring, "LONG_ENOUGH", 0.0)
+    monkeypatch.setattr(measuring, "COPY_ELEMENTS", 1 << 16)
+    found = say(recipe, "--json", "--calibrate").json
+    assert f"measured: calibration on {socket.gethostname()}" in found["notes"][0]
+    low, high = found["time"]["tokens_per_second"]
+    assert 0 < low <= high

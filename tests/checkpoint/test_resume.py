@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,18 +56,18 @@ def start(*overrides: str) -> Start:
         shares=(1.0,),
         shards=(),
     )
-    return Start(recipe(*overrides), Found(Path("c/step-000007"), manifest, (), ()), ())
+    return Start(recipe(*overrides), Found(Path("c/step-000007"), manifest, (), ()), (), "rows", "base")
 
 
 def test_data_and_base_must_be_the_same() -> None:
-    require_same(start(), recipe(), "rows", "base")
+    require_same(start())
     with pytest.raises(UserError, match=r"data\.path: d holds other rows"):
-        require_same(start(), recipe(), "others", "base")
+        require_same(replace(start(), data="others"))
     with pytest.raises(UserError, match=r"model\.path: m holds other weights"):
-        require_same(start(), recipe(), "rows", "another")
-    accepted = recipe("run.accept_changes=[data.path,model.path]")
-    require_same(start(), accepted, "others", "another")
-    require_same(Start(recipe(), None, ()), recipe(), "others", "another")
+        require_same(replace(start(), base="another"))
+    accepted = start("run.accept_changes=[data.path,model.path]")
+    require_same(replace(accepted, data="others", base="another"))
+    require_same(Start(recipe(), None, (), "others", "another"))
 
 
 def test_a_run_that_is_shorter_than_its_checkpoint_is_refused() -> None:

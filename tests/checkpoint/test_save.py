@@ -116,7 +116,8 @@ def test_a_checkpoint_is_whole_and_describes_itself(trainer: Trainer, saver: Sav
     assert manifest.shards[0].folder == str(tmp_path / "checkpoints")
     assert problem_with(folder / manifest.shards[0].file, manifest.shards[0]) is None
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-000001\n"
-    (line,) = saver.news()
+    copies, line = saver.news()
+    assert copies == "run.buddy: there is one checkpoint folder only, so there are no copies"
     assert line.startswith("step-000001 saved: ")
     assert saver.news() == []
 
@@ -125,7 +126,8 @@ def test_the_same_step_is_saved_once_and_old_ones_go(trainer: Trainer, saver: Sa
     for number in (1, 2, 2, 3):
         saver.request(number, {})
     saver.finish()
-    assert [line.split()[0] for line in saver.news()] == ["step-000001", "step-000002", "step-000003"]
+    told = [line.split()[0] for line in saver.news()]
+    assert told == ["run.buddy:", "step-000001", "step-000002", "step-000003"]
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["LATEST", "step-000002", "step-000003"]
     saver.refuse_unsaved()
@@ -138,7 +140,7 @@ def test_too_little_room_is_said_before_anything_is_written(
     monkeypatch.setattr(commit.shutil, "disk_usage", lambda path: real._replace(free=1000))
     saver.request(1, {})
     saver.finish()
-    (line,) = saver.news()
+    _, line = saver.news()
     assert line.startswith("WARNING: step-000001 could not be saved, training goes on; there is none yet: ")
     assert "bytes are needed and 1,000 are free" in line
     assert list((tmp_path / "checkpoints").iterdir()) == []

@@ -75,7 +75,7 @@ def measure(case: Case, comm: Communicator) -> dict[str, int]:
         predicted = ledger(spec, plan, work, comm.rank, optimizer.state_bytes)
         sizes = plan.sizes[comm.rank]
         vocabulary = int(spec.text_config["vocab_size"])
-        chunk = min(chunk_tokens(vocabulary), work.tokens)
+        chunk = min(chunk_tokens(vocabulary, frozen=spec.frozen_root), work.tokens)
         kept = ("weights", "optimizer")
         states = sum(size for name, size in predicted.resident.items() if name.startswith(kept))
         states += sum(4 * unit.trained for unit in plan.sizes[comm.rank])  # gradients in fp32

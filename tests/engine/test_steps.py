@@ -83,7 +83,7 @@ def _textbook_adamw(
 
 @pytest.mark.parametrize("tail", [0, 2])
 def test_logits_in_chunks_give_the_same_gradients(tail, comm, thread, monkeypatch):
-    monkeypatch.setattr("mlx_empire.engine.step.chunk_tokens", lambda vocabulary: 20)
+    monkeypatch.setattr("mlx_empire.engine.step.chunk_tokens", lambda vocabulary, frozen: 20)
     case = Case("gemma2", micro_batches=2, cells=1, width=48, rows=2, tail=tail)
     trainer = trainer_of(case, comm, thread)
     widths: list[int] = []

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.faults import Command, Lab, Outcome, Result, first_tensor, flip, succeeded
+from support.faults import Command, Event, Lab, Outcome, Result, first_tensor, flip, succeeded
 
 SHARDS = [f"shard-{rank:05d}-of-00002.safetensors" for rank in range(2)]
 NEWEST = "step-000006"
@@ -109,10 +109,13 @@ def check(lab: Lab, base: Result, outcome: Outcome, name: str, said: str) -> Non
     succeeded(outcome)
     assert outcome.resumed == 3
     (line,) = [line for line in outcome.stdout.splitlines() if "is damaged" in line]
-    assert line.startswith(f"{NEWEST} is damaged: ")
+    assert line.startswith(f"WARNING: {NEWEST} is damaged: ")
     assert said in line
     assert "going on from step-000003 instead" in outcome.stdout
     assert lab.result(name) == base.after(3)
+    lab.events.append(
+        Event(f"checkpoint: {name.replace('-', ' ')}", "file changed", "3 steps", "at the start", "-")
+    )
     assert any(path.name.startswith("superseded-000006-") for path in lab.checkpoints(name, 0).iterdir())
 
 
@@ -168,6 +171,7 @@ def test_what_a_copy_can_stand_in_for_costs_nothing(
     assert outcome.resumed == step
     assert said in outcome.stdout
     assert lab.result(name) == base.after(step)
+    lab.events.append(Event(f"checkpoint: {case}", "file changed", f"{6 - step} steps", "at the start", "-"))
 
 
 @pytest.mark.faults

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.faults import Command, Lab, Outcome, Result, succeeded
+from support.faults import Command, Event, Lab, Outcome, Result, succeeded
 
 SAVING = ("save-write", "save-fsync", "save-copy", "save-rename", "save-renamed", "save-commit")
 # (phase, rank): that rank's disk is full the first time it comes there, which is the save of step 3.
@@ -47,6 +49,10 @@ def check(lab: Lab, base: Result, outcome: Outcome, phase: str, rank: int) -> No
         kept = {path.name for path in lab.checkpoints(name, node).iterdir()}
         assert kept == {"step-000006", "step-000009", "step-000012", "LATEST"}
     assert lab.result(name) == base
+    where = "first" if rank == 0 else "last"
+    lab.events.append(
+        Event(f"disk full: {phase} on {where} rank", "ENOSPC raised", "a checkpoint", "at once", "trains on")
+    )
 
 
 @pytest.mark.parametrize(("phase", "rank"), ALWAYS)
@@ -72,6 +78,39 @@ def test_a_disk_that_stays_full_leaves_the_checkpoint_before(lab: Lab, base: Res
     assert "of step 6, 9, 12 could not be saved; the newest is that of step 3" in ended.stderr
     assert lab.committed(name) == [3]
     assert lab.result(name) == base.after(3)
+
+
+@pytest.fixture
+def small_disk(lab: Lab) -> Iterator[Path]:
+    """A real file system of 3 MiB, with room for one checkpoint and a half."""
+    disk = lab.folder / "small" / "node-1"
+    disk.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("file systems may not be mounted here (that needs root on Linux)")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.faults
+def test_a_disk_that_really_fills_up_and_is_then_read_only(lab: Lab, base: Result, small_disk: Path) -> None:
+    """Copies are left out first, then checkpoints; a disk that cannot be written is refused at the next start."""
+    ended = lab.train("small")
+    assert ended.code == 75, ended.stderr[-3000:]
+    assert "step-000003 saved" in ended.stdout
+    assert "no room for copies on " in ended.stdout
+    assert "bytes are needed and " in ended.stdout
+    assert lab.committed("small")[0] == 3
+    assert 12 not in lab.committed("small")
+    assert lab.result("small") == base
+    (lab.folder / "small" / "COMPLETE").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    again = lab.train("small")
+    assert again.code == 64
+    assert "Read-only file system; choose a folder that can be written" in again.stderr
+    subprocess.run(["mount", "-o", "remount,rw,size=30m", small_disk], check=True)
+    kept = lab.committed("small")[-1]
+    assert succeeded(lab.train("small")).resumed == kept
+    assert lab.committed("small")[-1] == 12
 
 
 @pytest.mark.faults

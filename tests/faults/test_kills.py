@@ -6,10 +6,11 @@ the last has a rank killed at another place, before step 6 is committed.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import pytest
-from support.faults import STEPS, Lab, Outcome, Result, succeeded
+from support.faults import STEPS, Event, Lab, Outcome, Result, succeeded
 
 FIRST, LAST = 0, 1
 
@@ -60,11 +61,29 @@ class Chain:
 
 def forge(lab: Lab, name: str, links: list[Link]) -> Chain:
     lab.copy("base", name, [3])
-    broken, committed = {}, {}
+    broken, committed, struck = {}, {}, {}
+    ended = time.time()
     for link in links:
-        broken[link] = lab.train(name, fault=link.fault)
+        mark = lab.folder / f"struck-{name}-{link.phase}-{link.rank}"
+        started = time.time()
+        broken[link] = lab.train(name, fault=f"{link.fault};once={mark}")
+        ended = time.time()
         committed[link] = lab.committed(name)
+        struck[link] = (started, mark.stat().st_mtime, ended)
     last = succeeded(lab.train(name))
+    for link, (started, at, over) in struck.items():
+        done = max((step for step, when in lab.begun(name, started) if when < over), default=1) - 1
+        again = next(when for step, when in lab.begun(name, over))
+        lost = max(0, done - max(committed[link]))
+        lab.events.append(
+            Event(
+                f"a rank killed: {link}",
+                "SIGKILL to itself",
+                f"{lost} steps",
+                f"{over - at:.1f} s",
+                f"{again - over:.1f} s",
+            )
+        )
     return Chain(broken, committed, last, lab.result(name))
 
 

@@ -140,14 +140,20 @@ def test_few_tokens_over_10_gbe_are_told_to_do_more_per_gather():
     assert "tokens a second" in found[1].effect
 
 
-def test_mixtral_8x22b_wants_raised_limits_before_machines_and_machines_before_clouds():
+def test_mixtral_8x22b_wants_the_diet_master_then_raised_limits_before_machines_and_machines_before_clouds():
     recipe = recipe_of("batch.global_size=4")
     found = advise(assess(recipe, catalog_subject("mixtral-8x22b", recipe), CLUSTER))
-    assert found[0].change.startswith(
+    assert (found[0].change, found[0].verdict) == ("optimizer.master_weights=diet", "fits")
+    assert found[1].change.startswith(
         "sudo sysctl iogpu.wired_limit_mb=507904 on king-1 (in the hostfile limit=496GiB)"
     )
-    assert [a.change for a in found[1:3]] == ["another soldier (256 GB)", "another king (512 GB)"]
-    assert "8,099 dollars" in found[1].effect
+    assert [a.change for a in found[2:]] == ["another soldier (256 GB)", "another king (512 GB)"]
+    assert "8,099 dollars" in found[2].effect
+
+
+def test_what_no_setting_makes_fit_is_offered_a_cloud_last():
+    recipe = recipe_of("batch.global_size=4", "optimizer.master_weights=diet")
+    found = advise(assess(recipe, catalog_subject("deepseek-v2-236b", recipe), CLUSTER))
     assert re.fullmatch(r"a cloud burst on \d+ x H100", found[-1].change)
     assert "hours" in found[-1].effect
     assert "dollars" in found[-1].effect

@@ -18,6 +18,7 @@ from mlx_empire.plan.hardware import (
     wire_named,
     wire_of,
 )
+from mlx_empire.plan.resolve import linear_in
 
 
 def node(chip=None, role=None, memory=64 * GIB, link=None) -> Node:
@@ -83,3 +84,10 @@ def test_prices_are_of_machines_with_that_memory():
     assert price_of(node()) is None
     assert [m.role for m in sorted(MACHINES, key=lambda m: m.dollars_per_gb)] == ["king", "soldier"]
     assert SOLDIER.node("s").limit_bytes == 223_338_299_392
+
+
+@pytest.mark.parametrize(
+    ("mlx", "linear"), [("0.32.3", False), ("0.32.4", True), ("0.33.0.dev1", True), ("1.0", True)]
+)
+def test_attention_is_linear_from_a_version_of_mlx_on(mlx, linear):
+    assert linear_in(mlx) is linear

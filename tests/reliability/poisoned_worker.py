@@ -20,6 +20,8 @@ if __name__ == "__main__":
     outcomes = {}
     for name, fault in CASES.items():
         os.environ[FAULT_VARIABLE] = fault
-        outcomes[name] = outcome(["recipe.yaml", f"run.dir={name}", "memory.zero_stage=2"])
+        outcomes[name] = outcome(
+            ["recipe.yaml", f"run.dir={name}", "memory.zero_stage=2", "run.save_every=1"]
+        )
     rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
     Path(f"poisoned-{rank}.json").write_text(json.dumps(outcomes))

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 from reliability.faulty import Ended, train
@@ -78,6 +84,66 @@ def test_a_rank_that_hangs_while_it_lives_is_found(workspace: Workspace, ranks: 
 
 
 @pytest.mark.faults
+def test_a_rank_that_stops_while_it_saves_is_found(workspace: Workspace) -> None:
+    settings = (*SHORT, "run.dir=stopped-save", "run.save_every=1")
+    ended = train(workspace, stop_at("rank=1;step=3;phase=save-write"), *settings)
+    assert ended.code == 75
+    assert f"rank 1 on {HOST}: no sign of life for 5." in last_words(ended)
+    saved = workspace.folder / "stopped-save" / "checkpoints"
+    # In step 3 the weights after step 2 are written.
+    assert [folder.name for folder in sorted(saved.glob("step-*"))] == ["step-000001"]
+
+
+@pytest.mark.faults
+def test_a_slow_save_is_not_lost(workspace: Workspace) -> None:
+    """A save that takes longer than a step may."""
+    settings = (
+        "comm.deadline_floor_seconds=3",
+        "comm.deadline_seconds=40",
+        "run.steps=12",
+        "run.save_every=6",
+    )
+    slow = "rank=1;step=6;phase=save-write;action=delay;seconds=8"
+    ended = train(workspace, slow, *settings, "run.dir=slow-save")
+    assert ended.code == 0, ended.stderr[-3000:]
+    assert (workspace.folder / "slow-save" / "COMPLETE").exists()
+    assert not any("no sign of life" in line or "stuck" in line for line in ended.said)
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_pause_is_not_lost(workspace: Workspace) -> None:
+    """A process that is stopped, and continued before its deadline; it was the others that were silent to it."""
+    waker = threading.Thread(target=continue_after, args=("run.dir=pause", 5.0))
+    waker.start()
+    settings = ("comm.deadline_seconds=9", "run.steps=6", "run.dir=pause")
+    ended = train(workspace, stop_at("rank=1;step=3;phase=forward"), *settings)
+    waker.join()
+    assert ended.code == 0, ended.stderr[-3000:]
+    assert any(
+        line.startswith(f"rank 1 on {HOST} is late: silent, last seen in forward") for line in ended.said
+    )
+    assert any(line.startswith(f"rank 1 on {HOST} did not run for ") for line in ended.said)
+
+
+def continue_after(word: str, seconds: float) -> None:
+    """Wait until a process with `word` among its arguments is stopped; continue it after so many seconds."""
+    give_up = time.monotonic() + 120
+    while time.monotonic() < give_up:
+        for entry in Path("/proc").iterdir():
+            try:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if word.encode() in arguments and state == "T":
+                time.sleep(seconds)
+                os.kill(int(entry.name), signal.SIGCONT)
+                return
+        time.sleep(0.1)
+
+
+@pytest.mark.faults
 def test_the_deadline_is_learned(workspace: Workspace) -> None:
     """With a ceiling of an hour a stop after the first steps is found within seconds."""
     settings = (
@@ -109,6 +175,8 @@ def test_slow_is_not_lost(workspace: Workspace) -> None:
     ended = train(workspace, slow, *settings)
     assert ended.code == 0
     assert (workspace.folder / "slow" / "COMPLETE").exists()
+    waited = step_records(workspace.folder / "slow")[1]["wait_seconds"]
+    assert waited[0] > 3 > waited[1], "the figures name the straggler too"
     late = [line for line in ended.said if "is late" in line]
     assert [line.partition("; the run")[0] for line in late] == [
         f"rank 0 on {HOST} is late: still in load",

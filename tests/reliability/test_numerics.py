@@ -47,4 +47,6 @@ def test_all_ranks_stop_before_the_update(
         assert "step 2: the gradient of model.layers.4.self_attn.q_proj.weight is not finite" in first
     run = workspace.folder / case
     assert [record["step"] for record in metrics(run)] == [1]
-    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "plan.json", "metrics.jsonl"}
+    left = {"recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints"}
+    assert {path.name for path in run.iterdir()} == left
+    assert [path.parent.name for path in run.glob("checkpoints/*/COMMIT")] == ["step-000001"]

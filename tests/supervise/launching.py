@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.mpi import rank_environment
+from support.mpi import ROOT, rank_environment
 from train.launching import RECIPE
 
 from mlx_empire.supervise.attempt import descendants
 
 SAID = "mlx_empire.launch: "
+ROWS = ROOT / "build" / "faults-launch.json"  # what became of which fault, for the table of faults
 TIMEOUT_SECONDS = 90.0
 
 
@@ -121,3 +122,22 @@ def fault(phase: str, action: str, once: Path | None = None, rank: int = 1, step
     """The environment variable's value that injects a fault."""
     named = f"rank={rank};step={step};phase={phase};action={action}"
     return f"{named};once={once}" if once else named
+
+
+def note_row(fault: str, injected: str, lost: str, detected: str, continued: str) -> None:
+    """A row of the table of faults; the same fault once."""
+    ROWS.parent.mkdir(exist_ok=True)
+    rows = json.loads(ROWS.read_text()) if ROWS.exists() else []
+    row = {"fault": fault, "injected": injected, "lost": lost, "detected": detected, "continued": continued}
+    rows = [*(other for other in rows if other["fault"] != fault), row]
+    ROWS.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def note_failure(launching: Launching, fault: str, injected: str, struck: float) -> None:
+    """The row of a run's last failure, which began at `struck`, by the launcher's own clock."""
+    failure = launching.state()["failures"][-1]
+    lost = failure["step"] - 1 - (failure["committed"] or 0)
+    detected, continued = failure["time"] - struck, failure["again"] - failure["time"]
+    note_row(
+        fault, injected, "1 step" if lost == 1 else f"{lost} steps", f"{detected:.1f} s", f"{continued:.1f} s"
+    )

@@ -136,3 +136,11 @@ def test_an_announcement_without_an_end_is_shown_at_the_end() -> None:
     listener.feed((DASHES + KILLED).encode())
     assert listener.close() == ""
     assert account.deaths[0].signal == 9
+
+
+def test_where_a_rank_was_is_not_what_it_does_after_the_failure() -> None:
+    account = Account()
+    listener = Listener(account)
+    listener.feed((place(1, "forward", 2) + event("failure", 1, code=75, message="silent")).encode())
+    listener.feed(place(1, "backward", 2).encode())
+    assert account.place_of(1) == ("forward", 2)

@@ -35,6 +35,13 @@ def test_ranks_that_share_a_machine_may_outnumber_its_cores() -> None:
     assert "--oversubscribe" not in mpirun_line(LAUNCH, {})
 
 
+def test_on_one_machine_no_rank_opens_a_port() -> None:
+    """What these words do is seen in tests/security/test_artefacts.py."""
+    alone = parse_hostfile("localhost slots=2\n", "here.txt")
+    assert "--mca btl self,sm" in " ".join(mpirun_line(replace(LAUNCH, cluster=alone), {}))
+    assert "btl" not in mpirun_line(LAUNCH, {})
+
+
 def test_the_interface_is_for_the_transport() -> None:
     line = mpirun_line(replace(LAUNCH, interface="en0"), {})
     at = line.index("--mca")

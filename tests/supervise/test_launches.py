@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from supervise.launching import Launching, fault
+from supervise.launching import Launching, fault, note_failure
+from support.mpi import ROOT
 from train.launching import curve, raw_tensors
 
 from mlx_empire import launch
@@ -66,9 +67,30 @@ def test_an_exception_is_told_once_and_never_retried(launching: Launching, phase
 @pytest.mark.faults
 def test_an_exit_code_that_no_rank_explained_is_a_lost_rank(launching: Launching, tmp_path: Path) -> None:
     """K3: exit(3) is not "does not fit"."""
-    ended = launching.launch("run.steps=3", env={FAULT: fault("forward", "exit3", tmp_path / "once")})
+    exits = fault("forward", "exit3", tmp_path / "once", step=4)
+    ended = launching.launch("run.steps=5", "run.save_every=1", env={FAULT: exits})
     assert ended.code == 0
     assert "left before the run was complete (exit code 3)" in ended.reports[0]
+    struck = (tmp_path / "once").stat().st_mtime
+    note_failure(launching, "a rank leaves in the middle", "exit(3) in forward", struck)
+
+
+@pytest.mark.faults
+def test_a_rank_that_hangs_is_ended_and_the_run_goes_on(launching: Launching, tmp_path: Path) -> None:
+    """H1: a stopped process is found by its deadline, named, killed although it does not listen, and replaced."""
+    hang = fault("forward", "stop", tmp_path / "once", step=3)
+    settings = ["run.steps=4", "run.save_every=1", "comm.deadline_seconds=8"]
+    ended = launching.launch(*settings, env={FAULT: hang})
+    assert ended.code == 0, ended.stderr
+    (report,) = ended.reports
+    assert f"what   rank 1 on {os.uname().nodename}: no sign of life for" in report
+    assert "where  forward" in report, report
+    assert "step 3" in report
+    assert "the checkpoint of step" in report
+    assert "---- stacks of rank 0" in ended.stderr
+    assert "going on after step" in ended.stdout
+    struck = (tmp_path / "once").stat().st_mtime
+    note_failure(launching, "a rank stopped, deadline 8 s", "SIGSTOP in forward", struck)
 
 
 @pytest.mark.faults
@@ -141,3 +163,13 @@ def test_the_printed_line_starts_nothing(
     assert f"-hostfile {launching.folder}/hosts.txt" in stdout
     assert "btl_tcp_if_include en0" in stdout
     assert not launching.run.exists()
+
+
+def test_the_quickstart_can_be_launched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert launch.main(["hosts/local.txt", "recipes/quickstart.yaml", "--dry-run"]) == 0
+    line = capsys.readouterr().out
+    assert f"-hostfile {ROOT}/hosts/local.txt" in line
+    assert "--oversubscribe" in line

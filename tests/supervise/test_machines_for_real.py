@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from supervise.launching import Ended, Launching, finish, wait_for
+from supervise.launching import Ended, Launching, finish, note_failure, note_row, wait_for
 from support.namespaces import Machines, why_not
 from train.launching import curve, raw_tensors
 
@@ -51,6 +51,7 @@ def launched(launching: Launching, machines: Machines, cut_seconds: float | None
         "hosts.txt", "recipe.yaml", "--pause", "0.1", STEPS, *words, env=machines.environment()
     )
     wait_for(lambda: launching.steps() >= after or process.poll() is not None)
+    machines.struck = time.time()
     machines.cut("soldier1")
     if cut_seconds is not None:
         time.sleep(cut_seconds)
@@ -77,6 +78,7 @@ def test_a_link_that_is_away_for_two_seconds_changes_nothing(
     ranks = json.loads((launching.run / "plan.json").read_text())["ranks"]
     assert [rank["node"]["name"] for rank in ranks] == list(MEMORY)
     assert [rank["share"] for rank in ranks] == pytest.approx([3 / 7, 2 / 7, 2 / 7], rel=0.01)
+    note_row("a link away for 2 s", "cable out and in again", "0 steps", "-", "trains on")
     assert all(machines.limited(name) for name in MEMORY) or not os.access(machines.cgroups, os.W_OK)
 
 
@@ -98,6 +100,8 @@ def test_a_machine_that_stays_away_is_found_and_the_others_go_on_from_its_copy(
     assert f"the checkpoint of step {failure['committed']}" in report
     assert f"going on after step {failure['committed']}, from disk/king/" in ended.stdout
     assert launching.state()["machines"] == ["king", "soldier2"]
+    what = "a machine gone for good, deadline 8 s, grace 5 s"
+    note_failure(launching, what, "cable out of one of three", machines.struck)
     assert curve(launching.run) == curve(alone)
     assert raw_tensors(launching.run / "final") == raw_tensors(alone / "final")
 
@@ -111,6 +115,7 @@ def test_a_machine_that_crashes_and_comes_back_is_used_again(
         "hosts.txt", "recipe.yaml", "--pause", "0.1", STEPS, *saving, env=machines.environment()
     )
     wait_for(lambda: launching.steps() >= 4 or process.poll() is not None)
+    machines.struck = time.time()
     for pid in machines.processes("soldier1"):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -119,6 +124,7 @@ def test_a_machine_that_crashes_and_comes_back_is_used_again(
     (report,) = ended.reports
     assert "rank 1 on soldier1" in report
     assert "GOING ON WITHOUT" not in ended.stderr
+    note_failure(launching, "a machine restarts", "SIGKILL to all its processes", machines.struck)
     assert "going on after step" in ended.stdout
     assert curve(launching.run) == curve(alone)
     assert raw_tensors(launching.run / "final") == raw_tensors(alone / "final")

@@ -42,7 +42,11 @@ def test_a_terminal_stays_a_terminal_of_that_size() -> None:
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 31, 117, 0, 0))
     heard: list[bytes] = []
     look(slave, heard)
-    assert os.read(master, 1000) == b"".join(heard) == b"True 117 31\r\n"
+    shown = b""
+    while not shown.endswith(b"h"):
+        shown += os.read(master, 1000)
+    assert b"".join(heard) == b"True 117 31\r\n"
+    assert shown == b"".join(heard) + b"\x1b[0m\x1b[?25h"
     os.close(slave)
     os.close(master)
 

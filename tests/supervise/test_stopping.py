@@ -3,13 +3,20 @@ result is to the last bit that of a run that nobody touched."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from supervise.launching import Launching, finish, wait_for
+from supervise.launching import Launching, finish, note_row, wait_for
 from support.mpi import mpirun, rank_environment
 from train.launching import curve, raw_tensors
 
@@ -81,6 +88,7 @@ def test_detached_stopped_resumed_interrupted_resumed(
     assert "saving and stopping" in ended.stderr
     assert ended.reports == []
     assert first < launching.steps() == saved(launching) < 16
+    note_row("Ctrl-C", "SIGINT to launch", "0 steps", "after the step", "when asked to")
 
     # ---- to the end
     last = launching.launch(*STEPS)
@@ -98,17 +106,47 @@ def saved_before(stdout: str) -> int:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_other_ways_to_end_a_program_save_too(
-    launching: Launching, alone: Path, number: signal.Signals
-) -> None:
+def test_sigterm_saves_too(launching: Launching, alone: Path) -> None:
     process = launching.start("hosts.txt", "recipe.yaml", *STEPS, env=SLOW)
     wait_for(lambda: launching.steps() >= 1 or process.poll() is not None)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     assert finish(process).code == 143
     assert launching.steps() == saved(launching)
     assert launching.launch(*STEPS).code == 0
     assert raw_tensors(launching.run / "final") == raw_tensors(alone / "final")
+
+
+@pytest.mark.faults
+def test_a_terminal_that_is_closed_saves_too(launching: Launching) -> None:
+    """SIGHUP, and from then on nobody reads what is said."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_empire.launch", "hosts.txt", "recipe.yaml", *STEPS],
+        cwd=launching.folder,
+        env=rank_environment(str(launching.folder), SLOW),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(slave)
+    reader = threading.Thread(target=drain, args=(master, stop := threading.Event()))
+    reader.start()
+    wait_for(lambda: launching.steps() >= 1 or process.poll() is not None)
+    stop.set()
+    reader.join()
+    os.close(master)
+    assert process.wait(60) == 143
+    assert launching.steps() == saved(launching) < 16
+    assert launching.state()["code"] == 143
+
+
+def drain(descriptor: int, stop: threading.Event) -> None:
+    """Read like a terminal's window, until it is closed."""
+    while not stop.is_set():
+        if select.select([descriptor], [], [], 0.1)[0]:
+            os.read(descriptor, 1 << 16)
 
 
 @pytest.mark.faults
@@ -157,6 +195,7 @@ def test_ctrl_c_twice_does_not_wait(launching: Launching) -> None:
     ranks = launching.ranks(process.pid)
     assert len(ranks) >= 2
     process.send_signal(signal.SIGINT)
+    time.sleep(1)  # two signals at once are one
     process.send_signal(signal.SIGINT)
     ended = finish(process)
     assert ended.code == 143

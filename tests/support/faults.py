@@ -66,6 +66,17 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Event:
+    """A row of the table of faults; `lost` are steps that were done and had to be done again, times are seconds."""
+
+    fault: str
+    injected: str
+    lost: str
+    detected: str
+    continued: str
+
+
+@dataclass(frozen=True)
 class Result:
     """What must not depend on what happened on the way; samples by (step, micro-batch)."""
 
@@ -86,10 +97,10 @@ class Result:
 
 @dataclass
 class Lab:
-    """A folder with `recipe.yaml` and `rows.jsonl`."""
+    """A folder with `recipe.yaml` and `rows.jsonl`; `events` is what became of which fault, for a table."""
 
     folder: Path
-    made: set[str] = field(default_factory=set)
+    events: list[Event] = field(default_factory=list)
 
     @classmethod
     def at(cls, folder: Path) -> Lab:
@@ -153,6 +164,19 @@ class Lab:
                 folder = f"step-{step:06d}"
                 shutil.copytree(self.checkpoints(source, rank) / folder, target / folder)
         return name
+
+    def begun(self, name: str, since: float) -> list[tuple[int, float]]:
+        """(step, time) of the steps of run `name` that a rank has begun since then, in order of time."""
+        path = self.folder / "times" / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        found = [(int(step), float(at)) for step, at in map(str.split, lines)]
+        return sorted((one for one in found if one[1] >= since), key=lambda one: one[1])
+
+    def bring_together(self, name: str, ranks: int) -> None:
+        """Copy what all nodes have into the first one's folder, as a person does who has one machine left."""
+        for rank in range(1, ranks):
+            for shard in self.checkpoints(name, rank).glob("step-*/shard-*"):
+                shutil.copy(shard, self.checkpoints(name, 0) / shard.parent.name)
 
     def committed(self, name: str, ranks: int = 2) -> list[int]:
         """The steps of the checkpoints that some node committed."""

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,19 @@ FAULT = "MLX_EMPIRE_FAULT"
 
 
 def note_samples(name: str) -> None:
-    """From here on write [step, micro-batch, rows...] of every micro-batch to samples/NAME.RANK."""
-    Path("samples").mkdir(exist_ok=True)
+    """From here on write [step, micro-batch, rows...] of every micro-batch to samples/NAME.RANK, and when each step
+    begins to times/NAME.
+    """
+    for folder in ("samples", "times"):
+        Path(folder).mkdir(exist_ok=True)
     path = Path("samples") / f"{name}.{os.environ.get('OMPI_COMM_WORLD_RANK', '0')}"
+    begun: set[int] = set()
 
     def noted(data: Any, seed: int, step: int, index: int, **sizes: int) -> Any:
+        if step not in begun:
+            begun.add(step)
+            with (Path("times") / name).open("a") as file:
+                file.write(f"{step + 1} {time.time()}\n")
         batch = original(data, seed, step, index, **sizes)
         with path.open("a") as file:
             file.write(json.dumps([step + 1, index, *map(int, batch.rows_read)]) + "\n")

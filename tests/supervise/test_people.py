@@ -1,0 +1,84 @@
+"""Who is trained where, and what a board makes of the workers' lines."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mlx_empire.errors import UserError
+from mlx_empire.report.daughter_table import DaughterTable
+from mlx_empire.supervise.people import (
+    DONE,
+    FAILED,
+    LOST,
+    TRAINING,
+    WAITING,
+    Board,
+    State,
+    deal,
+    event,
+    people_of,
+)
+
+
+def test_the_heaviest_come_first_and_places_count():
+    weights = {"a": 100, "b": 10, "c": 10, "d": 10, "e": 10, "f": 10}
+    king, soldier = deal(sorted(weights), weights, [3, 1])
+    assert "a" in king
+    assert sorted(king + soldier) == sorted(weights)
+    # 100 bytes are as much to the king's three places as 33 to the soldier's one: three tens fit before she is later.
+    assert sorted(soldier) == ["b", "c", "d"]
+
+
+def test_a_machine_without_a_place_gets_nobody():
+    assert deal(["a", "b"], {}, [0, 1]) == [[], ["a", "b"]]
+    with pytest.raises(UserError, match="no machine has room"):
+        deal(["a"], {}, [0, 0])
+
+
+def test_dealing_is_the_same_whoever_asks():
+    names = [f"p{i}" for i in range(20)]
+    weights = {name: 7 * i % 5 for i, name in enumerate(names)}
+    assert deal(names, weights, [2, 3]) == deal(list(reversed(names)), weights, [2, 3])
+
+
+def test_a_board_adds_lines_up():
+    board = Board({"anna": State("anna"), "bert": State("bert"), "carl": State("carl")})
+    assert board.take(event("anna", state=TRAINING, machine="king", step=0, steps=10))
+    board.take(event("anna", step=4))
+    board.take(event("bert", state=DONE, step=10, held_out=1.5))
+    board.take(event("carl", state=FAILED, note="bad data"))
+    assert not board.take("loading weights")
+    assert not board.take("@daughter {broken")
+    anna = board.states["anna"]
+    assert (anna.machine, anna.step, anna.steps) == ("king", 4, 10)
+    assert anna.left > 0
+    assert board.finished == 1
+    board.end()
+    assert [s.state for s in board.states.values()] == [LOST, DONE, FAILED]
+
+
+def test_the_table_shows_every_state(monkeypatch):
+    board = Board(
+        {"anna": State("anna", "king", TRAINING, 4, 10, 2.0, 2.5), "b[red]": State("b[red]", state=WAITING)}
+    )
+    table = DaughterTable(board)
+    out = io.StringIO()
+    Console(file=out, width=100).print(table._table(10))
+    text = out.getvalue()
+    assert "4/10" in text
+    assert "2.5000 > 2.0000" in text
+    assert "b[red]" in text
+    assert "1 training, 1 waiting" in text
+
+
+def test_people_are_sub_folders(tmp_path):
+    with pytest.raises(UserError, match="no sub-folders"):
+        people_of(tmp_path)
+    for name in ("bert", "anna", ".hidden"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert people_of(tmp_path) == ["anna", "bert"]
+    (tmp_path / "a\nb").mkdir()
+    with pytest.raises(UserError, match="is no name for a folder"):
+        people_of(tmp_path)

@@ -1,0 +1,221 @@
+"""The command for many daughters: memory says how many at a time, a kill loses nobody who was finished."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from support.mpi import rank_environment
+from train.launching import MODEL, Outcome, Workspace, jsonl, metrics, raw_tensors, succeeded
+from train.test_result import TRAIN, VALID
+
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.recipe.load import load_recipe
+from mlx_empire.upbringing import room_for
+
+RECIPE = f"""\
+model: {{path: {MODEL}, dtype: float32}}
+tuning: {{type: lora, rank: 4}}
+data: {{path: people, format: tokens, sequence_length: 64}}
+batch: {{global_size: 2, micro_size: 1}}
+optimizer: {{learning_rate: 5.0e-3}}
+memory: {{gradient_checkpointing: true}}
+run: {{dir: runs, steps: 6, eval_every: 3}}
+"""
+NAMES = ("anna", "bert", "carl", "dora")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Four people, each with other rows; what one machine may use is enough for two at a time."""
+    made = Workspace(tmp_path_factory.mktemp("daughters"))
+    made.write("recipe.yaml", RECIPE)
+    for number, name in enumerate(NAMES):
+        for split, rows in (("train", TRAIN), ("valid", VALID)):
+            own = [rows[(i + number) % len(rows)][number:] for i in range(2 + number % 2)]
+            made.write(f"people/{name}/{split}.jsonl", jsonl({"tokens": tokens} for tokens in own))
+    return made
+
+
+@pytest.fixture(scope="module")
+def limit(place: Workspace) -> int:
+    """Bytes that hold two daughters and not three."""
+    recipe = load_recipe(place.folder / "recipe.yaml")
+    peaks = {}
+    for count in (2, 3):
+        room = room_for(recipe, Node("here", 1, None, 1 << 40, 1 << 40), count)
+        assert room.places == count
+        peaks[count] = room.plan.ledgers[0].peak
+    assert peaks[2] < peaks[3]
+    return (peaks[2] + peaks[3]) // 2
+
+
+def command(place: Workspace, *words: object) -> tuple[list[str], dict[str, str]]:
+    line = [
+        sys.executable,
+        "-m",
+        "mlx_empire.daughters",
+        "recipe.yaml",
+        "--people",
+        "people",
+        *map(str, words),
+    ]
+    return line, rank_environment(str(place.folder), {"MLX_EMPIRE_CACHE": str(place.folder / "cache")})
+
+
+def run(place: Workspace, *words: object) -> Outcome:
+    line, environment = command(place, *words)
+    ended = subprocess.run(
+        line,
+        cwd=place.folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return Outcome(ended.returncode, ended.stdout, ended.stderr)
+
+
+def hostfile(place: Workspace, limit: int, slots: int = 1) -> str:
+    place.write(
+        "hosts.txt",
+        f"{socket.gethostname()} slots={slots} # memory=64GiB limit={slots * limit / 1e6:.6f}MB\n",
+    )
+    return "hosts.txt"
+
+
+@pytest.fixture(scope="module")
+def together(place: Workspace, limit: int) -> Outcome:
+    return succeeded(run(place, "--hosts", hostfile(place, limit)))
+
+
+def test_never_more_at_once_than_fit(place: Workspace, together: Outcome, limit: int) -> None:
+    assert "4 of 4 daughters, up to 2 together" in together.stdout
+    assert "4 of 4 daughters are in runs" in together.stdout
+    most = []
+    for name in NAMES:
+        records = [r for r in metrics(place.folder / "runs" / name) if "eval_loss" not in r]
+        assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+        most += [r["together"] for r in records]
+        assert max(r["peak_bytes"][0] for r in records) <= limit
+        assert (place.folder / "runs" / name / "COMPLETE").exists()
+    assert max(most) == 2
+
+
+def test_each_is_what_she_is_alone(place: Workspace, together: Outcome) -> None:
+    """By the command for one, with the same recipe: the same first values, losses and adapter, to a few 1e-5."""
+    for name in NAMES[:2]:
+        alone = f"alone-{name}"
+        succeeded(place.train("recipe.yaml", f"data.path=people/{name}", f"run.dir={alone}"))
+        ours, theirs = (
+            [r["eval_loss"] for r in metrics(place.folder / where) if "eval_loss" in r]
+            for where in (f"runs/{name}", alone)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours[-1] < ours[0]
+        found, expected = (raw_tensors(place.folder / where / "final") for where in (f"runs/{name}", alone))
+        assert found.keys() == expected.keys()
+        for tensor, (dtype, shape, raw) in expected.items():
+            assert found[tensor][:2] == (dtype, shape)
+            values, should = (np.frombuffer(data, np.float32) for data in (found[tensor][2], raw))
+            assert np.abs(values - should).max() < 2e-4, tensor
+        model, _ = mlx_lm.load(str(MODEL), adapter_path=str(place.folder / "runs" / name / "final"))
+        assert mx.isfinite(model(mx.array([TRAIN[0]]))).all()
+
+
+def test_given_again_it_does_nothing(place: Workspace, together: Outcome) -> None:
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in (place.folder / "runs").rglob("*")
+        if p.is_file() and p.name != "LOCK"
+    }
+    again = succeeded(run(place))
+    assert "all 4 daughters in runs are finished" in again.stdout
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+
+
+def test_a_kill_loses_no_finished_daughter_and_repeats_none(
+    place: Workspace, together: Outcome, limit: int
+) -> None:
+    """Killed without warning when two are finished; started again, the others begin anew and all are as before."""
+    words = ["--hosts", hostfile(place, limit), "run.dir=killed"]
+    line, environment = command(place, *words)
+    output = place.folder / "killed.txt"
+    with output.open("w") as file:
+        process = subprocess.Popen(line, cwd=place.folder, env=environment, stdout=file, stderr=file)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if len(list((place.folder / "killed").glob("*/COMPLETE"))) >= 2:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    time.sleep(1.5)  # the worker finds its pipe closed and ends
+    finished = {p.parent.name: p.stat().st_mtime_ns for p in (place.folder / "killed").glob("*/COMPLETE")}
+    assert len(finished) >= 2
+    again = run(place, *words)
+    assert again.code == 0, again.stderr
+    for name, at in finished.items():
+        assert (place.folder / "killed" / name / "COMPLETE").stat().st_mtime_ns == at
+        assert f"{name}: training" not in again.stdout
+    for name in NAMES:
+        found = raw_tensors(place.folder / "killed" / name / "final")
+        expected = raw_tensors(place.folder / "runs" / name / "final")
+        assert found.keys() == expected.keys()
+        for tensor in expected:
+            values, should = (np.frombuffer(one[tensor][2], np.float32) for one in (found, expected))
+            assert np.abs(values - should).max() < 2e-4
+
+
+def test_two_machines_share_the_work(place: Workspace, limit: int) -> None:
+    """Two workers under mpirun, each with room for two."""
+    ended = succeeded(run(place, "--hosts", hostfile(place, limit, slots=2), "run.dir=spread", "run.steps=2"))
+    assert len(re.findall(r"2 of 4 daughters, up to 2 together", ended.stdout)) == 2
+    assert len(list((place.folder / "spread").glob("*/COMPLETE"))) == 4
+
+
+def test_one_persons_bad_data_fails_alone(place: Workspace) -> None:
+    place.write("some/good/train.jsonl", jsonl([{"tokens": TRAIN[0]}]))
+    place.write("some/bad/train.jsonl", '{"tokens": [5, 99999]}\n')
+    ended = run(place, "--people", "some", "run.dir=partly", "run.eval_every=null", "run.steps=2")
+    assert ended.code == 65
+    assert "bad: failed" in ended.stdout
+    assert "some/bad/train.jsonl:1: token id 99999" in ended.stdout.replace("\n", "")
+    assert "1 of 2 daughters are in partly" in ended.stdout
+    assert (place.folder / "partly/good/COMPLETE").exists()
+    assert not (place.folder / "partly/bad/COMPLETE").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--people", "nowhere"], 64, "--people: nowhere: no such folder"),
+        (["tuning.type=full", "tuning.rank=null"], 64, "tuning.type: full: daughters are adapters"),
+        (["--together", "0"], 64, "at least one at a time"),
+        (["--hosts", "small.txt"], 3, "needs"),
+    ],
+)
+def test_refusals(words: list[str], code: int, message: str, place: Workspace) -> None:
+    place.write("small.txt", f"{socket.gethostname()} slots=1 # memory=64GiB limit=1MiB\n")
+    ended = run(place, *words, "run.dir=refused")
+    assert ended.code == code
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_another_ones_files_are_left_alone(place: Workspace) -> None:
+    place.write("some2/good/train.jsonl", jsonl([{"tokens": TRAIN[0]}]))
+    place.write("taken/good/thesis.txt", "the work of years")
+    ended = run(place, "--people", "some2", "run.dir=taken", "run.eval_every=null", "run.steps=1")
+    assert ended.code == 65
+    assert "mlx_empire did not write this" in ended.stdout.replace("\n", " ")
+    assert (place.folder / "taken/good/thesis.txt").read_text() == "the work of years"

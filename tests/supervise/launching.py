@@ -138,4 +138,6 @@ def note_failure(launching: Launching, fault: str, injected: str, struck: float)
     failure = launching.state()["failures"][-1]
     lost = failure["step"] - 1 - (failure["committed"] or 0)
     detected, continued = failure["time"] - struck, failure["again"] - failure["time"]
-    note_row(fault, injected, "1 step" if lost == 1 else f"{lost} steps", f"{detected:.1f} s", f"{continued:.1f} s")
+    note_row(
+        fault, injected, "1 step" if lost == 1 else f"{lost} steps", f"{detected:.1f} s", f"{continued:.1f} s"
+    )

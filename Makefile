@@ -47,7 +47,7 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup quickstart test test-faults test-fuzz soak test-interop lint bench lock clean
+.PHONY: help setup quickstart test test-faults test-fuzz soak test-interop lint bench bench-optim bench-quality lock clean
 
 help:
 	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
@@ -57,6 +57,8 @@ help:
 	@echo "make test-fuzz      2,000 broken files of each kind; only the errors of our own"
 	@echo "make test-interop   the tests that need torch, peft and datasets (installs them)"
 	@echo "make bench          the benchmarks, as ratios"
+	@echo "make bench-optim    the optimizer beside others of its kind, which it installs, and its speed"
+	@echo "make bench-quality  8-bit training against 32-bit on two models, five paired seeds (an hour on two cores)"
 	@echo "make setup          only the environment in .venv"
 	@echo "make lint           ruff and mypy"
 	@echo "make lock           pin requirements.lock anew after a change to pyproject.toml"
@@ -138,6 +140,19 @@ test-interop: setup
 
 bench: setup
 	@$(FAST) $(PY) benchmarks/run.py && $(PY) benchmarks/adapters.py && $(PY) benchmarks/capacity_report.py
+
+# The others come in an environment of their own, which no test sees.
+PEERS := torchao==0.18.0 bitsandbytes==0.50.2 torch-optimi==0.3.3 flashoptim-jax==0.1.0 jax==0.10.2 jaxlib==0.10.2
+bench-optim: setup
+	@test -x build/peers/bin/python || $(PY) -m venv build/peers
+	@build/peers/bin/python -m pip install -qq --disable-pip-version-check -r requirements.lock $(TORCH)
+	@build/peers/bin/python -m pip install -qq --disable-pip-version-check $(PEERS)
+	build/peers/bin/python benchmarks/optim_peers.py --json build/optim-peers.json 2> build/optim-peers.log
+	@$(FAST) $(PY) benchmarks/optim_speed.py
+
+bench-quality: setup
+	@mkdir -p build
+	@$(FAST) $(PY) benchmarks/quality.py --json build/quality.json
 
 # Versions that stand in the file are kept where pyproject.toml allows; delete the file first to take the newest.
 lock:

@@ -43,7 +43,7 @@ from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.workload import Workload
-from mlx_empire.recipe.schema import OptimizerSection, TuningSection
+from mlx_empire.recipe.sections import OptimizerSection, TuningSection
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE = 32 << 20

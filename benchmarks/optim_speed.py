@@ -31,7 +31,7 @@ from mlx_empire.optim import AdamW8bit  # noqa: E402
 from mlx_empire.optim.choose import make_optimizer  # noqa: E402
 from mlx_empire.optim.protocol import ChunkId, StepScalars  # noqa: E402
 from mlx_empire.plan.shards import CHUNK_ELEMENTS  # noqa: E402
-from mlx_empire.recipe.schema import OptimizerSection  # noqa: E402
+from mlx_empire.recipe.sections import OptimizerSection  # noqa: E402
 
 Step = Callable[[], None]
 KINDS = (

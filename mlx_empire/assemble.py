@@ -52,7 +52,8 @@ from mlx_empire.plan.packing import AFFINE, Packing, packing_of
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.evaluation import HELD_OUT_LOSS
 from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
-from mlx_empire.recipe.schema import Recipe, TuningSection
+from mlx_empire.recipe.schema import Recipe
+from mlx_empire.recipe.sections import TuningSection
 from mlx_empire.report.metrics import read_metrics
 
 
@@ -72,15 +73,13 @@ class Built:
     packing: Packing | None = None
 
 
-def share_recipe(
-    comm: Communicator, path: Path, overrides: Sequence[str], *, planned: bool = False
-) -> Recipe:
-    """The recipe that rank 0 reads, on every rank; `planned` lets pass what is not built yet."""
+def share_recipe(comm: Communicator, path: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe that rank 0 reads, on every rank."""
     text = None
     with together(comm):
         if comm.rank == 0:
-            text = dump_recipe(load_recipe(path, overrides, planned=planned))
-    return parse_recipe(comm.broadcast_json(text), str(path), planned=planned)
+            text = dump_recipe(load_recipe(path, overrides))
+    return parse_recipe(comm.broadcast_json(text), str(path))
 
 
 def share_nodes(comm: Communicator, recipe: Recipe, hosts: Path | None) -> list[Node]:

@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def answer(comm: Communicator, recipe_path: Path, overrides: Sequence[str], wanted: Wanted) -> int:
     """Print what is wanted, on rank 0; the exit code, on every rank."""
-    recipe = assemble.share_recipe(comm, recipe_path, overrides, planned=True)
+    recipe = assemble.share_recipe(comm, recipe_path, overrides)
     nodes = nodes_of(comm, recipe, wanted.hosts)
     code = None
     with together(comm):

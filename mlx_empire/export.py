@@ -45,7 +45,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.plan.describe import compute_dtype, read_config
 from mlx_empire.plan.packing import PACKINGS, Packing, packing_of
 from mlx_empire.recipe.load import load_recipe
-from mlx_empire.recipe.schema import TuningSection
+from mlx_empire.recipe.sections import TuningSection
 
 WAYS = ("merge", "peft", "mlx-lm", "base")
 
@@ -108,7 +108,7 @@ def _source(folder: Path, model: Path | None, packing: Packing | None) -> Source
     )
     if recipe_file is None:
         return Source(folder, model, packing, "")
-    recipe = load_recipe(recipe_file, planned=True)
+    recipe = load_recipe(recipe_file)
     if recipe.tuning.type == "full":
         raise UserError(f"{folder}: a run of full fine-tuning: its final/ is a whole model already")
     final = recipe_file.parent / "final"

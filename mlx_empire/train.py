@@ -34,6 +34,7 @@ from mlx_empire.evaluate.evaluator import Evaluator
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.choose import make_optimizer
+from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private
@@ -93,7 +94,7 @@ def carry_out(
     safeguards.agree_on_model(comm, recipe)
     config = assemble.share_config(comm, recipe)
     built = assemble.build(comm, recipe, config)
-    model, spec = built.model, built.spec
+    spec = built.spec
     splits = assemble.share_data(comm, recipe, spec)
 
     # ---------------------------------------------------------------- where it goes on
@@ -118,20 +119,16 @@ def carry_out(
     phases.reach("load")
     limit_memory(plan, comm.rank)
     with CommThread() as thread:
-        clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
-        trainer = Trainer(model, spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise)
-        trainer.spikes = safeguards.spike_watch(recipe)
-        if recipe.optimizer.statistics_every is not None:
-            trainer.watch_states(optimizer, recipe.optimizer.statistics_every)
+        trainer = make_trainer(comm, thread, recipe, built, plan, optimizer)
         sent = continuing.load_state(comm, recipe, built, trainer, start, optimizer)
         trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
 
         # ------------------------------------------------------------ from here on something is written
         started_over = (recipe.run.dir / "metrics.jsonl").exists()
+        steps = assemble.total_steps(recipe, splits)
         with together(comm):
             if comm.rank == 0:
                 write_plan(recipe, plan, nodes, spec, splits, resumed=start.found is not None)
-        steps = assemble.total_steps(recipe, splits)
         with (
             RunReport(comm, recipe, spec, plan, nodes, steps, start.resumed) as report,
             continuing.open_saver(comm, plan, trainer.store, start) as saver,
@@ -146,6 +143,24 @@ def carry_out(
             gate = train(run)
             export(run, gate)
     saver.refuse_unsaved()
+
+
+def make_trainer(
+    comm: Communicator,
+    thread: CommThread,
+    recipe: Recipe,
+    built: assemble.Built,
+    plan: RunPlan,
+    optimizer: FlatOptimizer,
+) -> Trainer:
+    """The trainer that the recipe asks for, without weights."""
+    clip, noise = recipe.optimizer.clip_norm, recipe.run.seed if recipe.tuning.dropout else None
+    shards, work = plan.shards, plan.work
+    trainer = Trainer(built.model, built.spec, shards, work, comm, thread, optimizer, clip, noise)
+    trainer.spikes = safeguards.spike_watch(recipe)
+    if recipe.optimizer.statistics_every is not None:
+        trainer.watch_states(optimizer, recipe.optimizer.statistics_every)
+    return trainer
 
 
 @dataclass(frozen=True)

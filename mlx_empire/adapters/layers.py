@@ -20,7 +20,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.plan.describe import find_layers
 from mlx_empire.plan.model import is_router
 from mlx_empire.plan.tuning import ALL_LINEAR, DEFAULT_RANK, EXPERTS, is_target, targets_of
-from mlx_empire.recipe.schema import TuningSection
+from mlx_empire.recipe.sections import TuningSection
 
 DEFAULT_SCALE = 2.0  # alpha = 2 x rank, as is usual; mlx-lm's own default is a scale of 20, whatever the rank
 

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_empire.errors import UserError
 from mlx_empire.plan.describe import find_layers
 from mlx_empire.plan.packing import AFFINE, MODES, Packing
-from mlx_empire.recipe.schema import TuningSection
+from mlx_empire.recipe.sections import TuningSection
 
 QUANTISATION_KEYS = ("quantization", "quantization_config")
 CODES_PER_WORD = 16  # ternary codes, of two bits each, in one uint32

@@ -139,7 +139,7 @@ def _filled(path: str, comm: Communicator) -> Path:
 def _reconcile(recipe: Recipe, found: Found) -> tuple[Recipe, list[str]]:
     """The recipe with what the first start resolved, and how it differs; UserError for what may not."""
     resolved = found.manifest.resolved
-    before = parse_recipe(found.manifest.recipe, f"the recipe of {found.folder}", planned=True)
+    before = parse_recipe(found.manifest.recipe, f"the recipe of {found.folder}")
 
     def settled(one: Recipe) -> Recipe:
         batch, memory = one.batch, one.memory

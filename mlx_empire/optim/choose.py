@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.momentum import Lion, Sgd
-from mlx_empire.recipe.schema import OptimizerSection
+from mlx_empire.recipe.sections import OptimizerSection
 
 
 def make_optimizer(section: OptimizerSection) -> FlatOptimizer:

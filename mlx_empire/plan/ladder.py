@@ -16,7 +16,6 @@ from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.counts import has_closed_form
 from mlx_empire.plan.subject import Subject, catalog_subject
 from mlx_empire.plan.variants import variant
-from mlx_empire.recipe.planned import not_built
 from mlx_empire.recipe.schema import Recipe
 
 RUNGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -46,16 +45,12 @@ RUNGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
 
 @dataclass(frozen=True)
 class Rung:
-    """A technique added to those above it. `dense` and `moe`: (catalog name, parameters) of the largest that fit.
-
-    `built`: whether the trainer can do it today.
-    """
+    """A technique added to those above it. `dense` and `moe`: (catalog name, parameters) of the largest that fit."""
 
     name: str
     assessment: Assessment
     dense: tuple[str, int] | None
     moe: tuple[str, int] | None
-    built: bool
 
     @property
     def peak_gb(self) -> tuple[float, ...]:
@@ -87,7 +82,6 @@ def _rung(
     ranked: Sequence[Subject],
 ) -> Rung:
     dtype = str(recipe.model.dtype)
-    built = not any(key in not_built(recipe) for _, changes in RUNGS for key in changes)
 
     def attempt(one: Subject) -> Assessment:
         return assess(recipe, in_dtype(one, dtype), nodes)
@@ -99,7 +93,7 @@ def _rung(
                 return one.spec.name, one.base_parameters
         return None
 
-    return Rung(name, attempt(subject), largest(mixture=False), largest(mixture=True), built)
+    return Rung(name, attempt(subject), largest(mixture=False), largest(mixture=True))
 
 
 def _may_fit(subject: Subject, recipe: Recipe, nodes: Sequence[Node]) -> bool:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_empire.plan.model import TensorSpec, is_router
-from mlx_empire.recipe.schema import TuningSection
+from mlx_empire.recipe.sections import TuningSection
 
 DEFAULT_BITS = 4
 AFFINE = "affine"

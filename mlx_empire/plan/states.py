@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mlx_empire.plan.memory import StateBytes
 from mlx_empire.plan.model import BLOCK
-from mlx_empire.recipe.schema import OptimizerSection
+from mlx_empire.recipe.sections import OptimizerSection
 
 _MOMENTS = {"adamw": ("m", "v"), "lion": ("m",), "sgd": ("m",)}
 _CODES = {  # name of the moment -> (name, bytes per element, bytes per block of 64)

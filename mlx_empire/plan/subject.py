@@ -18,10 +18,7 @@ from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.packing import Choice, as_stored
 from mlx_empire.plan.tuning import tuned
-from mlx_empire.recipe.planned import not_built
 from mlx_empire.recipe.schema import Recipe
-
-_MATTERS = ("model.", "tuning.", "optimizer.")  # what is not built elsewhere does not change a step
 
 
 @dataclass(frozen=True)
@@ -81,12 +78,5 @@ def _subject(config: Mapping[str, Any], name: str, recipe: Recipe) -> Subject:
         tuned(spec, tuning, stored),
         spec.parameters,
         active_parameters(spec),
-        why or _unbuilt_sentence(recipe),
+        why,
     )
-
-
-def _unbuilt_sentence(recipe: Recipe) -> str | None:
-    asked = [f"{key}: {value}" for key, value in not_built(recipe).items() if key.startswith(_MATTERS)]
-    if not asked:
-        return None
-    return f"{', '.join(asked)} {'is' if len(asked) == 1 else 'are'} planned here and not built yet"

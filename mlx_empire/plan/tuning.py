@@ -17,7 +17,7 @@ from mlx_empire.plan.counts import experts, is_stacked
 from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec, is_router
 from mlx_empire.plan.packing import Choice, Packing, packing_of, uniformly
 from mlx_empire.plan.roots import is_embedding
-from mlx_empire.recipe.schema import TuningSection
+from mlx_empire.recipe.sections import TuningSection
 
 DEFAULT_RANK = 8
 EXPERTS = "experts"  # the target that stands for the stacked matrices of a mixture's experts

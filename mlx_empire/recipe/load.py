@@ -26,24 +26,22 @@ _KEY = re.compile(r"[^.=\s]+\.[^.=\s]+")
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*", re.ASCII)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, planned: bool = False) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the YAML file `path`, with `overrides` such as `memory.zero_stage=2` or
     `memory.shares=[2,1]`.
 
-    A later override wins over an earlier one. `planned`: only numbers are wanted of it, so what is not built yet
-    may be asked for (`planned.not_built` lists it). Relative paths inside a recipe stay as they are: they are
-    relative to the current directory, not to the file. Raises UserError (one line: place, key, value,
-    remedy).
+    A later override wins over an earlier one. Relative paths inside a recipe stay as they are: they are relative to
+    the current directory, not to the file. Raises UserError (one line: place, key, value, remedy).
     """
     text = read_small_text(
         path, "recipe", MAX_BYTES, "give the path of a recipe, such as recipes/quickstart.yaml"
     )
-    return parse_recipe(text, str(path), overrides, planned=planned)
+    return parse_recipe(text, str(path), overrides)
 
 
-def parse_recipe(text: str, source: str, overrides: Sequence[str] = (), *, planned: bool = False) -> Recipe:
-    """The recipe that `text` (YAML) and `overrides` make; `source` names the text in messages. `planned` as in
-    `load_recipe`. Raises UserError.
+def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that `text` (YAML) and `overrides` make; `source` names the text in messages.
+    Raises UserError.
     """
     source = one_line(source)
     value, lines = parse_yaml(text, source)
@@ -63,7 +61,7 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = (), *, plann
         where[key] = Place(len(text) + 2 + number, _override_place(override), overridden=True)
         where.setdefault(key[:1], where[key])
     try:
-        return Recipe.model_validate(value, context={"planned": planned})
+        return Recipe.model_validate(value)
     except ValidationError as error:
         raise explain(error, where, source) from None
 

@@ -85,9 +85,8 @@ def ladder_section(ladder: Document) -> str:
 
 
 def _rung(rung: Document, scale: int) -> str:
-    planned = "" if rung["built"] else '<br><span class="muted small">planned, not built yet</span>'
     return (
-        f'<div class="rung"><div><b>{escape(rung["name"])}</b>{planned}</div>'
+        f'<div class="rung"><div><b>{escape(rung["name"])}</b></div>'
         f'<div class="bars">{thin_bars(alike(rung["nodes"]), scale)}</div>'
         f'<span class="small">{_unlocks(rung)}</span></div>'
     )

@@ -61,7 +61,6 @@ def ladder_document(model: str, rungs: Sequence[Rung]) -> Document:
         "rungs": [
             {
                 "name": rung.name,
-                "built": rung.built,
                 "verdict": rung.assessment.verdict,
                 "zero_stage": rung.assessment.zero_stage,
                 "nodes": [

@@ -87,7 +87,7 @@ def print_ladder(ladder: Document, console: Console) -> None:
     table.add_column("of its limit", no_wrap=True)
     table.add_column("largest dense, MoE that fit", overflow="fold")
     for rung in ladder["rungs"]:
-        name = escape(rung["name"]) + ("" if rung["built"] else " (planned)")
+        name = escape(rung["name"])
         unlocked = ", ".join(rung[key]["model"] for key in ("dense", "moe") if rung[key]) or "none"
         for index, (names, node) in enumerate(alike(rung["nodes"])):
             part = node["peak_bytes"] / max(node["limit_bytes"], 1)

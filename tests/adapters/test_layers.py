@@ -20,7 +20,7 @@ from mlx_empire.plan.packing import PACKINGS
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.tuning import tuned
 from mlx_empire.plan.workload import Workload
-from mlx_empire.recipe.schema import TuningSection
+from mlx_empire.recipe.sections import TuningSection
 
 TUNINGS = {
     "lora": {"type": "lora", "rank": 4},

@@ -15,7 +15,7 @@ from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.source import FolderSource
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.errors import UserError
-from mlx_empire.recipe.schema import TuningSection
+from mlx_empire.recipe.sections import TuningSection
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe"])

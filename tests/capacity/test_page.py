@@ -89,7 +89,6 @@ def test_it_says_what_the_documents_say(page):
         "140% over · Z3",
         "memory: fits",
         "llama-2-13b",
-        "planned, not built yet",
         "242",
         made_up.HOSTILE,
     ):

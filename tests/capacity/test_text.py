@@ -39,8 +39,8 @@ def drawn(name: str, console: Console | None = None) -> str:
             "matrix",
             ("NO 140% over Z3 ≠", "tight 3% free Z3", "180 B", "agrees in 7", "so it fits", "catalog: x"),
         ),
-        ("ladder", ("4000 GiB", "(planned)", "llama-2-13b", "none")),
-        ("daughters", ("242", "QLoRA, 4-bit base", "1.5 to 3.6 h", "not built yet")),
+        ("ladder", ("4000 GiB", "+ another", "llama-2-13b", "none")),
+        ("daughters", ("242", "QLoRA, 4-bit base", "1.5 to 3.6 h", "mlx-lm has no lora")),
     ],
 )
 def test_a_file_gets_plain_text_with_everything(name, words):

@@ -13,11 +13,11 @@ from mlx_empire.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 GIB = 2**30
-KING = Host("king.local", 1, "king", 512 * GIB, 464 * GIB)
+KING = Host("king.local", 1, "king", 512 * GIB, 464 * GIB, chip="M3-Ultra")
 
 
 def soldier(number: int) -> Host:
-    return Host(f"soldier-{number}.local", 1, "soldier", 256 * GIB, 223_338_299_392)
+    return Host(f"soldier-{number}.local", 1, "soldier", 256 * GIB, 223_338_299_392, chip="M3-Ultra")
 
 
 def test_the_empire() -> None:

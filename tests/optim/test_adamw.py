@@ -15,7 +15,7 @@ from mlx_empire.optim.adamw import AdamW
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.momentum import Lion, Sgd
 from mlx_empire.optim.protocol import ChunkId, State, StepScalars
-from mlx_empire.recipe.schema import OptimizerSection
+from mlx_empire.recipe.sections import OptimizerSection
 
 ROWS = 37
 CHUNK = ChunkId(tensor=99, first_row=0, decay=True)
@@ -244,6 +244,70 @@ def test_a_bad_gradient_stays_visible_and_in_its_row(bits: int, bad: float) -> N
         np.testing.assert_array_equal(
             np.array(a.astype(mx.float32))[others], np.array(b.astype(mx.float32))[others]
         )
+
+
+EXTREMES = {
+    "denormal": 1e-41,
+    "at 2^-100": 2.0**-100,
+    "v at 2^-100": 2.0**-45,  # (1 - beta2) g^2 is then near 2^-100
+    "largest that can be squared": 1.8e19,
+    "bfloat16's maximum": 3.3895e38,
+}
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_gradients_are_defined(bits: int, name: str) -> None:
+    """Weights stay finite, a step is never longer than AdamW's, and the rest of the row goes on as it should."""
+    value = EXTREMES[name]
+    optimizer = AdamW(state_bits=bits)
+    w = mx.array(start()).astype(mx.bfloat16)
+    state = optimizer.init(w, quantised=True)
+    for step in range(1, 6):
+        g = np.zeros((ROWS, 64), np.float32)  # most rows are all zero
+        g[3] = 1e-3
+        g[3, 5], g[4] = value, -value
+        before = np.array(master.joined(w, state), np.float64)
+        w, state = optimizer.update(w, state, mx.array(g), CHUNK, StepScalars(step, 1e-3))
+        moved = np.array(master.joined(w, state), np.float64) - before
+        assert np.isfinite(moved).all()
+        assert np.abs(moved).max() <= 1.05e-3  # a code's step in a row of 32 octaves is 9 % of v
+        assert not moved[[0, 1, 2, *range(5, ROWS)]].any()
+        ordinary = np.delete(moved[3], 5)
+        if name in ("denormal", "at 2^-100"):  # a neighbour that is next to nothing costs the others nothing
+            np.testing.assert_allclose(ordinary, -1e-3, rtol=0.02)
+    kept = AdamW(state_bits=32).convert(state, CHUNK, StepScalars(5, 0.0), quantised=True)
+    assert not np.isnan(np.array(kept["m"])).any()
+    assert (np.array(kept["v"]) >= 0).all()
+    if bits == 8:
+        assert np.isfinite(np.array(kept["v"])).all()  # the codes' top is 2^120
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_step_needs_one_chunk_beside_the_states(bits: int) -> None:
+    """Eight chunks, evaluated one after the other, need what one needs: new arrays and one chunk's temporaries."""
+    optimizer = AdamW(state_bits=bits)
+
+    def extra(chunks: int) -> int:
+        rows = 4096
+        parts = []
+        for i in range(chunks):
+            w = mx.zeros((rows, 64), mx.bfloat16)
+            parts.append(
+                [w, optimizer.init(w, quantised=True), mx.ones((rows, 64)), ChunkId(1, i * rows, True)]
+            )
+        mx.eval([part[:3] for part in parts])
+        mx.reset_peak_memory()
+        held = mx.get_active_memory()
+        for part in parts:
+            part[:2] = optimizer.update(*part, StepScalars(1, 1e-3))
+            mx.eval(part[:2])
+        return mx.get_peak_memory() - held
+
+    extra(1)
+    one, eight = extra(1), extra(8)
+    assert one <= 4096 * 64 * (85 if bits == 8 else 20)
+    assert eight <= 1.1 * one
 
 
 def test_states_convert_between_widths() -> None:

@@ -17,7 +17,7 @@ SOLDIER = Node("soldier", 1, "soldier", 256 << 30, 208 << 30)
 
 
 def assessed(name: str, *overrides: str, hosts: str = "empire") -> Assessment:
-    recipe = load_recipe(ROOT / "recipes/scout.yaml", [*SHORT, *overrides], planned=True)
+    recipe = load_recipe(ROOT / "recipes/scout.yaml", [*SHORT, *overrides])
     nodes = [
         Node(h.name, h.slots, h.role, h.memory_bytes or 0, h.limit_bytes or 0)
         for h in load_hostfile(ROOT / f"hosts/{hosts}.txt").nodes
@@ -27,7 +27,7 @@ def assessed(name: str, *overrides: str, hosts: str = "empire") -> Assessment:
 
 def on_one_soldier(name: str, *overrides: str) -> Assessment:
     one = [*SHORT, "batch.global_size=1", *overrides]
-    recipe = load_recipe(ROOT / "recipes/scout.yaml", one, planned=True)
+    recipe = load_recipe(ROOT / "recipes/scout.yaml", one)
     return assess(recipe, catalog_subject(name, recipe), [SOLDIER])
 
 

@@ -27,7 +27,7 @@ KING, SOLDIER = CLUSTER[0], CLUSTER[1]
 
 
 def planned(model, *overrides):
-    return recipe_of(f"model.path={model}", "batch.global_size=4", *overrides, planned=True)
+    return recipe_of(f"model.path={model}", "batch.global_size=4", *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from mlx_empire.plan.subject import subject_of
 def test_a_report_can_be_made(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(family)), encoding="utf-8")
     given = ["model.dtype=float32", "data.sequence_length=256", "memory.gradient_checkpointing=auto"]
-    recipe = recipe_of(f"model.path={tmp_path}", *given, planned=True)
+    recipe = recipe_of(f"model.path={tmp_path}", *given)
     subject = subject_of(recipe)
     for limits in ([64 * MIB, 128 * MIB], [MIB]):
         found = assess(recipe, subject, nodes_of(limits))

@@ -59,7 +59,7 @@ def test_adapters_spare_the_base_its_weight_gradients_and_quantising_spares_noth
     """About 6 per parameter; Apple's 180 tokens/s on a 9 B model then lie within 5-12 TFLOP/s."""
     counted = {}
     for kind in ("full", "lora", "qlora"):
-        recipe = recipe_of(f"tuning.type={kind}", planned=True)
+        recipe = recipe_of(f"tuning.type={kind}")
         subject = catalog_subject("gemma-2-9b", recipe)
         work = assess(recipe, subject, [standard_clusters()["4K"][0]]).plan.work
         counted[kind] = flops_per_token(subject, work)

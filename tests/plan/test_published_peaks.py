@@ -39,7 +39,7 @@ QWEN3_8B = {
 
 
 def llama(*overrides: str) -> Assessment:
-    recipe = parse_recipe(TEXT, "x.yaml", overrides, planned=True)
+    recipe = parse_recipe(TEXT, "x.yaml", overrides)
     return assess(recipe, catalog_subject("llama-3.1-8b", recipe), ONE_MAC)
 
 
@@ -71,7 +71,7 @@ def test_flashoptim_saves_what_the_bytes_per_parameter_say():
 
 
 def test_mlx_qlora_of_qwen3_8b():
-    recipe = parse_recipe(TEXT, "x.yaml", ["tuning.type=qlora", "tuning.bits=4"], planned=True)
+    recipe = parse_recipe(TEXT, "x.yaml", ["tuning.type=qlora", "tuning.bits=4"])
     spec = describe(build_model(QWEN3_8B, "qwen3-8b"), QWEN3_8B, "qwen3-8b", "bfloat16")
     subject = Subject(tuned(spec, recipe.tuning), spec.parameters, active_parameters(spec), None)
     weights = assess(recipe, subject, ONE_MAC).nodes[0].ledger.resident["weights"] / GIB

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.states import planned_state_bytes
-from mlx_empire.recipe.schema import OptimizerSection
+from mlx_empire.recipe.sections import OptimizerSection
 
 
 def section(**settings):

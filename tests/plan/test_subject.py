@@ -22,7 +22,7 @@ run: {dir: r, steps: 10}
 
 
 def recipe(path="llama-3.2-1b", *overrides):
-    return parse_recipe(TEXT.replace("PATH", str(path)), "x.yaml", overrides, planned=True)
+    return parse_recipe(TEXT.replace("PATH", str(path)), "x.yaml", overrides)
 
 
 def test_a_folder_wins_over_the_catalog(tmp_path):

@@ -19,7 +19,7 @@ from mlx_empire.plan.terms import UNKNOWN, term
     ],
 )
 def test_every_name_is_described(overrides):
-    found = assess(recipe_of(*overrides, planned=True), llama_like(), nodes_of([2**34, 2**33]))
+    found = assess(recipe_of(*overrides), llama_like(), nodes_of([2**34, 2**33]))
     for node in found.nodes:
         for items in (node.ledger.resident, *node.ledger.phases.values()):
             for name in items:

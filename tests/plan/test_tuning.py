@@ -8,7 +8,7 @@ from mlx_empire.plan.counts import experts
 from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.model import ITEM_BYTES
 from mlx_empire.plan.tuning import tuned
-from mlx_empire.recipe.schema import TuningSection
+from mlx_empire.recipe.sections import TuningSection
 
 PLANNED = {"planned": True}
 

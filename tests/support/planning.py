@@ -20,8 +20,8 @@ run: {dir: runs/test, steps: 100}
 """
 
 
-def recipe_of(*overrides: str, planned: bool = False) -> Recipe:
-    return parse_recipe(RECIPE, "test.yaml", overrides, planned=planned)
+def recipe_of(*overrides: str) -> Recipe:
+    return parse_recipe(RECIPE, "test.yaml", overrides)
 
 
 def node_of(name: str, limit: int, **more: object) -> Node:

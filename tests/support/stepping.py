@@ -28,7 +28,7 @@ from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.workload import Workload
-from mlx_empire.recipe.schema import OptimizerSection
+from mlx_empire.recipe.sections import OptimizerSection
 from support.tiny_models import tiny_config
 
 VOCABULARY = 256

@@ -28,7 +28,7 @@ from mlx_empire.plan.describe import build_model
 from mlx_empire.plan.model import ModelSpec, TensorSpec
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.workload import Workload
-from mlx_empire.recipe.schema import TuningSection
+from mlx_empire.recipe.sections import TuningSection
 from support.stepping import Case, batches_of, config_of, counted_tokens, reference_loss, weights_of
 
 SEED = 11

@@ -85,6 +85,9 @@ class StopRequest:
             self._reason = "Ctrl-C" if number == signal.SIGINT else name
             if number == signal.SIGINT:  # print would not be safe here, and nobody else answers the keyboard
                 os.write(2, b"mlx_empire: stopping after this step; Ctrl-C again ends at once\n")
+        elif number == signal.SIGINT:  # also where a shell had it ignored, as for jobs in the background
+            self._restore()
+            raise KeyboardInterrupt
         elif number != signal.SIGUSR1:  # twice forwarded is still one request
             self._restore()
             os.kill(os.getpid(), number)

@@ -31,6 +31,7 @@ from rich.table import Table
 from mlx_empire.assemble import tuned_model
 from mlx_empire.checkpoint.identity import Identity
 from mlx_empire.checkpoint.manifest import Resolved
+from mlx_empire.checkpoint.names import remove_checkpoint, step_name
 from mlx_empire.checkpoint.save import Policy, Saver
 from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.checkpoint.source import RandomSource
@@ -119,10 +120,10 @@ def make_trainer(options: argparse.Namespace, thread: CommThread) -> Trainer:
 
 
 def make_saver(trainer: Trainer, folder: Path) -> Saver:
-    """A saver into `folder` that keeps one checkpoint."""
+    """A saver into `folder` that removes nothing: the plain write removes nothing either."""
     resolved = Resolved(cells=1, gradient_dtype="float32")
     identity = Identity("", "", 1, 0, None, resolved, trainer.store.plan)
-    saver = Saver(SoloCommunicator("here"), trainer.store, folder, identity, Policy(1, False))
+    saver = Saver(SoloCommunicator("here"), trainer.store, folder, identity, Policy(None, False))
     saver.open()
     trainer.hold_updates(saver.hold)
     return saver
@@ -158,6 +159,8 @@ def one_round(trainer: Trainer, saver: Saver, batch: MicroBatch, folder: Path, s
     plain_file.unlink()
     saver.finish()
     assert saver.newest == step + 1
+    for old in (step, step + 1):
+        remove_checkpoint(folder / step_name(old))
     return seconds
 
 

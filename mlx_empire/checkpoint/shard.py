@@ -112,24 +112,9 @@ def write_shard(
     """
     names = [(f"{p.tensor}/{p.array}", p.code, (p.rows, p.columns)) for p in pieces]
     header = encode_header(names, {"format": "mlx_empire shard"})
-    hashed: list[Future[str]] = []
-    written = len(header)
     with ThreadPoolExecutor(HASHING_THREADS, "hashing") as pool, create_private(path) as file:
         file.write(header)
-        for _, group in itertools.groupby(pieces, key=lambda piece: piece.unit):
-            unit = list(group)
-            for piece in unit:
-                hashed.append(pool.submit(_hash, piece.views))
-                for view in piece.views:
-                    for start in range(0, view.nbytes, COPY_BYTES):
-                        file.write(view[start : start + COPY_BYTES].data)
-                written += piece.nbytes
-            wait(hashed)
-            for piece in unit:
-                piece.views = []
-            passed(unit[-1].unit, written)
-            if unit[-1] is not pieces[-1]:
-                phases.reach("save-write")
+        hashed = _write_pieces(file, pool, pieces, len(header), passed)
         phases.reach("save-fsync")
         sync_file(file)
     recorded = tuple(
@@ -153,6 +138,41 @@ def write_shard(
         header_digest=digest_of(header),
         pieces=recorded,
     )
+
+
+def _write_pieces(
+    file: BinaryIO,
+    pool: ThreadPoolExecutor,
+    pieces: list[LivePiece],
+    written: int,
+    passed: Callable[[int, int], None],
+) -> list[Future[str]]:
+    """Write the pieces after `written` bytes, unit by unit; their digests. A unit is hashed while the next is written."""
+    hashed: list[Future[str]] = []
+    before: list[tuple[list[LivePiece], list[Future[str]], int]] = []
+
+    def settle() -> None:
+        for unit, digests, size in before:
+            wait(digests)
+            for piece in unit:
+                piece.views = []
+            passed(unit[-1].unit, size)
+            if unit[-1] is not pieces[-1]:
+                phases.reach("save-write")
+
+    for _, group in itertools.groupby(pieces, key=lambda piece: piece.unit):
+        unit = list(group)
+        digests = [pool.submit(_hash, piece.views) for piece in unit]
+        hashed += digests
+        for piece in unit:
+            for view in piece.views:
+                for start in range(0, view.nbytes, COPY_BYTES):
+                    file.write(view[start : start + COPY_BYTES].data)
+            written += piece.nbytes
+        settle()
+        before = [(unit, digests, written)]
+    settle()
+    return hashed
 
 
 def _hash(views: list[np.ndarray]) -> str:

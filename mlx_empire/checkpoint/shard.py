@@ -147,7 +147,7 @@ def _write_pieces(
     written: int,
     passed: Callable[[int, int], None],
 ) -> list[Future[str]]:
-    """Write the pieces after `written` bytes, unit by unit; their digests. A unit is hashed while the next is written."""
+    """Write the pieces after `written` bytes; their digests. A unit is hashed while the next one is written."""
     hashed: list[Future[str]] = []
     before: list[tuple[list[LivePiece], list[Future[str]], int]] = []
 

@@ -106,6 +106,36 @@ def saved_before(stdout: str) -> int:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize(
+    "phase",
+    [
+        "data",
+        "forward",
+        "backward",
+        "reduce",
+        "reduce-middle",
+        "optimizer",
+        "save-write",
+        "save-rename",
+        "save-commit",
+    ],
+)
+def test_a_request_in_any_phase_saves(launching: Launching, alone: Path, phase: str) -> None:
+    reached = launching.folder / "reached"
+    step = "" if phase.startswith("save") else "step=3;"
+    waits = f"rank=0;{step}phase={phase};action=delay;seconds=2;once={reached}"
+    process = launching.start("hosts.txt", "recipe.yaml", *STEPS, env={"MLX_EMPIRE_FAULT": waits})
+    wait_for(lambda: reached.exists() or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    ended = finish(process)
+    assert ended.code == 143, ended.stderr
+    assert launching.steps() == saved(launching) < 16
+    assert launching.launch(*STEPS).code == 0
+    assert curve(launching.run) == curve(alone)
+    assert raw_tensors(launching.run / "final") == raw_tensors(alone / "final")
+
+
+@pytest.mark.faults
 def test_sigterm_saves_too(launching: Launching, alone: Path) -> None:
     process = launching.start("hosts.txt", "recipe.yaml", *STEPS, env=SLOW)
     wait_for(lambda: launching.steps() >= 1 or process.poll() is not None)

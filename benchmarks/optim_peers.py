@@ -9,7 +9,7 @@ at the same rate and is compared with AdamW in float64, for beta2 = 0.999 and 0.
 - largest: the largest update over the largest true one, at its worst step;
 - moved: the same error as update's for the sum of all updates.
 
-What is not installed is listed with its reason. Needs the extra `interop` for the others; --json FILE keeps the rows.
+What is not installed is listed with its reason; `make bench-optim` installs the others. --json FILE keeps the rows.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jsonschema
+
 from mlx_empire.errors import UserError
 
 
@@ -31,13 +33,7 @@ def fits_schema(text: str, schema: Any) -> bool:
 
 
 def schema_checker(schema: Any, where: str) -> Callable[[Any], bool]:
-    """What says whether a value fits `schema`. UserError for a schema that is none, or where jsonschema is missing."""
-    try:
-        import jsonschema
-    except ImportError:
-        raise UserError(
-            f"{where}: json_schema needs the package jsonschema: pip install jsonschema"
-        ) from None
+    """What says whether a value fits `schema`. UserError for a schema that is none."""
     try:
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         kind.check_schema(schema)

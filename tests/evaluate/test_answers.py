@@ -43,11 +43,9 @@ def test_a_pattern_is_found_anywhere_unless_it_is_anchored():
     ],
 )
 def test_schemas(text, expected):
-    pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     assert fits_schema(text, SCHEMA) == expected
 
 
 def test_what_is_no_schema_is_refused():
-    pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     with pytest.raises(UserError, match="here: not a JSON schema"):
         schema_checker({"type": "objekt"}, "here")

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launching import ROOT, Run, Setting, launch, same_work, write_rows
+from launching import ROOT, Run, Setting, launch, our_run, peer_run, same_work, write_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -116,15 +116,7 @@ def run_ours(case: Case, setting: Setting, data: Path) -> Run:
         file.write_text(json.dumps({**recipe, "run": {"dir": str(run_dir), "steps": setting.steps}}))
         launch([sys.executable, "-u", "-m", "mlx_empire.train", str(file)], Path(folder))
         records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    counted = records[setting.warmup :]
-    return Run(
-        "mlx_empire",
-        statistics.median(r["step_seconds"] for r in counted),
-        statistics.median(r["tokens_per_second"] for r in counted),
-        None,
-        max(records[-1]["peak_bytes"]),
-        [r["loss"] for r in records],
-    )
+    return our_run("mlx_empire", records, setting)
 
 
 def run_peer(case: Case, setting: Setting, data: Path) -> Run:
@@ -148,15 +140,7 @@ def run_peer(case: Case, setting: Setting, data: Path) -> Run:
             [sys.executable, str(script), *(t for k, v in arguments.items() for t in (f"--{k}", str(v)))], out
         )
         reports = json.loads((out / "reports.json").read_text())["reports"]
-    counted = reports[setting.warmup :]
-    return Run(
-        "mlx-lm",
-        statistics.median(1 / r["iterations_per_second"] for r in counted),
-        statistics.median(r["tokens_per_second"] for r in counted),
-        None,
-        int(reports[-1]["peak_memory"] * 1e9),
-        [r["train_loss"] for r in reports],
-    )
+    return peer_run(reports, setting)
 
 
 def ratios(pairs: list[tuple[Run, Run]]) -> tuple[list[float], list[float]]:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEECHES = ROOT / "tests" / "fixtures" / "speeches" / "train.jsonl"
@@ -99,11 +100,16 @@ def run_ours(setting: Setting, data: Path, stage: int) -> Run:
         launch([*mpirun, sys.executable, "-u", "-m", "mlx_empire.train", str(file)], Path(folder))
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
+    assert all(record["tokens"] == setting.tokens for record in records), "another count of tokens"
+    return our_run(f"stage {stage}", records, setting)
+
+
+def our_run(name: str, records: list[dict[str, Any]], setting: Setting) -> Run:
+    """The figures of a run of ours, from the lines of its metrics.jsonl."""
     counted = records[setting.warmup :]
     assert len(records) == setting.steps, f"{len(records)} steps, not {setting.steps}"
-    assert all(record["tokens"] == setting.tokens for record in records), "another count of tokens"
     return Run(
-        f"stage {stage}",
+        name,
         statistics.median(r["step_seconds"] for r in counted),
         statistics.median(r["tokens_per_second"] for r in counted),
         statistics.median(r["comm_wait_seconds"] for r in counted),
@@ -134,9 +140,14 @@ def run_peer(setting: Setting, data: Path, backend: str) -> Run:
         f"mlx-lm trained on {summary['ranks']} ranks, not {setting.ranks}"
     )
     reports = summary["reports"]
+    assert reports[-1]["trained_tokens"] == setting.steps * setting.tokens, "another count of tokens"
+    return peer_run(reports, setting)
+
+
+def peer_run(reports: list[dict[str, Any]], setting: Setting) -> Run:
+    """The figures of a run of mlx-lm's trainer, from its own reports."""
     counted = reports[setting.warmup :]
     assert len(reports) == setting.steps, f"{len(reports)} steps, not {setting.steps}"
-    assert reports[-1]["trained_tokens"] == setting.steps * setting.tokens, "another count of tokens"
     return Run(
         "mlx-lm",
         statistics.median(1 / r["iterations_per_second"] for r in counted),

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
-from mlx_lm_peer import Recorder, read_rows
+from mlx_lm_peer import train_recorded
 
 from mlx_empire.adapters.initial import initial_adapter
 from mlx_empire.plan.model import TensorSpec
@@ -55,26 +53,9 @@ def main() -> None:
     mx.eval(model.parameters())
     mx.reset_peak_memory()
 
-    recorder = Recorder()
-    train(
-        model,
-        optim.AdamW(
-            options.learning_rate, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, bias_correction=True
-        ),
-        read_rows(options.data),
-        args=TrainingArgs(
-            batch_size=options.rows,
-            iters=options.steps,
-            steps_per_report=1,
-            steps_per_save=options.steps + 1,
-            max_seq_length=options.width + 1,
-            adapter_file=str(options.out / "adapters.safetensors"),
-            grad_checkpoint=bool(options.checkpointing),
-        ),
-        training_callback=recorder,
-    )
+    reports = train_recorded(model, options, options.rows, checkpointing=bool(options.checkpointing))
     trained = sum(a.size for _, a in tree_flatten(model.trainable_parameters()))
-    (options.out / "reports.json").write_text(json.dumps({"trained": trained, "reports": recorder.reports}))
+    (options.out / "reports.json").write_text(json.dumps({"trained": trained, "reports": reports}))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
@@ -31,6 +32,31 @@ class Recorder(TrainingCallback):
 def read_rows(file: Path) -> list[tuple[list[int], int]]:
     """(tokens, length of the prompt) as mlx-lm's loader wants them; nothing is prompt."""
     return [(json.loads(line)["tokens"], 0) for line in file.read_text().splitlines()]
+
+
+def train_recorded(
+    model: nn.Module, options: argparse.Namespace, rows: int, *, checkpointing: bool
+) -> list[dict[str, Any]]:
+    """mlx-lm's trainer with AdamW as ours, `rows` a step and one report for each step; the reports."""
+    recorder = Recorder()
+    train(
+        model,
+        optim.AdamW(
+            options.learning_rate, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, bias_correction=True
+        ),
+        read_rows(options.data),
+        args=TrainingArgs(
+            batch_size=rows,
+            iters=options.steps,
+            steps_per_report=1,
+            steps_per_save=options.steps + 1,
+            max_seq_length=options.width + 1,  # a row is one token longer: its last target
+            adapter_file=str(options.out / "adapters.safetensors"),
+            grad_checkpoint=checkpointing,
+        ),
+        training_callback=recorder,
+    )
+    return recorder.reports
 
 
 def main() -> None:
@@ -54,30 +80,13 @@ def main() -> None:
     assert len(tree_flatten(model.trainable_parameters())) == len(parameters), "every parameter is trained"
     mx.eval(model.parameters())
 
-    recorder = Recorder()
-    train(
-        model,
-        optim.AdamW(
-            options.learning_rate, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, bias_correction=True
-        ),
-        read_rows(options.data),
-        args=TrainingArgs(
-            batch_size=options.global_size,
-            iters=options.steps,
-            steps_per_report=1,
-            steps_per_save=options.steps + 1,
-            max_seq_length=options.width + 1,  # a row is one token longer: its last target
-            adapter_file=str(options.out / "adapters.safetensors"),
-            grad_checkpoint=True,
-        ),
-        training_callback=recorder,
-    )
+    reports = train_recorded(model, options, options.global_size, checkpointing=True)
     world = mx.distributed.init()
     if world.rank() == 0:
         summary = {
             "ranks": world.size(),
             "parameters": sum(array.size for _, array in parameters),
-            "reports": recorder.reports,
+            "reports": reports,
         }
         (options.out / "reports.json").write_text(json.dumps(summary))
 

@@ -8,6 +8,7 @@ and the micro-batch's shape alone: they affect bits, memory must not choose them
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,10 +23,29 @@ def chunk_ranges(rows: int, width: int, tokens: int) -> list[tuple[int, int]]:
 
 
 def summed_loss(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:
-    """sum(cross entropy x mask) / total; logits (rows, positions, vocabulary) are taken to fp32 first."""
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
-    total_loss: mx.array = (losses * mask).sum() / total
-    return total_loss
+    """sum(cross entropy x mask) / total; logits (rows, positions, vocabulary) are taken to fp32 first.
+
+    The gradient reuses the softmax that the loss is read from, so every logit is exponentiated once and no second
+    array of their size is kept beside the two: with p the softmax and t the target, the loss is
+    max(logits) - logits[t] - log(max(p)), where max(p) is 1 / sum(exp(logits - max)) and never below 1 / vocabulary,
+    and its derivative is p - onehot(t).
+    """
+    weights, t = (mask / total)[..., None], targets[..., None]
+
+    @mx.custom_function
+    def of(wide: mx.array) -> tuple[mx.array, mx.array]:
+        p = mx.softmax(wide, axis=-1)
+        over = mx.max(wide, axis=-1, keepdims=True) - mx.take_along_axis(wide, t, axis=-1)
+        losses = over - mx.log(mx.max(p, axis=-1, keepdims=True))
+        hit = mx.take_along_axis(p, t, axis=-1)
+        return (losses * weights).sum(), mx.put_along_axis(p * weights, t, (hit - 1) * weights, axis=-1)
+
+    @of.vjp
+    def vjp(_: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
+        return cotangents[0] * outputs[1]
+
+    loss, _ = cast("tuple[mx.array, mx.array]", of(logits.astype(mx.float32)))
+    return loss
 
 
 def head_loss(

@@ -6,6 +6,9 @@
   is at its floor, so 1/64 is the least; many more mean that rows span more than 32 octaves.
 - `v_bias`: mean of sqrt(v / true v) - 1 over the first row of every tensor in 8 bits. The true v of these rows is
   followed in float64 on the host, from the run's (or the continued run's) start.
+- `gradient_noise`: variance of a step's gradient over its squared mean, as AdamW's moments tell it over the last
+  1 / (1 - beta2) steps. Times the rows of a step it is the simple noise scale (McCandlish et al., 2018,
+  arXiv:1812.06162): far more rows waste compute, far fewer waste steps. Left out where noise is all there is.
 
 All ranks' shards count, so the numbers do not depend on how many there are, but for the last bits.
 """
@@ -46,30 +49,35 @@ class UpdateStatistics:
         """The numbers after `step`, alike on all ranks; empty for a step that is not looked at. Collective."""
         if step % self.every:
             return {}
-        largest, floor, zero, codes = 0.0, 0, 0, 0
-        bias: list[float] = []
+        largest, sums = 0.0, np.zeros(7)
         for chunk in self._chunks():
-            worst = self._optimizer.largest_update(chunk.state, step)
-            counts: list[mx.array] = [worst]
-            if "v_codes" in chunk.state:
-                v = chunk.state["v_codes"]
-                counts += [mx.sum(v == 1), mx.sum(v == 0)]
-                codes += v.size
-            mx.eval(counts)
-            values = [float(np.array(c)) for c in counts]
-            largest = max(largest, values[0]) if values[0] == values[0] else values[0]
-            floor, zero = (a + int(b) for a, b in zip((floor, zero), values[1:] or (0, 0), strict=True))
-            bias += self._bias(chunk)
-        own = [largest, floor, zero, codes, sum(bias), len(bias)]
-        by_rank = self._comm.gather_json(own)
-        tops, *sums = zip(*by_rank, strict=True)
-        floor, zero, codes, total, count = map(sum, sums)
+            worst, *counts = self._looked_at(chunk, step)
+            largest = float(np.maximum(largest, worst))  # NaN stays visible
+            bias = self._bias(chunk)
+            sums += [*counts, sum(bias), len(bias)]
+        tops, by_rank = zip(*self._comm.gather_json([largest, sums.tolist()]), strict=True)
+        floor, zero, codes, of_m, of_v, bias_sum, known = np.sum(by_rank, axis=0).tolist()
         found = {"update_over_lr_max": float(np.max(tops))}
         if codes:
             found |= {"v_at_floor": floor / codes, "v_zero": zero / codes}
-        if count:
-            found["v_bias"] = total / count
+        if known:
+            found["v_bias"] = bias_sum / known
+        if isinstance(self._optimizer, AdamW):
+            noise = self._optimizer.noise_over_signal(of_m, of_v, step)
+            found |= {} if noise is None else {"gradient_noise": noise}
         return found
+
+    def _looked_at(self, chunk: LiveChunk, step: int) -> list[float]:
+        """Of one chunk: largest update; codes at the floor, at zero, in all; sums of m^2 and of v."""
+        zero = mx.array(0.0)
+        found = [self._optimizer.largest_update(chunk.state, step), zero, zero, zero, zero, zero]
+        if "v_codes" in chunk.state:
+            v = chunk.state["v_codes"]
+            found[1:4] = mx.sum(v == 1), mx.sum(v == 0), mx.array(v.size)
+        if isinstance(self._optimizer, AdamW):
+            found[4:6] = self._optimizer.powers(chunk.state, step)
+        mx.eval(found)
+        return [float(np.array(one)) for one in found]
 
     def _bias(self, chunk: LiveChunk) -> list[float]:
         if chunk.spec.first_row or chunk.spec.name not in self._true:

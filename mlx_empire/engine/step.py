@@ -84,7 +84,8 @@ class StreamedStep:
         self._cut = len(deck.layers) - tail  # layers before it are recomputed
         self._head_tensors, self._embed_tensors = list(head_tensors), list(embed_tensors)
         self._tokens = chunk_tokens(vocabulary, frozen=not store.trainable(0))
-        self._first = first_trained(store.plan) - 1  # the backward ends here: nothing below trains
+        self._first = first_trained(store.plan) - 1  # the backward ends here: no layer below trains
+        self._lowest = self._first if not embed_tensors else -1  # the input of this layer needs no cotangent
 
     def gradients(
         self, rounds: Sequence[Sequence[MicroBatch]], total_tokens: int, sums: GradientStore
@@ -270,7 +271,8 @@ class StreamedStep:
         for i, arrays in zip(tail, weights, strict=True):
             self._store.rebind(i + 1, arrays)
         _, r.loss, *gradients = outputs
-        r.hidden = cotangent
+        if tail[0] > self._lowest:
+            r.hidden = cotangent
         return list(gradients), list(tail_gradients)
 
     # ---- 4. backward
@@ -298,7 +300,8 @@ class StreamedStep:
 
         _, gradients = mx.vjp(layer, [*weights, r.take_input(index)], [r.hidden])
         self._store.rebind(index + 1, weights)
-        r.hidden = gradients[-1]
+        if index != self._lowest:
+            r.hidden = gradients[-1]
         cell.add(gradients[:-1])
         del gradients
         mx.eval(r.hidden, cell.arrays)

@@ -199,11 +199,15 @@ class ShardStore:
     def adopt_views(self, index: int) -> None:
         """After `refresh`: let the chunks' weights be views of the new whole buffer, so nothing is held twice."""
         self._settle(index)
-        for s in range(len(self.plan.units[index].segments)):
+        renewed = []
+        for s, segment in enumerate(self.plan.units[index].segments):
+            if segment.kind == "frozen":  # its buffer stayed
+                continue
             buffer = self._whole[index][s]
             for chunk in self.chunks[index][s]:
                 chunk.weights = buffer[chunk.spec.start_row : chunk.spec.start_row + chunk.spec.rows]
-                mx.eval(chunk.weights)
+                renewed.append(chunk.weights)
+        mx.eval(renewed)
 
     def put(self, values: Mapping[str, mx.array]) -> None:
         """Replace tensors between steps, where weights stay whole (stages 0-2), and nothing is bound."""

@@ -49,6 +49,26 @@ class AdamW(FlatOptimizer):
         first, second = (1 - beta**step for beta in self.betas)
         return mx.max(mx.abs(m) * (1 / first) / (mx.sqrt(v * (1 / second)) + self.eps))
 
+    def powers(self, state: State, step: int) -> tuple[mx.array, mx.array]:
+        """(sum of m^2, sum of v) over a chunk, each moment divided by its correction; float32 scalars."""
+        m, v = codec.decode(state) if "m_codes" in state else (state["m"], state["v"])
+        first, second = (1 - beta**step for beta in self.betas)
+        return mx.sum(mx.square(m * (1 / first))), mx.sum(v * (1 / second))
+
+    def noise_over_signal(self, of_m: float, of_v: float, step: int) -> float | None:
+        """Variance of a step's gradient over its squared mean, from `powers` summed over a model after `step`.
+
+        With mean mu and variance s^2 in every element, E[v] = mu^2 + s^2 and E[m^2] = mu^2 + k s^2, where k is the sum
+        of m's squared weights. None where no mean stands out from the noise.
+        """
+        beta = self.betas[0]
+        k = (1 - beta) * (1 + beta**step) / ((1 + beta) * (1 - beta**step))
+        if k >= 1:  # after one step m and v say the same
+            return None
+        variance = (of_v - of_m) / (1 - k)
+        mean = of_m - k * variance
+        return max(variance, 0.0) / mean if mean > 0 else None
+
     def _advance(
         self,
         w: mx.array,

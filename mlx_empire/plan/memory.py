@@ -30,8 +30,8 @@ class StateBytes(Protocol):
 
 Items = dict[str, int]
 
-LOGITS_COPIES = 4.0  # fp32 arrays of a chunk's logits alive in cross entropy's gradient
-LOGITS_IN_TAIL = 1.5  # of them when the un-recomputed tail's backward begins
+LOGITS_COPIES = 3.0  # fp32 arrays of a chunk's logits alive in the gradient of the loss
+LOGITS_IN_TAIL = 1.0  # of them when the un-recomputed tail's backward begins
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
 BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
 ROUNDING = 1 << 13  # half a page of Metal's allocator

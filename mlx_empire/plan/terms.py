@@ -71,7 +71,7 @@ _TERMS = {
     ),
     "state-space scan": Term("3.6 x heads x tokens x 256 decays + the states between chunks", "fitted"),
     "DoRA norms": Term("two fp32 copies of the largest adapted matrix", "fitted"),
-    "logits chunk": Term("four fp32 arrays of a chunk of tokens x vocabulary", "fitted"),
+    "logits chunk": Term("three fp32 arrays of a chunk of tokens x vocabulary", "fitted"),
     "un-recomputed tail": Term("what the layers that are not recomputed keep for their backward", "fitted"),
     "tail gradients": Term("gradients of all un-recomputed layers for one micro-batch", "exact"),
     "tail sums": Term(

@@ -17,7 +17,7 @@ def chunk_tokens(vocabulary: int, *, frozen: bool = False) -> int:
     """Tokens per chunk of the loss: a power of two that keeps a chunk's logits near 2^25 elements.
 
     `frozen`: nothing of the root trains, so a chunk costs no sum of the head's gradient and can be a quarter as large:
-    under adapters four arrays of logits would be the peak. Between 128 and 4,096; a function of model and recipe
+    under adapters three arrays of logits would be the peak. Between 128 and 4,096; a function of model and recipe
     alone, because it affects bits.
     """
     most = LOGITS_PER_FROZEN_CHUNK if frozen else LOGITS_PER_CHUNK

@@ -13,6 +13,8 @@ from support.stepping import Case, batches_of, counted_tokens, optimizer_of, own
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.trainer import StepResult, Trainer
+from mlx_empire.optim.adamw import AdamW
+from mlx_empire.optim.protocol import ChunkId, StepScalars
 
 CASE = Case(micro_batches=2, cells=1, learning_rate=1e-3, state_bits=8)
 
@@ -36,7 +38,8 @@ def test_they_come_every_third_step_and_are_sound(trainer):
     found = [take(trainer, step).statistics for step in range(1, 7)]
     assert [bool(one) for one in found] == [False, False, True, False, False, True]
     for one in (found[2], found[5]):
-        assert set(one) == {"update_over_lr_max", "v_at_floor", "v_zero", "v_bias"}
+        assert set(one) == {"update_over_lr_max", "v_at_floor", "v_zero", "v_bias", "gradient_noise"}
+        assert 0 < one["gradient_noise"] < 100
         assert 0.5 < one["update_over_lr_max"] < 3
         assert 1 / 64 * 0.3 < one["v_at_floor"] < 0.2
         assert abs(one["v_bias"]) < 0.03
@@ -75,7 +78,33 @@ def test_a_lost_second_moment_is_seen(trainer):
 @pytest.mark.parametrize("settings", [{"optimizer": "lion"}, {"optimizer": "sgd"}, {"state_bits": 32}])
 def test_other_optimizers_say_what_they_have(settings):
     case = replace(CASE, **settings)
+    noise = [] if "optimizer" in settings else ["gradient_noise"]
     with CommThread() as thread:
         made = trainer_of(case, SoloCommunicator("here"), thread)
         made.watch_states(optimizer_of(case), 1)
-        assert list(take(made, 1).statistics) == ["update_over_lr_max"]
+        assert list(take(made, 1).statistics) == ["update_over_lr_max"]  # one gradient has no variance
+        assert list(take(made, 2).statistics) == ["update_over_lr_max", *noise]
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize(("beta2", "steps"), [(0.999, 40), (0.95, 120)])
+@pytest.mark.parametrize("noise", [0.5, 4.0, 50.0])
+def test_the_gradients_noise_is_what_was_put_in(noise, beta2, steps, bits):
+    """Gradients with a known mean, and a known variance around it: both as they are drawn, and by AdamW's moments."""
+    random = np.random.default_rng(1)
+    mean = random.normal(size=(512, 64)) * np.exp(random.normal(size=(512, 1)))
+    deviation = np.sqrt(noise * np.mean(mean**2))
+    rule = AdamW((0.9, beta2), state_bits=bits)
+    weights = mx.zeros((512, 64))
+    state = rule.init(weights, quantised=True)
+    for step in range(1, steps + 1):
+        gradient = mx.array((mean + deviation * random.normal(size=mean.shape)).astype(np.float32))
+        weights, state = rule.update(weights, state, gradient, ChunkId(1, 0, False), StepScalars(step, 1e-3))
+    powers = [float(one.item()) for one in rule.powers(state, steps)]
+    assert rule.noise_over_signal(*powers, steps) == pytest.approx(noise, rel=0.1)
+
+
+def test_gradients_without_a_mean_have_no_ratio():
+    rule = AdamW()
+    assert rule.noise_over_signal(1.0, 2.0, 1) is None  # one step
+    assert rule.noise_over_signal(0.05, 1.0, 1000) is None  # m is what noise alone leaves of it

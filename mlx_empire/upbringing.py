@@ -27,7 +27,7 @@ from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
 from mlx_empire.data.splits import Splits
-from mlx_empire.engine.cohort import Cohort, Turn
+from mlx_empire.engine.cohort import Cohort, Lesson, Turn
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import EmpireError, UserError
 from mlx_empire.optim.choose import make_optimizer
@@ -184,18 +184,18 @@ class _School:
     def _step(self) -> None:
         began = time.perf_counter()
         turns = {place: self._turn(pupil) for place, pupil in self._pupils.items()}
-        norms = self._cohort.step(turns)
+        lessons = self._cohort.step(turns)
         seconds = time.perf_counter() - began
-        for place, norm in norms.items():
+        for place, lesson in lessons.items():
             pupil = self._pupils[place]
             pupil.step += 1
-            if not math.isfinite(norm):
+            if not math.isfinite(lesson.norm):
                 pupil.metrics.close()
                 del self._pupils[place]
                 self._fail(pupil.name, f"step {pupil.step}: her gradient is not finite; look at her data")
                 continue
             turn = turns[place]
-            self._record(pupil, turn, norm, seconds)
+            self._record(pupil, turn, lesson, seconds)
             if pupil.step == pupil.steps or (pupil.every and pupil.step % pupil.every == 0):
                 self._evaluate(place, pupil)
             if pupil.step == pupil.steps:
@@ -209,13 +209,13 @@ class _School:
         tokens = valid_tokens(data, seed, pupil.step, global_size=batch.global_size)
         return Turn(batches, tokens, pupil.step + 1, pupil.rates(pupil.step + 1))
 
-    def _record(self, pupil: Pupil, turn: Turn, norm: float, seconds: float) -> None:
+    def _record(self, pupil: Pupil, turn: Turn, lesson: Lesson, seconds: float) -> None:
         pupil.metrics.write(
             {
                 "step": pupil.step,
-                "loss": None,  # the losses of those who are together are known as a sum
+                "loss": lesson.loss,
                 "learning_rate": turn.learning_rate,
-                "grad_norm": norm,
+                "grad_norm": lesson.norm,
                 "tokens": turn.tokens,
                 "tokens_per_second": turn.tokens / seconds,
                 "step_seconds": seconds,

@@ -14,7 +14,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from support.mpi import rank_environment
-from train.launching import MODEL, Outcome, Workspace, jsonl, metrics, raw_tensors, succeeded
+from train.launching import MODEL, Outcome, Workspace, curve, jsonl, metrics, raw_tensors, succeeded
 from train.test_result import TRAIN, VALID
 
 from mlx_empire.cluster.hostfile import Node
@@ -122,6 +122,9 @@ def test_each_is_what_she_is_alone(place: Workspace, together: Outcome) -> None:
         )
         assert ours == pytest.approx(theirs, rel=1e-4)
         assert ours[-1] < ours[0]
+        steps, losses, _ = zip(*curve(place.folder / "runs" / name), strict=True)
+        assert losses == pytest.approx([loss for _, loss, _ in curve(place.folder / alone)], rel=1e-4)
+        assert len(set(losses)) == len(steps)
         found, expected = (raw_tensors(place.folder / where / "final") for where in (f"runs/{name}", alone))
         assert found.keys() == expected.keys()
         for tensor, (dtype, shape, raw) in expected.items():

@@ -23,11 +23,11 @@ from mlx_empire.checkpoint.card import model_card
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
 from mlx_empire.checkpoint.export import FolderWriter
 from mlx_empire.checkpoint.folder import Stored, has_weights, open_folder, settle
-from mlx_empire.checkpoint.freeze import freeze, frozen_digest, verify
+from mlx_empire.checkpoint.freeze import freeze, frozen_digest, is_frozen, verify
 from mlx_empire.checkpoint.layout import huggingface_names
 from mlx_empire.checkpoint.sidefiles import write_json
 from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource
-from mlx_empire.checkpoint.staging import remove
+from mlx_empire.checkpoint.staging import refuse_foreign, remove
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
@@ -48,7 +48,7 @@ from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan import catalog
 from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
 from mlx_empire.plan.model import ModelSpec
-from mlx_empire.plan.packing import AFFINE, Packing, packing_of
+from mlx_empire.plan.packing import Packing, packing_of, stored_packing
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.evaluation import HELD_OUT_LOSS
 from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
@@ -147,7 +147,7 @@ def tuned_model(
     base = describe(model, plain, name, dtype)
     packing = packing_of(tuning) if packed is None else None
     if packed is not None and stored is None:  # a random model of a packed folder's kind
-        packing = Packing(packed.get("mode", AFFINE), packed["bits"], packed["group_size"])
+        packing = stored_packing(packed)
     if packing is not None:
         quantise(model, packing, name)
     adapters = adapt(model, tuning)
@@ -224,6 +224,13 @@ def gate_keeper(comm: Communicator, recipe: Recipe) -> GateKeeper:
     return GateKeeper(
         recipe.evaluation.stop_when, comm.broadcast_json([r for r in records if "eval_loss" in r])
     )
+
+
+def refuse_taken(recipe: Recipe) -> None:
+    """UserError where `final/` holds what a run may not replace; what it froze just before it was killed it may."""
+    unfinished = (recipe.run.dir / "metrics.jsonl").exists()
+    if not (unfinished and is_frozen(recipe.run.dir / "final")):
+        refuse_foreign(recipe.run.dir / "final")
 
 
 def freeze_result(recipe: Recipe, gate: GateKeeper) -> str:

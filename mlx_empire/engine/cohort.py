@@ -17,6 +17,7 @@ import numpy as np
 from mlx_empire.adapters.initial import initial_adapter
 from mlx_empire.adapters.together import Present, own_name
 from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch
+from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.optim.norm import clip_scale
 from mlx_empire.optim.protocol import ShardOptimizer, StepScalars
@@ -62,6 +63,11 @@ class Cohort:
         self._magnitudes = self._read(
             {n for names in self._tensors.values() for n in names if n.endswith(".m")}
         )
+
+    @property
+    def store(self) -> ShardStore:
+        """Where the adapters and states of all places are."""
+        return self._trainer.store
 
     def begin(self, place: int) -> None:
         """Put a daughter who has learnt nothing into a place: first values, fresh states."""

@@ -44,7 +44,7 @@ def cohort_of(case, places, thread):
     work = Workload(
         case.rows * places, case.width, cell_layout(case.micro_batches, 1, 1, 1), 1, "float32", "auto", 8192
     )
-    optimizer = AdamW(weight_decay=case.weight_decay)
+    optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
     comm = SoloCommunicator("here")
     trainer = Trainer(built.model, spec, make_plan(spec.units, [1.0], 2), work, comm, thread, optimizer, None)
     source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), spec, SEED, built.packing)

@@ -40,10 +40,10 @@ from mlx_empire.data.share import shared_splits
 from mlx_empire.data.splits import Splits, load_splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
-from mlx_empire.evaluate.evaluator import Evaluator, from_json, to_json
+from mlx_empire.evaluate.evaluator import Decode, Evaluator, from_json, to_json
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.generation import refuse_too_large
-from mlx_empire.evaluate.questions import load_questions
+from mlx_empire.evaluate.questions import Questions, load_questions
 from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan import catalog
 from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
@@ -200,21 +200,41 @@ def load_data(recipe: Recipe, spec: ModelSpec) -> Splits:
 
 def share_evaluator(comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator | None:
     """What scores the recipe's evaluation sets, which rank 0 reads; None where there are none. Collective."""
-    asked, folder, length = recipe.evaluation.sets, recipe.model.path, recipe.data.sequence_length
-    if not asked:
+    length = recipe.data.sequence_length
+    if not recipe.evaluation.sets:
         return None
     raw, decode, ends = None, None, None
     with together(comm):
-        if any(one.generates for one in asked):
+        if recipe.evaluation.generates:
             refuse_too_large(plan, spec, length)
         if comm.rank == 0:
-            vocabulary = int(spec.text_config["vocab_size"])
-            raw = to_json([load_questions(one, folder, length, vocabulary) for one in asked])
-            if any(one.generates for one in asked):
-                tokenizer = load_tokenizer(folder)
-                decode, ends = tokenizer.decode, sorted(map(int, tokenizer.eos_token_ids))
+            sets, decode, ends = _read_sets(recipe, spec)
+            raw = to_json(sets)
     raw, ends = comm.broadcast_json(raw), comm.broadcast_json(ends)
-    return Evaluator(from_json(raw), length, recipe.batch.micro_size, ends or (), decode)
+    return Evaluator(from_json(raw), length, recipe.batch.micro_size, ends, decode)
+
+
+def load_evaluator(recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator | None:
+    """As `share_evaluator`, for a machine alone."""
+    length = recipe.data.sequence_length
+    if not recipe.evaluation.sets:
+        return None
+    if recipe.evaluation.generates:
+        refuse_too_large(plan, spec, length)
+    sets, decode, ends = _read_sets(recipe, spec)
+    return Evaluator(sets, length, recipe.batch.micro_size, ends, decode)
+
+
+def _read_sets(recipe: Recipe, spec: ModelSpec) -> tuple[list[Questions], Decode | None, list[int]]:
+    """The evaluation sets, and where answers are generated what makes text of tokens and which tokens end an answer."""
+    folder, vocabulary = recipe.model.path, int(spec.text_config["vocab_size"])
+    sets = [
+        load_questions(one, folder, recipe.data.sequence_length, vocabulary) for one in recipe.evaluation.sets
+    ]
+    if not recipe.evaluation.generates:
+        return sets, None, []
+    tokenizer = load_tokenizer(folder)
+    return sets, tokenizer.decode, sorted(map(int, tokenizer.eos_token_ids))
 
 
 def gate_keeper(comm: Communicator, recipe: Recipe) -> GateKeeper:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -19,14 +20,18 @@ from mlx_empire import assemble, phases
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint import unfinished
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
+from mlx_empire.checkpoint.freeze import thaw
 from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.checkpoint.staging import remove
 from mlx_empire.checkpoint.unfinished import Bookmark, Origin
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.cohort import Cohort, Lesson, Turn
 from mlx_empire.errors import EmpireError, UserError
+from mlx_empire.evaluate.evaluator import Evaluator
+from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.changes import require_acceptable
@@ -45,6 +50,8 @@ OWN_FILES = (
     "metrics.tmp",
     "final",
     ".final.partial",
+    ".final.replaced",
+    "BASE.json",
     "LOCK",
 )
 
@@ -70,6 +77,8 @@ class Pupil:
     every: int
     save_every: int
     rates: LearningRate
+    evaluator: Evaluator | None
+    gate: GateKeeper
     metrics: MetricsWriter
     step: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -81,8 +90,8 @@ class Pupil:
 
     @property
     def done(self) -> bool:
-        """Whether no step is left."""
-        return self.step >= self.steps
+        """Whether no step is left, or she has learnt enough."""
+        return self.step >= self.steps or self.gate.reached
 
     def is_due(self, every: int) -> bool:
         """Whether what happens every so many steps, and at the end, happens now."""
@@ -105,6 +114,7 @@ class School:
     ) -> None:
         self._recipe, self._people, self._node, self._room = recipe, people, node, room
         self._single, self._base, self._cohort, self._tell = single, base, cohort, tell
+        self._comm = SoloCommunicator(node.name)
         self._pupils: dict[int, Pupil] = {}
         self._failed: list[str] = []
         self._passes = 0
@@ -130,7 +140,13 @@ class School:
     def _admit(self, place: int, name: str) -> None:
         recipe = recipe_for(self._recipe, self._people, name)
         try:
-            splits = assemble.load_data(recipe, self._single.spec)
+            plan, spec = self._room.plan, self._single.spec
+            splits = assemble.load_data(recipe, spec)
+            if (
+                recipe.evaluation.stop_when is not None
+            ):  # without a gate a person may well have no held-out rows
+                assemble.refuse_idle_keys(recipe, splits)
+            evaluator = assemble.load_evaluator(recipe, spec, plan)
             origin = Origin(dump_recipe(recipe), splits.digest, self._base)
             pace = assemble.pace(recipe, splits.train)
             steps = assemble.total_steps(recipe, splits)
@@ -141,14 +157,14 @@ class School:
             self._cohort.begin(place)
             step, note = self._resumed(place, recipe, origin, steps)
             _clear(recipe.run.dir, KEPT_FILES if step else ())
-            plan, spec = self._room.plan, self._single.spec
             write_plan(recipe, plan, [self._node], spec, splits, resumed=step > 0)
             rates = assemble.learning_rate_of(recipe, steps, *pace)
             metrics = MetricsWriter(recipe.run.dir, step)
+            gate = assemble.gate_keeper(self._comm, recipe)
         except (EmpireError, OSError) as error:
             self._fail(name, str(error))
             return
-        pupil = Pupil(recipe, splits, origin, steps, every, save_every, rates, metrics, step)
+        pupil = Pupil(recipe, splits, origin, steps, every, save_every, rates, evaluator, gate, metrics, step)
         self._pupils[place] = pupil
         self._tell(name, state=TRAINING, machine=self._node.name, step=step, steps=steps, note=note)
         if not step:
@@ -233,16 +249,20 @@ class School:
         self._tell(pupil.name, step=pupil.step)
 
     def _evaluate(self, place: int, pupil: Pupil) -> None:
-        if pupil.splits.valid is None:
+        valid, run = pupil.splits.valid, pupil.recipe.run
+        if valid is None and pupil.evaluator is None:
             return
         phases.reach("evaluate")
-        run = pupil.recipe.run
-        batches = list(
-            validation_micro_batches(pupil.splits.valid, pupil.recipe.batch.micro_size, run.eval_batches)
-        )
-        loss = self._cohort.held_out(place, batches, 1)
-        pupil.metrics.write({"step": pupil.step, "eval_loss": loss})
-        self._tell(pupil.name, held_out=loss, **({"before": loss} if pupil.step == 0 else {}))
+        found: dict[str, Any] = {"step": pupil.step, "eval_loss": None}
+        if valid is not None:
+            batches = validation_micro_batches(valid, pupil.recipe.batch.micro_size, run.eval_batches)
+            found["eval_loss"] = self._cohort.held_out(place, list(batches), 1)
+            before = {"before": found["eval_loss"]} if pupil.step == 0 else {}
+            self._tell(pupil.name, held_out=found["eval_loss"], **before)
+        if pupil.evaluator is not None:
+            found["scores"] = pupil.evaluator.scores(self._cohort.with_only(place), self._comm, 1)
+        pupil.metrics.write(found)
+        pupil.gate.observe(found)
 
     # ---- going
 
@@ -275,12 +295,16 @@ class School:
             writer.write_unit(index, {t.name: adapter[t.name] for t in unit.tensors if t.trainable})
         try:
             writer.close()
+            if pupil.gate.reached:
+                assemble.freeze_result(pupil.recipe, pupil.gate)
+                phases.reach("freeze")
         except UserError as error:
             self._fail(pupil.name, str(error))
             return
         write_private(pupil.recipe.run.dir / "COMPLETE", "")
         remove(pupil.recipe.run.dir / unfinished.FILE_NAME)
-        self._tell(pupil.name, state=DONE, step=pupil.step, note="")
+        note = pupil.gate.sentence() if pupil.gate.asks else ""
+        self._tell(pupil.name, state=DONE, step=pupil.step, note=note)
 
     def _fail(self, name: str, why: str) -> None:
         self._failed.append(name)
@@ -303,6 +327,7 @@ def _clear(folder: Path, kept: tuple[str, ...]) -> None:
     for path in folder.iterdir():
         if path.name not in OWN_FILES:
             raise UserError(f"{path}: mlx_empire did not write this; move it away")
+    thaw(folder / "final")
     for path in folder.iterdir():
         if path.name not in kept:
             remove(path)

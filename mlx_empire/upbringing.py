@@ -106,10 +106,6 @@ def refuse_unbuilt(recipe: Recipe) -> None:
     """UserError for what a recipe may ask of one daughter and not of many."""
     if recipe.tuning.type == "full":
         raise UserError("tuning.type: full: daughters are adapters; use lora, dora or qlora")
-    if recipe.evaluation.sets or recipe.evaluation.stop_when:
-        raise UserError(
-            "evaluation: daughters that are trained together have no sets and gates; leave it out"
-        )
     if recipe.optimizer.in_backward:
         raise UserError(
             "optimizer.in_backward: true: every daughter is clipped by her own norm; leave it out"

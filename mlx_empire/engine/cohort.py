@@ -114,12 +114,17 @@ class Cohort:
 
     def held_out(self, place: int, batches: Sequence[MicroBatch], per_pass: int) -> float:
         """The mean loss of the daughter in `place`, at most `per_pass` micro-batches at a time."""
-        self._present.places = [place]
+        streamed = self.with_only(place).streamed
         total = int(sum(b.mask.sum() for b in batches))
         losses: list[float] = []
         for first in range(0, len(batches), per_pass):
-            losses += self._trainer.streamed.losses(batches[first : first + per_pass], total)
+            losses += streamed.losses(batches[first : first + per_pass], total)
         return math.fsum(losses)
+
+    def with_only(self, place: int) -> Trainer:
+        """The trainer, whose model until the next step is that of the daughter in `place`."""
+        self._present.places = [place]
+        return self._trainer
 
     def adapter(self, place: int) -> dict[str, mx.array]:
         """The adapter of the daughter in `place`, by mlx-lm's names, as copies that outlive her place."""

@@ -101,10 +101,11 @@ def people_of(folder: Path) -> list[str]:
 
 
 def recipe_for(recipe: Recipe, people: Path, name: str) -> Recipe:
-    """The recipe of one daughter: her data, and a folder of her own inside run.dir."""
+    """The recipe of one daughter: her data, her questions, and a folder of her own inside run.dir."""
     data = recipe.data.model_copy(update={"path": people / name})
     run = recipe.run.model_copy(update={"dir": recipe.run.dir / name})
-    return recipe.model_copy(update={"data": data, "run": run})
+    evaluation = recipe.evaluation.of_person(name)
+    return recipe.model_copy(update={"data": data, "run": run, "evaluation": evaluation})
 
 
 def is_finished(recipe: Recipe, name: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Room:
 
 @dataclass
 class Pupil:
-    """A daughter in a place; `every` and `save_every` in steps, 0 for never."""
+    """A daughter in a place; `every` and `save_every` in steps, 0 for never; `saved`: the step of her file."""
 
     recipe: Recipe
     splits: Splits
@@ -80,8 +80,8 @@ class Pupil:
     evaluator: Evaluator | None
     gate: GateKeeper
     metrics: MetricsWriter
-    step: int = 0
-    started: float = field(default_factory=time.perf_counter)
+    step: int
+    saved: int
 
     @property
     def name(self) -> str:
@@ -93,9 +93,15 @@ class Pupil:
         """Whether no step is left, or she has learnt enough."""
         return self.step >= self.steps or self.gate.reached
 
-    def is_due(self, every: int) -> bool:
-        """Whether what happens every so many steps, and at the end, happens now."""
-        return bool(every) and (self.done or self.step % every == 0)
+    @property
+    def to_be_scored(self) -> bool:
+        """Whether she is evaluated now: so often, and at the end."""
+        return self.done or (self.every > 0 and self.step % self.every == 0)
+
+    @property
+    def to_be_saved(self) -> bool:
+        """Whether so many steps would be lost, or she is done."""
+        return self.save_every > 0 and (self.done or self.step - self.saved >= self.save_every)
 
 
 class School:
@@ -164,7 +170,20 @@ class School:
         except (EmpireError, OSError) as error:
             self._fail(name, str(error))
             return
-        pupil = Pupil(recipe, splits, origin, steps, every, save_every, rates, evaluator, gate, metrics, step)
+        pupil = Pupil(
+            recipe,
+            splits,
+            origin,
+            steps,
+            every,
+            save_every,
+            rates,
+            evaluator,
+            gate,
+            metrics,
+            step,
+            saved=step,
+        )
         self._pupils[place] = pupil
         self._tell(name, state=TRAINING, machine=self._node.name, step=step, steps=steps, note=note)
         if not step:
@@ -213,9 +232,9 @@ class School:
                 self._fail(pupil.name, f"step {pupil.step}: her gradient is not finite; look at her data")
                 continue
             self._record(pupil, turns[place], lesson, seconds)
-            if pupil.done or pupil.is_due(pupil.every):
+            if pupil.to_be_scored:
                 self._evaluate(place, pupil)
-        if any(pupil.is_due(pupil.save_every) for pupil in self._pupils.values()):
+        if any(pupil.to_be_saved for pupil in self._pupils.values()):
             self._save()
         for place, pupil in [(place, pupil) for place, pupil in self._pupils.items() if pupil.done]:
             self._graduate(place, pupil)
@@ -272,6 +291,7 @@ class School:
         saved = {place: pupil for place, pupil in self._pupils.items() if pupil.save_every}
         try:
             for place, pupil in saved.items():
+                pupil.saved = pupil.step
                 phases.reach("save-write")
                 bookmark = Bookmark(pupil.step, place, self._node.name, pupil.origin)
                 mine = [piece for piece in pieces if own_name(piece.tensor)[0] == place]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from train.launching import MODEL, Workspace, jsonl, metrics, raw_tensors, succeeded
-from train.test_daughters import run
+from train.test_daughters import worker
 from train.test_evaluation import FACTS, FORMS, QUIZ
 
 from mlx_empire.checkpoint.freeze import verify
@@ -44,8 +45,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         made.write(f"{name}.yaml", RECIPE.replace("{person}", name))
         commands[name] = [f"{name}.yaml", f"data.path=people/{name}/train.jsonl", f"run.dir=alone-{name}"]
     commands["short"] = [*commands["many"], "run.dir=short", "run.steps=2", "run.save_every=null"]
-    for name, outcome in made.train_many(commands)[0].items():
-        made.write(f"{name}.txt", succeeded(outcome).stdout)
+    for file in ("none/train", "some/train", "some/valid"):
+        made.write(f"odd/{file}.jsonl", jsonl(FACTS))
+    gate = "evaluation.stop_when={metric: eval_loss, at_most: 100, for: 2}"
+    odd = ["daughters", "recipe.yaml", "--people", "odd", "run.dir=odd-runs", "evaluation.sets=[]", gate]
+    for name, outcome in made.train_many({**commands, "odd": odd})[0].items():
+        if name != "odd":
+            made.write(f"{name}.txt", succeeded(outcome).stdout)
     return made
 
 
@@ -75,10 +81,10 @@ def test_she_is_scored_stopped_and_frozen_as_if_alone(name: str, place: Workspac
 
 
 def test_killed_when_one_is_frozen_and_not_complete(place: Workspace) -> None:
-    assert run(place, "run.dir=killed", fault="phase=freeze;action=kill").code == 75
+    assert worker(place, "run.dir=killed", fault="phase=freeze;action=kill").code == -signal.SIGKILL
     assert len(list((place.folder / "killed").rglob("FROZEN.json"))) == 1
     assert not list((place.folder / "killed").rglob("COMPLETE"))
-    succeeded(run(place, "run.dir=killed"))
+    succeeded(worker(place, "run.dir=killed"))
     for name in PEOPLE:
         killed, whole = (place.folder / folder / name for folder in ("killed", "runs"))
         assert evaluations(killed) == evaluations(whole)
@@ -88,15 +94,12 @@ def test_killed_when_one_is_frozen_and_not_complete(place: Workspace) -> None:
 
 
 def test_a_gate_on_what_is_not_there_fails_alone(place: Workspace) -> None:
-    place.write("odd/none/train.jsonl", jsonl(FACTS))
-    place.write("odd/some/train.jsonl", jsonl(FACTS))
-    place.write("odd/some/valid.jsonl", jsonl(FACTS[:1]))
-    gate = "evaluation.stop_when={metric: eval_loss, at_most: 100, for: 2}"
-    ended = run(place, "--people", "odd", "run.dir=odd-runs", "evaluation.sets=[]", gate)
-    assert ended.code == 65
-    assert "none: failed" in ended.stdout
-    assert "there is no validation data to measure it on" in ended.stdout
-    assert "reached at step 5" in ended.stdout.replace("\n", " ")
+    ended = json.loads((place.folder / "outcomes-0.json").read_text())["odd"]
+    assert ended["code"] == 65
+    assert "there is no validation data to measure it on" in ended["stdout"]
+    assert "eval_loss at most 100, 2 times in a row" in ended["stdout"]
+    assert not (place.folder / "odd-runs/none/COMPLETE").exists()
+    assert evaluations(place.folder / "odd-runs/some")[-1]["step"] == 5
     assert (place.folder / "odd-runs/some/final/FROZEN.json").exists()
 
 

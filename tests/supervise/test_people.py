@@ -85,6 +85,22 @@ def test_the_table_shows_every_state(monkeypatch):
     assert "1 training, 1 waiting" in text
 
 
+def test_without_a_terminal_what_is_new_is_said_once(capsys):
+    board = Board({"anna": State("anna", "king"), "bert": State("bert")})
+    table = DaughterTable(board)
+    lines = [event("anna", state=TRAINING, step=0, steps=4), event("anna", step=1)]
+    lines += [event("anna", step=2, note="step 2 could not be saved"), event("anna", step=3)]
+    for line in [*lines, event("anna", state=DONE, note="")]:
+        board.take(line)
+        table.update()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "anna: training on king",
+        "anna: training on king: step 2 could not be saved",
+        "anna: done on king",
+    ]
+
+
 def test_people_are_sub_folders(tmp_path):
     with pytest.raises(UserError, match="no sub-folders"):
         people_of(tmp_path)

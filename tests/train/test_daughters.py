@@ -243,7 +243,9 @@ def test_what_is_not_hers_any_more_is_not_gone_on_from(place: Workspace) -> None
     recipe = files["old"].read_bytes()
     assert recipe.count(b"learning_rate: 0.005") == 1
     files["old"].write_bytes(recipe.replace(b"learning_rate: 0.005", b"learning_rate: 0.004"))
-    said = succeeded(run(place, *words)).stdout
+    said = succeeded(run(place, *words, fault="step=2;phase=save-write;action=enospc")).stdout
+    assert "apt: training on" in said
+    assert said.count("could not be saved: No space left on device") == 4  # and nobody ends for that
     for name, note in {
         "apt": "goes on after step 2",
         "new": "begins anew: changed/new holds other rows",

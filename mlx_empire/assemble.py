@@ -23,11 +23,11 @@ from mlx_empire.checkpoint.card import model_card
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
 from mlx_empire.checkpoint.export import FolderWriter
 from mlx_empire.checkpoint.folder import Stored, has_weights, open_folder, settle
-from mlx_empire.checkpoint.freeze import freeze, frozen_digest, verify
+from mlx_empire.checkpoint.freeze import freeze, frozen_digest, is_frozen, verify
 from mlx_empire.checkpoint.layout import huggingface_names
 from mlx_empire.checkpoint.sidefiles import write_json
 from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource
-from mlx_empire.checkpoint.staging import remove
+from mlx_empire.checkpoint.staging import refuse_foreign, remove
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
@@ -40,15 +40,15 @@ from mlx_empire.data.share import shared_splits
 from mlx_empire.data.splits import Splits, load_splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
-from mlx_empire.evaluate.evaluator import Evaluator, from_json, to_json
+from mlx_empire.evaluate.evaluator import Decode, Evaluator, from_json, to_json
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.generation import refuse_too_large
-from mlx_empire.evaluate.questions import load_questions
+from mlx_empire.evaluate.questions import Questions, load_questions
 from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan import catalog
 from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
 from mlx_empire.plan.model import ModelSpec
-from mlx_empire.plan.packing import AFFINE, Packing, packing_of
+from mlx_empire.plan.packing import Packing, packing_of, stored_packing
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.evaluation import HELD_OUT_LOSS
 from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
@@ -147,7 +147,7 @@ def tuned_model(
     base = describe(model, plain, name, dtype)
     packing = packing_of(tuning) if packed is None else None
     if packed is not None and stored is None:  # a random model of a packed folder's kind
-        packing = Packing(packed.get("mode", AFFINE), packed["bits"], packed["group_size"])
+        packing = stored_packing(packed)
     if packing is not None:
         quantise(model, packing, name)
     adapters = adapt(model, tuning)
@@ -200,21 +200,41 @@ def load_data(recipe: Recipe, spec: ModelSpec) -> Splits:
 
 def share_evaluator(comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator | None:
     """What scores the recipe's evaluation sets, which rank 0 reads; None where there are none. Collective."""
-    asked, folder, length = recipe.evaluation.sets, recipe.model.path, recipe.data.sequence_length
-    if not asked:
+    length = recipe.data.sequence_length
+    if not recipe.evaluation.sets:
         return None
     raw, decode, ends = None, None, None
     with together(comm):
-        if any(one.generates for one in asked):
+        if recipe.evaluation.generates:
             refuse_too_large(plan, spec, length)
         if comm.rank == 0:
-            vocabulary = int(spec.text_config["vocab_size"])
-            raw = to_json([load_questions(one, folder, length, vocabulary) for one in asked])
-            if any(one.generates for one in asked):
-                tokenizer = load_tokenizer(folder)
-                decode, ends = tokenizer.decode, sorted(map(int, tokenizer.eos_token_ids))
+            sets, decode, ends = _read_sets(recipe, spec)
+            raw = to_json(sets)
     raw, ends = comm.broadcast_json(raw), comm.broadcast_json(ends)
-    return Evaluator(from_json(raw), length, recipe.batch.micro_size, ends or (), decode)
+    return Evaluator(from_json(raw), length, recipe.batch.micro_size, ends, decode)
+
+
+def load_evaluator(recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator | None:
+    """As `share_evaluator`, for a machine alone."""
+    length = recipe.data.sequence_length
+    if not recipe.evaluation.sets:
+        return None
+    if recipe.evaluation.generates:
+        refuse_too_large(plan, spec, length)
+    sets, decode, ends = _read_sets(recipe, spec)
+    return Evaluator(sets, length, recipe.batch.micro_size, ends, decode)
+
+
+def _read_sets(recipe: Recipe, spec: ModelSpec) -> tuple[list[Questions], Decode | None, list[int]]:
+    """The evaluation sets, and where answers are generated what makes text of tokens and which tokens end an answer."""
+    folder, vocabulary = recipe.model.path, int(spec.text_config["vocab_size"])
+    sets = [
+        load_questions(one, folder, recipe.data.sequence_length, vocabulary) for one in recipe.evaluation.sets
+    ]
+    if not recipe.evaluation.generates:
+        return sets, None, []
+    tokenizer = load_tokenizer(folder)
+    return sets, tokenizer.decode, sorted(map(int, tokenizer.eos_token_ids))
 
 
 def gate_keeper(comm: Communicator, recipe: Recipe) -> GateKeeper:
@@ -224,6 +244,13 @@ def gate_keeper(comm: Communicator, recipe: Recipe) -> GateKeeper:
     return GateKeeper(
         recipe.evaluation.stop_when, comm.broadcast_json([r for r in records if "eval_loss" in r])
     )
+
+
+def refuse_taken(recipe: Recipe) -> None:
+    """UserError where `final/` holds what a run may not replace; what it froze just before it was killed it may."""
+    unfinished = (recipe.run.dir / "metrics.jsonl").exists()
+    if not (unfinished and is_frozen(recipe.run.dir / "final")):
+        refuse_foreign(recipe.run.dir / "final")
 
 
 def freeze_result(recipe: Recipe, gate: GateKeeper) -> str:

@@ -3,7 +3,7 @@
 Every sub-folder of DIR holds one person's data (train.jsonl, perhaps valid.jsonl) and becomes `run.dir`/NAME with a
 `final/` of its own. People are spread over the machines of the hostfile by what each has room for; those on one
 machine share one resident base and pass each layer together. The command may be killed and given again: who is
-finished is never trained again, who is not begins anew.
+finished is never trained again, who is not goes on from where she was last saved (`run.save_every`).
 
 This process shows the table; workers do the work: one on this machine, or under mpirun one on each machine.
 """
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlx_empire import assemble, beacon, upbringing
+from mlx_empire import assemble, beacon, phases, upbringing
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.run_lock import RunLock
 from mlx_empire.cluster.hostfile import load_hostfile
@@ -26,8 +26,20 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.report.daughter_table import DaughterTable
+from mlx_empire.school import place_of
 from mlx_empire.supervise.command import clean_environment, worker_line
-from mlx_empire.supervise.people import BEFORE, WAITING, Board, State, deal, event, is_finished, people_of
+from mlx_empire.supervise.people import (
+    BEFORE,
+    WAITING,
+    Board,
+    State,
+    deal,
+    event,
+    homes_of,
+    is_finished,
+    people_of,
+    recipe_for,
+)
 
 MOST_TOGETHER = 16
 SOME_FAILED = 65
@@ -123,6 +135,7 @@ def work(
     most: int,
 ) -> int:
     """A worker: find out who is left and whose they are, and train one's own."""
+    phases.begin(comm.rank)
     recipe = assemble.share_recipe(comm, recipe_path, overrides)
     nodes = assemble.share_nodes(comm, recipe, hosts)
     node = nodes[comm.rank]
@@ -137,7 +150,9 @@ def work(
         room = upbringing.room_for(recipe, node, min(most, max(len(left), 1)))
     weights = {name: upbringing.data_bytes(people, name) for name in left}
     places = comm.gather_json(room.places)
-    mine = deal(left, comm.broadcast_json(weights), places)[comm.rank]
+    kept = [n for n in left if place_of(recipe_for(recipe, people, n), node.name) is not None]
+    homes = homes_of(comm.gather_json(kept))
+    mine = deal(left, comm.broadcast_json(weights), places, homes)[comm.rank]
     print(
         f"{node.name}: {len(mine)} of {len(left)} daughters, up to {room.places} together "
         f"({room.plan.ledgers[0].peak / 2**30:.2f} of {room.plan.limits[0] / 2**30:.2f} GiB)"

@@ -40,6 +40,7 @@ PHASES = (
     "retention",
     "save-wait",  # nothing is wrong: this thread waits for the checkpoint's
     "finish",
+    "freeze",  # the result is frozen, and nothing says yet that the run is complete
 )
 ACTIONS = ("kill", "stop", "exit0", "exit3", "raise", "segv", "nan", "enospc", "delay")
 

@@ -19,8 +19,8 @@ import mlx.core as mx
 
 from mlx_empire import assemble, beacon, capacity, continuing, phases, safeguards
 from mlx_empire.arguments import UserArguments
+from mlx_empire.checkpoint.freeze import thaw
 from mlx_empire.checkpoint.save import Saver
-from mlx_empire.checkpoint.staging import refuse_foreign
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
@@ -88,7 +88,7 @@ def carry_out(
         if comm.rank == 0:
             refuse_finished(recipe.run.dir)
             refuse_unwritable(recipe.run.dir)
-            refuse_foreign(recipe.run.dir / "final")
+            assemble.refuse_taken(recipe)
 
     # ---------------------------------------------------------------- what is trained, on what
     safeguards.agree_on_model(comm, recipe)
@@ -284,6 +284,7 @@ def export(run: Run, gate: GateKeeper) -> None:
     writer = None
     with together(comm):
         if comm.rank == 0:
+            thaw(recipe.run.dir / "final")  # a kill came between freezing it and COMPLETE
             writer = assemble.result_writer(recipe, built)
     for index in range(len(built.spec.units)):
         trainer.store.bind(index)
@@ -301,6 +302,7 @@ def export(run: Run, gate: GateKeeper) -> None:
                 report.message(gate.sentence())
             if gate.reached:
                 report.message(assemble.freeze_result(recipe, gate))
+                phases.reach("freeze")
             write_private(recipe.run.dir / "COMPLETE", "")
 
 

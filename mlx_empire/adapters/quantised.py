@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_empire.errors import UserError
 from mlx_empire.plan.describe import find_layers
-from mlx_empire.plan.packing import AFFINE, MODES, Packing
+from mlx_empire.plan.packing import AFFINE, MODES, Packing, stored_packing
 from mlx_empire.recipe.sections import TuningSection
 
 QUANTISATION_KEYS = ("quantization", "quantization_config")
@@ -40,7 +40,7 @@ def stored_quantisation(
         raise UserError(
             f"tuning.type: dora: {name} is stored quantised; use type lora, or a folder that is not"
         )
-    bits = found.get("bits") if mode == AFFINE else mode
+    bits = stored_packing(found).bits if mode == AFFINE else mode
     if tuning.bits is not None and tuning.bits != bits:
         how = f"in {bits} bits" if mode == AFFINE else f"as {mode}"
         raise UserError(f"tuning.bits: {tuning.bits}: {name} is stored {how}; leave tuning.bits out")
@@ -61,13 +61,8 @@ def quantise_as_stored(model: nn.Module, quantisation: Mapping[str, Any], names:
         own = quantisation.get(path)
         return dict(own) if isinstance(own, Mapping) else True
 
-    nn.quantize(
-        model,
-        quantisation["group_size"],
-        quantisation["bits"],
-        mode=quantisation.get("mode", AFFINE),
-        class_predicate=settings,
-    )
+    packing = stored_packing(quantisation)
+    nn.quantize(model, packing.group, packing.bits, mode=packing.mode, class_predicate=settings)
 
 
 def quantise(model: nn.Module, packing: Packing, name: str) -> None:

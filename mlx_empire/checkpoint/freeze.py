@@ -35,16 +35,32 @@ def freeze(folder: Path, about: Mapping[str, Any]) -> str:
     return digest
 
 
+def thaw(folder: Path) -> None:
+    """Take back what `freeze` did, wholly or in part. Nothing happens to a folder that is not frozen."""
+    if not is_frozen(folder):
+        return
+    with disk_errors(folder):
+        folder.chmod(0o700)
+        for path in sorted(folder.rglob("*")):  # a folder before what lies in it
+            path.chmod(0o700 if path.is_dir() else 0o600)
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+
+
+def is_frozen(folder: Path) -> bool:
+    """Whether a manifest lies in the folder, of whatever kind."""
+    return (folder / MANIFEST_NAME).exists()
+
+
 def frozen_digest(folder: Path) -> str | None:
     """The digest that a folder's manifest names; None where it is not frozen. Nothing else is read."""
-    if not (folder / MANIFEST_NAME).exists():
+    if not is_frozen(folder):
         return None
     return str(_manifest(folder)["digest"])
 
 
 def verify(folder: Path, digest: str) -> None:
     """UserError unless `folder` is frozen under `digest` and every file of it is as it was, naming what is not."""
-    if not (folder / MANIFEST_NAME).exists():
+    if not is_frozen(folder):
         raise UserError(
             f"model.base_digest: {folder} is not frozen ({MANIFEST_NAME} is missing); leave the digest out"
         )

@@ -8,7 +8,7 @@ in her step, so the sum of all losses has each one's own gradient. Norm, clippin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ import numpy as np
 from mlx_empire.adapters.initial import initial_adapter
 from mlx_empire.adapters.together import Present, own_name
 from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch
+from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.optim.norm import clip_scale
 from mlx_empire.optim.protocol import ShardOptimizer, StepScalars
@@ -33,6 +34,14 @@ class Turn:
     learning_rate: float
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a step came to for one daughter: the mean loss over her counted tokens, and her gradient's norm."""
+
+    loss: float
+    norm: float
+
+
 class Cohort:
     """Daughters in the places of a trainer whose model was put together for so many."""
 
@@ -46,18 +55,28 @@ class Cohort:
     ) -> None:
         self._trainer, self._present, self._optimizer = trainer, present, optimizer
         self._clip_norm, self._seed = clip_norm, seed
-        self._passes = 0
         self._tensors: dict[int, list[str]] = {}
         for unit in trainer.spec.units:
             for tensor in (t for t in unit.tensors if t.trainable):
                 self._tensors.setdefault(own_name(tensor.name)[0], []).append(tensor.name)
+        # DoRA's magnitudes are norms of the base, which is not at hand in float32 when the next daughter begins.
+        self._magnitudes = self._read(
+            {n for names in self._tensors.values() for n in names if n.endswith(".m")}
+        )
+
+    @property
+    def store(self) -> ShardStore:
+        """Where the adapters and states of all places are."""
+        return self._trainer.store
 
     def begin(self, place: int) -> None:
         """Put a daughter who has learnt nothing into a place: first values, fresh states."""
         store = self._trainer.store
         store.put(
             {
-                name: initial_adapter(store.plan.tensors[name][2].tensor, self._seed)
+                name: self._magnitudes[name]
+                if name in self._magnitudes
+                else initial_adapter(store.plan.tensors[name][2].tensor, self._seed)
                 for name in self._tensors[place]
             }
         )
@@ -70,17 +89,18 @@ class Cohort:
                         chunk.state = self._optimizer.init(chunk.weights, quantised=quantised)
                         mx.eval(chunk.state)
 
-    def step(self, turns: Mapping[int, Turn]) -> dict[int, float]:
-        """One step of the daughters in these places; her gradient norm by place.
+    def step(self, turns: Mapping[int, Turn]) -> dict[int, Lesson]:
+        """One step of the daughters in these places; what it came to, by place.
 
         A daughter whose norm is not finite is not updated: what became of her is the caller's business.
         """
         trainer, places = self._trainer, sorted(turns)
         self._present.places = places
-        self._passes += 1
         count = max(len(turns[p].micro_batches) for p in places)
         joined = [_joined([_weighted(turns[p], j) for p in places]) for j in range(count)]
-        trainer.gather_gradients(joined, self._passes)
+        # Dropout's masks are those of the one who is furthest, so of a daughter alone they are her own.
+        rows = trainer.gather_gradients(joined, max(turn.step for turn in turns.values()))
+        losses = _shared_out(rows, [len(turns[p].micro_batches[0].inputs) for p in places])
         norms = self._norms(places)
         scalars = {
             p: StepScalars(turns[p].step, turns[p].learning_rate, clip_scale(norms[p], self._clip_norm))
@@ -90,28 +110,36 @@ class Cohort:
         self._drop_others(scalars)
         still = StepScalars(1, 0.0, 0.0)
         trainer.renew(lambda name: scalars.get(own_name(name)[0], still))
-        return norms
+        return {p: Lesson(loss, norms[p]) for p, loss in zip(places, losses, strict=True)}
 
     def held_out(self, place: int, batches: Sequence[MicroBatch], per_pass: int) -> float:
         """The mean loss of the daughter in `place`, at most `per_pass` micro-batches at a time."""
-        self._present.places = [place]
+        streamed = self.with_only(place).streamed
         total = int(sum(b.mask.sum() for b in batches))
         losses: list[float] = []
         for first in range(0, len(batches), per_pass):
-            losses += self._trainer.streamed.losses(batches[first : first + per_pass], total)
+            losses += streamed.losses(batches[first : first + per_pass], total)
         return math.fsum(losses)
+
+    def with_only(self, place: int) -> Trainer:
+        """The trainer, whose model until the next step is that of the daughter in `place`."""
+        self._present.places = [place]
+        return self._trainer
 
     def adapter(self, place: int) -> dict[str, mx.array]:
         """The adapter of the daughter in `place`, by mlx-lm's names, as copies that outlive her place."""
-        store, found = self._trainer.store, {}
-        names = set(self._tensors[place])
+        found = self._read(set(self._tensors[place]))
+        return {own_name(name)[1]: array for name, array in found.items()}
+
+    def _read(self, names: Set[str]) -> dict[str, mx.array]:
+        """Copies of these tensors, by name."""
+        store = self._trainer.store
+        found: dict[str, mx.array] = {}
         for index, unit in enumerate(self._trainer.spec.units):
             if not any(t.name in names for t in unit.tensors):
                 continue
             store.bind(index)
-            for name, array in store.tensors(index).items():
-                if name in names:
-                    found[own_name(name)[1]] = mx.array(np.array(array))
+            found |= {n: mx.array(np.array(a)) for n, a in store.tensors(index).items() if n in names}
             store.release(index)
         return found
 
@@ -150,6 +178,13 @@ def _weighted(turn: Turn, index: int) -> MicroBatch:
     batch = turn.micro_batches[index]
     mask = batch.mask / np.float32(max(turn.tokens, 1))
     return MicroBatch(batch.inputs, batch.targets, mask, batch.documents, batch.rows_read)
+
+
+def _shared_out(by_row: Sequence[np.ndarray], rows: Sequence[int]) -> list[float]:
+    """Each daughter's loss of a step: `by_row` of its joined micro-batches, in each of which she has so many `rows`."""
+    edges = np.cumsum(rows)
+    sums = [[own.sum(dtype=np.float64) for own in np.split(losses, edges[:-1])] for losses in by_row]
+    return [math.fsum(own) for own in zip(*sums, strict=True)]
 
 
 def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:

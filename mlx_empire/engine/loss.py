@@ -22,13 +22,12 @@ def chunk_ranges(rows: int, width: int, tokens: int) -> list[tuple[int, int]]:
     return [(a, min(a + positions, width)) for a in range(0, width, positions)]
 
 
-def summed_loss(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:
-    """sum(cross entropy x mask) / total; logits (rows, positions, vocabulary) are taken to fp32 first.
+def row_losses(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:
+    """(rows,): sum(cross entropy x mask) / total of each; logits (rows, positions, vocabulary) are taken to fp32.
 
-    The gradient reuses the softmax that the loss is read from, so every logit is exponentiated once and no second
-    array of their size is kept beside the two: with p the softmax and t the target, the loss is
-    max(logits) - logits[t] - log(max(p)), where max(p) is 1 / sum(exp(logits - max)) and never below 1 / vocabulary,
-    and its derivative is p - onehot(t).
+    The gradient reuses the softmax that the loss is read from, so every logit is exponentiated once and one array of
+    their size less is alive: with p the softmax and t the target, the loss is max(logits) - logits[t] - log(max(p)),
+    where max(p) is 1 / sum(exp(logits - max)) and never below 1 / vocabulary, and its derivative is p - onehot(t).
     """
     weights, t = (mask / total)[..., None], targets[..., None]
 
@@ -38,14 +37,15 @@ def summed_loss(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.a
         over = mx.max(wide, axis=-1, keepdims=True) - mx.take_along_axis(wide, t, axis=-1)
         losses = over - mx.log(mx.max(p, axis=-1, keepdims=True))
         hit = mx.take_along_axis(p, t, axis=-1)
-        return (losses * weights).sum(), mx.put_along_axis(p * weights, t, (hit - 1) * weights, axis=-1)
+        derivative = mx.put_along_axis(p * weights, t, (hit - 1) * weights, axis=-1)
+        return (losses * weights).sum(axis=(1, 2)), derivative
 
     @of.vjp
     def vjp(_: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
-        return cotangents[0] * outputs[1]
+        return cotangents[0][:, None, None] * outputs[1]
 
-    loss, _ = cast("tuple[mx.array, mx.array]", of(logits.astype(mx.float32)))
-    return loss
+    by_row, _ = cast("tuple[mx.array, mx.array]", of(logits.astype(mx.float32)))
+    return by_row
 
 
 def head_loss(
@@ -56,11 +56,11 @@ def head_loss(
     total: mx.array,
     tokens: int,
 ) -> mx.array:
-    """The loss alone, for evaluation: `batch` is (inputs, targets, mask), each (rows, width). Evaluates by chunk."""
-    loss = mx.array(0.0)
+    """Each row's loss, for evaluation: `batch` is (inputs, targets, mask), each (rows, width). Evaluates by chunk."""
+    loss = mx.zeros(hidden.shape[0])
     for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
         inputs, targets, mask = (x[:, a:b] for x in batch)
-        loss = loss + summed_loss(head(root, hidden[:, a:b], inputs), targets, mask, total)
+        loss = loss + row_losses(head(root, hidden[:, a:b], inputs), targets, mask, total)
         mx.eval(loss)
     return loss
 
@@ -97,16 +97,17 @@ def head_gradients(
     *,
     eager: bool,
 ) -> tuple[mx.array, list[mx.array], mx.array]:
-    """Loss, its gradients by the root's tensors (fp32 sums over chunks) and by `hidden`.
+    """Each row's loss, the gradients of their sum by the root's tensors (fp32 sums over chunks) and by `hidden`.
 
     `hidden` is (rows, width, features), `batch` (inputs, targets, mask), each (rows, width). `eager` evaluates after
     every chunk; otherwise each chunk is made to wait for the one before it, which bounds memory just as well when
     the whole is part of a larger graph (the un-recomputed tail).
     """
 
-    def chunk(arrays: Sequence[mx.array], part: mx.array, *rest: mx.array) -> mx.array:
+    def chunk(arrays: Sequence[mx.array], part: mx.array, *rest: mx.array) -> tuple[mx.array, mx.array]:
         inputs, targets, mask = rest
-        return summed_loss(head(arrays, part, inputs), targets, mask, total)
+        by_row = row_losses(head(arrays, part, inputs), targets, mask, total)
+        return by_row.sum(), by_row
 
     loss_and_gradients = mx.value_and_grad(chunk, argnums=(0, 1))
     ranges = chunk_ranges(hidden.shape[0], hidden.shape[1], tokens)
@@ -117,7 +118,9 @@ def head_gradients(
         part = hidden[:, a:b]
         if loss is not None and not eager:
             part = mx.depends([part], [loss, *sums, parts[-1]])[0]
-        value, (gradients, part_gradient) = loss_and_gradients(list(root), part, *(x[:, a:b] for x in batch))
+        (_, value), (gradients, part_gradient) = loss_and_gradients(
+            list(root), part, *(x[:, a:b] for x in batch)
+        )
         if loss is None:
             loss, sums = value, list(gradients)
         else:

@@ -38,7 +38,8 @@ from mlx_empire.plan.workload import chunk_tokens, first_trained
 
 @dataclass
 class _Running:
-    """A micro-batch on its way: tokens as MLX arrays, the current hidden state or cotangent, the layers' inputs.
+    """A micro-batch on its way: tokens as MLX arrays, the current hidden state or cotangent, the layers' inputs, in the
+    end the losses of its rows.
 
     `position` counts this rank's micro-batches of the step.
     """
@@ -89,8 +90,8 @@ class StreamedStep:
 
     def gradients(
         self, rounds: Sequence[Sequence[MicroBatch]], total_tokens: int, sums: GradientStore
-    ) -> list[float]:
-        """Loss of each micro-batch of this rank (already divided by the global count), gradients into `sums`.
+    ) -> list[np.ndarray]:
+        """By micro-batch of this rank its rows' losses (already divided by the global count), gradients into `sums`.
 
         `rounds` holds this rank's cells; a round without a cell is an empty list and still joins the collectives.
         """
@@ -104,14 +105,14 @@ class StreamedStep:
         self._backward(running, sums)
         self._embed(running, head_sums, sums)
         self._store.release(0)
-        return [_number(r.loss) for r in flat if r.loss is not None]
+        return [np.array(r.loss) for r in flat if r.loss is not None]
 
     def losses(self, batches: Sequence[MicroBatch], total_tokens: int) -> list[float]:
         """Forward only, for evaluation: the loss of each micro-batch, divided by `total_tokens`."""
         total = mx.array(float(total_tokens), mx.float32)
         return [
-            _number(loss)
-            for loss in self._evaluated(
+            float(np.array(by_row).sum(dtype=np.float64))
+            for by_row in self._evaluated(
                 batches,
                 lambda root, r: head_loss(self._call_head, root, r.hidden, r.batch, total, self._tokens),
             )
@@ -348,9 +349,3 @@ class StreamedStep:
         by_position.clear()
         mx.eval(cell.arrays)
         return cell
-
-
-def _number(scalar: mx.array) -> float:
-    value = scalar.item()
-    assert isinstance(value, float)
-    return value

@@ -130,8 +130,8 @@ class Trainer:
 
     def gather_gradients(
         self, micro_batches: Sequence[MicroBatch], step: int, total_tokens: int = 1
-    ) -> list[float]:
-        """Forward and backward of this rank's micro-batches, in the order of its cells; their losses."""
+    ) -> list[np.ndarray]:
+        """Forward and backward of this rank's micro-batches, in the order of its cells; the losses of their rows."""
         members = self.work.layout.of_rank(self._comm.rank)
         if self._noise is not None:
             self._noise.begin(step, [j for cell in members for j in cell])
@@ -145,7 +145,8 @@ class Trainer:
 
     def compute(self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int = 1) -> float:
         """Forward and backward of this rank's micro-batches (in the order of its cells); the global mean loss."""
-        losses = self.gather_gradients(micro_batches, step, total_tokens)
+        by_row = self.gather_gradients(micro_batches, step, total_tokens)
+        losses = [float(rows.sum(dtype=np.float64)) for rows in by_row]
         loss = self._in_order(losses)
         if not math.isfinite(loss):
             raise self._blame_loss(loss, losses, step)

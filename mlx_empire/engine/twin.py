@@ -152,7 +152,7 @@ def _streamed(
         step = StreamedStep(
             deck, store, tail=0, vocabulary=VOCABULARY, head_tensors=use.head, embed_tensors=use.embed
         )
-        (loss,) = step.gradients([[batch]], int(batch.mask.sum()), sums)
+        (rows,) = step.gradients([[batch]], int(batch.mask.sum()), sums)
         sums.finish()
     finally:
         thread.close()
@@ -160,4 +160,4 @@ def _streamed(
         path: host_view(sums.totals[u][s])[p.start : p.start + p.tensor.size]
         for path, (u, s, p) in plan.tensors.items()
     }
-    return loss, flat
+    return float(rows.sum(dtype=np.float64)), flat

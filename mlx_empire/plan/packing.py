@@ -90,23 +90,19 @@ def uniformly(packing: Packing | None) -> Choice:
 
 def as_stored(quantization: Mapping[str, Any]) -> Choice:
     """What a folder's `quantization` says: settings for all, and by a module's path its own or false."""
-    mode = str(quantization.get("mode", AFFINE))
-    everywhere = _stored(quantization, Packing(mode, DEFAULT_BITS, 64))
-    otherwise = uniformly(everywhere)
+    otherwise = uniformly(stored_packing(quantization))
 
     def choose(matrix: TensorSpec, root: bool) -> Packing | None:
         own = quantization.get(matrix.name.removesuffix(".weight"))
         if isinstance(own, Mapping):
-            return _stored(own, everywhere)
+            return stored_packing(own)
         return None if own is False else otherwise(matrix, root)
 
     return choose
 
 
-def _stored(settings: Mapping[str, Any], default: Packing) -> Packing:
-    """The packing of `settings`, which may leave out what is as in `default`."""
-    mode, bits, group = (
-        settings.get(k, d)
-        for k, d in (("mode", default.mode), ("bits", default.bits), ("group_size", default.group))
-    )
-    return Packing(str(mode), int(bits), int(group))
+def stored_packing(settings: Mapping[str, Any]) -> Packing:
+    """The packing of a folder's `settings`, or of a module's own: what is left out is as MLX has it, hence affine."""
+    mode = str(settings.get("mode", AFFINE))
+    usual = PACKINGS.get(DEFAULT_BITS if mode == AFFINE else mode, PACKINGS[DEFAULT_BITS])
+    return Packing(mode, int(settings.get("bits", usual.bits)), int(settings.get("group_size", usual.group)))

@@ -4,6 +4,7 @@ Scores are named `set.metric`, such as `facts.exact_match`; `eval_loss` is the l
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -29,7 +30,8 @@ Metric = Literal[
 ]
 SET = (
     "a list of sets such as [{path: data/facts.jsonl, metrics: [exact_match]}], with name, format, max_tokens, "
-    "pattern and schema where a set needs them; metrics: " + ", ".join((*TEACHER_FORCED, *GENERATED))
+    "pattern and schema where a set needs them ({person} in a path stands for a daughter's name, in "
+    "mlx_empire.daughters); metrics: " + ", ".join((*TEACHER_FORCED, *GENERATED))
 )
 GATE = (
     "a gate such as {metric: facts.exact_match, at_least: 0.95, for: 2} (at_least or at_most), or null (none)"
@@ -85,6 +87,29 @@ class EvaluationSection(Section):
     def scores(self) -> tuple[str, ...]:
         """The names of all scores that the sets give."""
         return tuple(f"{one.title}.{metric}" for one in self.sets for metric in one.metrics)
+
+    @property
+    def generates(self) -> bool:
+        """Whether any set's answers must be generated."""
+        return any(one.generates for one in self.sets)
+
+    def of_person(self, name: str) -> Self:
+        """The section of one daughter among many: in the sets' paths `{person}` is her name."""
+
+        def own(path: Path) -> Path:
+            return Path(str(path).replace("{person}", name))
+
+        sets = tuple(
+            one.model_copy(
+                update={
+                    "name": one.title,
+                    "path": own(one.path),
+                    "json_schema": one.json_schema and own(one.json_schema),
+                }
+            )
+            for one in self.sets
+        )
+        return self.model_copy(update={"sets": sets})
 
     def contradiction(self, *, evaluates: bool) -> tuple[str, str] | None:
         """(key, sentence) of what cannot be; `evaluates`: the run stops to evaluate now and then."""

@@ -28,7 +28,7 @@ REFRESHES = 4  # a second
 
 
 class DaughterTable:
-    """Shows a board while workers work: redrawn in place on a terminal, else one line for every change of state."""
+    """Shows a board while workers work: redrawn in place on a terminal, else a line for every new state or note."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -43,7 +43,7 @@ class DaughterTable:
             if size is not None
             else None
         )
-        self._said: dict[str, str] = {}
+        self._said: dict[str, tuple[str, str]] = {}
 
     def __enter__(self) -> Callable[[], None]:
         if self._live is not None:
@@ -61,11 +61,11 @@ class DaughterTable:
         if self._live is not None:
             return
         for state in self._board.states.values():
-            if self._said.get(state.name) != state.state and state.state != WAITING:
+            if self._said.get(state.name) != (state.state, state.note) and state.state != WAITING:
                 note = f": {state.note}" if state.note else ""
                 where = f" on {state.machine}" if state.machine != "-" else ""
                 self._console.print(f"{state.name}: {state.state}{where}{note}", markup=False, soft_wrap=True)
-            self._said[state.name] = state.state
+            self._said[state.name] = (state.state, state.note)
 
     def message(self, text: str) -> None:
         """A worker's line that is about no daughter."""

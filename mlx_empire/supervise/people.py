@@ -62,14 +62,14 @@ class Board:
         except (ValueError, KeyError, TypeError):
             return False
         if event.get("state") == TRAINING and state.state != TRAINING:
-            state.began = time.monotonic()
+            state.began, state.first_step = time.monotonic(), int(event.get("step", 0))
         for key in ("machine", "state", "step", "steps", "held_out", "before", "note"):
             if key in event:
                 setattr(state, key, event[key])
         return True
 
     def end(self) -> None:
-        """The workers have ended: whoever was being trained is lost, and begins anew the next time."""
+        """The workers have ended: whoever was being trained is lost, and the next time goes on or begins anew."""
         for state in self.states.values():
             if state.state in (WAITING, TRAINING):
                 state.state = LOST
@@ -101,10 +101,11 @@ def people_of(folder: Path) -> list[str]:
 
 
 def recipe_for(recipe: Recipe, people: Path, name: str) -> Recipe:
-    """The recipe of one daughter: her data, and a folder of her own inside run.dir."""
+    """The recipe of one daughter: her data, her questions, and a folder of her own inside run.dir."""
     data = recipe.data.model_copy(update={"path": people / name})
     run = recipe.run.model_copy(update={"dir": recipe.run.dir / name})
-    return recipe.model_copy(update={"data": data, "run": run})
+    evaluation = recipe.evaluation.of_person(name)
+    return recipe.model_copy(update={"data": data, "run": run, "evaluation": evaluation})
 
 
 def is_finished(recipe: Recipe, name: str) -> bool:
@@ -112,12 +113,29 @@ def is_finished(recipe: Recipe, name: str) -> bool:
     return (recipe.run.dir / name / "COMPLETE").exists()
 
 
-def deal(names: Sequence[str], weights: Mapping[str, int], places: Sequence[int]) -> list[list[str]]:
+def homes_of(kept: Sequence[Sequence[str]]) -> dict[str, int]:
+    """Which worker an unfinished daughter returns to; `kept`: by worker, those whom its machine had. Several workers
+    on one machine share them out.
+    """
+    seen: dict[str, list[int]] = {}
+    for rank, names in enumerate(kept):
+        for name in names:
+            seen.setdefault(name, []).append(rank)
+    return {name: ranks[i % len(ranks)] for i, (name, ranks) in enumerate(seen.items())}
+
+
+def deal(
+    names: Sequence[str],
+    weights: Mapping[str, int],
+    places: Sequence[int],
+    homes: Mapping[str, int] | None = None,
+) -> list[list[str]]:
     """Who is trained on which machine: the heaviest first, each to the machine that would be done with her soonest.
 
     weights: bytes of data by name. places: how many daughters each machine trains together; a machine with none gets
-    nobody. UserError where no machine has a place.
+    nobody. homes: the machine that has what a daughter needs to go on. UserError where no machine has a place.
     """
+    homes = homes or {}
     if not any(places):
         raise UserError(
             "no machine has room for a single daughter; see python -m mlx_empire.train ... --dry-run"
@@ -126,8 +144,9 @@ def deal(names: Sequence[str], weights: Mapping[str, int], places: Sequence[int]
     dealt: list[list[str]] = [[] for _ in places]
     for name in sorted(names, key=lambda n: (-weights.get(n, 1), n)):
         weight = max(weights.get(name, 1), 1)
+        open_to = [r for r, count in enumerate(places) if count]
         home = min(
-            (r for r, count in enumerate(places) if count),
+            [r for r in open_to if r == homes.get(name)] or open_to,
             key=lambda r: ((load[r] + weight) / places[r], r),
         )
         load[home] += weight

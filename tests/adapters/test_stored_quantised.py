@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.utils import save_model
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from support.stepping import config_of, weights_of
 from support.tuning import TunedCase
 
@@ -15,6 +15,8 @@ from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.source import FolderSource
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.errors import UserError
+from mlx_empire.plan.subject import subject_of
+from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.sections import TuningSection
 
 
@@ -40,8 +42,31 @@ def folder(request, tmp_path_factory):
     return path, config, dict(tree_flatten(model.parameters()))
 
 
+@pytest.fixture(scope="module", params=["llama mxfp4", "qwen3_moe mxfp4", "llama mxfp8", "qwen3_moe nvfp4"])
+def floating(request, tmp_path_factory):
+    """A folder in one of MLX's floating-point formats, made by mlx-lm: a mixture's router is in 8 bits, affine."""
+    family, mode = request.param.split()
+    case = TunedCase(family, config={"moe_intermediate_size": 64})
+    model, _, values = weights_of(case)
+    model.load_weights(list(values.items()))
+    model, config = quantize_model(model, config_of(case), None, None, mode)
+    path = tmp_path_factory.mktemp(mode)
+    save_model(path, model)
+    save_config(dict(config), path / "config.json")
+    return path, json.loads((path / "config.json").read_text()), dict(tree_flatten(model.parameters()))
+
+
 def test_packed_weights_are_read_as_they_are(folder):
-    path, config, expected = folder
+    check_reading(*folder)
+
+
+def test_floating_point_codes_are_read_as_they_are(floating):
+    path, config, expected = floating
+    assert {a.dtype for n, a in expected.items() if n.endswith("q_proj.scales")} == {mx.uint8}
+    check_reading(path, config, expected)
+
+
+def check_reading(path, config, expected):
     built = tuned_model(config, TuningSection(type="lora"), str(path), "float32", open_folder(path).stored())
     source = TunedSource(FolderSource(path, built.rebuild, built.base), built.spec, 0, None)
     found = {t.name: a for i in range(len(built.spec.units)) for t, a in source.unit(i)}
@@ -53,6 +78,39 @@ def test_packed_weights_are_read_as_they_are(folder):
     assert {t.name: t.shape for u in built.spec.units for t in u.tensors} == {
         n: a.shape for n, a in found.items()
     }
+
+
+def test_with_its_weights_the_model_gives_mlx_lms_logits(floating):
+    """Bit for bit those of mlx-lm's own loading; fresh adapters add nothing."""
+    path, config, _ = floating
+    built = tuned_model(config, TuningSection(type="qlora"), str(path), "float32", open_folder(path).stored())
+    source = TunedSource(FolderSource(path, built.rebuild, built.base), built.spec, 0, None)
+    built.model.load_weights([(t.name, a) for i in range(len(built.spec.units)) for t, a in source.unit(i)])
+    built.model.eval()
+    theirs, _ = load_model(path)
+    tokens = mx.array([[1, 7, 200, 31, 4]])
+    assert mx.array_equal(built.model(tokens), theirs(tokens))
+
+
+def test_the_plan_counts_it_as_it_is(floating):
+    path, _, expected = floating
+    recipe = load_recipe_text(path)
+    frozen = [t for u in subject_of(recipe).spec.units for t in u.tensors if not t.trainable]
+    ours = {t.name.replace(".linear.", "."): (t.shape, t.dtype) for t in frozen}
+    assert ours == {n: (a.shape, str(a.dtype).split(".")[-1]) for n, a in expected.items()}
+
+
+def load_recipe_text(path):
+    """The recipe of a daughter of `path`."""
+    text = f"""
+model: {{path: {path}, dtype: float32}}
+tuning: {{type: lora}}
+data: {{path: rows.jsonl, sequence_length: 64}}
+batch: {{global_size: 1}}
+optimizer: {{learning_rate: 1.0e-3}}
+run: {{dir: run, steps: 1}}
+"""
+    return parse_recipe(text, "a test's")
 
 
 @pytest.mark.parametrize(

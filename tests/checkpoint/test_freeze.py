@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from mlx_empire.checkpoint.freeze import freeze, frozen_digest, verify
+from mlx_empire.checkpoint.freeze import freeze, frozen_digest, thaw, verify
 from mlx_empire.errors import UserError
 
 
@@ -43,6 +43,24 @@ def test_the_digest_is_of_the_files_alone(folder, tmp_path):
     (other / "config.json").write_text("{ }")
     (other / "FROZEN.json").unlink()
     assert freeze(other, {}) != frozen_digest(folder)
+
+
+def test_freezing_is_taken_back(folder):
+    """Whole, and where a kill left it half done: the manifest cut short, some files read-only."""
+    before = {path: path.stat().st_mode for path in (folder, *folder.rglob("*"))}
+    thaw(folder)
+    assert {path: path.stat().st_mode for path in (folder, *folder.rglob("*"))} == before
+    for half in (False, True):
+        digest = freeze(folder, {})
+        if half:
+            folder.chmod(0o700)
+            (folder / "FROZEN.json").chmod(0o600)
+            (folder / "FROZEN.json").write_text('{"digest": ')
+        thaw(folder)
+        for path in (folder, *folder.rglob("*")):
+            assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+        assert {path for path in (folder, *folder.rglob("*"))} == before.keys()
+    assert freeze(folder, {}) == digest
 
 
 def flip(path):

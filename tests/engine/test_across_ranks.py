@@ -126,7 +126,6 @@ def test_gradients_are_those_of_the_whole_model(ranks, name):
     assert one["gradient_error"] <= 1e-5
     if not name.startswith("packed"):  # the packed reference runs documents one by one: other matrix shapes
         assert one["unequal"] == []
-        assert one["loss_error"] == 0
 
 
 @pytest.mark.parametrize("ranks", RANKS)

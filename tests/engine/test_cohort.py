@@ -44,7 +44,7 @@ def cohort_of(case, places, thread):
     work = Workload(
         case.rows * places, case.width, cell_layout(case.micro_batches, 1, 1, 1), 1, "float32", "auto", 8192
     )
-    optimizer = AdamW(weight_decay=case.weight_decay)
+    optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
     comm = SoloCommunicator("here")
     trainer = Trainer(built.model, spec, make_plan(spec.units, [1.0], 2), work, comm, thread, optimizer, None)
     source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), spec, SEED, built.packing)
@@ -61,7 +61,7 @@ def turn(case, daughter, step):
 
 
 def alone(case, daughter):
-    """The textbook's adapter of one daughter after her steps."""
+    """The textbook's adapter of one daughter after her steps, the one before, and her losses."""
     import support.tuning as tuning
 
     model = reference_model(case)
@@ -73,10 +73,10 @@ def alone(case, daughter):
     plain = tuning.batches_of
     try:
         tuning.batches_of = lambda case, step: plain(case, 20 * daughter + step)
-        textbook_steps(case, model, STEPS)
+        losses = textbook_steps(case, model, STEPS)
     finally:
         tuning.batches_of = plain
-    return trainable(model), start
+    return trainable(model), start, losses
 
 
 def check(found, expected, start):
@@ -96,17 +96,23 @@ def test_each_learns_what_she_learns_alone(case):
         cohort = cohort_of(case, 3, thread)
         for place in range(3):
             cohort.begin(place)
+        losses = {0: [], 1: [], 2: []}
         for step in range(2):
-            cohort.step({0: turn(case, 0, step), 2: turn(case, 9, step)})
+            lessons = cohort.step({0: turn(case, 0, step), 2: turn(case, 9, step)})
+            losses[0].append(lessons[0].loss)
         cohort.begin(2)
         for step in range(STEPS):
             turns = {1: turn(case, 1, step), 2: turn(case, 2, step)}
             if step + 2 < STEPS:
                 turns[0] = turn(case, 0, step + 2)
-            norms = cohort.step(turns)
-            assert norms.keys() == turns.keys()
+            lessons = cohort.step(turns)
+            assert lessons.keys() == turns.keys()
+            for place, lesson in lessons.items():
+                losses[place].append(lesson.loss)
         for daughter in range(3):
-            check(cohort.adapter(daughter), *alone(case, daughter))
+            expected, start, curve = alone(case, daughter)
+            check(cohort.adapter(daughter), expected, start)
+            assert losses[daughter] == pytest.approx(curve, rel=1e-5)
 
 
 def test_a_daughter_who_breaks_does_not_hurt_the_others():
@@ -121,10 +127,10 @@ def test_a_daughter_who_breaks_does_not_hurt_the_others():
         broken._trainer.store.put({name: mx.full(shape, mx.nan)})
         for step in range(2):
             turns = {0: turn(case, 0, step), 1: turn(case, 1, step)}
-            whole.step(turns)
-            norms = broken.step(turns)
-            assert np.isfinite(norms[0])
-            assert not np.isfinite(norms[1])
+            expected, lessons = whole.step(turns), broken.step(turns)
+            assert lessons[0] == expected[0]
+            assert np.isfinite(lessons[0].loss)
+            assert not np.isfinite(lessons[1].norm)
         expected, found = whole.adapter(0), broken.adapter(0)
         assert all(mx.array_equal(found[n], expected[n]) for n in expected)
 

@@ -17,6 +17,7 @@ from mlx_empire.supervise.people import (
     State,
     deal,
     event,
+    homes_of,
     people_of,
 )
 
@@ -42,6 +43,16 @@ def test_dealing_is_the_same_whoever_asks():
     assert deal(names, weights, [2, 3]) == deal(list(reversed(names)), weights, [2, 3])
 
 
+def test_whoever_began_on_a_machine_returns_to_it():
+    kept = [["a", "b", "c"], ["c", "d"], ["c"]]
+    homes = homes_of(kept)
+    assert homes == {"a": 0, "b": 0, "c": 2, "d": 1}
+    dealt = deal(list("abcdefgh"), {}, [1, 1, 1], homes)
+    assert [set(names) & homes.keys() for names in dealt] == [{"a", "b"}, {"d"}, {"c"}]
+    assert sorted(len(names) for names in dealt) == [2, 3, 3]
+    assert deal(["a"], {}, [0, 1, 0], {"a": 0}) == [[], ["a"], []]  # there is no place for her any more
+
+
 def test_a_board_adds_lines_up():
     board = Board({"anna": State("anna"), "bert": State("bert"), "carl": State("carl")})
     assert board.take(event("anna", state=TRAINING, machine="king", step=0, steps=10))
@@ -53,6 +64,8 @@ def test_a_board_adds_lines_up():
     anna = board.states["anna"]
     assert (anna.machine, anna.step, anna.steps) == ("king", 4, 10)
     assert anna.left > 0
+    board.take(event("dora", state=TRAINING, step=6, steps=8))
+    assert board.states.pop("dora").left is None  # she goes on, and has done no step yet
     assert board.finished == 1
     board.end()
     assert [s.state for s in board.states.values()] == [LOST, DONE, FAILED]
@@ -70,6 +83,22 @@ def test_the_table_shows_every_state(monkeypatch):
     assert "2.5000 > 2.0000" in text
     assert "b[red]" in text
     assert "1 training, 1 waiting" in text
+
+
+def test_without_a_terminal_what_is_new_is_said_once(capsys):
+    board = Board({"anna": State("anna", "king"), "bert": State("bert")})
+    table = DaughterTable(board)
+    lines = [event("anna", state=TRAINING, step=0, steps=4), event("anna", step=1)]
+    lines += [event("anna", step=2, note="step 2 could not be saved"), event("anna", step=3)]
+    for line in [*lines, event("anna", state=DONE, note="")]:
+        board.take(line)
+        table.update()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "anna: training on king",
+        "anna: training on king: step 2 could not be saved",
+        "anna: done on king",
+    ]
 
 
 def test_people_are_sub_folders(tmp_path):

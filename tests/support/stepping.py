@@ -8,6 +8,7 @@ head and embedding are summed apart, as a streamed step does.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,25 +175,39 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 # ---- the reference
 
 
-def reference_loss(model: nn.Module, batch: MicroBatch, total: int) -> mx.array:
+RowLosses = Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]
+
+
+def stock_losses(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:
+    """What `row_losses` of the engine must give, by MLX's own cross entropy."""
+    return (nn.losses.cross_entropy(logits.astype(mx.float32), targets) * mask).sum(axis=1) / total
+
+
+def reference_loss(
+    model: nn.Module, batch: MicroBatch, total: int, by_row: RowLosses = stock_losses
+) -> mx.array:
     """Sum of masked cross-entropies over the global count, on whole logits; packed rows one document at a time."""
     count = mx.array(float(total))
     if batch.documents is None:
-        logits = model(mx.array(batch.inputs)).astype(mx.float32)
-        losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
-        return (losses * mx.array(batch.mask)).sum() / count
+        targets, mask = mx.array(batch.targets), mx.array(batch.mask)
+        return by_row(model(mx.array(batch.inputs)), targets, mask, count).sum()
     loss = mx.array(0.0)
     for row in range(batch.inputs.shape[0]):
         for document in np.unique(batch.documents[row]):
             (place,) = np.nonzero(batch.documents[row] == document)
-            logits = model(mx.array(batch.inputs[row][place])[None]).astype(mx.float32)
-            losses = nn.losses.cross_entropy(logits, mx.array(batch.targets[row][place])[None])
-            loss = loss + (losses * mx.array(batch.mask[row][place])).sum() / count
+            inputs, targets, mask = (
+                mx.array(part[row][place])[None] for part in (batch.inputs, batch.targets, batch.mask)
+            )
+            loss = loss + by_row(model(inputs), targets, mask, count).sum()
     return loss
 
 
 def reference_gradients(
-    case: Case, world_size: int, values: dict[str, mx.array] | None = None, step: int = 0
+    case: Case,
+    world_size: int,
+    values: dict[str, mx.array] | None = None,
+    step: int = 0,
+    by_row: RowLosses = stock_losses,
 ) -> tuple[float, dict[str, np.ndarray]]:
     """(mean loss, flat fp32 gradients by name) by the whole model, added in cell order."""
     model, spec, initial = weights_of(case)
@@ -208,7 +223,7 @@ def reference_gradients(
     for cell in range(layout.cells):
         cell_sum = None
         for j in layout.members(cell):
-            loss, grads = gradient(model, batches[j], total)
+            loss, grads = gradient(model, batches[j], total, by_row)
             flat = dict(tree_flatten(grads))
             mx.eval(loss, flat)
             losses.append(loss.item())

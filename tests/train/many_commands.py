@@ -1,5 +1,7 @@
 """Run alone or by mpirun: every command of `commands.json`, one after the other, each as if it were the only one.
 
+A command is one of `mlx_empire.train`, or with `daughters` before it the worker of `mlx_empire.daughters`.
+
 Each rank writes what came of each command to `outcomes-RANK.json`, after every one, so that a command that ends the
 process is known by its absence.
 """
@@ -14,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from mlx_empire.train import main
+from mlx_empire import daughters, train
 
 
 def outcome(arguments: list[str]) -> dict[str, Any]:
@@ -22,7 +24,11 @@ def outcome(arguments: list[str]) -> dict[str, Any]:
     out, err = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            code: Any = main(arguments)
+            code: Any = (
+                daughters.main([*arguments[1:], "--work"])
+                if arguments[0] == "daughters"
+                else train.main(arguments)
+            )
     except SystemExit as ended:
         code = ended.code
     print(err.getvalue(), end="", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 from mlx_lm import fuse
-from mlx_lm.utils import save_model
+from mlx_lm.utils import quantize_model, save, save_model
 from train.launching import MODEL, Workspace, curve, held_out, jsonl, raw_tensors, step_records, succeeded
 from train.test_result import TRAIN, VALID, mean_loss
 
@@ -38,6 +38,7 @@ KINDS: dict[str, list[str]] = {
     "stored": ["tuning.type=lora", "model.path=packed"],
     "qlora": ["tuning.type=qlora", "tuning.bits=4"],
 }
+FLOATING = ("mxfp4", "mxfp8", "nvfp4")
 SPREAD = {"stage 3": ["memory.zero_stage=3", "memory.shares=[2,1]"], "stage 2": ["memory.zero_stage=2"]}
 
 
@@ -67,6 +68,22 @@ def alone(place: Workspace) -> Workspace:
     commands = {kind: ["recipe.yaml", *asked, f"run.dir={kind}"] for kind, asked in KINDS.items()}
     for outcome in place.train_many(commands)[0].values():
         assert "the trained adapters are in" in succeeded(outcome).stdout
+    return place
+
+
+@pytest.fixture(scope="module")
+def floating(place: Workspace) -> Workspace:
+    """Of each floating-point format two runs: on a folder by mlx-lm, and on the dense one."""
+    commands = {}
+    for mode in FLOATING:
+        model, tokenizer, config = mlx_lm.load(str(place.folder / "dense"), return_config=True)
+        model, config = quantize_model(model, config, None, None, mode)
+        save(place.folder / mode, str(place.folder / "dense"), model, tokenizer, config)
+        asked = ["recipe.yaml", "tuning.type=qlora", "tuning.rank=4"]
+        commands[f"stored {mode}"] = [*asked, f"model.path={mode}", f"run.dir=stored {mode}"]
+        commands[f"packed {mode}"] = [*asked, f"tuning.bits={mode}", f"run.dir=packed {mode}"]
+    for outcome in place.train_many(commands)[0].values():
+        succeeded(outcome)
     return place
 
 
@@ -105,6 +122,17 @@ def test_a_rank_without_the_folder_gets_its_part_of_a_packed_base(alone: Workspa
     ended = alone.train(alone.folder / "recipe.yaml", *asked, folders=[alone.folder, empty])
     assert "weights read by rank 0" in succeeded(ended).stdout
     assert result(alone.folder / "sent") == result(alone.folder / "qlora")
+
+
+@pytest.mark.parametrize("mode", FLOATING)
+def test_a_base_stored_in_a_floating_point_format_is_what_it_is_packed_while_loading(
+    mode: str, floating: Workspace
+) -> None:
+    """A folder by mlx-lm in that format, and the dense one packed while it is loaded: the same run, bit for bit."""
+    assert result(floating.folder / f"stored {mode}") == result(floating.folder / f"packed {mode}")
+    losses = [record["loss"] for record in step_records(floating.folder / f"stored {mode}")]
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == len(losses)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,15 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 from support.mpi import rank_environment
-from train.launching import MODEL, Outcome, Workspace, jsonl, metrics, raw_tensors, succeeded
+from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, metrics, raw_tensors, succeeded
 from train.test_result import TRAIN, VALID
 
+from mlx_empire.checkpoint.unfinished import bookmark_of
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.upbringing import room_for
@@ -71,8 +73,18 @@ def command(place: Workspace, *words: object) -> tuple[list[str], dict[str, str]
     return line, rank_environment(str(place.folder), {"MLX_EMPIRE_CACHE": str(place.folder / "cache")})
 
 
-def run(place: Workspace, *words: object) -> Outcome:
+def run(place: Workspace, *words: object, fault: str = "") -> Outcome:
     line, environment = command(place, *words)
+    return started(place, line, {**environment, "MLX_EMPIRE_FAULT": fault})
+
+
+def worker(place: Workspace, *words: object, fault: str = "") -> Outcome:
+    """The worker without the process that shows its table, which costs two seconds."""
+    line, environment = command(place, *words, "--work")
+    return started(place, line, {**environment, "MLX_EMPIRE_FAULT": fault})
+
+
+def started(place: Workspace, line: list[str], environment: dict[str, str]) -> Outcome:
     ended = subprocess.run(
         line,
         cwd=place.folder,
@@ -122,6 +134,9 @@ def test_each_is_what_she_is_alone(place: Workspace, together: Outcome) -> None:
         )
         assert ours == pytest.approx(theirs, rel=1e-4)
         assert ours[-1] < ours[0]
+        steps, losses, _ = zip(*curve(place.folder / "runs" / name), strict=True)
+        assert losses == pytest.approx([loss for _, loss, _ in curve(place.folder / alone)], rel=1e-4)
+        assert len(set(losses)) == len(steps)
         found, expected = (raw_tensors(place.folder / where / "final") for where in (f"runs/{name}", alone))
         assert found.keys() == expected.keys()
         for tensor, (dtype, shape, raw) in expected.items():
@@ -176,6 +191,71 @@ def test_a_kill_loses_no_finished_daughter_and_repeats_none(
             assert np.abs(values - should).max() < 2e-4
 
 
+def test_unfinished_daughters_go_on_where_they_were_saved(place: Workspace) -> None:
+    """Killed in a step, when one is done but not yet written, and while files are saved: in the end all is equal, bit
+    for bit, to a command that nothing happened to. The four have other numbers of steps, so company changes on the
+    way: whoever is saved or done, all are saved. `step` counts the steps of a launch.
+    """
+    steps = {"six": 6, "four": 4, "three": 3, "two": 2}
+    for (name, count), rows in zip(steps.items(), (TRAIN, TRAIN[:4], TRAIN[:3], TRAIN[3:5]), strict=True):
+        assert len(rows) == count
+        place.write(f"uneven/{name}/train.jsonl", jsonl({"tokens": tokens} for tokens in rows))
+        place.write(f"uneven/{name}/valid.jsonl", jsonl({"tokens": tokens} for tokens in VALID[:1]))
+    words = ["--people", "uneven", "--together", 2, "run.steps=2ep", "run.save_every=5", "tuning.dropout=0.1"]
+    succeeded(worker(place, *words, "run.dir=whole"))
+    kept = []
+    for fault in ("step=5;phase=forward", "step=2;phase=finish", "step=1;phase=save-rename"):
+        assert worker(place, *words, "run.dir=onward", fault=f"{fault};action=kill").code == -signal.SIGKILL
+        kept.append(steps_kept(place.folder / "onward"))
+    assert kept == [{"six": 4}, {"six": 6, "three": 2}, {"three": 2}]
+    again = succeeded(run(place, *words, "run.dir=onward"))
+    assert "three: training on" in again.stdout
+    assert again.stdout.count("goes on after step 2") == 1
+    for name, count in steps.items():
+        onward, whole = (place.folder / folder / name for folder in ("onward", "whole"))
+        assert [step for step, _, _ in curve(onward)] == list(range(1, count + 1))
+        assert curve(onward) == curve(whole)
+        assert held_out(onward) == held_out(whole)
+        assert raw_tensors(onward / "final") == raw_tensors(whole / "final")
+    assert steps_kept(place.folder / "onward") == {}
+    assert not list((place.folder / "onward").rglob(".*"))
+
+
+def steps_kept(folder: Path) -> dict[str, int]:
+    """The step of each daughter who has a file to go on from."""
+    found = {run.name: bookmark_of(run) for run in sorted(folder.iterdir()) if run.is_dir()}
+    return {name: bookmark.step for name, bookmark in found.items() if bookmark is not None}
+
+
+def test_what_is_not_hers_any_more_is_not_gone_on_from(place: Workspace) -> None:
+    """Of four who were interrupted one has other rows by now, one a damaged file, one another's recipe; one goes on."""
+    names = ("apt", "bad", "new", "old")
+    for number, name in enumerate(names):
+        rows = [{"tokens": tokens} for tokens in TRAIN[number : number + 2]]
+        place.write(f"changed/{name}/train.jsonl", jsonl(rows))
+    words = ["--people", "changed", "run.dir=changed-runs", "run.eval_every=null", "run.save_every=2"]
+    assert worker(place, *words, fault="step=4;phase=forward;action=kill").code == -signal.SIGKILL
+    files = {name: place.folder / "changed-runs" / name / "unfinished.safetensors" for name in names}
+    place.write("changed/new/train.jsonl", jsonl([{"tokens": TRAIN[5]}]))
+    raw = bytearray(files["bad"].read_bytes())
+    raw[-5] ^= 1
+    files["bad"].write_bytes(raw)
+    recipe = files["old"].read_bytes()
+    assert recipe.count(b"learning_rate: 0.005") == 1
+    files["old"].write_bytes(recipe.replace(b"learning_rate: 0.005", b"learning_rate: 0.004"))
+    said = succeeded(run(place, *words, fault="step=2;phase=save-write;action=enospc")).stdout
+    assert "apt: training on" in said
+    assert said.count("could not be saved: No space left on device") == 4  # and nobody ends for that
+    for name, note in {
+        "apt": "goes on after step 2",
+        "new": "begins anew: changed/new holds other rows",
+        "bad": "begins anew: changed-runs/bad/unfinished.safetensors: damaged",
+        "old": "begins anew: changed-runs/old/unfinished.safetensors .*learning_rate: 0.004 -> 0.005",
+    }.items():
+        assert re.search(f"{name}: training on [^:]*: {note}", said), said
+        assert [step for step, _, _ in curve(files[name].parent)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_two_machines_share_the_work(place: Workspace, limit: int) -> None:
     """Two workers under mpirun, each with room for two."""
     ended = succeeded(run(place, "--hosts", hostfile(place, limit, slots=2), "run.dir=spread", "run.steps=2"))
@@ -201,6 +281,7 @@ def test_one_persons_bad_data_fails_alone(place: Workspace) -> None:
         (["--people", "nowhere"], 64, "--people: nowhere: no such folder"),
         (["tuning.type=full", "tuning.rank=null"], 64, "tuning.type: full: daughters are adapters"),
         (["--together", "0"], 64, "at least one at a time"),
+        (["run.resume=4"], 64, "run.resume: 4: each daughter goes on from her own last step"),
         (["--hosts", "small.txt"], 3, "needs"),
     ],
 )

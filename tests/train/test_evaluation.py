@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from train.launching import MODEL, Workspace, jsonl, metrics, raw_tensors, succeeded
+from train.launching import MODEL, Workspace, curve, jsonl, metrics, raw_tensors, succeeded
 
 from mlx_empire.checkpoint.freeze import verify
 
@@ -146,6 +147,30 @@ def test_a_gate_that_is_reached_ends_and_freezes_the_run(alone: Workspace) -> No
     verify(run / "final", base["digest"])
     assert (run / "final").stat().st_mode & 0o222 == 0
     assert (run / "COMPLETE").exists()
+
+
+def test_a_killed_run_freezes_at_the_same_step(alone: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two evaluations that the gate wants, and again when `final/` is frozen but not complete."""
+    full, killed = alone.folder / "full", alone.folder / "killed"
+    first, second = (record["step"] for record in evaluations(full)[-2:])
+    command = ["recipe.yaml", "run.dir=killed", "run.save_every=5"]
+    for fault in (f"step={first + 3};phase=forward", "phase=freeze"):
+        monkeypatch.setenv("MLX_EMPIRE_FAULT", f"{fault};action=kill")
+        assert alone.train(*command).code == -signal.SIGKILL
+        assert not (killed / "COMPLETE").exists()
+        if "forward" in fault:
+            assert evaluations(killed)[-1]["step"] == first
+            assert not (killed / "final").exists()
+    assert (killed / "final/FROZEN.json").exists()
+    monkeypatch.delenv("MLX_EMPIRE_FAULT")
+    said = succeeded(alone.train(*command)).stdout
+    assert f"the gate is reached at step {second}" in said
+    assert f"going on after step {second}" in said
+    assert evaluations(killed) == evaluations(full)
+    assert curve(killed) == curve(full)
+    assert raw_tensors(killed / "final") == raw_tensors(full / "final")
+    verify(killed / "final", json.loads((killed / "BASE.json").read_text())["digest"])
+    assert (killed / "COMPLETE").exists()
 
 
 def test_adapters_have_gates_too(alone: Workspace) -> None:

@@ -54,7 +54,7 @@ def test_a_released_run_goes_on_from_a_checkpoint_to_the_same_bits(workspace, ou
 
 def test_metrics_say_how_the_states_are(workspace, outcomes):
     succeeded(outcomes["released"])
-    said = {"update_over_lr_max", "v_at_floor", "v_zero", "v_bias", "gradient_noise"}
+    said = {"update_over_lr_max", "v_at_floor", "v_zero", "v_bias"}
     found = [said & record.keys() for record in steps_of(workspace.folder / "released")]
     assert found == [set(), said, set(), said]
 

@@ -1,0 +1,353 @@
+"""The daughters whom one machine trains together: who has which place, what a step leaves behind, who goes on.
+
+Whoever is done leaves her place to the next. A daughter whose data cannot be used, or whose loss is no longer finite,
+fails alone. When one is to be saved (`run.save_every`) or is done, all who are present are saved: a command that was
+killed goes on with the same daughters side by side, and comes to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_empire import assemble, phases
+from mlx_empire.adapters.together import own_name
+from mlx_empire.checkpoint import unfinished
+from mlx_empire.checkpoint.adapter_folder import AdapterWriter
+from mlx_empire.checkpoint.freeze import thaw
+from mlx_empire.checkpoint.shard import live_pieces
+from mlx_empire.checkpoint.staging import remove
+from mlx_empire.checkpoint.unfinished import Bookmark, Origin
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
+from mlx_empire.data.splits import Splits
+from mlx_empire.engine.cohort import Cohort, Lesson, Turn
+from mlx_empire.errors import EmpireError, UserError
+from mlx_empire.evaluate.evaluator import Evaluator
+from mlx_empire.evaluate.gate import GateKeeper
+from mlx_empire.optim.schedule import LearningRate
+from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.recipe.changes import require_acceptable
+from mlx_empire.recipe.load import dump_recipe, parse_recipe
+from mlx_empire.recipe.schema import Recipe
+from mlx_empire.report.folder import write_plan, write_private
+from mlx_empire.report.metrics import MetricsWriter
+from mlx_empire.supervise.people import DONE, FAILED, TRAINING, recipe_for
+
+KEPT_FILES = ("metrics.jsonl", unfinished.FILE_NAME)  # of a daughter who goes on
+OWN_FILES = (
+    *KEPT_FILES,
+    unfinished.DRAFT_NAME,
+    "recipe.yaml",
+    "plan.json",
+    "metrics.tmp",
+    "final",
+    ".final.partial",
+    ".final.replaced",
+    "BASE.json",
+    "LOCK",
+)
+
+Tell = Callable[..., None]  # tell(name, **fields)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a machine holds at a time: the model for `places` daughters and the plan for them."""
+
+    places: int
+    plan: RunPlan
+
+
+@dataclass
+class Pupil:
+    """A daughter in a place; `every` and `save_every` in steps, 0 for never; `saved`: the step of her file."""
+
+    recipe: Recipe
+    splits: Splits
+    origin: Origin
+    steps: int
+    every: int
+    save_every: int
+    rates: LearningRate
+    evaluator: Evaluator | None
+    gate: GateKeeper
+    metrics: MetricsWriter
+    step: int
+    saved: int
+
+    @property
+    def name(self) -> str:
+        """The person's."""
+        return self.recipe.run.dir.name
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left, or she has learnt enough."""
+        return self.step >= self.steps or self.gate.reached
+
+    @property
+    def to_be_scored(self) -> bool:
+        """Whether she is evaluated now: so often, and at the end."""
+        return self.done or (self.every > 0 and self.step % self.every == 0)
+
+    @property
+    def to_be_saved(self) -> bool:
+        """Whether so many steps would be lost, or she is done."""
+        return self.save_every > 0 and (self.done or self.step - self.saved >= self.save_every)
+
+
+class School:
+    """The places and who is in them. `base`: the digest of the base's weights; `single`: the model with one adapter."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        people: Path,
+        node: Node,
+        room: Room,
+        single: assemble.Built,
+        base: str,
+        cohort: Cohort,
+        tell: Tell,
+    ) -> None:
+        self._recipe, self._people, self._node, self._room = recipe, people, node, room
+        self._single, self._base, self._cohort, self._tell = single, base, cohort, tell
+        self._comm = SoloCommunicator(node.name)
+        self._pupils: dict[int, Pupil] = {}
+        self._failed: list[str] = []
+        self._passes = 0
+
+    def run(self, waiting: list[str]) -> list[str]:
+        """Until nobody waits and every place is empty; who failed. Whoever had a place takes it again first."""
+        places = {name: place_of(recipe_for(self._recipe, self._people, name)) for name in waiting}
+        waiting.sort(key=lambda name: places[name] is None)
+        for name, place in places.items():
+            if place is not None and place < self._room.places and place not in self._pupils:
+                waiting.remove(name)
+                self._admit(place, name)
+        while waiting or self._pupils:
+            for place in range(self._room.places):
+                while place not in self._pupils and waiting:
+                    self._admit(place, waiting.pop(0))
+            if self._pupils:
+                self._step()
+        return self._failed
+
+    # ---- coming
+
+    def _admit(self, place: int, name: str) -> None:
+        recipe = recipe_for(self._recipe, self._people, name)
+        try:
+            plan, spec = self._room.plan, self._single.spec
+            splits = assemble.load_data(recipe, spec)
+            if (
+                recipe.evaluation.stop_when is not None
+            ):  # without a gate a person may well have no held-out rows
+                assemble.refuse_idle_keys(recipe, splits)
+            evaluator = assemble.load_evaluator(recipe, spec, plan)
+            origin = Origin(dump_recipe(recipe), splits.digest, self._base)
+            pace = assemble.pace(recipe, splits.train)
+            steps = assemble.total_steps(recipe, splits)
+            every, save_every = (
+                duration.to_steps(steps, *pace) if duration else 0
+                for duration in (recipe.run.eval_every, recipe.run.save_every)
+            )
+            self._cohort.begin(place)
+            step, note = self._resumed(place, recipe, origin, steps)
+            _clear(recipe.run.dir, KEPT_FILES if step else ())
+            write_plan(recipe, plan, [self._node], spec, splits, resumed=step > 0)
+            rates = assemble.learning_rate_of(recipe, steps, *pace)
+            metrics = MetricsWriter(recipe.run.dir, step)
+            gate = assemble.gate_keeper(self._comm, recipe)
+        except (EmpireError, OSError) as error:
+            self._fail(name, str(error))
+            return
+        pupil = Pupil(
+            recipe,
+            splits,
+            origin,
+            steps,
+            every,
+            save_every,
+            rates,
+            evaluator,
+            gate,
+            metrics,
+            step,
+            saved=step,
+        )
+        self._pupils[place] = pupil
+        self._tell(name, state=TRAINING, machine=self._node.name, step=step, steps=steps, note=note)
+        if not step:
+            self._evaluate(place, pupil)
+        if pupil.done:
+            self._graduate(place, pupil)
+
+    def _resumed(self, place: int, recipe: Recipe, origin: Origin, steps: int) -> tuple[int, str]:
+        """Put a daughter who was interrupted into her place as she was; her step (0: she begins) and what to say."""
+        folder = recipe.run.dir
+        if recipe.run.resume == "never" or not (folder / unfinished.FILE_NAME).exists():
+            return 0, ""
+        try:
+            found = unfinished.bookmark_of(folder)
+            assert found is not None
+            before = parse_recipe(found.origin.recipe, f"the recipe of {folder / unfinished.FILE_NAME}")
+            require_acceptable(before, recipe, recipe.run.accept_changes, str(folder / unfinished.FILE_NAME))
+            for mine, hers, what in (
+                (origin.data, found.origin.data, f"{recipe.data.path} holds other rows"),
+                (origin.base, found.origin.base, f"{recipe.model.path} holds other weights"),
+            ):
+                if mine != hers:
+                    raise UserError(f"{what} than when she was saved")
+            if found.step > steps:
+                raise UserError(f"run.steps: {steps}: she was at step {found.step} already")
+            unfinished.restore(unfinished.read_arrays(folder), self._cohort.store, place, folder)
+        except (UserError, OSError) as error:
+            return 0, f"begins anew: {error}"
+        return found.step, f"goes on after step {found.step}"
+
+    # ---- learning
+
+    def _step(self) -> None:
+        self._passes += 1
+        phases.begin_step(self._passes)
+        began = time.perf_counter()
+        turns = {place: self._turn(pupil) for place, pupil in self._pupils.items()}
+        lessons = self._cohort.step(turns)
+        seconds = time.perf_counter() - began
+        for place, lesson in lessons.items():
+            pupil = self._pupils[place]
+            pupil.step += 1
+            if not math.isfinite(lesson.norm):
+                pupil.metrics.close()
+                del self._pupils[place]
+                self._fail(pupil.name, f"step {pupil.step}: her gradient is not finite; look at her data")
+                continue
+            self._record(pupil, turns[place], lesson, seconds)
+            if pupil.to_be_scored:
+                self._evaluate(place, pupil)
+        if any(pupil.to_be_saved for pupil in self._pupils.values()):
+            self._save()
+        for place, pupil in [(place, pupil) for place, pupil in self._pupils.items() if pupil.done]:
+            self._graduate(place, pupil)
+
+    def _turn(self, pupil: Pupil) -> Turn:
+        batch, data, seed = pupil.recipe.batch, pupil.splits.train, pupil.recipe.run.seed
+        sizes = {"global_size": batch.global_size, "micro_size": batch.micro_size}
+        count = batch.global_size // batch.micro_size
+        batches = [micro_batch(data, seed, pupil.step, j, **sizes) for j in range(count)]
+        tokens = valid_tokens(data, seed, pupil.step, global_size=batch.global_size)
+        return Turn(batches, tokens, pupil.step + 1, pupil.rates(pupil.step + 1))
+
+    def _record(self, pupil: Pupil, turn: Turn, lesson: Lesson, seconds: float) -> None:
+        pupil.metrics.write(
+            {
+                "step": pupil.step,
+                "loss": lesson.loss,
+                "learning_rate": turn.learning_rate,
+                "grad_norm": lesson.norm,
+                "tokens": turn.tokens,
+                "tokens_per_second": turn.tokens / seconds,
+                "step_seconds": seconds,
+                "comm_wait_seconds": 0.0,
+                "together": len(self._pupils),
+                "peak_bytes": [mx.get_peak_memory()],
+                "predicted_peak_bytes": [self._room.plan.ledgers[0].peak],
+                "bytes_sent": [0],
+                "bytes_received": [0],
+            }
+        )
+        self._tell(pupil.name, step=pupil.step)
+
+    def _evaluate(self, place: int, pupil: Pupil) -> None:
+        valid, run = pupil.splits.valid, pupil.recipe.run
+        if valid is None and pupil.evaluator is None:
+            return
+        phases.reach("evaluate")
+        found: dict[str, Any] = {"step": pupil.step, "eval_loss": None}
+        if valid is not None:
+            batches = validation_micro_batches(valid, pupil.recipe.batch.micro_size, run.eval_batches)
+            found["eval_loss"] = self._cohort.held_out(place, list(batches), 1)
+            before = {"before": found["eval_loss"]} if pupil.step == 0 else {}
+            self._tell(pupil.name, held_out=found["eval_loss"], **before)
+        if pupil.evaluator is not None:
+            found["scores"] = pupil.evaluator.scores(self._cohort.with_only(place), self._comm, 1)
+        pupil.metrics.write(found)
+        pupil.gate.observe(found)
+
+    # ---- going
+
+    def _save(self) -> None:
+        """Everybody as she is now. A disk that refuses ends nobody's training: what was saved before stays."""
+        pieces = live_pieces(self._cohort.store, 0)
+        saved = {place: pupil for place, pupil in self._pupils.items() if pupil.save_every}
+        try:
+            for place, pupil in saved.items():
+                pupil.saved = pupil.step
+                phases.reach("save-write")
+                bookmark = Bookmark(pupil.step, place, self._node.name, pupil.origin)
+                mine = [piece for piece in pieces if own_name(piece.tensor)[0] == place]
+                unfinished.set_aside(pupil.recipe.run.dir, bookmark, mine)
+            phases.reach("save-rename")
+            for pupil in saved.values():
+                unfinished.put_in_place(pupil.recipe.run.dir)
+        except OSError as error:
+            for pupil in saved.values():
+                self._tell(pupil.name, note=f"step {pupil.step} could not be saved: {error.strerror}")
+
+    def _graduate(self, place: int, pupil: Pupil) -> None:
+        """Write her result, and leave the place."""
+        pupil.metrics.close()
+        del self._pupils[place]
+        phases.reach("finish")
+        writer = assemble.result_writer(pupil.recipe, self._single)
+        assert isinstance(writer, AdapterWriter)
+        adapter = self._cohort.adapter(place)
+        for index, unit in enumerate(self._single.spec.units):
+            writer.write_unit(index, {t.name: adapter[t.name] for t in unit.tensors if t.trainable})
+        try:
+            writer.close()
+            if pupil.gate.reached:
+                assemble.freeze_result(pupil.recipe, pupil.gate)
+                phases.reach("freeze")
+        except UserError as error:
+            self._fail(pupil.name, str(error))
+            return
+        write_private(pupil.recipe.run.dir / "COMPLETE", "")
+        remove(pupil.recipe.run.dir / unfinished.FILE_NAME)
+        note = pupil.gate.sentence() if pupil.gate.asks else ""
+        self._tell(pupil.name, state=DONE, step=pupil.step, note=note)
+
+    def _fail(self, name: str, why: str) -> None:
+        self._failed.append(name)
+        self._tell(name, state=FAILED, machine=self._node.name, note=why)
+
+
+def place_of(recipe: Recipe, machine: str | None = None) -> int | None:
+    """The place in which a daughter was interrupted (on `machine`, if one is named); None where nothing was kept."""
+    try:
+        found = unfinished.bookmark_of(recipe.run.dir)
+    except (UserError, OSError):
+        return None
+    return found.place if found is not None and machine in (None, found.machine) else None
+
+
+def _clear(folder: Path, kept: tuple[str, ...]) -> None:
+    """What an interrupted run left of a daughter goes, but for `kept`. UserError where others have files there."""
+    if not folder.exists():
+        return
+    for path in folder.iterdir():
+        if path.name not in OWN_FILES:
+            raise UserError(f"{path}: mlx_empire did not write this; move it away")
+    thaw(folder / "final")
+    for path in folder.iterdir():
+        if path.name not in kept:
+            remove(path)

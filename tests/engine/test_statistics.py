@@ -82,9 +82,8 @@ def test_other_optimizers_say_what_they_have(settings):
         made = trainer_of(case, SoloCommunicator("here"), thread)
         made.watch_states(optimizer_of(case), 1)
         assert list(take(made, 1).statistics) == ["update_over_lr_max"]  # one gradient has no variance
-        again = take(made, 2, rows_of=1).statistics  # the same rows: hardly any noise
+        again = take(made, 2, rows_of=1).statistics  # the same rows, so that a mean stands out
         assert list(again) == ["update_over_lr_max", *noise]
-        assert again.get("gradient_noise", 0.0) < 0.1
 
 
 @pytest.mark.parametrize("bits", [8, 32])

@@ -12,10 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_empire.errors import UserError
@@ -50,19 +48,6 @@ class AdapterSettings:
         return {"fine_tune_type": kind, "num_layers": self.layers, "lora_parameters": self.parameters()}
 
 
-class LeanLoRALinear(LoRALinear):
-    """mlx-lm's layer with the scale on its smallest matrix: y + x (s A) B instead of y + s (x A B).
-
-    That saves a pass over every output, forward and backward; the values are the same but for rounding.
-    """
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(..., inputs) -> (..., outputs)."""
-        y: mx.array = self.linear(x)
-        z: mx.array = (self.dropout(x) @ (self.scale * self.lora_a)) @ self.lora_b
-        return y + z.astype(x.dtype)
-
-
 def adapt(model: nn.Module, tuning: TuningSection) -> AdapterSettings:
     """Freeze `model` and put trainable adapters into it. UserError for targets or layers that it does not have."""
     count = len(model.layers)
@@ -77,8 +62,6 @@ def adapt(model: nn.Module, tuning: TuningSection) -> AdapterSettings:
     model.freeze()
     linear_to_lora_layers(model, layers, settings.parameters(), use_dora=settings.dora)
     for path, module in model.named_modules():
-        if type(module) is LoRALinear:
-            module.__class__ = LeanLoRALinear  # it adds no state
         if path in keys:  # by its whole path: it belongs to no layer
             module.dropout = nn.Dropout(0.0)
     return settings

@@ -42,8 +42,8 @@ class LoRATogether(nn.Module):
         own = [self.daughters[place] for place in self._present.places]
         a, b = (mx.stack([one[name] for one in own]) for name in ("lora_a", "lora_b"))
         y = self.linear(x)
-        z = (self.dropout(x).reshape(len(own), -1, x.shape[-1]) @ (self.scale * a)) @ b
-        sum_: mx.array = y + z.reshape(y.shape).astype(x.dtype)
+        z = (self.dropout(x).reshape(len(own), -1, x.shape[-1]) @ a) @ b
+        sum_: mx.array = y + (self.scale * z).reshape(y.shape).astype(x.dtype)
         return sum_
 
 

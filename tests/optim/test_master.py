@@ -10,11 +10,11 @@ from optim import reference
 from mlx_empire.optim import master, noise
 
 
-def patterns(kind: str) -> np.ndarray:
-    """Bit patterns of float32 weights as uint32."""
+def patterns(kind: str, count: int = 2_000_000) -> np.ndarray:
+    """Bit patterns of float32 weights as uint32; `count` of those at random."""
     rng = np.random.default_rng(0)
     if kind == "random":
-        return rng.integers(0, 2**32, 2_000_000, dtype=np.uint32)
+        return rng.integers(0, 2**32, count, dtype=np.uint32)
     if kind == "all lower halves":  # with ties, for weights of every sign and size, denormals and the maximum
         upper = np.array([0, 1, 0x007F, 0x0080, 0x3F7F, 0x3F80, 0x7F7E, 0x7F7F, 0x7F80], np.uint32)
         upper = np.concatenate([upper, upper | 0x8000])
@@ -24,7 +24,7 @@ def patterns(kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["random", "all lower halves", "every bfloat16"])
 def test_every_bit_pattern_comes_back(kind: str) -> None:
-    bits = patterns(kind)
+    bits = patterns(kind, 10_000_000)
     upper, remainder = master.split(mx.array(bits).view(mx.float32))
     assert upper.dtype == mx.bfloat16
     assert remainder.dtype == mx.int16

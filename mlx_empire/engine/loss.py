@@ -12,6 +12,7 @@ from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 HeadCall = Callable[[Sequence[mx.array], mx.array, mx.array], mx.array]
 
@@ -46,6 +47,11 @@ def row_losses(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.ar
 
     by_row, _ = cast("tuple[mx.array, mx.array]", of(logits.astype(mx.float32)))
     return by_row
+
+
+def of_all_rows(by_row: mx.array | np.ndarray) -> float:
+    """The loss of a micro-batch from those of its rows, added in fp32 as within a row."""
+    return float(np.array(by_row).sum(dtype=np.float32))
 
 
 def head_loss(

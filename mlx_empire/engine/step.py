@@ -27,7 +27,7 @@ import numpy as np
 from mlx_empire import phases
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import CellSum, GradientStore
-from mlx_empire.engine.loss import head_gradients, head_loss, head_scores
+from mlx_empire.engine.loss import head_gradients, head_loss, head_scores, of_all_rows
 from mlx_empire.engine.masks import separate
 from mlx_empire.engine.noise import LayerNoise
 from mlx_empire.engine.slots import Deck, LayerArguments
@@ -111,7 +111,7 @@ class StreamedStep:
         """Forward only, for evaluation: the loss of each micro-batch, divided by `total_tokens`."""
         total = mx.array(float(total_tokens), mx.float32)
         return [
-            float(np.array(by_row).sum(dtype=np.float64))
+            of_all_rows(by_row)
             for by_row in self._evaluated(
                 batches,
                 lambda root, r: head_loss(self._call_head, root, r.hidden, r.batch, total, self._tokens),

@@ -20,6 +20,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.diagnose import GradientError, bad_weights, some_of
 from mlx_empire.engine.gradients import GradientStore
+from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.noise import LayerNoise
 from mlx_empire.engine.probe import check_packing, probe_root
 from mlx_empire.engine.release import ReleasingUpdater
@@ -146,7 +147,7 @@ class Trainer:
     def compute(self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int = 1) -> float:
         """Forward and backward of this rank's micro-batches (in the order of its cells); the global mean loss."""
         by_row = self.gather_gradients(micro_batches, step, total_tokens)
-        losses = [float(rows.sum(dtype=np.float64)) for rows in by_row]
+        losses = [of_all_rows(rows) for rows in by_row]
         loss = self._in_order(losses)
         if not math.isfinite(loss):
             raise self._blame_loss(loss, losses, step)

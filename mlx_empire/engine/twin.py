@@ -19,6 +19,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.hostview import host_view
+from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.probe import probe_root
 from mlx_empire.engine.slots import Deck
 from mlx_empire.engine.step import StreamedStep
@@ -160,4 +161,4 @@ def _streamed(
         path: host_view(sums.totals[u][s])[p.start : p.start + p.tensor.size]
         for path, (u, s, p) in plan.tensors.items()
     }
-    return float(rows.sum(dtype=np.float64)), flat
+    return of_all_rows(rows), flat

@@ -20,7 +20,6 @@ from mlx_empire import assemble, phases
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint import unfinished
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
-from mlx_empire.checkpoint.freeze import thaw
 from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.checkpoint.staging import remove
 from mlx_empire.checkpoint.unfinished import Bookmark, Origin
@@ -40,20 +39,6 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import write_plan, write_private
 from mlx_empire.report.metrics import MetricsWriter
 from mlx_empire.supervise.people import DONE, FAILED, TRAINING, recipe_for
-
-KEPT_FILES = ("metrics.jsonl", unfinished.FILE_NAME)  # of a daughter who goes on
-OWN_FILES = (
-    *KEPT_FILES,
-    unfinished.DRAFT_NAME,
-    "recipe.yaml",
-    "plan.json",
-    "metrics.tmp",
-    "final",
-    ".final.partial",
-    ".final.replaced",
-    "BASE.json",
-    "LOCK",
-)
 
 Tell = Callable[..., None]  # tell(name, **fields)
 
@@ -162,7 +147,7 @@ class School:
             )
             self._cohort.begin(place)
             step, note = self._resumed(place, recipe, origin, steps)
-            _clear(recipe.run.dir, KEPT_FILES if step else ())
+            unfinished.clear(recipe.run.dir, goes_on=step > 0)
             write_plan(recipe, plan, [self._node], spec, splits, resumed=step > 0)
             rates = assemble.learning_rate_of(recipe, steps, *pace)
             metrics = MetricsWriter(recipe.run.dir, step)
@@ -338,16 +323,3 @@ def place_of(recipe: Recipe, machine: str | None = None) -> int | None:
     except (UserError, OSError):
         return None
     return found.place if found is not None and machine in (None, found.machine) else None
-
-
-def _clear(folder: Path, kept: tuple[str, ...]) -> None:
-    """What an interrupted run left of a daughter goes, but for `kept`. UserError where others have files there."""
-    if not folder.exists():
-        return
-    for path in folder.iterdir():
-        if path.name not in OWN_FILES:
-            raise UserError(f"{path}: mlx_empire did not write this; move it away")
-    thaw(folder / "final")
-    for path in folder.iterdir():
-        if path.name not in kept:
-            remove(path)

@@ -21,7 +21,9 @@ import mlx.core as mx
 
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint.adapter_folder import read_tensors
+from mlx_empire.checkpoint.freeze import thaw
 from mlx_empire.checkpoint.shard import WEIGHTS, LivePiece
+from mlx_empire.checkpoint.staging import remove
 from mlx_empire.checkpoint.tensorfile import (
     COPY_BYTES,
     Entry,
@@ -35,6 +37,19 @@ from mlx_empire.errors import UserError
 
 FILE_NAME, DRAFT_NAME = "unfinished.safetensors", ".unfinished.partial"
 FORMAT = "mlx_empire unfinished 1"
+KEPT_FILES = ("metrics.jsonl", FILE_NAME)  # of a daughter who goes on
+OWN_FILES = (
+    *KEPT_FILES,
+    DRAFT_NAME,
+    "recipe.yaml",
+    "plan.json",
+    "metrics.tmp",
+    "final",
+    ".final.partial",
+    ".final.replaced",
+    "BASE.json",
+    "LOCK",
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +156,21 @@ def restore(arrays: Mapping[str, mx.array], store: ShardStore, place: int, where
     for chunk, state in states:
         mx.eval(state)
         chunk.state = state
+
+
+def clear(folder: Path, *, goes_on: bool) -> None:
+    """What an interrupted run left of a daughter goes, but for what one who goes on needs. UserError where others have
+    files there.
+    """
+    if not folder.exists():
+        return
+    for path in folder.iterdir():
+        if path.name not in OWN_FILES:
+            raise UserError(f"{path}: mlx_empire did not write this; move it away")
+    thaw(folder / "final")
+    for path in folder.iterdir():
+        if not (goes_on and path.name in KEPT_FILES):
+            remove(path)
 
 
 def _form(array: mx.array) -> tuple[tuple[int, ...], mx.Dtype]:

@@ -21,7 +21,6 @@ from mlx_empire.assemble import Built, tuned_model
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.loss import row_losses
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.cells import cell_layout
@@ -30,7 +29,16 @@ from mlx_empire.plan.model import ModelSpec, TensorSpec
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.workload import Workload
 from mlx_empire.recipe.sections import TuningSection
-from support.stepping import Case, batches_of, config_of, counted_tokens, reference_loss, weights_of
+from support.stepping import (
+    Case,
+    RowLosses,
+    batches_of,
+    config_of,
+    counted_tokens,
+    reference_loss,
+    stock_losses,
+    weights_of,
+)
 
 SEED = 11
 ATTENTION = tuple(f"self_attn.{p}_proj" for p in "qkvo")
@@ -183,12 +191,10 @@ def trainable(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(a).astype(np.float64) for name, a in tree_flatten(model.trainable_parameters())}
 
 
-def textbook_steps(case: TunedCase, model: nn.Module, steps: int) -> list[float]:
-    """Train `model` in place: whole-model gradients, clipped by their norm, AdamW in float64. Returns the losses.
-
-    The cross entropy is the engine's (which has a test of its own): AdamW divides by a root, so where a gradient is
-    nearly zero another rounding of the loss would be seen.
-    """
+def textbook_steps(
+    case: TunedCase, model: nn.Module, steps: int, by_row: RowLosses = stock_losses
+) -> list[float]:
+    """Train `model` in place: whole-model gradients, clipped by their norm, AdamW in float64. Returns the losses."""
     weights = trainable(model)
     m = {name: np.zeros_like(w) for name, w in weights.items()}
     v = {name: np.zeros_like(w) for name, w in weights.items()}
@@ -198,7 +204,7 @@ def textbook_steps(case: TunedCase, model: nn.Module, steps: int) -> list[float]
         total, loss, sums = counted_tokens(batches), 0.0, {name: 0.0 for name in weights}
         for j, batch in enumerate(batches):
             _Seeded.now = (step + 1, j)
-            one, gradients = gradient(model, batch, total, row_losses)
+            one, gradients = gradient(model, batch, total, by_row)
             loss += one.item()
             for name, g in tree_flatten(gradients):
                 sums[name] = sums[name] + np.array(g).astype(np.float64)

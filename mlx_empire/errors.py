@@ -26,6 +26,10 @@ class UserError(EmpireError):
     exit_code = 64
 
 
+class UnreadableError(UserError):
+    """A file that the system does not let us read: it may be whole, so nobody may take it for damaged."""
+
+
 class DoesNotFitError(EmpireError):
     """The plan needs more memory than a node has."""
 

@@ -1,8 +1,9 @@
 """The daughters whom one machine trains together: who has which place, what a step leaves behind, who goes on.
 
 Whoever is done leaves her place to the next. A daughter whose data cannot be used, or whose loss is no longer finite,
-fails alone. When one is to be saved (`run.save_every`) or is done, all who are present are saved: a command that was
-killed goes on with the same daughters side by side, and comes to the same bits.
+fails alone; so does one who was interrupted and may not go on as things are by now, and what she has is kept. When one
+is to be saved (`run.save_every`) or is done, all who are present are saved: a command that was killed goes on with the
+same daughters side by side, and comes to the same bits.
 """
 
 from __future__ import annotations
@@ -28,13 +29,12 @@ from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.cohort import Cohort, Lesson, Turn
-from mlx_empire.errors import EmpireError, UserError
+from mlx_empire.errors import EmpireError, UnreadableError, UserError
 from mlx_empire.evaluate.evaluator import Evaluator
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan.resolve import RunPlan
-from mlx_empire.recipe.changes import require_acceptable
-from mlx_empire.recipe.load import dump_recipe, parse_recipe
+from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import write_plan, write_private
 from mlx_empire.report.metrics import MetricsWriter
@@ -177,26 +177,22 @@ class School:
             self._graduate(place, pupil)
 
     def _resumed(self, place: int, recipe: Recipe, origin: Origin, steps: int) -> tuple[int, str]:
-        """Put a daughter who was interrupted into her place as she was; her step (0: she begins) and what to say."""
+        """Put a daughter who was interrupted into her place as she was; her step (0: she begins) and what to say.
+
+        Only a damaged file makes her begin anew. UserError or OSError where it is whole and she may not go on from it.
+        """
         folder = recipe.run.dir
         if recipe.run.resume == "never" or not (folder / unfinished.FILE_NAME).exists():
             return 0, ""
         try:
-            found = unfinished.bookmark_of(folder)
-            assert found is not None
-            before = parse_recipe(found.origin.recipe, f"the recipe of {folder / unfinished.FILE_NAME}")
-            require_acceptable(before, recipe, recipe.run.accept_changes, str(folder / unfinished.FILE_NAME))
-            for mine, hers, what in (
-                (origin.data, found.origin.data, f"{recipe.data.path} holds other rows"),
-                (origin.base, found.origin.base, f"{recipe.model.path} holds other weights"),
-            ):
-                if mine != hers:
-                    raise UserError(f"{what} than when she was saved")
-            if found.step > steps:
-                raise UserError(f"run.steps: {steps}: she was at step {found.step} already")
-            unfinished.restore(unfinished.read_arrays(folder), self._cohort.store, place, folder)
-        except (UserError, OSError) as error:
+            found, arrays = unfinished.bookmark_of(folder), unfinished.read_arrays(folder)
+        except UnreadableError:
+            raise
+        except UserError as error:
             return 0, f"begins anew: {error}"
+        assert found is not None
+        unfinished.require_same(found, origin, recipe, steps)
+        unfinished.restore(arrays, self._cohort.store, place, folder)
         return found.step, f"goes on after step {found.step}"
 
     # ---- learning

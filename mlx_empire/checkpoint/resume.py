@@ -84,14 +84,14 @@ def require_same(start: Start) -> None:
         return
     accepted = recipe.run.accept_changes
     name = f"checkpoint {found.folder}"
-    if found.manifest.data_digest != start.data and not _accepts(accepted, "data"):
+    if found.manifest.data_digest != start.data and not accepts(accepted, "data"):
         raise on_all_ranks(
             UserError(
                 f"{name}: data.path: {recipe.data.path} holds other rows than the run began with; bring them back, or "
                 "add run.accept_changes=[data.path]"
             )
         )
-    if found.manifest.base != start.base and not _accepts(accepted, "model"):
+    if found.manifest.base != start.base and not accepts(accepted, "model"):
         raise on_all_ranks(
             UserError(
                 f"{name}: model.path: {recipe.model.path} holds other weights than the run began with; bring them "
@@ -112,7 +112,8 @@ def require_steps_left(start: Start, steps: int) -> None:
         )
 
 
-def _accepts(accepted: Sequence[str], section: str) -> bool:
+def accepts(accepted: Sequence[str], section: str) -> bool:
+    """Whether run.accept_changes names a key of this section."""
     return any(key.startswith(f"{section}.") for key in accepted)
 
 

@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_empire.engine.hostview import host_view
-from mlx_empire.errors import UserError
+from mlx_empire.errors import UnreadableError, UserError
 
 MAX_HEADER_BYTES = 4 << 20  # some 30,000 tensors in one file; a hostile header is read within a second
 MAX_DIMENSION = 2**31 - 1  # MLX shapes are 32-bit
@@ -76,7 +76,10 @@ class Entry:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check a safetensors header; whatever is wrong with the file is a UserError that says what."""
+    """Read and check a safetensors header; whatever is wrong with the file is a UserError that says what.
+
+    UnreadableError where the system refuses to read it.
+    """
     try:
         with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -91,7 +94,7 @@ def read_header(path: Path) -> Header:
                 )
             raw = file.read(length)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {REMEDY}") from None
+        raise UnreadableError(f"{path}: {error.strerror}; {REMEDY}") from None
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
         if not isinstance(entries, dict):

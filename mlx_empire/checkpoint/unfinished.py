@@ -22,6 +22,7 @@ import mlx.core as mx
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint.adapter_folder import read_tensors
 from mlx_empire.checkpoint.freeze import thaw
+from mlx_empire.checkpoint.resume import accepts
 from mlx_empire.checkpoint.shard import WEIGHTS, LivePiece
 from mlx_empire.checkpoint.staging import remove
 from mlx_empire.checkpoint.tensorfile import (
@@ -34,6 +35,9 @@ from mlx_empire.checkpoint.tensorfile import (
 )
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
+from mlx_empire.recipe.changes import require_acceptable
+from mlx_empire.recipe.load import parse_recipe
+from mlx_empire.recipe.schema import Recipe
 
 FILE_NAME, DRAFT_NAME = "unfinished.safetensors", ".unfinished.partial"
 FORMAT = "mlx_empire unfinished 1"
@@ -100,7 +104,9 @@ def put_in_place(folder: Path) -> None:
 
 
 def bookmark_of(folder: Path) -> Bookmark | None:
-    """Where a daughter is by the header of her file; None where there is none. UserError for a damaged one."""
+    """Where a daughter is by the header of her file; None where there is none. UserError for a damaged one,
+    UnreadableError for one that the system does not let us read.
+    """
     path = folder / FILE_NAME
     if not path.exists():
         return None
@@ -110,9 +116,33 @@ def bookmark_of(folder: Path) -> Bookmark | None:
             raise ValueError(f"format {about['format']!a}")
         raw: Any = json.loads(about["bookmark"])
         origin = Origin(**{key: str(value) for key, value in raw.pop("origin").items()})
-        return Bookmark(int(raw["step"]), int(raw["place"]), str(raw["machine"]), origin)
+        step, place = int(raw["step"]), int(raw["place"])
+        if step < 1 or place < 0:
+            raise ValueError(f"step {step}, place {place}")
+        return Bookmark(step, place, str(raw["machine"]), origin)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a daughter's file ({str(error)[:80]})") from None
+
+
+def require_same(found: Bookmark, now: Origin, recipe: Recipe, steps: int) -> None:
+    """UserError, with what to do, unless a daughter may go on by this recipe, to `steps`, on these rows and base."""
+    where, accepted = recipe.run.dir / FILE_NAME, recipe.run.accept_changes
+    before = parse_recipe(found.origin.recipe, f"the recipe of {where}")
+    require_acceptable(before, recipe, accepted, str(where))
+    for mine, hers, key, what in (
+        (now.data, found.origin.data, "data.path", f"{recipe.data.path} holds other rows"),
+        (now.base, found.origin.base, "model.path", f"{recipe.model.path} holds other weights"),
+    ):
+        if mine != hers and not accepts(accepted, key.split(".")[0]):
+            raise UserError(
+                f"{where}: {key}: {what} than when she was saved; bring them back, add run.accept_changes=[{key}], or "
+                "begin anew with run.resume=never"
+            )
+    if found.step > steps:
+        raise UserError(
+            f"{where}: run.steps: {steps}: she is at step {found.step} already; choose at least {found.step}, or begin "
+            "anew with run.resume=never"
+        )
 
 
 def read_arrays(folder: Path) -> dict[str, mx.array]:

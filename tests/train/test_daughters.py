@@ -228,7 +228,9 @@ def steps_kept(folder: Path) -> dict[str, int]:
 
 
 def test_what_is_not_hers_any_more_is_not_gone_on_from(place: Workspace) -> None:
-    """Of four who were interrupted one has other rows by now, one a damaged file, one another's recipe; one goes on."""
+    """Of four who were interrupted one has other rows by now, and one another's recipe: they fail alone, and what they
+    have is kept until somebody says `run.resume: never`. One has a damaged file and begins anew; one goes on.
+    """
     names = ("apt", "bad", "new", "old")
     for number, name in enumerate(names):
         rows = [{"tokens": tokens} for tokens in TRAIN[number : number + 2]]
@@ -243,16 +245,22 @@ def test_what_is_not_hers_any_more_is_not_gone_on_from(place: Workspace) -> None
     recipe = files["old"].read_bytes()
     assert recipe.count(b"learning_rate: 0.005") == 1
     files["old"].write_bytes(recipe.replace(b"learning_rate: 0.005", b"learning_rate: 0.004"))
-    said = succeeded(run(place, *words, fault="step=2;phase=save-write;action=enospc")).stdout
+    kept = {name: files[name].read_bytes() for name in ("new", "old")}
+    ended = run(place, *words, fault="step=2;phase=save-write;action=enospc")
+    said = ended.stdout
+    assert ended.code == 65
     assert "apt: training on" in said
-    assert said.count("could not be saved: No space left on device") == 4  # and nobody ends for that
+    assert said.count("could not be saved: No space left on device") == 2  # and nobody ends for that
     for name, note in {
-        "apt": "goes on after step 2",
-        "new": "begins anew: changed/new holds other rows",
-        "bad": "begins anew: changed-runs/bad/unfinished.safetensors: damaged",
-        "old": "begins anew: changed-runs/old/unfinished.safetensors .*learning_rate: 0.004 -> 0.005",
+        "apt": "training on [^:]*: goes on after step 2",
+        "new": "failed on [^:]*: .*changed/new holds other rows .*run.resume=never",
+        "bad": "training on [^:]*: begins anew: changed-runs/bad/unfinished.safetensors: damaged",
+        "old": "failed on [^:]*: .*learning_rate: 0.004 -> 0.005.*put the old values back",
     }.items():
-        assert re.search(f"{name}: training on [^:]*: {note}", said), said
+        assert re.search(f"{name}: {note}", said), said
+    assert {name: files[name].read_bytes() for name in kept} == kept
+    succeeded(worker(place, *words, "run.resume=never"))
+    for name in names:
         assert [step for step, _, _ in curve(files[name].parent)] == [1, 2, 3, 4, 5, 6]
 
 

@@ -146,12 +146,15 @@ def work(
     for other in comm.gather_json(sorted(done)):
         done |= set(other)
     left = [name for name in names if name not in done]
+    begun = {n: place_of(recipe_for(recipe, people, n), node.name) for n in left}
+    kept = {name: place for name, place in begun.items() if place is not None}
+    # Whoever was interrupted needs her own place, also where fewer are left: rows stand in the order of places.
+    wanted = max(len(left), 1, *(place + 1 for place in kept.values()))
     with together(comm):
-        room = upbringing.room_for(recipe, node, min(most, max(len(left), 1)))
+        room = upbringing.room_for(recipe, node, min(most, wanted))
     weights = {name: upbringing.data_bytes(people, name) for name in left}
     places = comm.gather_json(room.places)
-    kept = [n for n in left if place_of(recipe_for(recipe, people, n), node.name) is not None]
-    homes = homes_of(comm.gather_json(kept))
+    homes = homes_of(comm.gather_json(sorted(kept)))
     mine = deal(left, comm.broadcast_json(weights), places, homes)[comm.rank]
     print(
         f"{node.name}: {len(mine)} of {len(left)} daughters, up to {room.places} together "

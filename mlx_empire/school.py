@@ -1,16 +1,17 @@
 """The daughters whom one machine trains together: who has which place, what a step leaves behind, who goes on.
 
-Whoever is done leaves her place to the next. A daughter whose data cannot be used, or whose loss is no longer finite,
-fails alone; so does one who was interrupted and may not go on as things are by now, and what she has is kept. When one
-is to be saved (`run.save_every`) or is done, all who are present are saved: a command that was killed goes on with the
-same daughters side by side, and comes to the same bits.
+Whoever is done leaves her place to the next. A daughter whose data cannot be used, whose loss is no longer finite, or
+whose files cannot be written fails alone; so does one who was interrupted and may not go on as things are by now, and
+what she has is kept. When one is to be saved (`run.save_every`) or is done, all who are present are saved: a command
+that was killed goes on with the same daughters side by side, and comes to the same bits.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,13 @@ from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint import unfinished
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
 from mlx_empire.checkpoint.shard import live_pieces
-from mlx_empire.checkpoint.staging import remove
 from mlx_empire.checkpoint.unfinished import Bookmark, Origin
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.cohort import Cohort, Lesson, Turn
-from mlx_empire.errors import EmpireError, UnreadableError, UserError
+from mlx_empire.errors import EmpireError, NumericsError, UnreadableError, UserError
 from mlx_empire.evaluate.evaluator import Evaluator
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.optim.schedule import LearningRate
@@ -171,10 +171,11 @@ class School:
         )
         self._pupils[place] = pupil
         self._tell(name, state=TRAINING, machine=self._node.name, step=step, steps=steps, note=note)
-        if not step:
-            self._evaluate(place, pupil)
-        if pupil.done:
-            self._graduate(place, pupil)
+        with self._alone(place, pupil):
+            if not step:
+                self._evaluate(place, pupil)
+            if pupil.done:
+                self._graduate(place, pupil)
 
     def _resumed(self, place: int, recipe: Recipe, origin: Origin, steps: int) -> tuple[int, str]:
         """Put a daughter who was interrupted into her place as she was; her step (0: she begins) and what to say.
@@ -207,18 +208,18 @@ class School:
         for place, lesson in lessons.items():
             pupil = self._pupils[place]
             pupil.step += 1
-            if not math.isfinite(lesson.norm):
-                pupil.metrics.close()
-                del self._pupils[place]
-                self._fail(pupil.name, f"step {pupil.step}: her gradient is not finite; look at her data")
-                continue
-            self._record(pupil, turns[place], lesson, seconds)
-            if pupil.to_be_scored:
-                self._evaluate(place, pupil)
+            with self._alone(place, pupil):
+                if not math.isfinite(lesson.norm):
+                    unfinished.forget(pupil.recipe.run.dir)  # it would lead here again
+                    raise NumericsError(f"step {pupil.step}: her gradient is not finite; look at her data")
+                self._record(pupil, turns[place], lesson, seconds)
+                if pupil.to_be_scored:
+                    self._evaluate(place, pupil)
         if any(pupil.to_be_saved for pupil in self._pupils.values()):
             self._save()
         for place, pupil in [(place, pupil) for place, pupil in self._pupils.items() if pupil.done]:
-            self._graduate(place, pupil)
+            with self._alone(place, pupil):
+                self._graduate(place, pupil)
 
     def _turn(self, pupil: Pupil) -> Turn:
         batch, data, seed = pupil.recipe.batch, pupil.splits.train, pupil.recipe.run.seed
@@ -294,18 +295,24 @@ class School:
         adapter = self._cohort.adapter(place)
         for index, unit in enumerate(self._single.spec.units):
             writer.write_unit(index, {t.name: adapter[t.name] for t in unit.tensors if t.trainable})
-        try:
-            writer.close()
-            if pupil.gate.reached:
-                assemble.freeze_result(pupil.recipe, pupil.gate)
-                phases.reach("freeze")
-        except UserError as error:
-            self._fail(pupil.name, str(error))
-            return
+        writer.close()
+        if pupil.gate.reached:
+            assemble.freeze_result(pupil.recipe, pupil.gate)
+            phases.reach("freeze")
         write_private(pupil.recipe.run.dir / "COMPLETE", "")
-        remove(pupil.recipe.run.dir / unfinished.FILE_NAME)
+        unfinished.forget(pupil.recipe.run.dir)
         note = pupil.gate.sentence() if pupil.gate.asks else ""
         self._tell(pupil.name, state=DONE, step=pupil.step, note=note)
+
+    @contextmanager
+    def _alone(self, place: int, pupil: Pupil) -> Iterator[None]:
+        """What fails in here for one daughter, such as her disk, ends her training and nobody else's."""
+        try:
+            yield
+        except (EmpireError, OSError) as error:
+            pupil.metrics.close()
+            self._pupils.pop(place, None)
+            self._fail(pupil.name, str(error))
 
     def _fail(self, name: str, why: str) -> None:
         self._failed.append(name)

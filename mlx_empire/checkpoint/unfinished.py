@@ -188,6 +188,12 @@ def restore(arrays: Mapping[str, mx.array], store: ShardStore, place: int, where
         chunk.state = state
 
 
+def forget(folder: Path) -> None:
+    """Nobody goes on from here any more. OSError."""
+    for name in (FILE_NAME, DRAFT_NAME):
+        remove(folder / name)
+
+
 def clear(folder: Path, *, goes_on: bool) -> None:
     """What an interrupted run left of a daughter goes, but for what one who goes on needs. UserError where others have
     files there.

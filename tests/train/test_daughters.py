@@ -248,11 +248,12 @@ def test_what_is_not_hers_any_more_is_not_gone_on_from(place: Workspace) -> None
     assert recipe.count(b"learning_rate: 0.005") == 1
     files["old"].write_bytes(recipe.replace(b"learning_rate: 0.005", b"learning_rate: 0.004"))
     kept = {name: files[name].read_bytes() for name in ("new", "old")}
-    ended = run(place, *words, fault="step=2;phase=save-write;action=enospc")
+    ended = run(place, *words, fault="phase=save-rename;action=enospc")
     said = ended.stdout
     assert ended.code == 65
     assert "apt: training on" in said
-    assert said.count("could not be saved: No space left on device") == 2  # and nobody ends for that
+    assert said.count("could not be saved: No space left on device") == 5  # and nobody ends for that
+    assert not list((place.folder / "changed-runs").rglob(".*"))
     for name, note in {
         "apt": "training on [^:]*: goes on after step 2",
         "new": "failed on [^:]*: .*changed/new holds other rows .*run.resume=never",
@@ -273,16 +274,37 @@ def test_two_machines_share_the_work(place: Workspace, limit: int) -> None:
     assert len(list((place.folder / "spread").glob("*/COMPLETE"))) == 4
 
 
-def test_one_persons_bad_data_fails_alone(place: Workspace) -> None:
-    place.write("some/good/train.jsonl", jsonl([{"tokens": TRAIN[0]}]))
+def test_one_persons_bad_data_or_disk_fails_alone(place: Workspace) -> None:
+    """One cannot be evaluated at the end, another's result cannot be written: nobody else has held-out rows, and
+    nobody is done before her.
+    """
+    for name in ("good", "scored", "written"):
+        place.write(
+            f"some/{name}/train.jsonl", jsonl([{"tokens": TRAIN[0]}] * (2 if name == "written" else 1))
+        )
+    place.write("some/scored/valid.jsonl", jsonl([{"tokens": VALID[0][:9]}]))
     place.write("some/bad/train.jsonl", '{"tokens": [5, 99999]}\n')
-    ended = run(place, "--people", "some", "run.dir=partly", "run.eval_every=null", "run.steps=2")
+    words = ["--people", "some", "run.dir=partly", "run.eval_every=null", "run.steps=2", "run.save_every=1"]
+    full = "action=enospc"
+    ended = run(place, *words, fault=f"step=2;phase=evaluate;{full} phase=finish;once=struck;{full}")
     assert ended.code == 65
-    assert "bad: failed" in ended.stdout
-    assert "some/bad/train.jsonl:1: token id 99999" in ended.stdout.replace("\n", "")
-    assert "1 of 2 daughters are in partly" in ended.stdout
-    assert (place.folder / "partly/good/COMPLETE").exists()
-    assert not (place.folder / "partly/bad/COMPLETE").exists()
+    said = ended.stdout.replace("\n", "")
+    assert "bad: failed" in said
+    assert "some/bad/train.jsonl:1: token id 99999" in said
+    for name in ("scored", "written"):
+        assert re.search(rf"{name}: failed on [^:]*: \[Errno 28\] No space left on device", said), said
+    assert "1 of 4 daughters are in partly" in said
+    assert [p.parent.name for p in (place.folder / "partly").glob("*/COMPLETE")] == ["good"]
+    assert steps_kept(place.folder / "partly") == {"scored": 1, "written": 2}
+
+
+def test_a_gradient_that_is_not_finite_leaves_nothing_to_go_on_from(place: Workspace) -> None:
+    place.write("odd/one/train.jsonl", jsonl([{"tokens": TRAIN[0]}]))
+    words = ["--people", "odd", "run.dir=odd-runs", "run.eval_every=null", "run.save_every=1"]
+    ended = worker(place, *words, fault="step=3;phase=forward;action=nan")
+    assert ended.code == 65
+    assert "step 3: her gradient is not finite" in ended.stdout
+    assert steps_kept(place.folder / "odd-runs") == {}
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Decides what `metrics.jsonl` holds: one strict JSON object a line, one line a step or evaluation.
 
-A crash can cut the last line short; whoever opens the file next drops such a line. Values that JSON has no
+A crash can cut the last line short, and leave lines without their text (a power loss leaves zeros): whoever reads the
+file leaves out what is no record, and whoever opens it to go on drops it. Values that JSON has no
 word for (NaN, infinities) become null.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,9 +67,19 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run in the order they were written; a last line cut short is left out."""
-    lines = (Path(run_dir) / FILE_NAME).read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
+    """All records of a run in the order they were written, without what is cut short or damaged."""
+    return [record for _, record in _whole((Path(run_dir) / FILE_NAME).read_bytes())]
+
+
+def _whole(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line that is a record, and the record."""
+    for line in content.split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield line, record
 
 
 def _private(path: str, flags: int) -> int:
@@ -89,12 +100,10 @@ def _strict(value: Any) -> Any:
 
 
 def _tidy(path: Path, after_step: int | None) -> None:
-    """Drop a last line cut short and records later than `after_step`, by replacing the file at once."""
+    """Drop what is cut short or damaged, and records later than `after_step`, by replacing the file at once."""
     before = path.read_bytes()
-    lines = before.split(b"\n")[:-1]
-    if after_step is not None:
-        lines = [line for line in lines if json.loads(line)["step"] <= after_step]
-    after = b"".join(line + b"\n" for line in lines)
+    kept = [line for line, record in _whole(before) if after_step is None or record["step"] <= after_step]
+    after = b"".join(line + b"\n" for line in kept)
     if after == before:
         return
     draft = path.with_suffix(".tmp")

@@ -90,6 +90,21 @@ def test_a_line_cut_short_by_a_crash_is_dropped_and_the_rest_stays(tmp_path):
     assert [record["step"] for record in strict_lines(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 300, b'\0\0\0s": 1.0}', b"[" * 99_999, b"\xff\xfe", b"[1]", b"{}", b'{"step": "2"}']
+)
+@pytest.mark.parametrize("after_step", [None, 3])
+def test_a_damaged_line_is_dropped_and_the_rest_stays(tmp_path, damage, after_step):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(step_record(1))
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(damage + b"\n" + json.dumps(step_record(3)).encode() + b"\n" + damage)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3]
+    with MetricsWriter(tmp_path, after_step) as writer:
+        writer.write(step_record(4))
+    assert [record["step"] for record in strict_lines(tmp_path)] == [1, 3, 4]
+
+
 def test_a_resumed_run_drops_the_steps_that_it_repeats(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         for step in (1, 2, 3, 4):

@@ -17,6 +17,7 @@ TEACHER_FORCED = ("loss", "perplexity", "token_accuracy", "exact_match", "multip
 GENERATED = ("regular_expression", "valid_json", "json_schema")
 LOWER_IS_BETTER = ("loss", "perplexity")
 HELD_OUT_LOSS = "eval_loss"
+LONGEST_NAME = 60
 
 Metric = Literal[
     "loss",
@@ -43,7 +44,7 @@ class EvaluationSet(Section):
 
     path: RecipePath
     metrics: Annotated[tuple[Metric, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=8)]
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,60}$")] | None = None
+    name: Annotated[str, Field(pattern=rf"^[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}$")] | None = None
     format: Literal["auto", "chat", "completions", "text", "tokens"] = "auto"
     max_tokens: Annotated[int, Field(ge=1, le=65536)] = 128
     pattern: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
@@ -51,8 +52,8 @@ class EvaluationSet(Section):
 
     @property
     def title(self) -> str:
-        """The set's name in scores: as given, else its file's."""
-        return self.name or re.sub(r"[^A-Za-z0-9_-]", "_", self.path.stem)
+        """The set's name in scores: as given, else its file's, as long as a given one may be."""
+        return self.name or re.sub(r"[^A-Za-z0-9_-]", "_", self.path.stem)[:LONGEST_NAME]
 
     @property
     def generates(self) -> bool:

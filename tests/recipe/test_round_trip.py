@@ -126,3 +126,13 @@ def test_home_is_expanded(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert parse_recipe(minimal, "x", ["run.dir=~/runs"]).run.dir == Path("/somewhere/runs")
     with pytest.raises(UserError):
         parse_recipe(minimal, "x", ["run.dir=~"])  # a bare ~ is YAML's null
+
+
+@pytest.mark.parametrize("file", ["facts", "ein-langer-Name" * 5, "Fragen über {person} " * 4, "{person}"])
+def test_one_persons_recipe_is_written_and_read_again(file: str) -> None:
+    text = (REPOSITORY / "recipes/daughter.yaml").read_text()
+    asked = [f'evaluation.sets=[{{path: "people/{file}.jsonl", metrics: [loss]}}]', "run.eval_every=10%"]
+    recipe = parse_recipe(text, "daughter.yaml", asked)
+    own = recipe.model_copy(update={"evaluation": recipe.evaluation.of_person("anna")})
+    assert parse_recipe(dump_recipe(own), "hers") == own
+    assert own.evaluation.scores == recipe.evaluation.scores

@@ -159,9 +159,10 @@ def _tokens(folder: str, form: str, tokenizer: Path, vocabulary: int) -> tuple[n
 def run(setting: Setting, arm: Arm, seed: int, steps: int) -> float:
     """The held-out loss after `steps` steps."""
     model = setting.model()
-    warmup = stock_optimizers.linear_schedule(0.0, setting.rate, steps // 10)
-    decay = stock_optimizers.cosine_decay(setting.rate, steps - steps // 10, 0.1 * setting.rate)
-    optimizer = arm.make(stock_optimizers.join_schedules([warmup, decay], [steps // 10]))
+    begin = max(steps // 10, 1)
+    warmup = stock_optimizers.linear_schedule(0.0, setting.rate, begin)
+    decay = stock_optimizers.cosine_decay(setting.rate, steps - begin, 0.1 * setting.rate)
+    optimizer = arm.make(stock_optimizers.join_schedules([warmup, decay], [begin]))
     scale = 1 + 1e-6 if arm.moved else 1.0
     start = tree_map(lambda a: a.astype(mx.bfloat16).astype(mx.float32) * scale, model.trainable_parameters())
     kept = tree_map(lambda a: a.astype(arm.dtype), start)

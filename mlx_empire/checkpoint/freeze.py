@@ -36,8 +36,8 @@ def freeze(folder: Path, about: Mapping[str, Any]) -> str:
 
 
 def thaw(folder: Path) -> None:
-    """Take back what `freeze` did, wholly or in part. Nothing happens to a folder that is not frozen."""
-    if not is_frozen(folder):
+    """Take back what `freeze` did, wholly or in part. Nothing happens to a folder that is not frozen, or to a link."""
+    if folder.is_symlink() or not is_frozen(folder):
         return
     with disk_errors(folder):
         folder.chmod(0o700)

@@ -7,7 +7,7 @@ and the micro-batch's shape alone: they affect bits, memory must not choose them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import mlx.core as mx
@@ -26,20 +26,17 @@ def chunk_ranges(rows: int, width: int, tokens: int) -> list[tuple[int, int]]:
 def row_losses(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:
     """(rows,): sum(cross entropy x mask) / total of each; logits (rows, positions, vocabulary) are taken to fp32.
 
-    The gradient reuses the softmax that the loss is read from, so every logit is exponentiated once and one array of
-    their size less is alive: with p the softmax and t the target, the loss is max(logits) - logits[t] - log(max(p)),
-    where max(p) is 1 / sum(exp(logits - max)) and never below 1 / vocabulary, and its derivative is p - onehot(t).
+    To be differentiated: the derivative p - onehot(t), with p the softmax and t the target, is computed together with
+    the loss from one softmax. So every logit is exponentiated once and one array of their size less is alive.
     """
     weights, t = (mask / total)[..., None], targets[..., None]
 
     @mx.custom_function
     def of(wide: mx.array) -> tuple[mx.array, mx.array]:
         p = mx.softmax(wide, axis=-1)
-        over = mx.max(wide, axis=-1, keepdims=True) - mx.take_along_axis(wide, t, axis=-1)
-        losses = over - mx.log(mx.max(p, axis=-1, keepdims=True))
         hit = mx.take_along_axis(p, t, axis=-1)
         derivative = mx.put_along_axis(p * weights, t, (hit - 1) * weights, axis=-1)
-        return (losses * weights).sum(axis=(1, 2)), derivative
+        return _losses(wide, p, t, weights), derivative
 
     @of.vjp
     def vjp(_: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
@@ -47,6 +44,13 @@ def row_losses(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.ar
 
     by_row, _ = cast("tuple[mx.array, mx.array]", of(logits.astype(mx.float32)))
     return by_row
+
+
+def _losses(wide: mx.array, p: mx.array, t: mx.array, weights: mx.array) -> mx.array:
+    """By row max(logits) - logits[t] - log(max(p)), weighted; max(p) = 1 / sum(exp(logits - max)) >= 1 / vocabulary."""
+    over = mx.max(wide, axis=-1, keepdims=True) - mx.take_along_axis(wide, t, axis=-1)
+    losses = over - mx.log(mx.max(p, axis=-1, keepdims=True))
+    return (losses * weights).sum(axis=(1, 2))
 
 
 def of_all_rows(by_row: mx.array | np.ndarray) -> float:
@@ -66,7 +70,9 @@ def head_loss(
     loss = mx.zeros(hidden.shape[0])
     for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
         inputs, targets, mask = (x[:, a:b] for x in batch)
-        loss = loss + row_losses(head(root, hidden[:, a:b], inputs), targets, mask, total)
+        wide = head(root, hidden[:, a:b], inputs).astype(mx.float32)
+        weights = (mask / total)[..., None]
+        loss = loss + _losses(wide, mx.softmax(wide, axis=-1), targets[..., None], weights)
         mx.eval(loss)
     return loss
 
@@ -100,14 +106,30 @@ def head_gradients(
     batch: tuple[mx.array, mx.array, mx.array],
     total: mx.array,
     tokens: int,
-    *,
-    eager: bool,
 ) -> tuple[mx.array, list[mx.array], mx.array]:
     """Each row's loss, the gradients of their sum by the root's tensors (fp32 sums over chunks) and by `hidden`.
 
-    `hidden` is (rows, width, features), `batch` (inputs, targets, mask), each (rows, width). `eager` evaluates after
-    every chunk; otherwise each chunk is made to wait for the one before it, which bounds memory just as well when
-    the whole is part of a larger graph (the un-recomputed tail).
+    `hidden` is (rows, width, features), `batch` (inputs, targets, mask), each (rows, width). Evaluates by chunk.
+    """
+    parts: list[mx.array] = []
+    loss, sums = mx.zeros(hidden.shape[0]), list[mx.array]()
+    for loss, sums, part in head_chunks(head, root, hidden, batch, total, tokens):
+        mx.eval(loss, sums, part)
+        parts.append(part)
+    return loss, sums, joined(parts)
+
+
+def head_chunks(
+    head: HeadCall,
+    root: Sequence[mx.array],
+    hidden: mx.array,
+    batch: tuple[mx.array, mx.array, mx.array],
+    total: mx.array,
+    tokens: int,
+) -> Iterator[tuple[mx.array, list[mx.array], mx.array]]:
+    """By chunk: the rows' losses so far, the root's gradients so far, the gradient by the chunk of `hidden`. All lazy.
+
+    Whoever evaluates each chunk before the next one holds one chunk's logits at a time. Arguments as above.
     """
 
     def chunk(arrays: Sequence[mx.array], part: mx.array, *rest: mx.array) -> tuple[mx.array, mx.array]:
@@ -116,25 +138,21 @@ def head_gradients(
         return by_row.sum(), by_row
 
     loss_and_gradients = mx.value_and_grad(chunk, argnums=(0, 1))
-    ranges = chunk_ranges(hidden.shape[0], hidden.shape[1], tokens)
     loss: mx.array | None = None
     sums: list[mx.array] = []
-    parts: list[mx.array] = []
-    for a, b in ranges:
-        part = hidden[:, a:b]
-        if loss is not None and not eager:
-            part = mx.depends([part], [loss, *sums, parts[-1]])[0]
-        (_, value), (gradients, part_gradient) = loss_and_gradients(
-            list(root), part, *(x[:, a:b] for x in batch)
+    for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
+        (_, value), (gradients, part) = loss_and_gradients(
+            list(root), hidden[:, a:b], *(x[:, a:b] for x in batch)
         )
         if loss is None:
             loss, sums = value, list(gradients)
         else:
             loss = loss + value
             sums = [s.astype(mx.float32) + g.astype(mx.float32) for s, g in zip(sums, gradients, strict=True)]
-        del gradients
-        parts.append(part_gradient)
-        if eager:
-            mx.eval(loss, sums, part_gradient)
-    assert loss is not None
-    return loss, sums, parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+        del value, gradients
+        yield loss, sums, part
+
+
+def joined(parts: Sequence[mx.array]) -> mx.array:
+    """The gradient by the whole `hidden` of those by its chunks."""
+    return parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=1)

@@ -27,7 +27,7 @@ import numpy as np
 from mlx_empire import phases
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import CellSum, GradientStore
-from mlx_empire.engine.loss import head_gradients, head_loss, head_scores, of_all_rows
+from mlx_empire.engine.loss import head_chunks, head_gradients, head_loss, head_scores, joined, of_all_rows
 from mlx_empire.engine.masks import separate
 from mlx_empire.engine.noise import LayerNoise
 from mlx_empire.engine.slots import Deck, LayerArguments
@@ -247,12 +247,12 @@ class StreamedStep:
     ) -> tuple[list[mx.array], list[list[mx.array]]]:
         """One micro-batch's loss and gradients by head and tail; `r.hidden` becomes the boundary's cotangent.
 
-        With a tail the whole is one lazy graph: the head's gradient by its input is computed in the forward and
-        enters the differentiated sum as a constant, sum(y * dy), whose derivative by y is dy.
+        With a tail the head's gradient by its input enters the differentiated sum as a constant, sum(y * dy), whose
+        derivative by y is dy. All is lazy at first; then the head is evaluated chunk by chunk, the backward last.
         """
         if not tail:
             r.loss, gradients, r.hidden = head_gradients(
-                self._call_head, heads, r.hidden, r.batch, total, self._tokens, eager=True
+                self._call_head, heads, r.hidden, r.batch, total, self._tokens
             )
             return gradients, []
 
@@ -260,21 +260,25 @@ class StreamedStep:
             for i, arrays in zip(tail, tensors, strict=True):
                 self._store.rebind(i + 1, arrays)
                 hidden = self._layer(i, hidden, r)
-            loss, gradients, cotangent = head_gradients(
-                self._call_head, heads, mx.stop_gradient(hidden), r.batch, total, self._tokens, eager=False
-            )
-            surrogate = (hidden * mx.stop_gradient(cotangent)).sum()
-            return (surrogate, loss, *gradients)
+            constant = mx.stop_gradient(hidden)
+            chunks = list(head_chunks(self._call_head, heads, constant, r.batch, total, self._tokens))
+            cotangent = mx.stop_gradient(joined([part for _, _, part in chunks]))
+            surrogate = (hidden * cotangent).sum()
+            return (surrogate, *(array for loss, sums, part in chunks for array in (loss, *sums, part)))
 
         outputs, (tail_gradients, cotangent) = mx.value_and_grad(through_tail, argnums=(0, 1))(
             weights, r.hidden
         )
         for i, arrays in zip(tail, weights, strict=True):
             self._store.rebind(i + 1, arrays)
-        _, r.loss, *gradients = outputs
+        chunks = list(outputs[1:])
+        del outputs
+        while chunks:
+            (r.loss, *sums, part), chunks = chunks[: len(heads) + 2], chunks[len(heads) + 2 :]
+            mx.eval(r.loss, sums, part)
         if tail[0] > self._lowest:
             r.hidden = cotangent
-        return list(gradients), list(tail_gradients)
+        return sums, list(tail_gradients)
 
     # ---- 4. backward
 

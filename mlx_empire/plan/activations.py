@@ -138,13 +138,14 @@ def kept_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
 
 def tail_costs(
     units: Sequence[UnitSpec], spec: ModelSpec, work: Workload
-) -> tuple[dict[str, int], dict[str, int]]:
-    """What the un-recomputed tail needs for one micro-batch at the start and at the end of its backward, by name.
+) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Bytes that the un-recomputed tail keeps of its forward for one micro-batch, and what it needs, by name, at the
+    start and at the end of its backward.
 
     MLX computes the cotangents of all its layers before the weights' gradients, so those appear late and together.
     """
     if not units:
-        return {}, {}
+        return 0, {}, {}
     kept = [kept_bytes(u, spec, work) for u in units]
     dearest = max((layer_costs(u, spec, work) for u in units), key=lambda items: sum(items.values()))
     start = {"un-recomputed tail": sum(kept) - min(kept), **dearest}
@@ -154,7 +155,7 @@ def tail_costs(
         "un-recomputed tail": rest,
         "tail gradients": sum(gradients) + max(stacked) * (len(units) > 1),
     }
-    return start, end
+    return sum(kept), start, end
 
 
 @once

@@ -30,8 +30,7 @@ class StateBytes(Protocol):
 
 Items = dict[str, int]
 
-LOGITS_COPIES = 3.0  # fp32 arrays of a chunk's logits alive in the gradient of the loss
-LOGITS_IN_TAIL = 1.0  # of them when the un-recomputed tail's backward begins
+LOGITS_COPIES = 3.15  # fp32 arrays of a chunk's logits alive in the gradient of the loss
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
 BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
 ROUNDING = 1 << 13  # half a page of Metal's allocator
@@ -129,9 +128,10 @@ class _Step:
             head * self.widening if chunked else head
         )  # the gradients of one micro-batch, all chunks together
         sums = self._head_sums if self.adds_up else self._head_sums - self._head_sums // max(self.rounds, 1)
-        logits = 4 * chunk * self._vocabulary
+        # In fewer bits than fp32 the head's own logits and their gradient lie beside the wide ones.
+        logits = chunk * self._vocabulary * (4 * LOGITS_COPIES + 2 * self.item * (self.item < 4))
         soft = self.spec.family == "gemma2" or self.spec.text_config.get("final_logit_softcapping")
-        capped = SOFT_CAPPED if soft else 0
+        logits += 4 * chunk * self._vocabulary * SOFT_CAPPED if soft else 0
         tail = self.layers[self.cut :]
         ahead = self.layers[self.cut - 1 : self.cut] if self.cut > self.first else ()
         trained = sum(s.trained for s in tail)
@@ -141,19 +141,18 @@ class _Step:
             "root gradients": sums + one + head * chunked,
         }
         if not tail:
-            return {**items, "logits chunk": int((LOGITS_COPIES + capped) * logits)}
+            return {**items, "logits chunk": int(logits)}
         late = 2 * trained if self.work.gradient_dtype == "bfloat16" and self.rounds > 1 else 0
         items |= {
             "tail sums": sum(s.gradient for s in tail) * self.widening * self.adds_up,
             "gradients": self._kept_gradients(trained) if self.rounds > 1 else 0,
             "tail totals before rounding": late,
         }
-        start, end = tail_costs(self.spec.units[1 + self.cut :], self.spec, self.work)
-        beginning = {**items, **start, "logits chunk": int((LOGITS_IN_TAIL + capped) * logits)}
-        copies = LOGITS_COPIES / 2 if self.adds_up else LOGITS_COPIES
-        ending = {**items, **end, "logits chunk": int((copies + capped) * logits)}
+        kept, start, end = tail_costs(self.spec.units[1 + self.cut :], self.spec, self.work)
+        loss = {**items, "un-recomputed tail": kept, "logits chunk": int(logits)}
+        beginning, ending = {**items, **start}, {**items, **end}
         ending["root gradients"] += 0 if self.adds_up else one
-        return max(beginning, ending, key=lambda items: sum(items.values()))
+        return max(loss, beginning, ending, key=lambda items: sum(items.values()))
 
     def backward(self) -> Iterator[Items]:
         """One moment for every recomputed layer: as gradients become complete, the layers' inputs go."""

@@ -26,7 +26,7 @@ def outcome(arguments: list[str]) -> dict[str, Any]:
         with redirect_stdout(out), redirect_stderr(err):
             code: Any = (
                 daughters.main([*arguments[1:], "--work"])
-                if arguments[0] == "daughters"
+                if arguments[:1] == ["daughters"]
                 else train.main(arguments)
             )
     except SystemExit as ended:

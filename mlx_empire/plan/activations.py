@@ -65,7 +65,7 @@ PLAINLY_CAUSAL = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "p
 SCAN = 3.6  # arrays of a chunk's decays, positions x positions x heads, alive in one layer's vjp
 SCAN_CHUNK = 256  # positions that mlx-lm's state-space layers take at a time
 ADAPTED_FORWARD = 1.1  # more in the forward with adapters
-DORA, DORA_KEPT = 0.15, 0.5  # more of W in the recompute and kept, because DoRA scales what a matrix gives
+DORA, DORA_KEPT = 0.05, 0.5  # more of W in the recompute and kept, because DoRA scales what a matrix gives
 NORM_COPIES = 2.0  # of an adapted matrix in fp32, while DoRA takes its rows' norms
 
 

@@ -151,6 +151,7 @@ class _Step:
         kept, start, end = tail_costs(self.spec.units[1 + self.cut :], self.spec, self.work)
         loss = {**items, "un-recomputed tail": kept, "logits chunk": int(logits)}
         beginning, ending = {**items, **start}, {**items, **end}
+        beginning["root gradients"] += one  # evaluated before the tail's, and not yet added up
         ending["root gradients"] += 0 if self.adds_up else one
         return max(loss, beginning, ending, key=lambda items: sum(items.values()))
 

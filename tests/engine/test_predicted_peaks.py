@@ -59,6 +59,12 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "llama 384 stage 3, lora in 4 layers, tail of 2": setting(
             "llama", 384, 3, [1], tuning=tuned("lora", layers=4), tail=2
         ),
+        **{
+            f"llama 512 stage 2, {name}, tail of {tail}, large vocabulary": setting(
+                "llama", 512, 2, [1], tail=tail, config={**SIZES, "vocab_size": 32768}, **more
+            )
+            for name, tail, more in (("full", 2, {}), ("lora", 10, {"tuning": tuned("lora")}))
+        },
         "llama 384 stage 2, dora": setting("llama", 384, 2, [1], tuning=tuned("dora")),
         "qwen3_moe 384 stage 2, qlora of experts": setting(
             "qwen3_moe", 384, 2, [1], tuning=tuned("qlora", targets=["q_proj", "experts"])

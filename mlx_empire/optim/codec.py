@@ -7,14 +7,15 @@ int8, rounded to nearest; decoded q |q| / 127^2 s. Zero maps to zero; a row with
 stored as zeros. Where m is all there is (Lion, momentum) it is rounded at random without bias: such averages are
 slower than AdamW's beta1 = 0.9, and with 0.99 rounding to nearest left m wrong by a tenth.
 
-Second moment. The bit pattern I of a float32 v >= 0 is 2^23 log2(v), piecewise linear and monotone. Over
-the elements of a row that are at least 2^-100: floor L = min I with its lower 16 bits cleared (stored as
-bfloat16), but at most 32 octaves under max I; step S = 1.002 (max I - L) / 254, stored as float16 in units
-of 2^23 and never below 2^-13 of them, hence a whole number. Code c in 1..255 stands for the value whose bit
-pattern is L + (c - 1) S; code 0 for v below 2^-100. v is rounded up with probability (v - a) / (b - a)
-between its neighbours a and b, so it is unbiased: with beta2 = 0.999 rounding to nearest would stall.
-Elements under the floor are raised to it, never zeroed. max I is taken as at most that of 2^120, so that no
-code stands for infinity.
+Second moment. Codes are a small floating-point format: each octave (factor of two) has n equally spaced levels, and a
+row keeps n (8 to 253) and its floor. The bit pattern I of a float32 v >= 0 is 2^23 log2(v), exact at whole octaves
+and linear between them, so with b the bits of the octave that the floor lies in, level I n / 2^23 counted from b is
+linear in v between neighbouring levels: rounding (I - b) n / 2^23 at random without bias, in whole numbers, rounds v
+without bias. That matters: with beta2 = 0.999 rounding to nearest would stall.
+- The floor is the least element that is at least 2^-100, its bits' lower half cleared, but at most 31 octaves under
+  the greatest; n is the largest that spans the row in 253 steps.
+- Code c in 1..255 stands for the c-th level from the floor's; code 0 for v below 2^-100. Elements under the floor are
+  raised to it, never zeroed. The greatest counts as at most 2^120, so that no code stands for infinity.
 
 Precedents: adaptive log ranges (AL8), unbiased log rounding (LUMA), log codes (SOLO), dithering (BReD).
 Everything is a function of one row and its noise, so codes do not depend on how a tensor is cut.
@@ -27,20 +28,20 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_empire.optim.fusion import fused
-from mlx_empire.optim.noise import column_keys, uniform
+from mlx_empire.optim.noise import draw_halves
 from mlx_empire.optim.protocol import State
 from mlx_empire.plan.model import BLOCK
 
 TINY = 2.0**-100  # smaller moments are zero
-_OCTAVE = 1 << 23  # bit patterns per factor of two
-_TOP = (120 + 127) << 23  # the bit pattern of 2^120
+_TINY_BITS = (127 - 100) << 23
 _INFINITY = 0x7F800000
-_RANGE = 32 * _OCTAVE
-_STEPS = 254
+_TOP = (120 + 127) << 23  # the bit pattern of 2^120
+_RANGE = 31 << 23  # 32 would leave seven levels to an octave, and each 14 % above the last
+_STEPS = 253  # of the 254 between codes 1 and 255 one is left for rounding up
 
 ARRAYS: dict[str, dict[str, tuple[int, mx.Dtype]]] = {  # moment -> name -> (columns of a row, dtype)
     "m": {"m_codes": (BLOCK, mx.int8), "m_scale": (1, mx.bfloat16)},
-    "v": {"v_codes": (BLOCK, mx.uint8), "v_floor": (1, mx.bfloat16), "v_step": (1, mx.float16)},
+    "v": {"v_codes": (BLOCK, mx.uint8), "v_floor": (1, mx.uint16), "v_levels": (1, mx.uint8)},
 }
 
 
@@ -77,16 +78,14 @@ def decode_first(state: State) -> mx.array:
 
 def encode_first(m: mx.array) -> State:
     """`m_codes` and `m_scale` of float32 m (rows, 64)."""
-    peak = mx.max(mx.abs(m), axis=1, keepdims=True)
-    scale = _scale_bits(peak, peak.view(mx.uint32)).view(mx.bfloat16)
+    scale = _scale_of(m)
     return {"m_codes": _first_codes(m, _inverse(scale)), "m_scale": scale}
 
 
 def encode_lone_first(m: mx.array, keys: mx.array) -> State:
     """As `encode_first`, rounded at random with the same mean; `keys` (rows, 1) from `noise.row_keys`."""
-    peak = mx.max(mx.abs(m), axis=1, keepdims=True)
-    scale = _scale_bits(peak, peak.view(mx.uint32)).view(mx.bfloat16)
-    return {"m_codes": _lone_first_codes(m, _inverse(scale), keys, column_keys()), "m_scale": scale}
+    scale = _scale_of(m)
+    return {"m_codes": _lone_first_codes(m, _inverse(scale), draw_halves(keys)), "m_scale": scale}
 
 
 def first_unit(state: State) -> mx.array:
@@ -104,10 +103,20 @@ def first_value(codes: mx.array, unit: mx.array) -> mx.array:
 _first_values = fused(first_value)
 
 
+def _scale_of(m: mx.array) -> mx.array:
+    # Bits order positive floats as signed whole numbers, and as unsigned ones negative floats, above all others.
+    positive = mx.max(m.view(mx.int32), axis=1, keepdims=True)
+    negative = mx.max(m.view(mx.uint32), axis=1, keepdims=True)
+    scale: mx.array = _scale_bits(positive, negative).view(mx.bfloat16)
+    return scale
+
+
 @fused
-def _scale_bits(peak: mx.array, bits: mx.array) -> mx.array:
-    upper = mx.right_shift(bits + mx.array(0xFFFF, mx.uint32), mx.array(16, mx.uint32))
-    return mx.where(peak < TINY, mx.array(0, mx.uint32), upper).astype(mx.uint16)  # NaN stays visible
+def _scale_bits(positive: mx.array, negative: mx.array) -> mx.array:
+    """Upper half (uint16) of the bits of the largest magnitude, rounded up; NaN stays visible."""
+    magnitude = mx.maximum(mx.bitwise_and(negative.astype(mx.int32), 0x7FFFFFFF), positive)
+    upper = mx.right_shift(magnitude.astype(mx.uint32) + _u(0xFFFF), _u(16))
+    return mx.where(magnitude < _TINY_BITS, _u(0), upper).astype(mx.uint16)
 
 
 @fused
@@ -128,11 +137,12 @@ def _first_codes(m: mx.array, inverse: mx.array) -> mx.array:
 
 
 @fused
-def _lone_first_codes(m: mx.array, inverse: mx.array, keys: mx.array, columns: mx.array) -> mx.array:
+def _lone_first_codes(m: mx.array, inverse: mx.array, noise: mx.array) -> mx.array:
     share = mx.abs(m) * inverse * (127.0**2)
     below = mx.minimum(mx.floor(mx.sqrt(share)), 126.0)
     chance = (share - below * below) / (2.0 * below + 1.0)
-    magnitude = (below + (uniform(keys, columns) < chance).astype(mx.float32)).astype(mx.int32)
+    up = (noise.astype(mx.float32) + 0.5) * 2.0**-16 < chance
+    magnitude = (below + up.astype(mx.float32)).astype(mx.int32)
     return mx.where(m < 0, -magnitude, magnitude).astype(mx.int8)
 
 
@@ -140,72 +150,88 @@ def _lone_first_codes(m: mx.array, inverse: mx.array, keys: mx.array, columns: m
 
 
 def encode_second(v: mx.array, keys: mx.array) -> State:
-    """`v_codes`, `v_floor` and `v_step` of float32 v (rows, 64); `keys` (rows, 1) from `noise.row_keys`."""
-    lowest = mx.min(_or_infinity(v), axis=1, keepdims=True).view(mx.int32)
-    highest = mx.max(v, axis=1, keepdims=True).view(mx.int32)
-    floor, step = _second_grid(lowest, highest)
-    start, stride, inverse = _second_scales(floor, step)
-    codes = _second_codes(v, v.view(mx.int32), start, stride, inverse, keys, column_keys())
-    return {"v_codes": codes, "v_floor": floor.view(mx.bfloat16), "v_step": step}
+    """`v_codes`, `v_floor` and `v_levels` of float32 v (rows, 64); `keys` (rows, 1) from `noise.row_keys`."""
+    bits = v.view(mx.int32)
+    lowest = mx.min(_or_infinity(bits), axis=1, keepdims=True)
+    highest = mx.max(bits, axis=1, keepdims=True)
+    floor, levels = _second_grid(lowest, highest)
+    codes = _second_codes(bits, *_second_origin(floor, levels), draw_halves(keys))
+    return {"v_codes": codes, "v_floor": floor, "v_levels": levels}
 
 
 def decode_second(state: State) -> mx.array:
     """Float32 v (rows, 64) of the codes in `state`."""
-    start, stride, _ = _second_scales(state["v_floor"].view(mx.uint16), state["v_step"])
-    v: mx.array = _second_bits(state["v_codes"], start, stride).view(mx.float32)
-    return v
+    v: mx.array = _second_bits(state["v_codes"], *_second_scales(state["v_floor"], state["v_levels"]))
+    return v.view(mx.float32)
 
 
 @fused
-def _or_infinity(v: mx.array) -> mx.array:
-    return mx.where(v >= TINY, v, mx.array(float("inf")))
+def _or_infinity(bits: mx.array) -> mx.array:
+    return mx.where(bits >= _TINY_BITS, bits, _INFINITY)
 
 
 @fused
 def _second_grid(lowest: mx.array, highest: mx.array) -> tuple[mx.array, mx.array]:
-    """Upper half of the floor's bits (uint16) and step (float16), both (rows, 1), of the extremes' bits."""
+    """Upper half of the floor's bits (uint16) and levels in an octave (uint8), (rows, 1), of the extremes' bits."""
     top = mx.minimum(highest, _TOP)
     floor = mx.right_shift(mx.minimum(mx.maximum(lowest, top - _RANGE), top), 16)
-    octaves = (top - mx.left_shift(floor, 16)).astype(mx.float32) * (1.002 / _STEPS / _OCTAVE)
-    # From 2^-13 on, float16 counts whole multiples of 2^-23: the step in bits is a whole number.
-    return floor.astype(mx.uint16), mx.maximum(octaves, 2.0**-13).astype(mx.float16)
+    span = mx.right_shift(top - mx.left_shift(floor, 16) + 0xFFFF, 16)  # in 128ths of an octave, rounded up
+    # At least 1 / span lies between a quotient and the next whole number: more than float32 can blur.
+    levels = (_STEPS * 128.0) / mx.maximum(span, 128).astype(mx.float32)
+    return floor.astype(mx.uint16), levels.astype(mx.uint8)
 
 
 @fused
-def _second_scales(floor: mx.array, step: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Bits of the floor (int32), the step in bits (int32) and its inverse (float32)."""
-    stride = step.astype(mx.float32) * float(_OCTAVE)
-    return mx.left_shift(floor.astype(mx.int32), 16), stride.astype(mx.int32), 1.0 / stride
+def _second_scales(floor: mx.array, levels: mx.array) -> tuple[mx.array, mx.array]:
+    """Bits of code 1's value (int32) and bits from one level to the next (float32)."""
+    octave, level = _floor_level(floor, levels)
+    stride = float(1 << 23) / mx.maximum(levels.astype(mx.float32), 1.0)
+    return octave.astype(mx.int32) + _whole(level.astype(mx.float32) * stride), stride
+
+
+@fused
+def _second_origin(floor: mx.array, levels: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Bits of the floor (int32), n (uint32) and code 0's place on the scale I n / 2^23 (uint32, in units of 2^-23).
+
+    The scale is too long for 32 bits. Places in a row are less than 2^9 from its code 0: they are right modulo 2^9.
+    """
+    octave, level = _floor_level(floor, levels)
+    n = levels.astype(mx.uint32)
+    return mx.left_shift(floor.astype(mx.int32), 16), n, octave * n + _octaves(level) - _octaves(_u(1))
+
+
+def _floor_level(floor: mx.array, levels: mx.array) -> tuple[mx.array, mx.array]:
+    """The bits of the octave that the floor (its upper 16 bits) lies in, and the floor's level there; uint32."""
+    floor = floor.astype(mx.uint32)
+    level = mx.right_shift(mx.bitwise_and(floor, _u(127)) * levels.astype(mx.uint32), _u(7))
+    return _octaves(mx.right_shift(floor, _u(7))), level
+
+
+def _octaves(count: mx.array) -> mx.array:
+    return mx.left_shift(count, _u(23))
+
+
+def _whole(x: mx.array) -> mx.array:
+    """The nearest whole number (int32) of a float32 x >= 0."""
+    return (x + 0.5).astype(mx.int32)
+
+
+def _u(number: int) -> mx.array:
+    return mx.array(number, mx.uint32)
 
 
 @fused
 def _second_bits(codes: mx.array, start: mx.array, stride: mx.array) -> mx.array:
     c = codes.astype(mx.int32)
-    return mx.where(c > 0, (c - 1) * stride + start, 0)
+    return mx.where(c > 0, start + _whole((c - 1).astype(mx.float32) * stride), 0)
 
 
 @fused
 def _second_codes(
-    v: mx.array,
-    bits: mx.array,
-    start: mx.array,
-    stride: mx.array,
-    inverse: mx.array,
-    keys: mx.array,
-    columns: mx.array,
+    bits: mx.array, floor: mx.array, levels: mx.array, origin: mx.array, noise: mx.array
 ) -> mx.array:
-    """Stochastic rounding in whole numbers: no neighbour is ever turned into a float.
-
-    `above` and `below` are twice v - a and b - v in units of v's last place. One step is less than an
-    octave, so at most one of the neighbours lies in another octave than v, where a bit counts half (below)
-    or double (above).
-    """
-    distance = mx.maximum(bits - start, 0)
-    k = mx.minimum((distance.astype(mx.float32) * inverse).astype(mx.int32), _STEPS - 1)
-    rest = distance - k * stride
-    mantissa = mx.bitwise_and(bits, _OCTAVE - 1)
-    above = 2 * rest - mx.maximum(rest - mantissa, 0)
-    to_next = stride - rest
-    below = 2 * (to_next + mx.maximum(to_next - (_OCTAVE - mantissa), 0))
-    up = uniform(keys, columns) * (above + below).astype(mx.float32) < above.astype(mx.float32)
-    return mx.where(v >= TINY, k + 1 + up.astype(mx.int32), 0).astype(mx.uint8)
+    inside = mx.maximum(mx.minimum(bits, _TOP), floor).astype(mx.uint32)
+    # The middle of 2^16 equal parts of a level, so that a code is as often too high as too low.
+    jitter = mx.left_shift(noise.astype(mx.uint32), _u(7)) + _u(64)
+    code = mx.right_shift(inside * levels - origin + jitter, _u(23))
+    return mx.where(bits >= _TINY_BITS, code, _u(0)).astype(mx.uint8)

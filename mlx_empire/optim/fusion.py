@@ -1,8 +1,8 @@
 """Decides whether element-wise functions are fused by `mx.compile` or run operation by operation.
 
 On a GPU they always are. MLX on a Linux CPU calls `g++` at run time, so there they are fused where it is on
-PATH. The choice depends on the machine alone, never on the number of ranks. Fused functions are shapeless,
-therefore they may hold element-wise operations only: no views, no reductions, no slices.
+PATH. The choice depends on the machine alone, never on the number of ranks. Fused functions hold element-wise
+operations only: views and reductions end a kernel.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ def _cpu_may_compile() -> bool:
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate an element-wise function of arrays: one kernel where that is possible."""
-    compiled = mx.compile(function, shapeless=True)
+    """Decorate an element-wise function of arrays: one kernel where that is possible.
+
+    It is traced for every shape: a trace for any shape holds a broadcast before each operation, and those count
+    towards the 11 operations in a row after which MLX begins another kernel.
+    """
+    compiled = mx.compile(function)
 
     @wraps(function)
     def call(*arrays: mx.array) -> Any:

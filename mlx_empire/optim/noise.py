@@ -33,24 +33,33 @@ def row_keys(rows: int, tensor: int, first_row: int, step: int | mx.array, salt:
 
 
 def draw(keys: mx.array, columns: mx.array) -> mx.array:
-    """Uint32, 32 random bits, from (rows, 1) `keys` and `column_keys()`. Element-wise.
-
-    Codes take the upper 24 bits (`uniform`), lossy masters the lower 8 or 16. Where both draw from one hash they
-    share 8 bits, which are the last of the one's and the first of the other's.
-    """
+    """Uint32, 32 random bits, from (rows, 1) `keys` and `column_keys()`. Element-wise; lossy masters use it."""
     return _mix(keys + columns)
 
 
-def uniform(keys: mx.array, columns: mx.array) -> mx.array:
-    """Float32 in [0, 1), multiples of 2**-24, of the upper bits of `draw`."""
-    upper = mx.right_shift(draw(keys, columns), mx.array(8, mx.uint32))
-    return upper.astype(mx.int32).astype(mx.float32) * (1.0 / (1 << 24))
+def draw_halves(keys: mx.array) -> mx.array:
+    """(rows, 64) uint16, 16 random bits, from (rows, 1) `keys`: the halves of 32 draws. Codes use it.
+
+    Its columns follow those of `column_keys`, so codes and lossy masters draw from different hashes.
+    """
+    halves: mx.array = _mixed(keys + _pair_keys()).view(mx.uint16)  # the lower half comes first
+    return halves
 
 
 @cache
 def column_keys() -> mx.array:
     """(64,) uint32: one odd stride per column."""
-    keys = mx.array((np.arange(BLOCK, dtype=np.uint64) * _GOLDEN & _MASK).astype(np.uint32))
+    return _strides(0, BLOCK)
+
+
+@cache
+def _pair_keys() -> mx.array:
+    return _strides(BLOCK, BLOCK // 2)
+
+
+def _strides(first: int, count: int) -> mx.array:
+    numbers = np.arange(first, first + count, dtype=np.uint64)
+    keys = mx.array((numbers * _GOLDEN & _MASK).astype(np.uint32))
     mx.eval(keys)
     return keys
 
@@ -71,6 +80,9 @@ def _mix(x: mx.array) -> mx.array:
     x = mx.bitwise_xor(x, mx.right_shift(x, mx.array(16, mx.uint32))) * mx.array(_MULTIPLIERS[0], mx.uint32)
     x = mx.bitwise_xor(x, mx.right_shift(x, mx.array(15, mx.uint32))) * mx.array(_MULTIPLIERS[1], mx.uint32)
     return mx.bitwise_xor(x, mx.right_shift(x, mx.array(16, mx.uint32)))
+
+
+_mixed = fused(_mix)
 
 
 def _seed(tensor: int, step: int | mx.array, salt: int) -> tuple[mx.array, mx.array]:

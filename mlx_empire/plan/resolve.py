@@ -3,7 +3,7 @@
 `auto` values are resolved here and nowhere else, so a report before the run and the run itself agree. Memory may
 choose only what does not affect bits (stage, shares, the tail's k); the gradient's dtype does, so it is chosen once
 and kept. The order of preference: gradients in fp32 before bf16, then the stage with the least traffic that fits,
-then the longest tail that fits. A plan that leaves headroom comes before one that moves less and is tight.
+then the longest tail that fits. Any plan that leaves headroom comes before any that is tight.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def resolve(
         dtypes = ("float32",)
     stages = STAGES if memory.zero_stage == "auto" else (memory.zero_stage,)
     tried: list[RunPlan] = []
+    tight: list[RunPlan] = []
     for dtype in dtypes:
         work = Workload(
             batch.micro_size,
@@ -79,7 +80,6 @@ def resolve(
             _LINEAR and not recipe.data.packing and all(_has_metal(n) for n in nodes),
         )
         plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]
-        tight: list[RunPlan] = []
         for plan in sorted(plans, key=_busiest_card):
             if memory.gradient_checkpointing == "auto":
                 plan = _longest_tail(
@@ -89,10 +89,8 @@ def resolve(
                 return plan
             if plan.fits:
                 tight.append(plan)
-        if tight:
-            return tight[0]
         tried += plans
-    return min(tried, key=_excess)
+    return tight[0] if tight else min(tried, key=_excess)
 
 
 def linear_in(mlx: str) -> bool:

@@ -12,7 +12,7 @@ from mlx_empire.recipe.sections import OptimizerSection
 _MOMENTS = {"adamw": ("m", "v"), "lion": ("m",), "sgd": ("m",)}
 _CODES = {  # name of the moment -> (name, bytes per element, bytes per block of 64)
     "m": (("m_codes", 1, 0), ("m_scale", 0, 2)),
-    "v": (("v_codes", 1, 0), ("v_floor", 0, 2), ("v_step", 0, 2)),
+    "v": (("v_codes", 1, 0), ("v_floor", 0, 2), ("v_levels", 0, 1)),
 }
 _MASTERS = {  # beside a bfloat16 weight: name and bytes per element
     "exact": {"remainder": 2},

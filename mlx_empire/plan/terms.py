@@ -25,7 +25,9 @@ _TERMS = {
     "optimizer m_scale": Term("2 bytes for each 64 elements: scale of the first moment", "exact"),
     "optimizer v_codes": Term("1 byte for each element of the share: second moment in 8 bits", "exact"),
     "optimizer v_floor": Term("2 bytes for each 64 elements: floor of the second moment", "exact"),
-    "optimizer v_step": Term("2 bytes for each 64 elements: step of the second moment's code", "exact"),
+    "optimizer v_levels": Term(
+        "1 byte for each 64 elements: levels in an octave of the second moment", "exact"
+    ),
     "optimizer remainder": Term(
         "2 bytes for each bfloat16 element of the share: the rest of its fp32 master weight", "exact"
     ),

@@ -10,10 +10,10 @@ from mlx_empire.plan.shards import CHUNK_ELEMENTS, SHARED_ELEMENTS, Segment
 # One optimizer call beside the new weights, measured, bytes per element of a large chunk, which is evaluated alone: by
 # (8 bits, two moments), then by what is kept beside the weights (`float32`: nothing is, nor needed).
 UPDATE: dict[tuple[bool, bool], dict[str, int]] = {
-    (False, True): {"float32": 8, "exact": 18, "diet": 29, "fp32": 12, "none": 20},
-    (False, False): {"float32": 8, "exact": 14, "diet": 25, "fp32": 11, "none": 16},
-    (True, True): {"float32": 67, "exact": 80, "diet": 87, "fp32": 71, "none": 78},
-    (True, False): {"float32": 46, "exact": 54, "diet": 63, "fp32": 46, "none": 54},
+    (False, True): {"float32": 8, "exact": 18, "diet": 25, "fp32": 12, "none": 24},
+    (False, False): {"float32": 8, "exact": 14, "diet": 21, "fp32": 12, "none": 20},
+    (True, True): {"float32": 21, "exact": 35, "diet": 38, "fp32": 25, "none": 37},
+    (True, False): {"float32": 23, "exact": 29, "diet": 36, "fp32": 27, "none": 35},
 }
 SMALL_CHUNKS = 0.83  # of that with 8-bit states for chunks evaluated together: they are freed one by one
 _KEPT = {"optimizer remainder": "exact", "optimizer short_remainder": "diet", "optimizer master": "fp32"}

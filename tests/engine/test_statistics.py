@@ -57,9 +57,8 @@ def test_largest_update_is_the_references(trainer):
                 m, v = state["m"].astype(np.float64), state["v"].astype(np.float64)
             else:
                 m = reference.decode_first(state["m_codes"], state["m_scale"].astype(np.float64))
-                floor = np.array(chunk.state["v_floor"].view(mx.uint16)).astype(np.int64) << 16
-                step = (state["v_step"].astype(np.float64) * 2**23).astype(np.int64)
-                v = reference.decode_second(state["v_codes"], floor, step).astype(np.float64)
+                floor, levels = (state[name].astype(np.int64) for name in ("v_floor", "v_levels"))
+                v = reference.decode_second(state["v_codes"], floor, levels)
             worst = max(worst, np.abs(m / (1 - 0.9**3) / (np.sqrt(v / (1 - 0.999**3)) + 1e-8)).max())
     assert steps[-1].statistics["update_over_lr_max"] == pytest.approx(worst, rel=1e-5)
 

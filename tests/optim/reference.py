@@ -90,11 +90,12 @@ def mix(x):
 
 
 def noise(rows, tensor, first_row, step, salt=0):
-    """(rows, 64) float64 in [0, 1): the draw of every element, a multiple of 2^-24."""
-    return (mix(_keyed(rows, tensor, first_row, step, salt)) >> np.uint64(8)) / 2.0**24
+    """(rows, 64) float64 in (0, 1): the draw of every element, odd multiples of 2^-17; two from one hash."""
+    pairs = mix(_keyed(rows, tensor, first_row, step, salt, range(64, 96))).astype(np.uint32)
+    return (pairs.view(np.uint16) + 0.5) / 2.0**16
 
 
-def _keyed(rows, tensor, first_row, step, salt):
+def _keyed(rows, tensor, first_row, step, salt, columns):
     golden, mask = 0x9E3779B9, 0xFFFFFFFF
     state = 0
     for word in (salt & mask, salt >> 32 & mask, tensor & mask, step & mask, step >> 32 & mask):
@@ -102,14 +103,14 @@ def _keyed(rows, tensor, first_row, step, salt):
     first = int(mix(state))
     second = int(mix((first + golden) & mask))
     row = np.arange(first_row, first_row + rows, dtype=np.uint64)[:, None]
-    column = np.arange(64, dtype=np.uint64)[None]
+    column = np.array(columns, np.uint64)[None]
     key = mix(mix(row ^ np.uint64(first)) ^ np.uint64(second))
     return (key + column * np.uint64(golden)) & np.uint64(mask)
 
 
 def draws(rows, tensor, first_row, step, salt=0):
-    """(rows, 64) uint64, 32 bits each: the whole draw of every element."""
-    return mix(_keyed(rows, tensor, first_row, step, salt))
+    """(rows, 64) uint64: the 32 bits that a lossy master draws for every element."""
+    return mix(_keyed(rows, tensor, first_row, step, salt, range(64)))
 
 
 # ---- first moment: signed square root, nearest
@@ -143,33 +144,37 @@ def decode_first(codes, scale):
     return q * np.abs(q) / 127**2 * scale
 
 
-# ---- second moment: logarithmic, stochastic
+# ---- second moment: levels within octaves, stochastic
 
 
 def second_grid(v):
-    """(floor bits int64, step in bits int64), both (rows, 1)."""
+    """(floor: the upper half of its bits, levels in an octave), int64, both (rows, 1)."""
     bits = v.astype(np.float32).view(np.int32).astype(np.int64)
-    big = v >= TINY
     highest = np.minimum(bits.max(axis=1, keepdims=True), (120 + 127) << 23)
-    lowest = np.where(big, bits, 2**40).min(axis=1, keepdims=True)
-    lowest = np.minimum(np.maximum(lowest, highest - 32 * OCTAVE), highest)
-    floor = lowest >> 16 << 16
-    octaves = (highest - floor).astype(np.float32) * np.float32(1.002 / 254 / OCTAVE)
-    step = np.maximum(octaves, np.float32(2.0**-13)).astype(np.float16)
-    return floor, (step.astype(np.float64) * OCTAVE).astype(np.int64)
+    lowest = np.where(v >= TINY, bits, 2**40).min(axis=1, keepdims=True)
+    floor = np.minimum(np.maximum(lowest, highest - 31 * OCTAVE), highest) >> 16
+    span = -((highest - (floor << 16)) // -(1 << 16))  # 128ths of an octave, rounded up
+    return floor, 253 * 128 // np.maximum(span, 128)
+
+
+def level_value(floor, levels, k):
+    """Float64 value of the k-th level, counted from the floor's."""
+    octave, place = floor >> 7, ((floor & 127) * levels >> 7) + k
+    return np.ldexp(1 + place % levels / levels, (octave - 127 + place // levels).astype(int))
 
 
 def encode_second(v, u):
-    """(codes uint8, floor bits, step in bits, p): p is the chance of rounding up, compared with `u`."""
-    floor, step = second_grid(v)
-    bits = v.astype(np.float32).view(np.int32).astype(np.int64)
-    k = np.clip((bits - floor) // step, 0, 253)
-    a = (floor + k * step).astype(np.int32).view(np.float32).astype(np.float64)
-    b = (floor + (k + 1) * step).astype(np.int32).view(np.float32).astype(np.float64)
-    p = (v.astype(np.float64) - a) / (b - a)
-    return np.where(v >= TINY, k + (u < p) + 1, 0).astype(np.uint8), floor, step, p
+    """(codes uint8, floor, levels, p): p is the chance of the larger code, which has it where u >= 1 - p."""
+    floor, levels = second_grid(v)
+    least, most = ((x << 16).astype(np.int32).view(np.float32) for x in (floor, np.array((120 + 127) << 7)))
+    inside = np.clip(v, least, most).astype(np.float64)
+    mantissa, exponent = np.frexp(inside)  # inside = 2 mantissa 2^(exponent - 1)
+    place = (exponent - 1 + 127 - (floor >> 7) + (2 * mantissa - 1)) * levels  # exact, in float64
+    k = np.floor(place).astype(np.int64)
+    codes = k - ((floor & 127) * levels >> 7) + (u >= 1 - (place - k)) + 1
+    return np.where(v >= TINY, codes, 0).astype(np.uint8), floor, levels, place - k
 
 
-def decode_second(codes, floor, step):
-    bits = floor + (codes.astype(np.int64) - 1) * step
-    return np.where(codes > 0, bits.astype(np.int32).view(np.float32), np.float32(0))
+def decode_second(codes, floor, levels):
+    """Float64."""
+    return np.where(codes > 0, level_value(floor, np.maximum(levels, 1), codes.astype(np.int64) - 1), 0)

@@ -271,7 +271,7 @@ def test_extreme_gradients_are_defined(bits: int, name: str) -> None:
         w, state = optimizer.update(w, state, mx.array(g), CHUNK, StepScalars(step, 1e-3))
         moved = np.array(master.joined(w, state), np.float64) - before
         assert np.isfinite(moved).all()
-        assert np.abs(moved).max() <= 1.05e-3  # a code's step in a row of 32 octaves is 9 % of v
+        assert np.abs(moved).max() <= 1.05e-3  # a code's step in a row of 31 octaves is 12 % of v
         assert not moved[[0, 1, 2, *range(5, ROWS)]].any()
         ordinary = np.delete(moved[3], 5)
         if name in ("denormal", "at 2^-100"):  # a neighbour that is next to nothing costs the others nothing
@@ -306,7 +306,7 @@ def test_a_step_needs_one_chunk_beside_the_states(bits: int) -> None:
 
     extra(1)
     one, eight = extra(1), extra(8)
-    assert one <= 4096 * 64 * (85 if bits == 8 else 20)
+    assert one <= 4096 * 64 * (38 if bits == 8 else 20)
     assert eight <= 1.1 * one
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from optim import reference
 
 from mlx_empire.optim import codec, noise
 
 
 def moments(rows: int = 2048, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """First and second moments with ranges from none to more than 32 octaves within a row, and odd rows."""
+    """First and second moments with ranges from none to more than 31 octaves within a row, and odd rows."""
     rng = np.random.default_rng(seed)
     m = (
         rng.normal(size=(rows, 64)) * np.exp(rng.normal(size=(rows, 64)) * rng.uniform(0, 3, (rows, 1)))
@@ -40,8 +42,12 @@ def encoded(v: np.ndarray, **key: int) -> dict[str, mx.array]:
 
 def test_noise_is_the_references() -> None:
     for key in [(7, 0, 1, 0), (2**32 - 1, 2**31 + 5, 123_456, 2**63 + 9), (0, 2**32 - 16, 2**33, 1)]:
-        ours = noise.uniform(noise.row_keys(16, *key), noise.column_keys())
-        np.testing.assert_array_equal(np.array(ours, np.float64), reference.noise(16, *key))
+        keys = noise.row_keys(16, *key)
+        ours = (np.array(noise.draw_halves(keys), np.float64) + 0.5) / 2**16
+        np.testing.assert_array_equal(ours, reference.noise(16, *key))
+        np.testing.assert_array_equal(
+            np.array(noise.draw(keys, noise.column_keys())), reference.draws(16, *key)
+        )
 
 
 def test_noise_is_uniform_over_steps_rows_and_columns() -> None:
@@ -59,13 +65,13 @@ def test_codes_are_the_references() -> None:
     m, v = moments()
     keys = noise.row_keys(v.shape[0], 7, 40, 3, 1)
     state = codec.encode(mx.array(m), mx.array(v), keys)
-    codes, floor, step, _ = reference.encode_second(v, reference.noise(v.shape[0], 7, 40, 3, 1))
-    np.testing.assert_array_equal(np.array(state["v_floor"].view(mx.uint16)).astype(np.int64) << 16, floor)
-    np.testing.assert_array_equal(np.array(state["v_step"]).astype(np.float64) * 2**23, step)
+    codes, floor, levels, _ = reference.encode_second(v, reference.noise(v.shape[0], 7, 40, 3, 1))
+    np.testing.assert_array_equal(np.array(state["v_floor"]), floor)
+    np.testing.assert_array_equal(np.array(state["v_levels"]), levels)
     np.testing.assert_array_equal(np.array(state["v_codes"]), codes)
-    np.testing.assert_array_equal(
-        as_numpy(codec.decode_second(state)), reference.decode_second(codes, floor, step)
-    )
+    # A level's bits are rounded to whole numbers, in float32: up to 2^28 of them, to 24 places, then the floor's.
+    exact = reference.decode_second(codes, floor, levels)
+    np.testing.assert_allclose(as_numpy(codec.decode_second(state)), exact, rtol=5e-6)
     first, scale = reference.encode_first(m)
     np.testing.assert_array_equal(as_numpy(state["m_scale"]), scale)
     differ = np.array(state["m_codes"]).astype(int) - first
@@ -88,23 +94,47 @@ def test_first_moment_stays_within_its_bound() -> None:
     assert (error <= bound * (1 + 1e-6) + 2.0**-100).all()
 
 
-def test_second_moment_stays_within_one_step_and_is_never_zeroed() -> None:
+def test_second_moment_stays_within_one_level_and_is_never_zeroed() -> None:
     _, v = moments()
     state = encoded(v)
     decoded = as_numpy(codec.decode_second(state)).astype(np.float64)
-    floor, step = reference.second_grid(v)
-    floor_value = floor.astype(np.int32).view(np.float32).astype(np.float64)
+    floor, levels = reference.second_grid(v)
+    least = (floor << 16).astype(np.int32).view(np.float32).astype(np.float64)
     tiny = v < 2.0**-100
     assert (decoded[tiny] == 0).all()
     assert (np.array(state["v_codes"])[~tiny] > 0).all()
-    inside = ~tiny & (v >= floor_value) & (v <= 2.0**120)
-    # One step up is a factor of at most 1 + S, at the bottom of an octave; S in octaves.
+    inside = ~tiny & (v >= least) & (v <= 2.0**120)
+    # One level up is a factor of at most 1 + 1/n, at the bottom of an octave.
     error = np.abs(decoded / np.where(tiny, 1, v) - 1)
-    assert (error <= step / 2**23 + 1e-7)[inside].all()
-    below = ~tiny & (v < floor_value)
+    assert (error <= 1 / levels + 5e-6)[inside].all()
+    below = ~tiny & (v < least)
     assert below.any()
-    np.testing.assert_array_equal(decoded[below], np.broadcast_to(floor_value, v.shape)[below])
+    raised = np.broadcast_to(least, v.shape)
+    assert (np.abs(decoded - raised) <= (1 / levels + 5e-6) * raised)[below].all()
     assert np.isfinite(decoded).all()
+
+
+@given(st.integers(0, 2**16 - 1), st.integers(-5, 31 * 128 + 5), st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None)
+def test_rows_of_any_floor_and_span_use_the_codes_and_fit_them(low: int, span: int, seed: int) -> None:
+    """The row's least and greatest elements are given by the upper halves of their bits; the rest lies between."""
+    least, most = (np.clip(x, 27 << 7, 247 << 7) << 16 for x in (low, low + span))
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(least, max(most, least) + 1, (1, 64)) + rng.integers(0, 2**16, (1, 64))
+    bits[0, :2] = least, max(most, least)
+    v = np.minimum(bits, 247 << 23).astype(np.int32).view(np.float32)
+    state = encoded(v, step=seed)
+    codes, floor, levels, _ = reference.encode_second(v, reference.noise(1, 7, 0, seed))
+    np.testing.assert_array_equal(np.array(state["v_codes"]), codes)
+    assert codes.min() >= 1
+    octaves = (v.view(np.int32).max() - (int(floor[0, 0]) << 16)) / 2**23
+    assert (
+        levels[0, 0] == 253 or (levels[0, 0] + 1) * (octaves + 2.0**-7) > 253
+    )  # no finer grid would span the row
+    if octaves > 0.5:
+        assert codes.max() - codes.min() >= 253 * min(octaves, 1) * 0.85
+    decoded = as_numpy(codec.decode_second(state)).astype(np.float64)
+    assert (np.abs(decoded / v - 1) <= 1 / levels + 5e-6).all()
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 9.0])
@@ -112,17 +142,17 @@ def test_second_moment_is_unbiased(spread: float) -> None:
     rng = np.random.default_rng(5)
     row = np.exp(spread * rng.normal(size=(1, 64)) - 12).astype(np.float32)
     v = np.repeat(row, 4096, axis=0)  # 4,096 draws of each of 64 elements
+    _, floor, levels, p = reference.encode_second(row, np.zeros_like(row))
+    codes, *_ = reference.encode_second(row, np.zeros_like(row))  # u = 0: the lower neighbour
+    below, above = (reference.level_value(floor, levels, codes.astype(int) - 1 + i) for i in (0, 1))
+    inside = row >= (floor << 16).astype(np.int32).view(np.float32)  # others are raised to the floor
+    np.testing.assert_allclose((below + p * (above - below))[inside], row[inside], rtol=1e-12)
     for step in (1, 2):
         decoded = as_numpy(codec.decode_second(encoded(v, step=step))).astype(np.float64)
-        _, _, _, p = reference.encode_second(row, np.zeros_like(row))
-        floor, grid = reference.second_grid(row)
-        k = (row.view(np.int32) - floor) // grid
-        width = np.diff([(floor + (k + i) * grid).astype(np.int32).view(np.float32) for i in (0, 1)], axis=0)[
-            0
-        ]
-        sigma = width * np.sqrt(np.clip(p * (1 - p), 0, None) / 4096)
-        inside = (k >= 0) & (k < 254)  # elements under the floor are raised to it
-        assert (np.abs(decoded.mean(axis=0) - row) <= 4 * sigma + 1e-7 * row)[inside].all()
+        sigma = (above - below) * np.sqrt(p * (1 - p) / 4096)
+        error = np.abs(decoded.mean(axis=0) - row)
+        # 2^-17 of a level is what 16 bits of noise leave, on average nothing.
+        assert (error <= 4 * sigma + 2.0**-17 * (above - below) + 5e-6 * row)[inside].all()
 
 
 def test_zero_rows_stay_zero() -> None:

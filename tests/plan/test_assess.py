@@ -123,5 +123,11 @@ def test_chunks_are_counted_as_they_are_cut():
 
 
 def test_a_plan_with_headroom_comes_before_one_that_moves_less_and_is_tight():
-    comfortable, hurried = assessed("llama-2-70b"), assessed("llama-2-70b", "memory.zero_stage=2")
+    wide = "memory.gradient_dtype=float32"
+    comfortable, hurried = assessed("llama-2-70b", wide), assessed("llama-2-70b", wide, "memory.zero_stage=2")
     assert (comfortable.verdict, comfortable.zero_stage, hurried.verdict) == ("fits", 3, "tight")
+
+
+def test_bfloat16_gradients_with_headroom_come_before_float32_ones_without():
+    chosen, wide = (assessed("llama-4-scout-109b", *o) for o in ((), ("memory.gradient_dtype=float32",)))
+    assert (chosen.verdict, chosen.plan.work.gradient_dtype, wide.verdict) == ("fits", "bfloat16", "tight")

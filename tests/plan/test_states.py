@@ -34,4 +34,4 @@ def test_bytes_of_masters(master, per_element):
     sizes = planned_state_bytes(section(state_bits=8, master_weights=master))(640, "bfloat16", quantised=True)
     kept = [size for name, size in sizes.items() if "remainder" in name or name == "master"]
     assert sum(kept) == 640 * per_element
-    assert sum(sizes.values()) == 640 * (2 + per_element) + 10 * 6
+    assert sum(sizes.values()) == 640 * (2 + per_element) + 10 * 5

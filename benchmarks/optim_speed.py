@@ -17,69 +17,26 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as stock_optimizers  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
+from optim_steps import OURS, STOCK, Step, ours, stock  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from support.tiny_models import tiny_model  # noqa: E402
 
 from mlx_empire.optim import AdamW8bit  # noqa: E402
-from mlx_empire.optim.choose import make_optimizer  # noqa: E402
-from mlx_empire.optim.protocol import ChunkId, StepScalars  # noqa: E402
-from mlx_empire.plan.shards import CHUNK_ELEMENTS  # noqa: E402
-from mlx_empire.recipe.sections import OptimizerSection  # noqa: E402
 
-Step = Callable[[], None]
-STOCK = "MLX AdamW, float32, compiled"
 KINDS = (
-    ("AdamW, 8 bits, exact master", {"state_bits": 8}),
+    (OURS, {"state_bits": 8}),
     ("AdamW, 8 bits, diet master", {"state_bits": 8, "master_weights": "diet"}),
     ("AdamW, 32 bits, exact master", {}),
     ("Lion, 8 bits, exact master", {"state_bits": 8, "name": "lion"}),
     ("SGD, 8 bits, exact master", {"state_bits": 8, "name": "sgd"}),
 )
-
-
-def stock(elements: int, bias_correction: bool) -> tuple[Step, float]:
-    """MLX's AdamW in float32, its update compiled as in mlx-lm's trainer."""
-    rule = stock_optimizers.AdamW(1e-4, bias_correction=bias_correction)
-    tree = {"w": mx.zeros((elements // 64, 64))}
-    gradient = {"w": mx.random.normal((elements // 64, 64))}
-    rule.init(tree)
-    compiled = mx.compile(rule.apply_gradients, inputs=rule.state, outputs=rule.state)
-
-    def step() -> None:
-        tree["w"] = compiled(gradient, tree)["w"]
-        mx.eval(tree, rule.state)
-
-    return step, 4 * 7.0
-
-
-def ours(elements: int, settings: dict[str, object]) -> tuple[Step, float]:
-    """The flat rule over bfloat16 weights, chunk by chunk as the trainer does."""
-    rule = make_optimizer(OptimizerSection(learning_rate=1e-4, **settings))
-    rows = CHUNK_ELEMENTS // 64
-    chunks = []
-    for start in range(0, elements // 64, rows):
-        w = mx.zeros((min(rows, elements // 64 - start), 64), mx.bfloat16)
-        g = mx.random.normal(w.shape).astype(mx.bfloat16)
-        chunks.append([w, rule.init(w, quantised=True), g, ChunkId(1, start, True)])
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        for chunk in chunks:
-            w, state, g, identity = chunk
-            chunk[:2] = rule.update(w, state, g, identity, StepScalars(count, 1e-4))
-            mx.eval(chunk[:2])
-
-    sizes = rule.state_bytes(elements, "bfloat16", quantised=True)
-    return step, 2 + 2 * (2 + sum(sizes.values()) / elements)
 
 
 def copy(elements: int) -> tuple[Step, float]:

@@ -25,6 +25,7 @@ from mlx_empire.engine.hostview import DTYPES, host_view
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.optim.decay import decays
+from mlx_empire.optim.flat import STATES
 from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars
 from mlx_empire.plan.model import BLOCK
 from mlx_empire.plan.shards import Placement, Segment, ShardPlan, Unit
@@ -81,6 +82,11 @@ class Restore:
             raise UserError(f"{where}: tensor {tensor.name} is not in it; was it made from another model?")
         code = CODES[DTYPES[segment.dtype]]
         for name, found in arrays.items():
+            if name != WEIGHTS and name not in STATES:
+                raise UserError(
+                    f"{where}: {tensor.name} has the state {name}, which this version of mlx_empire does not know; "
+                    "go on with the version that wrote it"
+                )
             found.sort(key=lambda place: place.piece.first_row)
             row = 0
             for place in found:

@@ -24,6 +24,13 @@ from mlx_empire.optim.noise import row_keys
 from mlx_empire.optim.protocol import ChunkId, State, StepScalars
 from mlx_empire.plan.model import BLOCK
 
+STATES = frozenset(  # the name of everything that a state may hold
+    [
+        *codec.ARRAYS,
+        *(name for arrays in codec.ARRAYS.values() for name in arrays),
+        *(name for name, _ in master.KEPT.values()),
+    ]
+)
 KNOWN_STEPS = 64  # daughters that are trained together are at different steps
 
 

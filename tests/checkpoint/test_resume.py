@@ -145,3 +145,23 @@ def test_a_reader_holds_no_more_than_one_unit_for_others(tmp_path: Path, stage: 
     assert all(0 < sent <= by_unit[unit] for unit, sent in enumerate(comm.sent))
     if stage == 3:
         assert sum(comm.sent) < 0.55 * shard.nbytes  # the half that is not its own
+
+
+def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    with CommThread() as thread:
+        case, comm = Case(state_bits=8, dtype="bfloat16"), SoloCommunicator("here")
+        trainer = trainer_of(case, comm, thread)
+        path = tmp_path / "shard-00000-of-00001.safetensors"
+        pieces = live_pieces(trainer.store, 0)
+        shard = write_shard(path, pieces, 0, "here", lambda u, n: None)
+        old = tuple(
+            piece.model_copy(update={"array": piece.array.replace("levels", "step")})
+            for piece in shard.pieces
+        )
+        found = start().found
+        assert found is not None
+        manifest = found.manifest.model_copy(update={"shards": (shard.model_copy(update={"pieces": old}),)})
+        with pytest.raises(
+            UserError, match="has the state v_step, which this version of mlx_empire does not know"
+        ):
+            Restore(Found(tmp_path, manifest, (0,), ()), trainer.store, comm)

@@ -34,7 +34,7 @@ from mlx_empire.plan.model import BLOCK
 
 TINY = 2.0**-100  # smaller moments are zero
 _TINY_BITS = (127 - 100) << 23
-_INFINITY = 0x7F800000
+_INFINITY, _NAN = 0x7F800000, 0x7FC00000
 _TOP = (120 + 127) << 23  # the bit pattern of 2^120
 _RANGE = 31 << 23  # 32 would leave seven levels to an octave, and each 14 % above the last
 _STEPS = 253  # of the 254 between codes 1 and 255 one is left for rounding up
@@ -115,6 +115,7 @@ def _scale_of(m: mx.array) -> mx.array:
 def _scale_bits(positive: mx.array, negative: mx.array) -> mx.array:
     """Upper half (uint16) of the bits of the largest magnitude, rounded up; NaN stays visible."""
     magnitude = mx.maximum(mx.bitwise_and(negative.astype(mx.int32), 0x7FFFFFFF), positive)
+    magnitude = mx.minimum(magnitude, _NAN)  # some NaN would be rounded up into the sign
     upper = mx.right_shift(magnitude.astype(mx.uint32) + _u(0xFFFF), _u(16))
     return mx.where(magnitude < _TINY_BITS, _u(0), upper).astype(mx.uint16)
 

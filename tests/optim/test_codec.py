@@ -168,9 +168,10 @@ def test_zero_rows_stay_zero() -> None:
     }
 
 
-def test_nan_is_not_hidden() -> None:
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_nan_is_not_hidden(bits: int) -> None:
     m = np.ones((2, 64), np.float32)
-    m[0, 5] = np.nan
+    m.view(np.uint32)[0, 5] = bits
     decoded = codec.decode(
         {**codec.encode_first(mx.array(m)), **codec.encode_second(mx.abs(mx.array(m)), _keys(2))}
     )

@@ -47,11 +47,12 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup quickstart test test-faults test-fuzz soak test-interop lint bench bench-optim bench-quality lock clean
+.PHONY: help setup quickstart test test-slow test-faults test-fuzz soak test-interop lint bench bench-optim bench-quality lock clean
 
 help:
 	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
 	@echo "make test           lint and the whole test suite"
+	@echo "make test-slow      more peaks against the ledger, and four ranks"
 	@echo "make test-faults    every way in which a run is broken and must go on (long)"
 	@echo "make soak           twenty kills at random, and the same result"
 	@echo "make test-fuzz      2,000 broken files of each kind; only the errors of our own"
@@ -125,6 +126,10 @@ test: lint
 # Everything that kills, damages and fills disks in real runs; the part of it that always runs is in `make test`.
 test-faults: setup
 	@$(FAST) $(PY) -m pytest tests/faults tests/reliability tests/supervise -m "faults or not faults" $(PYTEST_ARGS)
+
+# Peaks of another 25 settings, and whatever is the same on 1 to 3 ranks on 4.
+test-slow: setup
+	@$(FAST) $(PY) -m pytest tests/engine -m slow $(PYTEST_ARGS)
 
 # Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
 test-fuzz: setup

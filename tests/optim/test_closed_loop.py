@@ -1,7 +1,8 @@
 """8-bit states in a closed loop over the gradients of a real model on real text, against AdamW in float64.
 
 The gradients are recorded once, from a small llama on bytes that trains with the reference; then both
-optimizers see the same ones, so every difference is the codec's. The bounds are those it was designed to.
+optimizers see the same ones, so every difference is the codec's. The bounds are those it was designed to. Once anew,
+and once as the repository keeps a sample of them.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from optim import reference
-from support.recorded import recorded_gradients
+from support.recorded import kept_gradients, recorded_gradients
 
 from mlx_empire.optim import codec
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.optim.protocol import ChunkId, StepScalars
 
 
-@pytest.fixture(scope="module")
-def gradients() -> np.ndarray:
+@pytest.fixture(scope="module", params=[recorded_gradients, kept_gradients])
+def gradients(request: pytest.FixtureRequest) -> np.ndarray:
     """Float32 (STEPS, rows, 64)."""
-    return recorded_gradients()
+    return request.param()
 
 
 @dataclass

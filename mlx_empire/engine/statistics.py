@@ -3,7 +3,7 @@
 - `update_over_lr_max`: the largest element of the update that the stored moments stand for, in learning rates. AdamW
   stays near 1 and never passes a few units; a second moment that was lost shows as tens or hundreds.
 - `v_at_floor`, `v_zero`: fractions of second-moment codes at their row's floor, and of zeros. A row's smallest element
-  is at its floor, so 1/64 is the least; many more mean that rows span more than 32 octaves.
+  is at its floor, so 1/64 is the least; many more mean that rows span more than 31 octaves.
 - `v_bias`: mean of sqrt(v / true v) - 1 over the first row of every tensor in 8 bits. The true v of these rows is
   followed in float64 on the host, from the run's (or the continued run's) start.
 - `gradient_noise`: variance of a step's gradient over its squared mean, as AdamW's moments tell it over the last

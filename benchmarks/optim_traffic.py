@@ -32,7 +32,6 @@ ARMS = (OURS, STOCK)
 FEW, MORE = 1, 3  # steps
 LINE = 64
 MIB = 1 << 20
-WAYS = {32: 16, 96: 12}  # the number of sets must be a power of two
 
 
 def run(arm: str, elements: int, chunk: int, steps: int) -> float:
@@ -48,9 +47,10 @@ def run(arm: str, elements: int, chunk: int, steps: int) -> float:
 
 def events(arm: str, elements: int, chunk: int, cache: int, steps: int) -> dict[str, int]:
     """Callgrind's counts for a run of `steps` with a last cache of `cache` MiB."""
+    ways = 16 if cache & (cache - 1) == 0 else 12  # the number of sets must be a power of two
     simulated = [
         "valgrind", "--tool=callgrind", "--cache-sim=yes", "--simulate-wb=yes", "--callgrind-out-file=/dev/null",
-        "--D1=32768,8,64", f"--LL={cache * MIB},{WAYS.get(cache, 16)},{LINE}",
+        "--D1=32768,8,64", f"--LL={cache * MIB},{ways},{LINE}",
     ]  # fmt: skip
     asked = [sys.executable, __file__, "--inside", arm, str(elements), str(chunk), str(steps)]
     done = subprocess.run([*simulated, *asked], capture_output=True, text=True)

@@ -1,7 +1,7 @@
 """Gradients of a real model on real text, recorded once: what optimizers with quantised states are compared on.
 
 A small llama (SwiGLU, tied head) on bytes of public speeches trains with AdamW in float64; every optimizer then sees
-the same gradients, so every difference is its own. They are 85 MB, so they are recorded when they are needed;
+the same gradients, so every difference is its own. They are 72 MB, so they are recorded when they are needed;
 `python tests/support/recorded.py` writes the sample of them that is kept in the repository.
 """
 

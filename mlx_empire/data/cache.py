@@ -28,7 +28,9 @@ TOKENIZER_FILES = (
     "*.model",
     "*.tiktoken",
     "*chat_template*",
+    "*chat_templates/*",
     "config.json",
+    "generation_config.json",
 )
 
 

@@ -3,20 +3,28 @@
 mlx-lm's ChatDataset gives one offset per row, measured in tokens of a shorter rendering: it masks every
 assistant turn but the last, and is wrong where a template renders earlier turns differently or where tokens
 merge across the boundary. So the template is used through mlx-lm's tokenizer, but the spans are found here,
-in characters.
+in characters:
+
+- A target is all that the assistant writes in a turn, with what ends it: the turn's closing or, where that holds
+  no end-of-sequence token, such a token at the head of what follows. After the last turn it is appended. Turns
+  for which neither is found are counted, and the user is told (`Remarks`).
+- Tool calls and results must be printed, or the row is refused (`data/tools.py`). Rows whose `tools` are not
+  printed are counted, and the user is told.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_empire.data.files import RawRow
+from mlx_empire.data.stops import Stops
+from mlx_empire.data.tools import PROBE, Messages, has_calls, printable_calls, probed
 from mlx_empire.errors import UserError
 
-Messages = list[dict[str, Any]]
 Render = Callable[[Messages, bool], str]
 Span = tuple[int, int]
 
-PROBE = "\ue000"  # a private-use character: no conversation begins or ends with it
+NEXT = "\ue001"  # as PROBE, for the message that is put after a conversation
 
 # Some templates print today's date (strftime_now). Then the tokens would depend on the day, and a run that
 # resumes tomorrow would read other data, so their clock is stopped; a macro, because transformers passes no
@@ -30,26 +38,153 @@ FIXED_CLOCK = (
 )
 
 
-def render_chat(
-    tokenizer: Any, row: RawRow, messages: Messages, mask_prompt: bool
-) -> tuple[str, list[Span] | None]:
-    """Render a conversation with the tokenizer's template.
+@dataclass
+class Remarks:
+    """What the user is told about the conversations of a set: assistant turns, those of them that nothing ends, and
+    rows whose `tools` the template does not print."""
 
-    Returns the text and the character spans that are training targets: each assistant turn with its
-    end-of-turn marker, or None (everything) without `mask_prompt`. Errors: UserError when the template
-    refuses the conversation.
-    """
-    render = _renderer(tokenizer, row.value.get("tools"))
+    turns: int = 0
+    endless: int = 0
+    tools_unseen: int = 0
+
+    def sentences(self, tokenizer: Any) -> list[str]:
+        """One line for each thing that is not as it should be."""
+        told = []
+        if self.endless:
+            ends = ", ".join(Stops.of(tokenizer).ends) or "it names none"
+            told.append(
+                f"WARNING: {self.endless} of {self.turns} assistant turns end without an end-of-sequence token "
+                f"({ends}): the chat template writes none in or after them, so their end is never learnt; let it "
+                "write one after each turn, or name the token that it writes in eos_token_id of generation_config.json"
+            )
+        if self.tools_unseen:
+            told.append(
+                f"WARNING: the chat template does not print the 'tools' of {self.tools_unseen} rows: their answers are "
+                "learnt without them; describe them in a system message, or use a template that prints them"
+            )
+        return told
+
+
+class ChatReader:
+    """Renders conversations with the template of one tokenizer, and counts what the user should know of."""
+
+    def __init__(self, tokenizer: Any, remarks: Remarks | None = None) -> None:
+        self.remarks = remarks or Remarks()
+        self._tokenizer, self._stops = tokenizer, Stops.of(tokenizer)
+
+    def render(self, row: RawRow, messages: Messages, mask_prompt: bool) -> tuple[str, list[Span] | None]:
+        """The text of a conversation and the character spans that are training targets: each assistant turn with
+        what ends it, or None (everything) without `mask_prompt`. Errors: UserError when the template refuses the
+        conversation, or does not print a part of it."""
+        render, messages, full = self._full(row, messages, False)
+        ends_it = messages[-1]["role"] == "assistant"
+        spans = _assistant_spans(render, row, messages, full) if mask_prompt else [(0, len(full))][:ends_it]
+        for number, (start, end) in enumerate(spans):
+            end, stop = self._stops.whole(full, end), ""
+            if not self._stops.close(full[start:end]):
+                if ends_it and number + 1 == len(spans):
+                    stop = self._next_opening(render, messages)
+                    full += stop
+                else:
+                    stop = self._stops.opening(full[end:])
+                self.remarks.endless += not stop
+            spans[number] = start, end + len(stop)
+        self.remarks.turns += len(spans)
+        return full, spans if mask_prompt else None
+
+    def prompt(self, row: RawRow, messages: Messages) -> str:
+        """The text after which the assistant answers. Errors: as `render`."""
+        return self._full(row, messages, True)[2]
+
+    def _full(self, row: RawRow, messages: Messages, generation_prompt: bool) -> tuple[Render, Messages, str]:
+        """The function that renders, the messages with calls as the template prints them, and their rendering."""
+        tools = row.value.get("tools")
+        render = _renderer(self._tokenizer, row, tools)
+        messages = printable_calls(lambda some: _attempt(render, some, False), messages, row.where)
+        try:
+            full = render(messages, generation_prompt)
+        except Exception as error:  # a template may raise anything, its own messages included
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{row.where}: the tokenizer's chat template refuses this conversation ({reason}); "
+                "correct the row"
+            ) from error
+        _refuse_hidden(render, row, messages, full)
+        if tools and full == _attempt(_renderer(self._tokenizer, row, None), messages, generation_prompt):
+            self.remarks.tools_unseen += 1
+        return render, messages, full
+
+    def _next_opening(self, render: Render, messages: Messages) -> str:
+        """The end-of-sequence token that the next turn's rendering puts after the last one, or ""."""
+        last = probed(messages[-1])
+        alone = _attempt(render, [*messages[:-1], last], False)
+        for message in _next_messages(messages[-1]):
+            longer = _attempt(render, [*messages[:-1], last, message], False)
+            if alone is not None and longer is not None and PROBE in alone and NEXT in longer:
+                closing = alone.rpartition(PROBE)[2]
+                following = longer.partition(NEXT)[0].rpartition(PROBE)[2]
+                end = self._stops.whole(following, shared_prefix(closing, following))
+                opening = self._stops.opening(following[end:])
+                if opening:
+                    return opening
+        return ""
+
+
+def _next_messages(last: dict[str, Any]) -> Messages:
+    """What may follow: the result of a call, or the user."""
+    user = {"role": "user", "content": NEXT}
+    if not last.get("tool_calls"):
+        return [user]
+    call = last["tool_calls"][0]
+    name = (call.get("function") or call)["name"]
+    return [{"role": "tool", "content": NEXT, "name": name, "tool_call_id": call.get("id")}, user]
+
+
+def _renderer(tokenizer: Any, row: RawRow, tools: list[dict[str, Any]] | None) -> Render:
+    options: dict[str, Any] = {"tools": tools, "tokenize": False}
     try:
-        full = render(messages, False)
-    except Exception as error:  # a template may raise anything, its own messages included
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        template = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
+    except ValueError as error:  # several templates, and none of them for this row
+        names = ", ".join(sorted(tokenizer.chat_template))
         raise UserError(
-            f"{row.where}: the tokenizer's chat template refuses this conversation ({reason}); "
-            "correct the row"
+            f"{row.where}: the tokenizer has several chat templates ({names}) and none named default; "
+            "name one of them default in tokenizer_config.json"
         ) from error
-    if not mask_prompt:
-        return full, None
+    if "strftime_now" in template:
+        options["chat_template"] = FIXED_CLOCK + template
+
+    def render(messages: Messages, generation_prompt: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, **options)
+        )
+
+    return render
+
+
+def _refuse_hidden(render: Render, row: RawRow, messages: Messages, full: str) -> None:
+    """Raise UserError where `full`, the rendering, shows nothing of a text of the user or the assistant.
+
+    Templates that want a list of parts print nothing of a string: its answer would be learnt as an empty one.
+    """
+    for turn, message in enumerate(messages):
+        content = message.get("content")
+        if (
+            message["role"] not in ("user", "assistant")
+            or not isinstance(content, str)
+            or content.strip() in full
+        ):
+            continue
+        changed = {**message, "content": PROBE}
+        other = _attempt(render, [*messages[:turn], changed, *messages[turn + 1 :]], False)
+        if other is not None and PROBE not in other:
+            raise UserError(
+                f"{row.where}: message {turn + 1}: the chat template does not print this content; write it as "
+                "the template wants it, perhaps as a list of {type: text, text: ...} parts"
+            )
+
+
+def _assistant_spans(render: Render, row: RawRow, messages: Messages, full: str) -> list[Span]:
+    """The characters of `full` that are the assistant's, turn by turn. Errors: UserError where they are hidden."""
     spans: list[Span] = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -60,21 +195,7 @@ def render_chat(
                     "turn begins and ends; set data.mask_prompt: false or give each turn a row of its own"
                 )
             spans.append(span)
-    return full, spans
-
-
-def _renderer(tokenizer: Any, tools: list[dict[str, Any]] | None) -> Render:
-    options: dict[str, Any] = {"tools": tools, "tokenize": False}
-    template = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
-    if "strftime_now" in template:
-        options["chat_template"] = FIXED_CLOCK + template
-
-    def render(messages: Messages, generation_prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, **options)
-        )
-
-    return render
+    return spans
 
 
 def _assistant_span(render: Render, messages: Messages, turn: int, full: str) -> Span | None:
@@ -97,20 +218,26 @@ def _assistant_span(render: Render, messages: Messages, turn: int, full: str) ->
     start, end = content
     if before is not None and full.startswith(before):
         start = min(start, len(before))
+    elif has_calls(messages[turn]):
+        # What moves begins at the function's name; what opens the call is the model's too.
+        plain = _attempt(render, [*messages[:turn], {"role": "assistant", "content": PROBE}], False)
+        opening = through[shared_prefix(through, plain or "") : alone[0]]
+        if plain is None or not full[:start].endswith(opening):
+            return None
+        start -= len(opening)
     closing = shared_prefix(through[alone[1] :], full[end:])
     return start, end + closing
 
 
 def _moving_part(render: Render, messages: Messages, turn: int, text: str) -> Span | None:
-    """The part of `text`, the rendering of `messages`, that depends on the content of `turn`."""
-    probed = _attempt(
-        render, [*messages[:turn], {**messages[turn], "content": PROBE}, *messages[turn + 1 :]], False
-    )
-    if probed is None or PROBE not in probed:
+    """The part of `text`, the rendering of `messages`, that depends on what the author of `turn` wrote."""
+    changed = [*messages[:turn], probed(messages[turn]), *messages[turn + 1 :]]
+    other = _attempt(render, changed, False)
+    if other is None or PROBE not in other:
         return None
-    start = shared_prefix(text, probed)
-    shorter = min(len(text), len(probed)) - start
-    tail = shared_prefix(text[::-1][:shorter], probed[::-1][:shorter])
+    start = shared_prefix(text, other)
+    shorter = min(len(text), len(other)) - start
+    tail = shared_prefix(text[::-1][:shorter], other[::-1][:shorter])
     return start, len(text) - tail
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from mlx_empire import phases
-from mlx_empire.data.chat import Span, render_chat, shared_prefix
+from mlx_empire.data.chat import ChatReader, Remarks, Span, shared_prefix
 from mlx_empire.data.files import RawRow
 from mlx_empire.data.formats import check_row
+from mlx_empire.data.tools import Messages
 from mlx_empire.errors import UserError
 
 BATCH = 256  # rows tokenised together: the tokenizer's own threads share them
@@ -45,7 +46,7 @@ def load_tokenizer(folder: Path | None) -> Any:
     from mlx_lm.utils import load_tokenizer as load  # imports MLX and transformers: only where text is read
 
     try:
-        return load(folder, {"local_files_only": True, "trust_remote_code": False})
+        return load(folder, {"local_files_only": True, "trust_remote_code": False}, _end_ids(folder))
     except Exception as error:  # transformers raises anything from OSError to KeyError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -54,23 +55,42 @@ def load_tokenizer(folder: Path | None) -> Any:
         ) from error
 
 
+def _end_ids(folder: Path) -> list[int] | None:
+    """What ends a sequence, by generation_config.json or else config.json, as `mlx_lm.load` reads them."""
+    from mlx_lm.utils import load_config
+
+    try:
+        ids = load_config(folder).get("eos_token_id")
+    except (FileNotFoundError, ValueError):
+        return None
+    found = [number for number in (ids if isinstance(ids, list) else [ids]) if type(number) is int]
+    return found or None
+
+
 def encode_rows(
-    rows: Iterable[RawRow], data_format: str, tokenizer: Any, mask_prompt: bool, vocab_size: int | None
+    rows: Iterable[RawRow],
+    data_format: str,
+    tokenizer: Any,
+    mask_prompt: bool,
+    vocab_size: int | None,
+    remarks: Remarks | None = None,
 ) -> Iterator[Document]:
-    """Turn raw rows into documents, in order. `tokenizer` may be None for format `tokens`.
+    """Turn raw rows into documents, in order. `tokenizer` may be None for format `tokens`. `remarks` collects what
+    the user should be told about conversations.
 
     Errors: UserError naming file and line for rows of another format, broken rows and ids outside the
     vocabulary.
     """
     remaining = iter(rows)
+    reader = ChatReader(tokenizer, remarks) if data_format != "tokens" else None
     while batch := list(islice(remaining, BATCH)):
         phases.progress()
         for row in batch:
             check_row(row, data_format)
-        if data_format == "tokens":
+        if reader is None:
             documents = [_all_targets(row.where, row.value["tokens"]) for row in batch]
         else:
-            documents = _encode_batch(batch, data_format, tokenizer, mask_prompt)
+            documents = _encode_batch(batch, data_format, tokenizer, reader, mask_prompt)
         for document in documents:
             largest = int(document.tokens.max(initial=-1))
             if vocab_size is not None and largest >= vocab_size:
@@ -100,8 +120,10 @@ def check_tokenizer(data_format: str, tokenizer: Any, folder: Path | None) -> No
         )
 
 
-def _encode_batch(rows: list[RawRow], data_format: str, tokenizer: Any, mask_prompt: bool) -> list[Document]:
-    rendered = [_render(row, data_format, tokenizer, mask_prompt) for row in rows]
+def _encode_batch(
+    rows: list[RawRow], data_format: str, tokenizer: Any, reader: ChatReader, mask_prompt: bool
+) -> list[Document]:
+    rendered = [_render(row, data_format, tokenizer, reader, mask_prompt) for row in rows]
     template = uses_template(data_format, tokenizer)
     masked = any(row.spans is not None for row in rendered)
     for row in rendered:
@@ -111,16 +133,17 @@ def _encode_batch(rows: list[RawRow], data_format: str, tokenizer: Any, mask_pro
             raise UserError(
                 f"{row.where}: a lone surrogate (\\ud800-\\udfff) is not text; remove it"
             ) from error
-    # A template writes its own special tokens; elsewhere the tokenizer adds what it was trained with.
+    # A template writes its own special tokens; elsewhere each text gets those that it lacks of the tokenizer's.
     # mlx-lm's wrapper has no batches and no offsets, hence the transformers tokenizer inside it.
     encoded = tokenizer._tokenizer(
         [row.text for row in rendered],
-        add_special_tokens=not template,
+        add_special_tokens=False,
         return_offsets_mapping=masked and tokenizer.is_fast,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )
+    head, tail = ([], []) if template else _added(tokenizer)
     documents = []
     for index, row in enumerate(rendered):
         ids = list(encoded["input_ids"][index])
@@ -129,18 +152,32 @@ def _encode_batch(rows: list[RawRow], data_format: str, tokenizer: Any, mask_pro
         elif tokenizer.is_fast:
             flags = _flags_by_offset(encoded["offset_mapping"][index], row.spans)
         else:
-            flags = _flags_by_prefix(tokenizer, row, ids, not template)
+            flags = _flags_by_prefix(tokenizer, row, ids)
         if not template and row.text:
-            if ids[-1:] != [tokenizer.eos_token_id]:
-                ids.append(tokenizer.eos_token_id)
-                flags = np.append(flags, np.uint8(1))
-            flags[-1] = 1
+            ids, flags = _framed(ids, flags, head, tail, tokenizer.eos_token_id)
+        tokens = np.asarray(ids, np.int32)
+        bos = tokenizer.bos_token_id
+        if bos is not None and bos not in tokenizer.eos_token_ids:  # GPT-2's ends documents too
+            flags[tokens == bos] = 0
         flags[:1] = 0
-        documents.append(Document(row.where, np.asarray(ids, np.int32), flags))
+        documents.append(Document(row.where, tokens, flags))
     return documents
 
 
-def _render(row: RawRow, data_format: str, tokenizer: Any, mask_prompt: bool) -> _Rendered:
+def encode_prompt(tokenizer: Any, row: RawRow, messages: Messages) -> list[int]:
+    """The tokens after which the assistant answers `messages`, as in training. Errors: UserError, and what a
+    template raises."""
+    if tokenizer.has_chat_template:
+        text = ChatReader(tokenizer).prompt(row, messages)
+        return [int(t) for t in tokenizer.encode(text, add_special_tokens=False)]
+    ids = [int(t) for t in tokenizer.encode(str(messages[-1]["content"]), add_special_tokens=False)]
+    head, _ = _added(tokenizer)
+    return ids if ids[: len(head)] == head else head + ids
+
+
+def _render(
+    row: RawRow, data_format: str, tokenizer: Any, reader: ChatReader, mask_prompt: bool
+) -> _Rendered:
     if data_format == "text":
         return _Rendered(row.where, row.value["text"], None)
     if data_format == "completions":
@@ -151,8 +188,31 @@ def _render(row: RawRow, data_format: str, tokenizer: Any, mask_prompt: bool) ->
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     else:
         messages = row.value["messages"]
-    text, spans = render_chat(tokenizer, row, messages, mask_prompt)
+    text, spans = reader.render(row, messages, mask_prompt)
     return _Rendered(row.where, text, spans)
+
+
+def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after every text: BOS, EOS, both or nothing."""
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    full = tokenizer.encode("a", add_special_tokens=True)
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return full[:start], full[start + len(bare) :]
+
+
+def _framed(
+    ids: list[int], flags: np.ndarray, head: list[int], tail: list[int], end: int
+) -> tuple[list[int], np.ndarray]:
+    """A text's ids and flags with head, tail and end token, none of them twice; only the end token is a target."""
+    if ids[: len(head)] != head:
+        ids, flags = head + ids, np.pad(flags, (len(head), 0))
+    if ids[len(ids) - len(tail) :] != tail:
+        ids, flags = ids + tail, np.pad(flags, (0, len(tail)))
+    if ids[-1:] != [end]:
+        ids, flags = [*ids, end], np.pad(flags, (0, 1))
+    flags[: len(head)] = 0
+    flags[-1] = 1
+    return ids, flags
 
 
 def _flags_by_offset(offsets: list[tuple[int, int]], spans: list[Span]) -> np.ndarray:
@@ -170,11 +230,11 @@ def _flags_by_offset(offsets: list[tuple[int, int]], spans: list[Span]) -> np.nd
     return flags
 
 
-def _flags_by_prefix(tokenizer: Any, row: _Rendered, ids: list[int], special: bool) -> np.ndarray:
+def _flags_by_prefix(tokenizer: Any, row: _Rendered, ids: list[int]) -> np.ndarray:
     """The same without offsets (tokenizers written in Python): count the tokens that a prefix shares."""
 
     def shared(end: int) -> int:
-        prefix = tokenizer.encode(row.text[:end], add_special_tokens=special)
+        prefix = tokenizer.encode(row.text[:end], add_special_tokens=False)
         return shared_prefix(prefix, ids)
 
     flags = np.zeros(len(ids), np.uint8)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_empire.data.cache import Entry, cache_folder, cache_key, load_entry, make_entry, store_entry
+from mlx_empire.data.chat import Remarks
 from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
 from mlx_empire.data.files import Source, locate
@@ -105,8 +106,9 @@ def _build(train: Source, valid: Source | None, settings: _Settings, tokenizer_f
         check_tokenizer(settings.format, tokenizer, tokenizer_folder)
         if settings.format == "completions" and not uses_template(settings.format, tokenizer):
             notes = ["the tokenizer has no chat template: prompt and completion are joined as they stand"]
-    documents = _documents(train, settings, tokenizer)
-    held_out = _documents(valid, settings, tokenizer) if valid else None
+    remarks = Remarks()
+    documents = _documents(train, settings, tokenizer, remarks)
+    held_out = _documents(valid, settings, tokenizer, remarks) if valid else None
     if settings.validation_split > 0:
         documents, held_out = _hold_out(documents, train, settings)
     tables = {}
@@ -119,12 +121,15 @@ def _build(train: Source, valid: Source | None, settings: _Settings, tokenizer_f
                 raise UserError(f"{source.path}: the {name} split is empty: {_why_empty(counts, settings)}")
             tables[name] = table
             notes.append(_sentence(name, table, counts, settings))
-    return make_entry(tables, notes)
+    return make_entry(tables, [*notes, *remarks.sentences(tokenizer)])
 
 
-def _documents(source: Source, settings: _Settings, tokenizer: Any) -> list[Document]:
-    rows = source.rows()
-    return list(encode_rows(rows, settings.format, tokenizer, settings.mask_prompt, settings.vocab_size))
+def _documents(source: Source, settings: _Settings, tokenizer: Any, remarks: Remarks) -> list[Document]:
+    return list(
+        encode_rows(
+            source.rows(), settings.format, tokenizer, settings.mask_prompt, settings.vocab_size, remarks
+        )
+    )
 
 
 def _hold_out(

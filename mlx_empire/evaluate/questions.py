@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer
+from mlx_empire.data.encode import Document, check_tokenizer, encode_prompt, encode_rows, load_tokenizer
 from mlx_empire.data.files import RawRow, locate
 from mlx_empire.data.formats import detect_format
 from mlx_empire.errors import UserError
@@ -138,11 +138,9 @@ class _Reader:
 
     def _prompt_tokens(self, row: RawRow, messages: list[Any]) -> list[int]:
         try:
-            if self.tokenizer.has_chat_template:
-                return [
-                    int(t) for t in self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-                ]
-            return [int(t) for t in self.tokenizer.encode(str(messages[-1]["content"]))]
+            return encode_prompt(self.tokenizer, row, messages)
+        except UserError:
+            raise
         except Exception as error:  # templates raise what they like
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{row.where}: the chat template refuses this prompt ({reason})") from None

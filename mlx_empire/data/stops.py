@@ -1,0 +1,49 @@
+"""Decides which token ends an assistant turn: an end-of-sequence token in its closing, or the first one after it.
+
+Most templates close a turn (`<|im_end|>`, `<|eot_id|>`, `</s>`). Some close nothing (GLM 4.5): there the next role's
+marker is what ends an answer in generation, so it is taught like a closing. Generation stops at the same tokens:
+both read `eos_token_ids` of one tokenizer (`encode.load_tokenizer`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stops:
+    """The texts of the end-of-sequence tokens, and of all special tokens."""
+
+    ends: tuple[str, ...]
+    specials: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Stops":
+        """Those of mlx-lm's tokenizer."""
+        ends = (tokenizer.decode([number]) for number in sorted(tokenizer.eos_token_ids))
+        specials = (str(token) for token in tokenizer.added_tokens_decoder.values())
+        # A token outside the vocabulary has no text, and every text ends with "".
+        return cls(tuple(filter(str.strip, ends)), tuple(filter(str.strip, specials)))
+
+    def close(self, turn: str) -> bool:
+        """Whether the closing of `turn` (the white space and special tokens that it ends with) holds an end."""
+        rest = turn.rstrip()
+        while not rest.endswith(self.ends):
+            last = max((s for s in self.specials if rest.endswith(s)), key=len, default="")
+            if not last:
+                return False
+            rest = rest[: -len(last)].rstrip()
+        return True
+
+    def opening(self, following: str) -> str:
+        """The end that `following` begins with, with the white space before it; "" where there is none."""
+        rest = following.lstrip()
+        end = max((e for e in self.ends if rest.startswith(e)), key=len, default="")
+        return following[: len(following) - len(rest)] + end if end else ""
+
+    def whole(self, text: str, end: int) -> int:
+        """`end`, moved to the beginning of the special token of `text` that it cuts in two, if it does."""
+        longest = max(map(len, self.specials), default=0)
+        for start in range(max(0, end - longest + 1), end):
+            if any(text.startswith(s, start) and start + len(s) > end for s in self.specials):
+                return start
+        return end

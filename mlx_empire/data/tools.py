@@ -1,0 +1,204 @@
+"""Decides in which form tool calls reach a chat template, and refuses calls and results that it does not print.
+
+OpenAI's `arguments` are a JSON string. Most templates print an object with `tojson`, which would escape a string a
+second time; a few join a string as it is. What a template does is seen, not guessed: every name, argument and result
+is replaced by a mark, and the marks must come out of the rendering. Each form is tried: objects first, then strings.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
+
+from mlx_empire.errors import UserError
+
+Message = dict[str, Any]
+Messages = list[Message]
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+# A private-use character: no conversation begins or ends with it, JSON keeps it, and Python's repr, which a template
+# prints for an object that it does not convert, escapes it.
+PROBE = "\ue000"
+RESULT_ROLES = ("tool", "function", "ipython", "observation")
+
+
+def has_calls(message: Message) -> bool:
+    """Whether the message calls functions (`tool_calls`, or OpenAI's older `function_call`)."""
+    return bool(message.get("tool_calls") or message.get("function_call"))
+
+
+def printable_calls(attempt: Callable[[Messages], str | None], messages: Messages, where: str) -> Messages:
+    """`messages` with the arguments of their calls in the form that the template prints.
+
+    attempt: renders messages, or gives None where the template refuses them. Errors: UserError naming `where` and the
+    message, for a call that is no call and for what the template does not print.
+    """
+    if not any(has_calls(message) or message["role"] in RESULT_ROLES for message in messages):
+        return messages
+    try:
+        objects = [_with_objects(message, f"{where}: message {n}") for n, message in enumerate(messages, 1)]
+        strings = [map_calls(message, _with_string) for message in messages]
+        forms = [objects, strings] if any(map(has_calls, messages)) else [objects]
+        lost = []
+        for form in forms + [[{**m, "content": m.get("content") or ""} for m in form] for form in forms]:
+            marks = _Marks()
+            marked = [marks.put_in(message, number) for number, message in enumerate(form, 1)]
+            text = attempt(marked)
+            if text is not None:
+                lost.append(marks.lost_in(text))
+                if lost[-1] is None:
+                    return form
+    except RecursionError:
+        raise UserError(f"{where}: tool call arguments are nested too deeply; simplify the row") from None
+    if lost:
+        raise UserError(f"{where}: {lost[0]}")
+    return objects  # refused in every form: the rendering of the row itself says why
+
+
+def probed(message: Message) -> Message:
+    """The message with PROBE for all that its author wrote: content, names, arguments."""
+
+    def change(function: dict[str, Any]) -> dict[str, Any]:
+        return {**function, "name": PROBE, "arguments": _like(function["arguments"], {PROBE: PROBE})}
+
+    changed = map_calls(message, change)
+    return changed if has_calls(message) and not _text(message) else {**changed, "content": PROBE}
+
+
+def map_calls(message: Message, change: Change) -> Message:
+    """A copy whose functions {name, arguments} went through `change`: nested in a call, flat, or `function_call`."""
+    changed = dict(message)
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [
+            {**call, "function": change(call["function"])} if call.get("function") else change(call)
+            for call in message["tool_calls"]
+        ]
+    if message.get("function_call"):
+        changed["function_call"] = change(message["function_call"])
+    return changed
+
+
+def _with_objects(message: Message, where: str) -> Message:
+    """The message with arguments as objects. Errors: UserError where a call is not {name, arguments}."""
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UserError(f"{where}: 'tool_calls' must be a list of {{function: {{name, arguments}}}} objects")
+
+    def change(function: Any) -> dict[str, Any]:
+        if (
+            not isinstance(function, dict)
+            or not function.get("name")
+            or not isinstance(function["name"], str)
+        ):
+            raise UserError(f"{where}: a tool call has no function name; write {{name, arguments}}")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError as error:
+                raise UserError(
+                    f"{where}: the arguments of {function['name']!r:.40} are not JSON ({error}); "
+                    "write an object, or a string that holds one"
+                ) from error
+        if not isinstance(arguments, dict):
+            kind = "missing" if arguments is None else f"a {type(arguments).__name__}"
+            raise UserError(
+                f"{where}: the arguments of {function['name']!r:.40} are {kind}, not an object; write {{}} for none"
+            )
+        return {**function, "arguments": arguments}
+
+    return map_calls(message, change)
+
+
+def _with_string(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function["arguments"]
+    as_string = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**function, "arguments": as_string}
+
+
+def _like(model: Any, arguments: dict[str, Any]) -> Any:
+    """`arguments` as a JSON string where `model` is a string."""
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(model, str) else arguments
+
+
+def _text(message: Message) -> bool:
+    content = message.get("content")
+    return bool(content.strip() if isinstance(content, str) else content)
+
+
+class _Marks:
+    """Marks in place of names, arguments and results, and what each stands for."""
+
+    def __init__(self) -> None:
+        self._new: Iterator[str] = (f"{PROBE}{number}{PROBE}" for number in count())
+        self._expected: list[
+            tuple[str, str]
+        ] = []  # a mark, and the sentence for the user if it is not printed
+        self._escaped: list[
+            tuple[str, str, str]
+        ] = []  # two marks with a quotation mark between, and the sentence
+
+    def put_in(self, message: Message, number: int) -> Message:
+        """The message with marks; `number` is its place, from 1."""
+        if has_calls(message):
+            changed = map_calls(message, lambda function: self._function(function, number))
+            if _text(message):
+                changed["content"] = self._content(
+                    message["content"],
+                    f"message {number}: the chat template prints the tool call and drops the content beside it; "
+                    "remove the content or give it a message of its own",
+                )
+            return changed
+        if message["role"] in RESULT_ROLES:
+            sentence = (
+                f"message {number}: the chat template does not print this result (role {message['role']}); "
+                "use the role that the template knows, or a model whose template knows tools"
+            )
+            return {**message, "content": self._content(message.get("content"), sentence)}
+        return message
+
+    def lost_in(self, text: str) -> str | None:
+        """The sentence for the first thing that `text` does not show, or shows with doubled escapes."""
+        for mark, sentence in self._expected:
+            if mark not in text:
+                return sentence
+        for first, second, sentence in self._escaped:
+            between = text[text.index(first) + len(first) :].partition(second)[0]
+            if "\\\\" in between:
+                return sentence
+        return None
+
+    def _mark(self, sentence: str) -> str:
+        mark = next(self._new)
+        self._expected.append((mark, sentence))
+        return mark
+
+    def _function(self, function: dict[str, Any], number: int) -> dict[str, Any]:
+        sentence = (
+            f"message {number}: the chat template does not print the call of {function['name']!r:.40} whole "
+            "(its name, and its arguments as JSON or one by one), so the answer would be learnt without it; "
+            "use a model whose template knows tools, or write the call into content as the model expects it"
+        )
+        name, first, second = (self._mark(sentence) for _ in range(3))
+        given = function["arguments"]
+        values = json.loads(given) if isinstance(given, str) else given
+        arguments = {**self._leaves(values, sentence), self._mark(sentence): f'{first}"{second}'}
+        if isinstance(given, str):
+            self._escaped.append((first, second, sentence))
+        return {**function, "name": name, "arguments": _like(given, arguments)}
+
+    def _leaves(self, value: Any, sentence: str) -> Any:
+        if isinstance(value, dict):
+            return {key: self._leaves(item, sentence) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._leaves(item, sentence) for item in value]
+        return self._mark(sentence) if isinstance(value, str) else value
+
+    def _content(self, content: Any, sentence: str) -> Any:
+        """A text, or the texts of a list of parts."""
+        if not isinstance(content, list):
+            return self._mark(sentence)
+        return [
+            {**part, "text": self._mark(sentence)} if isinstance(part, dict) and "text" in part else part
+            for part in content
+        ]

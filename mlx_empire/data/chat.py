@@ -54,13 +54,15 @@ class Remarks:
             ends = ", ".join(Stops.of(tokenizer).ends) or "it names none"
             told.append(
                 f"WARNING: {self.endless} of {self.turns} assistant turns end without an end-of-sequence token "
-                f"({ends}): the chat template writes none in or after them, so their end is never learnt; let it "
-                "write one after each turn, or name the token that it writes in eos_token_id of generation_config.json"
+                f"({ends}): the chat template of {tokenizer.name_or_path} writes none in or after them, so the model "
+                "does not learn to stop there; let it write one after each turn, or add the token that it does write "
+                "to eos_token_id in generation_config.json"
             )
         if self.tools_unseen:
             told.append(
-                f"WARNING: the chat template does not print the 'tools' of {self.tools_unseen} rows: their answers are "
-                "learnt without them; describe them in a system message, or use a template that prints them"
+                f"WARNING: the chat template of {tokenizer.name_or_path} does not print the 'tools' of "
+                f"{self.tools_unseen} rows, so their answers are learnt without them; describe them in a system "
+                "message, or use a template that prints them"
             )
         return told
 
@@ -99,7 +101,8 @@ class ChatReader:
     def _full(self, row: RawRow, messages: Messages, generation_prompt: bool) -> tuple[Render, Messages, str]:
         """The function that renders, the messages with calls as the template prints them, and their rendering."""
         tools = row.value.get("tools")
-        render = _renderer(self._tokenizer, row, tools)
+        template = _template(self._tokenizer, row)
+        render = _renderer(self._tokenizer, template, tools)
         messages = printable_calls(lambda some: _attempt(render, some, False), messages, row.where)
         try:
             full = render(messages, generation_prompt)
@@ -110,7 +113,9 @@ class ChatReader:
                 "correct the row"
             ) from error
         _refuse_hidden(render, row, messages, full)
-        if tools and full == _attempt(_renderer(self._tokenizer, row, None), messages, generation_prompt):
+        if tools and full == _attempt(
+            _renderer(self._tokenizer, template, None), messages, generation_prompt
+        ):
             self.remarks.tools_unseen += 1
         return render, messages, full
 
@@ -140,18 +145,27 @@ def _next_messages(last: dict[str, Any]) -> Messages:
     return [{"role": "tool", "content": NEXT, "name": name, "tool_call_id": call.get("id")}, user]
 
 
-def _renderer(tokenizer: Any, row: RawRow, tools: list[dict[str, Any]] | None) -> Render:
-    options: dict[str, Any] = {"tools": tools, "tokenize": False}
+def _template(tokenizer: Any, row: RawRow) -> str:
+    """The source of the template for `row`, or "" where mlx-lm brings one in Python. Errors: UserError for several
+    named ones and none for this row."""
+    if tokenizer.chat_template is None:
+        return ""
     try:
-        template = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
-    except ValueError as error:  # several templates, and none of them for this row
+        return str(tokenizer.get_chat_template(tools=row.value.get("tools")))
+    except ValueError as error:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise UserError(
-            f"{row.where}: the tokenizer has several chat templates ({names}) and none named default; "
-            "name one of them default in tokenizer_config.json"
+            f"{row.where}: none of the tokenizer's chat templates ({names}) is named default; "
+            "name one so in tokenizer_config.json"
         ) from error
+
+
+def _renderer(tokenizer: Any, template: str, tools: list[dict[str, Any]] | None) -> Render:
+    options: dict[str, Any] = {"tools": tools, "tokenize": False}
     if "strftime_now" in template:
         options["chat_template"] = FIXED_CLOCK + template
+    elif isinstance(tokenizer.chat_template, dict):
+        options["chat_template"] = template
 
     def render(messages: Messages, generation_prompt: bool) -> str:
         return str(

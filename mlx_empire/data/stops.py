@@ -6,6 +6,7 @@ both read `eos_token_ids` of one tokenizer (`encode.load_tokenizer`).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 
@@ -42,8 +43,17 @@ class Stops:
 
     def whole(self, text: str, end: int) -> int:
         """`end`, moved to the beginning of the special token of `text` that it cuts in two, if it does."""
-        longest = max(map(len, self.specials), default=0)
+        names, first_letters, longest = self._index
         for start in range(max(0, end - longest + 1), end):
-            if any(text.startswith(s, start) and start + len(s) > end for s in self.specials):
+            if text[start] in first_letters and any(
+                text[start : start + length] in names
+                for length in range(end - start + 1, min(longest, len(text) - start) + 1)
+            ):
                 return start
         return end
+
+    @cached_property
+    def _index(self) -> tuple[frozenset[str], frozenset[str], int]:
+        """The special tokens, their first letters and the length of the longest: some tokenizers have thousands."""
+        letters = frozenset(token[0] for token in self.specials)
+        return frozenset(self.specials), letters, max(map(len, self.specials), default=0)

@@ -147,6 +147,7 @@ class School:
             )
             self._cohort.begin(place)
             step, note = self._resumed(place, recipe, origin, steps)
+            note = "; ".join(filter(None, (note, *splits.warnings)))
             unfinished.clear(recipe.run.dir, goes_on=step > 0)
             write_plan(recipe, plan, [self._node], spec, splits, resumed=step > 0)
             rates = assemble.learning_rate_of(recipe, steps, *pace)

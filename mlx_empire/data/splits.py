@@ -27,6 +27,11 @@ class Splits:
     report: list[str]
     digest: str
 
+    @property
+    def warnings(self) -> list[str]:
+        """The lines of the report that ask for action."""
+        return [line for line in self.report if line.startswith("WARNING")]
+
 
 @dataclass(frozen=True)
 class _Settings:

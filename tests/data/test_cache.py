@@ -87,6 +87,10 @@ def test_whatever_changes_the_rows_is_another_entry(write, builds, tmp_path, tok
     load_splits(**base)
     assert builds == [len(changes) + 2]
 
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')  # other tokens end a turn
+    load_splits(**base)
+    assert builds == [len(changes) + 3]
+
 
 @pytest.mark.parametrize("name", ["train.tokens.npy", "train.counted.npy", "train.pieces.npy", "index.json"])
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove", "garbage"])

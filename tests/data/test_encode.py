@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mlx_lm.tuner.datasets import TextDataset
 
-from mlx_empire.data.encode import check_tokenizer, encode_rows, load_tokenizer
+from mlx_empire.data.encode import check_tokenizer, encode_prompt, encode_rows, load_tokenizer
 from mlx_empire.data.files import RawRow, locate
 from mlx_empire.errors import UserError
 
@@ -57,9 +57,70 @@ def test_bos_is_there_when_the_tokenizer_adds_it_and_never_twice_in_a_chat(token
     assert 0 not in chat
 
 
-def test_an_end_of_text_that_stands_there_is_not_doubled(tokenizer):
-    plain, _ = encode({"text": "Done."}, "text", tokenizer)
-    assert encode({"text": "Done.<|im_end|>"}, "text", tokenizer)[0] == plain
+@pytest.mark.parametrize("adds", ["", "bos", "bos eos"])
+def test_a_bos_or_an_end_that_stands_there_is_not_doubled(adds, tokenizer_folder, tmp_path):
+    """A text that a template rendered before has its own; what the tokenizer adds is not added again."""
+    folder = changed_tokenizer(tokenizer_folder, tmp_path / "model", adds=adds, chat_template=None)
+    tokenizer = load_tokenizer(folder)
+    bos = "<|endoftext|>"
+    plain, counted = encode({"text": "Done."}, "text", tokenizer)
+    assert plain.count(0) == bool(adds)
+    assert encode({"text": "Done.<|im_end|>"}, "text", tokenizer) == (plain, counted)
+    if adds:
+        assert encode({"text": bos + "Done."}, "text", tokenizer) == (plain, counted)
+        assert encode({"text": bos + "Done.<|im_end|>"}, "text", tokenizer) == (plain, counted)
+    asked = {"prompt": "Two and two is", "completion": " four."}
+    tokens, flags = encode(asked, "completions", tokenizer)
+    whole = {"prompt": bos * bool(adds) + asked["prompt"], "completion": " four.<|im_end|>"}
+    assert encode(whole, "completions", tokenizer) == (tokens, flags)
+    prompt = [{"role": "user", "content": whole["prompt"]}]
+    assert encode_prompt(tokenizer, RawRow("here:1", {}), prompt) == tokens[: flags.index(1)]
+
+
+def test_a_bos_is_never_a_target_but_where_it_ends_documents_too(tokenizer_folder, tmp_path):
+    """Several documents in one text: the second begins with a BOS, which follows the first's end by no rule that
+    could be learnt. GPT-2's one token is BOS and EOS: there it is the first's end."""
+    text = "<|endoftext|>All men<|im_end|><|endoftext|>are created"
+    for data_format, value in (
+        ("text", {"text": text}),
+        ("completions", {"prompt": text[:20], "completion": text[20:]}),
+    ):
+        folder = changed_tokenizer(tokenizer_folder, tmp_path / data_format, adds="bos", chat_template=None)
+        tokenizer = load_tokenizer(folder)
+        for mask_prompt in (True, False):
+            tokens, counted = encode(value, data_format, tokenizer, mask_prompt)
+            assert tokens.count(0) == 2
+            assert [count for token, count in zip(tokens, counted, strict=True) if token == 0] == [0, 0]
+            assert counted[tokens.index(2)] == 1
+            assert counted[-1] == 1
+    folder = changed_tokenizer(
+        tokenizer_folder,
+        tmp_path / "gpt2",
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        chat_template=None,
+    )
+    tokens, counted = encode({"text": "All men<|endoftext|>are"}, "text", load_tokenizer(folder))
+    assert tokens.count(0) == 2
+    assert counted == [0] + [1] * (len(tokens) - 1)
+
+
+def test_a_bos_within_a_conversation_is_no_target(tokenizer_folder, tmp_path):
+    """Llama 2 begins every pair of turns with one."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|endoftext|>[INST] {{ m.content }} [/INST]"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(
+        changed_tokenizer(tokenizer_folder, tmp_path / "model", chat_template=template)
+    )
+    talk = [{"role": role, "content": "All men"} for role in ("user", "assistant") * 2]
+    tokens, counted = encode({"messages": talk}, "chat", tokenizer, mask_prompt=False)
+    assert tokens.count(0) == 2
+    assert [c for t, c in zip(tokens, counted, strict=True) if t == 0] == [0, 0]
+    assert sum(counted) == len(tokens) - 2
+    tokens, counted = encode({"messages": talk}, "chat", tokenizer)
+    assert tokenizer.decode([t for t, c in zip(tokens, counted, strict=True) if c]) == "All men<|im_end|>" * 2
 
 
 @pytest.mark.parametrize("adds", ["bos", "bos eos"])

@@ -148,6 +148,11 @@ def test_any_arguments_can_be_read_back_from_the_targets(tokenizer, template, ar
             [QUESTION, calling(ARGUMENTS)],
             "not print the call",
         ),
+        (
+            JSON.replace("f.arguments", "('' + f.arguments)"),
+            [QUESTION, calling(ARGUMENTS)],
+            "not print the call",
+        ),
         (INSTEAD, [QUESTION, calling(ARGUMENTS, "Let me see.")], "message 2: .* drops the content beside it"),
         (
             INSTEAD,

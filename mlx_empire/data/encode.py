@@ -193,11 +193,17 @@ def _render(
 
 
 def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after every text: BOS, EOS, both or nothing."""
+    """What the tokenizer puts before and after every text: BOS, EOS, both or nothing. Errors: UserError where it
+    does more than that."""
     bare = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a", add_special_tokens=True)
-    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-    return full[:start], full[start + len(bare) :]
+    for start in range(len(full)):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    raise UserError(
+        f"the tokenizer in {tokenizer.name_or_path} does not add its special tokens around a text, so where they go "
+        "cannot be told; use data.format tokens"
+    )
 
 
 def _framed(

@@ -62,7 +62,9 @@ def probed(message: Message) -> Message:
         return {**function, "name": PROBE, "arguments": _like(function["arguments"], {PROBE: PROBE})}
 
     changed = map_calls(message, change)
-    return changed if has_calls(message) and not _text(message) else {**changed, "content": PROBE}
+    if not has_calls(message) or _text(message):
+        changed["content"] = _rewritten(message.get("content"), lambda: PROBE)
+    return changed
 
 
 def map_calls(message: Message, change: Change) -> Message:
@@ -126,6 +128,15 @@ def _text(message: Message) -> bool:
     return bool(content.strip() if isinstance(content, str) else content)
 
 
+def _rewritten(content: Any, new: Callable[[], str]) -> Any:
+    """A new text in place of `content`, or of each text in its list of parts."""
+    if not isinstance(content, list):
+        return new()
+    return [
+        {**part, "text": new()} if isinstance(part, dict) and "text" in part else part for part in content
+    ]
+
+
 class _Marks:
     """Marks in place of names, arguments and results, and what each stands for."""
 
@@ -143,18 +154,18 @@ class _Marks:
         if has_calls(message):
             changed = map_calls(message, lambda function: self._function(function, number))
             if _text(message):
-                changed["content"] = self._content(
-                    message["content"],
+                sentence = (
                     f"message {number}: the chat template prints the tool call and drops the content beside it; "
-                    "remove the content or give it a message of its own",
+                    "remove the content or give it a message of its own"
                 )
+                changed["content"] = _rewritten(message["content"], lambda: self._mark(sentence))
             return changed
         if message["role"] in RESULT_ROLES:
             sentence = (
                 f"message {number}: the chat template does not print this result (role {message['role']}); "
                 "use the role that the template knows, or a model whose template knows tools"
             )
-            return {**message, "content": self._content(message.get("content"), sentence)}
+            return {**message, "content": _rewritten(message.get("content"), lambda: self._mark(sentence))}
         return message
 
     def lost_in(self, text: str) -> str | None:
@@ -193,12 +204,3 @@ class _Marks:
         if isinstance(value, list):
             return [self._leaves(item, sentence) for item in value]
         return self._mark(sentence) if isinstance(value, str) else value
-
-    def _content(self, content: Any, sentence: str) -> Any:
-        """A text, or the texts of a list of parts."""
-        if not isinstance(content, list):
-            return self._mark(sentence)
-        return [
-            {**part, "text": self._mark(sentence)} if isinstance(part, dict) and "text" in part else part
-            for part in content
-        ]

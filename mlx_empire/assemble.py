@@ -46,7 +46,8 @@ from mlx_empire.evaluate.generation import refuse_too_large
 from mlx_empire.evaluate.questions import Questions, load_questions
 from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan import catalog
-from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
+from mlx_empire.plan.config import read_config
+from mlx_empire.plan.describe import build_model, compute_dtype, describe
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.packing import Packing, packing_of, stored_packing
 from mlx_empire.plan.resolve import RunPlan

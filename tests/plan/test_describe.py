@@ -8,7 +8,8 @@ from mlx.utils import tree_flatten
 from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
+from mlx_empire.plan.config import read_config
+from mlx_empire.plan.describe import build_model, compute_dtype, describe
 
 # Published configurations by hand, with the exact parameter count of the published checkpoint.
 LLAMA_3_2_1B = {

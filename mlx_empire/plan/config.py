@@ -11,7 +11,7 @@ import copy
 import importlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mlx_empire.plan.rope import spell_rope
 MAX_CONFIG_BYTES = 4 << 20
 MAX_HEADER_BYTES = 100 << 20
 TIE = "tie_word_embeddings"
+FULL = "full_attention"
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 # Where mlx-lm's module hands text_config (or all of it) to another dataclass than its own ModelArgs.
@@ -81,16 +82,38 @@ def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()
         family = section.get("model_type") or f"{kind}_text"
         try:
             spelled = spell_rope({**section, "model_type": family}, read, module, where)
-        except (TypeError, ValueError, ArithmeticError) as error:
+        except UserError:
+            raise
+        except (TypeError, ValueError, ArithmeticError) as error:  # numbers that are none
             raise UserError(
                 f"{where}: its RoPE cannot be read ({str(error)[:80]}); fetch the model again"
             ) from None
         section.update({k: v for k, v in spelled.items() if k != "model_type"})
+        _spell_layers(section, read, where)
     tied = _tied(done, section, reader, stored)
     if tied is not None:
         section[TIE] = tied
         done[TIE] = tied
     return done
+
+
+def _spell_layers(section: dict[str, Any], read: Mapping[str, Field[Any]], where: str) -> None:
+    """`sliding_window_pattern` from the `layer_types` that transformers 5 writes, where the module reads the former.
+
+    A number: every so many layers one has full attention; exaone4: that as letters. UserError for other patterns.
+    """
+    key, types = "sliding_window_pattern", section.get("layer_types")
+    if key not in read or "layer_types" in read or not isinstance(types, list) or FULL not in types:
+        return
+    period = types.index(FULL) + 1
+    if any((kind == FULL) != ((i + 1) % period == 0) for i, kind in enumerate(types)):
+        raise UserError(f"{where}: layer_types: {types}: mlx-lm's module repeats one pattern in all layers")
+    letters = "L" * (period - 1) + "G"
+    given = section.get(key)
+    if given not in (None, period, letters):
+        raise UserError(f"{where}: {key}: {given}: layer_types says {period}; keep one of them")
+    if given != letters:
+        section[key] = letters if read[key].default is MISSING else period
 
 
 def _reader(config: Mapping[str, Any]) -> tuple[str, dict[str, Field[Any]]] | None:

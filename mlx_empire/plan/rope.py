@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import Field
+from dataclasses import MISSING, Field
 from typing import Any, NoReturn
 
 from mlx_empire.errors import UserError
@@ -170,6 +170,8 @@ def _written(section: Config, fields: Fields, rope: dict[str, Any], speaker: _Sp
     _write_partial(out, fields, rope, speaker)
     kind = rope.get("rope_type", "default")
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type", "partial_rotary_factor")}
+    if "rope_scaling" in fields and fields["rope_scaling"].default is MISSING:
+        out.setdefault("rope_scaling", None)
     if kind not in PLAIN:
         if kind not in SCALINGS.get(speaker.module, SHARED):
             speaker.cannot("rope_type", kind)
@@ -179,10 +181,16 @@ def _written(section: Config, fields: Fields, rope: dict[str, Any], speaker: _Sp
         if "rope_scaling" in fields:
             out["rope_scaling"] = {"type": kind, "rope_type": kind, **scaling}
         if "original_max_position_embeddings" in fields and "original_max_position_embeddings" in scaling:
-            out.setdefault("original_max_position_embeddings", scaling["original_max_position_embeddings"])
+            _write_original(out, scaling, speaker)
     if rope and not section.get("rope_parameters") and _must_have_parameters(fields):
         out["rope_parameters"] = {"rope_type": kind, **rope}
     return out
+
+
+def _write_original(out: dict[str, Any], scaling: Config, speaker: _Speaker) -> None:
+    name = "original_max_position_embeddings"
+    if out.setdefault(name, scaling[name]) != scaling[name]:
+        speaker.refuse(f"rope_parameters.{name}", scaling[name], f"{name} says {out[name]}; keep one of them")
 
 
 def _write_theta(out: dict[str, Any], fields: Fields, rope: Config, speaker: _Speaker) -> None:

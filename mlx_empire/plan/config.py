@@ -75,7 +75,7 @@ def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()
     """
     done = copy.deepcopy(dict(config))
     kind, text = str(done["model_type"]), done.get("text_config")
-    reader = _reader(done)
+    reader = reader_of(done)
     section = text if isinstance(text, dict) else done
     if reader is not None:
         module, read = reader
@@ -116,7 +116,7 @@ def _spell_layers(section: dict[str, Any], read: Mapping[str, Field[Any]], where
         section[key] = letters if read[key].default is MISSING else period
 
 
-def _reader(config: Mapping[str, Any]) -> tuple[str, dict[str, Field[Any]]] | None:
+def reader_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Field[Any]]] | None:
     """(mlx-lm's module, the fields into which it reads the language model's part); None where it has none."""
     try:
         model, arguments = _get_classes(dict(config))

@@ -54,13 +54,12 @@ OWN_KEYS: Mapping[str, frozenset[str]] = {
 
 # Modules that declare rope_scaling and apply less than rope_utils does; () where they never look at it.
 SCALINGS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("gemma3n", "glm4_moe", "kimi_linear", "mixtral", "qwen3_moe", "solar_open"), ()),
-    **dict.fromkeys(("deepseek", "nemotron", "qwen2_moe"), ("linear",)),
+    **dict.fromkeys(("gemma3n", "glm4_moe", "kimi_linear", "mixtral", "qwen2_moe", "qwen3_moe"), ()),
+    **dict.fromkeys(("deepseek", "nemotron"), ("linear",)),
     **dict.fromkeys(("hunyuan", "hunyuan_v1_dense"), ("dynamic",)),
     **dict.fromkeys(("internlm2", "internlm3"), ("linear", "dynamic")),
-    **dict.fromkeys(("minicpm3", "phimoe"), ("longrope",)),
+    **dict.fromkeys(("minicpm3", "phi3", "phimoe"), ("longrope",)),
     "deepseek_v2": YARN,
-    "phi3": ("linear", "longrope"),
 }
 WHOLE = frozenset({"ministral3", "minimax_m3_vl"})  # scale by rope_parameters, without a rope_scaling
 FIXED_THETA: Mapping[str, float] = {"recurrent_gemma": 10_000.0}

@@ -179,6 +179,10 @@ def _written(section: Config, fields: Fields, rope: dict[str, Any], speaker: _Sp
         _refuse_unread(kind, scaling, section, speaker)
         if "rope_scaling" in fields:
             out["rope_scaling"] = {"type": kind, "rope_type": kind, **scaling}
+            if (
+                "partial_rotary_factor" in rope
+            ):  # transformers drops rope_parameters where it finds a rope_scaling
+                out.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
         if "original_max_position_embeddings" in fields and "original_max_position_embeddings" in scaling:
             _write_original(out, scaling, speaker)
     if rope and not section.get("rope_parameters") and _must_have_parameters(fields):

@@ -18,6 +18,7 @@ from typing import Any
 from mlx_lm.utils import _get_classes
 
 from mlx_empire.errors import UserError
+from mlx_empire.plan.counts import has_closed_form
 from mlx_empire.plan.family_defaults import TIED, UNTIED
 from mlx_empire.plan.rope import spell_rope
 
@@ -64,7 +65,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({str(error)[:80]}); fetch the model again") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{path}: model_type is missing; this is no language model's configuration")
-    return complete(config, str(path), _stored_names(folder))
+    try:
+        return complete(config, str(path), _stored_names(folder))
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for a model's configuration") from None
 
 
 def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()
     """
     done = copy.deepcopy(dict(config))
     kind, text = str(done["model_type"]), done.get("text_config")
-    reader = reader_of(done)
+    reader = None if has_closed_form(done) else reader_of(done)
     section = text if isinstance(text, dict) else done
     if reader is not None:
         module, read = reader

@@ -24,7 +24,7 @@ from mlx_empire.checkpoint.export import FolderWriter
 from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.merge import unpack
 from mlx_empire.checkpoint.source import FolderSource
-from mlx_empire.plan.describe import read_config
+from mlx_empire.plan.config import read_config
 from mlx_empire.plan.packing import PACKINGS
 from mlx_empire.recipe.schema import TuningSection
 

@@ -22,7 +22,7 @@ from mlx_empire.checkpoint.adapter_folder import AdapterWriter
 from mlx_empire.checkpoint.card import model_card
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
 from mlx_empire.checkpoint.export import FolderWriter
-from mlx_empire.checkpoint.folder import Stored, has_weights, open_folder, settle
+from mlx_empire.checkpoint.folder import Stored, has_weights, open_folder, refuse_dropped_head, settle
 from mlx_empire.checkpoint.freeze import freeze, frozen_digest, is_frozen, verify
 from mlx_empire.checkpoint.layout import huggingface_names
 from mlx_empire.checkpoint.sidefiles import write_json
@@ -46,7 +46,8 @@ from mlx_empire.evaluate.generation import refuse_too_large
 from mlx_empire.evaluate.questions import Questions, load_questions
 from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan import catalog
-from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
+from mlx_empire.plan.config import read_config
+from mlx_empire.plan.describe import build_model, compute_dtype, describe
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.packing import Packing, packing_of, stored_packing
 from mlx_empire.plan.resolve import RunPlan
@@ -140,11 +141,13 @@ def tuned_model(
     names = settle(model, stored, name) if stored is not None else frozenset()
     if tuning.type == "full":
         spec = describe(model, plain, name, dtype)
+        refuse_dropped_head(spec, stored or {}, name)
         return Built(model, spec, spec, rebuild, None)
     if packed is not None and stored is not None:
         quantise_as_stored(model, packed, names)
     model.freeze()
     base = describe(model, plain, name, dtype)
+    refuse_dropped_head(base, stored or {}, name)
     packing = packing_of(tuning) if packed is None else None
     if packed is not None and stored is None:  # a random model of a packed folder's kind
         packing = stored_packing(packed)

@@ -42,7 +42,8 @@ from mlx_empire.checkpoint.source import FolderSource
 from mlx_empire.checkpoint.staging import disk_errors, fresh_folder, publish, refuse_foreign
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UserError
-from mlx_empire.plan.describe import compute_dtype, read_config
+from mlx_empire.plan.config import read_config
+from mlx_empire.plan.describe import compute_dtype
 from mlx_empire.plan.packing import PACKINGS, Packing, packing_of
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.sections import TuningSection

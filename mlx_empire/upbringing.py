@@ -24,7 +24,8 @@ from mlx_empire.engine.cohort import Cohort
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserError
 from mlx_empire.optim.choose import make_optimizer
-from mlx_empire.plan.describe import describe, read_config
+from mlx_empire.plan.config import read_config
+from mlx_empire.plan.describe import describe
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.schema import Recipe

@@ -19,6 +19,8 @@ import mlx.nn as nn
 
 from mlx_empire.checkpoint.tensorfile import COPY_BYTES, DTYPES, Header, TensorInfo, open_plain, read_header
 from mlx_empire.errors import UserError
+from mlx_empire.plan.config import HEADS, TIE
+from mlx_empire.plan.model import ModelSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 32 << 20  # some 200,000 tensors
@@ -154,6 +156,18 @@ def settle(model: nn.Module, stored: Stored, where: Path | str) -> frozenset[str
     so it costs nothing and opens no file.
     """
     return frozenset(sanitize(model, stand_ins(stored), where))
+
+
+def refuse_dropped_head(spec: ModelSpec, stored: Stored, where: Path | str) -> None:
+    """UserError where the folder has a head of its own, says that it is one, and mlx-lm's model has none for it."""
+    head = next((name for name in stored if name.endswith(HEADS)), None)
+    vocabulary = spec.text_config.get("vocab_size")
+    matrices = [t for t in spec.units[0].tensors if len(t.shape) == 2 and t.shape[0] == vocabulary]
+    if head is not None and spec.text_config.get(TIE) is False and len(matrices) == 1:
+        raise UserError(
+            f"{where}: {head} is stored and {TIE} is false, but mlx-lm's {spec.family} has no head of its own; "
+            f"it would be dropped (if it only repeats the embedding, write {TIE}: true into config.json)"
+        )
 
 
 def _read_index(path: Path) -> dict[str, str] | None:

@@ -51,6 +51,7 @@ AT_MOST: dict[str, int] = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "n_shared_experts"), 2),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), MOST_LAYERS),
 }
+FACTORS = ("short_factor", "long_factor")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 
 
@@ -72,15 +73,22 @@ def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
             twin[key] = min(value, AT_MOST[key])
         elif isinstance(value, list) and layers and len(value) == layers:
             twin[key] = value[:MOST_LAYERS]
-        elif (
-            key == "rope_scaling"
-            and isinstance(value, Mapping)
-            and any(isinstance(v, list) for v in value.values())
-        ):
-            twin[key] = None  # factors per rotary dimension: the twin has fewer dimensions
+        elif key in ("rope_scaling", "rope_parameters") and isinstance(value, Mapping):
+            twin[key] = _fewer_factors(value)
         else:
             twin[key] = value
     return twin
+
+
+def _fewer_factors(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """One factor in place of one for each rotary dimension: the twin has fewer of them. Also within layer types."""
+    small = dict(rope)
+    for key, value in rope.items():
+        if isinstance(value, Mapping):
+            small[key] = _fewer_factors(value)
+        elif key in FACTORS and isinstance(value, list) and value:
+            small[key] = value[0]
+    return small
 
 
 def verify_twin(config: Mapping[str, Any], name: str) -> None:

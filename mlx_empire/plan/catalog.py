@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from mlx_empire.errors import UserError
+from mlx_empire.plan.config import complete
 
 
 @cache
@@ -23,13 +24,14 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(configuration, facts) of a catalog entry; UserError with the nearest name for an unknown one."""
+    """(completed configuration, facts) of a catalog entry; UserError with the nearest name for an unknown one."""
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names())}"
         raise UserError(f"model.architecture: {name}: not in the catalog; {hint}")
     config = json.loads((files("mlx_empire.plan") / "architectures" / f"{name}.json").read_text("utf-8"))
-    return config, config.pop("_facts", {})
+    facts = config.pop("_facts", {})
+    return complete(config, name), facts
 
 
 def nearest(name: str) -> str:

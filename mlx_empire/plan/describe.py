@@ -6,9 +6,8 @@ mlx-lm cannot build them.
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,23 +20,6 @@ from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec, is_adapter
 
 LAYER_LIST_NAMES = ("layers", "h", "blocks")
 COMPUTE_DTYPES = ("bfloat16", "float32")
-MAX_CONFIG_BYTES = 4 << 20
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read `config.json` of a Hugging Face folder; a missing or damaged one is a UserError."""
-    path = folder / "config.json"
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size} bytes is no model configuration")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; model.path must be a local Hugging Face folder") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({str(error)[:80]}); fetch the model again") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(f"{path}: model_type is missing; this is no language model's configuration")
-    return config
 
 
 def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
@@ -52,7 +34,7 @@ def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
         )
     try:
         model_class, args_class = _get_classes(dict(config))
-        model = model_class(args_class.from_dict(dict(config)))
+        model = model_class(args_class.from_dict(copy.deepcopy(dict(config))))  # some write into it
     except (Exception, SystemExit) as error:  # whatever a foreign model file raises on a bad configuration
         kind = config.get("model_type")
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__

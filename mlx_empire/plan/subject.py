@@ -13,8 +13,9 @@ from typing import Any
 
 from mlx_empire.errors import UserError
 from mlx_empire.plan import catalog
+from mlx_empire.plan.config import read_config
 from mlx_empire.plan.counts import active_parameters, counted, has_closed_form
-from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
+from mlx_empire.plan.describe import build_model, compute_dtype, describe
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.packing import Choice, as_stored
 from mlx_empire.plan.tuning import tuned

@@ -29,7 +29,7 @@ from mlx_empire.data.encode import encode_rows
 from mlx_empire.data.files import Source
 from mlx_empire.data.formats import KEYS, check_row, detect_format
 from mlx_empire.errors import UserError
-from mlx_empire.plan.describe import read_config
+from mlx_empire.plan.config import read_config
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.supervise.account import Account, Listener
 

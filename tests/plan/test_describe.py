@@ -8,7 +8,12 @@ from mlx.utils import tree_flatten
 from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.describe import build_model, compute_dtype, describe, read_config
+from mlx_empire.plan.config import read_config
+from mlx_empire.plan.describe import build_model, compute_dtype, describe
+
+DEEP = (
+    '{"model_type": "llama", "a": ' + "[" * 900 + "]" * 900 + "}"
+)  # JSON reads it, a copy of it is too deep
 
 # Published configurations by hand, with the exact parameter count of the published checkpoint.
 LLAMA_3_2_1B = {
@@ -76,7 +81,7 @@ def test_what_cannot_be_built_is_refused_in_one_line(change, message):
     assert "some/folder" in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_type": 3}', "[" * 100_000, "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_type": 3}', "[" * 100_000, DEEP, "\x00"])
 def test_damaged_configurations_are_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json"):

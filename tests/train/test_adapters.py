@@ -22,7 +22,7 @@ from mlx_empire.assemble import tuned_model
 from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.source import FolderSource
 from mlx_empire.checkpoint.tuned_source import TunedSource
-from mlx_empire.plan.describe import read_config
+from mlx_empire.plan.config import read_config
 from mlx_empire.recipe.sections import TuningSection
 
 RECIPE = """\

@@ -26,7 +26,8 @@ from train.launching import (
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.optim.choose import make_optimizer
-from mlx_empire.plan.describe import build_model, describe, read_config
+from mlx_empire.plan.config import read_config
+from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.resolve import RunPlan, resolve
 from mlx_empire.plan.traffic import card_bytes
 from mlx_empire.plan.workload import step_traffic

@@ -27,9 +27,9 @@ class UserError(EmpireError):
 
 
 class NoRoomError(UserError):
-    """A disk is full: what was refused can be written once there is room. `needed`: in bytes, where that is known."""
+    """A disk is full: what was refused can be written once there is room. `needed`: bytes, 0 where not known."""
 
-    def __init__(self, message: str, needed: int | None = None) -> None:
+    def __init__(self, message: str, needed: int = 0) -> None:
         super().__init__(message)
         self.needed = needed
 

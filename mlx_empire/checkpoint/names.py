@@ -81,10 +81,18 @@ def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint or draft: its own files, COMMIT first, then the folder, which stays if others are in it."""
     if not is_folder(folder):
         return
-    own = [path for path in _entries(folder) if _OURS.fullmatch(path.name)]
-    for path in sorted(own, key=lambda path: path.name != COMMIT):
+    for path in sorted(_own_files(folder), key=lambda path: path.name != COMMIT):
         path.unlink()
     folder.rmdir()
+
+
+def held_bytes(folder: Path) -> int:
+    """What `remove_checkpoint` would free: the blocks of a checkpoint's own files."""
+    return sum(path.lstat().st_blocks * 512 for path in _own_files(folder))
+
+
+def _own_files(folder: Path) -> list[Path]:
+    return [path for path in _entries(folder) if _OURS.fullmatch(path.name)]
 
 
 def open_own(path: Path) -> BinaryIO:

@@ -106,6 +106,4 @@ class disk_errors:
         if isinstance(error, OSError):
             kind_of_error = NoRoomError if is_full(error) else UserError
             place = f" ({error.filename})" if error.filename else ""
-            raise kind_of_error(
-                f"{self._out}: cannot be written: {error.strerror or error}{place}"
-            ) from None
+            raise kind_of_error(f"{self._out}: cannot be written: {error.strerror or error}{place}") from None

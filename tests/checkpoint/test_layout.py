@@ -109,7 +109,10 @@ MINICPM = {
     ("config", "why"),
     [
         (BAICHUAN, "lm_head.weight comes back with other values"),
-        ({**BAICHUAN, "vocab_size": 4096}, "lm_head.weight comes back with other values"),  # too large to compare
+        (
+            {**BAICHUAN, "vocab_size": 4096},
+            "lm_head.weight comes back with other values",
+        ),  # too large to compare
         (MINICPM, "lm_head.weight is no part of its model"),
         (
             {"model_type": "qwen3_vl_moe", "text_config": tiny_config("qwen3_moe", tie_word_embeddings=True)},

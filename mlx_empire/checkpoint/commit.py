@@ -1,8 +1,8 @@
 """One checkpoint, from shards in memory to a committed folder on every node: the protocol, run by all ranks.
 
-1. agree     on the step and the room, disk by disk: where shards and copies do not fit, copies are left out; where
-             the shards alone do not, the oldest checkpoints are given up (`retention.give_up`) for them, and where
-             that would not do, this save; then leaders make `.tmp-STEP-ATTEMPT`
+1. agree     on the step and the room, disk by disk: where copies of shards do not fit, there are none; where shards
+             do not, older copies and then the oldest checkpoints are given up (`shortage`); where that would not do,
+             this save is; leaders make `.tmp-STEP-ATTEMPT`
 2. write     every rank its shard, hashing beside it, until it is on the disk
 3. copy      every shard to the next node
 4. manifest  the same bytes on every node, file and folder on the disk
@@ -40,8 +40,9 @@ from mlx_empire.checkpoint.names import (
     step_name,
     write_durable,
 )
-from mlx_empire.checkpoint.retention import give_up, make_room
+from mlx_empire.checkpoint.retention import make_room
 from mlx_empire.checkpoint.shard import LivePiece, write_shard
+from mlx_empire.checkpoint.shortage import give_up
 from mlx_empire.checkpoint.tensorfile import create_private, sync_file, sync_folder
 from mlx_empire.comm.protocol import Communicator
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Container
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,9 +87,16 @@ def remove_checkpoint(folder: Path) -> None:
     folder.rmdir()
 
 
-def held_bytes(folder: Path) -> int:
-    """What `remove_checkpoint` would free: the blocks of a checkpoint's own files."""
-    return sum(path.lstat().st_blocks * 512 for path in _own_files(folder))
+def remove_own(folder: Path, names: Container[str]) -> None:
+    """Remove files of a checkpoint, of those that are its own."""
+    for path in _own_files(folder):
+        if path.name in names:
+            path.unlink()
+
+
+def held_bytes(folder: Path) -> dict[str, int]:
+    """The bytes on the disk of a checkpoint's own files, by name: what removing them would free."""
+    return {path.name: path.lstat().st_blocks * 512 for path in _own_files(folder)}
 
 
 def _own_files(folder: Path) -> list[Path]:

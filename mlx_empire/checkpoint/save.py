@@ -26,8 +26,9 @@ from mlx_empire.checkpoint.agree import Folders, SaveFailed, find_folders
 from mlx_empire.checkpoint.commit import Commit, Describe
 from mlx_empire.checkpoint.identity import Identity
 from mlx_empire.checkpoint.names import step_name
-from mlx_empire.checkpoint.retention import clear_the_way, give_up, retain
+from mlx_empire.checkpoint.retention import clear_the_way, retain
 from mlx_empire.checkpoint.shard import LivePiece, live_pieces
+from mlx_empire.checkpoint.shortage import give_up
 from mlx_empire.comm.failure import AgreedExit
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
@@ -137,7 +138,7 @@ class Saver:
         return f"saving {step_name(self._asked)}  {written / max(total, 1):.0%} of this rank's {total / 1e9:.1f} GB"
 
     def give_up_for(self, disk: str, nbytes: int) -> list[str]:
-        """Old checkpoints go until so many bytes are free on `disk`, as far as that does it; a line for each.
+        """Older copies and checkpoints go, if that makes so many bytes free on `disk`; a line for each.
 
         Collective, while nothing is being saved. The newest checkpoint stays, and those that are pinned.
         """

@@ -39,6 +39,7 @@ from mlx_empire.report.metrics import read_metrics
 from mlx_empire.report.run import RunReport
 
 POLL_SECONDS = 2.0
+SIGNS_OF_LIFE = 8  # in that time, for the watchdog
 LONGEST_PAUSE_SECONDS = 600.0  # between attempts that write much and fail; and between two lines that say so
 MODEL, ADAPTERS = "the trained model is", "the trained adapters are"
 
@@ -212,8 +213,9 @@ class Patience:
                 if time.monotonic() - told >= LONGEST_PAUSE_SECONDS:
                     told = time.monotonic()
                     self.report.message(self._waiting(found))
-                time.sleep(POLL_SECONDS)
-                phases.progress()
+                for _ in range(SIGNS_OF_LIFE):
+                    time.sleep(POLL_SECONDS / SIGNS_OF_LIFE)
+                    phases.progress()
                 self.border()
         self.report.messages(found)
 

@@ -2,8 +2,9 @@
 
 Whoever is done leaves her place to the next. A daughter whose data cannot be used, whose loss is no longer finite, or
 whose files cannot be written fails alone; so does one who was interrupted and may not go on as things are by now, and
-what she has is kept. When one is to be saved (`run.save_every`) or is done, all who are present are saved: a command
-that was killed goes on with the same daughters side by side, and comes to the same bits.
+what she has is kept. Where a disk has no room for a result, all wait until it has. When one is to be saved
+(`run.save_every`) or is done, all who are present are saved: a command that was killed goes on with the same daughters
+side by side, and comes to the same bits.
 """
 
 from __future__ import annotations

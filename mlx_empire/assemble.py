@@ -6,7 +6,6 @@ user can mend are agreed on, said once, and end all ranks with the same exit cod
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,16 +17,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_empire.adapters.layers import AdapterSettings, adapt
 from mlx_empire.adapters.quantised import quantise, quantise_as_stored, stored_quantisation, unpacked
-from mlx_empire.checkpoint.adapter_folder import AdapterWriter
-from mlx_empire.checkpoint.card import model_card
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
-from mlx_empire.checkpoint.export import FolderWriter
 from mlx_empire.checkpoint.folder import Stored, has_weights, open_folder, refuse_dropped_head, settle
-from mlx_empire.checkpoint.freeze import freeze, frozen_digest, is_frozen, verify
-from mlx_empire.checkpoint.layout import huggingface_names
-from mlx_empire.checkpoint.sidefiles import write_json
+from mlx_empire.checkpoint.freeze import verify
 from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource
-from mlx_empire.checkpoint.staging import refuse_foreign, remove
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
@@ -249,27 +242,6 @@ def gate_keeper(comm: Communicator, recipe: Recipe) -> GateKeeper:
     )
 
 
-def refuse_taken(recipe: Recipe) -> None:
-    """UserError where `final/` holds what a run may not replace; what it froze just before it was killed it may."""
-    unfinished = (recipe.run.dir / "metrics.jsonl").exists()
-    if not (unfinished and is_frozen(recipe.run.dir / "final")):
-        refuse_foreign(recipe.run.dir / "final")
-
-
-def freeze_result(recipe: Recipe, gate: GateKeeper) -> str:
-    """Freeze `final/` and record it as a base in `BASE.json`; returns a sentence for the user. On rank 0."""
-    final = recipe.run.dir / "final"
-    about = {
-        "gate": gate.sentence(),
-        "trained_from": str(recipe.model.path),
-        "trained_from_digest": recipe.model.base_digest or frozen_digest(recipe.model.path),
-    }
-    digest = freeze(final, about)
-    remove(recipe.run.dir / "BASE.json")
-    write_json(recipe.run.dir / "BASE.json", {"path": str(final), "digest": digest, **about})
-    return f"{final} is frozen; a recipe builds on it by model.path: {final} and model.base_digest: {digest}"
-
-
 def pace(recipe: Recipe, data: Dataset) -> tuple[int, float]:
     """(counted tokens per step on average, steps per epoch): what durations are measured in."""
     epochs = len(data) / recipe.batch.global_size
@@ -325,19 +297,3 @@ def load_weights(comm: Communicator, recipe: Recipe, built: Built, store: ShardS
     else:
         fill_from_root(store, built.spec, source, comm)
     return not everywhere
-
-
-def result_writer(recipe: Recipe, built: Built) -> FolderWriter | AdapterWriter:
-    """What writes `final/`: the whole model as a folder of its own, or adapters alone."""
-    out, folder = recipe.run.dir / "final", recipe.model.path
-    writer: FolderWriter | AdapterWriter
-    if built.adapters is not None:
-        stored = open_folder(folder) if has_weights(folder) else None
-        names = huggingface_names(built.base, stored)
-        writer = AdapterWriter(out, built.spec, built.adapters, str(folder), huggingface=names)
-    else:
-        writer = FolderWriter(out, built.spec, built.rebuild, folder if folder.is_dir() else None)
-    plan = json.loads((recipe.run.dir / "plan.json").read_text())
-    digest = recipe.model.base_digest or frozen_digest(folder)
-    writer.card = model_card(recipe, plan, read_metrics(recipe.run.dir), digest)
-    return writer

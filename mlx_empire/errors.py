@@ -26,6 +26,14 @@ class UserError(EmpireError):
     exit_code = 64
 
 
+class NoRoomError(UserError):
+    """A disk is full: what was refused can be written once there is room. `needed`: bytes, 0 where not known."""
+
+    def __init__(self, message: str, needed: int = 0) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
 class UnreadableError(UserError):
     """A file that the system does not let us read: it may be whole, so nobody may take it for damaged."""
 

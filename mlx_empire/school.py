@@ -2,8 +2,9 @@
 
 Whoever is done leaves her place to the next. A daughter whose data cannot be used, whose loss is no longer finite, or
 whose files cannot be written fails alone; so does one who was interrupted and may not go on as things are by now, and
-what she has is kept. When one is to be saved (`run.save_every`) or is done, all who are present are saved: a command
-that was killed goes on with the same daughters side by side, and comes to the same bits.
+what she has is kept. Where a disk has no room for a result, all wait until it has. When one is to be saved
+(`run.save_every`) or is done, all who are present are saved: a command that was killed goes on with the same daughters
+side by side, and comes to the same bits.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, phases
+from mlx_empire import assemble, phases, result
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint import unfinished
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
@@ -36,7 +38,7 @@ from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.folder import write_plan, write_private
+from mlx_empire.report.folder import write_plan
 from mlx_empire.report.metrics import MetricsWriter
 from mlx_empire.supervise.people import DONE, FAILED, TRAINING, recipe_for
 
@@ -131,6 +133,7 @@ class School:
     def _admit(self, place: int, name: str) -> None:
         recipe = recipe_for(self._recipe, self._people, name)
         try:
+            result.refuse_taken(recipe)
             plan, spec = self._room.plan, self._single.spec
             splits = assemble.load_data(recipe, spec)
             if (
@@ -287,20 +290,17 @@ class School:
                 self._tell(pupil.name, note=f"step {pupil.step} could not be saved: {error.strerror}")
 
     def _graduate(self, place: int, pupil: Pupil) -> None:
-        """Write her result, and leave the place."""
+        """Write her result, which waits for room on the disk, and leave the place."""
         pupil.metrics.close()
         del self._pupils[place]
         phases.reach("finish")
-        writer = assemble.result_writer(pupil.recipe, self._single)
+        writer = result.result_writer(pupil.recipe, self._single)
         assert isinstance(writer, AdapterWriter)
         adapter = self._cohort.adapter(place)
         for index, unit in enumerate(self._single.spec.units):
             writer.write_unit(index, {t.name: adapter[t.name] for t in unit.tensors if t.trainable})
-        writer.close()
-        if pupil.gate.reached:
-            assemble.freeze_result(pupil.recipe, pupil.gate)
-            phases.reach("freeze")
-        write_private(pupil.recipe.run.dir / "COMPLETE", "")
+        for write in (writer.close, partial(result.seal, pupil.recipe, pupil.gate)):
+            result.until_there_is_room(write, lambda note: self._tell(pupil.name, note=note))
         unfinished.forget(pupil.recipe.run.dir)
         note = pupil.gate.sentence() if pupil.gate.asks else ""
         self._tell(pupil.name, state=DONE, step=pupil.step, note=note)

@@ -17,9 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, beacon, capacity, continuing, phases, safeguards
+from mlx_empire import assemble, beacon, capacity, continuing, phases, result, safeguards
 from mlx_empire.arguments import UserArguments
-from mlx_empire.checkpoint.freeze import thaw
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
@@ -37,8 +36,9 @@ from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan, write_private
+from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.report.run import RunReport
+from mlx_empire.result import Patience, Refusal
 from mlx_empire.safeguards import Safeguards
 from mlx_empire.supervise.awake import keep_awake
 from mlx_empire.supervise.stop import StopRequest
@@ -88,13 +88,16 @@ def carry_out(
         if comm.rank == 0:
             refuse_finished(recipe.run.dir)
             refuse_unwritable(recipe.run.dir)
-            assemble.refuse_taken(recipe)
+            result.refuse_taken(recipe)
 
     # ---------------------------------------------------------------- what is trained, on what
     safeguards.agree_on_model(comm, recipe)
     config = assemble.share_config(comm, recipe)
     built = assemble.build(comm, recipe, config)
     spec = built.spec
+    with together(comm):
+        if comm.rank == 0:
+            result.refuse_impossible(recipe, built)
     splits = assemble.share_data(comm, recipe, spec)
 
     # ---------------------------------------------------------------- where it goes on
@@ -140,9 +143,8 @@ def carry_out(
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             run = Run(comm, recipe, plan, built, trainer, splits, evaluator, report, saver, stop)
-            gate = train(run)
-            export(run, gate)
-    saver.refuse_unsaved()
+            export(run, *train(run))
+            report.messages(saver.unsaved())
 
 
 def make_trainer(
@@ -179,8 +181,11 @@ class Run:
     stop: StopRequest
 
 
-def train(run: Run) -> GateKeeper:
-    """The steps that are left, with evaluation and saving in between, until they are done or the gate is reached."""
+def train(run: Run) -> tuple[int, GateKeeper]:
+    """The steps that are left, with evaluation and saving in between, until they are done or the gate is reached.
+
+    Returns the last step, and the gate.
+    """
     comm, recipe, trainer, report, saver = run.comm, run.recipe, run.trainer, run.report, run.saver
     data, seed, global_size = run.splits.train, recipe.run.seed, recipe.batch.global_size
     steps = assemble.total_steps(recipe, run.splits)
@@ -207,15 +212,15 @@ def train(run: Run) -> GateKeeper:
         phases.reach("data")
         batches = [micro_batch(data, seed, step - 1, j, **sizes) for j in mine]
         total = valid_tokens(data, seed, step - 1, global_size=global_size)
-        result = trainer.train_step(batches, total, step, rates(step))
+        taken = trainer.train_step(batches, total, step, rates(step))
 
         # ------------------------------------------------------------ what the user sees
         seconds = time.perf_counter() - started
         moved = comm.traffic.since(traffic)
-        report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
-        if result.note:
-            report.message(result.note)
-        if result.go_back:
+        report.step(record(step, taken, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
+        if taken.note:
+            report.message(taken.note)
+        if taken.go_back:
             report.message(continuing.go_back(comm, recipe, trainer, saver))
         done = step == steps
         if every and (done or step % every == 0):
@@ -225,14 +230,19 @@ def train(run: Run) -> GateKeeper:
         # ------------------------------------------------------------ what survives a crash
         reason = None if done else run.stop.agreed(comm)
         if reason or (save_every and (done or step % save_every == 0)):
-            replicas_agree(trainer.store, comm)
-            saver.request(step, trainer.carried())  # written while the next step computes
+            save(run, step)  # written while the next step computes
         report.messages(saver.news())
     saver.finish()
     report.messages(saver.news())
     if reason:
         raise continuing.stopped(saver, step, reason)
-    return gate
+    return step, gate
+
+
+def save(run: Run, step: int) -> None:
+    """Begin to save the state after `step`."""
+    replicas_agree(run.trainer.store, run.comm)
+    run.saver.request(step, run.trainer.carried())
 
 
 def record(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
@@ -274,36 +284,27 @@ def limit_memory(plan: RunPlan, rank: int) -> None:
     mx.reset_peak_memory()
 
 
-def export(run: Run, gate: GateKeeper) -> None:
-    """Write `final/` unit by unit, freeze it if the gate was reached, then `COMPLETE`.
+def export(run: Run, step: int, gate: GateKeeper) -> None:
+    """Write `final/`, freeze it if the gate was reached, then `COMPLETE`; wait as long as a disk refuses.
 
-    Every rank joins the gathers, rank 0 writes.
+    A run that waits and is asked to stop saves what is not saved yet.
     """
-    comm, recipe, built, trainer, report = run.comm, run.recipe, run.built, run.trainer, run.report
-    phases.reach("finish")
-    writer = None
-    with together(comm):
-        if comm.rank == 0:
-            thaw(recipe.run.dir / "final")  # a kill came between freezing it and COMPLETE
-            writer = assemble.result_writer(recipe, built)
-    for index in range(len(built.spec.units)):
-        trainer.store.bind(index)
-        with together(comm):
-            if writer is not None:
-                writer.write_unit(index, trainer.store.tensors(index))
-        trainer.store.release(index)
-    with together(comm):
-        if writer is not None:
-            writer.close()
-            for note in writer.notes:
-                report.message(note)
-            report.message(f"the trained {'adapters are' if built.adapters else 'model is'} in {writer.out}")
-            if gate.asks:
-                report.message(gate.sentence())
-            if gate.reached:
-                report.message(assemble.freeze_result(recipe, gate))
-                phases.reach("freeze")
-            write_private(recipe.run.dir / "COMPLETE", "")
+    comm, recipe, built, trainer, saver = run.comm, run.recipe, run.built, run.trainer, run.saver
+    said: list[str] = []
+
+    def stop_if_asked() -> None:
+        if reason := run.stop.agreed(comm):
+            save(run, step)
+            saver.finish()
+            run.report.messages(saver.news())
+            raise continuing.stopped(saver, step, reason)
+
+    def seal() -> Refusal | list[str]:
+        return result.attempted(comm, lambda: said.extend(result.seal(recipe, gate))) or said
+
+    patience = Patience(comm, result.final_of(recipe), run.report, saver, stop_if_asked)
+    patience.until_written(lambda: result.write_final(recipe, built, trainer.store, comm))
+    patience.until_written(seal)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,17 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_empire.adapters.layers import AdapterSettings
+from mlx_empire.checkpoint.disk import with_headroom
 from mlx_empire.checkpoint.peft_format import PEFT_NAME, PEFT_WEIGHTS, no_peft_form, peft_config, peft_weights
 from mlx_empire.checkpoint.sidefiles import write_json, write_text
-from mlx_empire.checkpoint.staging import disk_errors, fresh_folder, publish, refuse_foreign
+from mlx_empire.checkpoint.staging import (
+    disk_errors,
+    fresh_folder,
+    publish,
+    refuse_foreign,
+    remove,
+    require_room,
+)
 from mlx_empire.checkpoint.tensorfile import Entry, array_bytes, read_header, write_file
 from mlx_empire.errors import UserError
 from mlx_empire.plan.model import ModelSpec
@@ -62,10 +70,14 @@ class AdapterWriter:
         self._adapters |= {name: tensors[name] for name in names}
 
     def close(self) -> None:
-        """Write, check the headers, and rename."""
+        """Write, check the headers, and rename. NoRoomError; after an error it may be called again."""
         assert len(self._adapters) == sum(t.trainable for u in self._spec.units for t in u.tensors)
         adapter = Adapter(self._settings, self._adapters)
+        self.notes = []
         with disk_errors(self.out):
+            remove(self._temporary)
+            formats = 2  # mlx-lm's and PEFT's
+            require_room(self.out, with_headroom(formats * sum(4 * a.size for a in self._adapters.values())))
             fresh_folder(self._temporary)
             write_mlx_lm(self._temporary, adapter)
             why = no_peft_form(self._spec, huggingface=self._huggingface)
@@ -77,6 +89,10 @@ class AdapterWriter:
             if self.card:
                 write_text(self._temporary / CARD_NAME, self.card)
             publish(self._temporary, self.out, "mlx-lm adapters", self.notes)
+
+    def discard(self) -> None:
+        """Remove what an attempt to close has left; `out` is left as it was."""
+        remove(self._temporary)
 
 
 def write_mlx_lm(folder: Path, adapter: Adapter) -> None:

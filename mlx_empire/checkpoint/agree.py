@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from mlx_empire.checkpoint.disk import disk_of
 from mlx_empire.checkpoint.tensorfile import create_private
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
@@ -40,20 +41,20 @@ def describe(error: OSError) -> str:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where this rank keeps checkpoints, and which ranks share a folder: the lowest of them, by rank, leads it."""
+    """Where this rank keeps checkpoints, and which ranks share a folder: the lowest of them, by rank, leads it.
+
+    `disks`: by rank, what identifies the file system of its folder (`disk.disk_of`).
+    """
 
     root: Path
     rank: int
     leaders: tuple[int, ...]
+    disks: tuple[str, ...]
 
     @property
     def leads(self) -> bool:
         """True for the one rank that makes and renames directories in this folder."""
         return self.leaders[self.rank] == self.rank
-
-    def shared_with(self, leader: int) -> list[int]:
-        """The ranks of one folder."""
-        return [rank for rank, other in enumerate(self.leaders) if other == leader]
 
     def keeper_of(self, rank: int) -> int | None:
         """The next rank with another folder, which keeps a copy of this rank's shard; None where there is none."""
@@ -76,6 +77,7 @@ def find_folders(comm: Communicator, root: Path) -> Folders:
                 f"run.checkpoints: {root}: {error.strerror}; choose a folder that can be written"
             ) from None
     seen = [rank for rank, name in enumerate(names) if (root / name).exists()]
-    leaders = comm.gather_json(min(seen))
+    answers = comm.gather_json([min(seen), disk_of(root, comm.hostname)])
     own.unlink(missing_ok=True)
-    return Folders(root, comm.rank, tuple(leaders))
+    leaders = tuple(leader for leader, _ in answers)
+    return Folders(root, comm.rank, leaders, tuple(answers[leader][1] for leader in leaders))

@@ -1,6 +1,8 @@
 """One checkpoint, from shards in memory to a committed folder on every node: the protocol, run by all ranks.
 
-1. agree     on the step, the free space and whether there is room for copies; leaders make `.tmp-STEP-ATTEMPT`
+1. agree     on the step and the room, disk by disk: where copies of shards do not fit, there are none; where shards
+             do not, older copies and then the oldest checkpoints are given up (`shortage`); where that would not do,
+             this save is; leaders make `.tmp-STEP-ATTEMPT`
 2. write     every rank its shard, hashing beside it, until it is on the disk
 3. copy      every shard to the next node
 4. manifest  the same bytes on every node, file and folder on the disk
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from uuid import uuid4
 from mlx_empire import phases
 from mlx_empire.checkpoint.agree import Folders, SaveFailed, agreed, describe
 from mlx_empire.checkpoint.copies import exchange_copies
+from mlx_empire.checkpoint.disk import with_headroom
 from mlx_empire.checkpoint.manifest import Manifest, Shard, digest_of
 from mlx_empire.checkpoint.names import (
     COMMIT,
@@ -40,23 +42,25 @@ from mlx_empire.checkpoint.names import (
 )
 from mlx_empire.checkpoint.retention import make_room
 from mlx_empire.checkpoint.shard import LivePiece, write_shard
+from mlx_empire.checkpoint.shortage import give_up
 from mlx_empire.checkpoint.tensorfile import create_private, sync_file, sync_folder
 from mlx_empire.comm.protocol import Communicator
-
-HEADROOM = 1.02  # manifest, folders, rounding to the file system's blocks
 
 Describe = Callable[[Sequence[Shard]], Manifest]
 
 
 @dataclass
 class Commit:
-    """One attempt to save `step`. `describe` makes the manifest of the shards; `copies`: whether to copy shards."""
+    """One attempt to save `step`. `describe` makes the manifest of the shards; `copies`: whether to copy shards;
+    `newest`: the step of the checkpoint before, which is never given up.
+    """
 
     comm: Communicator
     folders: Folders
     step: int
     describe: Describe
     copies: bool | Literal["auto"]
+    newest: int
     notes: list[str] = field(default_factory=list)
     renamed: bool = False
     draft: Path = Path()
@@ -81,31 +85,31 @@ class Commit:
     def _agree(self, nbytes: int) -> bool:
         """Settle the attempt and the room for it; True if copies are made."""
         comm, folders = self.comm, self.folders
-        with agreed(comm):
-            free = shutil.disk_usage(folders.root).free
-        asked = comm.gather_json([self.step, nbytes, free])
-        assert all(step == self.step for step, _, _ in asked), f"ranks save different steps: {asked}"
-        sizes, copies = [size for _, size, _ in asked], bool(self.copies)
-        for leader in sorted(set(folders.leaders)):
-            room = min(asked[r][2] for r in folders.shared_with(leader))
-            own = sum(sizes[r] for r in folders.shared_with(leader))
-            others = sum(
-                size
-                for r, size in enumerate(sizes)
-                if (keeper := folders.keeper_of(r)) is not None and folders.leaders[keeper] == leader
-            )
-            if own * HEADROOM > room:
+        asked = comm.gather_json([self.step, nbytes])
+        assert all(step == self.step for step, _ in asked), f"ranks save different steps: {asked}"
+        own, others = dict.fromkeys(folders.disks, 0), dict.fromkeys(folders.disks, 0)
+        for rank, (_, size) in enumerate(asked):
+            own[folders.disks[rank]] += size
+            if (keeper := folders.keeper_of(rank)) is not None:
+                others[folders.disks[keeper]] += size
+        needed = {disk: with_headroom(nbytes) for disk, nbytes in own.items()}
+        free, given_up = give_up(comm, folders, needed, self.newest)
+        self.notes += given_up
+        copies = bool(self.copies) and any(others.values())
+        for disk, room in free.items():
+            host = comm.hostnames[folders.disks.index(disk)]
+            if needed[disk] > room:
                 raise SaveFailed(
-                    f"rank {leader} on {comm.hostnames[leader]}: {own:,} bytes are needed and {room:,} are free"
+                    f"rank {folders.disks.index(disk)} on {host}: {own[disk]:,} bytes are needed and {room:,} are free"
                 )
-            if (own + others) * HEADROOM > room:
+            if copies and with_headroom(own[disk] + others[disk]) > room:
                 copies = False
-                self.notes.append(f"no room for copies on {comm.hostnames[leader]} ({room:,} bytes free)")
+                self.notes.append(f"no room for copies on {host} ({room:,} bytes free)")
         self.draft = folders.root / draft_name(self.step, comm.broadcast_json(uuid4().hex[:8]))
         with agreed(comm):
             if folders.leads:
                 make_private(self.draft)
-        return copies and len(set(folders.leaders)) > 1
+        return copies
 
     def _write(self, pieces: list[LivePiece], passed: Callable[[int, int], None]) -> list[Shard]:
         comm = self.comm

@@ -8,7 +8,6 @@ files 0600 whatever the umask: a model fine-tuned on private text is private unt
 from __future__ import annotations
 
 import math
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -18,11 +17,19 @@ from typing import Self
 
 import mlx.core as mx
 
+from mlx_empire.checkpoint.disk import with_headroom
 from mlx_empire.checkpoint.folder import INDEX_NAME, Build, ModelFolder, has_weights, open_folder
-from mlx_empire.checkpoint.layout import HUGGING_FACE, Piece, choose_layout
-from mlx_empire.checkpoint.sidefiles import copy_side_files, stored_config, write_json, write_text
+from mlx_empire.checkpoint.layout import HUGGING_FACE, Layout, Piece, choose_layout
+from mlx_empire.checkpoint.sidefiles import SIDE_FILES, copy_side_files, stored_config, write_json, write_text
 from mlx_empire.checkpoint.source import FolderSource
-from mlx_empire.checkpoint.staging import disk_errors, fresh_folder, publish, refuse_foreign, remove
+from mlx_empire.checkpoint.staging import (
+    disk_errors,
+    fresh_folder,
+    publish,
+    refuse_foreign,
+    remove,
+    require_room,
+)
 from mlx_empire.checkpoint.tensorfile import (
     CODES,
     ITEM_BYTES,
@@ -47,18 +54,16 @@ class FolderWriter:
 
     `card`: text of the model card, none where empty; `notes`: sentences for the user; `not_trained`: names of the
     tensors that are carried through unchanged.
-    Raises UserError at once when `out` exists and is not an export of ours, or the disk has too little room.
+    UserError at once when `out` exists and is not an export of ours, for what `plan_export` refuses, and (NoRoomError)
+    when the disk has too little room.
     """
 
     def __init__(self, out: Path, spec: ModelSpec, build: Build, source_folder: Path | None = None) -> None:
         refuse_foreign(out)
+        self._source, self._layout = plan_export(out, spec, build, source_folder)
         self.out = out
         self._spec = spec
         self._side_files = source_folder
-        self._source = open_folder(source_folder) if source_folder and has_weights(source_folder) else None
-        if source_folder and out.exists() and out.samefile(source_folder):
-            raise UserError(f"{out}: this is the folder that the model was loaded from; choose another one")
-        self._layout = choose_layout(spec, build, self._source)
         self.notes = list(self._layout.notes)
         self.not_trained = self._layout.carried
         self.card = ""
@@ -69,8 +74,9 @@ class FolderWriter:
         self._structures: set[frozenset[tuple[str, tuple[int, ...]]]] = set()
         self._build = build
         self._temporary = out.parent / f".{out.name}.partial"
-        self._refuse_full_disk()
         with disk_errors(out):
+            remove(self._temporary)  # what an earlier attempt left is not to be counted
+            require_room(out, with_headroom(self._bytes()))
             fresh_folder(self._temporary)
 
     def __enter__(self) -> Self:
@@ -79,9 +85,10 @@ class FolderWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        finally:
             self.discard()
 
     def write_unit(self, index: int, tensors: Mapping[str, mx.array]) -> None:
@@ -160,16 +167,26 @@ class FolderWriter:
                     place = f"{self._temporary}: tensor {tensor.name}"
                     raise NumericsError(f"{place} reads back differently; {self.out} was not made")
 
-    def _refuse_full_disk(self) -> None:
+    def _bytes(self) -> int:
+        """Of the tensors, and of what is copied along."""
         pieces = (p for unit in self._layout.units for p in unit)
         needed = sum(ITEM_BYTES[CODES[p.dtype]] * math.prod(p.shape) for p in pieces)
         needed += _carried_bytes(self._source, self.not_trained)
-        place = next(p for p in (self.out.absolute().parent, *self.out.absolute().parents) if p.exists())
-        free = shutil.disk_usage(place).free
-        if free < needed:
-            raise UserError(
-                f"{self.out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk"
-            )
+        files = [self._side_files / name for name in SIDE_FILES] if self._side_files else []
+        return needed + sum(file.stat().st_size for file in files if file.is_file())
+
+
+def plan_export(
+    out: Path, spec: ModelSpec, build: Build, source_folder: Path | None
+) -> tuple[ModelFolder | None, Layout]:
+    """The source's weights, if it has any, and the layout: all that can be asked for before a model is trained.
+
+    UserError when `out` is the source, or mlx-lm reads no layout back.
+    """
+    if source_folder and out.exists() and out.samefile(source_folder):
+        raise UserError(f"{out}: this is the folder that the model was loaded from; choose another one")
+    source = open_folder(source_folder) if source_folder and has_weights(source_folder) else None
+    return source, choose_layout(spec, build, source)
 
 
 def _checksum(array: mx.array, tensor: TensorSpec) -> int:

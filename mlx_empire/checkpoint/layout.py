@@ -11,24 +11,29 @@ mlx-lm keeps most families' names. Three of its changes are undone here, recogni
 | self_attn.embed_q, unembed_out (deepseek_v3)       | self_attn.kv_b_proj.weight [heads (nope + v), rank]   |
 
 Whether that is right is not taken from a list of families: `choose_layout` hands the names, shapes and small
-tensors to the model's own `sanitize` and demands them back unchanged. Where that fails, mlx-lm's own layout
-is exported.
+tensors to the model's own `sanitize` and demands them back unchanged; for the values of large tensors the model
+scaled down stands in. Where that fails, mlx-lm's own layout is exported; where that fails too (baichuan_m1
+normalises its head whenever it is read), the model is refused before it is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_empire.checkpoint.folder import Build, ModelFolder, sanitize, stand_ins
+from mlx_empire.engine.twin import twin_config
 from mlx_empire.errors import UserError
+from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.model import ModelSpec, TensorSpec
 
 PROOF_ELEMENTS = 1 << 16  # tensors up to this size are compared by value in the proof
+CHANGED = "comes back with other values"
 HUGGING_FACE, MLX_LM = "huggingface", "mlx-lm"
 
 # Families whose Hugging Face names and shapes mlx-lm keeps, as opened by transformers (tests/interop).
@@ -73,12 +78,16 @@ class Piece:
     make: Callable[..., mx.array]
 
 
+Units = tuple[tuple[Piece, ...], ...]
+Way = Callable[[tuple[TensorSpec, ...]], Iterator[Piece]]  # lays out the tensors of a unit
+
+
 @dataclass(frozen=True)
 class Layout:
     """The pieces of every unit in file order; `kind`: `huggingface` or `mlx-lm`; `notes` for the user."""
 
     kind: str
-    units: tuple[tuple[Piece, ...], ...]
+    units: Units
     carried: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -90,27 +99,26 @@ def choose_layout(spec: ModelSpec, build: Build, folder: ModelFolder | None) -> 
     tensors): a run can ask before it trains whether its result can be exported. UserError if mlx-lm reads
     neither layout back.
     """
-    inverse = tuple(tuple(_inverse(unit.tensors)) for unit in spec.units)
-    own = tuple(tuple(_same(t) for t in unit.tensors) for unit in spec.units)
     towers = tower_names(folder) if folder else ()
+    why: str | None = None
     for carried in dict.fromkeys((towers, ())):
         others = {n: info for n, info in folder.stored().items() if n in carried} if folder else {}
-        for units in (inverse, own):
-            if reads_back(spec, build, units, stand_ins(others)):
-                kind = HUGGING_FACE if units is inverse and _is_huggingface(spec, inverse, folder) else MLX_LM
+        for way in (_inverse, _own):
+            units = _laid_out(spec, way)
+            why = problem_with(spec, build, units, stand_ins(others)) or _problem_when_small(spec, way)
+            if why is None:
+                kind = HUGGING_FACE if way is _inverse and _is_huggingface(spec, units, folder) else MLX_LM
                 return Layout(kind, units, carried, tuple(_notes(spec, kind, units, carried, folder)))
     raise UserError(
-        f"{spec.name}: mlx-lm does not read its own {spec.family} tensors back; it cannot be exported"
+        f"{spec.name}: a trained one cannot be exported, for mlx-lm does not read its own {spec.family} tensors "
+        f"back: {why}; choose another model" + (" or tuning.type: lora" if str(why).endswith(CHANGED) else "")
     )
 
 
-def reads_back(
-    spec: ModelSpec,
-    build: Build,
-    units: tuple[tuple[Piece, ...], ...],
-    others: dict[str, mx.array] | None = None,
-) -> bool:
-    """True if the model's `sanitize` turns the pieces back into exactly the spec's tensors.
+def problem_with(
+    spec: ModelSpec, build: Build, units: Units, others: dict[str, mx.array] | None = None
+) -> str | None:
+    """Why the model's `sanitize` does not turn the pieces back into exactly the spec's tensors; None where it does.
 
     Names and shapes of all tensors are compared, values of those up to `PROOF_ELEMENTS` elements; everything
     stays lazy but those. `others`: carried tensors that lie beside the pieces.
@@ -121,29 +129,57 @@ def reads_back(
     for piece in (p for unit in units for p in unit):
         made = piece.make(*(before[name] for name in piece.takes))
         if tuple(made.shape) != piece.shape or piece.name in exported:
-            return False
+            return f"{piece.name} stands there twice, or in another shape"
         exported[piece.name] = made
     model = build()
     try:
         after = sanitize(model, exported, spec.name)
+    except UserError as error:
+        return str(error).removeprefix(f"{spec.name}: ")
+    expected = before.keys() | {name for name, _ in tree_flatten(model.parameters())}
+    if after.keys() != before.keys() or expected != before.keys():
+        wrong = min((after.keys() ^ before.keys()) | (expected - before.keys()))
+        return f"{wrong} is {'missing' if wrong in expected else 'no part of its model'}"
+    changed = (n for n, t in tensors.items() if not _same_again(t, before[n], after[n]))
+    name = next(changed, None)
+    return None if name is None else f"{name} {CHANGED}"
+
+
+def _same_again(tensor: TensorSpec, before: mx.array, after: mx.array) -> bool:
+    if tensor.size > PROOF_ELEMENTS:
+        return after.shape == before.shape
+    return bool(mx.array_equal(after, before).item())
+
+
+def _problem_when_small(spec: ModelSpec, way: Way) -> str | None:
+    """As `problem_with`, with the values of what is too large to be compared in the model itself: those of its twin."""
+    if all(t.size <= PROOF_ELEMENTS for unit in spec.units for t in unit.tensors):
+        return None
+    config = twin_config(spec.config)
+    build = partial(build_model, config, spec.name)
+    try:
+        twin = describe(build(), config, spec.name, spec.dtype)
     except UserError:
-        return False
-    if after.keys() != before.keys() or any(after[n].shape != a.shape for n, a in before.items()):
-        return False
-    if not before.keys() >= {name for name, _ in tree_flatten(model.parameters())}:
-        return False
-    small = [n for n, t in tensors.items() if t.size <= PROOF_ELEMENTS]
-    return all(mx.array_equal(after[n], before[n]).item() for n in small)
+        return None  # whether it can be scaled down at all is `engine.twin`'s question
+    return problem_with(twin, build, _laid_out(twin, way))
 
 
 def huggingface_names(spec: ModelSpec, folder: ModelFolder | None) -> bool:
     """Whether the modules of `spec` are called as Hugging Face calls them, renamed and stacked ones apart."""
-    return _is_huggingface(spec, tuple(tuple(_inverse(unit.tensors)) for unit in spec.units), folder)
+    return _is_huggingface(spec, _laid_out(spec, _inverse), folder)
 
 
 def tower_names(folder: ModelFolder) -> tuple[str, ...]:
     """Names of a folder's tensors that belong to a tower beside the language model, in the folder's order."""
     return tuple(n for n in folder.tensors if n.removeprefix("model.").startswith(TOWERS))
+
+
+def _laid_out(spec: ModelSpec, way: Way) -> Units:
+    return tuple(tuple(way(unit.tensors)) for unit in spec.units)
+
+
+def _own(tensors: tuple[TensorSpec, ...]) -> Iterator[Piece]:
+    return map(_same, tensors)
 
 
 def _inverse(tensors: tuple[TensorSpec, ...]) -> Iterator[Piece]:
@@ -207,9 +243,7 @@ def _sample(tensor: TensorSpec) -> mx.array:
     return (mx.arange(tensor.size) % 251).astype(mx.float32).reshape(tensor.shape)
 
 
-def _is_huggingface(
-    spec: ModelSpec, units: tuple[tuple[Piece, ...], ...], folder: ModelFolder | None
-) -> bool:
+def _is_huggingface(spec: ModelSpec, units: Units, folder: ModelFolder | None) -> bool:
     pieces = [p for unit in units for p in unit]
     if spec.family in KEPT or any(p.takes != (p.name,) for p in pieces):
         return True  # what was undone, mlx-lm's sanitize does for Hugging Face names only
@@ -221,7 +255,7 @@ def _is_huggingface(
 def _notes(
     spec: ModelSpec,
     kind: str,
-    units: tuple[tuple[Piece, ...], ...],
+    units: Units,
     carried: tuple[str, ...],
     folder: ModelFolder | None,
 ) -> Iterator[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Container
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,10 +82,25 @@ def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint or draft: its own files, COMMIT first, then the folder, which stays if others are in it."""
     if not is_folder(folder):
         return
-    own = [path for path in _entries(folder) if _OURS.fullmatch(path.name)]
-    for path in sorted(own, key=lambda path: path.name != COMMIT):
+    for path in sorted(_own_files(folder), key=lambda path: path.name != COMMIT):
         path.unlink()
     folder.rmdir()
+
+
+def remove_own(folder: Path, names: Container[str]) -> None:
+    """Remove files of a checkpoint, of those that are its own."""
+    for path in _own_files(folder):
+        if path.name in names:
+            path.unlink()
+
+
+def held_bytes(folder: Path) -> dict[str, int]:
+    """The bytes on the disk of a checkpoint's own files, by name: what removing them would free."""
+    return {path.name: path.lstat().st_blocks * 512 for path in _own_files(folder)}
+
+
+def _own_files(folder: Path) -> list[Path]:
+    return [path for path in _entries(folder) if _OURS.fullmatch(path.name)]
 
 
 def open_own(path: Path) -> BinaryIO:

@@ -1,4 +1,5 @@
-"""Which checkpoints stay: the newest few, and those that a person pinned with a file `KEEP`.
+"""Which checkpoints stay: the newest few, and those that a person pinned with a file `KEEP`. (Which go when a disk is
+full: `shortage`.)
 
 Only folders with exactly a checkpoint's name are removed, of those only our own files, and never through a link. At
 the start of a run what interrupted saves left is removed, and checkpoints later than the one from which the run goes

@@ -28,11 +28,12 @@ from mlx_empire.checkpoint.identity import Identity
 from mlx_empire.checkpoint.names import step_name
 from mlx_empire.checkpoint.retention import clear_the_way, retain
 from mlx_empire.checkpoint.shard import LivePiece, live_pieces
+from mlx_empire.checkpoint.shortage import give_up
 from mlx_empire.comm.failure import AgreedExit
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.errors import EmpireError, UnsavedError, on_all_ranks
+from mlx_empire.errors import EmpireError
 
 NOBODY_WAITS_SECONDS = 86400.0  # a slow disk is no lost rank: hangs are the watchdog's business
 
@@ -136,16 +137,26 @@ class Saver:
         written, total = self._bytes
         return f"saving {step_name(self._asked)}  {written / max(total, 1):.0%} of this rank's {total / 1e9:.1f} GB"
 
-    def refuse_unsaved(self) -> None:
-        """UnsavedError on all ranks if a checkpoint could not be saved: for the end of a run."""
-        if self.failed:
-            steps = ", ".join(map(str, self.failed))
-            newest = f"the newest is that of step {self.newest}" if self.newest else "there is none"
-            raise on_all_ranks(
-                UnsavedError(
-                    f"the run is complete, but its checkpoints of step {steps} could not be saved; {newest}"
-                )
-            )
+    def give_up_for(self, disk: str, nbytes: int) -> list[str]:
+        """Older copies and checkpoints go, if that makes so many bytes free on `disk`; a line for each.
+
+        Collective, while nothing is being saved. The newest checkpoint stays, and those that are pinned.
+        """
+        if self._folders is None or disk not in self._folders.disks:
+            return []
+        try:
+            _, given_up = give_up(self._main, self._folders, {disk: nbytes}, self.newest)
+        except SaveFailed:
+            return []
+        return given_up
+
+    def unsaved(self) -> list[str]:
+        """What is to be said at the end of a run about checkpoints that could not be saved."""
+        if not self.failed:
+            return []
+        steps = ", ".join(map(str, self.failed))
+        newest = f"the newest is that of step {self.newest}" if self.newest else "there is none"
+        return [f"WARNING: the checkpoints of step {steps} could not be saved; {newest}"]
 
     def __enter__(self) -> Self:
         return self
@@ -162,19 +173,22 @@ class Saver:
 
     def _save(self, step: int, pieces: list[LivePiece], describe: Describe) -> None:
         assert self._folders is not None
-        commit = Commit(self._comm, self._folders, step, describe, self._policy.copies)
+        commit = Commit(self._comm, self._folders, step, describe, self._policy.copies, self.newest)
         name, start = step_name(step), time.monotonic()
         try:
             shards = commit.run(pieces, self._pass)
             self.newest = step
+            self.failed = [other for other in self.failed if other != step]
             total = sum(shard.nbytes for shard in shards)
             seconds = time.monotonic() - start
             self._news.append(f"{name} saved: {_amount(total)} in {seconds:.1f} s" + _after(commit.notes))
             self._retain(step)
         except SaveFailed as error:
-            self.failed.append(step)
+            self.failed = sorted({*self.failed, step})
+            self._asked = self.newest  # it may be asked for again
             newest = f"the newest is {step_name(self.newest)}" if self.newest else "there is none yet"
-            self._news.append(f"WARNING: {name} could not be saved, training goes on; {newest}: {error}")
+            problem = f"{name} could not be saved, training goes on; {newest}: {error}"
+            self._news.append(f"WARNING: {problem}{_after(commit.notes)}")
         except BaseException as error:
             self._broken = error
             raise

@@ -15,9 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from mlx_empire import __version__
+from mlx_empire.checkpoint.disk import free_bytes, is_full
 from mlx_empire.checkpoint.sidefiles import write_json
 from mlx_empire.checkpoint.tensorfile import sync_folder
-from mlx_empire.errors import UserError
+from mlx_empire.errors import NoRoomError, UserError
 
 RECORD_NAME = "EXPORT.json"  # says that a folder is ours: which files were written, in which layout
 
@@ -37,6 +38,15 @@ def refuse_foreign(out: Path) -> None:
     if not ours:
         raise UserError(
             f"{out}: exists and holds files that mlx_empire did not write; move them or export elsewhere"
+        )
+
+
+def require_room(out: Path, needed: int) -> None:
+    """NoRoomError unless so many bytes are free where `out` is to be written."""
+    free = free_bytes(out.parent)
+    if free < needed:
+        raise NoRoomError(
+            f"{out}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on its disk", needed
         )
 
 
@@ -82,7 +92,7 @@ def _replace(temporary: Path, out: Path) -> None:
 
 
 class disk_errors:
-    """Turns an OSError into one line for the user that names the export folder."""
+    """Turns an OSError into one line for the user that names the export folder; NoRoomError where the disk is full."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
@@ -94,5 +104,6 @@ class disk_errors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise UserError(f"{self._out}: cannot be written: {reason} ({error.filename})") from None
+            kind_of_error = NoRoomError if is_full(error) else UserError
+            place = f" ({error.filename})" if error.filename else ""
+            raise kind_of_error(f"{self._out}: cannot be written: {error.strerror or error}{place}") from None

@@ -84,8 +84,11 @@ def write_plan(
         "data_digest": splits.digest,
         "ranks": entries,
     }
-    write_private(folder / "recipe.yaml", dump_recipe(recipe))
-    write_private(folder / "plan.json", json.dumps(summary, indent=1))
+    try:
+        write_private(folder / "recipe.yaml", dump_recipe(recipe))
+        write_private(folder / "plan.json", json.dumps(summary, indent=1))
+    except OSError as error:
+        raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None
 
 
 def write_private(path: Path, text: str) -> None:

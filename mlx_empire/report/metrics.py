@@ -5,12 +5,15 @@ file leaves out what is no record, and whoever opens it to go on drops it. Value
 word for (NaN, infinities) become null.
 """
 
+import errno
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
+
+from mlx_empire.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
 
@@ -36,16 +39,29 @@ EVALUATION_FIELDS = ("step", "eval_loss")
 class MetricsWriter:
     """Appends records to `run_dir/metrics.jsonl` (mode 0600); a record survives our end once `write` returns.
 
+    On a full disk records wait in memory for the next write that succeeds: `waiting` says that some do.
+
     `after_step`: the step from which a resumed run goes on; records of later steps are dropped, because the
     run repeats them. None keeps everything.
     """
 
     def __init__(self, run_dir: Path, after_step: int | None = None) -> None:
         self.path = Path(run_dir) / FILE_NAME
-        if self.path.exists():
-            _tidy(self.path, after_step)
-        self._file = open(self.path, "ab", buffering=0, opener=_private)  # noqa: SIM115
-        os.fchmod(self._file.fileno(), 0o600)
+        self._unwritten = b""
+        try:
+            if self.path.exists():
+                _tidy(self.path, after_step)
+            self._file = open(self.path, "ab", buffering=0, opener=_private)  # noqa: SIM115
+            os.fchmod(self._file.fileno(), 0o600)
+        except OSError as error:
+            raise UserError(
+                f"run.dir: {self.path}: {error.strerror}; make it possible to write there"
+            ) from None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether records wait for room on the disk."""
+        return bool(self._unwritten)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record: of an evaluation if it has `eval_loss`, else of a step; it may have more names."""
@@ -53,10 +69,21 @@ class MetricsWriter:
         missing = [name for name in required if name not in record]
         assert not missing, f"a metrics record without {', '.join(missing)}"
         line = json.dumps({name: _strict(value) for name, value in record.items()}, allow_nan=False)
-        self._file.write(line.encode() + b"\n")
+        self._unwritten += line.encode() + b"\n"
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._unwritten:  # a disk that fills up takes a part of a line; the rest follows
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     def close(self) -> None:
         """Close the file; `write` must not be called again."""
+        if not self._file.closed:
+            self._write()
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -38,6 +38,7 @@ class RunReport:
         self._predicted = [ledger.peak for ledger in plan.ledgers]
         self._last: Mapping[str, Any] = {}
         self._display: RunDisplay | None = None
+        self._told_full = False
         self._writers: list[MetricsWriter | TensorBoardWriter] = []
         if comm.rank == 0:
             self._metrics = MetricsWriter(recipe.run.dir, resumed)
@@ -65,19 +66,27 @@ class RunReport:
         record["predicted_peak_bytes"] = self._predicted
         self._last = record
         if self._display is not None:
-            self._metrics.write(record)
+            self._write(record)
             self._display.step(record)
-            if self._tensorboard is not None:
-                self._tensorboard.step(record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """An evaluation: `step`, `eval_loss` (None without validation data) and perhaps `scores` by name."""
         if self._display is None:
             return
-        self._metrics.write(record)
+        self._write(record)
         self._display.evaluation(record)
-        if self._tensorboard is not None:
-            self._tensorboard.evaluation(record)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        """To the files; a full disk is told once, and ends nothing."""
+        self._metrics.write(record)
+        if self._metrics.waiting and not self._told_full:
+            self._told_full = True
+            self.message(
+                f"WARNING: {self._metrics.path}: the disk is full; records wait in memory until it is not"
+            )
+        if self._tensorboard is not None and not self._metrics.waiting:  # its thread dies of a full disk
+            write = self._tensorboard.evaluation if "eval_loss" in record else self._tensorboard.step
+            write(record)
 
     def message(self, text: str) -> None:
         """A line for the user, from rank 0."""

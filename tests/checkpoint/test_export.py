@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from support.tiny_models import FAMILIES, MIXTURES, OTHER_FAMILIES, tiny_config,
 from mlx_empire.checkpoint import export
 from mlx_empire.checkpoint.export import FolderWriter, refuse_foreign
 from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource
-from mlx_empire.errors import NumericsError, UserError
+from mlx_empire.errors import NoRoomError, NumericsError, UserError
 from mlx_empire.plan.model import ModelSpec
 
 Write = Callable[..., Path]
@@ -337,9 +338,10 @@ def test_a_full_disk_is_told_before_anything_is_written(
 ) -> None:
     build, spec = tiny_model("llama")
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda place: usage)
-    with pytest.raises(UserError, match=r"GB are free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(NoRoomError, match=r"GB are free") as refused:
         FolderWriter(tmp_path / "deep" / "out", spec, build)
+    assert refused.value.needed > 4 * spec.parameters
     assert not (tmp_path / "deep").exists()
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
 import pytest
-from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_model
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config, tiny_model
 
 from mlx_empire.checkpoint.folder import sanitize
-from mlx_empire.checkpoint.layout import HUGGING_FACE, MLX_LM, choose_layout, reads_back
+from mlx_empire.checkpoint.layout import HUGGING_FACE, MLX_LM, choose_layout, problem_with
 from mlx_empire.errors import UserError
+from mlx_empire.plan.describe import build_model, describe
 
 OWN = {"gpt_oss", "gpt2", "mamba2"}
 
@@ -66,7 +74,7 @@ def test_a_layout_that_mlx_lm_reads_otherwise_is_not_used(monkeypatch: pytest.Mo
     monkeypatch.setattr(model_class, "sanitize", shifting)
     layout = choose_layout(spec, build, None)
     assert layout.kind == MLX_LM
-    assert reads_back(spec, build, layout.units)
+    assert problem_with(spec, build, layout.units) is None
 
 
 def test_a_model_that_cannot_be_exported_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +84,58 @@ def test_a_model_that_cannot_be_exported_is_refused_at_once(monkeypatch: pytest.
     )
     with pytest.raises(UserError, match="cannot be exported"):
         choose_layout(spec, build, None)
+
+
+BAICHUAN = {
+    **tiny_config("llama"),
+    "model_type": "baichuan_m1",
+    "sliding_window": 32,
+    "sliding_window_layers": [1, 3],
+    "conv_window": 2,
+    "num_swa_attention_heads": 4,
+    "num_swa_key_value_heads": 2,
+}
+MINICPM = {
+    **tiny_config("llama"),
+    "model_type": "minicpm",
+    "dim_model_base": 32,
+    "scale_depth": 1.4,
+    "scale_emb": 12,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (BAICHUAN, "lm_head.weight comes back with other values"),
+        (
+            {**BAICHUAN, "vocab_size": 4096},
+            "lm_head.weight comes back with other values",
+        ),  # too large to compare
+        (MINICPM, "lm_head.weight is no part of its model"),
+        (
+            {"model_type": "qwen3_vl_moe", "text_config": tiny_config("qwen3_moe", tie_word_embeddings=True)},
+            "mlx-lm cannot map its tensors to the model",
+        ),
+    ],
+    ids=["changed", "changed and large", "another tensor", "fails"],
+)
+def test_what_mlx_lm_does_not_read_back_is_refused_before_training(
+    config: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    """mlx-lm's own loader is the judge: it gives back other weights, or none."""
+    build = partial(build_model, config, "brain")
+    model = build()
+    spec = describe(model, config, "brain", "float32")
+    with pytest.raises(UserError, match=f"brain: a trained one cannot be exported, .* tensors back: .*{why}"):
+        choose_layout(spec, build, None)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, {"format": "mlx"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    try:
+        loaded, _ = load_model(tmp_path)
+    except (KeyError, ValueError):
+        return
+    found = dict(tree_flatten(loaded.parameters()))
+    assert any(not mx.array_equal(found[name], w).item() for name, w in weights.items())

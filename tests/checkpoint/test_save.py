@@ -21,7 +21,6 @@ from mlx_empire.checkpoint.shard import LivePiece, problem_with
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.trainer import Trainer
-from mlx_empire.errors import UnsavedError
 
 CASE = Case(dtype="bfloat16", state_bits=8, stage=2, learning_rate=1e-2)
 
@@ -130,22 +129,21 @@ def test_the_same_step_is_saved_once_and_old_ones_go(trainer: Trainer, saver: Sa
     assert told == ["run.buddy:", "step-000001", "step-000002", "step-000003"]
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["LATEST", "step-000002", "step-000003"]
-    saver.refuse_unsaved()
+    assert saver.unsaved() == []
 
 
 def test_too_little_room_is_said_before_anything_is_written(
     trainer: Trainer, saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(commit.shutil, "disk_usage", lambda path: real._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=1000))
     saver.request(1, {})
     saver.finish()
     _, line = saver.news()
     assert line.startswith("WARNING: step-000001 could not be saved, training goes on; there is none yet: ")
     assert "bytes are needed and 1,000 are free" in line
     assert list((tmp_path / "checkpoints").iterdir()) == []
-    with pytest.raises(UnsavedError, match="its checkpoints of step 1 could not be saved; there is none"):
-        saver.refuse_unsaved()
+    assert saver.unsaved() == ["WARNING: the checkpoints of step 1 could not be saved; there is none"]
 
 
 def test_an_error_of_the_thread_ends_the_training(

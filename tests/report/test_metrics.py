@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 import stat
 
 import mlx.core as mx
@@ -118,3 +120,36 @@ def test_a_resumed_run_drops_the_steps_that_it_repeats(tmp_path):
         (3, 9.0),
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_on_a_full_disk_records_wait_and_none_is_lost_or_torn(tmp_path):
+    class FullDisk:
+        """Takes so many bytes, then none until there is room."""
+
+        def __init__(self, file, room):
+            self.file, self.room = file, room
+
+        def write(self, data):
+            taken = data[: self.room]
+            if not taken:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.room -= len(taken)
+            return self.file.write(taken)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(step_record(1))
+        size = writer.path.stat().st_size
+        disk = writer._file = FullDisk(writer._file, size // 2)
+        for step in (2, 3):
+            writer.write(step_record(step))
+            assert writer.waiting
+        disk.room = size
+        writer.write(step_record(4))
+        assert writer.waiting
+        disk.room = 10 * size
+        writer.write(step_record(5))
+        assert not writer.waiting
+    assert strict_lines(tmp_path) == [step_record(step) for step in range(1, 6)]

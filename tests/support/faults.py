@@ -130,6 +130,19 @@ class Lab:
         )
         return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
+    def begin(self, name: str, *arguments: object, ranks: int = 2) -> subprocess.Popen[str]:
+        """As `train`, not waited for: standard output is a pipe, standard error goes along."""
+        return subprocess.Popen(
+            [*self._launcher(ranks), "one", *self._arguments(name, arguments)],
+            cwd=self.folder,
+            env=self._environment({"PYTHONUNBUFFERED": "1"}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+
     def train_many(self, commands: Mapping[str, Command], ranks: int = 2) -> dict[str, Outcome]:
         """Runs by name, one after the other in one launch; rank 0's view of each."""
         listed = {

@@ -39,6 +39,10 @@ FILES = {
     "recipe.yaml": RECIPE,
     "empty.yaml": "",
     "models/positions/config.json": json.dumps(tiny_config("gpt2")),
+    "models/unwritable/config.json": json.dumps(
+        tiny_config("llama", dim_model_base=32, scale_depth=1.4, scale_emb=12)
+        | {"model_type": "minicpm", "tie_word_embeddings": True}
+    ),
     "data/kind.jsonl": GOOD_LINE + '{"text": 5}\n',
     "data/torn.jsonl": GOOD_LINE * 2 + '{"text": "We are met\n',
     "data/other.jsonl": GOOD_LINE + '{"prompt": "a", "completion": "b"}\n',
@@ -143,6 +147,10 @@ MODELS = {
         "data.packing=true",
         ("models/positions", "packing"),
     ),
+    "a result that nothing opens": Case(
+        "recipe.yaml model.path=models/unwritable model.init=random data.path=data/tokens.jsonl data.format=tokens",
+        ("models/unwritable: a trained one cannot be exported", "lm_head.weight", "choose another model"),
+    ),
 }
 DATA = {
     "no data": Case("recipe.yaml data.path=nowhere", ("data.path", "nowhere", "train.jsonl")),
@@ -202,6 +210,7 @@ ON_TWO = (
     "a word that mpirun does not know",
     "a node that is too small",
     "another's files in final",
+    "a result that nothing opens",
 )
 # The same for these, which have a launch each.
 APART_ON_TWO = ("no arguments", "packing with absolute positions", "a list of shares of another length")

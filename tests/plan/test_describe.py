@@ -57,7 +57,9 @@ def test_a_vocabulary_that_the_nested_configuration_lacks_is_read_off_the_embedd
     config = tiny_config("gemma4")
     del config["vocab_size"], config["text_config"]["vocab_size"]
     model = build_model(json.loads(json.dumps(config)), "gemma4")
-    assert describe(model, config, "gemma4", "float32").text_config["vocab_size"] == 262144  # mlx-lm's default
+    assert (
+        describe(model, config, "gemma4", "float32").text_config["vocab_size"] == 262144
+    )  # mlx-lm's default
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ FIND_PYTHON = for python in $(PYTHON); do \
 help:
 	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
 	@echo "make test           lint and the whole test suite"
-	@echo "make test-slow      more peaks against the ledger, and four ranks"
+	@echo "make test-slow      more peaks against the ledger, four ranks, and every model of mlx-lm"
 	@echo "make test-faults    every way in which a run is broken and must go on (long)"
 	@echo "make soak           twenty kills at random, and the same result"
 	@echo "make test-fuzz      2,000 broken files of each kind; only the errors of our own"
@@ -127,9 +127,9 @@ test: lint
 test-faults: setup
 	@$(FAST) $(PY) -m pytest tests/faults tests/reliability tests/supervise -m "faults or not faults" $(PYTEST_ARGS)
 
-# Peaks of another 25 settings, and whatever is the same on 1 to 3 ranks on 4.
+# Peaks of another 25 settings, whatever is the same on 1 to 3 ranks on 4, and every model of mlx-lm.
 test-slow: setup
-	@$(FAST) $(PY) -m pytest tests/engine -m slow $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/engine tests/train -m slow $(PYTEST_ARGS)
 
 # Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
 test-fuzz: setup

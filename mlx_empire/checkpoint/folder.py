@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx_empire.checkpoint.tensorfile import COPY_BYTES, DTYPES, Header, TensorInfo, open_plain, read_header
 from mlx_empire.errors import UserError
 from mlx_empire.plan.config import HEADS, TIE
+from mlx_empire.plan.foreign import reason_of
 from mlx_empire.plan.model import ModelSpec
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -134,9 +135,8 @@ def sanitize(model: nn.Module, weights: dict[str, mx.array], where: Path | str) 
     try:
         return dict(model.sanitize(weights))
     except Exception as error:  # foreign code on foreign names: usually a KeyError for a missing tensor
-        reason = f"{type(error).__name__}: {str(error)[:160]}"
         raise UserError(
-            f"{where}: mlx-lm cannot map its tensors to the model ({reason}); is it complete?"
+            f"{where}: mlx-lm cannot map its tensors to the model ({reason_of(error)}); is it complete?"
         ) from None
 
 

@@ -1,4 +1,5 @@
-"""Can this model be streamed, and how does it use its root? Asked of the real model before training; no layer runs.
+"""Can this model be streamed, and how does it use its root? Asked of the real model before training; no layer is
+evaluated.
 
 A layer may depend on the rest of the model by its hidden state alone. So what the model passes to its layers besides
 (masks) must not change when the slots return something else, nor when the tokens change: otherwise layers share more
@@ -15,7 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_empire.engine.masks import separable
-from mlx_empire.engine.slots import Deck, LayerArguments
+from mlx_empire.engine.slots import Deck, LayerArguments, refuse_sharing
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 
@@ -44,10 +45,7 @@ def probe_root(deck: Deck, store: ShardStore, vocabulary: int) -> RootUse:
     _, disturbed = deck.capture(tokens, noise)
     _, others = deck.capture((tokens * 7 + 3) % vocabulary)
     if not (_same(arguments, disturbed) and _same(arguments, others)):
-        raise UserError(
-            f"{deck.name}: its layers share more than the hidden state (keys, values or per-layer inputs); "
-            "streaming would lose gradients, so this architecture is refused"
-        )
+        raise refuse_sharing(deck.name)
     boundary = mx.random.normal(hidden.shape, key=mx.random.key(0)).astype(hidden.dtype)
     head, embed = [], []
     for i, tensor in enumerate(root):

@@ -3,13 +3,16 @@
 The model's code is never edited. Each layer is replaced by a `Slot` that forwards attribute reads to the layer and
 hands calls to the `Deck`, which decides by mode what the call does:
 
-- capture: no layer runs; the input of layer 0 and every layer's other arguments (masks) are noted;
+- capture: no layer runs; the input of layer 0 and every layer's other arguments (masks) are noted. Only the first
+           layer of each class is called once, lazily: whether it returns more than the hidden state shows in no other
+           way. What it returns besides must not reach another layer;
 - head:    every slot returns its input, the last one the boundary activation: final norm, head and softcaps run;
 - embed:   slot 0 stops the call; what it was given is the embedding's output.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_empire.errors import UserError
 from mlx_empire.plan.describe import find_layers
@@ -34,6 +38,23 @@ class LayerArguments:
     keywords: dict[str, Any]
 
 
+class Besides:
+    """Stands for what a layer returns besides the hidden state."""
+
+
+def hidden_of(output: Any) -> Any:
+    """The hidden state of what a layer returned: the first of a tuple, whose others are not used (see `Besides`)."""
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def refuse_sharing(name: str) -> UserError:
+    """The error for layers that are tied by more than the hidden state."""
+    return UserError(
+        f"{name}: its layers share more than the hidden state (keys, values or per-layer inputs); "
+        "streaming would lose gradients, so this architecture is refused"
+    )
+
+
 class Slot:
     """Takes a layer's place in the model's list; reads pass through, calls go to the deck."""
 
@@ -43,11 +64,18 @@ class Slot:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # for `isinstance`: some models choose a layer's mask by its class
+        return type(self._layer)
+
     def __contains__(self, key: str) -> bool:
         return key in self._layer
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return self._deck.visit(self._index, x, LayerArguments(args, kwargs))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args:  # the hidden state is the layer's first parameter, whatever its name
+            _, first, *_ = inspect.signature(type(self._layer).__call__).parameters
+            args = (kwargs.pop(first, None),)
+        return self._deck.visit(self._index, args[0], LayerArguments(args[1:], kwargs))
 
 
 class Deck:
@@ -61,6 +89,8 @@ class Deck:
         self._mode = "idle"
         self._noted: list[LayerArguments] = []
         self._hidden: mx.array | None = None
+        # By class of layer what it returns after the hidden state; None where that is all.
+        self._besides: dict[type, tuple[Besides | None, ...] | None] = {}
         self._noise: Sequence[float] | None = None
 
     @contextmanager
@@ -75,25 +105,48 @@ class Deck:
             self.model.train()
             owner[key] = slots
 
-    def visit(self, index: int, x: mx.array, arguments: LayerArguments) -> mx.array:
-        """What a slot does when the model calls it."""
+    def visit(self, index: int, x: mx.array, arguments: LayerArguments) -> Any:
+        """What a slot does when the model calls it; it returns as many things as the layer does."""
         last = index == len(self.layers) - 1
         if self._mode == "capture":
-            if index != len(self._noted):
-                raise UserError(
-                    f"{self.name}: layers are not visited once each, in order; it cannot be streamed"
-                )
-            if index == 0:
-                self._hidden = x
-            self._noted.append(arguments)
-            return x if self._noise is None else x + self._noise[index]
+            self._note(index, x, arguments)
+            return self._as_returned(index, x if self._noise is None else x + self._noise[index])
         if self._mode == "head":
             assert self._hidden is not None
-            return self._hidden if last else x
+            return self._as_returned(index, self._hidden if last else x)
         if self._mode == "embed":
             self._hidden = x
             raise _Stop
         raise AssertionError(f"slot {index} called in mode {self._mode!r}")
+
+    def _note(self, index: int, x: mx.array, arguments: LayerArguments) -> None:
+        if index != len(self._noted):
+            raise UserError(f"{self.name}: layers are not visited once each, in order; it cannot be streamed")
+        given = tree_flatten([x, arguments.positional, arguments.keywords])
+        if any(isinstance(value, Besides) for _, value in given):
+            raise refuse_sharing(self.name)
+        if not isinstance(x, mx.array):
+            raise UserError(
+                f"{self.name}: layer {index} is given {type(x).__name__} in place of one hidden state; "
+                "it cannot be streamed"
+            )
+        if index == 0:
+            self._hidden = x
+        self._noted.append(arguments)
+        layer = self.layers[index]
+        if type(layer) not in self._besides:
+            output = layer(x, *arguments.positional, **arguments.keywords)  # a graph that is never evaluated
+            if not isinstance(hidden_of(output), mx.array):
+                raise UserError(
+                    f"{self.name}: layer {index} returns {type(output).__name__}, not one hidden state; "
+                    "it cannot be streamed"
+                )
+            others = output[1:] if isinstance(output, tuple) else None
+            self._besides[type(layer)] = others and tuple(None if o is None else Besides() for o in others)
+
+    def _as_returned(self, index: int, x: mx.array) -> Any:
+        besides = self._besides.get(type(self.layers[index]))
+        return x if besides is None else (x, *besides)
 
     def capture(
         self, tokens: mx.array, noise: Sequence[float] | None = None
@@ -105,11 +158,12 @@ class Deck:
         """
         self._noted, self._noise = [], noise
         self._run("capture", tokens)
-        noted, hidden = self._noted, self._take()
-        self._noted, self._noise = [], None
+        noted, self._noted, self._noise = self._noted, [], None
         if len(noted) != len(self.layers):
-            raise UserError(f"{self.name}: only {len(noted)} of {len(self.layers)} layers are called")
-        return hidden, noted
+            raise UserError(
+                f"{self.name}: only {len(noted)} of {len(self.layers)} layers are called; it cannot be streamed"
+            )
+        return self._take(), noted
 
     def head(self, tokens: mx.array, boundary: mx.array) -> mx.array:
         """Logits from the last layer's output; `tokens` only give the shape. Differentiable in the boundary."""

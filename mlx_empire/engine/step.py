@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -30,7 +29,7 @@ from mlx_empire.engine.gradients import CellSum, GradientStore
 from mlx_empire.engine.loss import head_chunks, head_gradients, head_loss, head_scores, joined, of_all_rows
 from mlx_empire.engine.masks import separate
 from mlx_empire.engine.noise import LayerNoise
-from mlx_empire.engine.slots import Deck, LayerArguments
+from mlx_empire.engine.slots import Deck, LayerArguments, hidden_of
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.plan.workload import chunk_tokens, first_trained
@@ -187,7 +186,7 @@ class StreamedStep:
             given = separate(layer, given, r.documents)
         if self._noise is not None and layer.training:
             self._noise.seed(r.position, index)
-        output: Any = layer(hidden, *given.positional, **given.keywords)
+        output = hidden_of(layer(hidden, *given.positional, **given.keywords))
         if not isinstance(output, mx.array):
             raise UserError(
                 f"{self._deck.name}: layer {index} returns {type(output).__name__}, not one array; "

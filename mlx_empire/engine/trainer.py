@@ -33,6 +33,7 @@ from mlx_empire.engine.update import Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.protocol import ShardOptimizer, StepScalars
+from mlx_empire.plan.foreign import foreign
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.workload import Workload
@@ -92,7 +93,8 @@ class Trainer:
         """
         vocabulary = int(self.spec.text_config["vocab_size"])
         try:
-            use = probe_root(self._deck, self.store, vocabulary)
+            with foreign(f"{self.spec.name}: mlx-lm's model cannot be run with slots for layers", mixed=True):
+                use = probe_root(self._deck, self.store, vocabulary)
             if packing:
                 check_packing(self._deck, use)
         except UserError as error:  # the same model on every rank, so the same verdict

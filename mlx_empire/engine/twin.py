@@ -26,67 +26,89 @@ from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.plan.cells import CellLayout
-from mlx_empire.plan.describe import build_model, describe
+from mlx_empire.plan.describe import build_model, default_numbers, describe
+from mlx_empire.plan.foreign import foreign
 from mlx_empire.plan.shards import make_plan
 
 TOLERANCE = 1e-4
 MOST_LAYERS = 12
+MOST_PARAMETERS = 1 << 27
+NOISE = 1e-3  # of the largest gradient: smaller ones, in good part rounding, are compared with that
 VOCABULARY, HIDDEN, HEADS, HEAD_DIM = 256, 64, 4, 16
 
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
 SMALL_NUMBERS: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "model_dim"), HIDDEN),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), HEADS),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "model_dim", "block_dim", "conv_dim"), HIDDEN),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "swa_num_attention_heads"), HEADS),
     **dict.fromkeys(("head_dim", "query_pre_attn_scalar", "v_head_dim", "qk_nope_head_dim"), HEAD_DIM),
+    **dict.fromkeys(("swa_head_dim", "swa_v_head_dim"), HEAD_DIM),
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "n_inner", "ff_intermediate_size"), 96),
+    **dict.fromkeys(("block_ff_dim", "ffn_hidden_size"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "state_size", "ssm_state_size"), 16),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size", "n_ctx", "chunk_size"), 32),
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size"), 32),
+    **dict.fromkeys(("n_ctx", "chunk_size"), 32),
     **dict.fromkeys(("n_group", "topk_group", "n_groups"), 1),
     "qk_rope_head_dim": 8,
     "dim_model_base": HIDDEN,
 }
 AT_MOST: dict[str, int] = {
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "n_shared_experts"), 2),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), MOST_LAYERS),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "n_shared_experts", "moe_top_k"), 2),
+    **dict.fromkeys(LAYERS, MOST_LAYERS),
+    "rotary_dim": 8,
 }
-FACTORS = ("short_factor", "long_factor")
-KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+KEY_VALUE_HEADS = (
+    *("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads"),
+    *("swa_num_key_value_heads", "num_global_key_value_heads"),
+)
+PARTS = ("partial_rotary_factor", "rotary_pct")  # below 1 a half, so that a small head has an even number
+NESTED = ("text_config", "attn_config", "ffn_config")
+WHOLE_VOCABULARY = ("phi3small",)  # writes to logits by their numbers: with fewer, past the end of them
 
 
 def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same architecture with small numbers; lists with one entry per layer are shortened alike."""
-    layers = next((config[k] for k in ("num_hidden_layers", "n_layer", "n_layers") if k in config), 0)
+    """The same architecture with small numbers; lists with one entry per layer are shortened alike.
+
+    Sizes that the configuration leaves to mlx-lm's defaults become small too.
+    """
+    sizes = (*SMALL_NUMBERS, *AT_MOST, *KEY_VALUE_HEADS)
+    config = {k: v for k, v in default_numbers(config).items() if k in sizes} | dict(config)
+    layers = next((config[k] for k in LAYERS if k in config), 0)
     heads = next((config[k] for k in ("num_attention_heads", "n_head", "n_heads") if k in config), 0)
     twin: dict[str, Any] = {}
     for key, value in config.items():
-        if key == "text_config" and isinstance(value, Mapping):
+        if key in NESTED and isinstance(value, Mapping):
             twin[key] = twin_config(value)
         elif isinstance(value, bool) or value is None:
             twin[key] = value
+        elif isinstance(value, list) and layers and len(value) == layers:
+            twin[key] = value[:MOST_LAYERS]
         elif key in KEY_VALUE_HEADS:
             twin[key] = HEADS if value == heads else 1 if value == 1 else 2
         elif key in SMALL_NUMBERS and isinstance(value, int | float):
             twin[key] = SMALL_NUMBERS[key]
         elif key in AT_MOST and isinstance(value, int):
             twin[key] = min(value, AT_MOST[key])
-        elif isinstance(value, list) and layers and len(value) == layers:
-            twin[key] = value[:MOST_LAYERS]
+        elif key in PARTS and isinstance(value, int | float):
+            twin[key] = value if value >= 1 else 0.5
         elif key in ("rope_scaling", "rope_parameters") and isinstance(value, Mapping):
-            twin[key] = _fewer_factors(value)
+            twin[key] = _one_factor(value)
         else:
             twin[key] = value
+    if config.get("model_type") in WHOLE_VOCABULARY:
+        twin["vocab_size"] = config["vocab_size"]
     return twin
 
 
-def _fewer_factors(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """One factor in place of one for each rotary dimension: the twin has fewer of them. Also within layer types."""
+def _one_factor(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a list with a factor for each rotary dimension the first for all: the twin has fewer. Also in layer types."""
     small = dict(rope)
     for key, value in rope.items():
         if isinstance(value, Mapping):
-            small[key] = _fewer_factors(value)
-        elif key in FACTORS and isinstance(value, list) and value:
+            small[key] = _one_factor(value)
+        elif isinstance(value, list) and value:
             small[key] = value[0]
     return small
 
@@ -101,18 +123,23 @@ def verify_twin(config: Mapping[str, Any], name: str) -> None:
         small.pop(key, None)
     mx.random.seed(0)
     model = build_model(small, f"{name} (scaled down to verify streaming)")
+    parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
+    if parameters > MOST_PARAMETERS:
+        raise UserError(
+            f"{name}: streaming is verified on a scaled-down model, and this one cannot be scaled down: it keeps "
+            f"{parameters:,} parameters; config.json may lack sizes"
+        )
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     batch = _batch()
-    try:
+    with foreign(f"{name}: mlx-lm's model cannot be differentiated here"):
         loss, gradients = _whole(model, batch)
-    except Exception as error:  # a foreign model's own code: say what it said
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise UserError(f"{name}: mlx-lm's model cannot be differentiated here: {reason}") from None
-    streamed_loss, streamed = _streamed(model, small, name, batch)
+    with foreign(f"{name}: mlx-lm's model cannot be run layer by layer", mixed=True):
+        streamed_loss, streamed = _streamed(model, small, name, batch)
     worst, where = abs(loss - streamed_loss) / max(abs(loss), 1e-9), "the loss"
+    floor = max(NOISE * max(float(np.abs(g).max()) for g in gradients.values()), 1e-6)
     for path, expected in gradients.items():
-        scale = max(float(np.abs(expected).max()), 1e-6)
+        scale = max(float(np.abs(expected).max()), floor)
         difference = float(np.abs(streamed[path] - expected.reshape(-1)).max()) / scale
         if not difference <= worst:
             worst, where = difference, path

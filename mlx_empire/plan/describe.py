@@ -7,6 +7,7 @@ mlx-lm cannot build them.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from mlx_empire.errors import UserError
+from mlx_empire.plan.foreign import foreign
 from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec, is_adapter
 
 LAYER_LIST_NAMES = ("layers", "h", "blocks")
@@ -32,15 +34,23 @@ def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
         raise UserError(
             f"{name}: its weights are quantised; full fine-tuning needs a bfloat16 or float32 folder"
         )
-    try:
+    with foreign(f"{name}: mlx-lm cannot build model_type {config.get('model_type')!r}"):
         model_class, args_class = _get_classes(dict(config))
-        model = model_class(args_class.from_dict(copy.deepcopy(dict(config))))  # some write into it
-    except (Exception, SystemExit) as error:  # whatever a foreign model file raises on a bad configuration
-        kind = config.get("model_type")
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise UserError(f"{name}: mlx-lm cannot build model_type {kind!r}: {reason}") from None
-    assert isinstance(model, nn.Module)
-    return model.train()
+        given = copy.deepcopy(dict(config))  # some write into it
+        model: nn.Module = model_class(args_class.from_dict(given))
+        model.train().trainable_parameters()  # a few classes are no whole modules, which shows only here
+    return model
+
+
+def default_numbers(config: Mapping[str, Any]) -> dict[str, int | float]:
+    """The numbers that mlx-lm assumes where a configuration is silent; none for a kind that it does not have."""
+    try:
+        with foreign("its default numbers"):
+            _, args_class = _get_classes(dict(config))
+            numbers = {f.name: f.default for f in dataclasses.fields(args_class)}
+    except UserError:  # whoever builds the model will say it
+        return {}
+    return {k: v for k, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def _packed(quantization: object) -> bool:
@@ -54,7 +64,7 @@ def find_layers(model: nn.Module, name: str) -> tuple[nn.Module, str, str]:
     """The module that owns the list of layers, the list's key there, and its full path (`model.layers`)."""
     try:
         target = list(model.layers)
-    except AttributeError:
+    except Exception:  # a property of a foreign class: whatever it raises, there is no list
         target = []
     if target:
         for path, module in model.named_modules():
@@ -82,7 +92,9 @@ def describe(model: nn.Module, config: Mapping[str, Any], name: str, dtype: str)
     """
     _, _, prefix = find_layers(model, name)
     count = len(model.layers)
-    may_cast = getattr(model, "cast_predicate", None) or (lambda _: True)
+    with foreign(f"{name}: mlx-lm does not say which tensors keep float32"):
+        may_cast = getattr(model, "cast_predicate", None) or (lambda _: True)
+        kept = {path for path, _ in tree_flatten(model.parameters()) if not may_cast(path)}
     trainable = {path for path, _ in tree_flatten(model.trainable_parameters())}
     modules = dict(model.named_modules())
     groups: list[list[TensorSpec]] = [[] for _ in range(count + 1)]
@@ -92,11 +104,11 @@ def describe(model: nn.Module, config: Mapping[str, Any], name: str, dtype: str)
             raise UserError(f"{name}: {path} is {array.dtype}; only floating-point weights can be trained")
         rest = path.removeprefix(prefix + ".") if path.startswith(prefix + ".") else ""
         unit = int(rest.split(".", 1)[0]) + 1 if rest else 0
-        kept = dtype if may_cast(path) and not is_adapter(path) else "float32"
+        computes = "float32" if path in kept or is_adapter(path) else dtype
         if packed:
-            kept = str(array.dtype).removeprefix("mlx.core.")
+            computes = str(array.dtype).removeprefix("mlx.core.")
         bits, group = _packing(modules.get(path.rpartition(".")[0]), path)
-        groups[unit].append(TensorSpec(path, tuple(array.shape), kept, path in trainable, bits, group))
+        groups[unit].append(TensorSpec(path, tuple(array.shape), computes, path in trainable, bits, group))
     names = ["root", *(f"{prefix}.{i}" for i in range(count))]
     units = tuple(UnitSpec(n, tuple(g)) for n, g in zip(names, groups, strict=True))
     return ModelSpec(name, str(config["model_type"]), dtype, units, dict(config))

@@ -114,9 +114,20 @@ class ModelSpec:
 
     @cached_property
     def text_config(self) -> Mapping[str, Any]:
-        """The language model's part of the configuration (multimodal folders nest it in `text_config`)."""
+        """The language model's part of the configuration (multimodal folders nest it in `text_config`).
+
+        `vocab_size` and `hidden_size` are those of the root's longest table, the embedding, where it lacks them: some
+        folders leave them to mlx-lm's defaults (Gemma 3), some families call them otherwise (DBRX).
+        """
         nested = self.config.get("text_config")
-        return nested if isinstance(nested, Mapping) else self.config
+        config: Mapping[str, Any] = nested if isinstance(nested, Mapping) else self.config
+        tables = [t for u in self.units[:1] for t in u.tensors if len(t.shape) == 2]
+        if not tables:
+            return config
+        table = max(tables, key=lambda t: t.shape[0])
+        columns = table.shape[1] * 32 // table.bits if table.bits else table.shape[1]
+        shape = {"vocab_size": table.shape[0], **({} if "n_embd" in config else {"hidden_size": columns})}
+        return {**config, **{k: v for k, v in shape.items() if config.get(k) is None}}
 
 
 def is_adapter(name: str) -> bool:

@@ -20,6 +20,7 @@ from mlx_empire.engine.twin import twin_config, verify_twin
 from mlx_empire.errors import UserError
 from mlx_empire.plan import catalog
 from mlx_empire.plan.describe import describe
+from mlx_empire.plan.foreign import foreign
 from mlx_empire.plan.shards import make_plan
 
 SIZE, VOCABULARY = 16, 32
@@ -34,6 +35,31 @@ class Layer(nn.Module):
 
     def __call__(self, x: mx.array, extra: Any = None) -> Any:
         return x + self.linear(x)
+
+
+class Pair(Layer):
+    """A layer that returns two things."""
+
+    def __call__(self, x: mx.array, extra: Any = None) -> Any:
+        out = super().__call__(x)
+        return out, out * 2
+
+
+class PairModel(nn.Module):
+    """A decoder whose layers return two things; `kind` says what becomes of the second."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embed_tokens = nn.Embedding(VOCABULARY, SIZE)
+        self.layers = [Pair() for _ in range(3)]
+        self.lm_head = nn.Linear(SIZE, VOCABULARY, bias=False)
+
+    def __call__(self, tokens: mx.array) -> Any:
+        h, second = self.embed_tokens(tokens), None
+        for layer in self.layers:
+            h, second = layer(h, second if self.kind == "handed on" else None)
+        return self.lm_head(h + second if self.kind == "used by the head" else h)
 
 
 class Model(nn.Module):
@@ -54,6 +80,12 @@ class Model(nn.Module):
                 first, h = (h if i == 0 else first), layer(h, first if i else None)
             elif self.kind == "gives layers the tokens":
                 h = layer(h, self.embed_tokens(tokens))
+            elif self.kind == "calls by keyword":
+                h = layer(x=h, extra=None)
+            elif self.kind == "calls by another keyword":
+                h = layer(extra=h)
+            elif self.kind == "tells layers by their class":
+                h = layer(h) if isinstance(layer, Layer) else h * 2
             elif self.kind == "visits a layer twice":
                 h = layer(layer(h))
             elif self.kind != "skips a layer" or i != 1:
@@ -71,11 +103,19 @@ def probe(model: nn.Module) -> Any:
         store = ShardStore(make_plan(spec.units, [1.0], 3), model, SoloCommunicator("here"), thread)
         for index, unit in enumerate(spec.units):
             store.load(index, ((t, weights[t.name]) for t in unit.tensors))
-        return probe_root(Deck(model, "invented"), store, VOCABULARY)
+        with foreign("invented: it cannot be run", mixed=True):
+            return probe_root(Deck(model, "invented"), store, VOCABULARY)
 
 
 @pytest.mark.parametrize(
-    "kind", ["shares hidden states", "gives layers the tokens", "visits a layer twice", "skips a layer"]
+    "kind",
+    [
+        "shares hidden states",
+        "gives layers the tokens",
+        "visits a layer twice",
+        "skips a layer",
+        "calls by another keyword",
+    ],
 )
 def test_layers_tied_by_more_than_the_hidden_state_are_refused(kind):
     with pytest.raises(UserError, match="invented") as error:
@@ -83,8 +123,20 @@ def test_layers_tied_by_more_than_the_hidden_state_are_refused(kind):
     assert "\n" not in str(error.value)
 
 
-def test_a_plain_model_is_taken_and_its_root_understood():
-    use = probe(Model("plain"))
+@pytest.mark.parametrize("kind", ["handed on", "used by the head"])
+def test_what_layers_return_besides_the_hidden_state_may_not_be_used(kind):
+    with pytest.raises(UserError, match="invented") as error:
+        probe(PairModel(kind))
+    assert "\n" not in str(error.value)
+
+
+def test_what_layers_return_besides_and_nothing_uses_is_no_hindrance():
+    assert probe(PairModel("dropped")).head == (1,)
+
+
+@pytest.mark.parametrize("kind", ["plain", "calls by keyword", "tells layers by their class"])
+def test_a_plain_model_is_taken_and_its_root_understood(kind):
+    use = probe(Model(kind))
     assert (use.embed, use.head, use.absolute_positions) == ((0,), (1,), False)
 
 
@@ -112,6 +164,26 @@ def test_the_twin_of_a_published_model_is_small_and_streamed_exactly(name):
     mx.reset_peak_memory()
     verify_twin(config, name)
     assert mx.get_peak_memory() < 1 << 28
+
+
+@pytest.mark.parametrize(
+    ("family", "published"),
+    [
+        ("dbrx", {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 5e5}, "n_heads": 48, "d_model": 6144}),
+        ("lfm2", {"hidden_size": 2048, "block_dim": 2048, "block_ff_dim": 12288, "block_multiple_of": 256}),
+        ("minimax", {"hidden_size": 3072, "head_dim": 128, "rotary_dim": 64, "num_attention_heads": 48}),
+        ("mimo_v2_flash", {"head_dim": 192, "swa_head_dim": 192, "partial_rotary_factor": 0.334}),
+        ("minicpm3", {"rope_scaling": {"type": "longrope", "long_factor": [1.05] * 16, "short_factor": [1.0] * 16}}),
+        ("openelm", {"num_query_heads": [12, 16, 16, 20], "num_kv_heads": [3, 4, 4, 5], "model_dim": 1280}),
+    ],
+)  # fmt: skip
+def test_published_sizes_can_be_scaled_down(family, published):
+    verify_twin(tiny_config(family) | published, family)
+
+
+def test_the_twin_is_small_where_the_defaults_of_mlx_lm_give_the_sizes():
+    small = twin_config({"model_type": "cohere"})
+    assert (small["hidden_size"], small["num_hidden_layers"], small["vocab_size"]) == (64, 12, 256)
 
 
 def test_the_twin_keeps_the_pattern_of_layers():

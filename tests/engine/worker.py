@@ -73,10 +73,14 @@ def against_reference(case: Case, size: int, loss: float, gradients: dict[str, n
         name: float(np.abs(gradients[name] - g).max() / (np.abs(g).max() + 1e-12))
         for name, g in expected.items()
     }
+    norms = [
+        np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in of.values())) for of in (gradients, expected)
+    ]
     unequal = [name for name, g in same.items() if not np.array_equal(gradients[name], g)]
     return {
         "loss_error": abs(loss - expected_loss) / abs(expected_loss),
         "gradient_error": max(errors.values()),
+        "norm_error": abs(norms[0] - norms[1]) / norms[1],
         "unequal": unequal + ["the loss"] * (loss != same_loss),
     }
 

@@ -50,6 +50,23 @@ def test_published_count_without_computing_a_weight():
     assert mx.get_active_memory() - before < 1 << 20
 
 
+@pytest.mark.parametrize("family", ["phixtral", "dbrx", "openelm"])
+def test_sizes_under_other_names_are_read_off_the_embedding(family):
+    config = tiny_config(family)
+    assert not {"vocab_size", "hidden_size"} <= config.keys()
+    spec = describe(build_model(config, family), config, family, "float32")
+    assert (spec.text_config["vocab_size"], spec.text_config["hidden_size"]) == (256, 64)
+
+
+def test_a_vocabulary_that_the_nested_configuration_lacks_is_read_off_the_embedding():
+    config = tiny_config("gemma4")
+    del config["vocab_size"], config["text_config"]["vocab_size"]
+    model = build_model(json.loads(json.dumps(config)), "gemma4")
+    assert (
+        describe(model, config, "gemma4", "float32").text_config["vocab_size"] == 262144
+    )  # mlx-lm's default
+
+
 @pytest.mark.parametrize(
     ("config", "wanted", "dtype"),
     [

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.model import ModelSpec
+from support.every_model import small_config
 
 # The families that every test of full fine-tuning covers; OTHER_FAMILIES stream as well.
 FAMILIES = ("llama", "qwen3", "gemma2", "qwen3_moe", "llama4", "deepseek_v3", "gpt_oss")
@@ -148,13 +149,13 @@ _ARCHITECTURES = {
 
 
 def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
-    """A fresh `config.json` for `family`; `overrides` replace keys (llama4: of its `text_config`)."""
+    """A fresh `config.json` for any family of mlx-lm; `overrides` replace keys (llama4: of its `text_config`)."""
     if family == "llama4":
         config: dict[str, Any] = {"model_type": family, "text_config": {**_LLAMA4_TEXT, **overrides}}
     elif family in FAMILIES or family in OTHER_FAMILIES:
         config = {**_COMMON, **_SPECIAL.get(family, {}), "model_type": family, **overrides}
     else:
-        raise ValueError(f"no tiny configuration for {family!r}; known: {(*FAMILIES, *OTHER_FAMILIES)}")
+        config = {**small_config(family), **overrides}
     if family in _ARCHITECTURES:
         config["architectures"] = [_ARCHITECTURES[family]]
     return config

@@ -43,6 +43,8 @@ FILES = {
         tiny_config("llama", dim_model_base=32, scale_depth=1.4, scale_emb=12)
         | {"model_type": "minicpm", "tie_word_embeddings": True}
     ),
+    **{f"models/{name}/config.json": json.dumps(tiny_config(name)) for name in ("rwkv7", "iquestloopcoder")},
+    **{f"models/{name}/config.json": json.dumps(tiny_config(name)) for name in ("recurrent_gemma", "olmo")},
     "data/kind.jsonl": GOOD_LINE + '{"text": 5}\n',
     "data/torn.jsonl": GOOD_LINE * 2 + '{"text": "We are met\n',
     "data/other.jsonl": GOOD_LINE + '{"prompt": "a", "completion": "b"}\n',
@@ -119,6 +121,7 @@ RECIPES = {
     ),
     "an override that is none": Case("recipe.yaml steps", ("override 'steps'", "section.key=value")),
 }
+RANDOM = "model.init=random data.path=data/tokens.jsonl data.format=tokens"
 MODELS = {
     "no model folder": Case("recipe.yaml model.path=nowhere", ("nowhere/config.json", "model.path")),
     "a damaged config.json": Case(
@@ -142,6 +145,19 @@ MODELS = {
     ),
     "no weights": Case("recipe.yaml model.path=models/bare", ("models/bare", "safetensors")),
     "no tokenizer": Case("recipe.yaml model.path=models/mute", ("models/mute", "tokenizer")),
+    "layers that share more than the hidden state": Case(
+        f"recipe.yaml model.path=models/rwkv7 {RANDOM}", ("models/rwkv7", "share more than the hidden state")
+    ),
+    "layers that are never called": Case(
+        f"recipe.yaml model.path=models/iquestloopcoder {RANDOM}", ("models/iquestloopcoder", "0 of 4 layers")
+    ),
+    "a class of mlx-lm that is no whole module": Case(
+        f"recipe.yaml model.path=models/recurrent_gemma {RANDOM}",
+        ("models/recurrent_gemma", "'recurrent_gemma'"),
+    ),
+    "a module of mlx-lm that ends the program": Case(
+        f"recipe.yaml model.path=models/olmo {RANDOM}", ("models/olmo", "pip install ai2-olmo")
+    ),
     "packing with absolute positions": Case(
         "recipe.yaml model.path=models/positions model.init=random data.path=data/tokens.jsonl data.format=tokens "
         "data.packing=true",

@@ -22,6 +22,7 @@ from mlx_empire import assemble, phases
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint import unfinished
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
+from mlx_empire.checkpoint.identity import config_digest
 from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.checkpoint.unfinished import Bookmark, Origin
 from mlx_empire.cluster.hostfile import Node
@@ -138,7 +139,8 @@ class School:
             ):  # without a gate a person may well have no held-out rows
                 assemble.refuse_idle_keys(recipe, splits)
             evaluator = assemble.load_evaluator(recipe, spec, plan)
-            origin = Origin(dump_recipe(recipe), splits.digest, self._base)
+            config = config_digest(recipe.model.path) or ""
+            origin = Origin(dump_recipe(recipe), splits.digest, self._base, config)
             pace = assemble.pace(recipe, splits.train)
             steps = assemble.total_steps(recipe, splits)
             every, save_every = (

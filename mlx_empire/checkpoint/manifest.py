@@ -82,7 +82,8 @@ class Manifest(_Strict):
     """A checkpoint after `step` steps.
 
     `next_row`: rows of the data that have been read. `base` identifies frozen weights, which are not saved, and
-    `config` the model's configuration (None: not noted). `numerics`: what the watch over leaps has seen. `shares` and `zero_stage` say how the shards were cut, for people.
+    `config` the model's configuration (None: not noted). `numerics`: what the watch over leaps has seen. `shares` and
+    `zero_stage` say how the shards were cut, for people.
     """
 
     format: Literal[1]

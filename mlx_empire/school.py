@@ -232,6 +232,7 @@ class School:
         return Turn(batches, tokens, pupil.step + 1, pupil.rates(pupil.step + 1))
 
     def _record(self, pupil: Pupil, turn: Turn, lesson: Lesson, seconds: float) -> None:
+        positions = sum(batch.inputs.size for batch in turn.micro_batches)
         pupil.metrics.write(
             {
                 "step": pupil.step,
@@ -240,6 +241,8 @@ class School:
                 "grad_norm": lesson.norm,
                 "tokens": turn.tokens,
                 "tokens_per_second": turn.tokens / seconds,
+                "positions": positions,
+                "positions_per_second": positions / seconds,
                 "step_seconds": seconds,
                 "comm_wait_seconds": 0.0,
                 "together": len(self._pupils),

@@ -25,7 +25,7 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
+from mlx_empire.data.batches import micro_batch, positions, valid_tokens, validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.engine.trainer import StepResult, Trainer
@@ -212,7 +212,9 @@ def train(run: Run) -> GateKeeper:
         # ------------------------------------------------------------ what the user sees
         seconds = time.perf_counter() - started
         moved = comm.traffic.since(traffic)
-        report.step(record(step, result, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
+        passed = positions(data, seed, step - 1, **sizes)
+        line = record(step, result, rates(step), seconds, targets=total, positions=passed)
+        report.step(line, sum(moved.sent), sum(moved.received))
         if result.note:
             report.message(result.note)
         if result.go_back:
@@ -235,15 +237,22 @@ def train(run: Run) -> GateKeeper:
     return gate
 
 
-def record(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
-    """One line of metrics.jsonl; figures by rank are added by the report."""
+def record(
+    step: int, result: StepResult, rate: float, seconds: float, *, targets: int, positions: int
+) -> dict[str, Any]:
+    """One line of metrics.jsonl; figures by rank are added by the report.
+
+    `targets` that count in the whole step, and input `positions` computed for them, padding included.
+    """
     return {
         "step": step,
         "loss": result.loss,
         "learning_rate": rate,
         "grad_norm": result.gradient_norm,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
+        "tokens": targets,
+        "tokens_per_second": targets / seconds,
+        "positions": positions,
+        "positions_per_second": positions / seconds,
         "step_seconds": seconds,
         "comm_wait_seconds": result.wait_seconds,
         **({"skipped": True} if result.skipped else {}),

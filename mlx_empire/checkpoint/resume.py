@@ -144,7 +144,9 @@ def _survey(comm: Communicator, recipe: Recipe) -> tuple[Survey, list[str]]:
         return survey, []
     others = [path for path in _of_any_host(pattern, comm.rank) if path != root and steps_in(path)]
     former = others[comm.rank % len(others)] if others else root
-    notes = [f"{pattern} has no checkpoint under this machine's name: looking into {former}"] if others else []
+    notes = (
+        [f"{pattern} has no checkpoint under this machine's name: looking into {former}"] if others else []
+    )
     return Survey(comm, former), notes
 
 

@@ -119,7 +119,9 @@ class Survey:
         for rank, one in seen.items():
             where = f"{one.folder} on {self._comm.hostnames[rank]}"
             if one.linked:
-                raise _Damaged(f"{where} is a symbolic link, which is not followed; put the folder itself there")
+                raise _Damaged(
+                    f"{where} is a symbolic link, which is not followed; put the folder itself there"
+                )
             if one.commit == "" or (others and one.commit is not None):
                 problem = "differs from that of other nodes" if one.commit else "cannot be read"
                 raise _Damaged(f"{COMMIT} in {where} {problem}")

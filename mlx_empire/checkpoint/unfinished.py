@@ -137,7 +137,12 @@ def require_same(found: Bookmark, now: Origin, recipe: Recipe, steps: int) -> No
     for mine, hers, key, what in (
         (now.data, found.origin.data, DATA, f"{recipe.data.path} holds other rows"),
         (now.base, found.origin.base, MODEL, f"{recipe.model.path} holds other weights"),
-        (now.config, found.origin.config or now.config, MODEL, f"{recipe.model.path} holds another config.json"),
+        (
+            now.config,
+            found.origin.config or now.config,
+            MODEL,
+            f"{recipe.model.path} holds another config.json",
+        ),
     ):
         if mine != hers and not accepts(accepted, key.split(".")[0]):
             raise UserError(

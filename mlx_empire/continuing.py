@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mlx_empire import assemble, phases
-from mlx_empire.checkpoint.identity import Identity, base_digest
+from mlx_empire.checkpoint.identity import Identity, base_digest, config_digest
 from mlx_empire.checkpoint.manifest import Resolved
 from mlx_empire.checkpoint.names import step_name
 from mlx_empire.checkpoint.restore import Restore
@@ -26,7 +26,9 @@ from mlx_empire.recipe.schema import Recipe
 
 def where_to_begin(comm: Communicator, recipe: Recipe, built: assemble.Built, splits: Splits) -> Start:
     """What run.resume asks for, if this run may go on from it: the errors are the same on all ranks. Collective."""
-    start = replace(find_start(comm, recipe), data=splits.digest, base=base_of(comm, recipe, built))
+    start = find_start(comm, recipe)
+    config = comm.broadcast_json(config_digest(recipe.model.path) if comm.rank == 0 else None)
+    start = replace(start, data=splits.digest, base=base_of(comm, recipe, built), config=config)
     require_same(start)
     require_steps_left(start, assemble.total_steps(start.recipe, splits))
     return start
@@ -99,6 +101,7 @@ def open_saver(comm: Communicator, plan: RunPlan, store: ShardStore, start: Star
         start.base,
         resolved,
         plan.shards,
+        start.config,
     )
     policy = Policy(recipe.run.keep_last, recipe.run.buddy)
     units = range(len(plan.shards.units))

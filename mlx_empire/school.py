@@ -24,6 +24,7 @@ from mlx_empire import assemble, phases, result
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint import unfinished
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
+from mlx_empire.checkpoint.identity import config_digest
 from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.checkpoint.unfinished import Bookmark, Origin
 from mlx_empire.cluster.hostfile import Node
@@ -141,7 +142,8 @@ class School:
             ):  # without a gate a person may well have no held-out rows
                 assemble.refuse_idle_keys(recipe, splits)
             evaluator = assemble.load_evaluator(recipe, spec, plan)
-            origin = Origin(dump_recipe(recipe), splits.digest, self._base)
+            config = config_digest(recipe.model.path) or ""
+            origin = Origin(dump_recipe(recipe), splits.digest, self._base, config)
             pace = assemble.pace(recipe, splits.train)
             steps = assemble.total_steps(recipe, splits)
             every, save_every = (
@@ -234,6 +236,7 @@ class School:
         return Turn(batches, tokens, pupil.step + 1, pupil.rates(pupil.step + 1))
 
     def _record(self, pupil: Pupil, turn: Turn, lesson: Lesson, seconds: float) -> None:
+        positions = sum(batch.inputs.size for batch in turn.micro_batches)
         pupil.metrics.write(
             {
                 "step": pupil.step,
@@ -242,6 +245,8 @@ class School:
                 "grad_norm": lesson.norm,
                 "tokens": turn.tokens,
                 "tokens_per_second": turn.tokens / seconds,
+                "positions": positions,
+                "positions_per_second": positions / seconds,
                 "step_seconds": seconds,
                 "comm_wait_seconds": 0.0,
                 "together": len(self._pupils),

@@ -24,7 +24,7 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
+from mlx_empire.data.batches import micro_batch, positions, valid_tokens, validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.engine.trainer import StepResult, Trainer
@@ -217,7 +217,9 @@ def train(run: Run) -> tuple[int, GateKeeper]:
         # ------------------------------------------------------------ what the user sees
         seconds = time.perf_counter() - started
         moved = comm.traffic.since(traffic)
-        report.step(record(step, taken, rates(step), total, seconds), sum(moved.sent), sum(moved.received))
+        passed = positions(data, seed, step - 1, **sizes)
+        line = record(step, taken, rates(step), seconds, targets=total, positions=passed)
+        report.step(line, sum(moved.sent), sum(moved.received))
         if taken.note:
             report.message(taken.note)
         if taken.go_back:
@@ -245,15 +247,22 @@ def save(run: Run, step: int) -> None:
     run.saver.request(step, run.trainer.carried())
 
 
-def record(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
-    """One line of metrics.jsonl; figures by rank are added by the report."""
+def record(
+    step: int, result: StepResult, rate: float, seconds: float, *, targets: int, positions: int
+) -> dict[str, Any]:
+    """One line of metrics.jsonl; figures by rank are added by the report.
+
+    `targets` that count in the whole step, and input `positions` computed for them, padding included.
+    """
     return {
         "step": step,
         "loss": result.loss,
         "learning_rate": rate,
         "grad_norm": result.gradient_norm,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
+        "tokens": targets,
+        "tokens_per_second": targets / seconds,
+        "positions": positions,
+        "positions_per_second": positions / seconds,
         "step_seconds": seconds,
         "comm_wait_seconds": result.wait_seconds,
         **({"skipped": True} if result.skipped else {}),

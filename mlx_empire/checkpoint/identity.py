@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from mlx_empire import __version__
 from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.manifest import Manifest, Resolved, Shard, digest_of
 from mlx_empire.checkpoint.tensorfile import open_plain
+from mlx_empire.errors import UserError
 from mlx_empire.plan.shards import ShardPlan
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14
@@ -34,9 +36,22 @@ def base_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def config_digest(folder: Path) -> str | None:
+    """SHA-256 over what a model folder's config.json says, however it is laid out; None where it says nothing."""
+    try:
+        with open_plain(folder / "config.json") as file:
+            said = json.dumps(json.load(file), sort_keys=True)
+    except (OSError, UserError, ValueError, RecursionError):
+        return None
+    return digest_of(said.encode())
+
+
 @dataclass(frozen=True)
 class Identity:
-    """A run as its checkpoints describe it; `base` identifies frozen weights, which are not saved."""
+    """A run as its checkpoints describe it.
+
+    `base` identifies frozen weights and `config` the model's configuration: neither is saved.
+    """
 
     recipe: str
     data_digest: str
@@ -45,6 +60,7 @@ class Identity:
     base: str | None
     resolved: Resolved
     plan: ShardPlan
+    config: str | None = None
 
     def manifest(
         self, step: int, numerics: Mapping[str, Sequence[float]], shards: Sequence[Shard]
@@ -60,6 +76,7 @@ class Identity:
             next_row=step * self.global_size,
             seed=self.seed,
             base=self.base,
+            config=self.config,
             resolved=self.resolved,
             numerics={name: tuple(map(float, values)) for name, values in numerics.items()},
             zero_stage=self.plan.zero_stage,

@@ -81,8 +81,9 @@ class Resolved(_Strict):
 class Manifest(_Strict):
     """A checkpoint after `step` steps.
 
-    `next_row`: rows of the data that have been read. `base` identifies frozen weights, which are not saved. `numerics`:
-    what the watch over leaps has seen. `shares` and `zero_stage` say how the shards were cut, for people.
+    `next_row`: rows of the data that have been read. `base` identifies frozen weights, which are not saved, and
+    `config` the model's configuration (None: not noted). `numerics`: what the watch over leaps has seen. `shares` and
+    `zero_stage` say how the shards were cut, for people.
     """
 
     format: Literal[1]
@@ -94,6 +95,7 @@ class Manifest(_Strict):
     next_row: Count
     seed: Count
     base: Text | None
+    config: Digest | None = None
     resolved: Resolved
     numerics: dict[Text, tuple[float, ...]]
     zero_stage: Count

@@ -58,6 +58,22 @@ def steps_in(root: Path) -> dict[int, Path]:
     return {step: found[step] for step in sorted(found) if is_folder(found[step])}
 
 
+def links_in(root: Path) -> dict[int, Path]:
+    """The symbolic links in `root` that are named as checkpoints, by step."""
+    found = {step: path for path in _entries(root) if (step := step_of(path.name)) is not None}
+    return {step: path for step, path in found.items() if path.is_symlink()}
+
+
+def broken_link(path: Path) -> Path | None:
+    """The link on the way to `path` that leads nowhere (its disk may be unplugged); None where there is none."""
+    for one in (path, *path.parents):
+        if os.path.exists(one):
+            return None
+        if os.path.islink(one):
+            return one
+    return None
+
+
 def drafts_in(root: Path) -> list[Path]:
     """What interrupted saves left in `root`."""
     return sorted(path for path in _entries(root) if _DRAFT.fullmatch(path.name) and is_folder(path))

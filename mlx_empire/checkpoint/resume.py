@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
-from mlx_empire.checkpoint.names import step_name, step_of
+from mlx_empire.checkpoint.names import broken_link, step_name, step_of, steps_in
 from mlx_empire.checkpoint.survey import Found, Survey
+from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import UserError, on_all_ranks
 from mlx_empire.recipe.changes import require_acceptable
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
 
+DATA, MODEL = "data.path", "model.path"  # may be spelled in another way where the same is found there
+
 
 @dataclass(frozen=True)
 class Start:
     """How a run begins: `recipe` with what an earlier start resolved, `found` to go on from (None: step 1).
 
-    `data` and `base` identify what is not in a checkpoint: the rows and, where there are any, the frozen weights.
+    `data`, `base` and `config` identify what is not in a checkpoint: the rows, the frozen weights and the model's
+    configuration, where there are any.
     """
 
     recipe: Recipe
@@ -27,6 +33,7 @@ class Start:
     notes: tuple[str, ...]
     data: str = ""
     base: str | None = None
+    config: str | None = None
 
     @property
     def step(self) -> int:
@@ -61,12 +68,11 @@ def find_start(comm: Communicator, recipe: Recipe) -> Start:
     if asked == "never":
         return Start(recipe, None, ())
     if asked == "auto":
-        survey = Survey(comm, folder_of(recipe, comm))
+        survey, notes = _survey(comm, recipe)
         found = survey.newest()
-        notes = [f"{step_name(s)} was never committed and does not count" for s in survey.unfinished]
+        notes += [f"{step_name(s)} was never committed and does not count" for s in survey.unfinished]
     else:
-        found = _named(comm, recipe, asked)
-        notes = []
+        found, notes = _named(comm, recipe, asked)
     if found is None:
         return Start(recipe, None, tuple(notes))
     try:
@@ -78,7 +84,10 @@ def find_start(comm: Communicator, recipe: Recipe) -> Start:
 
 
 def require_same(start: Start) -> None:
-    """UserError unless data and frozen weights are those of the checkpoint, or their change was accepted."""
+    """UserError unless rows, frozen weights and configuration are the checkpoint's, or their change was accepted.
+
+    Where they lie does not matter.
+    """
     found, recipe = start.found, start.recipe
     if found is None:
         return
@@ -91,11 +100,13 @@ def require_same(start: Start) -> None:
                 "add run.accept_changes=[data.path]"
             )
         )
-    if found.manifest.base != start.base and not accepts(accepted, "model"):
+    configured = found.manifest.config in (None, start.config)
+    if (found.manifest.base != start.base or not configured) and not accepts(accepted, "model"):
+        other = "other weights" if configured else "another config.json"
         raise on_all_ranks(
             UserError(
-                f"{name}: model.path: {recipe.model.path} holds other weights than the run began with; bring them "
-                "back, or add run.accept_changes=[model.path]"
+                f"{name}: model.path: {recipe.model.path} holds {other} than the run began with; bring back what was "
+                "there, or add run.accept_changes=[model.path]"
             )
         )
 
@@ -117,9 +128,49 @@ def accepts(accepted: Sequence[str], section: str) -> bool:
     return any(key.startswith(f"{section}.") for key in accepted)
 
 
-def _named(comm: Communicator, recipe: Recipe, asked: str) -> Found:
+def _survey(comm: Communicator, recipe: Recipe) -> tuple[Survey, list[str]]:
+    """What lies in the ranks' folders, and what there is to say about them. UserError for a link that leads nowhere.
+
+    A machine may have got another name: where run.checkpoints names {host} and an unfinished run has no checkpoint
+    under the present names, folders of other names count.
+    """
+    root = folder_of(recipe, comm)
+    with together(comm):
+        _refuse_broken_link(root)
+    survey = Survey(comm, root)
+    pattern = str(recipe.run.checkpoints)
+    begun = comm.broadcast_json(os.path.exists(recipe.run.dir / "metrics.jsonl"))
+    if survey.committed or not begun or "{host}" not in pattern:
+        return survey, []
+    others = [path for path in _of_any_host(pattern, comm.rank) if path != root and steps_in(path)]
+    former = others[comm.rank % len(others)] if others else root
+    notes = (
+        [f"{pattern} has no checkpoint under this machine's name: looking into {former}"] if others else []
+    )
+    return Survey(comm, former), notes
+
+
+def _of_any_host(pattern: str, rank: int) -> list[Path]:
+    """The folders that run.checkpoints names with any one word for {host}."""
+    filled = Path(pattern.replace("{rank}", str(rank))).expanduser()
+    fixed = next(parent for parent in filled.parents if "{host}" not in str(parent))
+    rest = escape(str(filled.relative_to(fixed))).replace("{host}", "*")
+    return sorted(path for path in fixed.glob(rest) if path.is_dir())
+
+
+def _refuse_broken_link(folder: Path) -> None:
+    link = broken_link(folder)
+    if link is not None:
+        raise UserError(
+            f"run.checkpoints: {folder}: {link} is a link to {link.readlink()}, which is not there; bring it back "
+            "(is its disk mounted?), or remove the link"
+        )
+
+
+def _named(comm: Communicator, recipe: Recipe, asked: str) -> tuple[Found, list[str]]:
     if asked.isascii() and asked.isdigit():
-        return Survey(comm, folder_of(recipe, comm)).exactly(int(asked))
+        survey, notes = _survey(comm, recipe)
+        return survey.exactly(int(asked)), notes
     path = _filled(asked, comm)
     step = step_of(path.name)
     if step is None:
@@ -129,7 +180,7 @@ def _named(comm: Communicator, recipe: Recipe, asked: str) -> Found:
                 f"{step_name(300)}"
             )
         )
-    return Survey(comm, path.parent).exactly(step)
+    return Survey(comm, path.parent).exactly(step), []
 
 
 def _filled(path: str, comm: Communicator) -> Path:
@@ -151,5 +202,6 @@ def _reconcile(recipe: Recipe, found: Found) -> tuple[Recipe, list[str]]:
         return one.model_copy(update={"batch": batch, "memory": memory})
 
     now = settled(recipe)
-    lines = require_acceptable(settled(before), now, recipe.run.accept_changes, f"checkpoint {found.folder}")
-    return now, lines
+    by_digest = [DATA, *([MODEL] if found.manifest.config is not None else [])]
+    accepted = [*recipe.run.accept_changes, *by_digest]  # `require_same` looks at what is there
+    return now, require_acceptable(settled(before), now, accepted, f"checkpoint {found.folder}")

@@ -3,7 +3,8 @@
 The lock is a file `LOCK` (mode 0600) that rank 0 holds with `flock` while it lives, so the system itself lets go of it
 when the process ends, however it ends. The file says who holds it. On a shared disk another machine may not see the
 `flock`: there a holder elsewhere counts as alive while it touches the file, which it does every few seconds. A lock
-whose holder is gone is taken over, and said so.
+whose holder is gone is taken over, and said so; so is one that came along with a copy of a folder, whose holder, alive
+or not, holds another file.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ MAX_BYTES = 4096
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock: machine, process and since when (local time, ISO 8601)."""
+    """Who holds a lock: machine, process and since when (local time, ISO 8601), and the locked file's inode number.
+
+    A copy of the file has another number, on every machine that sees it. `file` is None where it was not noted.
+    """
 
     host: str
     pid: int
     since: str
+    file: int | None = None
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
@@ -46,8 +51,14 @@ def read_holder(folder: Path) -> Holder | None:
     try:
         with (folder / NAME).open("rb") as file:
             raw = json.loads(file.read(MAX_BYTES))
-        return Holder(str(raw["host"])[:255], int(raw["pid"]), str(raw["since"])[:40])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        number = raw.get("file")
+        return Holder(
+            str(raw["host"])[:255],
+            int(raw["pid"]),
+            str(raw["since"])[:40],
+            number if isinstance(number, int) else None,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -98,8 +109,9 @@ class RunLock:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise self._held() from None
-                holder = read_holder(self._folder)
-                if holder is not None and holder.host != socket.gethostname():
+                holder, number = read_holder(self._folder), os.fstat(file).st_ino
+                copied = holder is not None and holder.file not in (None, number)
+                if holder is not None and not copied and holder.host != socket.gethostname():
                     quiet = _age(path)
                     if quiet < stale_seconds:
                         raise self._held(f" (its file was touched {quiet:.0f} s ago)")
@@ -107,10 +119,9 @@ class RunLock:
                     os.close(file)
                     continue
                 if os.fstat(file).st_size:
-                    left = f"left by {holder}, which is gone" if holder else "that nobody can be read from"
-                    self.note = f"took over the lock of {self._folder} {left}"
+                    self.note = f"took over the lock of {self._folder} {_left(holder, copied)}"
                 since = datetime.now().astimezone().isoformat(timespec="seconds")
-                own = json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), since)))
+                own = json.dumps(asdict(Holder(socket.gethostname(), os.getpid(), since, number)))
                 os.ftruncate(file, 0)
                 os.pwrite(file, own.encode() + b"\n", 0)
                 return file
@@ -129,6 +140,13 @@ class RunLock:
         while not self._released.wait(TOUCH_SECONDS):
             with suppress(OSError):
                 os.utime(self._folder / NAME)
+
+
+def _left(holder: Holder | None, copied: bool) -> str:
+    """What was known of a lock that nobody holds."""
+    if holder is None:
+        return "that nobody can be read from"
+    return f"that was copied from where {holder}, held it" if copied else f"left by {holder}, which is gone"
 
 
 def _make(folder: Path) -> list[Path]:

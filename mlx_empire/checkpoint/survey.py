@@ -3,6 +3,7 @@
 A checkpoint counts if some node has its COMMIT. It is whole if every node that has the folder has the same manifest,
 the one that COMMIT names, and every shard is on some node with every byte as it was written: a damaged shard may be
 replaced by its copy on another node. The newest whole one is chosen, and what was wrong with newer ones is told.
+Where a shard was written to decides nothing: folders may be moved, copied and linked to, and machines renamed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_empire.checkpoint.manifest import MAX_BYTES, Manifest, Shard, decode, digest_of
-from mlx_empire.checkpoint.names import COMMIT, MANIFEST, open_own, step_name, steps_in
+from mlx_empire.checkpoint.names import COMMIT, MANIFEST, links_in, open_own, step_name, steps_in
 from mlx_empire.checkpoint.shard import problem_with
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import DamagedError, UserError, on_all_ranks
@@ -38,12 +39,16 @@ class Found:
 
 @dataclass
 class _Seen:
-    """What one rank has of one checkpoint. Digests are None where the file is missing, "" where it is unreadable."""
+    """What one rank has of one checkpoint. Digests are None where the file is missing, "" where it is unreadable.
+
+    `linked`: its folder is a symbolic link, so nobody has looked into it.
+    """
 
     folder: str
     manifest: str | None
     commit: str | None
     files: list[str] = field(default_factory=list)
+    linked: bool = False
 
 
 class Survey:
@@ -52,6 +57,8 @@ class Survey:
     def __init__(self, comm: Communicator, root: Path) -> None:
         self._comm, self._root = comm, root
         mine = {str(step): vars(_look(path)) for step, path in steps_in(root).items()}
+        for step, path in links_in(root).items():
+            mine[str(step)] = vars(_Seen(str(path.absolute()), None, "", linked=True))
         self._seen: list[dict[int, _Seen]] = [
             {int(step): _Seen(**fields) for step, fields in one.items()} for one in comm.gather_json(mine)
         ]
@@ -111,6 +118,10 @@ class Survey:
         (expected, *others) = sorted(commits)
         for rank, one in seen.items():
             where = f"{one.folder} on {self._comm.hostnames[rank]}"
+            if one.linked:
+                raise _Damaged(
+                    f"{where} is a symbolic link, which is not followed; put the folder itself there"
+                )
             if one.commit == "" or (others and one.commit is not None):
                 problem = "differs from that of other nodes" if one.commit else "cannot be read"
                 raise _Damaged(f"{COMMIT} in {where} {problem}")
@@ -154,15 +165,25 @@ class Survey:
             readers |= {s: rank for s, rank in trying.items() if s not in found}
             damage += found.values()
         notes = [f"WARNING: {text}; its copy on another node is used" for text in dict.fromkeys(damage)]
-        for shard in manifest.shards:
-            holders = {(comm.hostnames[r], self._seen[r][step].folder): r for r in self._holders(shard, step)}
-            home = f"{shard.folder}/{step_name(step)}"
-            if (shard.host, home) not in holders:
-                host, folder = next(place for place, r in holders.items() if r == readers[shard.rank])
-                notes.append(
-                    f"{shard.file}, written to {home} on {shard.host}, is read from {folder} on {host}"
-                )
-        return tuple(readers[s] for s in range(len(readers))), notes
+        chosen = tuple(readers[s] for s in range(len(readers)))
+        return chosen, [*notes, *self._moved(manifest, chosen)]
+
+    def _moved(self, manifest: Manifest, readers: tuple[int, ...]) -> list[str]:
+        """A line for each place from which shards are read that were written elsewhere and lie there no more."""
+        step = manifest.step
+
+        def place(rank: int) -> str:
+            return f"{self._seen[rank][step].folder} on {self._comm.hostnames[rank]}"
+
+        moves: dict[tuple[str, str], list[str]] = {}
+        for shard, reader in zip(manifest.shards, readers, strict=True):
+            home = f"{_home(shard, step)} on {shard.host}"
+            if home not in map(place, self._holders(shard, step)):
+                moves.setdefault((home, place(reader)), []).append(shard.file)
+        return [
+            f"{', '.join(files)}, written to {home}, {'is' if len(files) == 1 else 'are'} read from {now}"
+            for (home, now), files in moves.items()
+        ]
 
     def _holders(self, shard: Shard, step: int) -> list[int]:
         """The ranks that have a file of that name, the one that wrote it first."""
@@ -218,4 +239,9 @@ def _said(damage: list[str]) -> str:
 
 
 def _missing(shard: Shard, step: int) -> str:
-    return f"{shard.file} is on none of the nodes; {shard.host} wrote it to {shard.folder}/{step_name(step)}"
+    return f"{shard.file} is on none of the nodes; {shard.host} wrote it to {_home(shard, step)}"
+
+
+def _home(shard: Shard, step: int) -> str:
+    """The folder that a shard was written to."""
+    return f"{shard.folder}/{step_name(step)}"

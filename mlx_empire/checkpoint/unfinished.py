@@ -22,7 +22,7 @@ import mlx.core as mx
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint.adapter_folder import read_tensors
 from mlx_empire.checkpoint.freeze import thaw
-from mlx_empire.checkpoint.resume import accepts
+from mlx_empire.checkpoint.resume import DATA, MODEL, accepts
 from mlx_empire.checkpoint.shard import WEIGHTS, LivePiece
 from mlx_empire.checkpoint.staging import remove
 from mlx_empire.checkpoint.tensorfile import (
@@ -58,11 +58,15 @@ OWN_FILES = (
 
 @dataclass(frozen=True)
 class Origin:
-    """What a daughter is trained on: her recipe as YAML, digests of her rows and of the base."""
+    """What a daughter is trained on: her recipe as YAML, digests of her rows, of the base and of its config.json.
+
+    The last is empty where an earlier version noted none.
+    """
 
     recipe: str
     data: str
     base: str
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,10 +132,17 @@ def require_same(found: Bookmark, now: Origin, recipe: Recipe, steps: int) -> No
     """UserError, with what to do, unless a daughter may go on by this recipe, to `steps`, on these rows and base."""
     where, accepted = recipe.run.dir / FILE_NAME, recipe.run.accept_changes
     before = parse_recipe(found.origin.recipe, f"the recipe of {where}")
-    require_acceptable(before, recipe, accepted, str(where))
+    by_digest = [DATA, *([MODEL] if found.origin.config else [])]
+    require_acceptable(before, recipe, [*accepted, *by_digest], str(where))
     for mine, hers, key, what in (
-        (now.data, found.origin.data, "data.path", f"{recipe.data.path} holds other rows"),
-        (now.base, found.origin.base, "model.path", f"{recipe.model.path} holds other weights"),
+        (now.data, found.origin.data, DATA, f"{recipe.data.path} holds other rows"),
+        (now.base, found.origin.base, MODEL, f"{recipe.model.path} holds other weights"),
+        (
+            now.config,
+            found.origin.config or now.config,
+            MODEL,
+            f"{recipe.model.path} holds another config.json",
+        ),
     ):
         if mine != hers and not accepts(accepted, key.split(".")[0]):
             raise UserError(

@@ -49,6 +49,17 @@ def valid_tokens(dataset: Dataset, seed: int, step: int, *, global_size: int) ->
     return int(dataset.targets_per_row[rows].sum())
 
 
+def positions(dataset: Dataset, seed: int, step: int, *, global_size: int, micro_size: int) -> int:
+    """How many input positions pass through the layers in the whole step, over all micro-batches.
+
+    Rows times width of each micro-batch: what is computed, so padding counts, and so do positions whose target does
+    not.
+    """
+    rows = rows_at(len(dataset), seed, step * global_size, global_size).reshape(-1, micro_size)
+    longest = dataset.positions_per_row[rows].max(axis=1)
+    return sum(micro_size * _width(dataset, int(n)) for n in longest)
+
+
 def validation_micro_batches(
     dataset: Dataset, micro_size: int, limit: int | None = None
 ) -> Iterator[MicroBatch]:
@@ -68,9 +79,7 @@ def counted(batch: MicroBatch) -> int:
 
 def _collate(dataset: Dataset, indices: np.ndarray) -> MicroBatch:
     rows = [dataset.row(int(index)) for index in indices]
-    longest = max(len(row.inputs) for row in rows)
-    width = min(-(-longest // PAD_TO) * PAD_TO, dataset.sequence_length)
-    shape = (len(rows), width)
+    shape = (len(rows), _width(dataset, max(len(row.inputs) for row in rows)))
     inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     mask = np.zeros(shape, np.float32)
     documents = np.full(shape, PADDING_DOCUMENT, np.int32)
@@ -80,3 +89,8 @@ def _collate(dataset: Dataset, indices: np.ndarray) -> MicroBatch:
         mask[place, : len(row.inputs)] = row.mask
         documents[place, : len(row.inputs)] = row.documents
     return MicroBatch(inputs, targets, mask, documents if dataset.packed else None, tuple(indices.tolist()))
+
+
+def _width(dataset: Dataset, longest: int) -> int:
+    """The width to which the rows of a micro-batch are padded."""
+    return min(-(-longest // PAD_TO) * PAD_TO, dataset.sequence_length)

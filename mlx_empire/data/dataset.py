@@ -35,6 +35,12 @@ class Dataset:
         starts = self.table.pieces[self.table.rows[:-1]]
         return np.add.reduceat(self.table.counted, starts, dtype=np.int64)
 
+    @cached_property
+    def positions_per_row(self) -> np.ndarray:
+        """(rows,) int64: how many input positions each row has, without padding."""
+        tokens: np.ndarray = np.diff(self.table.pieces[self.table.rows])
+        return tokens - np.diff(self.table.rows)
+
     @property
     def tokens_per_epoch(self) -> int:
         """Targets that count in one pass over all rows."""

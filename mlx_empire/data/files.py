@@ -6,6 +6,7 @@ line.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def _optional(name: str, path: Path) -> ModuleType:
     try:
         return __import__(name, fromlist=["_"])
     except ImportError as error:
-        remedy = "pip install 'mlx-empire[datasets]', or save the data as JSON lines"
+        remedy = f"{sys.executable} -m pip install datasets, or save the data as JSON lines"
         raise UserError(f"{path}: reading it needs the package {name.split('.')[0]!r}; {remedy}") from error
 
 

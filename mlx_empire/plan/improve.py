@@ -77,8 +77,8 @@ def _more_per_step(assessment: Assessment, now: Pace, pace: PaceOf) -> list[Advi
         if as_good(other, assessment):
             then = pace(other)
             effect = (
-                f"a gather serves {times} x as many tokens: {spell(then.tokens_per_second)} tokens a second over "
-                f"{now.wire} where it is {spell(now.tokens_per_second)}; {room(other)}"
+                f"a gather serves {times} x as many positions: {spell(then.positions_per_second)} a second over "
+                f"{now.wire} where it is {spell(now.positions_per_second)}; {room(other)}"
             )
             return [Advice(f"batch.global_size={size * times}", effect, other.verdict)]
         times //= 2

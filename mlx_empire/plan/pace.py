@@ -49,11 +49,12 @@ RENTED_AT_ONCE = (1, 2, 4, 8)  # how many H100 one machine has; more come in eig
 class Pace:
     """Times as (low, high). `parts`: seconds of a step by name. `bound`: compute, network, optimizer or disk.
 
+    `positions_per_second`: input positions of whole rows of data.sequence_length, whatever of them are targets.
     `steps_known`: False where the run is given in epochs and the data's size was not; hours are then of 1,000 steps.
     """
 
     step_seconds: Range
-    tokens_per_second: Range
+    positions_per_second: Range
     run_hours: Range
     energy_kwh: Range
     bound: str
@@ -97,12 +98,12 @@ def pace_of(
         "disk": disk,
     }
     recipe = assessment.recipe
-    tokens = recipe.batch.global_size * recipe.data.sequence_length
+    positions = recipe.batch.global_size * recipe.data.sequence_length
     hours = (low * steps / 3600, high * steps / 3600)
     kilowatts = sum(chip.watts for chip in used) / 1000
     return Pace(
         (low, high),
-        (tokens / high, tokens / low),
+        (positions / high, positions / low),
         hours,
         (kilowatts * hours[0], kilowatts * hours[1]),
         max(parts, key=lambda name: sum(parts[name])),

@@ -83,7 +83,8 @@ def time_document(wire: Wire, pace: Pace, now: datetime, *, wired: bool) -> Docu
         "wire": pace.wire if wired else ONE_MACHINE,
         "built": wire.built,
         "step_seconds": _pair(pace.step_seconds),
-        "tokens_per_second": _pair(pace.tokens_per_second),
+        "positions_per_second": _pair(pace.positions_per_second),
+        "tokens_per_second": _pair(pace.positions_per_second),  # its former name, for programs that read it
         "run_hours": _pair(pace.run_hours),
         "energy_kwh": _pair(pace.energy_kwh),
         "ends": [moment.isoformat(timespec="minutes") for moment in ends(pace, now)],

@@ -62,7 +62,7 @@ def _header(report: Document) -> str:
         figures.append((f"{model['trainable_parameters']:,}", "trained"))
     if time is not None:
         figures += [
-            (span(time["tokens_per_second"]), "tokens per second"),
+            (span(time["positions_per_second"]), "positions per second"),
             (span(time["step_seconds"], " s"), "a step"),
             (run_length(time["run_hours"]), "the whole run"),
         ]
@@ -94,12 +94,12 @@ def _memory(report: Document) -> str:
 def _time(report: Document) -> str:
     if not report["times"]:
         return ""
-    head = ["wire", "seconds a step", "tokens/s", "whole run", "energy", "ends", "bound by"]
+    head = ["wire", "seconds a step", "positions/s", "whole run", "energy", "ends", "bound by"]
     rows = [
         [
             _wire(entry),
             span(entry["step_seconds"]),
-            span(entry["tokens_per_second"]),
+            span(entry["positions_per_second"]),
             run_length(entry["run_hours"]),
             energy(entry["energy_kwh"]),
             " to ".join(dict.fromkeys(escape(day[:10]) for day in entry["ends"])),

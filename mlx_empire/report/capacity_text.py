@@ -159,7 +159,7 @@ def time_table(document: Mapping[str, Any]) -> Table:
     """How long a step and the run take over each wire, and what bounds them."""
     table = _table("time: low and high over what the chips are known to execute")
     table.add_column("wire")
-    for title in ("seconds a step", "tokens/s", "whole run", "energy", "ends"):
+    for title in ("seconds a step", "positions/s", "whole run", "energy", "ends"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("bound by")
     for entry in document["times"]:
@@ -167,7 +167,7 @@ def time_table(document: Mapping[str, Any]) -> Table:
         table.add_row(
             escape(entry["wire"]) + ("" if entry["built"] else " (planned)"),
             span(entry["step_seconds"]),
-            span(entry["tokens_per_second"]),
+            span(entry["positions_per_second"]),
             run_length(entry["run_hours"]),
             energy(entry["energy_kwh"]),
             " to ".join(dict.fromkeys(day[:10] for day in entry["ends"])),

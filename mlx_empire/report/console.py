@@ -142,7 +142,7 @@ class RunDisplay:
             ("loss", number(record["loss"], ".4f")),
             ("lr", number(record["learning_rate"], ".2e")),
             ("grad norm", number(record["grad_norm"], ".3g")),
-            ("tokens/s", number(record["tokens_per_second"], ",.0f")),
+            ("targets/s", number(record["tokens_per_second"], ",.0f")),
         ]
         if self._evaluation:
             figures[1:1] = _evaluated(self._evaluation)

@@ -63,7 +63,8 @@ def _run(run: DaughterRun) -> Document:
         "headroom_bytes": node.headroom_bytes,
         "verdict": node.verdict,
         "step_seconds": sorted(run.pace.step_seconds),
-        "tokens_per_second": sorted(run.pace.tokens_per_second),
+        "positions_per_second": sorted(run.pace.positions_per_second),
+        "tokens_per_second": sorted(run.pace.positions_per_second),  # its former name
         "run_hours": sorted(run.pace.run_hours),
         "energy_kwh": sorted(run.pace.energy_kwh),
         "dollars": None if run.dollars is None else sorted(run.dollars),
@@ -90,7 +91,7 @@ def daughter_tables(daughters: Mapping[str, Any]) -> list[Table]:
             run["node"],
             f"{amount(run['peak_bytes'])} of {amount(run['limit_bytes'])}",
             run["verdict"],
-            span(run["tokens_per_second"]),
+            span(run["positions_per_second"]),
             run_length(run["run_hours"]),
             "?" if run["dollars"] is None else span(run["dollars"], " $"),
         ]
@@ -122,7 +123,7 @@ def daughter_tables(daughters: Mapping[str, Any]) -> list[Table]:
     return [
         (
             f"training a daughter of {daughters['model']} on one machine",
-            ["way", "machine", "memory", "verdict", "tokens/s", "run", "cost"],
+            ["way", "machine", "memory", "verdict", "positions/s", "run", "cost"],
             training,
         ),
         (

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from mlx_empire.checkpoint.names import broken_link
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
@@ -35,7 +36,13 @@ def refuse_finished(folder: Path) -> None:
 
 def refuse_unwritable(folder: Path) -> None:
     """UserError where the run's folder could not be made, said before hours of work; nothing is written."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    link = broken_link(folder)
+    if link is not None:
+        raise UserError(
+            f"run.dir: {folder}: {link} is a link to {link.readlink()}, which is not there; bring it back (is its disk "
+            "mounted?), or remove the link"
+        )
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir():
         raise UserError(f"run.dir: {folder}: {nearest} is a file; choose a folder that can be written")
     if not os.access(nearest, os.W_OK | os.X_OK):

@@ -18,7 +18,9 @@ from mlx_empire.errors import UserError
 FILE_NAME = "metrics.jsonl"
 
 # What every record of a step says. Lists are indexed by rank; bytes_sent and bytes_received are of this step
-# alone, peak_bytes counts since the run's start.
+# alone, peak_bytes counts since the run's start. `tokens` are the targets that count in the step, `positions` the input
+# positions that pass through the layers for them, on all ranks and with padding (`data.batches.positions`): what a
+# plan's speed counts too.
 STEP_FIELDS = (
     "step",
     "loss",
@@ -26,6 +28,8 @@ STEP_FIELDS = (
     "grad_norm",
     "tokens",
     "tokens_per_second",
+    "positions",
+    "positions_per_second",
     "step_seconds",
     "comm_wait_seconds",
     "peak_bytes",

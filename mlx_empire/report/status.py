@@ -25,7 +25,9 @@ def status_rows(folder: Path, now: float | None = None) -> list[tuple[str, str]]
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     state, recipe = read_state(folder), _recipe(folder)
-    run = RunFolder(folder) if recipe is None else run_folder(recipe)
+    # Its recipe may name another run.dir: the folder may have been moved.
+    elsewhere = recipe is not None and recipe.run.checkpoints is not None
+    run = run_folder(recipe) if recipe is not None and elsewhere else RunFolder(folder)
     records = read_metrics(folder) if (folder / FILE_NAME).exists() else []
     if state is None and not records:
         raise UserError(f"{folder}: no run has been here")
@@ -73,7 +75,7 @@ def _progress_rows(records: Sequence[Mapping[str, Any]], total: int | None) -> l
     rows = [("step", f"{last['step']}" if total is None else f"{last['step']} of {total}")]
     if last["loss"] is not None:
         rows.append(("loss", f"{last['loss']:.4f}"))
-    rows.append(("tokens/s", f"{last['tokens_per_second']:.0f}"))
+    rows.append(("targets/s", f"{last['tokens_per_second']:.0f}"))
     if total is not None:
         pace = sum(record["step_seconds"] for record in recent) / len(recent)
         rows.append(("time left", duration(max(total - last["step"], 0) * pace)))

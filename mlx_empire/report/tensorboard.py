@@ -1,6 +1,7 @@
 """Decides what a run shows in TensorBoard: what `metrics.jsonl` has, under train/, eval/ and rank-N/."""
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +22,7 @@ class TensorBoardWriter:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise UserError(
-                "TensorBoard was asked for, and tensorboardX is missing: pip install tensorboardX"
+                f"report.tensorboard: true: tensorboardX is missing: {sys.executable} -m pip install tensorboardX"
             ) from error
         folder = Path(run_dir) / FOLDER
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def time(wire: str, bound: str, factor: float) -> dict[str, Any]:
         "wire": wire,
         "built": True,
         "step_seconds": [50.0 * factor, 120.0 * factor],
-        "tokens_per_second": [1092.0 / factor, 2621.0 / factor],
+        "positions_per_second": [1092.0 / factor, 2621.0 / factor],
         "run_hours": [14.0 * factor, 33.0 * factor],
         "energy_kwh": [15.0, 36.0],
         "ends": ["2026-11-22T10:00", "2026-11-23T08:00"],
@@ -155,7 +155,7 @@ def daughters() -> dict[str, Any]:
         "peak_bytes": 89 * GIB,
         "limit_bytes": 208 * GIB,
         "verdict": "fits",
-        "tokens_per_second": [46.7, 112.0],
+        "positions_per_second": [46.7, 112.0],
         "run_hours": [1.5, 3.6],
         "dollars": None,
     }

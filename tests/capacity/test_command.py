@@ -60,11 +60,13 @@ def test_the_json_has_the_promised_shape(say, recipe, hosts):
         assert node["headroom_bytes"] == node["limit_bytes"] - node["peak_bytes"]
         assert node["verdict"] == "fits"
         assert set(node["ledger"]) <= set(report["formulas"]), "each entry says how it was found"
-    for key in ("step_seconds", "tokens_per_second", "run_hours"):
+    for key in ("step_seconds", "positions_per_second", "run_hours"):
         low, high = report["time"][key]
         assert 0 < low <= high
     assert report["time"]["bound"] in ("compute", "network", "optimizer", "disk")
-    assert report["time"]["tokens_per_second"][0] == pytest.approx(4 * 64 / report["time"]["step_seconds"][1])
+    assert report["time"]["positions_per_second"][0] == pytest.approx(
+        4 * 64 / report["time"]["step_seconds"][1]
+    )
     assert report["time"]["run_hours"][1] == pytest.approx(3 * report["time"]["step_seconds"][1] / 3600)
     assert all(set(one) == {"change", "effect", "verdict"} for one in report["advice"])
 
@@ -109,7 +111,16 @@ def test_nothing_but_json_on_standard_output():
 def test_a_person_reads_every_node_with_its_figures(say, recipe, hosts):
     said = say(recipe, "--hosts", hosts(*CLUSTER))
     assert said.code == 0
-    for words in ("king", "soldier", "464 GiB", "208 GiB", "verdict", "peak", "what to change", "tokens/s"):
+    for words in (
+        "king",
+        "soldier",
+        "464 GiB",
+        "208 GiB",
+        "verdict",
+        "peak",
+        "what to change",
+        "positions/s",
+    ):
         assert words in said.out
     assert "\x1b" not in said.out, "no colours where nobody watches"
 
@@ -169,7 +180,7 @@ def test_a_calibration_takes_the_place_of_the_planned_figures(say, recipe, hosts
     assert asked == ["float32"]
     assert "45-55 TFLOP/s executed (measured: calibration on here)" in found["notes"][0]
     assert "here" not in planned["notes"][0]
-    slow, fast = (one["time"]["tokens_per_second"][0] for one in (planned, found))
+    slow, fast = (one["time"]["positions_per_second"][0] for one in (planned, found))
     assert fast > 2 * slow
     say(recipe, "--hosts", box, "--json", "--calibrate", "--daughters")
     assert len(asked) == 2
@@ -180,5 +191,5 @@ def test_the_calibration_measures_this_machine(say, recipe, monkeypatch):
     monkeypatch.setattr(measuring, "COPY_ELEMENTS", 1 << 16)
     found = say(recipe, "--json", "--calibrate").json
     assert f"measured: calibration on {socket.gethostname()}" in found["notes"][0]
-    low, high = found["time"]["tokens_per_second"]
+    low, high = found["time"]["positions_per_second"]
     assert 0 < low <= high

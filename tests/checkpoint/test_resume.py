@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,20 +10,22 @@ from pathlib import Path
 import pytest
 from support.stepping import Case, optimizer_of, trainer_of, weights_of
 
-from mlx_empire.checkpoint.identity import base_digest
+from mlx_empire.checkpoint.identity import base_digest, config_digest
 from mlx_empire.checkpoint.manifest import Manifest, Resolved, digest_of
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.resume import Start, find_start, folder_of, require_same, require_steps_left
 from mlx_empire.checkpoint.shard import live_pieces, write_shard
 from mlx_empire.checkpoint.survey import Found
+from mlx_empire.comm.failure import AgreedExit
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.errors import UserError
+from mlx_empire.errors import DamagedError, UserError
 from mlx_empire.plan.model import UnitSpec
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.report.folder import refuse_unwritable
 
 MODEL = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama-260k"
 TEXT = """\
@@ -66,8 +69,29 @@ def test_data_and_base_must_be_the_same() -> None:
     with pytest.raises(UserError, match=r"model\.path: m holds other weights"):
         require_same(replace(start(), base="another"))
     accepted = start("run.accept_changes=[data.path,model.path]")
-    require_same(replace(accepted, data="others", base="another"))
+    require_same(replace(accepted, data="others", base="another", config="c" * 64))
     require_same(Start(recipe(), None, (), "others", "another"))
+
+
+def test_a_configuration_that_was_noted_must_be_the_same() -> None:
+    before = start()
+    assert before.found is not None
+    noted = before.found.manifest.model_copy(update={"config": "c" * 64})
+    noting = replace(before, found=replace(before.found, manifest=noted), config="c" * 64)
+    require_same(noting)
+    require_same(replace(before, config="d" * 64))  # an older version noted none
+    with pytest.raises(UserError, match=r"model\.path: m holds another config\.json"):
+        require_same(replace(noting, config="d" * 64))
+
+
+def test_a_configuration_is_known_by_what_it_says(tmp_path: Path) -> None:
+    before = config_digest(MODEL)
+    said = json.loads((MODEL / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(dict(reversed(said.items())), indent=7))
+    assert config_digest(tmp_path) == before
+    (tmp_path / "config.json").write_text(json.dumps(said | {"rope_theta": 5e5}))
+    assert config_digest(tmp_path) not in (before, None)
+    assert config_digest(tmp_path / "absent") is None
 
 
 def test_a_run_that_is_shorter_than_its_checkpoint_is_refused() -> None:
@@ -103,6 +127,45 @@ def test_a_run_without_checkpoints_begins_and_writes_nothing(
     with pytest.raises(UserError, match=r"run\.resume: a/b: expected auto, never, a step, or the path"):
         find_start(COMM, recipe("run.resume=a/b"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_that_leads_nowhere_is_no_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its disk may be unplugged: a run that began anew would throw away what it has of the old one."""
+    monkeypatch.chdir(tmp_path)
+    Path("r").mkdir()
+    Path("r/checkpoints").symlink_to(tmp_path / "unplugged")
+    with pytest.raises(AgreedExit) as ended:
+        find_start(COMM, recipe())
+    assert ended.value.code == 64
+    assert "run.checkpoints: r/checkpoints: r/checkpoints is a link to " in capsys.readouterr().err
+    Path("linked").symlink_to(tmp_path / "unplugged")
+    with pytest.raises(
+        UserError, match=r"run\.dir: linked/r: linked is a link to .*unplugged, which is not there"
+    ):
+        refuse_unwritable(Path("linked/r"))
+
+
+def test_checkpoints_under_the_machine_s_former_name_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    former = Path("disk/former-0/step-000007")
+    former.mkdir(parents=True)
+    (former / "COMMIT").write_text("cut")
+    named = recipe("run.checkpoints=disk/{host}-{rank}")
+    assert find_start(COMM, named).found is None, "they may be of another run: this one has not begun"
+    Path("r").mkdir()
+    Path("r/metrics.jsonl").touch()
+    with pytest.raises(
+        DamagedError, match=r"COMMIT in .*disk/former-0/step-000007 on king\.local cannot be read"
+    ):
+        find_start(COMM, named)
+    Path("disk/king.local-0/step-000001").mkdir(parents=True)
+    Path("disk/king.local-0/step-000001/COMMIT").write_text("cut")
+    with pytest.raises(DamagedError, match=r"COMMIT in .*disk/king\.local-0/step-000001"):
+        find_start(COMM, named)
 
 
 class _Listener(SoloCommunicator):

@@ -85,3 +85,30 @@ def test_a_folder_with_other_things_stays(tmp_path: Path) -> None:
     with RunLock(tmp_path / "run"):
         (tmp_path / "run" / "metrics.jsonl").touch()
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_lock_of_a_living_run_does_not_hold_up_a_copy_of_its_folder(tmp_path: Path) -> None:
+    """Wherever that run is: the copied file is as fresh as the original."""
+    original, copy, elsewhere = (tmp_path / name for name in ("original", "copy", "elsewhere"))
+    with RunLock(original):
+        for host in (socket.gethostname(), "king"):
+            text = json.loads((original / "LOCK").read_text()) | {"host": host}
+            copy.mkdir()
+            left_behind(copy, json.dumps(text))
+            with RunLock(copy) as lock:
+                assert lock.note is not None
+                assert f"was copied from where process {os.getpid()} on {host}" in lock.note
+            copy.rmdir()
+        with pytest.raises(UserError, match="is in use by process"):
+            RunLock(original)
+        elsewhere.symlink_to(original)
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
+            RunLock(elsewhere)
+
+
+def test_the_file_that_a_holder_elsewhere_locked_is_no_copy(tmp_path: Path) -> None:
+    file = left_behind(tmp_path, "", age=30)
+    text = json.loads(holder("king")) | {"file": file.stat().st_ino}
+    left_behind(tmp_path, json.dumps(text), age=30)
+    with pytest.raises(UserError, match="process 4711 on king"):
+        RunLock(tmp_path, stale_seconds=60)

@@ -161,6 +161,11 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
             {"base": "another"},
             "model.path: base holds other weights .* or begin anew with run.resume=never",
         ),
+        (
+            2,
+            {"config": "another"},
+            "model.path: base holds another config.json .* run.accept_changes=.model.path.",
+        ),
         (5, {}, "run.steps: 4: she is at step 5 already; choose at least 5"),
         (
             2,
@@ -171,8 +176,12 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
 )
 def test_one_who_may_not_go_on_is_told_what_to_do(step, changes, said):
     now = parse_recipe(RECIPE, "recipe.yaml")
-    same = Origin(dump_recipe(now), "rows", "base")
+    same = Origin(dump_recipe(now), "rows", "base", "config")
     require_same(Bookmark(4, 0, "here", same), same, now, 4)
+    moved = parse_recipe(
+        RECIPE, "recipe.yaml", ["model.path=/x/base", "data.path=/x/rows", "run.dir=/x/runs"]
+    )
+    require_same(Bookmark(4, 0, "here", same), replace(same, recipe=dump_recipe(moved)), moved, 4)
     with pytest.raises(UserError, match=said):
         require_same(Bookmark(step, 0, "here", replace(same, **changes)), same, now, 4)
     run = now.run.model_copy(update={"accept_changes": ("data.path", "model.path")})

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
+from mlx_empire.data.batches import micro_batch, positions, valid_tokens, validation_micro_batches
 from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.encode import Document
 from mlx_empire.data.rows import build_table
@@ -50,9 +50,22 @@ def test_an_epoch_counts_every_target_exactly_once(lengths, width, packing, micr
     assert set(seen.values()) == {micro_size}
     assert len(seen) == dataset.tokens_per_epoch
     assert sum(seen.values()) == valid_tokens(dataset, seed, 2, global_size=count * micro_size)
+    computed = positions(dataset, seed, 2, global_size=count * micro_size, micro_size=micro_size)
+    assert computed == sum(batch.inputs.size for batch in batches)
     assert Counter(row for batch in batches for row in batch.rows_read) == Counter(
         dict.fromkeys(range(count), micro_size)
     )
+
+
+def test_positions_are_what_is_computed_and_targets_what_counts():
+    """By hand: rows of 64, 64, 30 and 10 positions, two a micro-batch, padded to multiples of 32 up to 64."""
+    dataset = make_dataset([65, 65, 31, 11], 64, packing=False)
+    assert dataset.positions_per_row.tolist() == [64, 64, 30, 10]
+    sizes = {"global_size": 4, "micro_size": 1}
+    assert positions(dataset, 0, 0, **sizes) == 64 + 64 + 32 + 32
+    assert valid_tokens(dataset, 0, 0, global_size=4) == 43 + 43 + 20 + 7
+    full = make_dataset([65] * 4, 64, packing=False)
+    assert positions(full, 0, 0, **sizes) == 4 * 64, "as the plan counts them: whole rows"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -137,7 +137,7 @@ def test_few_tokens_over_10_gbe_are_told_to_do_more_per_gather():
         "batch.global_size",
         "Thunderbolt cables, TCP over them",
     ]
-    assert "tokens a second" in found[1].effect
+    assert "a gather serves" in found[1].effect
 
 
 def test_mixtral_8x22b_wants_the_diet_master_then_raised_limits_before_machines_and_machines_before_clouds():

@@ -146,7 +146,7 @@ def test_times_are_ranges_that_hang_together(stage, weights, rows, key):
     pace = pace_of(found, wire)
     for low, high in (
         pace.step_seconds,
-        pace.tokens_per_second,
+        pace.positions_per_second,
         pace.run_hours,
         pace.energy_kwh,
         *pace.parts.values(),
@@ -155,7 +155,7 @@ def test_times_are_ranges_that_hang_together(stage, weights, rows, key):
     assert (pace.parts["network"][1] == 0) == (len(weights) == 1)
     assert pace.step_seconds[1] >= max(high for _, high in pace.parts.values())
     assert pace.step_seconds[1] <= sum(high for _, high in pace.parts.values()) * (1 + 1e-9)
-    assert pace.tokens_per_second[0] * pace.step_seconds[1] == pytest.approx(rows * 2048)
+    assert pace.positions_per_second[0] * pace.step_seconds[1] == pytest.approx(rows * 2048)
     assert pace.run_hours[1] == pytest.approx(pace.step_seconds[1] * 100 / 3600)
     quicker = replace(wire, rate=(2 * wire.rate[0], 2 * wire.rate[1]))
     assert pace_of(found, quicker).step_seconds[1] <= pace.step_seconds[1]

@@ -69,7 +69,7 @@ def test_without_a_terminal_each_step_is_one_line_without_control_codes():
     display.message("saved [runs/x]")
     display.close({"loss": 2.25})
     lines = written(stream)[len(header) :].splitlines()
-    assert lines[0].startswith("step  1/20  loss 2.5000  lr 1.00e-05  grad norm 0.75  tokens/s 12,346")
+    assert lines[0].startswith("step  1/20  loss 2.5000  lr 1.00e-05  grad norm 0.75  targets/s 12,346")
     assert "memory 75% (soldier-1.local)" in lines[0]
     assert lines[1] == "step  1/20  eval loss 3.2500"
     assert "loss 2.2500" in lines[2]
@@ -142,7 +142,7 @@ def test_the_live_display_shows_progress_and_the_memory_of_every_rank():
         display.message("checkpoint saved")
         text = drawn(display)
     assert "step 5/20" in text
-    assert "loss 2.5000  eval loss 3.2500  lr 1.00e-05  grad norm 0.75  tokens/s 12,346" in text
+    assert "loss 2.5000  eval loss 3.2500  lr 1.00e-05  grad norm 0.75  targets/s 12,346" in text
     assert re.search(r"king\.local +█{6}░{6} +50% +200 GiB of 400 GiB", text)
     assert re.search(r"soldier-1\.local +█{9}░{3} +75% +156 GiB of 208 GiB", text)
     assert not display.is_live

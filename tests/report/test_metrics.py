@@ -26,8 +26,8 @@ def strict_lines(folder):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-DESIGN = """step, loss, learning_rate, grad_norm, tokens, tokens_per_second, step_seconds, comm_wait_seconds,
-peak_bytes, predicted_peak_bytes, bytes_sent, bytes_received"""
+DESIGN = """step, loss, learning_rate, grad_norm, tokens, tokens_per_second, positions, positions_per_second,
+step_seconds, comm_wait_seconds, peak_bytes, predicted_peak_bytes, bytes_sent, bytes_received"""
 
 
 def test_the_fields_are_those_of_the_design():

@@ -54,10 +54,25 @@ def test_a_run_under_way(tmp_path: Path) -> None:
     assert rows["last failure"] == "rank 1 on soldier-1: was killed by SIGKILL, step 9"
     assert rows["step"] == "10 of 100"
     assert rows["loss"] == "0.4000"
-    assert rows["tokens/s"] == "1234"
+    assert rows["targets/s"] == "1234"
     assert rows["time left"] == "45 min 00 s"
     assert rows["held-out loss"] == "3.2500 after step 9"
     assert rows["last checkpoint"] == "step 6"
+
+
+def test_a_folder_that_was_moved_shows_its_own_checkpoints(tmp_path: Path) -> None:
+    """Its recipe.yaml names the place where the run began."""
+    old, new = made(tmp_path / "old", None, step(1)), tmp_path / "new"
+    (old / "recipe.yaml").write_text(
+        f"model: {{path: m}}\ndata: {{path: d, sequence_length: 8}}\nbatch: {{global_size: 4}}\n"
+        f"optimizer: {{learning_rate: 1e-3}}\nrun: {{dir: {old}, steps: 10}}\n"
+    )
+    (old / "checkpoints" / "step-000003").mkdir(parents=True)
+    (old / "checkpoints" / "step-000003" / "COMMIT").touch()
+    old.rename(new)
+    rows = dict(status_rows(new))
+    assert rows["step"] == "1 of 10"
+    assert rows["last checkpoint"] == "step 3"
 
 
 def test_a_launcher_that_is_gone(tmp_path: Path) -> None:

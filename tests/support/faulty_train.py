@@ -39,8 +39,10 @@ def note_samples(name: str) -> None:
 
 
 def named(arguments: list[str]) -> str:
-    """The run's name."""
-    return next(a.removeprefix("run.dir=") for a in arguments if a.startswith("run.dir="))
+    """The run's name: the last part of its folder's path, wherever it lies."""
+    return next(
+        Path(a.removeprefix("run.dir=")).name for a in reversed(arguments) if a.startswith("run.dir=")
+    )
 
 
 def captured(arguments: list[str]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ FIELDS = {
     "grad_norm": float,
     "tokens": int,
     "tokens_per_second": float,
+    "positions": int,
+    "positions_per_second": float,
     "step_seconds": float,
     "comm_wait_seconds": float,
     "peak_bytes": list,
@@ -59,10 +61,10 @@ def test_every_step_has_every_field(alone_dir: Path) -> None:
         assert 0 < record["loss"] < math.log(512)  # better than guessing among 512 tokens
         assert 0 < record["grad_norm"] < 100
         assert 0 <= record["comm_wait_seconds"] <= record["step_seconds"]
-        assert record["tokens"] <= 6 * 64
-        assert math.isclose(
-            record["tokens_per_second"], record["tokens"] / record["step_seconds"], rel_tol=1e-9
-        )
+        assert record["tokens"] <= record["positions"] <= 6 * 64
+        for counted in ("tokens", "positions"):
+            rate = record[counted] / record["step_seconds"]
+            assert math.isclose(record[f"{counted}_per_second"], rate, rel_tol=1e-9)
         assert record["bytes_sent"] == record["bytes_received"] == [0]
     # The cosine from 1e-3 at step 1 to a tenth of it after step 3: (1 + cos(pi p)) / 2 is 1, 3/4 and 1/4.
     assert [record["learning_rate"] for record in records] == pytest.approx([1e-3, 7.75e-4, 3.25e-4])

@@ -29,11 +29,11 @@ from mlx_empire.plan.hardware import (
     chip_of,
     price_of,
 )
+from mlx_empire.plan.step_traffic import step_matrices
 from mlx_empire.plan.work import (
     busiest,
     route_over,
     step_flops,
-    step_matrices,
     trained_bytes,
     update_bytes,
     weight_bytes_read,
@@ -196,7 +196,7 @@ def _compute(assessment: Assessment, rank: int, chip: Chip) -> Range:
 def _network(assessment: Assessment, wire: Wire) -> tuple[Range, Range]:
     """Seconds of traffic beside forward and backward, and beside the update."""
     plan = assessment.plan
-    gathers, reductions = step_matrices(plan, route_over(wire, plan.work.route))
+    gathers, reductions = step_matrices(plan.shards, plan.work, route_over(wire, plan.work.route))
     whole = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(gathers, reductions, strict=True)]
     nothing: Range = (0.0, 0.0)
     stage = plan.shards.zero_stage

@@ -13,10 +13,9 @@ from __future__ import annotations
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.hardware import Wire
 from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
-from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.plan.subject import Subject
-from mlx_empire.plan.traffic import Matrix, Route, add, all_gather_bytes, card_bytes, reduce_scatter_bytes
-from mlx_empire.plan.workload import Workload, gathers_per_step
+from mlx_empire.plan.traffic import Matrix, Route, card_bytes
+from mlx_empire.plan.workload import Workload
 
 
 def flops_per_token(subject: Subject, work: Workload) -> float:
@@ -92,26 +91,6 @@ def trained_bytes(assessment: Assessment) -> dict[str, int]:
         size for r in ranks for name, size in plan.ledgers[r].resident.items() if name.startswith("optimizer")
     )
     return {"weights": whole_weights(assessment), "gradients": item * sum(sizes), "optimizer": states}
-
-
-def step_matrices(plan: RunPlan, route: Route) -> tuple[Matrix, Matrix]:
-    """(gathers, reductions): bytes from each rank to each other in a step; together `workload.step_traffic`."""
-    shards, work = plan.shards, plan.work
-    gathered: Matrix = [[0] * shards.world_size for _ in range(shards.world_size)]
-    reduced = gathered
-    for unit, gathers in zip(shards.units, gathers_per_step(shards, work.tail), strict=True):
-        for segment in unit.segments:
-            once = all_gather_bytes(segment.edges, segment.itemsize, route)
-            if segment.kind == "frozen":
-                gathered = add(gathered, *[once] * (gathers if shards.zero_stage == 3 else 0))
-                continue
-            gathered = add(gathered, *[once] * gathers)
-            for r in range(work.layout.rounds):
-                flags = work.layout.contributes(r)
-                reduced = add(reduced, reduce_scatter_bytes(segment.edges, segment.itemsize, flags))
-            if shards.zero_stage == 0:
-                reduced = add(reduced, all_gather_bytes(segment.edges, 4, route))
-    return gathered, reduced
 
 
 def route_over(wire: Wire, route: Route) -> Route:

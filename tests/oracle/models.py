@@ -15,7 +15,8 @@ from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.memory import ledger
 from mlx_empire.plan.resolve import resolve
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.workload import Workload, step_traffic
+from mlx_empire.plan.step_traffic import step_traffic
+from mlx_empire.plan.workload import Workload
 from mlx_empire.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

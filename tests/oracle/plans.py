@@ -13,7 +13,8 @@ from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.memory import Ledger, StateBytes, ledger
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import ShardPlan, make_plan
-from mlx_empire.plan.workload import Workload, step_traffic
+from mlx_empire.plan.step_traffic import step_traffic
+from mlx_empire.plan.workload import Workload
 
 
 def case_of(fields: dict[str, Any], ranks: int) -> Case:

@@ -10,7 +10,15 @@ from typing import Any
 
 RANKS = (1, 2, 3, 4)
 SHARES = [3.0, 1.0, 2.0, 1.0]  # cut to the number of ranks: unequal, the first rank the largest
-SHAPE = {"micro_batches": 6, "rows": 2, "width": 24, "cells": 4, "shares": SHARES, "steps": 2, "learning_rate": 1e-3}
+SHAPE = {
+    "micro_batches": 6,
+    "rows": 2,
+    "width": 24,
+    "cells": 4,
+    "shares": SHARES,
+    "steps": 2,
+    "learning_rate": 1e-3,
+}
 LOW = {"dtype": "bfloat16", "gradient_dtype": "bfloat16", "rows": 1, "width": 16, "micro_batches": 4}
 
 MIXES = (
@@ -19,7 +27,17 @@ MIXES = (
     (2, 4, True, 6),
     (1, 6, False, 6),
 )
-MORE_FAMILIES = ("deepseek_v3", "gpt_oss", "phi3", "gpt2", "mamba2", "gemma3_text", "mixtral", "olmo2", "cohere2")
+MORE_FAMILIES = (
+    "deepseek_v3",
+    "gpt_oss",
+    "phi3",
+    "gpt2",
+    "mamba2",
+    "gemma3_text",
+    "mixtral",
+    "olmo2",
+    "cohere2",
+)
 
 
 def _full() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -27,9 +45,8 @@ def _full() -> Iterator[tuple[str, dict[str, Any]]]:
         for stage in range(4):
             for tail, cells, tied, count in MIXES:
                 name = f"{family} stage {stage} tail {tail} cells {cells}{' tied' if tied else ''}"
-                yield name, {
-                    "family": family, "stage": stage, "tail": tail, "cells": cells, "tied": tied, "micro_batches": count,
-                }  # fmt: skip
+                mix = {"tail": tail, "cells": cells, "tied": tied, "micro_batches": count}
+                yield name, {"family": family, "stage": stage, **mix}
     for number, family in enumerate(MORE_FAMILIES):
         for stage, tail in ((3, 0), (number % 3, 1 + number % 3)):
             yield f"{family} stage {stage} tail {tail}", {"family": family, "stage": stage, "tail": tail}
@@ -37,7 +54,10 @@ def _full() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"llama stage {stage} packed", {"stage": stage, "packed": True, "tail": stage % 2}
         yield f"llama stage {stage} whole tail", {"stage": stage, "tail": 4}
         yield f"llama stage {stage} unclipped", {"stage": stage, "clip_norm": None, "weight_decay": 0.1}
-        yield f"llama stage {stage} in backward", {"stage": stage, "release": True, "tail": (0, 2, 0, 1)[stage]}
+        yield (
+            f"llama stage {stage} in backward",
+            {"stage": stage, "release": True, "tail": (0, 2, 0, 1)[stage]},
+        )
         yield f"llama stage {stage} in backward 8 bits", {
             **LOW, "stage": stage, "release": True, "tail": (2, 0, 4, 0)[stage], "state_bits": 8,
         }  # fmt: skip
@@ -76,6 +96,4 @@ def _tuned() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "qwen3_moe stage 2 lora", {"family": "qwen3_moe", "stage": 2, "tuning": {"type": "lora"}, "tail": 2}
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    name: {**SHAPE, **fields} for name, fields in (*_full(), *_tuned())
-}
+SETTINGS: dict[str, dict[str, Any]] = {name: {**SHAPE, **fields} for name, fields in (*_full(), *_tuned())}

@@ -12,17 +12,16 @@ from mlx_empire.cluster.calibrate import Calibration
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import CPU, M3_ULTRA, WIRES, standard_clusters, wire_named
 from mlx_empire.plan.pace import chips_of, cloud_of, ends, pace_of, paces, run_steps, spell
+from mlx_empire.plan.step_traffic import step_matrices, step_traffic
 from mlx_empire.plan.subject import catalog_subject
 from mlx_empire.plan.work import (
     attention_flops,
     attention_layers,
     busiest,
     flops_per_token,
-    step_matrices,
     trained_bytes,
     update_bytes,
 )
-from mlx_empire.plan.workload import step_traffic
 
 GIB = 2**30
 
@@ -94,7 +93,7 @@ def test_gathers_and_reductions_are_the_plan_s_traffic(weights, stage, cells_per
         f"batch.cells={cells}",
         limits=[GIB] * len(weights),
     )
-    gathers, reductions = step_matrices(found.plan, route)
+    gathers, reductions = step_matrices(found.plan.shards, found.plan.work, route)
     total = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(gathers, reductions, strict=True)]
     assert total == step_traffic(found.plan.shards, found.plan.work)
 

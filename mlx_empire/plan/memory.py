@@ -140,6 +140,8 @@ class StepBytes(Reader):
         if action.unit == 0:
             self._hold("layer inputs", -self._held.get("layer inputs", 0))
             self._phase = "finish"
+        elif self._phase == "backward":  # its inputs went one by one; they count until the layer is left
+            self._hold("layer inputs", -self._hidden * self.shape.micro_batches)
 
     # ---- micro-batches
 
@@ -186,7 +188,6 @@ class StepBytes(Reader):
         self._moment(layer_costs(self._spec.units[action.unit], self._spec, self._work))
         if first:
             self._hold_cell(action.unit, "unit gradient sums")
-        self._hold("layer inputs", -self._hidden * action.times)
 
     def embed(self, action: Action) -> None:
         self._phase = "embed"

@@ -240,6 +240,8 @@ class _Step:
         """The root's gradient: the head's, which waited, and the embedding's."""
         if self._shape.trained[0]:
             for r, members, times in self._rounds:
+                if r > 0:  # it hides behind nothing, and a second large contribution would be there beside it
+                    yield from self._settle()
                 yield from self.each("embed", 0, members, r, times)
                 yield from self._deliver(0, r, times)
         yield Action("free", 0)

@@ -45,10 +45,12 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup model quickstart test test-slow test-faults test-fuzz soak test-interop lint bench bench-optim bench-quality lock clean
+.PHONY: help setup model quickstart check test test-slow test-faults test-fuzz soak test-interop lint bench bench-optim \
+  bench-quality lock clean
 
 help:
 	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
+	@echo "make check          lint, types, pure functions and a step of each ZeRO stage on two ranks, while you work"
 	@echo "make test           lint and the whole test suite"
 	@echo "make test-slow      more peaks against the ledger, four ranks, and every model of mlx-lm"
 	@echo "make test-faults    every way in which a run is broken and must go on (long)"
@@ -123,6 +125,11 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# The loop while one works: about two minutes on two cores.
+check: lint
+	@$(FAST) $(PY) -m pytest tests/test_house.py tests/plan tests/recipe tests/cluster tests/comm tests/data \
+	  tests/oracle/test_oracle.py::test_one_step_of_each_stage_on_two_ranks $(PYTEST_ARGS)
+
 test: lint
 	@$(FAST) $(PY) -m pytest $(PYTEST_ARGS)
 
@@ -130,9 +137,9 @@ test: lint
 test-faults: setup
 	@$(FAST) $(PY) -m pytest tests/faults tests/reliability tests/supervise -m "faults or not faults" $(PYTEST_ARGS)
 
-# Peaks of another 25 settings, whatever is the same on 1 to 3 ranks on 4, and every model of mlx-lm.
+# Peaks of another 28 settings, whatever is the same on 1 to 3 ranks on 4, the whole oracle, and every model of mlx-lm.
 test-slow: setup
-	@$(FAST) $(PY) -m pytest tests/engine tests/train -m slow $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/engine tests/oracle tests/plan tests/train -m slow $(PYTEST_ARGS)
 
 # Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
 test-fuzz: setup

@@ -8,13 +8,13 @@ For each unit and round (cell of this rank):
    adds them in rank order, in fp32, to its total. Rounds follow one another, so the order is that of the cells.
 
 Stage 0 then gathers the finished sums to all ranks; stage 1 keeps contributions whole until the backward has ended
-and only then reduces them. One exchange is in flight while the next unit is computed.
+and only then reduces them. When is the schedule's business (`plan.schedule`): one exchange is in flight while the next
+unit is computed.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import cast
 
@@ -27,6 +27,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.hostview import DTYPES, empty_rows, host_view
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.plan.cells import CellLayout
+from mlx_empire.plan.shards import Segment
 
 
 class CellSum:
@@ -60,81 +61,76 @@ class GradientStore:
         self._store, self._comm, self._thread, self._layout = store, comm, thread, layout
         self._dtype = DTYPES[dtype]
         self._plan = store.plan
-        self.complete: Callable[[int], None] = lambda unit: None  # called when a unit's totals are there
         self.totals: dict[int, list[mx.array]] = {}
-        self._in_flight: deque[tuple[int, bool, Future[None]]] = deque()
-        self._deferred: list[tuple[int, int, CellSum | None]] = []
+        self._in_flight: list[Future[None]] = []
         self.suspects: set[str] | None = (
             None  # if there: the tensors of which this rank's sums are not finite
         )
 
-    def deliver(self, index: int, round_index: int, cell: CellSum | None) -> None:
-        """Hand over unit `index`'s sum of this rank's cell in this round; None where the rank has no cell."""
-        if cell is not None and index > 0 and phases.poisoned("backward"):
-            cell.arrays[0] = cell.arrays[0] * mx.nan
-        if cell is not None and self.suspects is not None:
-            self._suspect(self.suspects, index, cell)
-        if self._plan.zero_stage == 1:
-            if cell is not None:
-                cell.arrays = self._rounded(index, cell)
-                mx.eval(cell.arrays)
-            self._deferred.append((index, round_index, cell))
-        else:
-            self._reduce(index, round_index, cell)
+    @property
+    def last_round(self) -> int:
+        """The round after which totals are complete."""
+        return self._layout.rounds - 1
 
-    def finish(self) -> None:
-        """After the backward: reduce what stage 1 kept back and wait until every total is complete."""
-        for index, round_index, cell in self._deferred:
-            self._reduce(index, round_index, cell)
-        self._deferred = []
-        while self._in_flight:
-            self._settle_oldest()
+    def inspect(self, index: int, cell: CellSum) -> None:
+        """A cell's sum of unit `index` is complete: note what is not finite, where that is asked for."""
+        if index > 0 and phases.poisoned("backward"):
+            cell.arrays[0] = cell.arrays[0] * mx.nan
+        if self.suspects is not None:
+            self._suspect(self.suspects, index, cell)
+
+    def keep(self, index: int, cell: CellSum) -> None:
+        """Round a cell's sum to the wire's dtype, in place: it waits for the backward's end (stage 1)."""
+        cell.arrays = self._rounded(index, cell)
+        mx.eval(cell.arrays)
+
+    def reduce(self, index: int, round_index: int, cell: CellSum | None) -> None:
+        """Begin to reduce unit `index`'s sum of this rank's cell in this round; None where the rank has no cell."""
+        totals = self._totals(index)
+        pieces = self._pieces(index, cell)
+        views = [host_view(t) for t in totals]
+        flags = self._layout.contributes(round_index)
+        self._in_flight.append(self._thread.submit(self._reduce_scatter, index, pieces, views, flags))
+
+    def _reduce_scatter(
+        self, index: int, pieces: list[Pieces], totals: list[np.ndarray], flags: list[bool]
+    ) -> None:
+        """On the communication thread: each segment's contributions to their owners' totals."""
+        phases.reach("reduce")
+        for segment, piece, total in zip(self._trained(index), pieces, totals, strict=True):
+            a, b = segment.interval(self._comm.rank)
+            own = total[a:b] if self._plan.zero_stage == 0 else total
+            self._comm.reduce_scatter(piece, segment.edges, own, flags, cast(Wire, segment.dtype))
+
+    def replicate(self, index: int) -> None:
+        """Begin to give unit `index`'s complete totals to every rank (stage 0)."""
+        views = [host_view(t) for t in self._totals(index)]
+        self._in_flight.append(self._thread.submit(self._all_gather, index, views))
+
+    def _all_gather(self, index: int, totals: list[np.ndarray]) -> None:
+        for segment, total in zip(self._trained(index), totals, strict=True):
+            self._comm.all_gather(total, segment.edges)
+
+    def settle(self, index: int, *, last: bool) -> None:
+        """Wait for what is in flight, which is unit `index`'s; after the last round its totals get their dtype."""
+        for future in self._in_flight:
+            self._thread.wait(future)
+        self._in_flight = []
+        if last and self._dtype != mx.float32:
+            self.totals[index] = [t.astype(self._dtype) for t in self.totals[index]]
+            mx.eval(self.totals[index])
 
     def clear(self) -> None:
         """Drop all totals (after the update)."""
         self.totals = {}
 
-    def _reduce(self, index: int, round_index: int, cell: CellSum | None) -> None:
-        while self._in_flight:
-            self._settle_oldest()
-        totals = self._totals(index)
-        last = round_index == self._layout.rounds - 1
-        pieces = self._pieces(index, cell)
-        views = [host_view(t) for t in totals]
-        flags = self._layout.contributes(round_index)
-        future = self._thread.submit(self._exchange, index, pieces, views, flags, last)
-        self._in_flight.append((index, last, future))
-
-    def _exchange(
-        self, index: int, pieces: list[Pieces], totals: list[np.ndarray], flags: list[bool], last: bool
-    ) -> None:
-        """On the communication thread: reduce-scatter each segment; at stage 0 gather the finished sums."""
-        phases.reach("reduce")
-        replicate = self._plan.zero_stage == 0
-        for s, (piece, total) in enumerate(zip(pieces, totals, strict=True)):
-            segment = self._plan.units[index].segments[s]
-            edges = segment.edges
-            a, b = segment.interval(self._comm.rank)
-            own = total[a:b] if replicate else total
-            self._comm.reduce_scatter(piece, edges, own, flags, cast(Wire, segment.dtype))
-            if replicate and last:
-                self._comm.all_gather(total, edges)
-
-    def _settle_oldest(self) -> None:
-        index, last, future = self._in_flight.popleft()
-        self._thread.wait(future)
-        if last and self._dtype != mx.float32:
-            self.totals[index] = [t.astype(self._dtype) for t in self.totals[index]]
-            mx.eval(self.totals[index])
-        if last:
-            self.complete(index)
+    def _trained(self, index: int) -> list[Segment]:
+        return [s for s in self._plan.units[index].segments if s.kind != "frozen"]
 
     def _totals(self, index: int) -> list[mx.array]:
         if index not in self.totals:
             fresh = []
-            for segment in self._plan.units[index].segments:
-                if segment.kind == "frozen":
-                    continue
+            for segment in self._trained(index):
                 a, b = self._plan.state_interval(segment, self._comm.rank)
                 fresh.append(empty_rows(b - a, "float32"))
                 host_view(fresh[-1])[:] = 0
@@ -154,8 +150,7 @@ class GradientStore:
 
     def _pieces(self, index: int, cell: CellSum | None) -> list[Pieces]:
         """The contribution by segment: tensors at their places, without copying them into one buffer."""
-        segments = [s for s in self._plan.units[index].segments if s.kind != "frozen"]
-        parts: list[list[tuple[int, np.ndarray]]] = [[] for _ in segments]
+        parts: list[list[tuple[int, np.ndarray]]] = [[] for _ in self._trained(index)]
         if cell is not None:
             rounded, cell.arrays = self._rounded(index, cell), []
             for s, placement in self._store.trainable(index):

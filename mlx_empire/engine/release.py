@@ -24,44 +24,41 @@ from typing import Any
 
 from mlx_empire import phases
 from mlx_empire.engine.update import Updater
-from mlx_empire.optim.norm import NormLayout, clip_scale
-from mlx_empire.optim.protocol import StepScalars
+from mlx_empire.optim.norm import NormLayout
 
 
 class ReleasingUpdater(Updater):
-    """Applies a unit's finished total at once. Between `begin` and `end`, `complete(unit)` is called once a unit."""
+    """Applies a unit's finished total at once: `norm_of` and `update` are played in the backward, once a unit."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.last_norm = 0.0
         self.updated = 0  # units, in this step
-        self._step: tuple[int, float] | None = None
+        self._step: tuple[int, float] = (0, 0.0)
         self._squares = 0.0
         units = self._store.plan.units
         self._layouts = {unit.index: NormLayout.of_units([unit]) for unit in units}
 
-    def begin(self, step: int, learning_rate: float) -> None:
+    def begin_step(self, step: int, learning_rate: float) -> None:
         """The backward of `step` begins."""
         self._step, self._squares, self.updated = (step, learning_rate), 0.0, 0
 
-    def complete(self, index: int) -> None:
-        """The unit's totals are complete on all ranks: check, clip, update. Collective. GradientError."""
-        unit, layout = self._store.plan.units[index], self._layouts[index]
-        if self._step is None or not layout.edges:  # gradients alone are wanted, or there are none
-            return
+    def norm_of(self, index: int) -> None:
+        """The unit's totals are complete on all ranks: check, and clip its update. Collective. GradientError."""
         phases.reach("optimizer")
-        self._squares += self._norm_of(layout, [unit]) ** 2
-        step, learning_rate = self._step
-        known = max(self.last_norm, sqrt(self._squares))
-        scalars = StepScalars(step, learning_rate, clip_scale(known, self._clip_norm))
-        self._update_unit(unit, lambda name: scalars)
+        unit = self._store.plan.units[index]
+        self._squares += self._norm_of(self._layouts[index], [unit]) ** 2
+        scalars = self.clipped(*self._step, max(self.last_norm, sqrt(self._squares)))
+        self.begin(lambda name: scalars)
+
+    def update(self, index: int) -> None:
+        """As `Updater.update`, and counted."""
+        super().update(index)
         self.updated += 1
 
     def end(self) -> float:
         """The backward has ended and every unit was updated; returns the step's global norm before clipping."""
-        self._adopt_renewed()
-        self._sums.clear()
-        self._step, self.last_norm = None, sqrt(self._squares)
+        self.last_norm = sqrt(self._squares)
         return self.last_norm
 
     @property

@@ -22,6 +22,7 @@ from mlx_empire.engine.diagnose import GradientError, bad_weights, some_of
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.noise import LayerNoise
+from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.probe import check_packing, probe_root
 from mlx_empire.engine.release import ReleasingUpdater
 from mlx_empire.engine.slots import Deck
@@ -35,8 +36,9 @@ from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.protocol import ShardOptimizer, StepScalars
 from mlx_empire.plan.foreign import foreign
 from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.schedule import global_norm, updates
 from mlx_empire.plan.shards import ShardPlan
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import Workload, chunk_tokens, step_shape
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,6 @@ class Trainer:
         self._updater = (ReleasingUpdater if work.release else Updater)(
             self.store, self._sums, optimizer, comm, clip_norm
         )
-        if isinstance(self._updater, ReleasingUpdater):
-            self._sums.complete = self._updater.complete
         self._noise = None if noise_seed is None else LayerNoise(noise_seed)
         self.streamed: StreamedStep
 
@@ -99,15 +99,10 @@ class Trainer:
                 check_packing(self._deck, use)
         except UserError as error:  # the same model on every rank, so the same verdict
             raise on_all_ranks(error) from None
-        self.streamed = StreamedStep(
-            self._deck,
-            self.store,
-            tail=self.work.tail,
-            vocabulary=vocabulary,
-            head_tensors=use.head,
-            embed_tensors=use.embed,
-            noise=self._noise,
-        )
+        tokens = chunk_tokens(vocabulary, frozen=not self.store.trainable(0))
+        passes = Passes(self._deck, self.store, use.head, use.embed, tokens, self._noise)
+        self._shape = step_shape(self.store.plan, self.work, self._comm.rank)
+        self.streamed = StreamedStep(passes, self.store, self._sums, self._shape, self._updater)
         if fresh:
             self._updater.init_states()
 
@@ -132,23 +127,29 @@ class Trainer:
         return self._sums
 
     def gather_gradients(
-        self, micro_batches: Sequence[MicroBatch], step: int, total_tokens: int = 1
+        self, micro_batches: Sequence[MicroBatch], step: int, total_tokens: int = 1, *, update: bool = False
     ) -> list[np.ndarray]:
-        """Forward and backward of this rank's micro-batches, in the order of its cells; the losses of their rows."""
+        """Forward and backward of this rank's micro-batches, in the order of its cells; the losses of their rows.
+
+        `update`: where units are updated in the backward, update them.
+        """
         members = self.work.layout.of_rank(self._comm.rank)
         if self._noise is not None:
             self._noise.begin(step, [j for cell in members for j in cell])
-        losses = self.streamed.gradients(list(in_rounds(micro_batches, members)), total_tokens, self._sums)
-        self._sums.finish()
-        return losses
+        rounds = list(in_rounds(micro_batches, members))
+        return self.streamed.gradients(rounds, total_tokens, update=update)
 
     def renew(self, scalars_of: Callable[[str], StepScalars]) -> None:
-        """Update every tensor by what `scalars_of` says for its name."""
-        self._updater.renew(scalars_of)
+        """Update every tensor by what `scalars_of` says for its name; drop the gradients. Collective."""
+        self._updater.begin(scalars_of)
+        self.streamed.play(updates(self._shape))
+        self._sums.clear()
 
-    def compute(self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int = 1) -> float:
+    def compute(
+        self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int = 1, *, update: bool = False
+    ) -> float:
         """Forward and backward of this rank's micro-batches (in the order of its cells); the global mean loss."""
-        by_row = self.gather_gradients(micro_batches, step, total_tokens)
+        by_row = self.gather_gradients(micro_batches, step, total_tokens, update=update)
         losses = [of_all_rows(rows) for rows in by_row]
         loss = self._in_order(losses)
         if not math.isfinite(loss):
@@ -167,14 +168,16 @@ class Trainer:
             return self._released_step(self._updater, micro_batches, total_tokens, step, learning_rate)
         loss = self.compute(micro_batches, total_tokens, step)
         try:
-            norm = self._updater.norm()
+            self.streamed.play(global_norm(self._shape))
         except GradientError as error:
             raise self._blame_gradient(error, micro_batches, total_tokens, step) from None
+        norm = self.streamed.norm_value
         verdict = self.spikes.judge(step, loss, norm)
         if verdict.skip:
             self._sums.clear()
         else:
-            self._updater.apply(step, learning_rate, norm)
+            scalars = self._updater.clipped(step, learning_rate, norm)
+            self.renew(lambda name: scalars)
         waited, _ = self._thread.reset()
         statistics = self._statistics(step)
         return StepResult(loss, norm, waited, verdict.skip, verdict.back, verdict.note, statistics)
@@ -187,12 +190,14 @@ class Trainer:
         step: int,
         learning_rate: float,
     ) -> StepResult:
-        updater.begin(step, learning_rate)
+        updater.begin_step(step, learning_rate)
         try:
-            loss = self.compute(micro_batches, total_tokens, step)
+            loss = self.compute(micro_batches, total_tokens, step, update=True)
         except GradientError as error:
             what = f"the gradient of {some_of(error.tensors)} is not finite"
             raise _shared(f"step {step}: {what}; {updater.changed}") from None
+        self.streamed.play(updates(self._shape))
+        self._sums.clear()
         norm = updater.end()
         verdict = self.spikes.judge(step, loss, norm)
         assert not verdict.skip, "the recipe refuses it: units are updated before the norm is known"

@@ -20,6 +20,7 @@ from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.hostview import host_view
 from mlx_empire.engine.loss import of_all_rows
+from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.probe import probe_root
 from mlx_empire.engine.slots import Deck
 from mlx_empire.engine.step import StreamedStep
@@ -28,7 +29,9 @@ from mlx_empire.errors import UserError
 from mlx_empire.plan.cells import CellLayout
 from mlx_empire.plan.describe import build_model, default_numbers, describe
 from mlx_empire.plan.foreign import foreign
+from mlx_empire.plan.schedule import StepShape
 from mlx_empire.plan.shards import make_plan
+from mlx_empire.plan.workload import chunk_tokens
 
 TOLERANCE = 1e-4
 MOST_LAYERS = 12
@@ -184,12 +187,11 @@ def _streamed(
             store.load(index, ((t, weights[t.name]) for t in unit.tensors))
         deck = Deck(model, name)
         use = probe_root(deck, store, VOCABULARY)
-        sums = GradientStore(store, comm, thread, CellLayout(1, 1, 1), "float32")
-        step = StreamedStep(
-            deck, store, tail=0, vocabulary=VOCABULARY, head_tensors=use.head, embed_tensors=use.embed
-        )
-        (rows,) = step.gradients([[batch]], int(batch.mask.sum()), sums)
-        sums.finish()
+        layout = CellLayout(1, 1, 1)
+        sums = GradientStore(store, comm, thread, layout, "float32")
+        passes = Passes(deck, store, use.head, use.embed, chunk_tokens(VOCABULARY))
+        step = StreamedStep(passes, store, sums, StepShape(3, plan.trained, (1,)))
+        (rows,) = step.gradients([[batch]], int(batch.mask.sum()))
     finally:
         thread.close()
     flat = {

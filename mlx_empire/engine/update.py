@@ -1,8 +1,7 @@
 """The end of a step: global norm over all shards, the check that it is finite, clipping, and the optimizer.
 
 Norm and update go over the same flat shards, so nothing is ever put together: each rank updates the elements whose
-state it holds, chunk by chunk, and where weights stay whole a unit's new weights are gathered while the next unit is
-updated.
+state it holds, chunk by chunk. The order of units, and when their new weights are gathered, is the schedule's.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Updater:
         self._store, self._sums, self._optimizer, self._comm = store, sums, optimizer, comm
         self._clip_norm = clip_norm
         self.statistics: UpdateStatistics | None = None
-        self._renewing: int | None = None
+        self._scalars_of: Callable[[str], StepScalars] = _not_begun
         self._layout = NormLayout.of(store.plan)
         self._decays = {
             name: decays(name, placement.tensor.shape)
@@ -61,43 +60,27 @@ class Updater:
                     chunk.state = self._optimizer.init(chunk.weights, quantised=segment.kind == "trainable")
                     mx.eval(chunk.state)
 
-    def apply(self, step: int, learning_rate: float, norm: float | None = None) -> float:
-        """Clip, update and renew all weights; returns the global gradient norm before clipping. Collective.
+    def begin(self, scalars_of: Callable[[str], StepScalars]) -> None:
+        """The next updates are each tensor's by what `scalars_of` says for its name."""
+        self._scalars_of = scalars_of
 
-        norm: what `norm` gave, if it was asked already. GradientError as there.
-        """
-        norm = self.norm() if norm is None else norm
-        scalars = StepScalars(step, learning_rate, clip_scale(norm, self._clip_norm))
-        self.renew(lambda name: scalars)
-        return norm
+    def clipped(self, step: int, learning_rate: float, norm: float) -> StepScalars:
+        """The scalars of a step whose gradients have this `norm`."""
+        return StepScalars(step, learning_rate, clip_scale(norm, self._clip_norm))
 
-    def renew(self, scalars_of: Callable[[str], StepScalars]) -> None:
-        """Update all weights, each tensor by what `scalars_of` says for its name; drop the gradients. Collective."""
-        for unit in self._store.plan.units:
-            self._update_unit(unit, scalars_of)
-        self._adopt_renewed()
-        self._sums.clear()
+    def norm_of(self, index: int) -> None:
+        """The check of one unit where it is updated in the backward; see `ReleasingUpdater`."""
+        raise NotImplementedError("units are updated at the end of the step")
 
-    def _update_unit(self, unit: Unit, scalars_of: Callable[[str], StepScalars]) -> None:
-        """Update a unit from its totals, which go, and begin to renew it where weights stay whole."""
-        totals = self._sums.totals.pop(unit.index, [])
+    def update(self, index: int) -> None:
+        """Update a unit from its totals, which go."""
+        unit = self._store.plan.units[index]
+        totals = self._sums.totals.pop(index)
         trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
-        if not trained:
-            return
-        self.hold(unit.index)
+        self.hold(index)
         for s, total in zip(trained, totals, strict=True):
-            self._update_segment(unit.segments[s], self._store.chunks[unit.index][s], total, scalars_of)
-        del totals
-        if self._store.keeps_whole:
-            self._store.refresh(unit.index)
-            self._adopt_renewed()
-            self._renewing = unit.index
-
-    def _adopt_renewed(self) -> None:
-        """The unit that was renewed while the next one was updated gives up its old weights."""
-        if self._renewing is not None:
-            self._store.adopt_views(self._renewing)
-        self._renewing = None
+            chunks = self._store.chunks[index][s]
+            self._update_segment(unit.segments[s], chunks, total, self._scalars_of)
 
     def _update_segment(
         self,
@@ -157,3 +140,7 @@ class Updater:
             names = bad_totals(self._store, self._sums.totals, suspects, self._comm)
             raise GradientError(names or [self._store.plan.units[suspects[0][0]].name])
         return norm.value
+
+
+def _not_begun(name: str) -> StepScalars:
+    raise AssertionError(f"{name}: an update before `begin`")

@@ -1,25 +1,27 @@
 """The memory ledger: what a rank needs, by name, in bytes, and in which phase of a step it needs it.
 
-`resident` is there for the whole step; each phase (forward, head, backward, embed, finish, update) adds what is alive
-in it alone, at its worst moment. The peak is resident + the largest phase. Sizes of buffers follow from the plan and
-the engine's order of events and are exact; what layers need while they are differentiated is fitted (`activations`).
+`resident` is there for the whole step; each phase adds what is alive in it alone, at its worst moment. The peak is
+resident + the largest phase. `StepBytes` plays the step's actions (`schedule`), so sizes of buffers follow from the
+plan and the order of events and are exact; what layers need while they are differentiated is fitted (`activations`).
 `terms` says both of every name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 from mlx_empire.plan.activations import forward_bytes, hidden_bytes, layer_costs, tail_costs
 from mlx_empire.plan.model import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.roots import root_use
-from mlx_empire.plan.shards import Segment, ShardPlan, Unit, UnitSizes
+from mlx_empire.plan.schedule import Action, Reader, folded_step
+from mlx_empire.plan.shards import Segment, ShardPlan, Unit
 from mlx_empire.plan.traffic import staging_bytes
 from mlx_empire.plan.updating import temporaries
-from mlx_empire.plan.workload import Workload, chunk_tokens, first_trained
+from mlx_empire.plan.workload import Workload, chunk_tokens, step_shape
 
 
 class StateBytes(Protocol):
@@ -29,6 +31,10 @@ class StateBytes(Protocol):
 
 
 Items = dict[str, int]
+
+PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
+_GATHERED = ("gathered root", "gathered units")
+_SUMS = ("root gradients", "unit gradient sums")
 
 LOGITS_COPIES = 3.15  # fp32 arrays of a chunk's logits alive in the gradient of the loss
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
@@ -72,256 +78,225 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         "MLX base": BASE,
         "allocator margin": ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
     }
-    step = _Step(spec, plan, work, rank, states)
-    root = {"gathered root": sizes[0].gathered if plan.zero_stage == 3 else 0}  # until the update
-    phases = {
-        "forward": root | step.forward(),
-        "head": root | step.head(),
-        "backward": root | max(step.backward(), key=lambda items: sum(items.values())),
-        "embed": root | step.embed(),
-        "release": root | max(step.release(), key=lambda items: sum(items.values())),
-        "finish": step.finish(),
-        "update": step.update(),
-    }
-    return Ledger({k: v for k, v in resident.items() if v}, phases)
+    step = StepBytes(spec, plan, work, rank, states)
+    step.play(folded_step(step.shape))
+    return Ledger({k: v for k, v in resident.items() if v}, step.phases)
 
 
-class _Step:
-    """The worst moment of each phase, from what is alive then. Bytes throughout."""
+class StepBytes(Reader):
+    """What is alive on a rank, by name and in bytes, as the actions of a step are played.
+
+    `phases` holds the worst moment of each phase. Sizes beside those of the moment (`_moment`) are in `_held`.
+    """
 
     def __init__(
         self, spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, states: Mapping[str, int]
     ) -> None:
-        self.spec, self.plan, self.work, self.states = spec, plan, work, states
-        self.rank = rank
-        self.sizes = plan.sizes[rank]
-        self.layers = self.sizes[1:]
-        self.cut = len(self.layers) - work.tail
-        self.first = min(first_trained(plan) - 1, self.cut)  # the backward ends here: nothing below trains
-        self.micro = work.micro_batches(rank)
-        self.hidden = hidden_bytes(spec, work)
-        self.item = ITEM_BYTES[spec.dtype]
-        self.sharded = plan.zero_stage == 3
-        self.alone = plan.world_size == 1
-        self.rounds = sum(1 for cell in work.layout.of_rank(rank) if len(cell))
+        self.shape = step_shape(plan, work, rank)
+        self.phases: dict[str, Items] = {name: {} for name in PHASES}
+        self._spec, self._plan, self._work, self._rank, self._states = spec, plan, work, rank, states
+        self._sizes = plan.sizes[rank]
+        self._hidden, self._item = hidden_bytes(spec, work), ITEM_BYTES[spec.dtype]
+        self._final = ITEM_BYTES[work.gradient_dtype]  # of an element of a finished gradient
         # A cell of one micro-batch keeps its gradients as they are; otherwise they are added up in fp32.
-        self.adds_up = work.layout.micro_batches > work.layout.cells
-        self.widening = 4 // self.item
-        self.head_use, self.embed_use = root_use(spec)
+        self._adds_up = work.layout.micro_batches > work.layout.cells
+        self._wide = 4 // self._item
+        self._first = set(accumulate(self.shape.cells, initial=0))  # micro-batches that begin a cell
+        self._held: Items = {}
+        self._total = 0
+        self._worst = dict.fromkeys(PHASES, -1)
+        self._phase = "forward"
+        self._cell: dict[int, tuple[str, int]] = {}  # by layer: the name and size of the current round's sum
+        self._handed_over: set[int] = set()  # rounds whose head's sum has become a part of the root's
+        self._new: dict[int, int] = {}  # by unit that was updated: bytes of its new weights on this rank
 
-    # ---- the phases
+    bind = score = replicate = norm = Reader.nothing
 
-    def forward(self) -> Items:
-        specs = self.spec.units[1 : 1 + self.cut]
-        worst = max((forward_bytes(u, self.spec, self.work) for u in specs), default=0)
-        return {
-            "gathered units": self._gathered(*self.layers[: self.cut + 1], most=2),
-            "layer inputs": (self._inputs(self.cut) + 1) * self.hidden,
-            "one layer's forward": worst,
+    # ---- bookkeeping
+
+    def _hold(self, name: str, size: int) -> None:
+        self._held[name] = self._held.get(name, 0) + size
+        self._total += size
+
+    def _moment(self, now: Mapping[str, int], phase: str | None = None) -> None:
+        """What is held, and `now` besides: the worst moment of a phase is kept."""
+        phase = phase or self._phase
+        total = self._total + sum(now.values())
+        if total > self._worst[phase]:
+            self._worst[phase] = total
+            items = dict(self._held)
+            for name, size in now.items():
+                items[name] = items.get(name, 0) + size
+            self.phases[phase] = {name: size for name, size in items.items() if size}
+
+    # ---- weights
+
+    def gather(self, action: Action) -> None:
+        self._hold(_GATHERED[action.unit > 0], self._sizes[action.unit].gathered)
+
+    def free(self, action: Action) -> None:
+        if self.shape.sharded:
+            self._hold(_GATHERED[action.unit > 0], -self._sizes[action.unit].gathered)
+        if action.unit == 0:
+            self._hold("layer inputs", -self._held.get("layer inputs", 0))
+            self._phase = "finish"
+        elif self._phase == "backward":  # its inputs went one by one; they count until the layer is left
+            self._hold("layer inputs", -self._hidden * self.shape.micro_batches)
+
+    # ---- micro-batches
+
+    def capture(self, action: Action) -> None:
+        self._hold("layer inputs", self._hidden * action.times)
+
+    def forward(self, action: Action) -> None:
+        kept = self._hidden if action.unit >= self.shape.lowest else 0
+        self._hold("layer inputs", kept * (action.times - 1))
+        unit = self._spec.units[action.unit]
+        now = {
+            "one layer's forward": forward_bytes(unit, self._spec, self._work),
+            "layer inputs": self._hidden,
         }
+        self._moment(now)
+        self._hold("layer inputs", kept)
 
-    def head(self) -> Items:
-        chunk = min(self._chunk_tokens, self.work.tokens)
-        chunked = self.work.tokens > chunk
-        head = self.head_use * self.item
-        one = (
-            head * self.widening if chunked else head
-        )  # the gradients of one micro-batch, all chunks together
-        sums = self._head_sums if self.adds_up else self._head_sums - self._head_sums // max(self.rounds, 1)
-        # In fewer bits than fp32 the head's own logits and their gradient lie beside the wide ones.
-        logits = chunk * self._vocabulary * (4 * LOGITS_COPIES + 2 * self.item * (self.item < 4))
-        soft = self.spec.family == "gemma2" or self.spec.text_config.get("final_logit_softcapping")
-        logits += 4 * chunk * self._vocabulary * SOFT_CAPPED if soft else 0
-        tail = self.layers[self.cut :]
-        ahead = self.layers[self.cut - 1 : self.cut] if self.cut > self.first else ()
-        trained = sum(s.trained for s in tail)
-        items = {
-            "gathered units": self._gathered(*ahead, *tail, most=len(tail) + 1),
-            "layer inputs": (self._inputs(self.cut) + 2) * self.hidden,
-            "root gradients": sums + one + head * chunked,
+    def head(self, action: Action) -> None:
+        self._phase = "head"
+        one, first = self._head_bytes * (self._wide if self._chunked else 1), action.micro in self._first
+        now = {
+            "layer inputs": 2 * self._hidden,
+            "root gradients": one + self._head_bytes * self._chunked,
         }
-        if not tail:
-            return {**items, "logits chunk": int(logits)}
-        late = 2 * trained if self.work.gradient_dtype == "bfloat16" and self.rounds > 1 else 0
-        items |= {
-            "tail sums": sum(s.gradient for s in tail) * self.widening * self.adds_up,
-            "gradients": self._kept_gradients(trained) if self.rounds > 1 else 0,
-            "tail totals before rounding": late,
-        }
-        kept, start, end = tail_costs(self.spec.units[1 + self.cut :], self.spec, self.work)
-        loss = {**items, "un-recomputed tail": kept, "logits chunk": int(logits)}
-        beginning, ending = {**items, **start}, {**items, **end}
-        beginning["root gradients"] += one  # evaluated before the tail's, and not yet added up
-        ending["root gradients"] += 0 if self.adds_up else one
-        return max(loss, beginning, ending, key=lambda items: sum(items.values()))
+        kept = self._spec.units[self.shape.boundary + 1 :]
+        if not kept:
+            self._moment(now | {"logits chunk": self._logits})
+        else:
+            before, start, end = tail_costs(kept, self._spec, self._work)
+            self._moment(now | {"un-recomputed tail": before, "logits chunk": self._logits})
+            late = now | {"root gradients": now["root gradients"] + one}  # evaluated, and not yet added up
+            self._moment(late | start)
+            self._moment((now if self._adds_up else late) | end)
+        if first:
+            self._hold("root gradients", self._head_sum * action.times)
+            for u in range(self.shape.boundary + 1, self.shape.layers + 1):
+                self._hold_cell(u, "tail sums")
 
-    def backward(self) -> Iterator[Items]:
-        """One moment for every recomputed layer: as gradients become complete, the layers' inputs go."""
-        if self.cut == self.first:
-            yield {}
-        complete = sum(s.trained for s in self.layers[self.cut :])
-        for i in reversed(range(self.first, self.cut)):
-            layer = self.layers[i]
-            in_flight = 0
-            # Alone the exchange is a copy, done before a second micro-batch; with peers it takes as long as it takes.
-            if i + 1 < self.cut and self.plan.zero_stage != 1 and not (self.alone and self.adds_up):
-                previous = self.layers[i + 1]
-                kept = 0 if self.work.release else self._final
-                in_flight = previous.gradient + previous.trained * (4 - kept)
-            yield {
-                "gradients": self._kept_gradients(complete),
-                "gathered units": self._gathered(*self.layers[max(i - 1, self.first) : i + 1], most=2),
-                "layer inputs": self._inputs(i + 1) * self.hidden,
-                "root gradients": self._head_sums,
-                "unit gradient sums": layer.gradient * self.widening * self.adds_up,
-                "contributions in flight": in_flight,
-                "contributions kept whole": self._deferred(self.layers[i + 1 :]),
-                **layer_costs(self.spec.units[1 + i], self.spec, self.work),
-            }
-            complete += layer.trained
+    def backward(self, action: Action) -> None:
+        self._phase = "backward"
+        first = action.micro in self._first
+        if not first and self._plan.world_size == 1:  # a copy, done before a second micro-batch
+            self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
+        self._moment(layer_costs(self._spec.units[action.unit], self._spec, self._work))
+        if first:
+            self._hold_cell(action.unit, "unit gradient sums")
 
-    def embed(self) -> Items:
-        root = self.sizes[0]
-        embed = self.embed_use * self.item
-        computing = embed * self.widening * self.adds_up + 2 * embed + self._head_sums
-        delivering = 0
-        if self.plan.zero_stage != 1:
-            contribution = root.gradient * (self.widening if self.adds_up else 1)
-            delivering = contribution + 4 * root.trained + root.largest
-            delivering += self._head_sums * (self.rounds - 1) // max(self.rounds, 1)
-        in_flight = self.layers[0].gradient if self.plan.zero_stage != 1 and self.cut > 0 else 0
-        return {
-            "gradients": self._kept_gradients(sum(s.trained for s in self.layers)),
-            "root gradients": max(computing, delivering - in_flight),
-            "layer inputs": self.micro * self.hidden,
-            "contributions in flight": in_flight,
-            "contributions kept whole": self._deferred(self.layers),
-        }
+    def embed(self, action: Action) -> None:
+        self._phase = "embed"
+        sums = self._embed_bytes * self._wide * self._adds_up
+        self._moment({"root gradients": 2 * self._embed_bytes + sums})
 
-    def finish(self) -> Items:
-        """Stage 1 alone: all contributions wait for the backward's end and become totals unit by unit."""
-        if self.plan.zero_stage != 1:
-            return {}
-        held = [self._deferred([s]) for s in self.sizes]
-        order = [*range(len(held) - 1, 0, -1), 0]
-        done, waiting, worst = 0, sum(held), (0, 0)
-        for index in order:
-            done += self._final * self.sizes[index].trained
-            extra = (4 - self._final) * self.sizes[index].trained + self.sizes[index].largest
-            worst = max(worst, (done + waiting + extra, waiting))
-            waiting -= held[index]
-            if self.work.release:  # and its update, before the next one's reduction begins
-                worst = max(
-                    worst,
-                    (waiting + done + sum(self._update_of(index, self._before(index)).values()), waiting),
-                )
-                done = 0
-        return {"contributions kept whole": worst[1], "gradients": worst[0] - worst[1]}
+    # ---- sums
 
-    def release(self) -> Iterator[Items]:
-        """With gradient release: a layer's update in the backward, while the sums of the layer below wait."""
-        if not self.work.release or self.plan.zero_stage == 1:
-            yield {}
-            return
-        tail = self.layers[self.cut :]
-        for i in reversed(range(self.first, len(self.layers))):
-            below = self.layers[max(i - 1, self.first) : i]
-            whole = self._gathered(*self.layers[max(i - 2, self.first) : i], most=2)
-            if i > self.cut:  # an un-recomputed layer: the whole tail is still there
-                below, whole = self.layers[self.cut : i], self._gathered(*tail, most=len(tail))
-            inputs = self._inputs(min(i, self.cut))
-            yield {
-                "gradients": self.layers[i].trained * self._final,
-                "gathered units": whole,
-                "layer inputs": inputs * self.hidden,
-                "root gradients": self._head_sums if i else self._root_sums,
-                "unit gradient sums": sum(s.gradient for s in below) * (self.widening if self.adds_up else 1),
-                **self._update_of(i + 1, self._before(i + 1)),
-            }
+    def keep(self, action: Action) -> None:
+        self._drop_cell(action)
+        self._hold("contributions kept whole", self._contribution(action) * action.times)
 
-    def update(self) -> Items:
-        """Gradients go unit by unit; a unit's old weights stay until all of its new ones are there.
+    def reduce(self, action: Action) -> None:
+        """A tensor at a time is made contiguous for the contribution; totals are there from the first round on."""
+        size, kept = self._sizes[action.unit], self.shape.zero_stage == 1
+        if action.round == 0:
+            self._hold("gradients", 4 * size.trained)
+        contribution = self._contribution(action)
+        now = {_SUMS[action.unit > 0]: size.largest if contribution else 0}
+        if action.unit == 0 and not kept:  # head and embedding put together
+            self._drop_cell(action)
+            now["root gradients"] += contribution * (self._wide if self._adds_up else 1)
+        self._moment(now)
+        if not kept:
+            self._drop_cell(action)
+            self._hold("contributions in flight", contribution)
 
-        With gradient release only the root is left for the end.
-        """
-        left = sum(s.trained for s in self.sizes[: 1 if self.work.release else None])
-        before = self._before(0) if self.work.release else None
-        worst: Items = {}
-        for index in range(1 if self.work.release else len(self.sizes)):
-            one = {"gradients": left * self._final, **self._update_of(index, before)}
-            worst = max(worst, one, key=lambda items: sum(items.values()))
-            left -= self.sizes[index].trained
-            before = index
-        return worst
+    def settle(self, action: Action) -> None:
+        if self.shape.zero_stage == 1:
+            self._hold("contributions kept whole", -self._contribution(action) * action.times)
+        else:
+            self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
+        if action.round == self.shape.last_round:
+            self._hold("gradients", -(4 - self._final) * self._sizes[action.unit].trained)
 
-    # ---- the update of one unit
+    def _contribution(self, action: Action) -> int:
+        """Bytes of a unit's contribution in the wire's dtype; none where this rank has no cell in the round."""
+        return self._sizes[action.unit].gradient if self.shape.cells[action.round] else 0
 
-    def _before(self, index: int) -> int | None:
-        """The unit that is updated before `index` in the backward."""
-        return index + 1 if index + 1 < len(self.sizes) else None
+    def _hold_cell(self, unit: int, name: str) -> None:
+        """A cell's sum of a layer, from its first micro-batch until it is handed over."""
+        size = self._sizes[unit].gradient * (self._wide if self._adds_up else 1)
+        self._cell[unit] = name, size
+        self._hold(name, size)
 
-    def _update_of(self, index: int, before: int | None) -> Items:
-        """At its worst moment; below stage 3 unit `before` is being renewed meanwhile, and then the unit itself."""
-        renewing = 0 if self.sharded or before is None else self._new(before)
-        unit, new = self.plan.units[index], 0
-        worst: Items = {"new weights of a unit": self._new(index) + renewing} if not self.sharded else {}
-        for segment in unit.segments:
-            if segment.kind == "frozen":
-                continue
-            a, b = self.plan.state_interval(segment, self.rank)
-            new += (b - a) * segment.itemsize
-            chunk = temporaries(segment, a, b, self.states)
-            one = {"optimizer chunk": chunk, "new weights of a unit": new + renewing}
-            worst = max(worst, one, key=lambda items: sum(items.values()))
-        return worst
+    def _drop_cell(self, action: Action) -> None:
+        """A round's sum is handed over, if it has not been."""
+        name, size = self._cell.pop(action.unit, ("", 0))
+        if action.unit == 0 and self.shape.cells[action.round] and action.round not in self._handed_over:
+            self._handed_over.add(action.round)
+            name, size = "root gradients", self._head_sum * action.times
+        self._hold(name, -size)
 
-    def _new(self, index: int) -> int:
-        """Bytes of a unit's new weights on this rank."""
-        trained = [s for s in self.plan.units[index].segments if s.kind != "frozen"]
-        intervals = [(self.plan.state_interval(s, self.rank), s.itemsize) for s in trained]
-        return sum((b - a) * item for (a, b), item in intervals)
+    # ---- update
 
-    @property
-    def _root_sums(self) -> int:
-        """The root's contribution when it is handed over."""
-        return self.sizes[0].gradient * (self.widening if self.adds_up else 1) * max(self.rounds, 1)
+    def update(self, action: Action) -> None:
+        """Segment by segment: its new weights, and what the optimizer's calls need besides."""
+        phase = "update" if self._phase == "finish" else "release"
+        new = 0
+        for segment in self._plan.units[action.unit].segments:
+            if segment.kind != "frozen":
+                a, b = self._plan.state_interval(segment, self._rank)
+                new += (b - a) * segment.itemsize
+                chunk = temporaries(segment, a, b, self._states)
+                self._moment({"optimizer chunk": chunk, "new weights of a unit": new}, phase)
+        self._hold("gradients", -self._final * self._sizes[action.unit].trained)
+        self._new[action.unit] = new
 
-    # ---- what several phases have
+    def renew(self, action: Action) -> None:
+        self._hold("new weights of a unit", self._new[action.unit])
+        self._moment({}, "update" if self._phase == "finish" else "release")
 
-    @property
+    def adopt(self, action: Action) -> None:
+        self._hold("new weights of a unit", -self._new[action.unit])
+
+    # ---- what does not change during a step
+
+    @cached_property
     def _vocabulary(self) -> int:
-        return int(self.spec.text_config.get("vocab_size") or 0)
+        return int(self._spec.text_config.get("vocab_size") or 0)
 
-    def _inputs(self, layers: int) -> int:
-        """Hidden states when the inputs of the layers up to `layers` are kept, and what all micro-batches are at."""
-        return (layers - self.first + 1) * self.micro
-
-    @property
+    @cached_property
     def _chunk_tokens(self) -> int:
-        return chunk_tokens(self._vocabulary, frozen=self.spec.frozen_root)
+        return chunk_tokens(self._vocabulary, frozen=self._spec.frozen_root)
 
-    @property
-    def _final(self) -> int:
-        """Bytes of an element of a finished gradient."""
-        return ITEM_BYTES[self.work.gradient_dtype]
+    @cached_property
+    def _chunked(self) -> bool:
+        return self._work.tokens > self._chunk_tokens
 
-    @property
-    def _head_sums(self) -> int:
-        widened = self.adds_up or self.work.tokens > self._chunk_tokens
-        return self.head_use * self.item * (self.widening if widened else 1) * self.rounds
+    @cached_property
+    def _logits(self) -> int:
+        """In fewer bits than fp32 the head's own logits and their gradient lie beside the wide ones."""
+        elements = min(self._chunk_tokens, self._work.tokens) * self._vocabulary
+        size = elements * (4 * LOGITS_COPIES + 2 * self._item * (self._item < 4))
+        soft = self._spec.family == "gemma2" or self._spec.text_config.get("final_logit_softcapping")
+        return int(size + (4 * elements * SOFT_CAPPED if soft else 0))
 
-    def _kept_gradients(self, trained: int) -> int:
-        return 0 if self.work.release or self.plan.zero_stage == 1 else trained * self._final
+    @cached_property
+    def _head_bytes(self) -> int:
+        return root_use(self._spec)[0] * self._item
 
-    def _deferred(self, units: tuple[UnitSizes, ...] | list[UnitSizes]) -> int:
-        return sum(s.gradient for s in units) * self.rounds if self.plan.zero_stage == 1 else 0
+    @cached_property
+    def _embed_bytes(self) -> int:
+        return root_use(self._spec)[1] * self._item
 
-    def _gathered(self, *units: UnitSizes, most: int) -> int:
-        """Of `units`, the `most` neighbours that are whole at the same time."""
-        if not self.sharded or not units:
-            return 0
-        whole = [s.gathered for s in units]
-        return max(sum(whole[i : i + most]) for i in range(max(len(whole) - most, 0) + 1))
+    @cached_property
+    def _head_sum(self) -> int:
+        """A cell's sum of the head's gradients."""
+        return self._head_bytes * (self._wide if self._adds_up or self._chunked else 1)
 
 
 def _odd_arrays(segment: Segment) -> int:

@@ -1,9 +1,9 @@
 """How long a step and a run take, and what holds them back: ranges over what the chips may execute.
 
-Decides what overlaps. The network runs beside the computation, so forward and backward take as long as the slower
-of the two; at stages 1 and 2 the gathers come with the update and overlap that, and at stage 1 the reductions wait
-for the backward's end. Loading the weights once and writing the result once is spread over the steps as `disk`.
-Evaluation, saves in between and the first compilation are not counted.
+A step is played on lanes (`step_time`), once with the best and once with the worst of what chips and wire may do. What
+is said of its parts is how long the busiest rank's lane is at work, whatever it overlaps with. Loading the weights once
+and writing the result once is spread over the steps as `disk`. Evaluation, saves in between and the first compilation
+are not counted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.hardware import (
+    ADDING_RATE,
     DOLLARS_PER_KWH,
     H100_BYTES,
     H100_DOLLARS_PER_HOUR,
@@ -29,16 +30,8 @@ from mlx_empire.plan.hardware import (
     chip_of,
     price_of,
 )
-from mlx_empire.plan.work import (
-    busiest,
-    route_over,
-    step_flops,
-    step_matrices,
-    trained_bytes,
-    update_bytes,
-    weight_bytes_read,
-    whole_weights,
-)
+from mlx_empire.plan.step_time import ADD, COMPUTE, Link, step_timeline
+from mlx_empire.plan.work import ChipCosts, route_over, step_flops, trained_bytes, whole_weights
 from mlx_empire.recipe.schema import Recipe
 
 ASSUMED_STEPS = 1000  # where run.steps counts epochs of data that nobody has looked at
@@ -47,7 +40,8 @@ RENTED_AT_ONCE = (1, 2, 4, 8)  # how many H100 one machine has; more come in eig
 
 @dataclass(frozen=True)
 class Pace:
-    """Times as (low, high). `parts`: seconds of a step by name. `bound`: compute, network, optimizer or disk.
+    """Times as (low, high). `parts`: seconds of a step by name, `bound` the largest of them:
+    compute, network, adding (contributions to totals, in line with the network), optimizer or disk.
 
     `positions_per_second`: input positions of whole rows of data.sequence_length, whatever of them are targets.
     `steps_known`: False where the run is given in epochs and the data's size was not; hours are then of 1,000 steps.
@@ -83,20 +77,12 @@ def pace_of(
 ) -> Pace:
     """Time of a plan over `wire`. `chips`: one per node, default what the nodes are; `rows` of the training data."""
     used = chips_of(assessment, chips, calibration)
-    ranks = range(len(used))
-    compute = _slowest(_compute(assessment, r, used[r]) for r in ranks)
-    optimizer = _slowest(_over(update_bytes(assessment, r), used[r].memory_rate) for r in ranks)
-    within, after = _network(assessment, wire)
+    slow, fast = (_played(assessment, wire, used, i) for i in (0, 1))
     steps, known = run_steps(assessment.recipe, rows)
     load = _slowest(_over(2 * whole_weights(assessment), chip.disk_rate) for chip in used)
     disk = (load[0] / steps, load[1] / steps)
-    low, high = (max(compute[i], within[i]) + max(optimizer[i], after[i]) + disk[i] for i in (0, 1))
-    parts = {
-        "compute": compute,
-        "network": (within[0] + after[0], within[1] + after[1]),
-        "optimizer": optimizer,
-        "disk": disk,
-    }
+    low, high = fast.seconds + disk[0], slow.seconds + disk[1]
+    parts = {name: (fast.parts[name], slow.parts[name]) for name in fast.parts} | {"disk": disk}
     recipe = assessment.recipe
     positions = recipe.batch.global_size * recipe.data.sequence_length
     hours = (low * steps / 3600, high * steps / 3600)
@@ -186,26 +172,36 @@ def spell(pair: Range) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-def _compute(assessment: Assessment, rank: int, chip: Chip) -> Range:
-    """Seconds of arithmetic, or of reading the weights where there are too few tokens to keep the chip busy."""
-    flops, read = step_flops(assessment, rank), weight_bytes_read(assessment, rank)
-    fast = max(flops / (chip.tflops[1] * TERA), read / chip.memory_rate[1])
-    slow = max(flops / (chip.tflops[0] * TERA), read / chip.memory_rate[0])
-    return fast, slow
+@dataclass(frozen=True)
+class _Played:
+    """A step's seconds, and those of the busiest rank's lanes by name."""
+
+    seconds: float
+    parts: Mapping[str, float]
 
 
-def _network(assessment: Assessment, wire: Wire) -> tuple[Range, Range]:
-    """Seconds of traffic beside forward and backward, and beside the update."""
+def _played(assessment: Assessment, wire: Wire, chips: Sequence[Chip], i: int) -> _Played:
+    """The step with the low (0) or high (1) end of what chips and wire may do."""
     plan = assessment.plan
-    gathers, reductions = step_matrices(plan, route_over(wire, plan.work.route))
-    whole = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(gathers, reductions, strict=True)]
-    nothing: Range = (0.0, 0.0)
-    stage = plan.shards.zero_stage
-    if stage == 1:
-        return nothing, _over(busiest(whole, wire), wire.rate)
-    if stage == 2:
-        return _over(busiest(reductions, wire), wire.rate), _over(busiest(gathers, wire), wire.rate)
-    return _over(busiest(whole, wire), wire.rate), nothing
+    costs = [
+        ChipCosts(assessment, r, chip.tflops[i] * TERA, chip.memory_rate[i], ADDING_RATE[i])
+        for r, chip in enumerate(chips)
+    ]
+    link = Link(wire.rate[i], wire.per)
+    timeline = step_timeline(plan.shards, plan.work, costs, link, route_over(wire, plan.work.route))
+    ranks = range(len(chips))
+    updates = [
+        sum(e.end - e.start for e in timeline.events if e.rank == r and e.what == "update") for r in ranks
+    ]
+    return _Played(
+        timeline.seconds,
+        {
+            "compute": max(timeline.busy(r, COMPUTE) - updates[r] for r in ranks),
+            "network": timeline.wire_seconds,
+            "adding": max(timeline.busy(r, ADD) for r in ranks),
+            "optimizer": max(updates),
+        },
+    )
 
 
 def _over(amount: float, rate: Range) -> Range:

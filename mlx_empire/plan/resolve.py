@@ -21,8 +21,9 @@ from mlx_empire.plan.memory import Ledger, StateBytes, ledger
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import ShardPlan, make_plan
 from mlx_empire.plan.shares import solve_shares
+from mlx_empire.plan.step_traffic import step_traffic
 from mlx_empire.plan.traffic import card_bytes
-from mlx_empire.plan.workload import Workload, step_traffic
+from mlx_empire.plan.workload import Workload
 from mlx_empire.recipe.schema import Recipe
 
 TIGHT_HEADROOM = 0.05  # of the limit; less is called tight

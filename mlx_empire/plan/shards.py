@@ -137,6 +137,11 @@ class ShardPlan:
         return len(self.shares)
 
     @cached_property
+    def trained(self) -> tuple[bool, ...]:
+        """By unit, whether anything of it trains."""
+        return tuple(any(s.kind != "frozen" for s in u.segments) for u in self.units)
+
+    @cached_property
     def tensors(self) -> dict[str, tuple[int, int, Placement]]:
         """Name of each tensor -> (unit index, segment index, placement)."""
         return {

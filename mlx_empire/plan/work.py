@@ -10,34 +10,84 @@ below 1 % for 70 B models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from mlx_empire.plan.assess import Assessment
+from mlx_empire.plan.counts import experts, is_stacked
 from mlx_empire.plan.hardware import Wire
 from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.schedule import Action, Reader, StepShape, training_step
 from mlx_empire.plan.subject import Subject
-from mlx_empire.plan.traffic import Matrix, Route, add, all_gather_bytes, card_bytes, reduce_scatter_bytes
-from mlx_empire.plan.workload import Workload, gathers_per_step
+from mlx_empire.plan.traffic import Route
+from mlx_empire.plan.workload import Workload
 
 
 def flops_per_token(subject: Subject, work: Workload) -> float:
     """Executed operations per token of a training step."""
-    spec, active = subject.spec, float(subject.active_parameters)
-    layers = len(spec.units) - 1
-    recomputed = (layers - work.tail) / layers
-    trained = active * min(1.0, spec.trainable_parameters / subject.base_parameters)
-    root = min(_weights(spec.units[0]), active)
-    weights = 4 * active + 2 * trained + 2 * recomputed * (active - root)
-    return weights + (3 + recomputed) * attention_layers(spec) * attention_flops(spec, work.width)
+    trained = tuple(any(t.trainable for t in u.tensors) for u in subject.spec.units)
+    reader = StepFlops(unit_flops(subject, work.width))
+    reader.play(training_step(StepShape(3, trained, (1,), work.tail)))
+    return reader.total
 
 
-def _weights(unit: UnitSpec) -> int:
-    """Weights of a unit's base."""
-    return sum(t.parameters for t in unit.tensors if not is_adapter(t.name))
+class UnitFlops(NamedTuple):
+    """Operations per token of a unit: a forward pass, and the gradients by input and weights."""
+
+    forward: float
+    gradients: float
+
+
+def unit_flops(subject: Subject, width: int) -> list[UnitFlops]:
+    """By unit; of stacked experts those that a token is sent to. The root's pass is the head's and the embedding's."""
+    spec = subject.spec
+    total, chosen = experts(spec.text_config)
+    scores = attention_flops(spec, width)
+    found = []
+    for unit in spec.units:
+        active = trained = 0.0
+        for t in unit.tensors:
+            parameters = t.parameters / total * chosen if is_stacked(t, total) else t.parameters
+            active += 0 if is_adapter(t.name) else parameters
+            trained += parameters if t.trainable else 0
+        own = scores if unit is not spec.units[0] and attends(unit) else 0.0
+        found.append(UnitFlops(2 * active + own, 2 * active + 2 * trained + 2 * own))
+    return found
+
+
+class StepFlops(Reader):
+    """Counts the operations of a step per token of a micro-batch: plays the actions of `schedule`."""
+
+    def __init__(self, units: Sequence[UnitFlops]) -> None:
+        self._units = units
+        self._unrecomputed = range(1, len(units))
+        self.total = 0.0
+
+    def forward(self, action: Action) -> None:
+        """A layer that will be recomputed."""
+        self._unrecomputed = range(action.unit + 1, len(self._units))
+        self.total += action.times * self._units[action.unit].forward
+
+    def head(self, action: Action) -> None:
+        """Head and embedding, and the un-recomputed layers."""
+        self.total += action.times * sum(sum(self._units[u]) for u in (0, *self._unrecomputed))
+
+    def backward(self, action: Action) -> None:
+        """A layer, recomputed."""
+        self.total += action.times * sum(self._units[action.unit])
+
+    gather = bind = free = capture = score = embed = Reader.nothing
+    keep = reduce = settle = replicate = norm = update = renew = adopt = Reader.nothing
+
+
+def attends(unit: UnitSpec) -> bool:
+    """Whether a layer attends: it has a module called so (`self_attn`, `attention`), unlike state-space ones."""
+    return any("attn" in t.name or "attention" in t.name for t in unit.tensors)
 
 
 def attention_layers(spec: ModelSpec) -> int:
-    """How many layers attend: those with a module called so (`self_attn`, `attention`), unlike state-space ones."""
-    return sum(any("attn" in t.name or "attention" in t.name for t in u.tensors) for u in spec.units[1:])
+    """How many layers attend."""
+    return sum(attends(u) for u in spec.units[1:])
 
 
 def attention_flops(spec: ModelSpec, width: int) -> float:
@@ -58,28 +108,61 @@ def step_flops(assessment: Assessment, rank: int) -> float:
     return work.micro_batches(rank) * work.tokens * flops_per_token(assessment.subject, work)
 
 
-def weight_bytes_read(assessment: Assessment, rank: int) -> float:
-    """Bytes of weights that `rank` reads in a step: each micro-batch passes every layer three times."""
-    return 3.0 * assessment.plan.work.micro_batches(rank) * whole_weights(assessment)
-
-
 def whole_weights(assessment: Assessment) -> int:
     """Bytes of all weights as gathered."""
     return sum(u.gathered_bytes for u in assessment.plan.shards.units)
 
 
-def update_bytes(assessment: Assessment, rank: int) -> int:
-    """Bytes that the optimizer of `rank` moves: weights and states read and written, gradients read."""
+def update_bytes(assessment: Assessment, rank: int) -> list[float]:
+    """By unit, bytes that the optimizer of `rank` moves: weights and states read and written, gradients read."""
     plan = assessment.plan
     item = ITEM_BYTES[plan.work.gradient_dtype]
-    moved = 0
-    for unit in plan.shards.units:
+    states = sum(s for n, s in plan.ledgers[rank].resident.items() if n.startswith("optimizer"))
+    each = 2 * states / max(sum(size.trained for size in plan.shards.sizes[rank]), 1)
+    moved = []
+    for unit, size in zip(plan.shards.units, plan.shards.sizes[rank], strict=True):
+        weights = 0
         for segment in unit.segments:
             if segment.kind != "frozen":
                 a, b = plan.shards.state_interval(segment, rank)
-                moved += (b - a) * (2 * segment.itemsize + item)
-    states = sum(s for n, s in plan.ledgers[rank].resident.items() if n.startswith("optimizer"))
-    return moved + 2 * states
+                weights += (b - a) * (2 * segment.itemsize + item)
+        moved.append(weights + each * size.trained)
+    return moved
+
+
+class ChipCosts:
+    """`step_time.Costs` of one rank, from what its chip does: FLOP/s executed, bytes/s of memory, bytes/s of adding."""
+
+    def __init__(
+        self, assessment: Assessment, rank: int, flops: float, memory_rate: float, adding: float
+    ) -> None:
+        plan, work = assessment.plan, assessment.plan.work
+        self._flops, self._memory_rate, self._adding = flops, memory_rate, adding
+        self._tokens, self._units = work.tokens, unit_flops(assessment.subject, work.width)
+        self._bytes = [u.gathered_bytes for u in plan.shards.units]
+        self._updates = update_bytes(assessment, rank)
+        self._head = [0, *range(len(self._units) - work.tail, len(self._units))]
+
+    def compute(self, action: Action) -> float:
+        """A pass takes its arithmetic, or the reading of its weights where there are too few tokens."""
+        u, times = action.unit, action.times
+        if action.kind == "update":
+            return self._updates[u] / self._memory_rate
+        if action.kind == "forward":
+            return times * self._pass(self._units[u].forward, self._bytes[u])
+        if action.kind == "backward":
+            return times * self._pass(sum(self._units[u]), 2 * self._bytes[u])
+        if action.kind == "head":
+            flops = sum(sum(self._units[i]) for i in self._head)
+            return times * self._pass(flops, 3 * sum(self._bytes[i] for i in self._head))
+        return 0.0  # the embedding's part is counted with the head
+
+    def add(self, nbytes: int) -> float:
+        """Contributions are added by one thread."""
+        return nbytes / self._adding
+
+    def _pass(self, flops: float, nbytes: float) -> float:
+        return max(self._tokens * flops / self._flops, nbytes / self._memory_rate)
 
 
 def trained_bytes(assessment: Assessment) -> dict[str, int]:
@@ -94,33 +177,6 @@ def trained_bytes(assessment: Assessment) -> dict[str, int]:
     return {"weights": whole_weights(assessment), "gradients": item * sum(sizes), "optimizer": states}
 
 
-def step_matrices(plan: RunPlan, route: Route) -> tuple[Matrix, Matrix]:
-    """(gathers, reductions): bytes from each rank to each other in a step; together `workload.step_traffic`."""
-    shards, work = plan.shards, plan.work
-    gathered: Matrix = [[0] * shards.world_size for _ in range(shards.world_size)]
-    reduced = gathered
-    for unit, gathers in zip(shards.units, gathers_per_step(shards, work.tail), strict=True):
-        for segment in unit.segments:
-            once = all_gather_bytes(segment.edges, segment.itemsize, route)
-            if segment.kind == "frozen":
-                gathered = add(gathered, *[once] * (gathers if shards.zero_stage == 3 else 0))
-                continue
-            gathered = add(gathered, *[once] * gathers)
-            for r in range(work.layout.rounds):
-                flags = work.layout.contributes(r)
-                reduced = add(reduced, reduce_scatter_bytes(segment.edges, segment.itemsize, flags))
-            if shards.zero_stage == 0:
-                reduced = add(reduced, all_gather_bytes(segment.edges, 4, route))
-    return gathered, reduced
-
-
 def route_over(wire: Wire, route: Route) -> Route:
     """The way a gather takes over `wire`: `auto` is direct where each pair of nodes has its own cable."""
     return "direct" if route == "auto" and wire.per == "pair" else route
-
-
-def busiest(sent: Matrix, wire: Wire) -> int:
-    """Bytes that the busiest card (or cable, where each pair has its own) carries in one direction."""
-    if wire.per == "pair":
-        return max(max(row) for row in sent)
-    return max(max(pair) for pair in card_bytes(sent))

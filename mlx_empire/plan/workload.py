@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_empire.plan.cells import CellLayout
+from mlx_empire.plan.schedule import StepShape
 from mlx_empire.plan.shards import ShardPlan
-from mlx_empire.plan.traffic import Matrix, Route, add, all_gather_bytes, reduce_scatter_bytes
+from mlx_empire.plan.traffic import Route
 
 LOGITS_PER_CHUNK = 1 << 25  # tokens x vocabulary entries; 128 MiB in fp32
 LOGITS_PER_FROZEN_CHUNK = 1 << 23
@@ -53,39 +54,13 @@ class Workload:
         return sum(len(cell) for cell in self.layout.of_rank(rank))
 
 
+def step_shape(plan: ShardPlan, work: Workload, rank: int) -> StepShape:
+    """What the order of `rank`'s step depends on."""
+    cells = tuple(len(cell) for cell in work.layout.of_rank(rank))
+    return StepShape(plan.zero_stage, plan.trained, cells, work.tail, work.release)
+
+
 def first_trained(plan: ShardPlan) -> int:
     """The first unit that the backward reaches: where root or all layers train 1, with adapters in the last, theirs."""
     trained = [u.index for u in plan.units if any(s.kind != "frozen" for s in u.segments)]
     return max(min(trained, default=1), 1)
-
-
-def gathers_per_step(plan: ShardPlan, tail: int) -> list[int]:
-    """How often each unit's weights are gathered in a training step.
-
-    Stage 3: the root once (it stays for the step), layers twice, but those of the tail and the last one, with which
-    the backward begins, and those that it never reaches, once. Stages 1 and 2: once, after the update. Stage 0: never.
-    """
-    if plan.zero_stage < 3:
-        return [int(plan.zero_stage > 0)] * len(plan.units)
-    once = len(plan.units) - max(tail, 1)
-    first = first_trained(plan)
-    return [2 if first <= u.index < once else 1 for u in plan.units]
-
-
-def step_traffic(plan: ShardPlan, work: Workload) -> Matrix:
-    """Bytes that each rank sends each other one in a training step, evaluation not counted."""
-    size = plan.world_size
-    total: Matrix = [[0] * size for _ in range(size)]
-    for unit, gathers in zip(plan.units, gathers_per_step(plan, work.tail), strict=True):
-        for segment in unit.segments:
-            gather = all_gather_bytes(segment.edges, segment.itemsize, work.route)
-            if segment.kind == "frozen":  # never updated, so gathered only where it is not kept whole
-                total = add(total, *[gather] * (gathers if plan.zero_stage == 3 else 0))
-                continue
-            total = add(total, *[gather] * gathers)
-            for r in range(work.layout.rounds):
-                flags = work.layout.contributes(r)
-                total = add(total, reduce_scatter_bytes(segment.edges, segment.itemsize, flags))
-            if plan.zero_stage == 0:
-                total = add(total, all_gather_bytes(segment.edges, 4, work.route))
-    return total

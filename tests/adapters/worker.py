@@ -14,8 +14,8 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
+from mlx_empire.plan.step_traffic import step_traffic
 from mlx_empire.plan.traffic import card_bytes
-from mlx_empire.plan.workload import step_traffic
 
 
 def run_case(case: TunedCase, comm: Communicator) -> dict[str, Any]:

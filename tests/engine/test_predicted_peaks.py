@@ -48,6 +48,10 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "llama 128 stage 2": setting("llama", 128, 2, [1]),
         "llama 384 stage 3": setting("llama", 384, 3, [1]),
         "llama 384 stage 2, tail of 10": setting("llama", 384, 2, [1], tail=10),
+        "llama 128 stage 1, 4 cells, tail of 10": setting(
+            "llama", 128, 1, [1], micro_batches=4, cells=4, tail=10
+        ),
+        "llama 128 stage 2, cells of 1 and 2": setting("llama", 128, 2, [1], micro_batches=6, cells=4),
         "llama 128 stage 0, 8 bits": setting("llama", 128, 0, [1], state_bits=8),
         "qwen3_moe 384 stage 2": setting("qwen3_moe", 384, 2, [1]),
         "gemma2 384 stage 0, tail of 2": setting("gemma2", 384, 0, [1], tail=2),
@@ -110,6 +114,7 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "llama 384 stage 3": setting("llama", 384, 3, [3, 2], micro_batches=2),
         "llama 128 stage 3, tail of 3": setting("llama", 128, 3, [2, 1], tail=3),
         "llama 128 stage 0": setting("llama", 128, 0, [1, 1]),
+        "llama 128 stage 3, cells of 1 and 2": setting("llama", 128, 3, [2, 1], micro_batches=6, cells=4),
         "llama 128 stage 2, 4 cells": setting("llama", 128, 2, [2, 1], cells=4, gradient_dtype="bfloat16"),
         "qwen3_moe 128 stage 3": setting("qwen3_moe", 128, 3, [3, 1]),
         "gemma2 128 stage 1": setting("gemma2", 128, 1, [2, 1]),

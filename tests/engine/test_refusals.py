@@ -12,9 +12,9 @@ from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.probe import check_packing, probe_root
 from mlx_empire.engine.slots import Deck
-from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.twin import twin_config, verify_twin
 from mlx_empire.errors import UserError
@@ -194,13 +194,14 @@ def test_the_twin_keeps_the_pattern_of_layers():
 
 
 def test_a_wrong_step_is_found_by_the_twin(monkeypatch):
-    right = StreamedStep._layer_gradients
+    right = Passes.backward
 
-    def wrong(self: Any, index: int, *rest: Any) -> None:
-        right(self, index, *rest)
-        rest[0].hidden = rest[0].hidden * 1.01  # a cotangent that is one per cent off
+    def wrong(self: Any, index: int, r: Running, *rest: Any, **more: Any) -> Any:
+        gradients = right(self, index, r, *rest, **more)
+        r.hidden = r.hidden * 1.01  # a cotangent that is one per cent off
+        return gradients
 
-    monkeypatch.setattr(StreamedStep, "_layer_gradients", wrong)
+    monkeypatch.setattr(Passes, "backward", wrong)
     with pytest.raises(UserError, match="would be trained wrongly"):
         verify_twin(tiny_config("llama"), "llama")
 

@@ -69,14 +69,14 @@ def test_no_gradient_is_kept(thread):
     trainer = made(CASE, thread)
     seen: list[int] = []
     updater = trainer._updater
-    whole = updater.complete
+    whole = updater.update
 
-    def complete(index: int) -> None:
+    def update(index: int) -> None:
         whole(index)
         seen.append(index)
         assert index not in trainer.gradients.totals
 
-    trainer.gradients.complete = complete
+    updater.update = update
     take(trainer, CASE, 1)
     assert seen == [4, 3, 2, 1, 0]
 
@@ -132,7 +132,7 @@ def test_what_is_carried_continues_bitwise(thread):
 )
 def test_a_gradient_that_is_not_finite_stops_before_its_own_unit(unit, says, thread):
     trainer = made(CASE, thread)
-    whole = trainer.gradients.complete
+    whole = trainer._updater.norm_of
 
     def poison(index: int) -> None:
         if index == unit:
@@ -140,7 +140,7 @@ def test_a_gradient_that_is_not_finite_stops_before_its_own_unit(unit, says, thr
             total[0] = mx.where(mx.arange(total[0].size).reshape(total[0].shape) == 70, mx.nan, total[0])
         whole(index)
 
-    trainer.gradients.complete = poison
+    trainer._updater.norm_of = poison
     before = {
         unit.index: [np.array(c.weights) for s in trainer.store.chunks[unit.index] for c in s]
         for unit in trainer.store.plan.units

@@ -29,8 +29,8 @@ from mlx_empire.comm.failure import guard
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.loss import row_losses
+from mlx_empire.plan.step_traffic import step_traffic
 from mlx_empire.plan.traffic import card_bytes
-from mlx_empire.plan.workload import step_traffic
 
 
 def run_case(case: Case, comm: Communicator, compare: bool) -> dict[str, Any]:

@@ -10,19 +10,17 @@ from support.planning import llama_like, node_of, nodes_of, recipe_of
 
 from mlx_empire.cluster.calibrate import Calibration
 from mlx_empire.plan.assess import assess
-from mlx_empire.plan.hardware import CPU, M3_ULTRA, WIRES, standard_clusters, wire_named
+from mlx_empire.plan.hardware import ADDING_RATE, CPU, M3_ULTRA, WIRES, standard_clusters, wire_named
 from mlx_empire.plan.pace import chips_of, cloud_of, ends, pace_of, paces, run_steps, spell
+from mlx_empire.plan.step_traffic import step_matrices, step_traffic
 from mlx_empire.plan.subject import catalog_subject
 from mlx_empire.plan.work import (
     attention_flops,
     attention_layers,
-    busiest,
     flops_per_token,
-    step_matrices,
     trained_bytes,
     update_bytes,
 )
-from mlx_empire.plan.workload import step_traffic
 
 GIB = 2**30
 
@@ -94,15 +92,9 @@ def test_gathers_and_reductions_are_the_plan_s_traffic(weights, stage, cells_per
         f"batch.cells={cells}",
         limits=[GIB] * len(weights),
     )
-    gathers, reductions = step_matrices(found.plan, route)
+    gathers, reductions = step_matrices(found.plan.shards, found.plan.work, route)
     total = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(gathers, reductions, strict=True)]
     assert total == step_traffic(found.plan.shards, found.plan.work)
-
-
-def test_a_card_carries_all_of_a_node_and_a_cable_one_pair():
-    sent = [[0, 5, 7], [1, 0, 2], [3, 4, 0]]
-    assert busiest(sent, wire_named("10gbe")) == 12  # node 0 sends 5 + 7
-    assert busiest(sent, wire_named("mesh")) == 7
 
 
 def test_two_equal_nodes_by_hand():
@@ -114,18 +106,20 @@ def test_two_equal_nodes_by_hand():
     root, layer = (u.parameters for u in subject.spec.units[:2])
     gathered = root + 3 * 2 * layer + layer  # layers twice, but the last one, with which the backward begins
     seconds = 2 * (gathered + root + 4 * layer) / 2 / 1.1e9
+    reduced = (root + 4 * layer) * 2  # bytes; the other node's contributions to half of it are added
     pace = pace_of(found, wire_named("10gbe"))
-    assert pace.parts["network"] == pytest.approx((seconds, seconds), rel=1e-6)
+    for i in (0, 1):
+        assert pace.parts["network"][1 - i] == pytest.approx(seconds, rel=1e-3)
+        assert pace.parts["adding"][1 - i] == pytest.approx(reduced / 2 / ADDING_RATE[i], rel=1e-3)
     states = 1 + 1 + 2 + 5 / 64  # codes, remainder, five bytes per block
     moved = subject.base_parameters / 2 * (2 * 2 + 2 + 2 * states)
-    assert update_bytes(found, 0) == pytest.approx(moved, rel=1e-6)
+    assert sum(update_bytes(found, 0)) == pytest.approx(moved, rel=1e-6)
     assert pace.parts["optimizer"][0] == pytest.approx(moved / CPU.memory_rate[1], rel=1e-6)
     tokens = 4 * 2048  # of each node: half of the 8 rows
     compute = tokens * flops_per_token(subject, found.plan.work) / (CPU.tflops[1] * 1e12)
     assert pace.parts["compute"][0] == pytest.approx(compute)
-    assert pace.step_seconds[0] == pytest.approx(
-        max(compute, seconds) + pace.parts["optimizer"][0] + pace.parts["disk"][0]
-    )
+    # The wire binds: all that computes is hidden but the update, and what is waited for before and after.
+    assert pace.parts["network"][0] < pace.step_seconds[0] < pace.parts["network"][0] + compute
 
 
 @given(
@@ -154,7 +148,6 @@ def test_times_are_ranges_that_hang_together(stage, weights, rows, key):
         assert 0 <= low <= high
     assert (pace.parts["network"][1] == 0) == (len(weights) == 1)
     assert pace.step_seconds[1] >= max(high for _, high in pace.parts.values())
-    assert pace.step_seconds[1] <= sum(high for _, high in pace.parts.values()) * (1 + 1e-9)
     assert pace.positions_per_second[0] * pace.step_seconds[1] == pytest.approx(rows * 2048)
     assert pace.run_hours[1] == pytest.approx(pace.step_seconds[1] * 100 / 3600)
     quicker = replace(wire, rate=(2 * wire.rate[0], 2 * wire.rate[1]))
@@ -170,8 +163,9 @@ def test_scout_over_slow_and_fast_wires():
     assert list(found) == [w.key for w in WIRES]
     assert found["10gbe"].bound == "network"
     assert found["mesh"].parts["network"][1] < found["cable"].parts["network"][0] / 2
-    # about 216 GB gathered twice past each card, and 2 bytes per gradient reduced: 0.5 TB at 1.1 GB/s
-    assert 400 < found["10gbe"].parts["network"][0] < 550
+    # About 216 GB gathered twice past each card, and 2 bytes per gradient reduced: 0.5 TB at 1.1 GB/s. The king is the
+    # hub of the reductions, and adds them: a model of the cluster at 1/24 scale took 625 to 685 s.
+    assert 600 < found["10gbe"].step_seconds[0] < 690
     many = recipe_of("batch.global_size=64", "data.sequence_length=4096")
     assert pace_of(assess(many, subject, standard_clusters()["1K+3S"]), WIRES[0]).bound == "compute"
 

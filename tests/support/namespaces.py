@@ -107,6 +107,15 @@ class Machines:
         """Plug the cable in again."""
         self._ip("-n", self._name("net"), "link", "set", self._name(machine), "master", "bridge")
 
+    def throttle(self, machine: str, mbit: float) -> None:
+        """Limit the machine's card to so many megabits per second in each direction (needs `tc`)."""
+        own, net = self._name(machine), self._name("net")
+        for space, device in ((own, "net0"), (net, own)):
+            words = ["tc", "-n", space, "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{mbit}mbit"]
+            subprocess.run(
+                [*words, "burst", "32kb", "latency", "200ms"], check=True, capture_output=True, text=True
+            )
+
     def processes(self, machine: str) -> list[int]:
         """The machine's processes."""
         listed = subprocess.run(

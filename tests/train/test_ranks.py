@@ -29,8 +29,8 @@ from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.config import read_config
 from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.resolve import RunPlan, resolve
+from mlx_empire.plan.step_traffic import step_traffic
 from mlx_empire.plan.traffic import card_bytes
-from mlx_empire.plan.workload import step_traffic
 from mlx_empire.recipe.load import load_recipe
 
 GIB = 2**30

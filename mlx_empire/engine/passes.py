@@ -1,0 +1,223 @@
+"""What is computed for one micro-batch: the pass through a layer, the loss, each one's vjp. The order is the step's.
+
+Everything is evaluated between the calls of `mx.vjp`, outside any transformation, so memory is freed as it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_empire import phases
+from mlx_empire.data.batches import MicroBatch
+from mlx_empire.engine.gradients import CellSum
+from mlx_empire.engine.loss import head_chunks, head_gradients, head_loss, head_scores, joined
+from mlx_empire.engine.masks import separate
+from mlx_empire.engine.noise import LayerNoise
+from mlx_empire.engine.slots import Deck, LayerArguments, hidden_of
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.errors import UserError
+
+
+@dataclass
+class Running:
+    """A micro-batch on its way. `position` counts this rank's micro-batches of the step.
+
+    `batch`: inputs, targets and mask, each (rows, width); `hidden`: the current hidden state or cotangent
+    (rows, width, hidden); `inputs`: by layer what its backward needs; `loss`: (rows,), in the end.
+    """
+
+    position: int
+    batch: tuple[mx.array, mx.array, mx.array]
+    arguments: list[LayerArguments]
+    documents: mx.array | None
+    hidden: mx.array
+    inputs: dict[int, mx.array] = field(default_factory=dict)
+    loss: mx.array | None = None
+
+
+class Passes:
+    """The model's parts, as functions of a micro-batch and of the tensors that are bound.
+
+    `head_tensors` and `embed_tensors` are positions among the root's trainable tensors that the head and the embedding
+    depend on (a tied matrix stands in both); `tokens`: of a chunk of the loss; `noise` is there where layers have
+    dropout. Layers are counted from 0.
+    """
+
+    def __init__(
+        self,
+        deck: Deck,
+        store: ShardStore,
+        head_tensors: Sequence[int],
+        embed_tensors: Sequence[int],
+        tokens: int,
+        noise: LayerNoise | None = None,
+    ) -> None:
+        self._deck, self._store, self._noise, self._tokens = deck, store, noise, tokens
+        self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
+        self._shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
+
+    def begin(self) -> None:
+        """A new step or evaluation: micro-batches of other shapes."""
+        self._shapes = {}
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """For an evaluation."""
+        self._deck.train(False)
+        try:
+            yield
+        finally:
+            self._deck.train(True)
+
+    # ---- forward
+
+    def capture(self, position: int, micro: MicroBatch) -> Running:
+        """The input of layer 0, and what the model passes to its layers besides."""
+        inputs, targets, mask = (mx.array(x) for x in (micro.inputs, micro.targets, micro.mask))
+        hidden, arguments = self._deck.capture(inputs)
+        if phases.poisoned("forward"):
+            hidden = hidden * mx.nan
+        # They depend on the shape alone (checked before training): micro-batches of one shape share them.
+        arguments = self._shapes.setdefault(tuple(inputs.shape), arguments)
+        documents = None if micro.documents is None else mx.array(micro.documents)
+        mx.eval(inputs, targets, mask, hidden, documents)
+        return Running(position, (inputs, targets, mask), arguments, documents, hidden)
+
+    def forward(self, layer: int, r: Running, *, keep_input: bool) -> None:
+        """Run a layer; its input is kept where the backward will come back to it."""
+        output = self._layer(layer, r.hidden, r)
+        mx.eval(output)
+        if keep_input:
+            r.inputs[layer] = r.hidden
+        r.hidden = output
+
+    def _layer(self, index: int, hidden: mx.array, r: Running) -> mx.array:
+        layer, given = self._deck.layers[index], r.arguments[index]
+        if r.documents is not None:
+            given = separate(layer, given, r.documents)
+        if self._noise is not None and layer.training:
+            self._noise.seed(r.position, index)
+        output = hidden_of(layer(hidden, *given.positional, **given.keywords))
+        if not isinstance(output, mx.array):
+            raise UserError(
+                f"{self._deck.name}: layer {index} returns {type(output).__name__}, not one array; "
+                "this architecture cannot be streamed"
+            )
+        return output
+
+    # ---- head
+
+    def loss(self, r: Running, total: mx.array) -> mx.array:
+        """Forward only: each row's loss (rows,), divided by `total`."""
+        return head_loss(self._call_head, self._heads(), r.hidden, r.batch, total, self._tokens)
+
+    def scores(self, r: Running) -> mx.array:
+        """Forward only: what `head_scores` says of each row, (rows, 2)."""
+        return head_scores(self._call_head, self._heads(), r.hidden, r.batch, self._tokens)
+
+    def head(
+        self, r: Running, weights: Mapping[int, list[mx.array]], total: mx.array, *, onward: bool
+    ) -> tuple[list[mx.array], dict[int, list[mx.array]]]:
+        """Loss and gradients by head and un-recomputed layers, whose `weights` are given by layer, lazily.
+
+        `r.hidden` becomes the cotangent of the first un-recomputed layer's input where a layer below trains (`onward`).
+        With such layers the head's gradient by its input enters the differentiated sum as a constant, sum(y * dy),
+        whose derivative by y is dy. All is lazy at first; then the head is evaluated chunk by chunk, the backward last.
+        """
+        heads, layers = self._heads(), sorted(weights)
+        if not layers:
+            r.loss, gradients, r.hidden = head_gradients(
+                self._call_head, heads, r.hidden, r.batch, total, self._tokens
+            )
+            return gradients, {}
+
+        def through_layers(tensors: list[list[mx.array]], hidden: mx.array) -> tuple[mx.array, ...]:
+            for i, arrays in zip(layers, tensors, strict=True):
+                self._store.rebind(i + 1, arrays)
+                hidden = self._layer(i, hidden, r)
+            constant = mx.stop_gradient(hidden)
+            chunks = list(head_chunks(self._call_head, heads, constant, r.batch, total, self._tokens))
+            cotangent = mx.stop_gradient(joined([part for _, _, part in chunks]))
+            surrogate = (hidden * cotangent).sum()
+            return (surrogate, *(array for loss, sums, part in chunks for array in (loss, *sums, part)))
+
+        outputs, (gradients, cotangent) = mx.value_and_grad(through_layers, argnums=(0, 1))(
+            [weights[i] for i in layers], r.hidden
+        )
+        for i in layers:
+            self._store.rebind(i + 1, weights[i])
+        chunks = list(outputs[1:])
+        del outputs
+        while chunks:
+            (r.loss, *sums, part), chunks = chunks[: len(heads) + 2], chunks[len(heads) + 2 :]
+            mx.eval(r.loss, sums, part)
+        if onward:
+            r.hidden = cotangent
+        return sums, dict(zip(layers, gradients, strict=True))
+
+    def _heads(self) -> list[mx.array]:
+        root = self._store.bound(0)
+        return [root[i] for i in self.head_tensors]
+
+    def _call_head(self, arrays: Sequence[mx.array], hidden: mx.array, tokens: mx.array) -> mx.array:
+        """Logits with the head's tensors replaced by `arrays`; the others stay as they are bound."""
+        bound = list(self._store.bound(0))
+        for position, array in zip(self.head_tensors, arrays, strict=True):
+            bound[position] = array
+        self._store.rebind(0, bound)
+        return self._deck.head(tokens, hidden)
+
+    # ---- backward
+
+    def backward(self, layer: int, r: Running, weights: list[mx.array], *, onward: bool) -> list[mx.array]:
+        """The layer's vjp, lazily: gradients by its weights; `r.hidden` becomes its input's cotangent (`onward`)."""
+
+        def run(*arrays: mx.array) -> mx.array:
+            self._store.rebind(layer + 1, arrays[:-1])
+            return self._layer(layer, arrays[-1], r)
+
+        _, gradients = mx.vjp(run, [*weights, r.inputs.pop(layer)], [r.hidden])
+        self._store.rebind(layer + 1, weights)
+        if onward:
+            r.hidden = gradients[-1]
+        return list(gradients[:-1])
+
+    # ---- embed
+
+    def embed(self, r: Running) -> list[mx.array]:
+        """Gradients in fp32 by the embedding's tensors, from the cotangent of layer 0's input, lazily."""
+        root = self._store.bound(0)
+
+        def run(*arrays: mx.array) -> mx.array:
+            bound = list(root)
+            for position, array in zip(self.embed_tensors, arrays, strict=True):
+                bound[position] = array
+            self._store.rebind(0, bound)
+            return self._deck.embed(r.batch[0]).astype(mx.float32)
+
+        # A frequent token's row is a sum over many positions: in fp32, or bfloat16 would swallow most of it. (The
+        # wide copies of the tensors are never evaluated; the gradient does not need them.)
+        wide = [root[i].astype(mx.float32) for i in self.embed_tensors]
+        # On Metal a scatter-add uses atomics, in any order; the CPU's is sequential, so the sum is reproducible.
+        with mx.stream(mx.cpu):
+            _, gradients = mx.vjp(run, wide, [r.hidden.astype(mx.float32)])
+        return list(gradients)
+
+    def whole_root(self, head: CellSum, embed: CellSum) -> CellSum:
+        """Head and embedding sums of a cell, by the root's tensors; a tied matrix gets the sum of both."""
+        by_position: dict[int, mx.array] = dict(zip(self.head_tensors, head.arrays, strict=True))
+        for position, array in zip(self.embed_tensors, embed.arrays, strict=True):
+            if position in by_position:
+                array = by_position[position].astype(mx.float32) + array.astype(mx.float32)
+            by_position[position] = array
+        head.arrays, embed.arrays = [], []
+        cell = CellSum()
+        root = enumerate(self._store.bound(0))
+        cell.arrays = [by_position.get(i, mx.zeros_like(tensor)) for i, tensor in root]
+        by_position.clear()
+        mx.eval(cell.arrays)
+        return cell

@@ -1,0 +1,306 @@
+"""The order of a training step, told once: a step is a list of actions, and what is not in the list does not happen.
+
+`training_step` and `evaluation` give the list for one rank. Readers play it: the engine on arrays, the ledger on
+bytes, the traffic count on wires, the clock on seconds. A reader has one method for each kind of action (`Reader`).
+
+The order is layer-major: every micro-batch of a rank passes a layer before the next layer is touched. So each unit is
+gathered twice a step however many micro-batches there are, a unit's gradient is complete after one visit, and only one
+or two units are ever whole. The phases, and what overlaps:
+
+1. capture   the root is bound; the input of layer 1 of every micro-batch
+2. forward   layer by layer, while the next layer is gathered; only the layers' inputs are kept
+3. head      loss, and the gradients of head and un-recomputed layers, which run here, once, as one graph
+4. backward  layer by layer, last to first: the vjp recomputes the layer; its sums are reduced during the next layer
+5. embed     the embedding's gradient; then the root's sums are reduced
+6. update    global norm, then unit by unit; where weights stay whole a unit is renewed during the next one's update
+
+Every rank's list has the same collectives in the same order, whatever its micro-batches: `gather`, `reduce`,
+`replicate`, `renew` use the wires, `norm` the control plane. They run one after the other, beside the computation;
+`bind`, `settle` and `adopt` wait for them. One reduction is on its way at a time.
+
+| kind | what happens |
+|-----------|---------------------------------------------------------------------------------------------|
+| gather    | begin to make a unit whole (stage 3)                                                        |
+| bind      | wait until a unit is whole and put its tensors into the model                               |
+| free      | take a unit's tensors out of the model; at stage 3 its buffer goes                          |
+| capture   | embed a micro-batch, note what the model passes to its layers                               |
+| forward   | one layer, one micro-batch                                                                  |
+| head      | loss and gradients of head and un-recomputed layers, one micro-batch                        |
+| score     | in an evaluation: loss or scores of one micro-batch                                         |
+| backward  | one layer's vjp, one micro-batch                                                            |
+| embed     | the embedding's gradient, one micro-batch                                                   |
+| keep      | stage 1: a round's sums are rounded to the wire's dtype and kept until the backward's end   |
+| reduce    | begin to reduce a round's sums to their owners                                              |
+| settle    | wait for a reduction; after the last round the totals are complete                          |
+| replicate | stage 0: give the complete totals to every rank                                             |
+| norm      | of all gradients, or of one unit's where units are updated in the backward                  |
+| update    | a unit's weights and optimizer states                                                       |
+| renew     | stages 0 to 2: begin to make the updated unit whole again                                   |
+| adopt     | wait for a renewal; the old weights go                                                      |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+ALL_UNITS = -1  # the unit of a norm over everything
+
+
+class Action(NamedTuple):
+    """One thing that a rank does. `unit`: 0 is the root, i the i-th layer; `micro`: position among this rank's
+    micro-batches of the step; `round`: of the reduction, which takes one of this rank's cells; -1 where it has none.
+
+    `times`: how many actions in a row this one stands for, in a folded list; `micro` and `round` are then the first's.
+    """
+
+    kind: str
+    unit: int = 0
+    micro: int = -1
+    round: int = -1
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the order of a rank's step depends on.
+
+    `cells`: number of this rank's micro-batches in each round (0 where it has no cell); `trained`: by unit, whether
+    anything of it trains; `unrecomputed`: how many last layers keep their activations; `in_backward`: a unit is
+    updated as soon as its gradient is complete.
+    """
+
+    zero_stage: int
+    trained: tuple[bool, ...]
+    cells: tuple[int, ...]
+    unrecomputed: int = 0
+    in_backward: bool = False
+
+    @property
+    def layers(self) -> int:
+        """Number of layers, which is the last one's unit."""
+        return len(self.trained) - 1
+
+    @property
+    def boundary(self) -> int:
+        """The last layer that is recomputed; 0 where none is."""
+        return self.layers - self.unrecomputed
+
+    @cached_property
+    def lowest(self) -> int:
+        """The lowest layer that the backward reaches: layer 1 where the root trains, with adapters their lowest."""
+        return max(self.trained.index(True), 1) if any(self.trained) else self.layers
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are gathered where they are used (stage 3) and not kept whole."""
+        return self.zero_stage == 3
+
+    @property
+    def last_round(self) -> int:
+        """The round after which totals are complete."""
+        return len(self.cells) - 1
+
+    @property
+    def micro_batches(self) -> int:
+        """How many this rank has in the step."""
+        return sum(self.cells)
+
+
+class Reader:
+    """Plays a list of actions: calls the method named after each action's kind. An unknown kind is an error."""
+
+    def play(self, actions: Iterable[Action]) -> None:
+        """Every action in order. NotImplementedError for one that this reader has no method for."""
+        for action in actions:
+            play = getattr(self, action.kind, None)
+            if play is None:
+                raise NotImplementedError(f"{type(self).__name__} does not know the action {action.kind!r}")
+            play(action)
+
+    def nothing(self, action: Action) -> None:
+        """For the kinds that mean nothing to a reader: it names them, so that it knows them."""
+
+
+def training_step(shape: StepShape, *, update: bool = True, fold: bool = False) -> Iterator[Action]:
+    """A step of one rank; without `update` its gradients alone, complete at the end.
+
+    `fold`: of a row of alike actions only the first, the second with how often it comes, and the last. For readers that
+    count: the peak of memory lies at the first, the second or the last of alike micro-batches.
+    """
+    yield from gradients(shape, update=update, fold=fold)
+    if update:
+        yield from global_norm(shape)
+        yield from updates(shape)
+
+
+def gradients(shape: StepShape, *, update: bool = False, fold: bool = False) -> Iterator[Action]:
+    """Forward and backward, until all totals are complete; with `update` and `in_backward` units are updated too."""
+    step = _Step(shape, update, fold)
+    yield from step.forward(shape.boundary)
+    yield from step.head()
+    yield from step.backward()
+    yield from step.embed()
+    yield from step.finish()
+
+
+def global_norm(shape: StepShape) -> Iterator[Action]:
+    """Between gradients and updates, where it is not found unit by unit in the backward."""
+    if not shape.in_backward:
+        yield Action("norm", ALL_UNITS)
+
+
+def updates(shape: StepShape) -> Iterator[Action]:
+    """The update of what is not updated yet, and the end of the last renewal."""
+    trained = [u for u, trains in enumerate(shape.trained) if trains]
+    last = trained[-1:]
+    if shape.in_backward:
+        last = trained[:1]
+    else:
+        for u, before in zip(trained, [None, *trained], strict=False):
+            yield from _update(shape, u, before)
+    if not shape.sharded:
+        yield from (Action("adopt", u) for u in last)
+
+
+def evaluation(shape: StepShape) -> Iterator[Action]:
+    """A forward pass over this rank's micro-batches, in which no input is kept and every layer runs."""
+    step = _Step(shape, update=False, fold=False)
+    yield from step.forward(shape.layers)
+    yield from step.each("score", 0, range(shape.micro_batches))
+    yield Action("free", shape.layers)
+    yield Action("free", 0)
+
+
+@lru_cache(maxsize=256)
+def folded_step(shape: StepShape) -> tuple[Action, ...]:
+    """A folded training step, made once."""
+    return tuple(training_step(shape, fold=True))
+
+
+class _Step:
+    """The parts of a step in order. One reduction is in flight at a time: the next one waits for it first."""
+
+    def __init__(self, shape: StepShape, update: bool, fold: bool) -> None:
+        self._shape, self._fold = shape, fold
+        self._rounds = list(_rounds(shape.cells, fold))
+        self._updates = update and shape.in_backward
+        self._in_flight: tuple[int, int, int] | None = None  # unit, round, times
+        self._kept: list[tuple[int, int, int]] = []
+        self._updated: int | None = None  # the unit whose renewal may be on its way
+
+    def forward(self, last: int) -> Iterator[Action]:
+        """Root and layers up to `last`; the model's very last layer stays for what follows."""
+        shape, micros = self._shape, range(self._shape.micro_batches)
+        if shape.sharded:
+            yield Action("gather", 0)
+            yield Action("gather", 1)
+        yield Action("bind", 0)
+        yield from self.each("capture", 0, micros)
+        for u in range(1, last + 1):
+            yield Action("bind", u)
+            if shape.sharded and u < shape.layers:
+                yield Action("gather", u + 1)
+            yield from self.each("forward", u, micros)
+            if u < shape.layers:
+                yield Action("free", u)
+
+    def head(self) -> Iterator[Action]:
+        """The loss, and the un-recomputed layers, which stay whole for all rounds."""
+        shape = self._shape
+        kept = range(shape.boundary + 1, shape.layers + 1)
+        if shape.sharded:
+            yield from (Action("gather", u) for u in kept[1:])  # the first is on its way
+        yield from (Action("bind", u) for u in kept)
+        if shape.sharded and kept and shape.boundary >= shape.lowest:
+            yield Action("gather", shape.boundary)
+        for r, members, times in self._rounds:
+            yield from self.each("head", 0, members, r, times)
+            for u in reversed(kept):
+                yield from self._deliver(u, r, times)
+        yield from (Action("free", u) for u in kept)
+
+    def backward(self) -> Iterator[Action]:
+        """The recomputed layers that train, or have one below that does."""
+        shape = self._shape
+        for u in range(shape.boundary, shape.lowest - 1, -1):
+            if u < shape.layers:  # the last one is still bound
+                yield Action("bind", u)
+            if shape.sharded and u > shape.lowest:
+                yield Action("gather", u - 1)
+            for r, members, times in self._rounds:
+                yield from self.each("backward", u, members, r, times)
+                yield from self._deliver(u, r, times)
+            yield Action("free", u)
+
+    def embed(self) -> Iterator[Action]:
+        """The root's gradient: the head's, which waited, and the embedding's."""
+        if self._shape.trained[0]:
+            for r, members, times in self._rounds:
+                if r > 0:  # it hides behind nothing, and a second large contribution would be there beside it
+                    yield from self._settle()
+                yield from self.each("embed", 0, members, r, times)
+                yield from self._deliver(0, r, times)
+        yield Action("free", 0)
+
+    def finish(self) -> Iterator[Action]:
+        """Reduce what stage 1 kept, and wait for the last reduction."""
+        for unit, round, times in self._kept:
+            yield from self._reduce(unit, round, times)
+        yield from self._settle()
+
+    def each(self, kind: str, unit: int, micros: range, round: int = -1, times: int = 1) -> Iterator[Action]:
+        """An action for each micro-batch, or for the first, the others and the last."""
+        if self._fold and len(micros) > 3:
+            yield Action(kind, unit, micros[0], round, times)
+            yield Action(kind, unit, micros[1], round, times * (len(micros) - 2))
+            micros = micros[-1:]
+        yield from (Action(kind, unit, micro, round, times) for micro in micros)
+
+    def _deliver(self, unit: int, round: int, times: int) -> Iterator[Action]:
+        """A round's sums of a unit are there: reduce them, or at stage 1 keep them."""
+        if not self._shape.trained[unit]:
+            return
+        if self._shape.zero_stage == 1:
+            self._kept.append((unit, round, times))
+            yield Action("keep", unit, round=round, times=times)
+        else:
+            yield from self._reduce(unit, round, times)
+
+    def _reduce(self, unit: int, round: int, times: int) -> Iterator[Action]:
+        yield from self._settle()
+        yield Action("reduce", unit, round=round, times=times)
+        if self._shape.zero_stage == 0 and round == self._shape.last_round:
+            yield Action("replicate", unit)
+        self._in_flight = unit, round, times
+
+    def _settle(self) -> Iterator[Action]:
+        if self._in_flight is None:
+            return
+        (unit, round, times), self._in_flight = self._in_flight, None
+        yield Action("settle", unit, round=round, times=times)
+        if self._updates and round == self._shape.last_round:
+            yield Action("norm", unit)
+            yield from _update(self._shape, unit, self._updated)
+            self._updated = unit
+
+
+def _update(shape: StepShape, unit: int, before: int | None) -> Iterator[Action]:
+    """Update a unit; where weights stay whole renew it, and adopt what was renewed in the meantime."""
+    yield Action("update", unit)
+    if not shape.sharded:
+        yield Action("renew", unit)
+        if before is not None:
+            yield Action("adopt", before)
+
+
+def _rounds(cells: tuple[int, ...], fold: bool) -> Iterator[tuple[int, range, int]]:
+    """(round, its micro-batches, how many alike rounds it stands for)."""
+    starts, last = list(accumulate(cells, initial=0)), len(cells) - 1
+    middle = groupby(range(1, last), lambda r: cells[r] if fold else r)
+    groups = [[0], *(list(group) for _, group in middle), *([last] for _ in cells[1:2])]
+    for first, *more in groups:
+        yield first, range(starts[first], starts[first + 1]), 1 + len(more)

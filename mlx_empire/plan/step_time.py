@@ -1,0 +1,249 @@
+"""How long a step takes: plays every rank's actions (`schedule`) on lanes, each of which does one thing at a time.
+
+A rank has a compute lane (the main thread) and a queue of exchanges (the communication thread), and its card has two
+directions. The rules:
+
+1. compute   forward, head, backward, embed and update follow one another;
+2. begin     gather, reduce, replicate and renew are queued when the compute lane reaches them, and do not stop it;
+3. exchange  an exchange begins on a rank when the one before has ended there. A card sends and receives at the wire's
+             rate, each rank's bytes in each direction one after the other; a rank is done when it has sent and received
+             its own, so the rank with most bytes (the hub of reductions) holds up who sends to it. Relayed in a ring,
+             all are done when the slowest link is, and the last bucket has gone round. Contributions are added on the
+             host when they have come, before the next exchange;
+4. wait      bind, settle and adopt stop the compute lane until their exchange is done; the norm until all ranks are
+             there.
+
+So forward hides its gathers only behind forward, and gathers and reductions take turns. Nothing here depends on the
+machine it runs on: the seconds of an action are the caller's (`Costs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mlx_empire.plan.schedule import Action, Reader, training_step
+from mlx_empire.plan.shards import ShardPlan
+from mlx_empire.plan.step_traffic import StepTraffic
+from mlx_empire.plan.traffic import Route, resolve_route
+from mlx_empire.plan.workload import Workload, step_shape
+
+COMPUTE, EXCHANGE, ADD, WAIT = "compute", "exchange", "add", "wait"
+_WAITED_FOR = {"gather": "bind", "reduce": "settle", "replicate": "settle", "renew": "adopt"}
+
+
+class Costs(Protocol):
+    """Seconds of one rank's work."""
+
+    def compute(self, action: Action) -> float:
+        """Of forward, head, backward, embed or update, as often as the action stands for."""
+        ...
+
+    def add(self, nbytes: int) -> float:
+        """Of adding `nbytes` of contributions to totals, on the host."""
+        ...
+
+
+@dataclass(frozen=True)
+class Link:
+    """A wire: bytes per second in each direction, seconds until an exchange's first byte is there, and whether each
+    pair of ranks has its own (`per` "pair") or each rank one card for all."""
+
+    rate: float
+    per: str = "card"
+    latency: float = 0.0
+
+
+class Event(NamedTuple):
+    """What a lane of a rank did, in seconds since the step's beginning."""
+
+    rank: int
+    lane: str
+    what: str
+    unit: int
+    start: float
+    end: float
+
+
+class RankLanes(Reader):
+    """One rank's actions, played as far as the exchanges that it waits for are timed."""
+
+    def __init__(self, rank: int, actions: Sequence[Action], costs: Costs) -> None:
+        self.now = 0.0
+        self.events: list[Event] = []
+        self.begun: list[tuple[Action, float]] = []  # every exchange in order, and when it was queued
+        self.done: list[float] = []  # when those that are timed were done here
+        self.arrived: list[float] = []  # by norm, when this rank came to it
+        self.met: list[float] = []  # by norm that is timed, when the last rank came
+        self._rank, self._actions, self._costs = rank, actions, costs
+        self._next = self._norms = 0
+        self._latest: dict[tuple[str, int], int] = {}  # the exchange that a wait for a unit is for
+
+    @property
+    def finished(self) -> bool:
+        """Whether the step is done here."""
+        return self._next == len(self._actions)
+
+    def advance(self) -> None:
+        """Play on, up to an action that waits for something that is not timed yet."""
+        while not self.finished and self._timed(self._actions[self._next]):
+            self.play(self._actions[self._next : self._next + 1])
+            self._next += 1
+
+    def _timed(self, action: Action) -> bool:
+        if action.kind == "norm":
+            if len(self.arrived) == self._norms:
+                self.arrived.append(self.now)
+            return len(self.met) > self._norms
+        return self._latest.get((action.kind, action.unit), -1) < len(self.done)
+
+    def _work(self, action: Action) -> None:
+        self._until(COMPUTE, action, self.now + self._costs.compute(action))
+
+    def _begin(self, action: Action) -> None:
+        self._latest[_WAITED_FOR[action.kind], action.unit] = len(self.begun)
+        self.begun.append((action, self.now))
+
+    def _wait(self, action: Action) -> None:
+        number = self._latest.get((action.kind, action.unit))
+        if number is not None:
+            self._until(WAIT, action, self.done[number])
+
+    def norm(self, action: Action) -> None:
+        """All ranks meet."""
+        self._until(WAIT, action, self.met[self._norms])
+        self._norms += 1
+
+    forward = head = backward = embed = update = _work
+    gather = reduce = replicate = renew = _begin
+    bind = settle = adopt = _wait
+    capture = score = free = keep = Reader.nothing
+
+    def _until(self, lane: str, action: Action, end: float) -> None:
+        if end > self.now:
+            self.events.append(Event(self._rank, lane, action.kind, action.unit, self.now, end))
+            self.now = end
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A step as events; `seconds` until the last rank is done; `wire_seconds`: that the busiest card is in use.
+
+    An event of the exchange lane begins when the exchange does, so it holds waiting for other ranks as well.
+    """
+
+    events: tuple[Event, ...]
+    seconds: float
+    wire_seconds: float
+
+    def busy(self, rank: int, lane: str) -> float:
+        """Seconds that a rank's lane was at work."""
+        return sum(e.end - e.start for e in self.events if e.rank == rank and e.lane == lane)
+
+
+def step_timeline(
+    plan: ShardPlan, work: Workload, costs: Sequence[Costs], link: Link, route: Route | None = None
+) -> Timeline:
+    """The lanes of all ranks through one step; `costs` by rank, `route` that of the recipe or another."""
+    shapes = [step_shape(plan, work, rank) for rank in range(plan.world_size)]
+    ranks = [
+        RankLanes(r, tuple(training_step(shape)), own)
+        for r, (shape, own) in enumerate(zip(shapes, costs, strict=True))
+    ]
+    wires = _Wires(plan, work, costs, link, route or work.route)
+    while not all(rank.finished for rank in ranks):
+        before = [(rank.now, len(rank.done), len(rank.met)) for rank in ranks]
+        for rank in ranks:
+            rank.advance()
+        wires.time(ranks)
+        _meet(ranks)
+        stuck = before == [(rank.now, len(rank.done), len(rank.met)) for rank in ranks]
+        assert not stuck or all(rank.finished for rank in ranks), "ranks wait for one another"
+    events = [event for rank in ranks for event in rank.events] + wires.events
+    seconds = max((event.end for event in events), default=0.0)
+    return Timeline(tuple(events), seconds, wires.busiest() / link.rate)
+
+
+def _meet(ranks: Sequence[RankLanes]) -> None:
+    """Time the norms to which every rank has come."""
+    for number in range(len(ranks[0].met), min(len(rank.arrived) for rank in ranks)):
+        last = max(rank.arrived[number] for rank in ranks)
+        for rank in ranks:
+            rank.met.append(last)
+
+
+class _Wires:
+    """Times exchanges in order, each once all ranks have queued it."""
+
+    def __init__(
+        self, plan: ShardPlan, work: Workload, costs: Sequence[Costs], link: Link, route: Route
+    ) -> None:
+        self._plan, self._work, self._costs, self._link, self._route = plan, work, costs, link, route
+        self.events: list[Event] = []
+        self._sent = np.zeros((plan.world_size, plan.world_size), np.int64)
+
+    def busiest(self) -> int:
+        """Bytes of the busiest card, or of the busiest cable, in one direction."""
+        if self._link.per == "pair":
+            return int(self._sent.max())
+        return int(max(self._sent.sum(axis=0).max(), self._sent.sum(axis=1).max()))
+
+    def time(self, ranks: Sequence[RankLanes]) -> None:
+        """Give every rank the ends of the exchanges that can be timed by now."""
+        for number in range(len(ranks[0].done), min(len(rank.begun) for rank in ranks)):
+            action = ranks[0].begun[number][0]
+            starts = [max(rank.begun[number][1], rank.done[-1] if rank.done else 0.0) for rank in ranks]
+            traffic = StepTraffic(self._plan, self._work, self._route)
+            traffic.play([action])
+            sent = traffic.gathered + traffic.reduced
+            self._sent += sent
+            ends = self._ends(action, sent, starts)
+            for r, rank in enumerate(ranks):
+                arrived = int(sent[:, r].sum()) if action.kind == "reduce" else 0
+                rank.done.append(ends[r] + self._costs[r].add(arrived))
+                for lane, start, end in ((EXCHANGE, starts[r], ends[r]), (ADD, ends[r], rank.done[-1])):
+                    if end > start:
+                        self.events.append(Event(r, lane, action.kind, action.unit, start, end))
+
+    def _ends(self, action: Action, sent: np.ndarray, starts: list[float]) -> list[float]:
+        """When each rank has sent and received its part of `sent` bytes, [source][destination]."""
+        if not sent.any():
+            return starts
+        if action.kind != "reduce" and self._relayed(action):
+            return self._round_the_ring(sent, starts)
+        return [float(end) for end in self._direct(sent, starts)]
+
+    def _relayed(self, action: Action) -> bool:
+        edges = self._plan.units[action.unit].segments[0].edges
+        return resolve_route(self._route, edges) == "relay"
+
+    def _direct(self, sent: np.ndarray, starts: list[float]) -> list[float]:
+        """Every rank sends to every other one; by card all of a rank's bytes in a direction follow one another."""
+        size, rate = len(starts), self._link.rate
+        seconds = sent / rate
+        if self._link.per == "pair":
+            ready = np.maximum(np.array(starts)[:, None], np.array(starts)[None])
+            ends = np.where(sent > 0, ready + seconds + self._link.latency, 0.0)
+            return [max(starts[r], ends[r].max(), ends[:, r].max()) for r in range(size)]
+        sending = [starts[r] + seconds[r].sum() for r in range(size)]
+        receiving = []
+        for to in range(size):
+            now = starts[to]
+            for source in sorted(range(size), key=starts.__getitem__):
+                if sent[source][to]:
+                    now = max(now, starts[source] + self._link.latency) + seconds[source][to]
+            receiving.append(now)
+        return [
+            max(sending[r], receiving[r], *(receiving[to] for to in range(size) if sent[r][to]))
+            for r in range(size)
+        ]
+
+    def _round_the_ring(self, sent: np.ndarray, starts: list[float]) -> list[float]:
+        """Every rank passes on to the next what that one does not own; the last bucket goes round once."""
+        hops = max(len(starts) - 2, 0) * (self._work.bucket_bytes / self._link.rate)
+        slowest = float(sent.max()) / self._link.rate
+        end = max(starts) + self._link.latency + slowest + min(hops, slowest)
+        return [end] * len(starts)

@@ -1,0 +1,241 @@
+"""The list of a step's actions: properties that hold for every model, stage and number of ranks, and its readers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.planning import llama_like
+
+from mlx_empire.engine.step import StreamedStep
+from mlx_empire.plan.cells import CellLayout
+from mlx_empire.plan.memory import StepBytes
+from mlx_empire.plan.schedule import (
+    ALL_UNITS,
+    Action,
+    Reader,
+    StepShape,
+    evaluation,
+    gradients,
+    training_step,
+)
+from mlx_empire.plan.shards import make_plan
+from mlx_empire.plan.step_traffic import StepTraffic
+from mlx_empire.plan.workload import Workload
+
+COLLECTIVES = {"gather", "reduce", "replicate", "renew", "norm"}
+
+
+@st.composite
+def ranked_shapes(draw: st.DrawFn) -> list[StepShape]:
+    """One step on some ranks: the shape of each rank's part."""
+    layers, ranks = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    trained = draw(st.lists(st.booleans(), min_size=layers + 1, max_size=layers + 1).filter(any))
+    if draw(st.booleans()):
+        trained = [True] * (layers + 1)
+    elif not trained[0]:  # adapters train in the last layers
+        lowest = trained.index(True)
+        trained = [u >= lowest for u in range(layers + 1)]
+    micro_batches = draw(st.integers(1, 12))
+    layout = CellLayout(micro_batches, draw(st.integers(1, micro_batches)), ranks)
+    stage, tail, release = (
+        draw(st.integers(0, 3)),
+        draw(st.integers(0, layers)),
+        draw(st.booleans()),
+    )
+    return [
+        StepShape(stage, tuple(trained), tuple(map(len, layout.of_rank(r))), tail, release)
+        for r in range(ranks)
+    ]
+
+
+def counts(actions: Iterator[Action]) -> Counter[tuple[str, int]]:
+    """How often each kind comes for each unit."""
+    found: Counter[tuple[str, int]] = Counter()
+    for action in actions:
+        found[action.kind, action.unit] += action.times
+    return found
+
+
+@given(ranked_shapes())
+@settings(max_examples=150)
+def test_every_rank_has_the_same_collectives_in_the_same_order(shapes):
+    orders = [
+        [(a.kind, a.unit, a.round) for a in training_step(shape) if a.kind in COLLECTIVES] for shape in shapes
+    ]
+    assert all(order == orders[0] for order in orders)
+
+
+@given(ranked_shapes())
+@settings(max_examples=150)
+def test_every_micro_batch_passes_every_layer_once_and_every_gradient_is_reduced_and_applied_once(shapes):
+    for shape in shapes:
+        found, micros = counts(training_step(shape)), shape.micro_batches
+        for u in range(1, shape.layers + 1):
+            assert found["forward", u] == micros * (u <= shape.boundary)
+            assert found["backward", u] == micros * (shape.lowest <= u <= shape.boundary)
+        assert found["head", 0] == found["capture", 0] == micros
+        for u, trains in enumerate(shape.trained):
+            assert found["reduce", u] == found["settle", u] == len(shape.cells) * trains
+            assert found["keep", u] == found["reduce", u] * (shape.zero_stage == 1)
+            assert found["replicate", u] == (trains and shape.zero_stage == 0)
+            assert found["update", u] == trains
+            assert found["renew", u] == found["adopt", u] == (trains and shape.zero_stage < 3)
+        assert found["norm", ALL_UNITS] == (not shape.in_backward)
+
+
+@given(ranked_shapes())
+@settings(max_examples=150)
+def test_a_unit_is_whole_when_it_is_used_and_few_are_at_once(shapes):
+    shape = shapes[0]
+    for actions in (training_step(shape), evaluation(shape)):
+        whole, bound, most = set(), set(), 0
+        for action in actions:
+            u = action.unit
+            if action.kind == "gather":
+                assert shape.sharded
+                assert u not in whole
+                whole.add(u)
+            elif action.kind == "bind":
+                assert u in whole or not shape.sharded
+                bound.add(u)
+            elif action.kind == "free":
+                assert u in bound
+                bound.discard(u)
+                whole.discard(u)
+            elif action.kind in ("forward", "backward"):
+                assert {0, u} <= bound
+            elif action.kind == "head":
+                assert {0, *range(shape.boundary + 1, shape.layers + 1)} <= bound
+            most = max(most, len(whole - {0}))
+        assert not whole
+        assert not bound
+        assert most <= max(2, shape.unrecomputed + 1)
+
+
+@given(ranked_shapes())
+@settings(max_examples=150)
+def test_one_reduction_is_in_flight_and_a_unit_is_updated_when_its_totals_are_complete(shapes):
+    shape = shapes[-1]
+    in_flight, complete, normed = None, set(), False
+    for action in training_step(shape):
+        place = action.unit, action.round
+        if action.kind == "reduce":
+            assert in_flight is None
+            in_flight = place
+        elif action.kind == "settle":
+            assert in_flight == place
+            in_flight = None
+            if action.round == shape.last_round:
+                complete.add(action.unit)
+        elif action.kind == "norm":
+            normed = normed or action.unit == ALL_UNITS
+            assert action.unit in complete or shape.trained.count(True) == len(complete)
+        elif action.kind == "update":
+            assert action.unit in complete
+            assert normed != shape.in_backward
+    assert in_flight is None
+
+
+@given(ranked_shapes())
+@settings(max_examples=150)
+def test_a_folded_step_counts_the_same_and_gradients_alone_are_its_beginning(shapes):
+    for shape in shapes:
+        folded = list(training_step(shape, fold=True))
+        assert counts(iter(folded)) == counts(training_step(shape))
+        plain = [a.kind for a in gradients(shape) if a.kind not in ("norm", "update", "renew", "adopt")]
+        assert plain == [
+            a.kind for a in training_step(shape) if a.kind not in ("norm", "update", "renew", "adopt")
+        ]
+
+
+def test_many_micro_batches_and_rounds_are_folded():
+    few, many = (StepShape(3, (True,) * 49, (micros,) * rounds, 2) for micros, rounds in ((4, 3), (400, 300)))
+    assert len(list(training_step(many, fold=True))) == len(list(training_step(few, fold=True)))
+
+
+# ---- readers
+
+
+SUBJECT = llama_like(layers=3)
+WORK = Workload(1, 64, CellLayout(4, 2, 2), 0, "float32", "auto", 4096)
+PLAN = make_plan(SUBJECT.spec.units, [2, 1], 3)
+SHAPE = StepShape(3, PLAN.trained, (2,))
+
+
+def readers() -> list[Reader]:
+    """One of each kind."""
+    return [
+        StreamedStep(None, None, None, SHAPE),  # type: ignore[arg-type]
+        StepBytes(SUBJECT.spec, PLAN, WORK, 0, {}),
+        StepTraffic(PLAN, WORK),
+    ]
+
+
+@pytest.mark.parametrize("reader", readers(), ids=lambda r: type(r).__name__)
+def test_a_reader_that_does_not_know_an_action_fails_loudly(reader):
+    with pytest.raises(NotImplementedError, match=f"{type(reader).__name__}.*'teleport'"):
+        reader.play([Action("teleport")])
+
+
+def test_the_readers_know_every_kind_of_action():
+    kinds = {a.kind for stage in range(4) for a in training_step(StepShape(stage, (True,) * 3, (2,)))}
+    kinds |= {a.kind for a in evaluation(SHAPE)}
+    assert [(type(r).__name__, k) for r in readers() for k in kinds if not hasattr(r, k)] == []
+
+
+# ---- a schedule that is not built: layers stay where they are, hidden states travel (breadth-first stages)
+
+
+def looped_stages(rank: int, ranks: int, layers: int, micros: int) -> Iterator[Action]:
+    """Layer u lives on rank (u - 1) mod `ranks`; every visit runs all micro-batches (arXiv:2211.05953)."""
+    owner = [(u - 1) % ranks for u in range(1, layers + 1)]
+    for u in range(1, layers + 1):
+        if owner[u - 1] == rank:
+            for m in range(micros):
+                if u > 1:
+                    yield Action("receive", owner[u - 2], m)
+                yield Action("forward", u, m)
+                if u < layers:
+                    yield Action("send", owner[u], m)
+
+
+class StageBytes(StepBytes):
+    """The ledger of a rank whose layers stay: a hidden state that has come is one more."""
+
+    def receive(self, action: Action) -> None:
+        self._hold("layer inputs", self._hidden)
+
+    def send(self, action: Action) -> None:
+        self._hold("layer inputs", -self._hidden)
+
+
+class StageTraffic(StepTraffic):
+    """Bytes of hidden states that a rank sends."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(PLAN, WORK)
+        self._own = rank
+        self.hidden = 64 * 256 * 2
+
+    def send(self, action: Action) -> None:
+        self.reduced[self._own][action.unit] += self.hidden
+
+    receive = Reader.nothing
+
+
+def test_a_schedule_of_stages_fits_ledger_and_traffic():
+    """By hand: 3 layers on 2 ranks; each of 4 micro-batches crosses to rank 1 and back; one hidden state is 32 KiB."""
+    sent = []
+    for rank in (0, 1):
+        traffic = StageTraffic(rank)
+        traffic.play(looped_stages(rank, 2, 3, 4))
+        sent.append(traffic.reduced.tolist()[rank])
+    assert sent == [[0, 4 * 32768], [4 * 32768, 0]]
+    ledger = StageBytes(SUBJECT.spec, PLAN, WORK, 1, {})
+    ledger.play(looped_stages(1, 2, 3, 4))
+    # The layer's inputs of all 4 micro-batches are kept for a backward; one more is on its way out.
+    assert ledger.phases["forward"]["layer inputs"] == (3 + 1 + 1) * 32768

@@ -207,7 +207,7 @@ def test_the_scaled_down_model_keeps_a_scaling_with_one_factor_for_each_dimensio
     """It has fewer dimensions, so one factor stands for all; also within the types of layers."""
     long = {**THETA, "rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [3.0] * 48}
     long["original_max_position_embeddings"] = 64
-    published = {**small_config("phi3"), "head_dim": 96, "rope_parameters": long}
+    published = {**small_config("phi3"), "head_dim": 96, "rope_theta": 5e5, "rope_parameters": long}
     if layers:
         small = twin_config({**published, "rope_parameters": {"full_attention": long}})["rope_parameters"]
         assert small == {"full_attention": {**long, "short_factor": 1.0, "long_factor": 3.0}}

@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_map
 from support.every_module import UNBUILT, names, reader, small_config
 
+from mlx_empire.engine.twin import twin_config, verify_twin
 from mlx_empire.errors import UserError
 from mlx_empire.plan import catalog
 from mlx_empire.plan.config import complete, reader_of
@@ -199,3 +200,19 @@ def test_layer_types_become_a_pattern() -> None:
         )
     with pytest.raises(UserError, match="layer_types says 2"):
         complete({**config, "sliding_window_pattern": 4}, "folder")
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_the_scaled_down_model_keeps_a_scaling_with_one_factor_for_each_dimension(layers: bool) -> None:
+    """It has fewer dimensions, so one factor stands for all; also within the types of layers."""
+    long = {**THETA, "rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [3.0] * 48}
+    long["original_max_position_embeddings"] = 64
+    published = {**small_config("phi3"), "head_dim": 96, "rope_theta": 5e5, "rope_parameters": long}
+    if layers:
+        small = twin_config({**published, "rope_parameters": {"full_attention": long}})["rope_parameters"]
+        assert small == {"full_attention": {**long, "short_factor": 1.0, "long_factor": 3.0}}
+        return
+    small = twin_config(complete(published, "phi3"))
+    assert small["rope_scaling"]["rope_type"] == "longrope"
+    assert small["rope_scaling"]["long_factor"] == 3.0
+    verify_twin(complete(published, "phi3"), "phi3")

@@ -132,10 +132,10 @@ OTHERS = [
 
 
 def ended(lab: Lab, cases: list[Case]) -> dict[Case, Outcome]:
-    """All cases on one number of ranks in one launch."""
+    """All cases of one layout on one number of ranks in one launch."""
     outcomes = {}
-    for ranks in sorted({case.ranks for case in cases}):
-        mine = [case for case in cases if case.ranks == ranks]
+    for ranks, layout in sorted({(case.ranks, case.layout) for case in cases}):
+        mine = [case for case in cases if (case.ranks, case.layout) == (ranks, layout)]
         commands = {case.name: Command(prepared(lab, case)) for case in mine}
         found = lab.train_many(commands, ranks)
         outcomes |= {case: found[case.name] for case in mine}

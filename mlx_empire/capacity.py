@@ -1,6 +1,6 @@
 """Say what every machine will need, before a byte is allocated:
 
-python -m mlx_empire.capacity RECIPE [--hosts FILE] [--json] [--html FILE] [key=value ...]
+python -m mlx_empire.capacity RECIPE [--hosts FILE] [--json] [--html FILE] [--trace FILE] [key=value ...]
                               [--matrix [--compare FILE] | --ladder | --daughters] [--wire NAME] [--calibrate]
 
 Exit code 0 where it fits (also tightly), 3 where it does not, 64 for bad input. Under mpirun every node reports its
@@ -35,7 +35,7 @@ from mlx_empire.plan.daughters import daughter_runs, serving
 from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
 from mlx_empire.plan.ladder import ladder
 from mlx_empire.plan.matrix import compare, matrix, read_rows
-from mlx_empire.plan.pace import chips_of, cloud_of, pace_of
+from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, timeline_of
 from mlx_empire.plan.subject import Subject, subject_of
 from mlx_empire.plan.variants import variant
 from mlx_empire.recipe.schema import Recipe
@@ -46,6 +46,7 @@ from mlx_empire.report.capacity_text import capacity_console, print_report
 from mlx_empire.report.daughter_document import daughters_document
 from mlx_empire.report.survey_document import ladder_document, matrix_document
 from mlx_empire.report.survey_text import print_daughters, print_ladder, print_matrix
+from mlx_empire.report.trace import trace_document
 
 Maker = Callable[[Recipe, Sequence[Node], "Wanted"], Document]
 Show = Callable[[Document, Console], None]
@@ -66,6 +67,7 @@ class Wanted:
     count: int = DAUGHTERS
     wire: str | None = None
     calibrate: bool = False
+    trace: Path | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,6 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("daughters", "tuning and serving small models of this one"),
     ):
         parser.add_argument(f"--{name}", action="append_const", dest="parts", const=name, help=words)
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="also write a step as the clock predicts it (ui.perfetto.dev)",
+    )
     parser.add_argument("--compare", type=Path, metavar="CSV", help="with --matrix: where this file is wrong")
     parser.add_argument("--count", type=int, default=DAUGHTERS, help="with --daughters: how many to place")
     parser.add_argument("--wire", metavar="NAME", help=", ".join(wire.key for wire in WIRES))
@@ -112,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.count,
             options.wire,
             options.calibrate,
+            options.trace,
         )
         return answer(comm, options.recipe, options.overrides, wanted)
     raise AssertionError("guard always leaves")
@@ -141,9 +150,11 @@ def present(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> int:
     """Print what is wanted and write the page; the exit code."""
     documents: dict[str, Document] = {}
     if wanted.page is not None:
-        write_page(wanted.page, "")  # a page that cannot be written is said before the work, not after
+        write_file(
+            "--html", wanted.page, ""
+        )  # a page that cannot be written is said before the work, not after
         documents = {name: make(recipe, nodes, wanted) for name, (make, _) in PARTS.items()}
-        write_page(wanted.page, capacity_page(**documents, command=command()))
+        write_file("--html", wanted.page, capacity_page(**documents, command=command()))
     make, show = PARTS[wanted.part]
     document = documents.get(wanted.part) or make(recipe, nodes, wanted)
     if wanted.as_json:
@@ -163,6 +174,10 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document
     advice = advise(assessment, wire, calibration=measured)
     cloud = cloud_of(assessment, paces[wire])
     chips = chips_of(assessment, None, measured)
+    if wanted.trace is not None:
+        events = timeline_of(assessment, wire, chips, 1).events
+        names = [node.name for node in nodes]
+        write_file("--trace", wanted.trace, json.dumps(trace_document({"predicted": events}, names)))
     return report_document(assessment, paces, advice, cloud, chips, datetime.now())
 
 
@@ -214,12 +229,12 @@ PARTS: dict[str, tuple[Maker, Show]] = {
 }
 
 
-def write_page(path: Path, text: str) -> None:
-    """Write the page; UserError where that cannot be done."""
+def write_file(option: str, path: Path, text: str) -> None:
+    """Write what `option` asks for; UserError where that cannot be done."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--html: {path}: {error.strerror}; choose a file that can be written") from None
+        raise UserError(f"{option}: {path}: {error.strerror}; choose a file that can be written") from None
 
 
 def command() -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import mlx.core as mx
 from mlx_empire import assemble, beacon, capacity, continuing, phases, result, safeguards
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.save import Saver
+from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
@@ -34,10 +36,16 @@ from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
+from mlx_empire.plan.assess import assess
+from mlx_empire.plan.hardware import wire_of
+from mlx_empire.plan.pace import chips_of, timeline_of
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
+from mlx_empire.plan.step_time import Event
+from mlx_empire.plan.subject import subject_of
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.report.run import RunReport
+from mlx_empire.report.trace import RunTrace
 from mlx_empire.result import Patience, Refusal
 from mlx_empire.safeguards import Safeguards
 from mlx_empire.supervise.awake import keep_awake
@@ -142,7 +150,8 @@ def carry_out(
             report.messages([*guards.notes, *splits.report, *start.told(started_over)])
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
-            run = Run(comm, recipe, plan, built, trainer, splits, evaluator, report, saver, stop)
+            predicted = partial(predicted_events, recipe, nodes, optimizer)
+            run = Run(comm, recipe, plan, built, trainer, splits, evaluator, report, saver, stop, predicted)
             export(run, *train(run))
             report.messages(saver.unsaved())
 
@@ -165,6 +174,12 @@ def make_trainer(
     return trainer
 
 
+def predicted_events(recipe: Recipe, nodes: Sequence[Node], optimizer: FlatOptimizer) -> Sequence[Event]:
+    """The clock's events of a step, at the best that chips and wire may do."""
+    assessment = assess(recipe, subject_of(recipe), nodes, optimizer.state_bytes)
+    return timeline_of(assessment, wire_of(nodes), chips_of(assessment), 1).events
+
+
 @dataclass(frozen=True)
 class Run:
     """What the loop works with."""
@@ -179,6 +194,7 @@ class Run:
     report: RunReport
     saver: Saver
     stop: StopRequest
+    predicted: Callable[[], Sequence[Event]]
 
 
 def train(run: Run) -> tuple[int, GateKeeper]:
@@ -202,6 +218,7 @@ def train(run: Run) -> tuple[int, GateKeeper]:
     gate = assemble.gate_keeper(comm, recipe)
     if every and not saver.newest:
         evaluate(run, 0, gate)
+    trace = RunTrace(comm, recipe.run.dir, trainer, saver, run.predicted) if recipe.report.trace else None
     step, done, reason = saver.newest, gate.reached, None
     while step < steps and not done and not reason:
         step += 1
@@ -225,6 +242,8 @@ def train(run: Run) -> tuple[int, GateKeeper]:
         if taken.go_back:
             report.message(continuing.go_back(comm, recipe, trainer, saver))
         done = step == steps
+        if trace is not None:
+            report.messages(trace.step(last=done))
         if every and (done or step % every == 0):
             evaluate(run, step, gate)
             done = done or gate.reached

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ class Saver:
         self._asked, self._bytes = step, (0, sum(piece.nbytes for piece in pieces))
         self._waiting = {piece.unit for piece in pieces}
         describe = partial(self._identity.manifest, step, numerics)
-        self._future = self._thread.submit(self._save, step, pieces, describe)
+        self._future = self._thread.submit(self._save, step, pieces, describe, name=("save", step))
 
     def hold(self, unit: int) -> None:
         """Return when the arrays of `unit` may be replaced; raises what the thread raised."""
@@ -114,6 +114,10 @@ class Saver:
             phases.reach("optimizer")
         if self._broken is not None:
             raise self._broken
+
+    def observe(self, observer: Callable[[tuple[str, int], float, float], None] | None) -> None:
+        """Have `observer` told of every save, with its beginning and end by `time.perf_counter`."""
+        self._thread.observe = observer
 
     def finish(self) -> None:
         """Wait until nothing is being saved; raises what the thread raised."""

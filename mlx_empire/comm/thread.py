@@ -15,31 +15,34 @@ from typing import Any, TypeVar
 from mlx_empire.comm import pulse
 
 T = TypeVar("T")
+Name = tuple[str, int]  # of an operation: what it does, and to which unit
 
 
 class CommThread:
     """A daemon thread with a first-in, first-out queue.
 
     waited_seconds: how long `wait` blocked its callers: communication that computation did not hide.
-    busy_seconds: how long operations ran. Both since the last `reset`.
+    busy_seconds: how long operations ran. Both since the last `reset`. observe: told of every operation that was named,
+    with its beginning and end by `time.perf_counter`.
     """
 
     def __init__(self, name: str = "communication") -> None:
         self.waited_seconds = 0.0
         self.busy_seconds = 0.0
-        self._tasks: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = (
-            SimpleQueue()
-        )
+        self.observe: Callable[[Name, float, float], None] | None = None
+        self._tasks: SimpleQueue[
+            tuple[Future[Any], Callable[..., Any], tuple[Any, ...], Name | None] | None
+        ] = SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, function: Callable[..., T], *arguments: Any) -> "Future[T]":
+    def submit(self, function: Callable[..., T], *arguments: Any, name: Name | None = None) -> "Future[T]":
         """Queue function(*arguments); its result or exception is the future's."""
         assert not self._closed, "the communication thread is closed"
         future: Future[T] = Future()
-        self._tasks.put((future, function, arguments))
+        self._tasks.put((future, function, arguments, name))
         return future
 
     def wait(self, future: "Future[T]") -> T:
@@ -75,7 +78,7 @@ class CommThread:
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            future, function, arguments = task
+            future, function, arguments, name = task
             del task  # the loop must not keep arguments (whole layers) alive while it waits for the next task
             if self._failure is not None:
                 future.set_exception(self._failure)
@@ -86,7 +89,10 @@ class CommThread:
             except BaseException as error:
                 self._failure = error
                 result = None
-            self.busy_seconds += time.perf_counter() - start
+            end = time.perf_counter()
+            self.busy_seconds += end - start
+            if self.observe is not None and name is not None:
+                self.observe(name, start, end)
             del function, arguments
             if self._failure is None:
                 future.set_result(result)

@@ -90,7 +90,9 @@ class GradientStore:
         pieces = self._pieces(index, cell)
         views = [host_view(t) for t in totals]
         flags = self._layout.contributes(round_index)
-        self._in_flight.append(self._thread.submit(self._reduce_scatter, index, pieces, views, flags))
+        name = "reduce", index
+        job = self._thread.submit(self._reduce_scatter, index, pieces, views, flags, name=name)
+        self._in_flight.append(job)
 
     def _reduce_scatter(
         self, index: int, pieces: list[Pieces], totals: list[np.ndarray], flags: list[bool]
@@ -105,7 +107,7 @@ class GradientStore:
     def replicate(self, index: int) -> None:
         """Begin to give unit `index`'s complete totals to every rank (stage 0)."""
         views = [host_view(t) for t in self._totals(index)]
-        self._in_flight.append(self._thread.submit(self._all_gather, index, views))
+        self._in_flight.append(self._thread.submit(self._all_gather, index, views, name=("replicate", index)))
 
     def _all_gather(self, index: int, totals: list[np.ndarray]) -> None:
         for segment, total in zip(self._trained(index), totals, strict=True):

@@ -6,7 +6,7 @@ update in `update`. Collectives only ever see evaluated arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ from mlx_empire.engine.gradients import CellSum, GradientStore
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.store import ShardStore
+from mlx_empire.engine.trace import StepTrace
 from mlx_empire.engine.update import Updater
 from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, StepShape, evaluation, gradients
 
@@ -50,6 +51,16 @@ class StreamedStep(Reader):
         self._measure: Measure | None = None
         self._measured: list[mx.array] = []
         self.norm_value = 0.0
+        self.trace: StepTrace | None = None
+
+    def play(self, actions: Iterable[Action]) -> None:
+        """As `Reader.play`; with a trace every action is noted."""
+        if self.trace is None:
+            return super().play(actions)
+        for action in actions:
+            with self.trace.action(action):
+                super().play((action,))
+        return None
 
     def gradients(
         self, rounds: Sequence[Sequence[MicroBatch]], total_tokens: int, *, update: bool = False

@@ -116,14 +116,14 @@ class ShardStore:
         """Start to gather unit `index` on the communication thread, unless it is whole or on its way."""
         if index in self._whole:
             return
-        self._start_gather(index)
+        self._start_gather(index, "gather")
 
     def refresh(self, index: int) -> None:
         """After an update: start to build the new whole buffer of a unit that stays whole (stages 0-2)."""
         assert self.keeps_whole
-        self._start_gather(index, kept=self._whole.pop(index))
+        self._start_gather(index, "renew", kept=self._whole.pop(index))
 
-    def _start_gather(self, index: int, kept: list[mx.array] | None = None) -> None:
+    def _start_gather(self, index: int, what: str, kept: list[mx.array] | None = None) -> None:
         """Allocate and queue; of a `kept` whole unit the frozen segments are taken over as they are."""
         unit = self.plan.units[index]
         buffers, jobs = [], []
@@ -135,7 +135,7 @@ class ShardStore:
             own = [(c.spec.start_row * BLOCK, host_view(c.weights)) for c in self.chunks[index][s]]
             jobs.append((host_view(buffers[s]), own, segment.edges))
         self._whole[index] = buffers
-        self._pending[index] = self._thread.submit(self._exchange, jobs)
+        self._pending[index] = self._thread.submit(self._exchange, jobs, name=(what, index))
 
     def _exchange(self, jobs: list[tuple[np.ndarray, list[tuple[int, np.ndarray]], tuple[int, ...]]]) -> None:
         """On the communication thread: copy this rank's chunks into the buffers and all-gather the rest."""

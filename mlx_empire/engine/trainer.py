@@ -30,6 +30,7 @@ from mlx_empire.engine.spikes import SpikeWatch
 from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
+from mlx_empire.engine.trace import StepTrace
 from mlx_empire.engine.update import Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 from mlx_empire.optim.flat import FlatOptimizer
@@ -109,6 +110,11 @@ class Trainer:
     def hold_updates(self, hold: Callable[[int], None]) -> None:
         """Have `hold(unit)` called before a unit's weights and states are replaced; it returns when they may be."""
         self._updater.hold = hold
+
+    def observe(self, trace: StepTrace | None) -> None:
+        """Note what the main and the communication thread do, or no longer."""
+        self.streamed.trace = trace
+        self._thread.observe = trace.exchange if trace is not None else None
 
     @contextmanager
     def whole_model(self) -> Iterator[nn.Module]:

@@ -30,7 +30,7 @@ from mlx_empire.plan.hardware import (
     chip_of,
     price_of,
 )
-from mlx_empire.plan.step_time import ADD, COMPUTE, Link, step_timeline
+from mlx_empire.plan.step_time import ADD, COMPUTE, Link, Timeline, step_timeline
 from mlx_empire.plan.work import ChipCosts, route_over, step_flops, trained_bytes, whole_weights
 from mlx_empire.recipe.schema import Recipe
 
@@ -180,7 +180,7 @@ class _Played:
     parts: Mapping[str, float]
 
 
-def _played(assessment: Assessment, wire: Wire, chips: Sequence[Chip], i: int) -> _Played:
+def timeline_of(assessment: Assessment, wire: Wire, chips: Sequence[Chip], i: int) -> Timeline:
     """The step with the low (0) or high (1) end of what chips and wire may do."""
     plan = assessment.plan
     costs = [
@@ -188,7 +188,11 @@ def _played(assessment: Assessment, wire: Wire, chips: Sequence[Chip], i: int) -
         for r, chip in enumerate(chips)
     ]
     link = Link(wire.rate[i], wire.per)
-    timeline = step_timeline(plan.shards, plan.work, costs, link, route_over(wire, plan.work.route))
+    return step_timeline(plan.shards, plan.work, costs, link, route_over(wire, plan.work.route))
+
+
+def _played(assessment: Assessment, wire: Wire, chips: Sequence[Chip], i: int) -> _Played:
+    timeline = timeline_of(assessment, wire, chips, i)
     ranks = range(len(chips))
     updates = [
         sum(e.end - e.start for e in timeline.events if e.rank == r and e.what == "update") for r in ranks

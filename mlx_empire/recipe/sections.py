@@ -240,6 +240,9 @@ class NumericsSection(Section):
 
 class ReportSection(Section):
     tensorboard: bool = Field(default=False, description="true or false")
+    trace: bool = Field(
+        default=False, description="true (trace.json of the first steps, for ui.perfetto.dev) or false"
+    )
     progress: Literal["auto", "always", "never"] = Field(
         default="auto", description="auto (when this is a terminal), always or never"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.config import read_config
 from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.resolve import RunPlan, resolve
+from mlx_empire.plan.schedule import training_step
 from mlx_empire.plan.step_traffic import step_traffic
 from mlx_empire.plan.traffic import card_bytes
+from mlx_empire.plan.workload import step_shape
 from mlx_empire.recipe.load import load_recipe
 
 GIB = 2**30
@@ -91,7 +94,7 @@ def spread(request: pytest.FixtureRequest, workspace: Workspace) -> tuple[int, P
         f"hosts-{ranks}.txt", f"# one machine\nlocalhost slots={ranks}  # role=king memory=6GiB limit=3GiB\n"
     )
     run = f"on-{ranks}"
-    settings = [f"run.dir={run}", "run.eval_every=3", *SPREAD[ranks]]
+    settings = [f"run.dir={run}", "run.eval_every=3", "report.trace=true", *SPREAD[ranks]]
     succeeded(workspace.train("recipe.yaml", *settings, ranks=ranks, hostfile=hosts))
     return ranks, workspace.folder / run
 
@@ -136,6 +139,29 @@ def test_memory_of_every_rank_is_beside_its_prediction(spread: tuple[int, Path])
         assert record["predicted_peak_bytes"] == expected
         assert len(record["peak_bytes"]) == ranks
         assert all(0 < peak <= 1.1 * most for peak, most in zip(record["peak_bytes"], expected, strict=True))
+
+
+def test_the_trace_holds_every_action_of_the_plan_on_every_rank(spread: tuple[int, Path]) -> None:
+    """Three steps were traced; what only begins an exchange is told by the thread that carries it out."""
+    ranks, run = spread
+    plan = planned(run)
+    trace = json.loads((run / "trace.json").read_text())["traceEvents"]
+    processes = {e["pid"]: e["args"]["name"] for e in trace if e["name"] == "process_name"}
+    assert (
+        sorted(name.split(",")[1] for name in processes.values())
+        == [" measured"] * ranks + [" predicted"] * ranks
+    )
+    for rank in range(ranks):
+        shape = step_shape(plan.shards, plan.work, rank)
+        (process,) = (
+            p for p, n in processes.items() if n.startswith(f"rank {rank} ") and n.endswith("measured")
+        )
+        names = Counter(e["name"] for e in trace if e["ph"] == "X" and e["pid"] == process)
+        units = {-1: "", 0: "root"} | {u: f"layer {u}" for u in range(1, shape.layers + 1)}
+        expected = Counter(
+            f"{a.kind} {'' if a.kind == 'head' else units[a.unit]}".rstrip() for a in training_step(shape)
+        )
+        assert names == Counter({name: 3 * count for name, count in expected.items()})
 
 
 # ---- rank 0 alone has the folders

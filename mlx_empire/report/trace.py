@@ -1,0 +1,114 @@
+"""A step as a picture of lanes: the trace format of Chrome and Perfetto (open `trace.json` in ui.perfetto.dev).
+
+Every rank is a process, once as measured and once as predicted, with a lane each for compute, gather, reduce,
+optimizer, disk and waiting. Times are microseconds since the first traced step began; events are the actions of
+`plan.schedule`. The format is the JSON object form of the Trace Event Format: `traceEvents` with complete events
+(`ph` "X", `ts`, `dur`) and names of processes and threads as metadata (`ph` "M").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_empire.checkpoint.save import Saver
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.engine.trace import TRACED_STEPS, StepTrace
+from mlx_empire.engine.trainer import Trainer
+from mlx_empire.plan.step_time import ADD, WAIT, Event
+from mlx_empire.report.folder import write_private
+
+FILE_NAME = "trace.json"
+LANES = ("compute", "gather", "reduce", "optimizer", "disk", "waiting")
+_LANE_OF = {
+    **dict.fromkeys(("gather", "renew"), "gather"),
+    **dict.fromkeys(("reduce", "replicate"), "reduce"),
+    **dict.fromkeys(("update", "norm"), "optimizer"),
+    "save": "disk",
+}
+_MICROSECONDS = 1e6
+
+
+def lane_of(event: Event) -> str:
+    """The lane in which an event is drawn."""
+    if event.lane == WAIT:
+        return "waiting"
+    return "reduce" if event.lane == ADD else _LANE_OF.get(event.what, "compute")
+
+
+def trace_document(groups: Mapping[str, Iterable[Event]], hostnames: Sequence[str]) -> dict[str, Any]:
+    """The trace as JSON: `groups` are named `measured` and `predicted`; events' ranks index `hostnames`."""
+    found: list[dict[str, Any]] = []
+    for number, (group, events) in enumerate(groups.items()):
+        for rank, host in enumerate(hostnames):
+            process = rank * len(groups) + number
+            names = [("process_name", 0, f"rank {rank} on {host}, {group}")]
+            names += [("thread_name", lane, text) for lane, text in enumerate(LANES)]
+            found += [
+                {"ph": "M", "name": kind, "pid": process, "tid": lane, "args": {"name": text}}
+                for kind, lane, text in names
+            ]
+        for event in sorted(events, key=lambda e: (e.rank, e.start)):
+            found.append(
+                {
+                    "ph": "X",
+                    "name": f"{'add' if event.lane == ADD else event.what} {_unit(event)}".rstrip(),
+                    "cat": lane_of(event),
+                    "pid": event.rank * len(groups) + number,
+                    "tid": LANES.index(lane_of(event)),
+                    "ts": round(event.start * _MICROSECONDS, 3),
+                    "dur": round((event.end - event.start) * _MICROSECONDS, 3),
+                }
+            )
+    return {"traceEvents": found, "displayTimeUnit": "ms"}
+
+
+class RunTrace:
+    """Traces the first steps of a run; made on all ranks, or on none. `predicted`: the clock's events, for rank 0."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        folder: Path,
+        trainer: Trainer,
+        saver: Saver,
+        predicted: Callable[[], Iterable[Event]],
+    ) -> None:
+        comm.gather_json(None)  # so that all ranks' clocks begin together
+        self._comm, self._folder, self._trainer, self._saver = comm, folder, trainer, saver
+        self._predicted, self._trace, self._left = predicted, StepTrace(comm.rank), TRACED_STEPS
+        trainer.observe(self._trace)
+        saver.observe(self._trace.exchange)
+
+    def step(self, *, last: bool) -> list[str]:
+        """A step is done; after the last that is traced the file is written, and told in a line. Collective."""
+        self._left -= 1
+        if self._left < 0 or (self._left > 0 and not last):
+            return []
+        self._left = 0
+        self._trainer.observe(None)
+        self._saver.observe(None)
+        by_rank = self._comm.gather_json(self._trace.events)
+        if self._comm.rank > 0:
+            return []
+        measured = [Event(*event) for events in by_rank for event in events]
+        groups = {"measured": measured, "predicted": list(self._predicted())}
+        path = self._folder / FILE_NAME
+        try:
+            write_private(
+                path, json.dumps(trace_document(groups, self._comm.hostnames), separators=(",", ":"))
+            )
+        except OSError as error:
+            return [f"WARNING: {path}: {error.strerror}: the trace is not written"]
+        return [f"the trace of the first steps is in {path}: open it in ui.perfetto.dev"]
+
+
+def _unit(event: Event) -> str:
+    """What the event is about: the root, a layer (from 1), a saved step, or everything."""
+    if event.what == "save":
+        return f"step {event.unit}"
+    if event.what in ("head", "score") or event.unit < 0:
+        return ""
+    return f"layer {event.unit}" if event.unit else "root"

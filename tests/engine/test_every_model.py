@@ -26,7 +26,7 @@ from support.stepping import (
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine import step
+from mlx_empire.engine import passes
 from mlx_empire.engine.twin import verify_twin
 from mlx_empire.errors import UserError
 
@@ -101,7 +101,7 @@ def norm(gradients: dict[str, np.ndarray]) -> float:
 
 
 def test_a_fault_of_ours_is_not_blamed_on_the_model(monkeypatch):
-    monkeypatch.setattr(step, "hidden_of", None)
+    monkeypatch.setattr(passes, "hidden_of", None)
     with pytest.raises(TypeError):
         verify_twin(small_config("llama"), "llama")
 

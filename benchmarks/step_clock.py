@@ -80,7 +80,7 @@ def main() -> int:
     options = parser.parse_args()
     if why_not():
         print(f"not run: {why_not()}")
-        return 0
+        return int(options.check)
     missed = 0
     print(f"cards of {options.mbit:g} Mbit/s each way; seconds are medians of {options.steps} steps")
     print(f"{'machines':>8} {'shares':>10} stage micro forward   measured predicted  ratio")

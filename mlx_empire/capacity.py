@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if options.compare is not None and parts != ["matrix"]:
             parser.error("--compare goes with --matrix")
+        if options.trace is not None and parts != ["report"]:
+            parser.error("--trace goes with the report, not with --matrix, --ladder or --daughters")
         if not 1 <= options.count <= MOST_DAUGHTERS:
             parser.error(f"--count {options.count}: place 1 to {MOST_DAUGHTERS:,}")
         wanted = Wanted(

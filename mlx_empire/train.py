@@ -243,7 +243,7 @@ def train(run: Run) -> tuple[int, GateKeeper]:
             report.message(continuing.go_back(comm, recipe, trainer, saver))
         done = step == steps
         if trace is not None:
-            report.messages(trace.step(last=done))
+            report.messages(trace.step())
         if every and (done or step % every == 0):
             evaluate(run, step, gate)
             done = done or gate.reached
@@ -253,6 +253,8 @@ def train(run: Run) -> tuple[int, GateKeeper]:
         if reason or (save_every and (done or step % save_every == 0)):
             save(run, step)  # written while the next step computes
         report.messages(saver.news())
+    if trace is not None:
+        report.messages(trace.finish())
     saver.finish()
     report.messages(saver.news())
     if reason:

@@ -91,8 +91,9 @@ class CommThread:
                 result = None
             end = time.perf_counter()
             self.busy_seconds += end - start
-            if self.observe is not None and name is not None:
-                self.observe(name, start, end)
+            observe = self.observe
+            if observe is not None and name is not None:
+                observe(name, start, end)
             del function, arguments
             if self._failure is None:
                 future.set_result(result)

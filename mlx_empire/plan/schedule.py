@@ -16,7 +16,7 @@ or two units are ever whole. The phases, and what overlaps:
 
 Every rank's list has the same collectives in the same order, whatever its micro-batches: `gather`, `reduce`,
 `replicate`, `renew` use the wires, `norm` the control plane. They run one after the other, beside the computation;
-`bind`, `settle` and `adopt` wait for them. One reduction is on its way at a time.
+`bind`, `settle` and `adopt` wait for them (and `free` for a renewal of its unit). One reduction is in flight at a time.
 
 | kind | what happens |
 |-----------|---------------------------------------------------------------------------------------------|
@@ -45,7 +45,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 ALL_UNITS = -1  # the unit of a norm over everything
 
@@ -125,11 +125,14 @@ class Reader:
         """For the kinds that mean nothing to a reader: it names them, so that it knows them."""
 
 
-def training_step(shape: StepShape, *, update: bool = True, fold: bool = False) -> Iterator[Action]:
+Fold = Literal["nothing", "micro-batches", "rounds"]
+
+
+def training_step(shape: StepShape, *, update: bool = True, fold: Fold = "nothing") -> Iterator[Action]:
     """A step of one rank; without `update` its gradients alone, complete at the end.
 
-    `fold`: of a row of alike actions only the first, the second with how often it comes, and the last. For readers that
-    count: the peak of memory lies at the first, the second or the last of alike micro-batches.
+    `fold`: of a row of alike micro-batches only the first, the second with how often it comes, and the last; `rounds`:
+    of alike rounds as well. For readers that count: the peak of memory lies at the first, the second or the last.
     """
     yield from gradients(shape, update=update, fold=fold)
     if update:
@@ -137,7 +140,7 @@ def training_step(shape: StepShape, *, update: bool = True, fold: bool = False) 
         yield from updates(shape)
 
 
-def gradients(shape: StepShape, *, update: bool = False, fold: bool = False) -> Iterator[Action]:
+def gradients(shape: StepShape, *, update: bool = False, fold: Fold = "nothing") -> Iterator[Action]:
     """Forward and backward, until all totals are complete; with `update` and `in_backward` units are updated too."""
     step = _Step(shape, update, fold)
     yield from step.forward(shape.boundary)
@@ -168,7 +171,7 @@ def updates(shape: StepShape) -> Iterator[Action]:
 
 def evaluation(shape: StepShape) -> Iterator[Action]:
     """A forward pass over this rank's micro-batches, in which no input is kept and every layer runs."""
-    step = _Step(shape, update=False, fold=False)
+    step = _Step(shape, update=False, fold="nothing")
     yield from step.forward(shape.layers)
     yield from step.each("score", 0, range(shape.micro_batches))
     yield Action("free", shape.layers)
@@ -178,15 +181,15 @@ def evaluation(shape: StepShape) -> Iterator[Action]:
 @lru_cache(maxsize=256)
 def folded_step(shape: StepShape) -> tuple[Action, ...]:
     """A folded training step, made once."""
-    return tuple(training_step(shape, fold=True))
+    return tuple(training_step(shape, fold="rounds"))
 
 
 class _Step:
     """The parts of a step in order. One reduction is in flight at a time: the next one waits for it first."""
 
-    def __init__(self, shape: StepShape, update: bool, fold: bool) -> None:
-        self._shape, self._fold = shape, fold
-        self._rounds = list(_rounds(shape.cells, fold))
+    def __init__(self, shape: StepShape, update: bool, fold: Fold) -> None:
+        self._shape, self._fold = shape, fold != "nothing"
+        self._rounds = list(_rounds(shape.cells, fold == "rounds"))
         self._updates = update and shape.in_backward
         self._in_flight: tuple[int, int, int] | None = None  # unit, round, times
         self._kept: list[tuple[int, int, int]] = []

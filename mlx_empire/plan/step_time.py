@@ -27,8 +27,8 @@ import numpy as np
 
 from mlx_empire.plan.schedule import Action, Reader, training_step
 from mlx_empire.plan.shards import ShardPlan
-from mlx_empire.plan.step_traffic import StepTraffic
-from mlx_empire.plan.traffic import Route, resolve_route
+from mlx_empire.plan.step_traffic import Part, StepTraffic
+from mlx_empire.plan.traffic import Route
 from mlx_empire.plan.workload import Workload, step_shape
 
 COMPUTE, EXCHANGE, ADD, WAIT = "compute", "exchange", "add", "wait"
@@ -150,7 +150,7 @@ def step_timeline(
     """The lanes of all ranks through one step; `costs` by rank, `route` that of the recipe or another."""
     shapes = [step_shape(plan, work, rank) for rank in range(plan.world_size)]
     ranks = [
-        RankLanes(r, tuple(training_step(shape)), own)
+        RankLanes(r, tuple(training_step(shape, fold="micro-batches")), own)
         for r, (shape, own) in enumerate(zip(shapes, costs, strict=True))
     ]
     wires = _Wires(plan, work, costs, link, route or work.route)
@@ -181,7 +181,8 @@ class _Wires:
     def __init__(
         self, plan: ShardPlan, work: Workload, costs: Sequence[Costs], link: Link, route: Route
     ) -> None:
-        self._plan, self._work, self._costs, self._link, self._route = plan, work, costs, link, route
+        self._costs, self._link, self._bucket = costs, link, work.bucket_bytes
+        self._traffic = StepTraffic(plan, work, route)
         self.events: list[Event] = []
         self._sent = np.zeros((plan.world_size, plan.world_size), np.int64)
 
@@ -196,29 +197,27 @@ class _Wires:
         for number in range(len(ranks[0].done), min(len(rank.begun) for rank in ranks)):
             action = ranks[0].begun[number][0]
             starts = [max(rank.begun[number][1], rank.done[-1] if rank.done else 0.0) for rank in ranks]
-            traffic = StepTraffic(self._plan, self._work, self._route)
-            traffic.play([action])
-            sent = traffic.gathered + traffic.reduced
-            self._sent += sent
-            ends = self._ends(action, sent, starts)
-            for r, rank in enumerate(ranks):
-                arrived = int(sent[:, r].sum()) if action.kind == "reduce" else 0
-                rank.done.append(ends[r] + self._costs[r].add(arrived))
-                for lane, start, end in ((EXCHANGE, starts[r], ends[r]), (ADD, ends[r], rank.done[-1])):
-                    if end > start:
-                        self.events.append(Event(r, lane, action.kind, action.unit, start, end))
+            for part in self._traffic.parts(action):  # a segment after the other, as they are carried out
+                self._sent += part.sent
+                ends = self._ends(part, starts)
+                adding = [self._costs[r].add(int(nbytes)) for r, nbytes in enumerate(part.added)]
+                for r, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                    self._note(r, EXCHANGE, action, start, end)
+                    self._note(r, ADD, action, end, end + adding[r])
+                starts = [end + adding[r] for r, end in enumerate(ends)]
+            for rank, end in zip(ranks, starts, strict=True):
+                rank.done.append(end)
 
-    def _ends(self, action: Action, sent: np.ndarray, starts: list[float]) -> list[float]:
-        """When each rank has sent and received its part of `sent` bytes, [source][destination]."""
-        if not sent.any():
+    def _note(self, rank: int, lane: str, action: Action, start: float, end: float) -> None:
+        if end > start:
+            self.events.append(Event(rank, lane, action.kind, action.unit, start, end))
+
+    def _ends(self, part: Part, starts: list[float]) -> list[float]:
+        """When each rank has sent and received its part."""
+        if not part.sent.any():
             return starts
-        if action.kind != "reduce" and self._relayed(action):
-            return self._round_the_ring(sent, starts)
-        return [float(end) for end in self._direct(sent, starts)]
-
-    def _relayed(self, action: Action) -> bool:
-        edges = self._plan.units[action.unit].segments[0].edges
-        return resolve_route(self._route, edges) == "relay"
+        timed = self._round_the_ring if part.relayed else self._direct
+        return [float(end) for end in timed(part.sent, starts)]
 
     def _direct(self, sent: np.ndarray, starts: list[float]) -> list[float]:
         """Every rank sends to every other one; by card all of a rank's bytes in a direction follow one another."""
@@ -236,14 +235,17 @@ class _Wires:
                 if sent[source][to]:
                     now = max(now, starts[source] + self._link.latency) + seconds[source][to]
             receiving.append(now)
-        return [
-            max(sending[r], receiving[r], *(receiving[to] for to in range(size) if sent[r][to]))
-            for r in range(size)
-        ]
+        done: list[float] = []
+        for r in range(size):  # who sends to it may be busy with others, and so may be who takes its bytes
+            peers = [sending[s] for s in range(size) if sent[s][r]] + [
+                receiving[t] for t in range(size) if sent[r][t]
+            ]
+            done.append(max(sending[r], receiving[r], *peers))
+        return done
 
     def _round_the_ring(self, sent: np.ndarray, starts: list[float]) -> list[float]:
         """Every rank passes on to the next what that one does not own; the last bucket goes round once."""
-        hops = max(len(starts) - 2, 0) * (self._work.bucket_bytes / self._link.rate)
+        hops = max(len(starts) - 2, 0) * (self._bucket / self._link.rate)
         slowest = float(sent.max()) / self._link.rate
         end = max(starts) + self._link.latency + slowest + min(hops, slowest)
         return [end] * len(starts)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from mlx_empire.plan.schedule import Action, Reader, folded_step
 from mlx_empire.plan.shards import Segment, ShardPlan
-from mlx_empire.plan.traffic import Matrix, Route, all_gather_bytes, reduce_scatter_bytes
+from mlx_empire.plan.traffic import Matrix, Route, all_gather_bytes, reduce_scatter_bytes, resolve_route
 from mlx_empire.plan.workload import Workload, step_shape
 
 FINISHED_BYTES = 4  # of an element of a finished sum, which stage 0 gives to every rank
+
+
+class Part(NamedTuple):
+    """One segment's messages in an exchange: bytes `sent` [source][destination], and whether they go round a ring.
+
+    `added`: bytes of contributions, its own included, that each rank adds to its totals.
+    """
+
+    sent: np.ndarray
+    relayed: bool
+    added: np.ndarray
 
 
 class StepTraffic(Reader):
@@ -22,29 +35,41 @@ class StepTraffic(Reader):
         self.gathered = np.zeros((plan.world_size, plan.world_size), np.int64)
         self.reduced = np.zeros_like(self.gathered)
 
-    def gather(self, action: Action) -> None:
-        for segment in self._plan.units[action.unit].segments:
-            self.gathered += all_gather(segment.edges, segment.itemsize, self._route)
+    def parts(self, action: Action) -> Iterator[Part]:
+        """The exchange that an action begins, segment by segment as it is carried out."""
+        for segment in self._segments(action):
+            if action.kind == "reduce":
+                flags = tuple(self._layout.contributes(action.round))
+                sent = reduce_scatter(segment.edges, segment.itemsize, flags)
+                added = np.diff(segment.edges) * segment.itemsize * sum(flags)
+                yield Part(sent, False, added)
+            else:
+                itemsize = FINISHED_BYTES if action.kind == "replicate" else segment.itemsize
+                relayed = resolve_route(self._route, segment.edges) == "relay"
+                sent = all_gather(segment.edges, itemsize, self._route)
+                yield Part(sent, relayed, np.zeros(self._plan.world_size, np.int64))
 
-    def renew(self, action: Action) -> None:
-        """At stage 0 every rank has updated the whole unit itself; frozen weights stay where they are."""
-        for segment in self._trained(action) if self._plan.zero_stage else ():
-            self.gathered += all_gather(segment.edges, segment.itemsize, self._route)
+    def _segments(self, action: Action) -> list[Segment]:
+        """Those that move: frozen weights only where they are not kept whole, none where every rank has the update."""
+        segments = self._plan.units[action.unit].segments
+        if action.kind == "gather":
+            return list(segments)
+        if action.kind == "renew" and self._plan.zero_stage == 0:
+            return []
+        return [segment for segment in segments if segment.kind != "frozen"]
 
-    def reduce(self, action: Action) -> None:
-        flags = tuple(self._layout.contributes(action.round))
-        for segment in self._trained(action):
-            self.reduced += action.times * reduce_scatter(segment.edges, segment.itemsize, flags)
+    def _gathered(self, action: Action) -> None:
+        for part in self.parts(action):
+            self.gathered += part.sent
 
-    def replicate(self, action: Action) -> None:
-        for segment in self._trained(action):
-            self.reduced += all_gather(segment.edges, FINISHED_BYTES, self._route)
+    def _reduced(self, action: Action) -> None:
+        for part in self.parts(action):
+            self.reduced += action.times * part.sent
 
+    gather = renew = _gathered
+    reduce = replicate = _reduced
     bind = free = adopt = settle = keep = Reader.nothing
     capture = forward = head = score = backward = embed = norm = update = Reader.nothing
-
-    def _trained(self, action: Action) -> list[Segment]:
-        return [s for s in self._plan.units[action.unit].segments if s.kind != "frozen"]
 
 
 def step_matrices(plan: ShardPlan, work: Workload, route: Route | None = None) -> tuple[Matrix, Matrix]:

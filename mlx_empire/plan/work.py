@@ -20,14 +20,15 @@ from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
 from mlx_empire.plan.schedule import Action, Reader, StepShape, training_step
 from mlx_empire.plan.subject import Subject
 from mlx_empire.plan.traffic import Route
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import Workload, step_shape
 
 
 def flops_per_token(subject: Subject, work: Workload) -> float:
     """Executed operations per token of a training step."""
     trained = tuple(any(t.trainable for t in u.tensors) for u in subject.spec.units)
-    reader = StepFlops(unit_flops(subject, work.width))
-    reader.play(training_step(StepShape(3, trained, (1,), work.tail)))
+    shape = StepShape(3, trained, (1,), work.tail)
+    reader = StepFlops(unit_flops(subject, work.width), shape)
+    reader.play(training_step(shape))
     return reader.total
 
 
@@ -55,22 +56,27 @@ def unit_flops(subject: Subject, width: int) -> list[UnitFlops]:
     return found
 
 
+def head_flops(units: Sequence[UnitFlops], shape: StepShape) -> float:
+    """Operations per token of head, embedding and un-recomputed layers; of those that nothing below trains a pass."""
+    kept = range(shape.boundary + 1, shape.layers + 1)
+    return sum(units[0]) + sum(sum(units[u]) if u >= shape.lowest else units[u].forward for u in kept)
+
+
 class StepFlops(Reader):
     """Counts the operations of a step per token of a micro-batch: plays the actions of `schedule`."""
 
-    def __init__(self, units: Sequence[UnitFlops]) -> None:
+    def __init__(self, units: Sequence[UnitFlops], shape: StepShape) -> None:
         self._units = units
-        self._unrecomputed = range(1, len(units))
+        self._head = head_flops(units, shape)
         self.total = 0.0
 
     def forward(self, action: Action) -> None:
         """A layer that will be recomputed."""
-        self._unrecomputed = range(action.unit + 1, len(self._units))
         self.total += action.times * self._units[action.unit].forward
 
     def head(self, action: Action) -> None:
         """Head and embedding, and the un-recomputed layers."""
-        self.total += action.times * sum(sum(self._units[u]) for u in (0, *self._unrecomputed))
+        self.total += action.times * self._head
 
     def backward(self, action: Action) -> None:
         """A layer, recomputed."""
@@ -141,7 +147,12 @@ class ChipCosts:
         self._tokens, self._units = work.tokens, unit_flops(assessment.subject, work.width)
         self._bytes = [u.gathered_bytes for u in plan.shards.units]
         self._updates = update_bytes(assessment, rank)
-        self._head = [0, *range(len(self._units) - work.tail, len(self._units))]
+        shape = step_shape(plan.shards, work, rank)
+        self._head = head_flops(self._units, shape)
+        kept = range(shape.boundary + 1, shape.layers + 1)
+        self._head_bytes = (
+            sum(self._bytes[u] * (3 if u >= shape.lowest else 1) for u in kept) + 3 * self._bytes[0]
+        )
 
     def compute(self, action: Action) -> float:
         """A pass takes its arithmetic, or the reading of its weights where there are too few tokens."""
@@ -153,8 +164,7 @@ class ChipCosts:
         if action.kind == "backward":
             return times * self._pass(sum(self._units[u]), 2 * self._bytes[u])
         if action.kind == "head":
-            flops = sum(sum(self._units[i]) for i in self._head)
-            return times * self._pass(flops, 3 * sum(self._bytes[i] for i in self._head))
+            return times * self._pass(self._head, self._head_bytes)
         return 0.0  # the embedding's part is counted with the head
 
     def add(self, nbytes: int) -> float:

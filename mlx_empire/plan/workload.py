@@ -58,9 +58,3 @@ def step_shape(plan: ShardPlan, work: Workload, rank: int) -> StepShape:
     """What the order of `rank`'s step depends on."""
     cells = tuple(len(cell) for cell in work.layout.of_rank(rank))
     return StepShape(plan.zero_stage, plan.trained, cells, work.tail, work.release)
-
-
-def first_trained(plan: ShardPlan) -> int:
-    """The first unit that the backward reaches: where root or all layers train 1, with adapters in the last, theirs."""
-    trained = [u.index for u in plan.units if any(s.kind != "frozen" for s in u.segments)]
-    return max(min(trained, default=1), 1)

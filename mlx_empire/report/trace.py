@@ -1,7 +1,7 @@
 """A step as a picture of lanes: the trace format of Chrome and Perfetto (open `trace.json` in ui.perfetto.dev).
 
 Every rank is a process, once as measured and once as predicted, with a lane each for compute, gather, reduce,
-optimizer, disk and waiting. Times are microseconds since the first traced step began; events are the actions of
+optimizer, disk and waiting. Times are microseconds since just before the first traced step; events are the actions of
 `plan.schedule`. The format is the JSON object form of the Trace Event Format: `traceEvents` with complete events
 (`ph` "X", `ts`, `dur`) and names of processes and threads as metadata (`ph` "M").
 """
@@ -66,7 +66,10 @@ def trace_document(groups: Mapping[str, Iterable[Event]], hostnames: Sequence[st
 
 
 class RunTrace:
-    """Traces the first steps of a run; made on all ranks, or on none. `predicted`: the clock's events, for rank 0."""
+    """Traces the first steps of a run, or of one that goes on; made on all ranks, or on none.
+
+    `predicted`: the clock's events, asked of rank 0.
+    """
 
     def __init__(
         self,
@@ -82,11 +85,16 @@ class RunTrace:
         trainer.observe(self._trace)
         saver.observe(self._trace.exchange)
 
-    def step(self, *, last: bool) -> list[str]:
+    def step(self) -> list[str]:
         """A step is done; after the last that is traced the file is written, and told in a line. Collective."""
         self._left -= 1
-        if self._left < 0 or (self._left > 0 and not last):
-            return []
+        return self._write() if self._left == 0 else []
+
+    def finish(self) -> list[str]:
+        """No step follows: write what fewer steps gave. Collective."""
+        return self._write() if 0 < self._left < TRACED_STEPS else []
+
+    def _write(self) -> list[str]:
         self._left = 0
         self._trainer.observe(None)
         self._saver.observe(None)
@@ -94,15 +102,19 @@ class RunTrace:
         if self._comm.rank > 0:
             return []
         measured = [Event(*event) for events in by_rank for event in events]
-        groups = {"measured": measured, "predicted": list(self._predicted())}
+        groups, notes = {"measured": measured}, []
+        try:
+            groups["predicted"] = list(self._predicted())
+        except Exception as error:  # a run does not end because it could not be predicted
+            notes = [f"WARNING: the trace has no prediction: {type(error).__name__}: {error}"]
         path = self._folder / FILE_NAME
         try:
             write_private(
                 path, json.dumps(trace_document(groups, self._comm.hostnames), separators=(",", ":"))
             )
         except OSError as error:
-            return [f"WARNING: {path}: {error.strerror}: the trace is not written"]
-        return [f"the trace of the first steps is in {path}: open it in ui.perfetto.dev"]
+            return [*notes, f"WARNING: {path}: {error.strerror}: the trace is not written"]
+        return [*notes, f"the trace of the first steps is in {path}: open it in ui.perfetto.dev"]
 
 
 def _unit(event: Event) -> str:

@@ -66,6 +66,18 @@ def test_adapters_spare_the_base_its_weight_gradients_and_quantising_spares_noth
     assert 5e12 < 180 * counted["lora"] < 12e12
 
 
+def test_what_is_not_computed_again_is_never_dearer_than_what_is():
+    """Adapters in the last four layers: layers below them pass once, recomputed or not, and have no gradients."""
+    counted = []
+    for checkpointing in ("true", "false"):
+        words = ("tuning.type=lora", "tuning.layers=4", f"memory.gradient_checkpointing={checkpointing}")
+        recipe = recipe_of(*words)
+        subject = catalog_subject("llama-3.2-1b", recipe)
+        work = assess(recipe, subject, [standard_clusters()["4K"][0]]).plan.work
+        counted.append(flops_per_token(subject, work))
+    assert counted[1] < counted[0]
+
+
 def test_attention_with_latents_and_without_heads():
     recipe = recipe_of()
     deepseek = catalog_subject("deepseek-v3-671b", recipe).spec
@@ -106,11 +118,11 @@ def test_two_equal_nodes_by_hand():
     root, layer = (u.parameters for u in subject.spec.units[:2])
     gathered = root + 3 * 2 * layer + layer  # layers twice, but the last one, with which the backward begins
     seconds = 2 * (gathered + root + 4 * layer) / 2 / 1.1e9
-    reduced = (root + 4 * layer) * 2  # bytes; the other node's contributions to half of it are added
+    reduced = (root + 4 * layer) * 2  # bytes; both nodes' contributions to half of it are added
     pace = pace_of(found, wire_named("10gbe"))
     for i in (0, 1):
         assert pace.parts["network"][1 - i] == pytest.approx(seconds, rel=1e-3)
-        assert pace.parts["adding"][1 - i] == pytest.approx(reduced / 2 / ADDING_RATE[i], rel=1e-3)
+        assert pace.parts["adding"][1 - i] == pytest.approx(reduced / ADDING_RATE[i], rel=1e-3)
     states = 1 + 1 + 2 + 5 / 64  # codes, remainder, five bytes per block
     moved = subject.base_parameters / 2 * (2 * 2 + 2 + 2 * states)
     assert sum(update_bytes(found, 0)) == pytest.approx(moved, rel=1e-6)

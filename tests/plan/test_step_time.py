@@ -8,13 +8,14 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.planning import llama_like
+from support.planning import llama_like, recipe_of
 
 from mlx_empire.plan.cells import cell_layout
-from mlx_empire.plan.schedule import Action
+from mlx_empire.plan.schedule import Action, training_step
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, WAIT, Link, RankLanes, step_timeline
 from mlx_empire.plan.step_traffic import step_matrices
+from mlx_empire.plan.subject import catalog_subject
 from mlx_empire.plan.workload import Workload
 
 SUBJECT = llama_like(layers=3, dtype="float32")
@@ -89,10 +90,39 @@ def test_the_hub_of_a_reduction_holds_up_everybody():
     assert all(e.end - e.start == pytest.approx(1.0, rel=1e-2) for e in reductions)
 
 
-def test_contributions_are_added_before_the_next_exchange():
-    quick, slow = (timed([1, 1], 2, Fixed({}, adding)) for adding in (0.0, 1 / RATE))
-    root = ROOT / LAYER
-    assert slow.seconds - quick.seconds == pytest.approx((root + 3) / 2, rel=1e-3)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_contributions_are_added_before_the_next_exchange(ranks):
+    """Every rank adds all contributions to its own interval, its own too: together a whole unit for each."""
+    quick, slow = (
+        timed([1] * ranks, 2, Fixed({}, adding), micro_batches=ranks) for adding in (0.0, 1 / RATE)
+    )
+    assert slow.seconds - quick.seconds == pytest.approx(ROOT / LAYER + 3, rel=1e-2)
+
+
+@pytest.mark.parametrize("ranks", [3, 6])
+def test_segments_take_their_own_ways(ranks):
+    """A frozen base goes directly where it can be cut equally, small adapters beside it go round the ring: no step
+    is shorter than the busiest card needs."""
+    recipe = recipe_of("tuning.type=lora", f"batch.global_size={ranks}")
+    spec = catalog_subject("llama-3.2-3b", recipe).spec
+    plan = make_plan(spec.units, [1] * ranks, 3)
+    found = step_timeline(plan, work_of(ranks, micro_batches=ranks), [Fixed({})] * ranks, Link(1e9))
+    assert found.seconds >= found.wire_seconds
+
+
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(4, 40), st.integers(0, 3))
+@settings(max_examples=30)
+def test_folded_micro_batches_take_as_long(ranks, stage, micro_batches, tail):
+    """The clock folds them; written out one by one the step is the same."""
+    plan = make_plan(SUBJECT.spec.units, list(range(1, ranks + 1)), stage)
+    work = work_of(ranks, micro_batches=micro_batches * ranks, tail=tail)
+    costs = Fixed({"forward": 0.1, "head": 0.3, "backward": 0.3, "embed": 0.1, "update": 0.05})
+    link = Link(RATE)
+    folded = step_timeline(plan, work, [costs] * ranks, link)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_empire.plan.step_time.training_step", lambda shape, fold: training_step(shape))
+        plain = step_timeline(plan, work, [costs] * ranks, link)
+    assert folded.seconds == pytest.approx(plain.seconds)
 
 
 def test_a_cable_for_each_pair_is_quicker_than_one_card():

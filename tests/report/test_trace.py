@@ -7,11 +7,12 @@ import json
 import pytest
 from support.planning import llama_like, nodes_of, recipe_of
 
+from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import wire_named
 from mlx_empire.plan.pace import chips_of, pace_of, timeline_of
 from mlx_empire.plan.step_time import ADD, COMPUTE, EXCHANGE, WAIT, Event
-from mlx_empire.report.trace import LANES, lane_of, trace_document
+from mlx_empire.report.trace import LANES, RunTrace, lane_of, trace_document
 
 EVENTS = [
     (Event(0, COMPUTE, "forward", 2, 0.5, 1.5), "compute", "forward layer 2"),
@@ -72,3 +73,39 @@ def test_the_predicted_trace_is_as_long_as_the_predicted_step():
             "optimizer",
             "waiting",
         }
+
+
+class Observed:
+    """Stands for trainer and saver: whoever observes them."""
+
+    observer = None
+
+    def observe(self, observer):
+        self.observer = observer
+
+
+def unpredictable():
+    raise RuntimeError("no such chip")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_short_run_and_one_that_cannot_be_predicted_have_a_trace_too(steps, tmp_path):
+    trainer, saver = Observed(), Observed()
+    trace = RunTrace(SoloCommunicator("king"), tmp_path, trainer, saver, unpredictable)
+    lines = []
+    for step in range(steps):
+        trainer.observer.add(COMPUTE, ("forward", 1), 2.0 * step, 2.0 * step + 1)
+        lines += trace.step()
+    lines += trace.finish()
+    assert lines[0].startswith("WARNING")
+    assert "RuntimeError: no such chip" in lines[0]
+    drawn = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    assert [e["dur"] for e in drawn] == [1e6] * steps
+    assert (trainer.observer, saver.observer) == (None, None)
+    assert trace.finish() == []
+
+
+def test_a_run_without_steps_has_no_trace(tmp_path):
+    trace = RunTrace(SoloCommunicator("king"), tmp_path, Observed(), Observed(), list)
+    assert trace.finish() == []
+    assert not (tmp_path / "trace.json").exists()

@@ -108,13 +108,21 @@ class Machines:
         self._ip("-n", self._name("net"), "link", "set", self._name(machine), "master", "bridge")
 
     def throttle(self, machine: str, mbit: float) -> None:
-        """Limit the machine's card to so many megabits per second in each direction (needs `tc`)."""
+        """Limit the machine's card to so many megabits per second in each direction (needs `tc`).
+
+        Small packets go first, or acknowledgements would wait behind the other direction's data.
+        """
         own, net = self._name(machine), self._name("net")
         for space, device in ((own, "net0"), (net, own)):
-            words = ["tc", "-n", space, "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{mbit}mbit"]
-            subprocess.run(
-                [*words, "burst", "32kb", "latency", "200ms"], check=True, capture_output=True, text=True
-            )
+            for words in (
+                "qdisc add dev {} root handle 1: htb default 20",
+                "class add dev {} parent 1: classid 1:1 htb rate {m}mbit burst 64kb quantum 3000",
+                "class add dev {} parent 1:1 classid 1:10 htb rate {s}mbit ceil {m}mbit prio 0 quantum 3000",
+                "class add dev {} parent 1:1 classid 1:20 htb rate {l}mbit ceil {m}mbit prio 1 quantum 3000",
+                "filter add dev {} parent 1: protocol ip prio 1 u32 match u16 0 0xff80 at 2 flowid 1:10",
+            ):
+                command = words.format(device, m=mbit, s=mbit / 10, l=mbit * 0.9).split()
+                subprocess.run(["tc", "-n", space, *command], check=True, capture_output=True, text=True)
 
     def processes(self, machine: str) -> list[int]:
         """The machine's processes."""

@@ -44,7 +44,8 @@ class Pace:
     compute, network, adding (contributions to totals, in line with the network), optimizer or disk.
 
     `positions_per_second`: input positions of whole rows of data.sequence_length, whatever of them are targets.
-    `steps_known`: False where the run is given in epochs and the data's size was not; hours are then of 1,000 steps.
+    `timeline`: the step with the best that chips and wire may do. `steps_known`: False where the run is given in epochs
+    and the data's size was not; hours are then of 1,000 steps.
     """
 
     step_seconds: Range
@@ -56,6 +57,7 @@ class Pace:
     wire: str
     steps: int
     steps_known: bool
+    timeline: Timeline
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def pace_of(
     steps, known = run_steps(assessment.recipe, rows)
     load = _slowest(_over(2 * whole_weights(assessment), chip.disk_rate) for chip in used)
     disk = (load[0] / steps, load[1] / steps)
-    low, high = fast.seconds + disk[0], slow.seconds + disk[1]
+    low, high = fast.timeline.seconds + disk[0], slow.timeline.seconds + disk[1]
     parts = {name: (fast.parts[name], slow.parts[name]) for name in fast.parts} | {"disk": disk}
     recipe = assessment.recipe
     positions = recipe.batch.global_size * recipe.data.sequence_length
@@ -97,6 +99,7 @@ def pace_of(
         wire.name,
         steps,
         known,
+        fast.timeline,
     )
 
 
@@ -174,9 +177,9 @@ def spell(pair: Range) -> str:
 
 @dataclass(frozen=True)
 class _Played:
-    """A step's seconds, and those of the busiest rank's lanes by name."""
+    """A step, and seconds of the busiest rank's lanes by name."""
 
-    seconds: float
+    timeline: Timeline
     parts: Mapping[str, float]
 
 
@@ -198,7 +201,7 @@ def _played(assessment: Assessment, wire: Wire, chips: Sequence[Chip], i: int) -
         sum(e.end - e.start for e in timeline.events if e.rank == r and e.what == "update") for r in ranks
     ]
     return _Played(
-        timeline.seconds,
+        timeline,
         {
             "compute": max(timeline.busy(r, COMPUTE) - updates[r] for r in ranks),
             "network": timeline.wire_seconds,

@@ -15,6 +15,7 @@ from mlx_empire.plan.hardware import Chip, Wire
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
 from mlx_empire.plan.terms import term
 from mlx_empire.plan.whatif import Advice
+from mlx_empire.report.timeline import timeline_document
 
 Document = dict[str, Any]
 
@@ -32,7 +33,11 @@ def report_document(
     """The report of one recipe. `paces`: the first for the wire that is there; `now`: when it starts."""
     subject = assessment.subject
     wired = len(assessment.nodes) > 1
-    times = [time_document(wire, pace, now, wired=wired) for wire, pace in paces.items()]
+    names = [node.node.name for node in assessment.nodes]
+    times = [
+        time_document(wire, pace, now, wired=wired) | {"timeline": timeline_document(pace.timeline, names)}
+        for wire, pace in paces.items()
+    ]
     return {
         "model": {
             "name": subject.spec.name,

@@ -15,6 +15,7 @@ from mlx_empire.report.capacity_style import STYLE
 from mlx_empire.report.capacity_surveys import daughters_section, ladder_section, matrix_section
 from mlx_empire.report.ledger_groups import ledger_lines
 from mlx_empire.report.text import amount, energy, run_length, span
+from mlx_empire.report.timeline import timeline_chart
 
 Document = Mapping[str, Any]
 
@@ -119,7 +120,18 @@ def _time(report: Document) -> str:
         '<section><h2>Time</h2><p class="muted small">From low to high over what such chips are known to execute, '
         "until it is measured on yours.</p>"
         f"{table(head, rows, (1, 2, 3, 4))}<details><summary>Seconds by what they are spent on</summary>"
-        f"{table(['wire', *map(escape, parts)], split, range(1, len(parts) + 1))}</details>{notes}</section>"
+        f"{table(['wire', *map(escape, parts)], split, range(1, len(parts) + 1))}</details>"
+        f"{_steps(report)}{notes}</section>"
+    )
+
+
+def _steps(report: Document) -> str:
+    """A step's lanes over each wire, the first one open."""
+    return "".join(
+        f"<details{'' if number else ' open'}><summary>A step over {escape(entry['wire'])}: "
+        f"{span([entry['timeline']['seconds']] * 2, ' s')} at best</summary>"
+        f"{timeline_chart(entry['timeline'], entry['wire'])}</details>"
+        for number, entry in enumerate(report["times"])
     )
 
 

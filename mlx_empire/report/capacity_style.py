@@ -88,6 +88,10 @@ ol.advice li:first-child {{ border-top: 0; }}
 .thin .machine {{ background: var(--track); }}
 .thin .fill {{ background: color-mix(in srgb, var(--verdict) 62%, var(--card)); }}
 .thin .limit {{ top: -1px; height: 19px; width: 2px; background: var(--limit); border-radius: 0; }}
+.lanes {{ display: grid; grid-template-columns: minmax(90px, auto) auto 1fr; gap: 3px 12px; align-items: center;
+  margin: 10px 0 4px; }}
+.lane {{ position: relative; height: 15px; background: var(--track); border-radius: 3px; overflow: hidden; }}
+.lane i {{ position: absolute; top: 0; height: 100%; }}
 details {{ margin: 10px 0; }}
 details > summary {{ cursor: pointer; color: var(--accent); }}
 footer {{ color: var(--muted); font-size: 13px; padding: 0 4px; }}
@@ -96,6 +100,8 @@ footer {{ color: var(--muted); font-size: 13px; padding: 0 4px; }}
   .node .says {{ text-align: left; }}
   .badge {{ justify-self: start; }}
   td {{ min-width: 90px; }}
+  .lanes {{ grid-template-columns: auto auto; }}
+  .lane {{ grid-column: 1 / -1; }}
 }}
 @media print {{ section, header {{ break-inside: avoid; }} body {{ background: none; }} }}
 """

@@ -79,6 +79,21 @@ def time(wire: str, bound: str, factor: float) -> dict[str, Any]:
         "wire": wire,
         "built": True,
         "step_seconds": [50.0 * factor, 120.0 * factor],
+        "timeline": {
+            "seconds": 50.0 * factor,
+            "lanes": [
+                {
+                    "node": HOSTILE,
+                    "lane": "compute",
+                    "spans": [["forward", 0.0, 10.0], ["backward", 12.0, 40.0]],
+                },
+                {
+                    "node": HOSTILE,
+                    "lane": "network",
+                    "spans": [["gather", 0.0, 9.0], ["reduce", 20.0, 50.0 * factor]],
+                },
+            ],
+        },
         "positions_per_second": [1092.0 / factor, 2621.0 / factor],
         "run_hours": [14.0 * factor, 33.0 * factor],
         "energy_kwh": [15.0, 36.0],

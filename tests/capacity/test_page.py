@@ -90,6 +90,7 @@ def test_it_says_what_the_documents_say(page):
         "memory: fits",
         "llama-2-13b",
         "242",
+        "A step over 10 GbE: 100 s at best",
         made_up.HOSTILE,
     ):
         assert words in text, words

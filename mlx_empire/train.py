@@ -37,11 +37,12 @@ from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.plan.assess import assess
-from mlx_empire.plan.hardware import wire_of
+from mlx_empire.plan.hardware import known_speed, wire_of
 from mlx_empire.plan.pace import chips_of, timeline_of
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.plan.step_time import Event
 from mlx_empire.plan.subject import subject_of
+from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.report.run import RunReport
@@ -151,7 +152,10 @@ def carry_out(
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             predicted = partial(predicted_events, recipe, nodes, optimizer)
-            run = Run(comm, recipe, plan, built, trainer, splits, evaluator, report, saver, stop, predicted)
+            peak = known_speed(nodes)
+            run = Run(
+                comm, recipe, plan, built, trainer, splits, evaluator, report, saver, stop, predicted, peak
+            )
             export(run, *train(run))
             report.messages(saver.unsaved())
 
@@ -195,6 +199,7 @@ class Run:
     saver: Saver
     stop: StopRequest
     predicted: Callable[[], Sequence[Event]]
+    peak_flops: float | None
 
 
 def train(run: Run) -> tuple[int, GateKeeper]:
@@ -236,6 +241,10 @@ def train(run: Run) -> tuple[int, GateKeeper]:
         moved = comm.traffic.since(traffic)
         passed = positions(data, seed, step - 1, **sizes)
         line = record(step, taken, rates(step), seconds, targets=total, positions=passed)
+        line |= speed(
+            executed_flops(run.built.spec, run.plan.work, passed, global_size), seconds, run.peak_flops
+        )
+        line["waited_for"] = {**taken.waited_for, "save": saver.held_up()}
         report.step(line, sum(moved.sent), sum(moved.received))
         if taken.note:
             report.message(taken.note)
@@ -288,6 +297,16 @@ def record(
         "comm_wait_seconds": result.wait_seconds,
         **({"skipped": True} if result.skipped else {}),
         **result.statistics,
+    }
+
+
+def speed(flops: float, seconds: float, peak: float | None) -> dict[str, float | None]:
+    """When a step ended (seconds since 1970), executed TFLOP/s of all ranks, and what part of their chips' that is."""
+    rate = flops / seconds
+    return {
+        "time": time.time(),
+        "executed_tflops": rate / 1e12,
+        "chip_fraction": rate / peak if peak else None,
     }
 
 

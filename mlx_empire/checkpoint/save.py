@@ -77,6 +77,7 @@ class Saver:
         self._waiting: set[int] = set()  # units that are not written yet
         self._bytes = (0, 0)  # written, in all
         self._broken: BaseException | None = None  # what ended the thread
+        self._held_up = 0.0
         self._future: Future[None] | None = None
         self._thread = CommThread("checkpoint")
 
@@ -109,11 +110,18 @@ class Saver:
         """Return when the arrays of `unit` may be replaced; raises what the thread raised."""
         if unit in self._waiting:
             phases.reach("save-wait")
+            start = time.perf_counter()
             with self._changed:
                 self._changed.wait_for(lambda: unit not in self._waiting)
+            self._held_up += time.perf_counter() - start
             phases.reach("optimizer")
         if self._broken is not None:
             raise self._broken
+
+    def held_up(self) -> float:
+        """Seconds that `hold` has made the main thread wait since this was asked last."""
+        seconds, self._held_up = self._held_up, 0.0
+        return seconds
 
     def observe(self, observer: Callable[[tuple[str, int], float, float], None] | None) -> None:
         """Have `observer` told of every save, with its beginning and end by `time.perf_counter`."""

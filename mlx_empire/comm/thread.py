@@ -21,14 +21,15 @@ Name = tuple[str, int]  # of an operation: what it does, and to which unit
 class CommThread:
     """A daemon thread with a first-in, first-out queue.
 
-    waited_seconds: how long `wait` blocked its callers: communication that computation did not hide.
-    busy_seconds: how long operations ran. Both since the last `reset`. observe: told of every operation that was named,
-    with its beginning and end by `time.perf_counter`.
+    waited_seconds: how long `wait` blocked its callers: communication that computation did not hide. waited_for: that
+    by what was waited for. busy_seconds: how long operations ran. All since the last `reset`. observe: told of every
+    operation that was named, with its beginning and end by `time.perf_counter`.
     """
 
     def __init__(self, name: str = "communication") -> None:
         self.waited_seconds = 0.0
         self.busy_seconds = 0.0
+        self.waited_for: dict[str, float] = {}
         self.observe: Callable[[Name, float, float], None] | None = None
         self._tasks: SimpleQueue[
             tuple[Future[Any], Callable[..., Any], tuple[Any, ...], Name | None] | None
@@ -45,20 +46,23 @@ class CommThread:
         self._tasks.put((future, function, arguments, name))
         return future
 
-    def wait(self, future: "Future[T]") -> T:
-        """The future's result, its exception raised; the time spent here counts as waited."""
+    def wait(self, future: "Future[T]", what: str = "other") -> T:
+        """The future's result, its exception raised; the time spent here counts as waited, for `what`."""
         start = time.perf_counter()
         try:
             with pulse.waiting():
                 return future.result()
         finally:
-            self.waited_seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.waited_seconds += seconds
+            self.waited_for[what] = self.waited_for.get(what, 0.0) + seconds
 
     def reset(self) -> tuple[float, float]:
         """(waited_seconds, busy_seconds) so far; starts both again. For step borders, when nothing is
         queued."""
         seconds = self.waited_seconds, self.busy_seconds
         self.waited_seconds = self.busy_seconds = 0.0
+        self.waited_for = {}
         return seconds
 
     def close(self, seconds: float = 60.0) -> None:

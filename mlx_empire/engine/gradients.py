@@ -116,7 +116,7 @@ class GradientStore:
     def settle(self, index: int, *, last: bool) -> None:
         """Wait for what is in flight, which is unit `index`'s; after the last round its totals get their dtype."""
         for future in self._in_flight:
-            self._thread.wait(future)
+            self._thread.wait(future, "reduce")
         self._in_flight = []
         if last and self._dtype != mx.float32:
             self.totals[index] = [t.astype(self._dtype) for t in self.totals[index]]

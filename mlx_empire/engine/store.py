@@ -231,7 +231,7 @@ class ShardStore:
     def _settle(self, index: int) -> None:
         pending = self._pending.pop(index, None)
         if pending is not None:
-            self._thread.wait(pending)
+            self._thread.wait(pending, "renew" if self.keeps_whole else "gather")
 
     def _unbind(self, unit: Unit) -> None:
         for bindings in self._bindings[unit.index]:

@@ -47,7 +47,7 @@ class StepResult:
     """What all ranks know after a step; `loss` is the mean over the step's counted tokens.
 
     `skipped`: nothing was updated; `go_back`: and the last checkpoint is to be restored; `note`: what there is to say
-    about that; `statistics`: see `UpdateStatistics`.
+    about that; `statistics`: see `UpdateStatistics`; `waited_for`: `wait_seconds` of this rank by what was waited for.
     """
 
     loss: float
@@ -57,6 +57,7 @@ class StepResult:
     go_back: bool = False
     note: str | None = None
     statistics: Mapping[str, float] = field(default_factory=dict)
+    waited_for: Mapping[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -184,9 +185,9 @@ class Trainer:
         else:
             scalars = self._updater.clipped(step, learning_rate, norm)
             self.renew(lambda name: scalars)
-        waited, _ = self._thread.reset()
+        causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
         statistics = self._statistics(step)
-        return StepResult(loss, norm, waited, verdict.skip, verdict.back, verdict.note, statistics)
+        return StepResult(loss, norm, waited, verdict.skip, verdict.back, verdict.note, statistics, causes)
 
     def _released_step(
         self,
@@ -207,8 +208,9 @@ class Trainer:
         norm = updater.end()
         verdict = self.spikes.judge(step, loss, norm)
         assert not verdict.skip, "the recipe refuses it: units are updated before the norm is known"
-        waited, _ = self._thread.reset()
-        return StepResult(loss, norm, waited, note=verdict.note, statistics=self._statistics(step))
+        causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
+        statistics = self._statistics(step)
+        return StepResult(loss, norm, waited, note=verdict.note, statistics=statistics, waited_for=causes)
 
     def watch_states(self, optimizer: FlatOptimizer, every: int) -> None:
         """Have every `every`-th step's result say how the optimizer's states are."""

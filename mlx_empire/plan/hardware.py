@@ -90,6 +90,13 @@ def chip_of(node: Node) -> Chip:
     return M3_ULTRA if node.role or node.memory_bytes in (512 * GIB, 256 * GIB) else CPU
 
 
+def known_speed(nodes: Sequence[Node]) -> float | None:
+    """Executed FLOP/s that the chips of all nodes may reach together; None where a chip is not named."""
+    if any(node.chip is None for node in nodes):
+        return None
+    return sum(chip_of(node).tflops[1] * TERA for node in nodes)
+
+
 def calibrated(chip: Chip, calibration: Calibration | None) -> Chip:
     """`chip` with what a calibration measured on it, each figure within 10 %; others stay as they are."""
     if calibration is None or _plain(calibration.chip or CPU.name) not in (

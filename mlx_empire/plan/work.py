@@ -11,6 +11,7 @@ below 1 % for 70 B models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from mlx_empire.plan.assess import Assessment
@@ -18,16 +19,15 @@ from mlx_empire.plan.counts import experts, is_stacked
 from mlx_empire.plan.hardware import Wire
 from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
 from mlx_empire.plan.schedule import Action, Reader, StepShape, training_step
-from mlx_empire.plan.subject import Subject
 from mlx_empire.plan.traffic import Route
 from mlx_empire.plan.workload import Workload, step_shape
 
 
-def flops_per_token(subject: Subject, work: Workload) -> float:
+def flops_per_token(spec: ModelSpec, work: Workload) -> float:
     """Executed operations per token of a training step."""
-    trained = tuple(any(t.trainable for t in u.tensors) for u in subject.spec.units)
+    trained = tuple(any(t.trainable for t in u.tensors) for u in spec.units)
     shape = StepShape(3, trained, (1,), work.tail)
-    reader = StepFlops(unit_flops(subject, work.width), shape)
+    reader = StepFlops(unit_flops(spec, work.width), shape)
     reader.play(training_step(shape))
     return reader.total
 
@@ -39,9 +39,13 @@ class UnitFlops(NamedTuple):
     gradients: float
 
 
-def unit_flops(subject: Subject, width: int) -> list[UnitFlops]:
+def executed_flops(spec: ModelSpec, work: Workload, positions: int, rows: int) -> float:
+    """Operations of a step of so many `rows` with so many `positions` together, padding included."""
+    return positions * flops_per_token(spec, replace(work, width=max(positions // rows, 1)))
+
+
+def unit_flops(spec: ModelSpec, width: int) -> list[UnitFlops]:
     """By unit; of stacked experts those that a token is sent to. The root's pass is the head's and the embedding's."""
-    spec = subject.spec
     total, chosen = experts(spec.text_config)
     scores = attention_flops(spec, width)
     found = []
@@ -111,7 +115,7 @@ def attention_flops(spec: ModelSpec, width: int) -> float:
 def step_flops(assessment: Assessment, rank: int) -> float:
     """Operations of `rank` in a step."""
     work = assessment.plan.work
-    return work.micro_batches(rank) * work.tokens * flops_per_token(assessment.subject, work)
+    return work.micro_batches(rank) * work.tokens * flops_per_token(assessment.subject.spec, work)
 
 
 def whole_weights(assessment: Assessment) -> int:
@@ -144,7 +148,7 @@ class ChipCosts:
     ) -> None:
         plan, work = assessment.plan, assessment.plan.work
         self._flops, self._memory_rate, self._adding = flops, memory_rate, adding
-        self._tokens, self._units = work.tokens, unit_flops(assessment.subject, work.width)
+        self._tokens, self._units = work.tokens, unit_flops(assessment.subject.spec, work.width)
         self._bytes = [u.gathered_bytes for u in plan.shards.units]
         self._updates = update_bytes(assessment, rank)
         shape = step_shape(plan.shards, work, rank)

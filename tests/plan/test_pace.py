@@ -37,8 +37,8 @@ def test_operations_are_counted_product_by_product():
     root = 2 * 512 * 128  # embedding (counted as if it were a product) and head
     recomputed = assessed("memory.gradient_checkpointing=true", subject=subject)
     kept = assessed("memory.gradient_checkpointing=false", subject=subject)
-    assert flops_per_token(subject, recomputed.plan.work) == 4 * 3 * (2 * layer + scores) + 3 * 2 * root
-    assert flops_per_token(subject, kept.plan.work) == 3 * 3 * (2 * layer + scores) + 3 * 2 * root
+    assert flops_per_token(subject.spec, recomputed.plan.work) == 4 * 3 * (2 * layer + scores) + 3 * 2 * root
+    assert flops_per_token(subject.spec, kept.plan.work) == 3 * 3 * (2 * layer + scores) + 3 * 2 * root
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_scout_executes_eight_per_active_parameter_and_its_attention(checkpointi
     plan = assess(recipe, subject, standard_clusters()["4K"]).plan
     passes = per_parameter / 2
     expected = per_parameter * 17.17e9 + passes * 48 * 4 * 40 * 128 * 2048
-    assert flops_per_token(subject, plan.work) == pytest.approx(expected, rel=0.03)
+    assert flops_per_token(subject.spec, plan.work) == pytest.approx(expected, rel=0.03)
 
 
 def test_adapters_spare_the_base_its_weight_gradients_and_quantising_spares_nothing():
@@ -60,7 +60,7 @@ def test_adapters_spare_the_base_its_weight_gradients_and_quantising_spares_noth
         recipe = recipe_of(f"tuning.type={kind}")
         subject = catalog_subject("gemma-2-9b", recipe)
         work = assess(recipe, subject, [standard_clusters()["4K"][0]]).plan.work
-        counted[kind] = flops_per_token(subject, work)
+        counted[kind] = flops_per_token(subject.spec, work)
     assert counted["lora"] == pytest.approx(counted["full"] - 2 * 9.24e9, rel=0.01)
     assert counted["qlora"] == pytest.approx(counted["lora"], rel=0.01)
     assert 5e12 < 180 * counted["lora"] < 12e12
@@ -74,7 +74,7 @@ def test_what_is_not_computed_again_is_never_dearer_than_what_is():
         recipe = recipe_of(*words)
         subject = catalog_subject("llama-3.2-1b", recipe)
         work = assess(recipe, subject, [standard_clusters()["4K"][0]]).plan.work
-        counted.append(flops_per_token(subject, work))
+        counted.append(flops_per_token(subject.spec, work))
     assert counted[1] < counted[0]
 
 
@@ -128,7 +128,7 @@ def test_two_equal_nodes_by_hand():
     assert sum(update_bytes(found, 0)) == pytest.approx(moved, rel=1e-6)
     assert pace.parts["optimizer"][0] == pytest.approx(moved / CPU.memory_rate[1], rel=1e-6)
     tokens = 4 * 2048  # of each node: half of the 8 rows
-    compute = tokens * flops_per_token(subject, found.plan.work) / (CPU.tflops[1] * 1e12)
+    compute = tokens * flops_per_token(subject.spec, found.plan.work) / (CPU.tflops[1] * 1e12)
     assert pace.parts["compute"][0] == pytest.approx(compute)
     # The wire binds: all that computes is hidden but the update, and what is waited for before and after.
     assert pace.parts["network"][0] < pace.step_seconds[0] < pace.parts["network"][0] + compute

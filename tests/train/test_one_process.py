@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from train.launching import MODEL, Outcome, Workspace, held_out, metrics, step_records
+from train.launching import MODEL, Outcome, Workspace, held_out, metrics, raw_tensors, step_records
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.recipe.load import load_recipe
@@ -25,6 +25,9 @@ FIELDS = {
     "positions_per_second": float,
     "step_seconds": float,
     "comm_wait_seconds": float,
+    "waited_for": dict,
+    "time": float,
+    "executed_tflops": float,
     "peak_bytes": list,
     "predicted_peak_bytes": list,
     "bytes_sent": list,
@@ -68,6 +71,28 @@ def test_every_step_has_every_field(alone_dir: Path) -> None:
         assert record["bytes_sent"] == record["bytes_received"] == [0]
     # The cosine from 1e-3 at step 1 to a tenth of it after step 3: (1 + cos(pi p)) / 2 is 1, 3/4 and 1/4.
     assert [record["learning_rate"] for record in records] == pytest.approx([1e-3, 7.75e-4, 3.25e-4])
+
+
+def test_executed_operations_are_those_of_a_count_by_hand(alone_dir: Path) -> None:
+    """2 per weight and position in a pass forward, 4 backward, 2 where a layer is run again; attention's two products
+    beside them, over all positions of a row. The chip of this machine is not known, so there is no part of it."""
+    config = json.loads((MODEL / "config.json").read_text())
+    sizes = {name: math.prod(shape) for name, (_, shape, _) in raw_tensors(MODEL).items()}
+    layers = sum(size for name, size in sizes.items() if ".layers." in name)
+    root = sum(sizes.values()) - layers
+    count = config["num_hidden_layers"]
+    again = (count - json.loads((alone_dir / "plan.json").read_text())["tail"]) / count
+    for record in step_records(alone_dir):
+        width = record["positions"] // 6
+        attention = count * 2 * 2 * config["hidden_size"] * width
+        each = 6 * (layers + root) + 2 * again * layers + (3 + again) * attention
+        executed = record["executed_tflops"] * 1e12 * record["step_seconds"]
+        assert executed == pytest.approx(each * record["positions"], rel=1e-6)
+        assert record["chip_fraction"] is None
+        assert sum(record["waited_for"].values()) == pytest.approx(record["comm_wait_seconds"], abs=1e-3)
+    times = [record["time"] for record in step_records(alone_dir)]
+    assert times == sorted(times)
+    assert abs(times[-1] - (alone_dir / "COMPLETE").stat().st_mtime) < 600
 
 
 def test_memory_is_measured_beside_its_prediction(alone_dir: Path) -> None:

@@ -141,6 +141,16 @@ def test_memory_of_every_rank_is_beside_its_prediction(spread: tuple[int, Path])
         assert all(0 < peak <= 1.1 * most for peak, most in zip(record["peak_bytes"], expected, strict=True))
 
 
+def test_what_a_step_waited_for_is_told_by_cause(spread: tuple[int, Path]) -> None:
+    """At stage 3 for weights and reductions, below it for reductions and renewed weights; for a save where one runs."""
+    _, run = spread
+    weights = "gather" if planned(run).shards.zero_stage == 3 else "renew"
+    for record in step_records(run):
+        assert record["waited_for"].keys() == {weights, "reduce", "save"}
+        network = sum(seconds for cause, seconds in record["waited_for"].items() if cause != "save")
+        assert network == pytest.approx(record["comm_wait_seconds"])
+
+
 def test_the_trace_holds_every_action_of_the_plan_on_every_rank(spread: tuple[int, Path]) -> None:
     """Three steps were traced; what only begins an exchange is told by the thread that carries it out."""
     ranks, run = spread

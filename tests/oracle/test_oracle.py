@@ -20,7 +20,7 @@ from oracle.settings import RANKS, SETTINGS
 from oracle.write import ORACLE
 from support.mpi import run_ranks
 
-DAILY = list(SETTINGS)[::6]
+DAILY = [*list(SETTINGS)[::11], "llama stage 1 in backward", "llama stage 3 in backward 8 bits"]
 LAUNCHES = [
     pytest.param(ranks, daily, marks=() if daily and ranks < 4 else pytest.mark.slow, id=f"{ranks} {daily=}")
     for ranks in RANKS

@@ -21,6 +21,20 @@ from mlx_empire.plan.rope import LOCAL_THETA_NAMES, PARTIAL_NAMES, SCALINGS, SHA
 
 TOKENS = mx.arange(1, 33)[None]
 MODULES = [n for n in names() if any(key in reader(n) for key in THETA_NAMES) and n not in UNBUILT]
+# Every day one of each way in which a module says it; the others in `make test-slow`.
+DAILY = {
+    "llama",
+    "qwen2",
+    "mixtral",
+    "phi3",
+    "smollm3",
+    "seed_oss",
+    "gemma3_text",
+    "gpt_neox",
+    "stablelm",
+    "llama4",
+    "olmo3",
+}
 # What needs keys of its own to be built at all is left to the families' own code.
 SCALED = [
     n
@@ -83,7 +97,9 @@ def logits(config: dict[str, Any]) -> mx.array:
     return found
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [n if n in DAILY else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
+)
 def test_both_spellings_build_the_same_model(name: str) -> None:
     old, new, other = (
         logits(make(name, theta))

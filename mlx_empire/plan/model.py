@@ -33,7 +33,7 @@ class TensorSpec:
     bits: int = 0
     group: int = 0
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -45,7 +45,7 @@ class TensorSpec:
             return 0
         return self.size * 32 // self.bits if self.bits else self.size
 
-    @property
+    @cached_property
     def padded_size(self) -> int:
         """Number of elements rounded up to whole blocks of 64."""
         return -(-self.size // BLOCK) * BLOCK

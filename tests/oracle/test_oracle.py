@@ -34,14 +34,37 @@ def oracle() -> dict[str, Any]:
     return recorded
 
 
+@cache
+def bits(ranks: int, names: tuple[str, ...]) -> dict[str, Any]:
+    """What these settings give now on so many ranks."""
+    return run_ranks(ranks, "tests/oracle/worker.py", [json.dumps(names)], timeout=1500)[0]
+
+
+def chosen(daily: bool) -> tuple[str, ...]:
+    return tuple(name for name in SETTINGS if (name in DAILY) == daily)
+
+
 @pytest.mark.parametrize(("ranks", "daily"), LAUNCHES)
 def test_losses_norms_and_weights_after_two_steps_are_the_same_bits(ranks, daily):
-    agrees(ranks, [name for name in SETTINGS if (name in DAILY) == daily])
+    agrees(ranks, chosen(daily))
 
 
-def agrees(ranks: int, names: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "daily"),
+    [(2, True), (3, True), *(pytest.param(r, False, marks=pytest.mark.slow) for r in (2, 3, 4))],
+)
+def test_the_bits_do_not_depend_on_the_number_of_ranks(ranks, daily):
+    """On whatever machine: where the cells are given, these ranks give what one gives."""
+    alone, together = bits(1, chosen(daily)), bits(ranks, chosen(daily))
+    for name in chosen(daily):
+        if SETTINGS[name]["cells"] != "auto":
+            for what in ("losses", "norms", "weights"):
+                assert together[name][what] == alone[name][what], name
+
+
+def agrees(ranks: int, names: tuple[str, ...]) -> None:
     """Run these settings and hold them against the oracle."""
-    found = run_ranks(ranks, "tests/oracle/worker.py", [json.dumps(names)], timeout=1500)[0]
+    found = bits(ranks, names)
     expected = {name: oracle()["bits"][str(ranks)][name] for name in names}
     assert {n: one["sent"] for n, one in found.items()} == {n: one["sent"] for n, one in expected.items()}
     if fingerprint() == oracle()["arithmetic"]:
@@ -53,7 +76,7 @@ def agrees(ranks: int, names: list[str]) -> None:
 
 def test_one_step_of_each_stage_on_two_ranks():
     """What `make check` asks of the engine."""
-    agrees(2, [f"llama stage {stage} tail 0 cells 4" for stage in range(4)])
+    agrees(2, tuple(f"llama stage {stage} tail 0 cells 4" for stage in range(4)))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -21,7 +21,6 @@ import mlx.core as mx
 from mlx_empire import assemble, beacon, capacity, continuing, phases, result, safeguards
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.save import Saver
-from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
@@ -36,17 +35,14 @@ from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
-from mlx_empire.plan.assess import assess
-from mlx_empire.plan.hardware import known_speed, wire_of
-from mlx_empire.plan.pace import chips_of, timeline_of
+from mlx_empire.plan.hardware import known_speed
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.plan.step_time import Event
-from mlx_empire.plan.subject import subject_of
 from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.report.run import RunReport
-from mlx_empire.report.trace import RunTrace
+from mlx_empire.report.trace import RunTrace, predicted_events
 from mlx_empire.result import Patience, Refusal
 from mlx_empire.safeguards import Safeguards
 from mlx_empire.supervise.awake import keep_awake
@@ -176,12 +172,6 @@ def make_trainer(
     if recipe.optimizer.statistics_every is not None:
         trainer.watch_states(optimizer, recipe.optimizer.statistics_every)
     return trainer
-
-
-def predicted_events(recipe: Recipe, nodes: Sequence[Node], optimizer: FlatOptimizer) -> Sequence[Event]:
-    """The clock's events of a step, at the best that chips and wire may do."""
-    assessment = assess(recipe, subject_of(recipe), nodes, optimizer.state_bytes)
-    return timeline_of(assessment, wire_of(nodes), chips_of(assessment), 1).events
 
 
 @dataclass(frozen=True)

@@ -81,11 +81,6 @@ def scatter_bytes(edges: Sequence[int], itemsize: int, root: int) -> Matrix:
     return sent
 
 
-def add(*matrices: Matrix) -> Matrix:
-    """Element-wise sum of matrices of equal size: the traffic of several collectives."""
-    return [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
-
-
 def card_bytes(sent: Matrix) -> list[tuple[int, int]]:
     """(bytes sent, bytes received) of each rank: what its one network card carries."""
     return [(sum(row), sum(column)) for row, column in zip(sent, zip(*sent, strict=True), strict=True)]

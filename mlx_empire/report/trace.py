@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_empire.checkpoint.save import Saver
+from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.trace import TRACED_STEPS, StepTrace
 from mlx_empire.engine.trainer import Trainer
+from mlx_empire.optim.flat import FlatOptimizer
+from mlx_empire.plan.assess import assess
+from mlx_empire.plan.hardware import wire_of
+from mlx_empire.plan.pace import chips_of, timeline_of
 from mlx_empire.plan.step_time import ADD, WAIT, Event
+from mlx_empire.plan.subject import subject_of
+from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import write_private
 
 FILE_NAME = "trace.json"
@@ -115,6 +122,12 @@ class RunTrace:
         except OSError as error:
             return [*notes, f"WARNING: {path}: {error.strerror}: the trace is not written"]
         return [*notes, f"the trace of the first steps is in {path}: open it in ui.perfetto.dev"]
+
+
+def predicted_events(recipe: Recipe, nodes: Sequence[Node], optimizer: FlatOptimizer) -> Sequence[Event]:
+    """The clock's events of a step, at the best that chips and wire may do."""
+    assessment = assess(recipe, subject_of(recipe), nodes, optimizer.state_bytes)
+    return timeline_of(assessment, wire_of(nodes), chips_of(assessment), 1).events
 
 
 def _unit(event: Event) -> str:

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_empire.plan.traffic import (
-    add,
     all_gather_bytes,
     card_bytes,
     interval_sizes,
@@ -94,10 +93,6 @@ def test_a_king_with_042_of_the_whole() -> None:
     edges = [0, 42, 61, 80, 100]
     assert card_bytes(all_gather_bytes(edges, 1, "direct"))[0][0] == 126
     assert max(card_bytes(all_gather_bytes(edges, 1, "relay"))[0]) == 81
-
-
-def test_matrices_add_up() -> None:
-    assert add([[0, 1], [2, 0]], [[0, 10], [20, 0]]) == [[0, 11], [22, 0]]
 
 
 @pytest.mark.parametrize("edges", [[0], [1, 2], [0, 2, 1], [], [3, 0]])

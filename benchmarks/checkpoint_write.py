@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_empire.assemble import tuned_model
-from mlx_empire.checkpoint.identity import Identity
+from mlx_empire.checkpoint.identity import Identity, Origin
 from mlx_empire.checkpoint.manifest import Resolved
 from mlx_empire.checkpoint.names import remove_checkpoint, step_name
 from mlx_empire.checkpoint.save import Policy, Saver
@@ -39,7 +39,7 @@ from mlx_empire.checkpoint.tensorfile import create_private, sync_file
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
-from mlx_empire.engine.trainer import Trainer
+from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.shards import make_plan
@@ -111,7 +111,8 @@ def make_trainer(options: argparse.Namespace, thread: CommThread) -> Trainer:
     work = Workload(1, options.tokens, cell_layout(1, 1, 1, 1), 0, "float32", "auto", 1 << 22)
     plan = make_plan(built.spec.units, [1.0], 3)
     optimizer = make_optimizer(OptimizerSection(learning_rate=RATE))
-    trainer = Trainer(built.model, built.spec, plan, work, SoloCommunicator("here"), thread, optimizer, 1.0)
+    comm, settings = SoloCommunicator("here"), TrainerSettings(clip_norm=1.0)
+    trainer = Trainer(built.model, built.spec, plan, work, comm, thread, optimizer, settings)
     source = RandomSource(built.rebuild, built.base, 0)
     for unit in plan.units:
         trainer.store.load(unit.index, source.unit(unit.index))
@@ -122,10 +123,9 @@ def make_trainer(options: argparse.Namespace, thread: CommThread) -> Trainer:
 def make_saver(trainer: Trainer, folder: Path) -> Saver:
     """A saver into `folder` that removes nothing: the plain write removes nothing either."""
     resolved = Resolved(cells=1, gradient_dtype="float32")
-    identity = Identity("", "", 1, 0, None, resolved, trainer.store.plan)
+    identity = Identity(Origin("", "", None), 1, 0, resolved, trainer.store.plan)
     saver = Saver(SoloCommunicator("here"), trainer.store, folder, identity, Policy(None, False))
     saver.open()
-    trainer.hold_updates(saver.hold)
     return saver
 
 

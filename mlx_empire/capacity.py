@@ -19,7 +19,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mlx_empire import assemble
 from mlx_empire.arguments import UserArguments
 from mlx_empire.cluster.calibrate import Calibration, calibrate
 from mlx_empire.cluster.hostfile import Node, load_hostfile
@@ -47,6 +46,7 @@ from mlx_empire.report.daughter_document import daughters_document
 from mlx_empire.report.survey_document import ladder_document, matrix_document
 from mlx_empire.report.survey_text import print_daughters, print_ladder, print_matrix
 from mlx_empire.report.trace import trace_document
+from mlx_empire.run.agree import share_nodes, share_recipe
 
 Maker = Callable[[Recipe, Sequence[Node], "Wanted"], Document]
 Show = Callable[[Document, Console], None]
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def answer(comm: Communicator, recipe_path: Path, overrides: Sequence[str], wanted: Wanted) -> int:
     """Print what is wanted, on rank 0; the exit code, on every rank."""
-    recipe = assemble.share_recipe(comm, recipe_path, overrides)
+    recipe = share_recipe(comm, recipe_path, overrides)
     nodes = nodes_of(comm, recipe, wanted.hosts)
     code = None
     with together(comm):
@@ -142,7 +142,7 @@ def answer(comm: Communicator, recipe_path: Path, overrides: Sequence[str], want
 def nodes_of(comm: Communicator, recipe: Recipe, hosts: Path | None) -> list[Node]:
     """What each rank has: as measured under mpirun, else as the hostfile says, else this machine."""
     if under_mpirun():
-        return assemble.share_nodes(comm, recipe, hosts)
+        return share_nodes(comm, recipe, hosts)
     file = find_hostfile(recipe.run.hosts, hosts)
     own = measure_this_machine()
     return planned_nodes(load_hostfile(file), own) if file is not None else [own]

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlx_empire import assemble, beacon, phases, upbringing
+from mlx_empire import beacon, phases, upbringing
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.run_lock import RunLock
 from mlx_empire.cluster.hostfile import load_hostfile
@@ -26,6 +26,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.report.daughter_table import DaughterTable
+from mlx_empire.run.agree import share_nodes, share_recipe
 from mlx_empire.school import place_of
 from mlx_empire.supervise.command import clean_environment, worker_line
 from mlx_empire.supervise.people import (
@@ -136,8 +137,8 @@ def work(
 ) -> int:
     """A worker: find out who is left and whose they are, and train one's own."""
     phases.begin(comm.rank)
-    recipe = assemble.share_recipe(comm, recipe_path, overrides)
-    nodes = assemble.share_nodes(comm, recipe, hosts)
+    recipe = share_recipe(comm, recipe_path, overrides)
+    nodes = share_nodes(comm, recipe, hosts)
     node = nodes[comm.rank]
     with together(comm):
         names = people_of(people)

@@ -20,27 +20,30 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, phases, result
+from mlx_empire import assemble, phases
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint import unfinished
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
-from mlx_empire.checkpoint.identity import config_digest
+from mlx_empire.checkpoint.identity import Origin, config_digest
 from mlx_empire.checkpoint.shard import live_pieces
-from mlx_empire.checkpoint.unfinished import Bookmark, Origin
+from mlx_empire.checkpoint.unfinished import Bookmark
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
-from mlx_empire.data.batches import micro_batch, valid_tokens, validation_micro_batches
+from mlx_empire.data.batches import validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.cohort import Cohort, Lesson, Turn
 from mlx_empire.errors import EmpireError, NumericsError, UnreadableError, UserError
 from mlx_empire.evaluate.evaluator import Evaluator
 from mlx_empire.evaluate.gate import GateKeeper
-from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import write_plan
 from mlx_empire.report.metrics import MetricsWriter
+from mlx_empire.run import result
+from mlx_empire.run.agree import load_data, load_evaluator, share_gate
+from mlx_empire.run.job import Job, refuse_idle_keys
+from mlx_empire.run.resume import require_same, require_steps_left
 from mlx_empire.supervise.people import DONE, FAILED, TRAINING, recipe_for
 
 Tell = Callable[..., None]  # tell(name, **fields)
@@ -56,15 +59,12 @@ class Room:
 
 @dataclass
 class Pupil:
-    """A daughter in a place; `every` and `save_every` in steps, 0 for never; `saved`: the step of her file."""
+    """A daughter in a place, after `step` steps of the job; `saved`: the step of the file."""
 
     recipe: Recipe
     splits: Splits
     origin: Origin
-    steps: int
-    every: int
-    save_every: int
-    rates: LearningRate
+    job: Job
     evaluator: Evaluator | None
     gate: GateKeeper
     metrics: MetricsWriter
@@ -79,17 +79,18 @@ class Pupil:
     @property
     def done(self) -> bool:
         """Whether no step is left, or she has learnt enough."""
-        return self.step >= self.steps or self.gate.reached
+        return self.job.ends(self.step) or self.gate.reached
 
     @property
     def to_be_scored(self) -> bool:
         """Whether she is evaluated now: so often, and at the end."""
-        return self.done or (self.every > 0 and self.step % self.every == 0)
+        return self.done or self.job.evaluates(self.step)
 
     @property
     def to_be_saved(self) -> bool:
         """Whether so many steps would be lost, or she is done."""
-        return self.save_every > 0 and (self.done or self.step - self.saved >= self.save_every)
+        every = self.job.save_every
+        return every > 0 and (self.done or self.step - self.saved >= every)
 
 
 class School:
@@ -136,47 +137,28 @@ class School:
         try:
             result.refuse_taken(recipe)
             plan, spec = self._room.plan, self._single.spec
-            splits = assemble.load_data(recipe, spec)
+            splits = load_data(recipe, spec)
             if (
                 recipe.evaluation.stop_when is not None
             ):  # without a gate a person may well have no held-out rows
-                assemble.refuse_idle_keys(recipe, splits)
-            evaluator = assemble.load_evaluator(recipe, spec, plan)
-            config = config_digest(recipe.model.path) or ""
+                refuse_idle_keys(recipe, splits)
+            evaluator = load_evaluator(recipe, spec, plan)
+            config = config_digest(recipe.model.path)
             origin = Origin(dump_recipe(recipe), splits.digest, self._base, config)
-            pace = assemble.pace(recipe, splits.train)
-            steps = assemble.total_steps(recipe, splits)
-            every, save_every = (
-                duration.to_steps(steps, *pace) if duration else 0
-                for duration in (recipe.run.eval_every, recipe.run.save_every)
-            )
+            job = Job.of(recipe, splits.train)
             self._cohort.begin(place)
-            step, note = self._resumed(place, recipe, origin, steps)
+            step, note = self._resumed(place, recipe, origin, job.steps)
             note = "; ".join(filter(None, (note, *splits.warnings)))
             unfinished.clear(recipe.run.dir, goes_on=step > 0)
             write_plan(recipe, plan, [self._node], spec, splits, resumed=step > 0)
-            rates = assemble.learning_rate_of(recipe, steps, *pace)
             metrics = MetricsWriter(recipe.run.dir, step)
-            gate = assemble.gate_keeper(self._comm, recipe)
+            gate = share_gate(self._comm, recipe)
         except (EmpireError, OSError) as error:
             self._fail(name, str(error))
             return
-        pupil = Pupil(
-            recipe,
-            splits,
-            origin,
-            steps,
-            every,
-            save_every,
-            rates,
-            evaluator,
-            gate,
-            metrics,
-            step,
-            saved=step,
-        )
+        pupil = Pupil(recipe, splits, origin, job, evaluator, gate, metrics, step, saved=step)
         self._pupils[place] = pupil
-        self._tell(name, state=TRAINING, machine=self._node.name, step=step, steps=steps, note=note)
+        self._tell(name, state=TRAINING, machine=self._node.name, step=step, steps=job.steps, note=note)
         with self._alone(place, pupil):
             if not step:
                 self._evaluate(place, pupil)
@@ -198,7 +180,9 @@ class School:
         except UserError as error:
             return 0, f"begins anew: {error}"
         assert found is not None
-        unfinished.require_same(found, origin, recipe, steps)
+        where = str(folder / unfinished.FILE_NAME)
+        require_same(found.origin, origin, where)
+        require_steps_left(found.step, steps, where)
         unfinished.restore(arrays, self._cohort.store, place, folder)
         return found.step, f"goes on after step {found.step}"
 
@@ -228,15 +212,11 @@ class School:
                 self._graduate(place, pupil)
 
     def _turn(self, pupil: Pupil) -> Turn:
-        batch, data, seed = pupil.recipe.batch, pupil.splits.train, pupil.recipe.run.seed
-        sizes = {"global_size": batch.global_size, "micro_size": batch.micro_size}
-        count = batch.global_size // batch.micro_size
-        batches = [micro_batch(data, seed, pupil.step, j, **sizes) for j in range(count)]
-        tokens = valid_tokens(data, seed, pupil.step, global_size=batch.global_size)
-        return Turn(batches, tokens, pupil.step + 1, pupil.rates(pupil.step + 1))
+        job, step = pupil.job, pupil.step + 1
+        return Turn(job.batches(step), job.targets(step), step, job.rates(step))
 
     def _record(self, pupil: Pupil, turn: Turn, lesson: Lesson, seconds: float) -> None:
-        positions = sum(batch.inputs.size for batch in turn.micro_batches)
+        positions = pupil.job.positions(pupil.step)
         pupil.metrics.write(
             {
                 "step": pupil.step,
@@ -279,7 +259,7 @@ class School:
     def _save(self) -> None:
         """Everybody as she is now. A disk that refuses ends nobody's training: what was saved before stays."""
         pieces = live_pieces(self._cohort.store, 0)
-        saved = {place: pupil for place, pupil in self._pupils.items() if pupil.save_every}
+        saved = {place: pupil for place, pupil in self._pupils.items() if pupil.job.save_every}
         try:
             for place, pupil in saved.items():
                 pupil.saved = pupil.step

@@ -6,9 +6,8 @@ How many at a time is the plan's answer: as many as its ledger allows on this ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-
-import mlx.core as mx
 
 from mlx_empire import assemble
 from mlx_empire.adapters.together import Present, may_share, put_together
@@ -21,14 +20,15 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.cohort import Cohort
-from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserError
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.config import read_config
 from mlx_empire.plan.describe import describe
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
+from mlx_empire.plan.variants import variant
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.run.trainer import limit_memory, make_trainer
 from mlx_empire.school import Room, School, Tell
 
 
@@ -79,20 +79,15 @@ def bring_up(
 ) -> list[str]:
     """Train all `names`; returns those that failed."""
     built, present, spec = _together(recipe, room.places)
-    optimizer = make_optimizer(recipe.optimizer)
-    mx.set_memory_limit(int(node.limit_bytes or 0))
-    mx.set_cache_limit(max(int(node.limit_bytes or 0) - room.plan.ledgers[0].peak, 1 << 28))
-    mx.reset_peak_memory()
-    noise = recipe.run.seed if recipe.tuning.dropout else None
-    comm = SoloCommunicator(node.name)
+    limit_memory(room.plan, 0)
     with CommThread() as thread:
-        trainer = Trainer(
-            built.model, spec, room.plan.shards, room.plan.work, comm, thread, optimizer, None, noise
-        )
+        comm, together = SoloCommunicator(node.name), replace(built, spec=spec)
+        quiet = variant(recipe, {"optimizer.statistics_every": None})  # they would be of no one daughter
+        trainer = make_trainer(comm, thread, quiet, together, room.plan)
         folder = FolderSource(recipe.model.path, built.rebuild, built.base)
         fill_from_own(trainer.store, TunedSource(folder, spec, recipe.run.seed, built.packing))
         trainer.prepare(packing=recipe.data.packing)
-        cohort = Cohort(trainer, present, optimizer, recipe.optimizer.clip_norm, recipe.run.seed)
+        cohort = Cohort(trainer, present, recipe.optimizer.clip_norm, recipe.run.seed)
         base = base_digest(recipe.model.path)
         school = School(recipe, people, node, room, _built(recipe), base, cohort, tell)
         return school.run(list(names))

@@ -28,13 +28,7 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.data.batches import (
-    PADDING_DOCUMENT,
-    MicroBatch,
-    micro_batch,
-    valid_tokens,
-    validation_micro_batches,
-)
+from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch, validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.hostview import host_view
 from mlx_empire.engine.store import ShardStore
@@ -43,14 +37,18 @@ from mlx_empire.engine.twin import twin_config
 from mlx_empire.evaluate.fidelity import NOISE_FLOOR, PLAIN, Finding, Outcome, Pair, audit, pairs_of
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.optim.choose import make_optimizer
-from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.ladder import in_dtype
 from mlx_empire.plan.resolve import RunPlan, resolve
 from mlx_empire.plan.subject import subject_of
 from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.fidelity_page import HEAD, document, failed, page, rows
+from mlx_empire.run.agree import share_config, share_data, share_nodes, share_recipe
+from mlx_empire.run.job import Job
+from mlx_empire.run.trainer import make_trainer
+from mlx_empire.run.weights import load_weights
 
 EVALUATED = 16  # micro-batches of validation data
 RATE = 1e-3  # the twin starts at random, and learns at a rate of its own
@@ -70,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comm = connect()
     with guard(comm):
         options = parser.parse_intermixed_args(arguments)
-        recipe = assemble.share_recipe(comm, options.recipe, options.overrides)
+        recipe = share_recipe(comm, options.recipe, options.overrides)
         found = verify(comm, recipe, options.hosts, options.own, options.steps, options.seeds)
         with together(comm):
             if comm.rank == 0:
@@ -85,20 +83,20 @@ def verify(
     comm: Communicator, recipe: Recipe, hosts: Path | None, own: bool, steps: int, seeds: int
 ) -> dict[str, Any]:
     """The audit's document; collective."""
-    nodes = assemble.share_nodes(comm, recipe, hosts)
-    config = assemble.share_config(comm, recipe)
+    nodes = share_nodes(comm, recipe, hosts)
+    config = share_config(comm, recipe)
     original = assemble.build(comm, recipe, config)
-    splits = assemble.share_data(comm, recipe, original.spec)
+    splits = share_data(comm, recipe, original.spec)
     with together(comm):
         plan = resolve(recipe, original.spec, nodes, make_optimizer(recipe.optimizer).state_bytes)
     pairs = pairs_of(recipe, plan, original.spec.dtype)
-    fixed = variant(recipe, {"batch.cells": plan.work.layout.cells})
+    fixed = variant(recipe, {"batch.cells": plan.work.layout.cells, **plain_run(steps)})
     if not own:
         config = small_config(config)
         fixed = variant(fixed, {"model.init": "random", "optimizer.learning_rate": RATE})
 
     def run(asked: Recipe, moved: bool) -> Outcome:
-        return train_once(comm, asked, config, nodes, splits, steps, moved)
+        return train_once(comm, asked, config, nodes, splits, moved)
 
     def tell(text: str) -> None:
         if comm.rank == 0:
@@ -116,6 +114,18 @@ def verify(
     )
 
 
+def plain_run(steps: int) -> dict[str, Any]:
+    """What all runs of the audit have in place of the recipe's: as many steps, a rate that falls, no other watch."""
+    return {
+        "run.steps": Duration(steps),
+        "schedule.type": "cosine",
+        "schedule.warmup": Duration(max(steps // 10, 1)),
+        "schedule.final": 0.1,
+        "numerics.spikes": "off",
+        "optimizer.statistics_every": None,
+    }
+
+
 def small_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The twin's configuration, with the model's own vocabulary: the data is tokenised for it."""
     twin = twin_config(config)
@@ -127,39 +137,36 @@ def small_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return twin
 
 
+def target_and_plan(
+    comm: Communicator, recipe: Recipe, config: Mapping[str, Any], nodes: Sequence[Node]
+) -> tuple[assemble.Built, RunPlan]:
+    """The model of `config` that a run trains, and the plan for it; collective."""
+    target = assemble.build(comm, recipe, config)
+    return target, resolve(recipe, target.spec, nodes, make_optimizer(recipe.optimizer).state_bytes)
+
+
 def train_once(
     comm: Communicator,
     recipe: Recipe,
     config: Mapping[str, Any],
     nodes: Sequence[Node],
     splits: Splits,
-    steps: int,
     moved: bool,
 ) -> Outcome:
     """One run of `recipe` on a model of `config`; collective. `moved`: from a start that differs by 1e-6."""
-    built = assemble.build(comm, recipe, config)
-    optimizer = make_optimizer(recipe.optimizer)
-    plan = resolve(recipe, built.spec, nodes, optimizer.state_bytes)
-    rates = LearningRate("cosine", recipe.optimizer.learning_rate, max(steps // 10, 1), steps, 0.1)
-    size, micro = recipe.batch.global_size, recipe.batch.micro_size
+    target, plan = target_and_plan(comm, recipe, config, nodes)
+    job = Job.of(recipe, splits.train).part(plan.work.layout.of_rank(comm.rank))
     with CommThread() as thread:
-        noise = recipe.run.seed if recipe.tuning.dropout else None
-        clip = recipe.optimizer.clip_norm
-        trainer = Trainer(
-            built.model, built.spec, plan.shards, plan.work, comm, thread, optimizer, clip, noise
-        )
+        trainer = make_trainer(comm, thread, recipe, target, plan)
         start = variant(recipe, {"run.seed": 0})  # all seeds from one start; they order the data
-        assemble.load_weights(comm, start, built, trainer.store)
+        load_weights(comm, start, target, trainer.store)
         if moved:
             move(trainer.store)
         trainer.prepare(packing=recipe.data.packing)
-        mine = [j for cell in plan.work.layout.of_rank(comm.rank) for j in cell]
         losses = []
-        for step in range(1, steps + 1):
-            data, seed = splits.train, recipe.run.seed
-            batches = [micro_batch(data, seed, step - 1, j, global_size=size, micro_size=micro) for j in mine]
-            total = valid_tokens(data, seed, step - 1, global_size=size)
-            losses.append(trainer.train_step(batches, total, step, rates(step)).loss)
+        for step in range(1, job.steps + 1):
+            taken = trainer.train_step(job.batches(step), job.targets(step), step, job.rates(step))
+            losses.append(taken.loss)
         return Outcome(tuple(losses), held_out(comm, recipe, plan, trainer, splits), digest(trainer.store))
 
 
@@ -167,14 +174,12 @@ def packing(
     comm: Communicator, recipe: Recipe, config: Mapping[str, Any], nodes: Sequence[Node], splits: Splits
 ) -> Finding:
     """The loss of some packed rows beside that of their documents one by one, by the same weights; collective."""
-    built = assemble.build(comm, recipe, config)
-    optimizer = make_optimizer(recipe.optimizer)
-    plan = resolve(recipe, built.spec, nodes, optimizer.state_bytes)
+    target, plan = target_and_plan(comm, recipe, config, nodes)
     packed = list(validation_micro_batches(splits.train, 1, EVALUATED))
     alone = [one for batch in packed for one in documents_of(batch)]
     with CommThread() as thread:
-        trainer = Trainer(built.model, built.spec, plan.shards, plan.work, comm, thread, optimizer, None)
-        assemble.load_weights(comm, recipe, built, trainer.store)
+        trainer = make_trainer(comm, thread, recipe, target, plan)
+        load_weights(comm, recipe, target, trainer.store)
         trainer.prepare(packing=True)
         both = [held_out_loss(trainer.streamed, comm, batches, 1) for batches in (alone, packed)]
     name = f"packing, {len(alone)} documents in {len(packed)} rows"

@@ -47,20 +47,28 @@ def config_digest(folder: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class Identity:
-    """A run as its checkpoints describe it.
+class Origin:
+    """What a run, or a daughter, stands on: the recipe as YAML, and digests of what is not saved.
 
-    `base` identifies frozen weights and `config` the model's configuration: neither is saved.
+    `data`: of the rows; `base`: of frozen weights (None where there are none); `config`: of what the model's
+    config.json says (None where it says nothing, or an earlier version noted nothing).
     """
 
     recipe: str
-    data_digest: str
+    data: str
+    base: str | None
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A run as its checkpoints describe it."""
+
+    origin: Origin
     global_size: int
     seed: int
-    base: str | None
     resolved: Resolved
     plan: ShardPlan
-    config: str | None = None
 
     def manifest(
         self, step: int, numerics: Mapping[str, Sequence[float]], shards: Sequence[Shard]
@@ -70,13 +78,13 @@ class Identity:
             format=1,
             step=step,
             written_by=versions(),
-            recipe=self.recipe,
-            recipe_digest=digest_of(self.recipe.encode()),
-            data_digest=self.data_digest,
+            recipe=self.origin.recipe,
+            recipe_digest=digest_of(self.origin.recipe.encode()),
+            data_digest=self.origin.data,
             next_row=step * self.global_size,
             seed=self.seed,
-            base=self.base,
-            config=self.config,
+            base=self.origin.base,
+            config=self.origin.config,
             resolved=self.resolved,
             numerics={name: tuple(map(float, values)) for name, values in numerics.items()},
             zero_stage=self.plan.zero_stage,

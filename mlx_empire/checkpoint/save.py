@@ -1,10 +1,10 @@
 """Saving beside the training: a thread writes the live arrays while the next step computes.
 
 There is no room for a copy of a shard, so the thread reads the very arrays that the next update replaces. `hold(u)`,
-called before unit u is updated, waits until its bytes are written; a step lasts about as long as the longer of its
-computation and the write. The thread has a communicator of its own and runs the protocol of `commit`; what it has to
-say is fetched by `news` at a step's border. A save that fails for lack of disk is told and counted, and training goes
-on; any other error of the thread is raised in the main thread.
+which the store calls before unit u is updated, waits until its bytes are written; a step lasts about as long as the
+longer of its computation and the write. The thread has a communicator of its own and runs the protocol of `commit`;
+what it has to say is fetched by `news` at a step's border. A save that fails for lack of disk is told and counted, and
+training goes on; any other error of the thread is raised in the main thread.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Saver:
     ) -> None:
         self._main, self._comm = comm, comm.duplicate(NOBODY_WAITS_SECONDS)
         self._store, self._root = store, root
+        store.hold = self.hold
         self._folders: Folders | None = None
         self._identity, self._policy = identity, policy
         self._order = list(order if order is not None else range(len(store.plan.units)))

@@ -22,7 +22,7 @@ import mlx.core as mx
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint.adapter_folder import read_tensors
 from mlx_empire.checkpoint.freeze import thaw
-from mlx_empire.checkpoint.resume import DATA, MODEL, accepts
+from mlx_empire.checkpoint.identity import Origin
 from mlx_empire.checkpoint.shard import WEIGHTS, LivePiece
 from mlx_empire.checkpoint.staging import remove
 from mlx_empire.checkpoint.tensorfile import (
@@ -35,9 +35,6 @@ from mlx_empire.checkpoint.tensorfile import (
 )
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
-from mlx_empire.recipe.changes import require_acceptable
-from mlx_empire.recipe.load import parse_recipe
-from mlx_empire.recipe.schema import Recipe
 
 FILE_NAME, DRAFT_NAME = "unfinished.safetensors", ".unfinished.partial"
 FORMAT = "mlx_empire unfinished 1"
@@ -54,19 +51,6 @@ OWN_FILES = (
     "BASE.json",
     "LOCK",
 )
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a daughter is trained on: her recipe as YAML, digests of her rows, of the base and of its config.json.
-
-    The last is empty where an earlier version noted none.
-    """
-
-    recipe: str
-    data: str
-    base: str
-    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,41 +103,16 @@ def bookmark_of(folder: Path) -> Bookmark | None:
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!a}")
         raw: Any = json.loads(about["bookmark"])
-        origin = Origin(**{key: str(value) for key, value in raw.pop("origin").items()})
+        told = raw["origin"]
+        config = told.get("config")  # an earlier version noted none
+        recipe, data, base = (str(told[key]) for key in ("recipe", "data", "base"))
+        origin = Origin(recipe, data, base, config and str(config))
         step, place = int(raw["step"]), int(raw["place"])
         if step < 1 or place < 0:
             raise ValueError(f"step {step}, place {place}")
         return Bookmark(step, place, str(raw["machine"]), origin)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a daughter's file ({str(error)[:80]})") from None
-
-
-def require_same(found: Bookmark, now: Origin, recipe: Recipe, steps: int) -> None:
-    """UserError, with what to do, unless a daughter may go on by this recipe, to `steps`, on these rows and base."""
-    where, accepted = recipe.run.dir / FILE_NAME, recipe.run.accept_changes
-    before = parse_recipe(found.origin.recipe, f"the recipe of {where}")
-    by_digest = [DATA, *([MODEL] if found.origin.config else [])]
-    require_acceptable(before, recipe, [*accepted, *by_digest], str(where))
-    for mine, hers, key, what in (
-        (now.data, found.origin.data, DATA, f"{recipe.data.path} holds other rows"),
-        (now.base, found.origin.base, MODEL, f"{recipe.model.path} holds other weights"),
-        (
-            now.config,
-            found.origin.config or now.config,
-            MODEL,
-            f"{recipe.model.path} holds another config.json",
-        ),
-    ):
-        if mine != hers and not accepts(accepted, key.split(".")[0]):
-            raise UserError(
-                f"{where}: {key}: {what} than when she was saved; bring them back, add run.accept_changes=[{key}], or "
-                "begin anew with run.resume=never"
-            )
-    if found.step > steps:
-        raise UserError(
-            f"{where}: run.steps: {steps}: she is at step {found.step} already; choose at least {found.step}, or begin "
-            "anew with run.resume=never"
-        )
 
 
 def read_arrays(folder: Path) -> dict[str, mx.array]:

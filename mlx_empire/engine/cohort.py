@@ -20,7 +20,7 @@ from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.optim.norm import clip_scale
-from mlx_empire.optim.protocol import ShardOptimizer, StepScalars
+from mlx_empire.optim.protocol import StepScalars
 from mlx_empire.plan.model import BLOCK
 
 
@@ -45,15 +45,8 @@ class Lesson:
 class Cohort:
     """Daughters in the places of a trainer whose model was put together for so many."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        present: Present,
-        optimizer: ShardOptimizer,
-        clip_norm: float | None,
-        seed: int,
-    ) -> None:
-        self._trainer, self._present, self._optimizer = trainer, present, optimizer
+    def __init__(self, trainer: Trainer, present: Present, clip_norm: float | None, seed: int) -> None:
+        self._trainer, self._present = trainer, present
         self._clip_norm, self._seed = clip_norm, seed
         self._tensors: dict[int, list[str]] = {}
         for unit in trainer.spec.units:
@@ -71,7 +64,7 @@ class Cohort:
 
     def begin(self, place: int) -> None:
         """Put a daughter who has learnt nothing into a place: first values, fresh states."""
-        store = self._trainer.store
+        trainer, store = self._trainer, self._trainer.store
         store.put(
             {
                 name: self._magnitudes[name]
@@ -86,7 +79,7 @@ class Cohort:
                 for chunk in chunks if segment.kind != "frozen" else ():
                     if chunk.spec.name in names:
                         quantised = segment.kind == "trainable"
-                        chunk.state = self._optimizer.init(chunk.weights, quantised=quantised)
+                        chunk.state = trainer.optimizer.init(chunk.weights, quantised=quantised)
                         mx.eval(chunk.state)
 
     def step(self, turns: Mapping[int, Turn]) -> dict[int, Lesson]:

@@ -14,7 +14,7 @@ one after its chunks were updated. Stage 3 has the same calls with shorter lives
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +54,7 @@ class ShardStore:
 
     def __init__(self, plan: ShardPlan, model: nn.Module, comm: Communicator, thread: CommThread) -> None:
         self.plan, self._comm, self._thread = plan, comm, thread
+        self.hold: Callable[[int], None] = lambda unit: None  # called before a unit's chunks are updated
         self.chunks: list[list[list[LiveChunk]]] = [[[] for _ in u.segments] for u in plan.units]
         self._whole: dict[int, list[mx.array]] = {}
         self._pending: dict[int, Future[None]] = {}

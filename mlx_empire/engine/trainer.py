@@ -34,7 +34,7 @@ from mlx_empire.engine.trace import StepTrace
 from mlx_empire.engine.update import Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 from mlx_empire.optim.flat import FlatOptimizer
-from mlx_empire.optim.protocol import ShardOptimizer, StepScalars
+from mlx_empire.optim.protocol import StepScalars
 from mlx_empire.plan.foreign import foreign
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.schedule import global_norm, updates
@@ -60,8 +60,21 @@ class StepResult:
     waited_for: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TrainerSettings:
+    """What a recipe chooses of a step: None for no clipping, no dropout, no statistics of the optimizer's states.
+
+    `noise_seed`: of dropout's masks. `spikes` is one run's, for it remembers losses and norms.
+    """
+
+    clip_norm: float | None = None
+    noise_seed: int | None = None
+    spikes: SpikeWatch = field(default_factory=lambda: SpikeWatch("off"))
+    statistics_every: int | None = None
+
+
 class Trainer:
-    """One rank's part of a training run; `noise_seed` is given where layers have dropout."""
+    """One rank's part of a training run."""
 
     def __init__(
         self,
@@ -71,21 +84,20 @@ class Trainer:
         work: Workload,
         comm: Communicator,
         thread: CommThread,
-        optimizer: ShardOptimizer,
-        clip_norm: float | None,
-        noise_seed: int | None = None,
-        spikes: SpikeWatch | None = None,
+        optimizer: FlatOptimizer,
+        settings: TrainerSettings,
     ) -> None:
-        self.spec, self.work, self.optimizer = spec, work, optimizer
-        self.spikes = spikes or SpikeWatch("off")
+        self.spec, self.work, self.optimizer, self.spikes = spec, work, optimizer, settings.spikes
         self._comm, self._thread = comm, thread
         self.store = ShardStore(plan, model, comm, thread)
         self._deck = Deck(model, spec.name)
         self._sums = GradientStore(self.store, comm, thread, work.layout, work.gradient_dtype)
+        every, seed = settings.statistics_every, settings.noise_seed
+        self._statistics = None if every is None else UpdateStatistics(self.store, optimizer, comm, every)
         self._updater = (ReleasingUpdater if work.release else Updater)(
-            self.store, self._sums, optimizer, comm, clip_norm
+            self.store, self._sums, optimizer, comm, settings.clip_norm, self._statistics
         )
-        self._noise = None if noise_seed is None else LayerNoise(noise_seed)
+        self._noise = None if seed is None else LayerNoise(seed)
         self.streamed: StreamedStep
 
     def prepare(self, *, packing: bool, fresh: bool = True) -> None:
@@ -107,10 +119,6 @@ class Trainer:
         self.streamed = StreamedStep(passes, self.store, self._sums, self._shape, self._updater)
         if fresh:
             self._updater.init_states()
-
-    def hold_updates(self, hold: Callable[[int], None]) -> None:
-        """Have `hold(unit)` called before a unit's weights and states are replaced; it returns when they may be."""
-        self._updater.hold = hold
 
     def observe(self, trace: StepTrace | None) -> None:
         """Note what the main and the communication thread do, or no longer."""
@@ -186,7 +194,7 @@ class Trainer:
             scalars = self._updater.clipped(step, learning_rate, norm)
             self.renew(lambda name: scalars)
         causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
-        statistics = self._statistics(step)
+        statistics = self._measured(step)
         return StepResult(loss, norm, waited, verdict.skip, verdict.back, verdict.note, statistics, causes)
 
     def _released_step(
@@ -209,15 +217,11 @@ class Trainer:
         verdict = self.spikes.judge(step, loss, norm)
         assert not verdict.skip, "the recipe refuses it: units are updated before the norm is known"
         causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
-        statistics = self._statistics(step)
+        statistics = self._measured(step)
         return StepResult(loss, norm, waited, note=verdict.note, statistics=statistics, waited_for=causes)
 
-    def watch_states(self, optimizer: FlatOptimizer, every: int) -> None:
-        """Have every `every`-th step's result say how the optimizer's states are."""
-        self._updater.statistics = UpdateStatistics(self.store, optimizer, self._comm, every)
-
-    def _statistics(self, step: int) -> Mapping[str, float]:
-        return {} if self._updater.statistics is None else self._updater.statistics.measured(step)
+    def _measured(self, step: int) -> Mapping[str, float]:
+        return {} if self._statistics is None else self._statistics.measured(step)
 
     def carried(self) -> dict[str, list[float]]:
         """What a continued run needs beside weights and states to go on bitwise."""

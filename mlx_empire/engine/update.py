@@ -33,11 +33,10 @@ class Updater:
         optimizer: ShardOptimizer,
         comm: Communicator,
         clip_norm: float | None,
+        statistics: UpdateStatistics | None = None,
     ) -> None:
-        self.hold: Callable[[int], None] = lambda unit: None  # called before a unit's arrays are replaced
         self._store, self._sums, self._optimizer, self._comm = store, sums, optimizer, comm
-        self._clip_norm = clip_norm
-        self.statistics: UpdateStatistics | None = None
+        self._clip_norm, self.statistics = clip_norm, statistics
         self._scalars_of: Callable[[str], StepScalars] = _not_begun
         self._layout = NormLayout.of(store.plan)
         self._decays = {
@@ -77,7 +76,7 @@ class Updater:
         unit = self._store.plan.units[index]
         totals = self._sums.totals.pop(index)
         trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
-        self.hold(index)
+        self._store.hold(index)
         for s, total in zip(trained, totals, strict=True):
             chunks = self._store.chunks[index][s]
             self._update_segment(unit.segments[s], chunks, total, self._scalars_of)

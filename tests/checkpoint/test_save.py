@@ -14,7 +14,7 @@ from support.stepping import Case, batches_of, counted_tokens, trainer_of
 
 from mlx_empire import phases
 from mlx_empire.checkpoint import commit, save
-from mlx_empire.checkpoint.identity import Identity
+from mlx_empire.checkpoint.identity import Identity, Origin
 from mlx_empire.checkpoint.manifest import Resolved, decode, digest_of
 from mlx_empire.checkpoint.save import Policy, Saver
 from mlx_empire.checkpoint.shard import LivePiece, problem_with
@@ -33,13 +33,11 @@ def trainer() -> Iterator[Trainer]:
 
 @pytest.fixture
 def saver(trainer: Trainer, tmp_path: Path) -> Iterator[Saver]:
-    identity = Identity(
-        "", "data", 4, 0, None, Resolved(cells=1, gradient_dtype="float32"), trainer.store.plan
-    )
+    resolved = Resolved(cells=1, gradient_dtype="float32")
+    identity = Identity(Origin("", "data", None), 4, 0, resolved, trainer.store.plan)
     with Saver(
         SoloCommunicator("here"), trainer.store, tmp_path / "checkpoints", identity, Policy(2, True)
     ) as made:
-        trainer.hold_updates(made.hold)
         yield made
 
 
@@ -92,7 +90,7 @@ def test_a_slow_save_holds_the_state_of_its_own_step(
         hold(unit)
         order.append(f"may {unit}")
 
-    trainer.hold_updates(noted)
+    trainer.store.hold = noted
     step(trainer, 2)
     saver.finish()
     assert order == [f"{what} {u.index}" for u in trainer.store.plan.units for what in ("asked", "may")]

@@ -2,7 +2,6 @@
 
 import errno
 import json
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -12,33 +11,24 @@ from support.tuning import TunedCase
 
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint import tensorfile
+from mlx_empire.checkpoint.identity import Origin
 from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.checkpoint.unfinished import (
     FILE_NAME,
     Bookmark,
-    Origin,
     bookmark_of,
     put_in_place,
     read_arrays,
-    require_same,
     restore,
     set_aside,
 )
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.errors import UnreadableError, UserError
-from mlx_empire.recipe.load import dump_recipe, parse_recipe
 
 CASES = {
     bits: TunedCase("llama", state_bits=bits, tuning={"type": "lora", "rank": 16}, **COMMON)
     for bits in (8, 32)
 }
-RECIPE = """\
-model: {path: base}
-data: {path: rows, sequence_length: 8}
-batch: {global_size: 1, micro_size: 1}
-optimizer: {learning_rate: 0.1}
-run: {dir: runs, steps: 4}
-"""
 BOOKMARK = Bookmark(2, 1, "here", Origin("run: {}", "rows", "base"))
 
 
@@ -150,41 +140,3 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorfile, "open_plain", refused)
     with pytest.raises(UnreadableError, match="Input/output error"):
         bookmark_of(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("step", "changes", "said"),
-    [
-        (2, {"data": "others"}, "data.path: rows holds other rows .* add run.accept_changes=.data.path., or"),
-        (
-            2,
-            {"base": "another"},
-            "model.path: base holds other weights .* or begin anew with run.resume=never",
-        ),
-        (
-            2,
-            {"config": "another"},
-            "model.path: base holds another config.json .* run.accept_changes=.model.path.",
-        ),
-        (5, {}, "run.steps: 4: she is at step 5 already; choose at least 5"),
-        (
-            2,
-            {"recipe": RECIPE.replace("0.1", "0.5")},
-            "learning_rate: 0.5 -> .*put the old values",
-        ),
-    ],
-)
-def test_one_who_may_not_go_on_is_told_what_to_do(step, changes, said):
-    now = parse_recipe(RECIPE, "recipe.yaml")
-    same = Origin(dump_recipe(now), "rows", "base", "config")
-    require_same(Bookmark(4, 0, "here", same), same, now, 4)
-    moved = parse_recipe(
-        RECIPE, "recipe.yaml", ["model.path=/x/base", "data.path=/x/rows", "run.dir=/x/runs"]
-    )
-    require_same(Bookmark(4, 0, "here", same), replace(same, recipe=dump_recipe(moved)), moved, 4)
-    with pytest.raises(UserError, match=said):
-        require_same(Bookmark(step, 0, "here", replace(same, **changes)), same, now, 4)
-    run = now.run.model_copy(update={"accept_changes": ("data.path", "model.path")})
-    if changes.keys() & {"data", "base"}:
-        accepting = now.model_copy(update={"run": run})
-        require_same(Bookmark(step, 0, "here", replace(same, **changes)), same, accepting, 4)

@@ -12,7 +12,7 @@ from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.cohort import Cohort, Turn
-from mlx_empire.engine.trainer import Trainer
+from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.describe import describe
@@ -45,13 +45,15 @@ def cohort_of(case, places, thread):
         case.rows * places, case.width, cell_layout(case.micro_batches, 1, 1, 1), 1, "float32", "auto", 8192
     )
     optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
-    comm = SoloCommunicator("here")
-    trainer = Trainer(built.model, spec, make_plan(spec.units, [1.0], 2), work, comm, thread, optimizer, None)
+    comm, settings = SoloCommunicator("here"), TrainerSettings()
+    trainer = Trainer(
+        built.model, spec, make_plan(spec.units, [1.0], 2), work, comm, thread, optimizer, settings
+    )
     source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), spec, SEED, built.packing)
     for index in range(len(spec.units)):
         trainer.store.load(index, source.unit(index))
     trainer.prepare(packing=case.packed)
-    return Cohort(trainer, present, optimizer, case.clip_norm, SEED)
+    return Cohort(trainer, present, case.clip_norm, SEED)
 
 
 def turn(case, daughter, step):

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from optim import reference
-from support.stepping import Case, batches_of, counted_tokens, optimizer_of, own_batches, trainer_of
+from support.stepping import Case, batches_of, counted_tokens, own_batches, trainer_of
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
@@ -22,9 +22,7 @@ CASE = Case(micro_batches=2, cells=1, learning_rate=1e-3, state_bits=8)
 @pytest.fixture
 def trainer():
     with CommThread() as thread:
-        made = trainer_of(CASE, SoloCommunicator("here"), thread)
-        made.watch_states(optimizer_of(CASE), 3)
-        yield made
+        yield trainer_of(CASE, SoloCommunicator("here"), thread, statistics_every=3)
 
 
 def take(trainer: Trainer, step: int, rows_of: int | None = None) -> StepResult:
@@ -78,8 +76,7 @@ def test_other_optimizers_say_what_they_have(settings):
     case = replace(CASE, **settings)
     noise = [] if "optimizer" in settings else ["gradient_noise"]
     with CommThread() as thread:
-        made = trainer_of(case, SoloCommunicator("here"), thread)
-        made.watch_states(optimizer_of(case), 1)
+        made = trainer_of(case, SoloCommunicator("here"), thread, statistics_every=1)
         assert list(take(made, 1).statistics) == ["update_over_lr_max"]  # one gradient has no variance
         again = take(made, 2, rows_of=1).statistics  # the same rows, so that a mean stands out
         assert list(again) == ["update_over_lr_max", *noise]

@@ -200,8 +200,8 @@ def test_a_frequent_token_s_gradient_is_not_swallowed_by_bfloat16(comm, thread):
 
 def test_a_skipped_step_changes_nothing(comm, thread):
     case = Case("llama", micro_batches=2, cells=1)
-    trainer = trainer_of(case, comm, thread)
-    trainer.spikes = SpikeWatch("skip", losses=[1e-3] * 20, norms=[1e3] * 20)
+    spikes = SpikeWatch("skip", losses=[1e-3] * 20, norms=[1e3] * 20)
+    trainer = trainer_of(case, comm, thread, spikes=spikes)
     before = whole_weights(trainer)
     states = states_of(trainer)
     batches = batches_of(case)
@@ -211,7 +211,7 @@ def test_a_skipped_step_changes_nothing(comm, thread):
     after = whole_weights(trainer)
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert all(np.array_equal(a, b) for a, b in zip(states, states_of(trainer), strict=True))
-    trainer.spikes.threshold = 1e9
+    spikes.threshold = 1e9
     assert not trainer.train_step(batches, counted_tokens(batches), 2, 1e-3).skipped
     assert not all(np.array_equal(before[name], value) for name, value in whole_weights(trainer).items())
 

@@ -21,7 +21,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.hostview import host_view
-from mlx_empire.engine.trainer import Trainer
+from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.plan.cells import cell_layout
@@ -102,7 +102,7 @@ def counted_tokens(batches: list[MicroBatch]) -> int:
     return int(sum(b.mask.sum() for b in batches))
 
 
-def trainer_of(case: Case, comm: Communicator, thread: CommThread) -> Trainer:
+def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: Any) -> Trainer:
     """Our trainer for the case on this world, loaded and prepared."""
     model, spec, values = weights_of(case)
     shares = [case.shares[r % len(case.shares)] for r in range(comm.size)]
@@ -112,7 +112,8 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread) -> Trainer:
     )
     plan = make_plan(spec.units, shares, case.stage)
     optimizer = optimizer_of(case)
-    trainer = Trainer(model, spec, plan, work, comm, thread, optimizer, case.clip_norm)
+    chosen = TrainerSettings(case.clip_norm, **settings)
+    trainer = Trainer(model, spec, plan, work, comm, thread, optimizer, chosen)
     for index, unit in enumerate(spec.units):
         trainer.store.load(index, ((t, values[t.name]) for t in unit.tensors))
     trainer.prepare(packing=case.packed)

@@ -21,7 +21,7 @@ from mlx_empire.assemble import Built, tuned_model
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.trainer import Trainer
+from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.describe import build_model
@@ -88,7 +88,8 @@ def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Tr
     plan = make_plan(built.spec.units, shares, case.stage)
     optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
     noise = SEED if case.tuning.get("dropout") else None
-    trainer = Trainer(built.model, built.spec, plan, work, comm, thread, optimizer, case.clip_norm, noise)
+    settings = TrainerSettings(case.clip_norm, noise)
+    trainer = Trainer(built.model, built.spec, plan, work, comm, thread, optimizer, settings)
     source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), built.spec, SEED, built.packing)
     for index in range(len(built.spec.units)):
         trainer.store.load(index, source.unit(index))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mlx_empire import result
 from mlx_empire.comm.failure import AgreedExit
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.errors import NoRoomError, NumericsError, UserError
+from mlx_empire.run import result
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 COMM = SoloCommunicator("here")

@@ -1,4 +1,4 @@
-"""What a continued run must find as it was: data, frozen weights; and where it looks for checkpoints."""
+"""What a continued run, or a daughter, must find as it was; and where a run looks for checkpoints."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.stepping import Case, optimizer_of, trainer_of, weights_of
 
-from mlx_empire.checkpoint.identity import base_digest, config_digest
+from mlx_empire.checkpoint.identity import Origin, base_digest, config_digest
 from mlx_empire.checkpoint.manifest import Manifest, Resolved, digest_of
 from mlx_empire.checkpoint.restore import Restore
-from mlx_empire.checkpoint.resume import Start, find_start, folder_of, require_same, require_steps_left
 from mlx_empire.checkpoint.shard import live_pieces, write_shard
 from mlx_empire.checkpoint.survey import Found
 from mlx_empire.comm.failure import AgreedExit
@@ -23,9 +23,18 @@ from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import DamagedError, UserError
 from mlx_empire.plan.model import UnitSpec
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.recipe.load import parse_recipe
+from mlx_empire.recipe.load import dump_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import refuse_unwritable
+from mlx_empire.run import resume
+from mlx_empire.run.resume import (
+    Start,
+    find_checkpoint,
+    folder_of,
+    require_same,
+    require_steps_left,
+    where_to_begin,
+)
 
 MODEL = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama-260k"
 TEXT = """\
@@ -42,7 +51,8 @@ def recipe(*overrides: str) -> Recipe:
     return parse_recipe(TEXT, "x.yaml", overrides)
 
 
-def start(*overrides: str) -> Start:
+def found_one() -> Found:
+    """A checkpoint of a run that resolved `batch.cells` and `memory.gradient_dtype` itself."""
     manifest = Manifest(
         format=1,
         step=7,
@@ -52,36 +62,96 @@ def start(*overrides: str) -> Start:
         data_digest="rows",
         next_row=28,
         seed=0,
-        base="base",
+        base=None,
         resolved=Resolved(cells=2, gradient_dtype="float32"),
         numerics={},
         zero_stage=3,
         shares=(1.0,),
         shards=(),
     )
-    return Start(recipe(*overrides), Found(Path("c/step-000007"), manifest, (), ()), (), "rows", "base")
+    return Found(Path("c/step-000007"), manifest, (), ())
 
 
-def test_data_and_base_must_be_the_same() -> None:
-    require_same(start())
-    with pytest.raises(UserError, match=r"data\.path: d holds other rows"):
-        require_same(replace(start(), data="others"))
-    with pytest.raises(UserError, match=r"model\.path: m holds other weights"):
-        require_same(replace(start(), base="another"))
-    accepted = start("run.accept_changes=[data.path,model.path]")
-    require_same(replace(accepted, data="others", base="another", config="c" * 64))
-    require_same(Start(recipe(), None, (), "others", "another"))
+def origin(*overrides: str, **fields: str | None) -> Origin:
+    return replace(Origin(dump_recipe(recipe(*overrides)), "rows", "base", "config"), **fields)
 
 
-def test_a_configuration_that_was_noted_must_be_the_same() -> None:
-    before = start()
-    assert before.found is not None
-    noted = before.found.manifest.model_copy(update={"config": "c" * 64})
-    noting = replace(before, found=replace(before.found, manifest=noted), config="c" * 64)
-    require_same(noting)
-    require_same(replace(before, config="d" * 64))  # an older version noted none
-    with pytest.raises(UserError, match=r"model\.path: m holds another config\.json"):
-        require_same(replace(noting, config="d" * 64))
+def begin(monkeypatch: pytest.MonkeyPatch, found: Found, *overrides: str, rows: str = "rows") -> Start:
+    """Where a run of 10 steps that trains all weights on `rows` begins, if `found` is what it finds."""
+    monkeypatch.setattr(resume, "find_checkpoint", lambda comm, recipe: (found, ["said"]))
+    target, splits = SimpleNamespace(adapters=None), SimpleNamespace(digest=rows)
+    return where_to_begin(COMM, recipe(*overrides), target, splits, 10)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"data": "others"},
+            r"data\.path: d holds other rows .* add run\.accept_changes=\[data\.path\], or begin",
+        ),
+        ({"base": "another"}, r"model\.path: m holds other weights .* begin anew with run\.resume=never"),
+        ({"base": None}, r"model\.path: m holds other weights"),
+        (
+            {"config": "another"},
+            r"model\.path: m holds another config\.json .* run\.accept_changes=\[model\.path\]",
+        ),
+    ],
+)
+def test_rows_weights_and_configuration_must_be_the_same_or_accepted(
+    changed: dict[str, str | None], said: str
+) -> None:
+    before = origin()
+    assert require_same(before, before, "c") == []
+    with pytest.raises(UserError, match="^c: " + said):
+        require_same(before, origin(**changed), "c")
+    accepting = origin("run.accept_changes=[data.path,model.path]", **changed)
+    assert require_same(before, accepting, "c") == ["run.accept_changes: [] -> [data.path, model.path]"]
+
+
+def test_where_things_lie_does_not_matter() -> None:
+    moved = origin("model.path=/x/m", "data.path=/x/d", "run.dir=/x/r")
+    assert require_same(origin(), moved, "c") == [
+        "model.path: m -> /x/m", "data.path: d -> /x/d", "run.dir: r -> /x/r"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("none", [None, ""])
+def test_where_no_configuration_was_noted_any_will_do_at_the_same_path(none: str | None) -> None:
+    """An earlier version noted none, so that another path may be another model."""
+    before = origin(config=none)
+    require_same(before, origin(), "c")
+    with pytest.raises(UserError, match=r"c was made by another recipe: model\.path: m -> /x/m"):
+        require_same(before, origin("model.path=/x/m"), "c")
+
+
+def test_another_recipe_is_refused_with_what_differs() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.001 -> 0\.5; put the old values"):
+        require_same(origin(), origin("optimizer.learning_rate=0.5"), "c")
+
+
+def test_a_run_goes_on_with_what_it_resolved_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = begin(monkeypatch, found_one(), "run.eval_every=5")
+    assert begun.step == 7
+    assert begun.recipe.batch.cells == 2
+    assert begun.recipe.memory.gradient_dtype == "float32"
+    assert begun.origin == Origin(dump_recipe(begun.recipe), "rows", None, config_digest(Path("m")))
+    assert begun.notes == ("said", "changed since the checkpoint: run.eval_every: None -> 5")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows", "said"),
+    [
+        ([], "others", r"checkpoint c/step-000007: data\.path: d holds other rows"),
+        (["batch.cells=4"], "rows", r"batch\.cells: 2 -> 4"),
+    ],
+)
+def test_a_run_that_may_not_go_on_ends_alike_on_all_ranks(
+    overrides: list[str], rows: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        begin(monkeypatch, found_one(), *overrides, rows=rows)
+    assert refused.value.shared
 
 
 def test_a_configuration_is_known_by_what_it_says(tmp_path: Path) -> None:
@@ -95,9 +165,11 @@ def test_a_configuration_is_known_by_what_it_says(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_shorter_than_its_checkpoint_is_refused() -> None:
-    require_steps_left(start(), 7)
-    with pytest.raises(UserError, match=r"run\.steps: 6: .* is of step 7 already"):
-        require_steps_left(start(), 6)
+    require_steps_left(7, 7, "c")
+    with pytest.raises(
+        UserError, match=r"run\.steps: 6: c is of step 7 already; choose run\.steps of at least 7"
+    ):
+        require_steps_left(7, 6, "c")
 
 
 def test_a_base_is_known_by_its_bytes(tmp_path: Path) -> None:
@@ -120,12 +192,12 @@ def test_a_run_without_checkpoints_begins_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for resume in ("auto", "never"):
-        assert find_start(COMM, recipe(f"run.resume={resume}")).step == 0
+    for asked in ("auto", "never"):
+        assert find_checkpoint(COMM, recipe(f"run.resume={asked}")) == (None, [])
     with pytest.raises(UserError, match=r"r/checkpoints has no checkpoint of step 3; there are: none"):
-        find_start(COMM, recipe("run.resume=3"))
+        find_checkpoint(COMM, recipe("run.resume=3"))
     with pytest.raises(UserError, match=r"run\.resume: a/b: expected auto, never, a step, or the path"):
-        find_start(COMM, recipe("run.resume=a/b"))
+        find_checkpoint(COMM, recipe("run.resume=a/b"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,7 +209,7 @@ def test_a_link_that_leads_nowhere_is_no_empty_folder(
     Path("r").mkdir()
     Path("r/checkpoints").symlink_to(tmp_path / "unplugged")
     with pytest.raises(AgreedExit) as ended:
-        find_start(COMM, recipe())
+        find_checkpoint(COMM, recipe())
     assert ended.value.code == 64
     assert "run.checkpoints: r/checkpoints: r/checkpoints is a link to " in capsys.readouterr().err
     Path("linked").symlink_to(tmp_path / "unplugged")
@@ -155,17 +227,17 @@ def test_checkpoints_under_the_machine_s_former_name_count(
     former.mkdir(parents=True)
     (former / "COMMIT").write_text("cut")
     named = recipe("run.checkpoints=disk/{host}-{rank}")
-    assert find_start(COMM, named).found is None, "they may be of another run: this one has not begun"
+    assert find_checkpoint(COMM, named)[0] is None, "they may be of another run: this one has not begun"
     Path("r").mkdir()
     Path("r/metrics.jsonl").touch()
     with pytest.raises(
         DamagedError, match=r"COMMIT in .*disk/former-0/step-000007 on king\.local cannot be read"
     ):
-        find_start(COMM, named)
+        find_checkpoint(COMM, named)
     Path("disk/king.local-0/step-000001").mkdir(parents=True)
     Path("disk/king.local-0/step-000001/COMMIT").write_text("cut")
     with pytest.raises(DamagedError, match=r"COMMIT in .*disk/king\.local-0/step-000001"):
-        find_start(COMM, named)
+        find_checkpoint(COMM, named)
 
 
 class _Listener(SoloCommunicator):
@@ -194,9 +266,8 @@ def test_a_reader_holds_no_more_than_one_unit_for_others(tmp_path: Path, stage: 
         for piece in pieces:
             by_unit[piece.unit] = by_unit.get(piece.unit, 0) + piece.nbytes
         shard = write_shard(folder / "shard-00000-of-00001.safetensors", pieces, 0, "here", lambda u, n: None)
-        found = start().found
-        assert found is not None
-        found = Found(folder, found.manifest.model_copy(update={"shards": (shard,)}), (0,), ())
+        manifest = found_one().manifest.model_copy(update={"shards": (shard,)})
+        found = Found(folder, manifest, (0,), ())
         units = [
             UnitSpec(u.name, tuple(p.tensor for s in u.segments for p in s.placements))
             for u in trainer.store.plan.units
@@ -221,9 +292,9 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
             piece.model_copy(update={"array": piece.array.replace("levels", "step")})
             for piece in shard.pieces
         )
-        found = start().found
-        assert found is not None
-        manifest = found.manifest.model_copy(update={"shards": (shard.model_copy(update={"pieces": old}),)})
+        manifest = found_one().manifest.model_copy(
+            update={"shards": (shard.model_copy(update={"pieces": old}),)}
+        )
         with pytest.raises(
             UserError, match="has the state v_step, which this version of mlx_empire does not know"
         ):

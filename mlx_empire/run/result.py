@@ -54,11 +54,11 @@ def refuse_taken(recipe: Recipe) -> None:
         refuse_foreign(final_of(recipe))
 
 
-def refuse_impossible(recipe: Recipe, built: Built) -> None:
+def refuse_impossible(recipe: Recipe, target: Built) -> None:
     """UserError where the result could not be written however much room there is, from names and shapes alone."""
     frozen_digest(recipe.model.path)
-    if built.adapters is None:
-        plan_export(final_of(recipe), built.spec, built.rebuild, _source_folder(recipe))
+    if target.adapters is None:
+        plan_export(final_of(recipe), target.spec, target.rebuild, _source_folder(recipe))
 
 
 # ---- writing
@@ -69,17 +69,17 @@ def final_of(recipe: Recipe) -> Path:
     return recipe.run.dir / "final"
 
 
-def result_writer(recipe: Recipe, built: Built) -> FolderWriter | AdapterWriter:
+def result_writer(recipe: Recipe, target: Built) -> FolderWriter | AdapterWriter:
     """What writes `final/`: the whole model as a folder of its own, or adapters alone. UserError, NoRoomError."""
     out, folder = final_of(recipe), recipe.model.path
     thaw(out)  # a kill came between freezing it and COMPLETE
     writer: FolderWriter | AdapterWriter
-    if built.adapters is not None:
+    if target.adapters is not None:
         stored = open_folder(folder) if has_weights(folder) else None
-        names = huggingface_names(built.base, stored)
-        writer = AdapterWriter(out, built.spec, built.adapters, str(folder), huggingface=names)
+        names = huggingface_names(target.base, stored)
+        writer = AdapterWriter(out, target.spec, target.adapters, str(folder), huggingface=names)
     else:
-        writer = FolderWriter(out, built.spec, built.rebuild, _source_folder(recipe))
+        writer = FolderWriter(out, target.spec, target.rebuild, _source_folder(recipe))
     try:
         plan = json.loads((recipe.run.dir / "plan.json").read_text())
         digest = recipe.model.base_digest or frozen_digest(folder)
@@ -89,7 +89,7 @@ def result_writer(recipe: Recipe, built: Built) -> FolderWriter | AdapterWriter:
     return writer
 
 
-def write_final(recipe: Recipe, built: Built, store: ShardStore, comm: Communicator) -> Refusal | list[str]:
+def write_final(recipe: Recipe, target: Built, store: ShardStore, comm: Communicator) -> Refusal | list[str]:
     """Write `final/` unit by unit: every rank joins the gathers, rank 0 writes. Collective.
 
     Returns what there is to say; or why it could not be written, with nothing left of the attempt.
@@ -99,7 +99,7 @@ def write_final(recipe: Recipe, built: Built, store: ShardStore, comm: Communica
     def begin() -> None:
         nonlocal writer
         phases.reach("finish")
-        writer = result_writer(recipe, built)
+        writer = result_writer(recipe, target)
 
     def write(index: int) -> None:
         assert writer is not None
@@ -113,7 +113,7 @@ def write_final(recipe: Recipe, built: Built, store: ShardStore, comm: Communica
         phases.reach("finish")
     refusal = attempted(comm, begin)
     try:
-        for index in range(len(built.spec.units)):
+        for index in range(len(target.spec.units)):
             if refusal is not None:
                 break
             store.bind(index)
@@ -127,7 +127,7 @@ def write_final(recipe: Recipe, built: Built, store: ShardStore, comm: Communica
     if refusal is not None:
         return refusal
     notes = writer.notes if writer is not None else []
-    return [*notes, f"{MODEL if built.adapters is None else ADAPTERS} in {final_of(recipe)}"]
+    return [*notes, f"{MODEL if target.adapters is None else ADAPTERS} in {final_of(recipe)}"]
 
 
 def seal(recipe: Recipe, gate: GateKeeper) -> list[str]:

@@ -1,0 +1,195 @@
+"""What rank 0 reads and all ranks get, and what the ranks must have in common before anything is allocated.
+
+Rank 0 reads what only it may have (recipe, hostfile, the model's configuration, evaluation sets) and broadcasts it;
+errors that a user can mend are agreed on, said once, and end all ranks with the same exit code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx_empire.checkpoint.folder import has_weights, model_digest
+from mlx_empire.cluster.hostfile import Node, load_hostfile
+from mlx_empire.cluster.machine import measure_this_machine
+from mlx_empire.cluster.match import find_hostfile, match_ranks
+from mlx_empire.comm.failure import together
+from mlx_empire.comm.handshake import Facts, environment, shake_hands
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.data.encode import load_tokenizer
+from mlx_empire.data.share import shared_splits
+from mlx_empire.data.splits import Splits, load_splits
+from mlx_empire.errors import EmpireError
+from mlx_empire.evaluate.evaluator import Decode, Evaluator, from_json, to_json
+from mlx_empire.evaluate.gate import GateKeeper
+from mlx_empire.evaluate.generation import refuse_too_large
+from mlx_empire.evaluate.questions import Questions, load_questions
+from mlx_empire.plan import catalog
+from mlx_empire.plan.config import read_config
+from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.recipe.explain import leaf_fields
+from mlx_empire.recipe.load import MAX_BYTES, dump_recipe, load_recipe, parse_recipe
+from mlx_empire.recipe.schema import Recipe
+from mlx_empire.recipe.text import read_small_text
+from mlx_empire.report.metrics import read_metrics
+
+
+def greet(comm: Communicator, recipe_path: Path, overrides: Sequence[str]) -> None:
+    """UserError with a table where ranks differ in what they run or in what they were asked for. Collective.
+
+    Rank 0's recipe is the one that counts; another rank's file at the same path must ask for the same, so that an
+    old copy is noticed. A rank without the file does not mind.
+    """
+    shake_hands(comm, environment(), "install the same versions on every machine")
+    text = _text(recipe_path)
+    digest = None if text is None else hashlib.sha256(text.encode()).hexdigest()
+    known = [answer for answer in comm.gather_json([digest, *overrides]) if answer[0] is not None]
+    if any(answer != known[0] for answer in known):
+        remedy = f"copy {recipe_path} to every machine again and start all ranks with one command line"
+        shake_hands(comm, _asked_for(recipe_path, overrides), remedy)
+
+
+def share_recipe(comm: Communicator, path: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe that rank 0 reads, on every rank."""
+    text = None
+    with together(comm):
+        if comm.rank == 0:
+            text = dump_recipe(load_recipe(path, overrides))
+    return parse_recipe(comm.broadcast_json(text), str(path))
+
+
+def share_nodes(comm: Communicator, recipe: Recipe, hosts: Path | None) -> list[Node]:
+    """What each rank may use: its line of the hostfile where there is one, completed by its own measurement."""
+    measured = [Node(**fields) for fields in comm.gather_json(asdict(measure_this_machine()))]
+    nodes: list[dict[str, Any]] | None = None
+    with together(comm):
+        if comm.rank == 0:
+            file = find_hostfile(recipe.run.hosts, hosts)
+            cluster = load_hostfile(file) if file is not None else None
+            nodes = [asdict(node) for node in match_ranks(cluster, comm.hostnames, measured)]
+    return [Node(**fields) for fields in comm.broadcast_json(nodes)]
+
+
+def agree_on_model(comm: Communicator, recipe: Recipe) -> None:
+    """UserError naming a rank whose model is damaged, or with a table where ranks have different ones. Collective."""
+    folder, fact = recipe.model.path, None
+    with together(comm):
+        if recipe.model.init == "pretrained" and has_weights(folder):
+            fact = model_digest(folder, contents=recipe.model.compare == "contents")[:16]
+    shake_hands(comm, {"model digest": fact}, f"copy {folder} to every machine again")
+
+
+def share_config(comm: Communicator, recipe: Recipe) -> dict[str, Any]:
+    """The model's configuration from rank 0's folder; a random model may come from the catalog instead."""
+    config = None
+    with together(comm):
+        if comm.rank == 0:
+            name = recipe.model.architecture
+            if name is not None and recipe.model.init == "random" and not recipe.model.path.exists():
+                config, _ = catalog.load(name)
+            else:
+                config = read_config(recipe.model.path)
+    shared = comm.broadcast_json(config)
+    assert isinstance(shared, dict)
+    return shared
+
+
+def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
+    """Training and validation rows, the same on every rank."""
+    data, folder = recipe.data, recipe.model.path
+    tokenizer = data.format == "tokens" or folder.is_dir()
+    return shared_splits(comm, lambda: load_data(recipe, spec), available=data.path.exists() and tokenizer)
+
+
+def load_data(recipe: Recipe, spec: ModelSpec) -> Splits:
+    """Training and validation rows, as this machine has them."""
+    data = recipe.data
+    return load_splits(
+        path=data.path,
+        format=data.format,
+        sequence_length=data.sequence_length,
+        packing=data.packing,
+        mask_prompt=data.mask_prompt,
+        validation_split=data.validation_split or 0.0,
+        tokenizer_folder=recipe.model.path,
+        vocab_size=int(spec.text_config["vocab_size"]),
+    )
+
+
+def share_evaluator(comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator | None:
+    """What scores the recipe's evaluation sets, which rank 0 reads; None where there are none. Collective."""
+    length = recipe.data.sequence_length
+    if not recipe.evaluation.sets:
+        return None
+    raw, decode, ends = None, None, None
+    with together(comm):
+        if recipe.evaluation.generates:
+            refuse_too_large(plan, spec, length)
+        if comm.rank == 0:
+            sets, decode, ends = _read_sets(recipe, spec)
+            raw = to_json(sets)
+    raw, ends = comm.broadcast_json(raw), comm.broadcast_json(ends)
+    return Evaluator(from_json(raw), length, recipe.batch.micro_size, ends, decode)
+
+
+def load_evaluator(recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator | None:
+    """As `share_evaluator`, for a machine alone."""
+    length = recipe.data.sequence_length
+    if not recipe.evaluation.sets:
+        return None
+    if recipe.evaluation.generates:
+        refuse_too_large(plan, spec, length)
+    sets, decode, ends = _read_sets(recipe, spec)
+    return Evaluator(sets, length, recipe.batch.micro_size, ends, decode)
+
+
+def _read_sets(recipe: Recipe, spec: ModelSpec) -> tuple[list[Questions], Decode | None, list[int]]:
+    """The evaluation sets, and where answers are generated what makes text of tokens and which tokens end an answer."""
+    folder, vocabulary = recipe.model.path, int(spec.text_config["vocab_size"])
+    sets = [
+        load_questions(one, folder, recipe.data.sequence_length, vocabulary) for one in recipe.evaluation.sets
+    ]
+    if not recipe.evaluation.generates:
+        return sets, None, []
+    tokenizer = load_tokenizer(folder)
+    return sets, tokenizer.decode, sorted(map(int, tokenizer.eos_token_ids))
+
+
+def share_gate(comm: Communicator, recipe: Recipe) -> GateKeeper:
+    """What watches the recipe's gate, told of the evaluations before a run was resumed. Collective."""
+    folder = recipe.run.dir
+    records = read_metrics(folder) if comm.rank == 0 and (folder / "metrics.jsonl").exists() else []
+    return GateKeeper(
+        recipe.evaluation.stop_when, comm.broadcast_json([r for r in records if "eval_loss" in r])
+    )
+
+
+def _text(path: Path) -> str | None:
+    """What this rank's own recipe file says; None where it has none."""
+    try:
+        return read_small_text(path, "recipe", MAX_BYTES, "")
+    except EmpireError:
+        return None
+
+
+def _asked_for(path: Path, overrides: Sequence[str]) -> Facts:
+    """Every key of the recipe as this rank reads it; nothing where it has no file."""
+    if _text(path) is None:
+        return {}
+    try:
+        lines = dump_recipe(load_recipe(path, overrides)).splitlines()
+    except EmpireError as error:
+        return {"recipe": str(error).removeprefix(f"{path}:")}
+    facts: dict[str, str | None] = {"recipe": "can be used", **dict.fromkeys(leaf_fields(), "null")}
+    section = ""
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.startswith(" "):
+            facts[f"{section}.{key.strip()}"] = value.strip()
+        else:
+            section = key
+    return facts

@@ -1,0 +1,109 @@
+"""Which steps a recipe asks for: how many, on which rows, at which learning rate, and what comes after which of them.
+
+Decides how the recipe's durations become optimizer steps. A pure function of the recipe and the data: training, the
+daughters and the fidelity audit read the same one. Steps count from 1; 0 is the state before the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mlx_empire.data.batches import MicroBatch, micro_batch, positions, valid_tokens
+from mlx_empire.data.dataset import Dataset
+from mlx_empire.data.splits import Splits
+from mlx_empire.errors import UserError
+from mlx_empire.optim.schedule import LearningRate
+from mlx_empire.recipe.duration import Duration
+from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, Gate
+from mlx_empire.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """The steps 1 to `steps` on `data`.
+
+    `global_size` and `micro_size` are the rows of a step and of a micro-batch, `indices` the step's micro-batches that
+    this rank computes, in the order of its cells. `rates(step)` is a step's learning rate. `eval_every` and
+    `save_every` are in steps, 0 for never. `gate` ends the run early.
+    """
+
+    data: Dataset
+    seed: int
+    global_size: int
+    micro_size: int
+    indices: tuple[int, ...]
+    steps: int
+    rates: LearningRate
+    eval_every: int
+    save_every: int
+    gate: Gate | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, data: Dataset) -> Job:
+        """The job of one rank alone, which computes all micro-batches of a step."""
+        batch, run, schedule = recipe.batch, recipe.run, recipe.schedule
+        steps_per_epoch = len(data) / batch.global_size
+        tokens_per_step = max(round(data.tokens_per_epoch / steps_per_epoch), 1)  # counted, on average
+        steps = run.steps.to_steps(None, tokens_per_step, steps_per_epoch)
+
+        def in_steps(duration: Duration | None) -> int:
+            return duration.to_steps(steps, tokens_per_step, steps_per_epoch) if duration is not None else 0
+
+        rate, warmup = recipe.optimizer.learning_rate, in_steps(schedule.warmup)
+        return cls(
+            data=data,
+            seed=run.seed,
+            global_size=batch.global_size,
+            micro_size=batch.micro_size,
+            indices=tuple(range(batch.global_size // batch.micro_size)),
+            steps=steps,
+            rates=LearningRate(schedule.type, rate, warmup, steps, schedule.final),
+            eval_every=in_steps(run.eval_every),
+            save_every=in_steps(run.save_every),
+            gate=recipe.evaluation.stop_when,
+        )
+
+    def part(self, cells: Sequence[range]) -> Job:
+        """The job of a rank that computes the micro-batches of these cells."""
+        return replace(self, indices=tuple(j for cell in cells for j in cell))
+
+    def batches(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step."""
+        sizes = {"global_size": self.global_size, "micro_size": self.micro_size}
+        return [micro_batch(self.data, self.seed, step - 1, j, **sizes) for j in self.indices]
+
+    def targets(self, step: int) -> int:
+        """Targets that count in the whole step, on all ranks: what the loss is divided by."""
+        return valid_tokens(self.data, self.seed, step - 1, global_size=self.global_size)
+
+    def positions(self, step: int) -> int:
+        """Input positions that are computed in the whole step, on all ranks, padding included."""
+        sizes = {"global_size": self.global_size, "micro_size": self.micro_size}
+        return positions(self.data, self.seed, step - 1, **sizes)
+
+    def ends(self, step: int) -> bool:
+        """Whether no step is left after this one."""
+        return step >= self.steps
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the state after `step` is evaluated: at the beginning, every so often, and at the end."""
+        return self.eval_every > 0 and (self.ends(step) or step % self.eval_every == 0)
+
+    def saves(self, step: int, *, last: bool) -> bool:
+        """Whether the state after `step` is saved: every so often, and where it is the run's last."""
+        return self.save_every > 0 and (last or step % self.save_every == 0)
+
+
+def refuse_idle_keys(recipe: Recipe, splits: Splits) -> None:
+    """UserError for an evaluation that was asked for and could never happen."""
+    gate = recipe.evaluation.stop_when
+    if gate is not None and gate.metric == HELD_OUT_LOSS and splits.valid is None:
+        raise UserError(
+            f"evaluation.stop_when: {HELD_OUT_LOSS}: there is no validation data to measure it on"
+        )
+    if recipe.run.eval_every is not None and splits.valid is None and not recipe.evaluation.sets:
+        raise UserError(
+            f"run.eval_every: {recipe.run.eval_every}: there is no validation data; add a valid.jsonl to data.path "
+            "or set data.validation_split"
+        )

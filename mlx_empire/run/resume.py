@@ -1,0 +1,256 @@
+"""Where a run goes on: the checkpoint that the recipe asks for, and whether the recipe may go on from it.
+
+Decides what must be as it was when a run, or a daughter, began: the recipe, the rows, the weights that it began with
+and the model's configuration. Where they lie does not matter.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+
+from mlx_empire.assemble import Built
+from mlx_empire.checkpoint.identity import Identity, Origin, base_digest, config_digest
+from mlx_empire.checkpoint.manifest import Resolved
+from mlx_empire.checkpoint.names import broken_link, step_name, step_of, steps_in
+from mlx_empire.checkpoint.save import Policy, Saver
+from mlx_empire.checkpoint.survey import Found, Survey
+from mlx_empire.comm.failure import together
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.data.splits import Splits
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.errors import EmpireError, StoppedError, UnsavedError, UserError, on_all_ranks
+from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.recipe.changes import require_acceptable
+from mlx_empire.recipe.load import dump_recipe, parse_recipe
+from mlx_empire.recipe.schema import Recipe
+
+DATA, MODEL = "data.path", "model.path"  # may be spelled in another way where the same is found there
+
+
+# ---- what must be as it was
+
+
+def require_same(before: Origin, now: Origin, where: str) -> list[str]:
+    """UserError unless what began as `before` (noted in `where`) may go on as `now`; a line for each key that differs.
+
+    What `now`'s recipe accepts by run.accept_changes may differ, and keys that change no bit of the result.
+    """
+    recipe = parse_recipe(now.recipe, "the recipe")
+    accepted = recipe.run.accept_changes
+    by_digest = [DATA, *([MODEL] if before.config else [])]
+    lines = require_acceptable(
+        parse_recipe(before.recipe, f"the recipe of {where}"), recipe, [*accepted, *by_digest], where
+    )
+    for same, key, what in (
+        (before.data == now.data, DATA, f"{recipe.data.path} holds other rows"),
+        (before.base == now.base, MODEL, f"{recipe.model.path} holds other weights"),
+        (
+            not before.config or before.config == now.config,
+            MODEL,
+            f"{recipe.model.path} holds another config.json",
+        ),
+    ):
+        if not same and not any(one.startswith(f"{key.split('.')[0]}.") for one in accepted):
+            raise UserError(
+                f"{where}: {key}: {what} than the run began with; bring back what was there, add "
+                f"run.accept_changes=[{key}], or begin anew with run.resume=never"
+            )
+    return lines
+
+
+def require_steps_left(step: int, steps: int, where: str) -> None:
+    """UserError where what is noted in `where` is of a `step` beyond the run's end."""
+    if step > steps:
+        raise UserError(
+            f"run.steps: {steps}: {where} is of step {step} already; choose run.steps of at least {step}, or begin "
+            "anew with run.resume=never"
+        )
+
+
+def base_of(comm: Communicator, recipe: Recipe, target: Built) -> str | None:
+    """What identifies weights that are not trained, hence not saved; None where there are none. Collective."""
+    if target.adapters is None or recipe.model.init == "random":
+        return None
+    digest = None
+    with together(comm):
+        if comm.rank == 0:
+            digest = base_digest(recipe.model.path)
+    return str(comm.broadcast_json(digest))
+
+
+# ---- how a run begins
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: `recipe` with what an earlier start resolved, `origin` as things are now, and `found` to go on
+    from (None: step 1)."""
+
+    recipe: Recipe
+    origin: Origin
+    found: Found | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.found.step if self.found is not None else 0
+
+    @property
+    def resumed(self) -> int | None:
+        """The step after which the run goes on; None for a run that begins."""
+        return self.found.step if self.found is not None else None
+
+    def told(self, started_over: bool) -> list[str]:
+        """What there is to say about it; `started_over`: an unfinished run lies in the folder."""
+        if self.found is not None:
+            return [*self.notes, f"going on after step {self.step}, from {self.found.folder}"]
+        if started_over and self.recipe.run.resume == "auto":
+            lost = "an unfinished run lay here; it kept no checkpoint, so training starts at step 1"
+            return [*self.notes, lost]
+        return list(self.notes)
+
+
+def where_to_begin(comm: Communicator, recipe: Recipe, target: Built, splits: Splits, steps: int) -> Start:
+    """What run.resume asks for, if this run of `steps` steps may go on from it. Collective; errors on all ranks.
+
+    Reads every byte of the checkpoint once, to verify it.
+    """
+    found, notes = find_checkpoint(comm, recipe)
+    if found is not None:
+        recipe = _settled(recipe, found.manifest.resolved)
+    config = comm.broadcast_json(config_digest(recipe.model.path) if comm.rank == 0 else None)
+    now = Origin(dump_recipe(recipe), splits.digest, base_of(comm, recipe, target), config)
+    if found is None:
+        return Start(recipe, now, None, tuple(notes))
+    where = f"checkpoint {found.folder}"
+    try:
+        differences = require_same(_origin_of(found), now, where)
+        require_steps_left(found.step, steps, where)
+    except UserError as error:
+        raise on_all_ranks(error) from None
+    notes = [*notes, *found.notes, *(f"changed since the checkpoint: {line}" for line in differences)]
+    return Start(recipe, now, found, tuple(notes))
+
+
+def find_checkpoint(comm: Communicator, recipe: Recipe) -> tuple[Found | None, list[str]]:
+    """The checkpoint that run.resume asks for, and what there is to say. Collective; errors on all ranks."""
+    asked = recipe.run.resume
+    if asked == "never":
+        return None, []
+    if asked != "auto":
+        return _named(comm, recipe, asked)
+    survey, notes = _survey(comm, recipe)
+    notes += [f"{step_name(s)} was never committed and does not count" for s in survey.unfinished]
+    return survey.newest(), notes
+
+
+def _origin_of(found: Found) -> Origin:
+    """What a checkpoint's run began with, its recipe with what was resolved then."""
+    manifest = found.manifest
+    recipe = _settled(parse_recipe(manifest.recipe, f"the recipe of {found.folder}"), manifest.resolved)
+    return Origin(dump_recipe(recipe), manifest.data_digest, manifest.base, manifest.config)
+
+
+def _settled(recipe: Recipe, resolved: Resolved) -> Recipe:
+    """The recipe with what its first start resolved in place of `auto`."""
+    batch, memory = recipe.batch, recipe.memory
+    if batch.cells == "auto":
+        batch = batch.model_copy(update={"cells": resolved.cells})
+    if memory.gradient_dtype == "auto":
+        memory = memory.model_copy(update={"gradient_dtype": resolved.gradient_dtype})
+    return recipe.model_copy(update={"batch": batch, "memory": memory})
+
+
+def folder_of(recipe: Recipe, comm: Communicator) -> Path:
+    """This rank's folder for checkpoints."""
+    if recipe.run.checkpoints is None:
+        return recipe.run.dir / "checkpoints"
+    return _filled(str(recipe.run.checkpoints), comm)
+
+
+def _survey(comm: Communicator, recipe: Recipe) -> tuple[Survey, list[str]]:
+    """What lies in the ranks' folders, and what there is to say about them. UserError for a link that leads nowhere.
+
+    A machine may have got another name: where run.checkpoints names {host} and an unfinished run has no checkpoint
+    under the present names, folders of other names count.
+    """
+    root = folder_of(recipe, comm)
+    with together(comm):
+        _refuse_broken_link(root)
+    survey = Survey(comm, root)
+    pattern = str(recipe.run.checkpoints)
+    begun = comm.broadcast_json(os.path.exists(recipe.run.dir / "metrics.jsonl"))
+    if survey.committed or not begun or "{host}" not in pattern:
+        return survey, []
+    others = [path for path in _of_any_host(pattern, comm.rank) if path != root and steps_in(path)]
+    former = others[comm.rank % len(others)] if others else root
+    notes = (
+        [f"{pattern} has no checkpoint under this machine's name: looking into {former}"] if others else []
+    )
+    return Survey(comm, former), notes
+
+
+def _of_any_host(pattern: str, rank: int) -> list[Path]:
+    """The folders that run.checkpoints names with any one word for {host}."""
+    filled = Path(pattern.replace("{rank}", str(rank))).expanduser()
+    fixed = next(parent for parent in filled.parents if "{host}" not in str(parent))
+    rest = escape(str(filled.relative_to(fixed))).replace("{host}", "*")
+    return sorted(path for path in fixed.glob(rest) if path.is_dir())
+
+
+def _refuse_broken_link(folder: Path) -> None:
+    link = broken_link(folder)
+    if link is not None:
+        raise UserError(
+            f"run.checkpoints: {folder}: {link} is a link to {link.readlink()}, which is not there; bring it back "
+            "(is its disk mounted?), or remove the link"
+        )
+
+
+def _named(comm: Communicator, recipe: Recipe, asked: str) -> tuple[Found, list[str]]:
+    if asked.isascii() and asked.isdigit():
+        survey, notes = _survey(comm, recipe)
+        return survey.exactly(int(asked)), notes
+    path = _filled(asked, comm)
+    step = step_of(path.name)
+    if step is None:
+        raise on_all_ranks(
+            UserError(
+                f"run.resume: {asked}: expected auto, never, a step, or the path of a checkpoint, which ends in "
+                f"{step_name(300)}"
+            )
+        )
+    return Survey(comm, path.parent).exactly(step), []
+
+
+def _filled(path: str, comm: Communicator) -> Path:
+    filled = path.replace("{rank}", str(comm.rank)).replace("{host}", comm.hostname)
+    return Path(filled).expanduser()
+
+
+# ---- what it leaves
+
+
+def open_saver(comm: Communicator, plan: RunPlan, store: ShardStore, start: Start) -> Saver:
+    """What saves this run's checkpoints. Collective."""
+    recipe, work = start.recipe, plan.work
+    resolved = Resolved(cells=work.layout.cells, gradient_dtype=work.gradient_dtype)  # type: ignore[arg-type]
+    identity = Identity(start.origin, recipe.batch.global_size, recipe.run.seed, resolved, plan.shards)
+    policy = Policy(recipe.run.keep_last, recipe.run.buddy)
+    units = range(len(plan.shards.units))
+    # Where units are updated in the backward, the last one is the first, and the root comes last of all.
+    order = [*reversed(units[1:]), 0] if work.release else list(units)
+    return Saver(comm, store, folder_of(recipe, comm), identity, policy, start.step, order)
+
+
+def stopped(saver: Saver, step: int, reason: str) -> EmpireError:
+    """How a run ends that was asked to stop after `step`, the same on all ranks."""
+    if saver.newest == step:
+        again = "the same command goes on from there"
+        return on_all_ranks(StoppedError(f"stopped by {reason}: {step_name(step)} is saved; {again}"))
+    kept = f"{step_name(saver.newest)} is the newest" if saver.newest else "there is none"
+    return on_all_ranks(UnsavedError(f"stopped by {reason}: {step_name(step)} could not be saved; {kept}"))

@@ -152,7 +152,7 @@ class School:
             unfinished.clear(recipe.run.dir, goes_on=step > 0)
             write_plan(recipe, plan, [self._node], spec, splits, resumed=step > 0)
             metrics = MetricsWriter(recipe.run.dir, step)
-            gate = share_gate(self._comm, recipe)
+            gate = share_gate(self._comm, recipe.run.dir, job.gate)
         except (EmpireError, OSError) as error:
             self._fail(name, str(error))
             return

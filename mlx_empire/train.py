@@ -186,7 +186,7 @@ def train(run: Run) -> tuple[int, GateKeeper]:
     comm, job, report, saver = run.comm, run.job, run.report, run.saver
     if job.save_every:
         saver.open()
-    gate = share_gate(comm, run.recipe)
+    gate = share_gate(comm, run.recipe.run.dir, job.gate)
     if job.evaluates(0) and not saver.newest:
         evaluate(run, 0, gate)
     trace = traced(run) if run.recipe.report.trace else None

@@ -31,6 +31,7 @@ from mlx_empire.plan import catalog
 from mlx_empire.plan.config import read_config
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.recipe.evaluation import Gate
 from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import MAX_BYTES, dump_recipe, load_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
@@ -159,13 +160,10 @@ def _read_sets(recipe: Recipe, spec: ModelSpec) -> tuple[list[Questions], Decode
     return sets, tokenizer.decode, sorted(map(int, tokenizer.eos_token_ids))
 
 
-def share_gate(comm: Communicator, recipe: Recipe) -> GateKeeper:
-    """What watches the recipe's gate, told of the evaluations before a run was resumed. Collective."""
-    folder = recipe.run.dir
+def share_gate(comm: Communicator, folder: Path, gate: Gate | None) -> GateKeeper:
+    """What watches a gate, told of the evaluations that the run in `folder` made before. Collective."""
     records = read_metrics(folder) if comm.rank == 0 and (folder / "metrics.jsonl").exists() else []
-    return GateKeeper(
-        recipe.evaluation.stop_when, comm.broadcast_json([r for r in records if "eval_loss" in r])
-    )
+    return GateKeeper(gate, comm.broadcast_json([r for r in records if "eval_loss" in r]))
 
 
 def _text(path: Path) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, phases
+from mlx_empire import phases
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint import unfinished
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
@@ -35,6 +35,7 @@ from mlx_empire.engine.cohort import Cohort, Lesson, Turn
 from mlx_empire.errors import EmpireError, NumericsError, UnreadableError, UserError
 from mlx_empire.evaluate.evaluator import Evaluator
 from mlx_empire.evaluate.gate import GateKeeper
+from mlx_empire.model.target import Target
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
@@ -102,7 +103,7 @@ class School:
         people: Path,
         node: Node,
         room: Room,
-        single: assemble.Built,
+        single: Target,
         base: str,
         cohort: Cohort,
         tell: Tell,

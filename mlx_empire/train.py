@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_empire import assemble, beacon, capacity, phases
+from mlx_empire import beacon, capacity, phases
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
@@ -32,6 +32,7 @@ from mlx_empire.engine.twin import verify_twin
 from mlx_empire.evaluate.evaluator import Evaluator
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.held_out import held_out_loss
+from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.hardware import known_speed
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
@@ -50,6 +51,7 @@ from mlx_empire.run.agree import (
     share_gate,
     share_nodes,
     share_recipe,
+    share_target,
 )
 from mlx_empire.run.guards import Safeguards, standing
 from mlx_empire.run.job import Job, refuse_idle_keys
@@ -108,7 +110,7 @@ def carry_out(
     # ---------------------------------------------------------------- what is trained, on what, and for how long
     agree_on_model(comm, recipe)
     config = share_config(comm, recipe)
-    target = assemble.build(comm, recipe, config)
+    target = share_target(comm, recipe, config)
     with together(comm):
         if comm.rank == 0:
             result.refuse_impossible(recipe, target)
@@ -168,7 +170,7 @@ class Run:
     recipe: Recipe
     plan: RunPlan
     nodes: Sequence[Node]
-    target: assemble.Built
+    target: Target
     trainer: Trainer
     job: Job
     splits: Splits
@@ -236,7 +238,7 @@ def take_step(run: Run, step: int) -> None:
 
 def traced(run: Run) -> RunTrace:
     """What notes a few steps for a trace, beside what the plan predicts of them."""
-    predicted = partial(predicted_events, run.recipe, run.nodes, run.trainer.optimizer)
+    predicted = partial(predicted_events, run.recipe, run.target.spec, run.nodes, run.trainer.optimizer)
     return RunTrace(run.comm, run.recipe.run.dir, run.trainer, run.saver, predicted)
 
 

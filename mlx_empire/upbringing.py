@@ -9,26 +9,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_empire import assemble
 from mlx_empire.adapters.together import Present, may_share, put_together
-from mlx_empire.checkpoint.distribute import fill_from_own
 from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.identity import base_digest
-from mlx_empire.checkpoint.source import FolderSource
-from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.cohort import Cohort
 from mlx_empire.errors import UserError
+from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.config import read_config
 from mlx_empire.plan.describe import describe
-from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.plan.variants import variant
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.run.agree import share_target
 from mlx_empire.run.trainer import limit_memory, make_trainer
+from mlx_empire.run.weights import load_weights
 from mlx_empire.school import Room, School, Tell
 
 
@@ -37,7 +35,7 @@ def room_for(recipe: Recipe, node: Node, most: int) -> Room:
     low, best = 1, _planned(recipe, node, 1)
     require_fit(best, [node])
     high = most + 1
-    if not may_share(_built(recipe).model):
+    if not may_share(_single(recipe).model):
         return Room(1, best)
     while high - low > 1:
         middle = (low + high) // 2
@@ -49,15 +47,16 @@ def room_for(recipe: Recipe, node: Node, most: int) -> Room:
     return Room(low, best)
 
 
-def _built(recipe: Recipe) -> assemble.Built:
+def _single(recipe: Recipe) -> Target:
     folder = recipe.model.path
-    return assemble.build(SoloCommunicator("here"), recipe, read_config(folder))
+    return share_target(SoloCommunicator("here"), recipe, read_config(folder))
 
 
-def _together(recipe: Recipe, count: int) -> tuple[assemble.Built, Present, ModelSpec]:
-    built = _built(recipe)
-    present = put_together(built.model, count) if may_share(built.model) else Present([0])
-    return built, present, describe(built.model, built.spec.config, built.spec.name, built.spec.dtype)
+def _together(recipe: Recipe, count: int) -> tuple[Target, Present]:
+    target = _single(recipe)
+    present = put_together(target.model, count) if may_share(target.model) else Present([0])
+    spec = describe(target.model, target.spec.config, target.spec.name, target.spec.dtype)
+    return replace(target, spec=spec), present
 
 
 def _planned(recipe: Recipe, node: Node, count: int) -> RunPlan:
@@ -70,26 +69,25 @@ def _planned(recipe: Recipe, node: Node, count: int) -> RunPlan:
             "memory": recipe.memory.model_copy(update={"zero_stage": 2, "shares": "equal"}),
         }
     )
-    _, _, spec = _together(recipe, count)
-    return resolve(several, spec, [node], make_optimizer(recipe.optimizer).state_bytes)
+    target, _ = _together(recipe, count)
+    return resolve(several, target.spec, [node], make_optimizer(recipe.optimizer).state_bytes)
 
 
 def bring_up(
     recipe: Recipe, people: Path, names: Sequence[str], node: Node, room: Room, tell: Tell
 ) -> list[str]:
     """Train all `names`; returns those that failed."""
-    built, present, spec = _together(recipe, room.places)
+    target, present = _together(recipe, room.places)
+    comm = SoloCommunicator(node.name)
     limit_memory(room.plan, 0)
     with CommThread() as thread:
-        comm, together = SoloCommunicator(node.name), replace(built, spec=spec)
         quiet = variant(recipe, {"optimizer.statistics_every": None})  # they would be of no one daughter
-        trainer = make_trainer(comm, thread, quiet, together, room.plan)
-        folder = FolderSource(recipe.model.path, built.rebuild, built.base)
-        fill_from_own(trainer.store, TunedSource(folder, spec, recipe.run.seed, built.packing))
+        trainer = make_trainer(comm, thread, quiet, target, room.plan)
+        load_weights(comm, recipe, target, trainer.store)
         trainer.prepare(packing=recipe.data.packing)
         cohort = Cohort(trainer, present, recipe.optimizer.clip_norm, recipe.run.seed)
         base = base_digest(recipe.model.path)
-        school = School(recipe, people, node, room, _built(recipe), base, cohort, tell)
+        school = School(recipe, people, node, room, _single(recipe), base, cohort, tell)
         return school.run(list(names))
 
 

@@ -21,7 +21,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlx_empire import assemble
 from mlx_empire.arguments import UserArguments
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
@@ -36,16 +35,17 @@ from mlx_empire.engine.trainer import Trainer
 from mlx_empire.engine.twin import twin_config
 from mlx_empire.evaluate.fidelity import NOISE_FLOOR, PLAIN, Finding, Outcome, Pair, audit, pairs_of
 from mlx_empire.evaluate.held_out import held_out_loss
+from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.ladder import in_dtype
+from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import RunPlan, resolve
-from mlx_empire.plan.subject import subject_of
 from mlx_empire.plan.variants import variant
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.fidelity_page import HEAD, document, failed, page, rows
-from mlx_empire.run.agree import share_config, share_data, share_nodes, share_recipe
+from mlx_empire.run.agree import share_config, share_data, share_nodes, share_recipe, share_target
 from mlx_empire.run.job import Job
 from mlx_empire.run.trainer import make_trainer
 from mlx_empire.run.weights import load_weights
@@ -85,7 +85,7 @@ def verify(
     """The audit's document; collective."""
     nodes = share_nodes(comm, recipe, hosts)
     config = share_config(comm, recipe)
-    original = assemble.build(comm, recipe, config)
+    original = share_target(comm, recipe, config)
     splits = share_data(comm, recipe, original.spec)
     with together(comm):
         plan = resolve(recipe, original.spec, nodes, make_optimizer(recipe.optimizer).state_bytes)
@@ -110,7 +110,9 @@ def verify(
     judged = "held-out loss" if splits.valid is not None else "loss of the last quarter"
     what = f"{who}, {steps} steps, {seeds} paired seeds, {comm.size} ranks; differences of the {judged}"
     return document(
-        {"model": str(recipe.model.path), "what": what}, findings, saved_bytes(recipe, nodes, pairs)
+        {"model": str(recipe.model.path), "what": what},
+        findings,
+        saved_bytes(recipe, original.spec, nodes, pairs),
     )
 
 
@@ -139,9 +141,9 @@ def small_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def target_and_plan(
     comm: Communicator, recipe: Recipe, config: Mapping[str, Any], nodes: Sequence[Node]
-) -> tuple[assemble.Built, RunPlan]:
+) -> tuple[Target, RunPlan]:
     """The model of `config` that a run trains, and the plan for it; collective."""
-    target = assemble.build(comm, recipe, config)
+    target = share_target(comm, recipe, config)
     return target, resolve(recipe, target.spec, nodes, make_optimizer(recipe.optimizer).state_bytes)
 
 
@@ -232,13 +234,14 @@ def digest(store: ShardStore) -> str:
     return sha.hexdigest()
 
 
-def saved_bytes(recipe: Recipe, nodes: Sequence[Node], pairs: Sequence[Pair]) -> dict[str, int | None]:
+def saved_bytes(
+    recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], pairs: Sequence[Pair]
+) -> dict[str, int | None]:
     """What each technique takes off the largest peak of the recipe's own model on its nodes, by the ledger."""
-    subject = subject_of(recipe)
 
     def peak(changes: Mapping[str, Any]) -> int:
         asked = variant(recipe, {**PLAIN, **changes})
-        found = assess(asked, in_dtype(subject, str(asked.model.dtype)), nodes)
+        found = assess(asked, in_dtype(spec, str(asked.model.dtype)), nodes)
         return max(node.peak_bytes for node in found.nodes)
 
     return {p.name: None if p.name == NOISE_FLOOR else peak(p.against) - peak(p.changes) for p in pairs}

@@ -16,6 +16,7 @@ FLOORS = (
     "evaluate",
     "engine",
     "optim",
+    "model",
     "adapters",
     "data",
     "comm",

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from mlx_empire.plan.assess import Assessment, NodeAssessment
+from mlx_empire.plan.counts import active_parameters
 from mlx_empire.plan.hardware import Chip, Wire
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
 from mlx_empire.plan.terms import term
@@ -29,9 +30,10 @@ def report_document(
     cloud: Cloud,
     chips: Sequence[Chip],
     now: datetime,
+    not_trainable: str | None = None,
 ) -> Document:
     """The report of one recipe. `paces`: the first for the wire that is there; `now`: when it starts."""
-    subject = assessment.subject
+    spec = assessment.spec
     wired = len(assessment.nodes) > 1
     names = [node.node.name for node in assessment.nodes]
     times = [
@@ -40,13 +42,13 @@ def report_document(
     ]
     return {
         "model": {
-            "name": subject.spec.name,
-            "parameters": subject.base_parameters,
-            "trainable_parameters": subject.spec.trainable_parameters,
-            "active_parameters": subject.active_parameters,
-            "family": subject.spec.family,
-            "dtype": subject.spec.dtype,
-            "not_trainable": subject.not_trainable,
+            "name": spec.name,
+            "parameters": spec.base_parameters,
+            "trainable_parameters": spec.trainable_parameters,
+            "active_parameters": active_parameters(spec),
+            "family": spec.family,
+            "dtype": spec.dtype,
+            "not_trainable": not_trainable,
         },
         "setting": setting(assessment),
         "verdict": assessment.verdict,
@@ -101,7 +103,7 @@ def time_document(wire: Wire, pace: Pace, now: datetime, *, wired: bool) -> Docu
 def setting(assessment: Assessment) -> str:
     """The recipe's choices that memory and time hang on, resolved, in one line."""
     recipe, plan = assessment.recipe, assessment.plan
-    layers, tail = len(assessment.subject.spec.units) - 1, plan.work.tail
+    layers, tail = len(assessment.spec.units) - 1, plan.work.tail
     shares = recipe.memory.shares if isinstance(recipe.memory.shares, str) else "given"
     size, micro = recipe.batch.global_size, recipe.batch.micro_size
     words = [

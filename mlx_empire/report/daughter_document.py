@@ -14,13 +14,18 @@ Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 
 
 def daughters_document(
-    model: str, runs: Sequence[DaughterRun], served: Sequence[Serving], nodes: Sequence[Node], count: int
+    model: str,
+    not_trainable: str | None,
+    runs: Sequence[DaughterRun],
+    served: Sequence[Serving],
+    nodes: Sequence[Node],
+    count: int,
 ) -> Document:
     """Training a daughter on each kind of node, serving her there, and where `count` of them would live."""
     ways = {one.way: one for one in served}
     return {
         "model": model,
-        "not_trainable": next((run.assessment.subject.not_trainable for run in runs), None),
+        "not_trainable": not_trainable,
         "training": [_run(run) for run in runs],
         "serving": [
             {
@@ -57,7 +62,7 @@ def _run(run: DaughterRun) -> Document:
     return {
         "way": run.way,
         "node": run.node.name,
-        "trainable_parameters": run.assessment.subject.spec.trainable_parameters,
+        "trainable_parameters": run.assessment.spec.trainable_parameters,
         "peak_bytes": node.peak_bytes,
         "limit_bytes": node.limit_bytes,
         "headroom_bytes": node.headroom_bytes,

@@ -7,12 +7,13 @@ errors that a user can mend are agreed on, said once, and end all ranks with the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_empire.checkpoint.folder import has_weights, model_digest
+from mlx_empire.checkpoint.folder import has_weights, model_digest, open_folder
+from mlx_empire.checkpoint.freeze import verify
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, match_ranks
@@ -27,8 +28,10 @@ from mlx_empire.evaluate.evaluator import Decode, Evaluator, from_json, to_json
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.generation import refuse_too_large
 from mlx_empire.evaluate.questions import Questions, load_questions
+from mlx_empire.model.target import Target, make_target, refuse_impossible
 from mlx_empire.plan import catalog
 from mlx_empire.plan.config import read_config
+from mlx_empire.plan.describe import compute_dtype
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.evaluation import Gate
@@ -97,6 +100,23 @@ def share_config(comm: Communicator, recipe: Recipe) -> dict[str, Any]:
     shared = comm.broadcast_json(config)
     assert isinstance(shared, dict)
     return shared
+
+
+def share_target(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) -> Target:
+    """The model, lazily, settled for rank 0's folder and tuned as asked. UserError where it cannot be trained here."""
+    folder, digest = recipe.model.path, recipe.model.base_digest
+    stored = None
+    with together(comm):
+        if digest is not None and (comm.rank == 0 or has_weights(folder)):
+            verify(folder, digest)
+        if comm.rank == 0 and recipe.model.init == "pretrained":
+            stored = open_folder(folder).stored()
+    stored = comm.broadcast_json(stored)
+    with together(comm):
+        dtype = compute_dtype(config, recipe.model.dtype)
+        target = make_target(config, recipe.tuning, str(folder), dtype, stored)
+        refuse_impossible(target.spec)
+    return target
 
 
 def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
-from mlx_empire.assemble import Built
 from mlx_empire.checkpoint.identity import Identity, Origin, base_digest, config_digest
 from mlx_empire.checkpoint.manifest import Resolved
 from mlx_empire.checkpoint.names import broken_link, step_name, step_of, steps_in
@@ -22,6 +21,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import EmpireError, StoppedError, UnsavedError, UserError, on_all_ranks
+from mlx_empire.model.target import Target
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.changes import require_acceptable
 from mlx_empire.recipe.load import dump_recipe, parse_recipe
@@ -70,7 +70,7 @@ def require_steps_left(step: int, steps: int, where: str) -> None:
         )
 
 
-def base_of(comm: Communicator, recipe: Recipe, target: Built) -> str | None:
+def base_of(comm: Communicator, recipe: Recipe, target: Target) -> str | None:
     """What identifies weights that are not trained, hence not saved; None where there are none. Collective."""
     if target.adapters is None or recipe.model.init == "random":
         return None
@@ -114,7 +114,7 @@ class Start:
         return list(self.notes)
 
 
-def where_to_begin(comm: Communicator, recipe: Recipe, target: Built, splits: Splits, steps: int) -> Start:
+def where_to_begin(comm: Communicator, recipe: Recipe, target: Target, splits: Splits, steps: int) -> Start:
     """What run.resume asks for, if this run of `steps` steps may go on from it. Collective; errors on all ranks.
 
     Reads every byte of the checkpoint once, to verify it.

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_empire.assemble import Built
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.spikes import SpikeWatch
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
+from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.schema import Recipe
 
 
 def make_trainer(
-    comm: Communicator, thread: CommThread, recipe: Recipe, target: Built, plan: RunPlan
+    comm: Communicator, thread: CommThread, recipe: Recipe, target: Target, plan: RunPlan
 ) -> Trainer:
     """A rank's trainer, without weights: they are loaded next, and `Trainer.prepare` ends it."""
     optimizer, settings = make_optimizer(recipe.optimizer), trainer_settings(recipe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mlx_empire import phases
-from mlx_empire.assemble import Built
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
 from mlx_empire.checkpoint.folder import has_weights
 from mlx_empire.checkpoint.restore import Restore
@@ -15,11 +14,12 @@ from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
+from mlx_empire.model.target import Target
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import Start, folder_of
 
 
-def load_weights(comm: Communicator, recipe: Recipe, target: Built, store: ShardStore) -> bool:
+def load_weights(comm: Communicator, recipe: Recipe, target: Target, store: ShardStore) -> bool:
     """Fill the shards from the model's folder, or at random; True if rank 0 alone had the folder. Collective."""
     folder, seed = recipe.model.path, recipe.run.seed
 
@@ -42,7 +42,7 @@ def load_weights(comm: Communicator, recipe: Recipe, target: Built, store: Shard
     return not everywhere
 
 
-def load_state(comm: Communicator, target: Built, trainer: Trainer, start: Start) -> bool:
+def load_state(comm: Communicator, target: Target, trainer: Trainer, start: Start) -> bool:
     """Weights from the model's folder or, with the optimizer's states, from a checkpoint. Collective.
 
     Frozen weights are not in a checkpoint, so with adapters the folder is read as well. True if rank 0 alone had it.

@@ -8,7 +8,7 @@ from math import ceil, cos, floor, pi
 
 import pytest
 from data.test_batches import make_dataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlx_empire.data.splits import Splits
@@ -41,6 +41,7 @@ def job(*overrides: str) -> Job:
 
 @pytest.mark.parametrize("unit", ["steps", "tok", "ep", "%"])
 @given(amount=st.integers(1, 300), steps=st.integers(1, 200), size=st.sampled_from([1, 2, 3, 5, 10, 20]))
+@example(amount=33, steps=110, size=3)  # 110 steps to the row; 10 / 3 in floating point makes 111 of them
 @settings(max_examples=25)
 def test_durations_are_steps_of_this_data(unit: str, amount: int, steps: int, size: int) -> None:
     """2.5 steps of 4 rows are an epoch of 10: never fewer steps than were asked for, and percent to the nearest."""

@@ -248,22 +248,22 @@ def save(run: Run, step: int) -> None:
     run.saver.request(step, run.trainer.carried())
 
 
-def record(job: Job, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
+def record(job: Job, step: int, taken: StepResult, seconds: float) -> dict[str, Any]:
     """One line of metrics.jsonl; figures by rank are added by the report."""
     targets, positions = job.targets(step), job.positions(step)
     return {
         "step": step,
-        "loss": result.loss,
+        "loss": taken.loss,
         "learning_rate": job.rates(step),
-        "grad_norm": result.gradient_norm,
+        "grad_norm": taken.gradient_norm,
         "tokens": targets,
         "tokens_per_second": targets / seconds,
         "positions": positions,
         "positions_per_second": positions / seconds,
         "step_seconds": seconds,
-        "comm_wait_seconds": result.wait_seconds,
-        **({"skipped": True} if result.skipped else {}),
-        **result.statistics,
+        "comm_wait_seconds": taken.wait_seconds,
+        **({"skipped": True} if taken.skipped else {}),
+        **taken.statistics,
     }
 
 

@@ -87,8 +87,8 @@ class Trainer:
         optimizer: FlatOptimizer,
         settings: TrainerSettings,
     ) -> None:
-        self.spec, self.work, self.optimizer, self.spikes = spec, work, optimizer, settings.spikes
-        self._comm, self._thread = comm, thread
+        self.spec, self.work, self.optimizer = spec, work, optimizer
+        self._comm, self._thread, self._spikes = comm, thread, settings.spikes
         self.store = ShardStore(plan, model, comm, thread)
         self._deck = Deck(model, spec.name)
         self._sums = GradientStore(self.store, comm, thread, work.layout, work.gradient_dtype)
@@ -187,7 +187,7 @@ class Trainer:
         except GradientError as error:
             raise self._blame_gradient(error, micro_batches, total_tokens, step) from None
         norm = self.streamed.norm_value
-        verdict = self.spikes.judge(step, loss, norm)
+        verdict = self._spikes.judge(step, loss, norm)
         if verdict.skip:
             self._sums.clear()
         else:
@@ -214,7 +214,7 @@ class Trainer:
         self.streamed.play(updates(self._shape))
         self._sums.clear()
         norm = updater.end()
-        verdict = self.spikes.judge(step, loss, norm)
+        verdict = self._spikes.judge(step, loss, norm)
         assert not verdict.skip, "the recipe refuses it: units are updated before the norm is known"
         causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
         statistics = self._measured(step)
@@ -226,11 +226,11 @@ class Trainer:
     def carried(self) -> dict[str, list[float]]:
         """What a continued run needs beside weights and states to go on bitwise."""
         norm = {"last_norm": [self._updater.last_norm]} if isinstance(self._updater, ReleasingUpdater) else {}
-        return {**self.spikes.to_json(), **norm}
+        return {**self._spikes.to_json(), **norm}
 
     def carry_on(self, carried: Mapping[str, Sequence[float]]) -> None:
         """Take over what `carried` gave."""
-        self.spikes.from_json(carried)
+        self._spikes.from_json(carried)
         if isinstance(self._updater, ReleasingUpdater):
             (self._updater.last_norm,) = carried.get("last_norm", (0.0,))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_empire import train
+from mlx_empire.run import job
 
 FAULT = "MLX_EMPIRE_FAULT"
 
@@ -35,7 +36,7 @@ def note_samples(name: str) -> None:
             file.write(json.dumps([step + 1, index, *map(int, batch.rows_read)]) + "\n")
         return batch
 
-    train.micro_batch = noted
+    job.micro_batch = noted
 
 
 def named(arguments: list[str]) -> str:
@@ -57,7 +58,7 @@ def captured(arguments: list[str]) -> dict[str, Any]:
     return {"code": code, "stdout": out.getvalue(), "stderr": err.getvalue()}
 
 
-original = train.micro_batch
+original = job.micro_batch
 if sys.argv[1] == "one":
     note_samples(named(sys.argv[2:]))
     sys.exit(train.main(sys.argv[2:]))

@@ -128,7 +128,7 @@ lint: setup
 # The loop while one works: about two minutes on two cores.
 check: lint
 	@$(FAST) $(PY) -m pytest tests/test_house.py tests/plan tests/recipe tests/cluster tests/comm tests/data \
-	  tests/oracle/test_oracle.py::test_one_step_of_each_stage_on_two_ranks $(PYTEST_ARGS)
+	  tests/run/test_job.py tests/oracle/test_oracle.py::test_one_step_of_each_stage_on_two_ranks $(PYTEST_ARGS)
 
 test: lint
 	@$(FAST) $(PY) -m pytest $(PYTEST_ARGS)

@@ -8,9 +8,9 @@ from functools import cached_property
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.plan.daughters import DaughterRun, Model, Placement, Serving, place
+from mlx_empire.report.capacity_document import Document
 from mlx_empire.report.text import amount, run_length, span
 
-Document = dict[str, object]
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 
 

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 
 from mlx_empire.plan.ladder import Rung
 from mlx_empire.plan.matrix import Comparison, Matrix, MatrixRow
-
-Document = dict[str, object]
+from mlx_empire.report.capacity_document import Document
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,9 @@ def matrix() -> MatrixSurvey:
         for model, barred in ((HOSTILE, None), ("falcon-180b", f"mlx-lm has no {HOSTILE}"))
     )
     difference = Difference(HOSTILE, "4K", "NO", "fits", f"{HOSTILE}, so it fits")
-    return MatrixSurvey(Matrix(CLUSTERS, {}, {}, rows), Comparison((difference,), 7, ("x",)))
+    return MatrixSurvey(
+        Matrix(CLUSTERS, {CLUSTERS[0]: 1280 * GIB}, {}, rows), Comparison((difference,), 7, ("x",))
+    )
 
 
 def ladder() -> LadderSurvey:
@@ -149,7 +151,9 @@ def daughters() -> DaughterSurvey:
     """One way of training on one machine, served and placed."""
     machine, way = node_of(HOSTILE, 208 * GIB), "QLoRA, 4-bit base"
     alone = assessed(node(HOSTILE, None, 256, 208, "fits", weights=89))
-    barred = replace(alone, subject=SimpleNamespace(not_trainable="mlx-lm has no lora"))  # type: ignore[arg-type]
+    barred = replace(
+        alone, subject=SimpleNamespace(spec=alone.subject.spec, not_trainable="mlx-lm has no lora")
+    )  # type: ignore[arg-type]
     trained = replace(pace("10gbe", "compute", 1.0), positions_per_second=(46.7, 112.0), run_hours=(1.5, 3.6))
     served = Serving(way, machine, 56 * GIB, GIB // 5, GIB // 3, 3, 242, (10.0, 20.0))
     return DaughterSurvey("scout", [DaughterRun(way, machine, barred, trained, None)], [served], [machine], 2)

@@ -28,7 +28,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlx_empire.assemble import tuned_model
 from mlx_empire.checkpoint.identity import Identity
 from mlx_empire.checkpoint.manifest import Resolved
 from mlx_empire.checkpoint.names import remove_checkpoint, step_name
@@ -40,6 +39,7 @@ from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.trainer import Trainer
+from mlx_empire.model.target import make_target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.shards import make_plan
@@ -107,7 +107,7 @@ def make_trainer(options: argparse.Namespace, thread: CommThread) -> Trainer:
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
     }
-    built = tuned_model(config, TuningSection(), "benchmark", "float32")
+    built = make_target(config, TuningSection(), "benchmark", "float32")
     work = Workload(1, options.tokens, cell_layout(1, 1, 1, 1), 0, "float32", "auto", 1 << 22)
     plan = make_plan(built.spec.units, [1.0], 3)
     optimizer = make_optimizer(OptimizerSection(learning_rate=RATE))

@@ -19,11 +19,11 @@ from typing import Any
 from launching import ROOT, launch
 
 from mlx_empire.adapters.quantised import pack
-from mlx_empire.assemble import tuned_model
 from mlx_empire.checkpoint.export import FolderWriter
 from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.merge import unpack
 from mlx_empire.checkpoint.source import FolderSource
+from mlx_empire.model.target import make_target
 from mlx_empire.plan.config import read_config
 from mlx_empire.plan.packing import PACKINGS
 from mlx_empire.recipe.schema import TuningSection
@@ -114,7 +114,7 @@ def train(
 def unpack_into(out: Path, model: Path, bits: int | str) -> None:
     """The model with the values that its packed matrices stand for, in float32."""
     packing, config = PACKINGS[bits], read_config(model)
-    plain = tuned_model(config, TuningSection(), str(model), "float32", open_folder(model).stored())
+    plain = make_target(config, TuningSection(), str(model), "float32", open_folder(model).stored())
     source = FolderSource(model, plain.rebuild, plain.spec)
     with FolderWriter(out, plain.spec, plain.rebuild, model) as writer:
         for index in range(len(plain.spec.units)):

@@ -6,19 +6,13 @@ user can mend are agreed on, said once, and end all ranks with the same exit cod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.tuner.utils import linear_to_lora_layers
-
-from mlx_empire.adapters.layers import AdapterSettings, adapt
-from mlx_empire.adapters.quantised import quantise, quantise_as_stored, stored_quantisation, unpacked
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
-from mlx_empire.checkpoint.folder import Stored, has_weights, open_folder, refuse_dropped_head, settle
+from mlx_empire.checkpoint.folder import has_weights, open_folder
 from mlx_empire.checkpoint.freeze import verify
 from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource
 from mlx_empire.checkpoint.tuned_source import TunedSource
@@ -37,34 +31,17 @@ from mlx_empire.evaluate.evaluator import Decode, Evaluator, from_json, to_json
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.generation import refuse_too_large
 from mlx_empire.evaluate.questions import Questions, load_questions
+from mlx_empire.model.target import Target, make_target, refuse_impossible
 from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan import catalog
 from mlx_empire.plan.config import read_config
-from mlx_empire.plan.describe import build_model, compute_dtype, describe
+from mlx_empire.plan.describe import compute_dtype
 from mlx_empire.plan.model import ModelSpec
-from mlx_empire.plan.packing import Packing, packing_of, stored_packing
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.evaluation import HELD_OUT_LOSS
 from mlx_empire.recipe.load import dump_recipe, load_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.recipe.sections import TuningSection
 from mlx_empire.report.metrics import read_metrics
-
-
-@dataclass(frozen=True)
-class Built:
-    """The model to train. `spec` is what is trained, `base` what is read from its folder: the same for full tuning.
-
-    `rebuild` makes mlx-lm's own model anew, lazily and without adapters; `adapters` is None for full tuning;
-    `packing` is how the base is packed while it is loaded.
-    """
-
-    model: nn.Module
-    spec: ModelSpec
-    base: ModelSpec
-    rebuild: Callable[[], nn.Module]
-    adapters: AdapterSettings | None
-    packing: Packing | None = None
 
 
 def share_recipe(comm: Communicator, path: Path, overrides: Sequence[str]) -> Recipe:
@@ -103,7 +80,7 @@ def share_config(comm: Communicator, recipe: Recipe) -> dict[str, Any]:
     return shared
 
 
-def build(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) -> Built:
+def build(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) -> Target:
     """The model, lazily, settled for its folder and tuned as asked, and its description."""
     folder, digest = recipe.model.path, recipe.model.base_digest
     stored = None
@@ -115,61 +92,9 @@ def build(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) -> Buil
     stored = comm.broadcast_json(stored)
     with together(comm):
         dtype = compute_dtype(config, recipe.model.dtype)
-        built = tuned_model(config, recipe.tuning, str(folder), dtype, stored)
+        built = make_target(config, recipe.tuning, str(folder), dtype, stored)
         refuse_impossible(built.spec)
     return built
-
-
-def tuned_model(
-    config: Mapping[str, Any], tuning: TuningSection, name: str, dtype: str, stored: Stored | None = None
-) -> Built:
-    """The model of `config` with the adapters that `tuning` asks for; `stored` describes its folder, if it has one."""
-    packed = stored_quantisation(config, tuning, name)
-    plain = config if tuning.type == "full" else unpacked(config)
-
-    def rebuild() -> nn.Module:
-        return build_model(plain, name)
-
-    model = rebuild()
-    names = settle(model, stored, name) if stored is not None else frozenset()
-    if tuning.type == "full":
-        spec = describe(model, plain, name, dtype)
-        refuse_dropped_head(spec, stored or {}, name)
-        return Built(model, spec, spec, rebuild, None)
-    if packed is not None and stored is not None:
-        quantise_as_stored(model, packed, names)
-    model.freeze()
-    base = describe(model, plain, name, dtype)
-    refuse_dropped_head(base, stored or {}, name)
-    packing = packing_of(tuning) if packed is None else None
-    if packed is not None and stored is None:  # a random model of a packed folder's kind
-        packing = stored_packing(packed)
-    if packing is not None:
-        quantise(model, packing, name)
-    adapters = adapt(model, tuning)
-    return Built(model, describe(model, plain, name, dtype), base, rebuild, adapters, packing)
-
-
-def with_adapter(plain: Built, settings: AdapterSettings) -> ModelSpec:
-    """The plain model with the adapters that `settings` describe, wherever they come from."""
-    model = plain.rebuild()
-    model.freeze()
-    try:
-        linear_to_lora_layers(model, settings.layers, settings.parameters(), use_dora=settings.dora)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{plain.spec.name}: mlx-lm cannot put such an adapter into it: {error}") from None
-    return describe(model, plain.spec.config, plain.spec.name, plain.spec.dtype)
-
-
-def refuse_impossible(spec: ModelSpec) -> None:
-    """UserError for stacked experts in bfloat16 on a CPU, which MLX cannot multiply there."""
-    plain = (t for u in spec.units for t in u.tensors if t.name.endswith(".weight"))
-    stacked = any(len(t.shape) == 3 and t.dtype == "bfloat16" for t in plain)
-    if stacked and mx.default_device().type == mx.DeviceType.cpu:
-        raise UserError(
-            f"model.dtype: bfloat16: MLX on a CPU multiplies the experts of {spec.family} in float32 only; "
-            "set model.dtype: float32, or train on a GPU"
-        )
 
 
 def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
@@ -276,7 +201,7 @@ def learning_rate_of(
     return LearningRate(s.type, recipe.optimizer.learning_rate, warmup, steps, s.final)
 
 
-def load_weights(comm: Communicator, recipe: Recipe, built: Built, store: ShardStore) -> bool:
+def load_weights(comm: Communicator, recipe: Recipe, built: Target, store: ShardStore) -> bool:
     """Fill the shards from the model's folder, or at random; True if rank 0 alone had the folder. Collective."""
     folder, seed = recipe.model.path, recipe.run.seed
 

@@ -13,7 +13,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -31,14 +31,15 @@ from mlx_empire.comm.connect import connect, under_mpirun
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import DoesNotFitError, UserError
+from mlx_empire.model.target import Target, catalog_target, planned_target
+from mlx_empire.plan import catalog
 from mlx_empire.plan.advice import advise
 from mlx_empire.plan.assess import assess
-from mlx_empire.plan.daughters import daughter_runs, serving
+from mlx_empire.plan.daughters import LORA, WAYS, daughter_runs, serving, tuned_in
 from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
-from mlx_empire.plan.ladder import ladder
+from mlx_empire.plan.ladder import UNLOCKED, ladder
 from mlx_empire.plan.matrix import compare, matrix, read_rows
 from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, timeline_of
-from mlx_empire.plan.subject import Subject, subject_of
 from mlx_empire.plan.variants import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
@@ -187,8 +188,9 @@ def say(
 
 def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> CapacityReport:
     """The report of the recipe on the nodes."""
-    assessment = assess(recipe, subject_of(recipe), nodes)
-    measured = calibration_of(assessment.subject, wanted)
+    target = planned_target(recipe)
+    assessment = assess(recipe, target.spec, nodes)
+    measured = calibration_of(target, wanted)
     wire = wire_named(wanted.wire) if wanted.wire else wire_of(nodes)
     others = [other for other in WIRES if other.name != wire.name and len(nodes) > 1]
     paces = tuple(pace_of(assessment, one, None, measured) for one in (wire, *others))
@@ -199,34 +201,49 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Capacity
         events = timeline_of(assessment, wire, chips, 1).events
         names = [node.name for node in nodes]
         write_file("--trace", wanted.trace, json.dumps(trace_document({"predicted": events}, names)))
-    return CapacityReport(assessment, paces, advice, cloud, chips, datetime.now())
+    return CapacityReport(assessment, target.not_trainable, paces, advice, cloud, chips, datetime.now())
 
 
 def matrix_of(recipe: Recipe, wanted: Wanted) -> MatrixSurvey:
     """The recipe with every model of the catalog, on the four clusters."""
     theirs = read_rows(*text_of(wanted.compare)) if wanted.compare is not None else None
-    found = matrix(for_any_nodes(recipe))
+    everywhere = for_any_nodes(recipe)
+    targets = (in_matrix(name, everywhere) for name in catalog.names())
+    found = matrix(everywhere, ((target.spec, target.not_trainable) for target in targets))
     return MatrixSurvey(found, compare(found, theirs) if theirs is not None else None)
 
 
 def ladder_of(recipe: Recipe, nodes: Sequence[Node]) -> LadderSurvey:
     """The recipe's model on the nodes, one technique after the other."""
-    subject = subject_of(recipe)
-    return LadderSurvey(subject.spec.name, ladder(recipe, subject, nodes))
+    target, unlocked = planned_target(recipe), variant(recipe, UNLOCKED)
+    others = (catalog_target(name, unlocked) for name in catalog.names())
+    trainable = (other.spec for other in others if other.not_trainable is None)
+    return LadderSurvey(target.spec.name, ladder(recipe, target.spec, nodes, trainable))
 
 
 def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> DaughterSurvey:
     """Small models of the recipe's one: training, serving and placing them."""
-    alone, subject = for_any_nodes(recipe), subject_of(recipe)
-    measured = calibration_of(subject, wanted)
-    runs = daughter_runs(alone, nodes, calibration=measured)
-    served = serving(alone, nodes, calibration=measured)
-    return DaughterSurvey(subject.spec.name, runs, served, nodes, wanted.count)
+    alone = for_any_nodes(recipe)
+    targets = {way: planned_target(tuned_in(alone, way)) for way in WAYS}
+    specs, first = {way: target.spec for way, target in targets.items()}, targets[LORA]
+    measured = calibration_of(first, wanted)
+    runs = daughter_runs(alone, specs, nodes, calibration=measured)
+    served = serving(alone, specs, nodes, calibration=measured)
+    return DaughterSurvey(first.spec.name, first.not_trainable, runs, served, nodes, wanted.count)
 
 
-def calibration_of(subject: Subject, wanted: Wanted) -> Calibration | None:
-    """What this machine does in the subject's dtype, if that is to be measured."""
-    return calibrate(subject.spec.dtype) if wanted.calibrate else None
+def in_matrix(name: str, recipe: Recipe) -> Target:
+    """A catalog model as the recipe tunes it; without the recipe's targets where it has no such modules."""
+    try:
+        return catalog_target(name, recipe)
+    except UserError as error:
+        freely = variant(recipe, {"tuning.targets": None, "tuning.layers": None})
+        return replace(catalog_target(name, freely), not_trainable=str(error))
+
+
+def calibration_of(target: Target, wanted: Wanted) -> Calibration | None:
+    """What this machine does in the target's dtype, if that is to be measured."""
+    return calibrate(target.spec.dtype) if wanted.calibrate else None
 
 
 def for_any_nodes(recipe: Recipe) -> Recipe:

@@ -18,13 +18,14 @@ from mlx_empire.data.splits import Splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import EmpireError, StoppedError, UnsavedError, on_all_ranks
+from mlx_empire.model.target import Target
 from mlx_empire.optim.protocol import ShardOptimizer
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 
 
-def where_to_begin(comm: Communicator, recipe: Recipe, built: assemble.Built, splits: Splits) -> Start:
+def where_to_begin(comm: Communicator, recipe: Recipe, built: Target, splits: Splits) -> Start:
     """What run.resume asks for, if this run may go on from it: the errors are the same on all ranks. Collective."""
     start = find_start(comm, recipe)
     config = comm.broadcast_json(config_digest(recipe.model.path) if comm.rank == 0 else None)
@@ -34,7 +35,7 @@ def where_to_begin(comm: Communicator, recipe: Recipe, built: assemble.Built, sp
     return start
 
 
-def base_of(comm: Communicator, recipe: Recipe, built: assemble.Built) -> str | None:
+def base_of(comm: Communicator, recipe: Recipe, built: Target) -> str | None:
     """What identifies weights that are not trained, hence not saved; None where there are none. Collective."""
     if built.adapters is None or recipe.model.init == "random":
         return None
@@ -48,7 +49,7 @@ def base_of(comm: Communicator, recipe: Recipe, built: assemble.Built) -> str | 
 def load_state(
     comm: Communicator,
     recipe: Recipe,
-    built: assemble.Built,
+    built: Target,
     trainer: Trainer,
     start: Start,
     optimizer: ShardOptimizer,

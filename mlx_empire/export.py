@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_empire import assemble
 from mlx_empire.adapters.quantised import unpacked
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.adapter_folder import (
@@ -42,6 +41,7 @@ from mlx_empire.checkpoint.source import FolderSource
 from mlx_empire.checkpoint.staging import disk_errors, fresh_folder, publish, refuse_foreign
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UserError
+from mlx_empire.model.target import Target, make_target, with_adapter
 from mlx_empire.plan.config import read_config
 from mlx_empire.plan.describe import compute_dtype
 from mlx_empire.plan.packing import PACKINGS, Packing, packing_of
@@ -120,13 +120,13 @@ def _source(folder: Path, model: Path | None, packing: Packing | None) -> Source
     return Source(final, model or recipe.model.path, packing or packing_of(recipe.tuning), text)
 
 
-def _plain(folder: Path) -> assemble.Built:
+def _plain(folder: Path) -> Target:
     """The model of a folder without adapters, lazily; a packed one as the plain model it was made from."""
     config = read_config(folder)
     packed = "quantization" in config
     stored = None if packed else open_folder(folder).stored()
     plain: dict[str, Any] = unpacked(config) if packed else dict(config)
-    return assemble.tuned_model(plain, TuningSection(), str(folder), compute_dtype(config, None), stored)
+    return make_target(plain, TuningSection(), str(folder), compute_dtype(config, None), stored)
 
 
 def _base_of(source: Source) -> Path:
@@ -138,7 +138,7 @@ def _base_of(source: Source) -> Path:
     return source.model
 
 
-def _adapter(source: Source, base: assemble.Built | None) -> Adapter:
+def _adapter(source: Source, base: Target | None) -> Adapter:
     if (source.adapter / WEIGHTS_NAME).exists():
         return read_mlx_lm(source.adapter)
     if not (source.adapter / PEFT_WEIGHTS).exists():
@@ -154,7 +154,7 @@ def _convert(source: Source, out: Path, way: str) -> list[str]:
     adapter = _adapter(source, plain)
     if way == "mlx-lm":
         return _publish(out, lambda folder: write_mlx_lm(folder, adapter), "mlx-lm adapters", source.card)
-    spec = assemble.with_adapter(plain, adapter.settings)
+    spec = with_adapter(plain, adapter.settings)
     why = no_peft_form(spec, huggingface=huggingface_names(plain.spec, open_folder(base)))
     if why is not None:
         raise UserError(f"{source.adapter}: PEFT cannot take it: {why}")

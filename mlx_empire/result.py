@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from mlx_empire import phases
-from mlx_empire.assemble import Built
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
 from mlx_empire.checkpoint.card import model_card
 from mlx_empire.checkpoint.disk import disk_of, free_bytes, is_full
@@ -33,6 +32,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import NoRoomError, UserError
 from mlx_empire.evaluate.gate import GateKeeper
+from mlx_empire.model.target import Target
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import write_private
 from mlx_empire.report.metrics import read_metrics
@@ -54,7 +54,7 @@ def refuse_taken(recipe: Recipe) -> None:
         refuse_foreign(final_of(recipe))
 
 
-def refuse_impossible(recipe: Recipe, built: Built) -> None:
+def refuse_impossible(recipe: Recipe, built: Target) -> None:
     """UserError where the result could not be written however much room there is, from names and shapes alone."""
     frozen_digest(recipe.model.path)
     if built.adapters is None:
@@ -69,7 +69,7 @@ def final_of(recipe: Recipe) -> Path:
     return recipe.run.dir / "final"
 
 
-def result_writer(recipe: Recipe, built: Built) -> FolderWriter | AdapterWriter:
+def result_writer(recipe: Recipe, built: Target) -> FolderWriter | AdapterWriter:
     """What writes `final/`: the whole model as a folder of its own, or adapters alone. UserError, NoRoomError."""
     out, folder = final_of(recipe), recipe.model.path
     thaw(out)  # a kill came between freezing it and COMPLETE
@@ -89,7 +89,7 @@ def result_writer(recipe: Recipe, built: Built) -> FolderWriter | AdapterWriter:
     return writer
 
 
-def write_final(recipe: Recipe, built: Built, store: ShardStore, comm: Communicator) -> Refusal | list[str]:
+def write_final(recipe: Recipe, built: Target, store: ShardStore, comm: Communicator) -> Refusal | list[str]:
     """Write `final/` unit by unit: every rank joins the gathers, rank 0 writes. Collective.
 
     Returns what there is to say; or why it could not be written, with nothing left of the attempt.

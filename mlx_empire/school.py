@@ -35,6 +35,7 @@ from mlx_empire.engine.cohort import Cohort, Lesson, Turn
 from mlx_empire.errors import EmpireError, NumericsError, UnreadableError, UserError
 from mlx_empire.evaluate.evaluator import Evaluator
 from mlx_empire.evaluate.gate import GateKeeper
+from mlx_empire.model.target import Target
 from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
@@ -101,7 +102,7 @@ class School:
         people: Path,
         node: Node,
         room: Room,
-        single: assemble.Built,
+        single: Target,
         base: str,
         cohort: Cohort,
         tell: Tell,

@@ -33,6 +33,7 @@ from mlx_empire.engine.twin import verify_twin
 from mlx_empire.evaluate.evaluator import Evaluator
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.evaluate.held_out import held_out_loss
+from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.plan.hardware import known_speed
@@ -147,7 +148,7 @@ def carry_out(
             report.messages([*guards.notes, *splits.report, *start.told(started_over)])
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
-            predicted = partial(predicted_events, recipe, nodes, optimizer)
+            predicted = partial(predicted_events, recipe, spec, nodes, optimizer)
             peak = known_speed(nodes)
             run = Run(
                 comm, recipe, plan, built, trainer, splits, evaluator, report, saver, stop, predicted, peak
@@ -160,7 +161,7 @@ def make_trainer(
     comm: Communicator,
     thread: CommThread,
     recipe: Recipe,
-    built: assemble.Built,
+    built: Target,
     plan: RunPlan,
     optimizer: FlatOptimizer,
 ) -> Trainer:
@@ -181,7 +182,7 @@ class Run:
     comm: Communicator
     recipe: Recipe
     plan: RunPlan
-    built: assemble.Built
+    built: Target
     trainer: Trainer
     splits: Splits
     evaluator: Evaluator | None

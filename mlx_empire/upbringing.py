@@ -23,6 +23,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.cohort import Cohort
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserError
+from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.config import read_config
 from mlx_empire.plan.describe import describe
@@ -49,12 +50,12 @@ def room_for(recipe: Recipe, node: Node, most: int) -> Room:
     return Room(low, best)
 
 
-def _built(recipe: Recipe) -> assemble.Built:
+def _built(recipe: Recipe) -> Target:
     folder = recipe.model.path
     return assemble.build(SoloCommunicator("here"), recipe, read_config(folder))
 
 
-def _together(recipe: Recipe, count: int) -> tuple[assemble.Built, Present, ModelSpec]:
+def _together(recipe: Recipe, count: int) -> tuple[Target, Present, ModelSpec]:
     built = _built(recipe)
     present = put_together(built.model, count) if may_share(built.model) else Present([0])
     return built, present, describe(built.model, built.spec.config, built.spec.name, built.spec.dtype)

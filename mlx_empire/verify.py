@@ -46,8 +46,8 @@ from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.schedule import LearningRate
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.ladder import in_dtype
+from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import RunPlan, resolve
-from mlx_empire.plan.subject import subject_of
 from mlx_empire.plan.variants import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.fidelity_page import HEAD, FidelityReport, fidelity_document, fidelity_page, rows
@@ -112,7 +112,8 @@ def verify(
     who = "the model itself" if own else "a scaled-down twin"
     judged = "held-out loss" if splits.valid is not None else "loss of the last quarter"
     what = f"{who}, {steps} steps, {seeds} paired seeds, {comm.size} ranks; differences of the {judged}"
-    return FidelityReport(str(recipe.model.path), what, findings, saved_bytes(recipe, nodes, pairs))
+    saved = saved_bytes(recipe, original.spec, nodes, pairs)
+    return FidelityReport(str(recipe.model.path), what, findings, saved)
 
 
 def small_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,13 +227,14 @@ def digest(store: ShardStore) -> str:
     return sha.hexdigest()
 
 
-def saved_bytes(recipe: Recipe, nodes: Sequence[Node], pairs: Sequence[Pair]) -> dict[str, int | None]:
+def saved_bytes(
+    recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], pairs: Sequence[Pair]
+) -> dict[str, int | None]:
     """What each technique takes off the largest peak of the recipe's own model on its nodes, by the ledger."""
-    subject = subject_of(recipe)
 
     def peak(changes: Mapping[str, Any]) -> int:
         asked = variant(recipe, {**PLAIN, **changes})
-        found = assess(asked, in_dtype(subject, str(asked.model.dtype)), nodes)
+        found = assess(asked, in_dtype(spec, str(asked.model.dtype)), nodes)
         return max(node.peak_bytes for node in found.nodes)
 
     return {p.name: None if p.name == NOISE_FLOOR else peak(p.against) - peak(p.changes) for p in pairs}

@@ -15,6 +15,7 @@ FLOORS = (
     "evaluate",
     "engine",
     "optim",
+    "model",
     "adapters",
     "data",
     "comm",

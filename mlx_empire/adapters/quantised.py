@@ -14,7 +14,8 @@ import mlx.nn as nn
 
 from mlx_empire.errors import UserError
 from mlx_empire.plan.describe import find_layers
-from mlx_empire.plan.packing import AFFINE, MODES, Packing, stored_packing
+from mlx_empire.plan.model import TensorSpec
+from mlx_empire.plan.packing import AFFINE, MODES, Choice, Packing, stored_packing
 from mlx_empire.recipe.sections import TuningSection
 
 QUANTISATION_KEYS = ("quantization", "quantization_config")
@@ -26,7 +27,7 @@ def stored_quantisation(
 ) -> Mapping[str, Any] | None:
     """How a folder's configuration says its weights are packed, where adapters can be trained on them; else None.
 
-    UserError for what cannot be: a format that is not MLX's, other `tuning.bits`, DoRA.
+    UserError for a format that is not MLX's.
     """
     found = config.get("quantization")
     if tuning.type == "full" or not isinstance(found, Mapping):
@@ -36,15 +37,23 @@ def stored_quantisation(
         raise UserError(
             f"{name}: its weights are packed as {mode}; {', '.join(MODES)} are built; use another folder"
         )
+    return found
+
+
+def refuse_other_packing(config: Mapping[str, Any], tuning: TuningSection, name: str) -> None:
+    """UserError for what cannot be done on a base that is stored packed: other `tuning.bits`, DoRA."""
+    found = stored_quantisation(config, tuning, name)
+    if found is None:
+        return
     if tuning.type == "dora":
         raise UserError(
             f"tuning.type: dora: {name} is stored quantised; use type lora, or a folder that is not"
         )
+    mode = found.get("mode", AFFINE)
     bits = stored_packing(found).bits if mode == AFFINE else mode
     if tuning.bits is not None and tuning.bits != bits:
         how = f"in {bits} bits" if mode == AFFINE else f"as {mode}"
         raise UserError(f"tuning.bits: {tuning.bits}: {name} is stored {how}; leave tuning.bits out")
-    return found
 
 
 def unpacked(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,17 +74,22 @@ def quantise_as_stored(model: nn.Module, quantisation: Mapping[str, Any], names:
     nn.quantize(model, packing.group, packing.bits, mode=packing.mode, class_predicate=settings)
 
 
-def quantise(model: nn.Module, packing: Packing, name: str) -> None:
-    """Put quantised modules in the place of those whose weights are packed while they are loaded (QLoRA)."""
+def quantise(model: nn.Module, choose: Choice, name: str) -> None:
+    """Put quantised modules in the place of those whose matrices are to be packed while they are loaded."""
     _, _, prefix = find_layers(model, name)
 
-    def packs(path: str, module: nn.Module) -> bool:
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized"):
             return False
-        root = not path.startswith(f"{prefix}.")
-        return packing.packs(f"{path}.weight", tuple(module.weight.shape), root=root)
+        matrix = TensorSpec(f"{path}.weight", tuple(module.weight.shape), "float32")
+        packing = choose(matrix, not path.startswith(f"{prefix}."))
+        return packing is not None and {
+            "group_size": packing.group,
+            "bits": packing.bits,
+            "mode": packing.mode,
+        }
 
-    nn.quantize(model, packing.group, packing.bits, mode=packing.mode, class_predicate=packs)
+    nn.quantize(model, class_predicate=settings)
 
 
 def pack(array: mx.array, packing: Packing) -> tuple[mx.array, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,11 @@ import mlx.nn as nn
 
 from mlx_empire.checkpoint.tensorfile import COPY_BYTES, DTYPES, Header, TensorInfo, open_plain, read_header
 from mlx_empire.errors import UserError
-from mlx_empire.plan.config import HEADS, TIE
-from mlx_empire.plan.foreign import reason_of
-from mlx_empire.plan.model import ModelSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 32 << 20  # some 200,000 tensors
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
-Stored = Mapping[
-    str, tuple[str, Sequence[int]]
-]  # name -> (dtype code, shape), as `ModelFolder.stored` gives it
 Build = Callable[[], nn.Module]  # builds mlx-lm's model lazily; called anew whenever a pristine one is needed
 
 
@@ -60,8 +54,11 @@ class ModelFolder:
         return arrays
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (dtype code, shape) of every tensor: all that `settle` needs, and fit for JSON."""
-        return {name: (info.code, info.shape) for name, info in self.tensors.items()}
+        """Name -> (dtype, shape) of every tensor, as `model.stored.Stored` wants them, and fit for JSON.
+
+        What is no bfloat16, float16 or float32 counts as uint8: only names and shapes of it matter.
+        """
+        return {name: (DTYPES.get(info.code, "uint8"), info.shape) for name, info in self.tensors.items()}
 
 
 def has_weights(path: Path) -> bool:
@@ -126,48 +123,6 @@ def model_digest(path: Path, *, contents: bool = False) -> str:
                 for piece in iter(lambda: file.read(COPY_BYTES), b""):
                     digest.update(piece)
     return digest.hexdigest()
-
-
-def sanitize(model: nn.Module, weights: dict[str, mx.array], where: Path | str) -> dict[str, mx.array]:
-    """The model's own renaming of stored tensors to mlx-lm's, on lazy arrays; its failure is a UserError."""
-    if not hasattr(model, "sanitize"):
-        return weights
-    try:
-        return dict(model.sanitize(weights))
-    except Exception as error:  # foreign code on foreign names: usually a KeyError for a missing tensor
-        raise UserError(
-            f"{where}: mlx-lm cannot map its tensors to the model ({reason_of(error)}); is it complete?"
-        ) from None
-
-
-def stand_ins(stored: Stored) -> dict[str, mx.array]:
-    """Lazy zeros with the names, shapes and (floating) dtypes of tensors; no file is opened."""
-    return {
-        name: mx.zeros(tuple(shape), getattr(mx, DTYPES[code]) if code in DTYPES else mx.uint8)
-        for name, (code, shape) in stored.items()
-    }
-
-
-def settle(model: nn.Module, stored: Stored, where: Path | str) -> frozenset[str]:
-    """Let the model that will be described and trained see a folder's tensor names; returns mlx-lm's for them.
-
-    A few families (gemma3) tie their head only when `sanitize` finds none among the weights, and can do so
-    once: the sources and the writer take the plain `build`. Works on names and shapes alone and on lazy zeros,
-    so it costs nothing and opens no file.
-    """
-    return frozenset(sanitize(model, stand_ins(stored), where))
-
-
-def refuse_dropped_head(spec: ModelSpec, stored: Stored, where: Path | str) -> None:
-    """UserError where the folder has a head of its own, says that it is one, and mlx-lm's model has none for it."""
-    head = next((name for name in stored if name.endswith(HEADS)), None)
-    vocabulary = spec.text_config.get("vocab_size")
-    matrices = [t for t in spec.units[0].tensors if len(t.shape) == 2 and t.shape[0] == vocabulary]
-    if head is not None and spec.text_config.get(TIE) is False and len(matrices) == 1:
-        raise UserError(
-            f"{where}: {head} is stored and {TIE} is false, but mlx-lm's {spec.family} has no head of its own; "
-            f"it would be dropped (if it only repeats the embedding, write {TIE}: true into config.json)"
-        )
 
 
 def _read_index(path: Path) -> dict[str, str] | None:

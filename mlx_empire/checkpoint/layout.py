@@ -26,9 +26,10 @@ from operator import itemgetter
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_empire.checkpoint.folder import Build, ModelFolder, sanitize, stand_ins
+from mlx_empire.checkpoint.folder import Build, ModelFolder
 from mlx_empire.engine.twin import twin_config
 from mlx_empire.errors import UserError
+from mlx_empire.model.stored import sanitize, stand_ins
 from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.model import ModelSpec, TensorSpec
 

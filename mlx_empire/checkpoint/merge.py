@@ -14,9 +14,8 @@ from mlx_empire.adapters.quantised import pack
 from mlx_empire.checkpoint.adapter_folder import Adapter
 from mlx_empire.checkpoint.source import WeightSource
 from mlx_empire.errors import UserError
-from mlx_empire.plan.model import ModelSpec, TensorSpec
+from mlx_empire.plan.model import ModelSpec, TensorSpec, is_embedding
 from mlx_empire.plan.packing import Packing
-from mlx_empire.plan.roots import is_embedding
 
 
 class MergedSource:

@@ -24,8 +24,7 @@ import mlx.core as mx
 
 from mlx_empire.adapters.layers import AdapterSettings
 from mlx_empire.errors import UserError
-from mlx_empire.plan.model import ModelSpec, TensorSpec
-from mlx_empire.plan.roots import is_embedding
+from mlx_empire.plan.model import ModelSpec, TensorSpec, is_embedding
 
 PEFT_NAME = "peft"
 PEFT_WEIGHTS = "adapter_model.safetensors"

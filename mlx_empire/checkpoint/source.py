@@ -14,8 +14,9 @@ from typing import Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_empire.checkpoint.folder import Build, open_folder, sanitize
+from mlx_empire.checkpoint.folder import Build, open_folder
 from mlx_empire.errors import UserError
+from mlx_empire.model.stored import sanitize
 from mlx_empire.plan.model import ModelSpec, TensorSpec
 
 READABLE = (mx.float32, mx.bfloat16, mx.float16)

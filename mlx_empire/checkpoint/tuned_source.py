@@ -14,16 +14,16 @@ from mlx_empire.adapters.initial import initial_adapter, magnitude
 from mlx_empire.adapters.quantised import pack
 from mlx_empire.checkpoint.source import WeightSource
 from mlx_empire.plan.model import ModelSpec, TensorSpec
-from mlx_empire.plan.packing import Packing
+from mlx_empire.plan.packing import Choice
 
 
 class TunedSource:
     """A `WeightSource` of `spec` (base and adapters) over `base`, a source of the model without adapters.
 
-    `packing`: how matrices of the base are packed while they are loaded, if they are.
+    `packing`: how matrices of the base are packed while they are loaded, if any are.
     """
 
-    def __init__(self, base: WeightSource, spec: ModelSpec, seed: int, packing: Packing | None) -> None:
+    def __init__(self, base: WeightSource, spec: ModelSpec, seed: int, packing: Choice | None) -> None:
         self._base, self._spec, self._seed, self._packing = base, spec, seed, packing
 
     def unit(self, index: int) -> Iterator[tuple[TensorSpec, mx.array]]:
@@ -36,22 +36,23 @@ class TunedSource:
                 yield tensor, initial_adapter(tensor, self._seed)
                 continue
             while name not in made:
-                made |= self._made(*next(base), wanted)
+                made |= self._made(*next(base), wanted, root=index == 0)
             yield tensor, made.pop(name)
         assert next(base, None) is None, f"unit {index}: the base has tensors that the tuned model lacks"
 
     def _made(
-        self, tensor: TensorSpec, array: mx.array, wanted: dict[str, TensorSpec]
+        self, tensor: TensorSpec, array: mx.array, wanted: dict[str, TensorSpec], *, root: bool
     ) -> dict[str, mx.array]:
         """What becomes of one tensor of the base, by its names in the tuned model."""
         stem, _, leaf = tensor.name.rpartition(".")
         places = (f"{stem}.linear", f"{stem}.embedding", stem) if stem else ("",)
         name = next(n for n in (f"{p}.{leaf}" if p else leaf for p in places) if n in wanted)
         if wanted[name].bits and not tensor.bits:
-            assert self._packing is not None, f"{name} is packed while loading: by what?"
+            packing = self._packing(tensor, root) if self._packing else None
+            assert packing is not None, f"{name} is packed while loading: by what?"
             inside = name.removesuffix(".weight")
             names = (name, f"{inside}.scales", f"{inside}.biases")
-            return dict(zip(names, pack(array, self._packing), strict=False))
+            return dict(zip(names, pack(array, packing), strict=False))
         made = {name: array}
         if leaf == "weight" and f"{stem}.m" in wanted:
             made[f"{stem}.m"] = magnitude(array)

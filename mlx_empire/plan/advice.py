@@ -89,9 +89,7 @@ def _free_settings(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 def _diet(assessment: Assessment) -> Settings:
     """A master weight of 24 bits where it has 32: a byte per parameter less, and a little less exact."""
     full = assessment.recipe.optimizer.master_weights in ("exact", "fp32")
-    return (
-        {"optimizer.master_weights": "diet"} if full and assessment.subject.spec.dtype == "bfloat16" else {}
-    )
+    return {"optimizer.master_weights": "diet"} if full and assessment.spec.dtype == "bfloat16" else {}
 
 
 def _costly_settings(assessment: Assessment, free: Settings) -> Settings:

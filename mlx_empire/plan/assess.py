@@ -1,4 +1,4 @@
-"""Whether a subject fits: the resolved plan of a recipe on given nodes, held against each node's three limits.
+"""Whether a model fits: the resolved plan of a recipe on given nodes, held against each node's three limits.
 
 Decides the verdict of a node: `no` where its peak passes what the GPU may use, its largest array the buffer limit,
 or its arrays the number of live buffers; `tight` where less than 5 % of the limit is left; else `fits`.
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.plan.limits import largest_array, live_buffers
 from mlx_empire.plan.memory import Ledger, StateBytes
+from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import TIGHT_HEADROOM, RunPlan, resolve
 from mlx_empire.plan.states import planned_state_bytes
-from mlx_empire.plan.subject import Subject
 from mlx_empire.recipe.schema import Recipe
 
 MOST_LIVE_BUFFERS = 499_000  # Metal's; MLX stops there
@@ -49,9 +49,9 @@ class NodeAssessment:
 
 @dataclass(frozen=True)
 class Assessment:
-    """A recipe's plan on nodes and what each node says to it."""
+    """A recipe's plan on nodes and what each node says to it; `spec`: the model as it is tuned."""
 
-    subject: Subject
+    spec: ModelSpec
     recipe: Recipe
     plan: RunPlan
     nodes: tuple[NodeAssessment, ...]
@@ -76,7 +76,7 @@ class Assessment:
 
 def assess(
     recipe: Recipe,
-    subject: Subject,
+    spec: ModelSpec,
     nodes: Sequence[Node],
     state_bytes: StateBytes | None = None,
 ) -> Assessment:
@@ -85,17 +85,15 @@ def assess(
     `state_bytes`: the optimizer's own answer; None takes the formula.
     """
     sizes = planned_state_bytes(recipe.optimizer) if state_bytes is None else state_bytes
-    plan = resolve(recipe, subject.spec, nodes, sizes)
-    return Assessment(
-        subject, recipe, plan, tuple(_node(subject, plan, r, n, sizes) for r, n in enumerate(nodes))
-    )
+    plan = resolve(recipe, spec, nodes, sizes)
+    return Assessment(spec, recipe, plan, tuple(_node(spec, plan, r, n, sizes) for r, n in enumerate(nodes)))
 
 
-def _node(subject: Subject, plan: RunPlan, rank: int, node: Node, sizes: StateBytes) -> NodeAssessment:
+def _node(spec: ModelSpec, plan: RunPlan, rank: int, node: Node, sizes: StateBytes) -> NodeAssessment:
     ledger, limit = plan.ledgers[rank], plan.limits[rank]
-    array, what = largest_array(subject.spec, plan.shards, plan.work, rank)
+    array, what = largest_array(spec, plan.shards, plan.work, rank)
     buffer_limit = int(BUFFER_FRACTION * limit)
-    buffers = live_buffers(subject.spec, plan.shards, plan.work, rank, sizes)
+    buffers = live_buffers(spec, plan.shards, plan.work, rank, sizes)
     verdict, reason = "fits", ""
     if ledger.peak > limit:
         name, size = max(ledger.items().items(), key=lambda kv: kv[1])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec
+from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec, is_adapter
 
 _EXPERT_KEYS = ("num_local_experts", "n_routed_experts", "num_experts")
 _CHOSEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
@@ -29,10 +29,13 @@ def is_stacked(tensor: TensorSpec, total_experts: int) -> bool:
 
 
 def active_parameters(spec: ModelSpec) -> int:
-    """Parameters that one token passes through: of stacked experts, those it is sent to. Embeddings count whole."""
+    """Parameters that one token passes through, adapters left out: of stacked experts, those it is sent to.
+
+    Embeddings count whole.
+    """
     total, chosen = experts(spec.text_config)
-    tensors = (t for unit in spec.units for t in unit.tensors)
-    return sum(t.size // total * chosen if is_stacked(t, total) else t.size for t in tensors)
+    tensors = (t for unit in spec.units for t in unit.tensors if not is_adapter(t.name))
+    return sum(t.parameters // total * chosen if is_stacked(t, total) else t.parameters for t in tensors)
 
 
 def has_closed_form(config: Mapping[str, Any]) -> bool:

@@ -24,9 +24,8 @@ from mlx_empire.plan.hardware import (
     chip_of,
     price_of,
 )
-from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, TensorSpec
+from mlx_empire.plan.model import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.pace import Pace, pace_of
-from mlx_empire.plan.subject import Subject, subject_of
 from mlx_empire.plan.variants import variant
 from mlx_empire.plan.work import attention_layers
 from mlx_empire.recipe.schema import Recipe
@@ -92,15 +91,21 @@ class Placement:
 
 
 def daughter_runs(
-    recipe: Recipe, nodes: Sequence[Node], calibration: Calibration | None = None, rows: int | None = None
+    recipe: Recipe,
+    specs: Mapping[str, ModelSpec],
+    nodes: Sequence[Node],
+    calibration: Calibration | None = None,
+    rows: int | None = None,
 ) -> list[DaughterRun]:
-    """Every way of training on every kind of node, one node at a time, with the recipe's batch, data and length."""
+    """Every way of training on every kind of node, one node at a time, with the recipe's batch, data and length.
+
+    `specs`: by way, the model as `tuned_in` tunes it.
+    """
     found = []
     for way in WAYS:
-        tuning = _tuned(recipe, way)
-        subject = subject_of(tuning)
+        tuning = tuned_in(recipe, way)
         for node in kinds(nodes):
-            alone = assess(tuning, subject, [node])
+            alone = assess(tuning, specs[way], [node])
             pace = pace_of(alone, WIRES[0], None, calibration, rows)
             found.append(DaughterRun(way, node, alone, pace, run_dollars(node, pace)))
     return found
@@ -120,15 +125,22 @@ def run_dollars(node: Node, pace: Pace) -> Range | None:
 
 
 def serving(
-    recipe: Recipe, nodes: Sequence[Node], context: int | None = None, calibration: Calibration | None = None
+    recipe: Recipe,
+    specs: Mapping[str, ModelSpec],
+    nodes: Sequence[Node],
+    context: int | None = None,
+    calibration: Calibration | None = None,
 ) -> list[Serving]:
-    """How many models each kind of node holds, with conversations of `context` tokens (default: the recipe's rows)."""
+    """How many models each kind of node holds, with conversations of `context` tokens (default: the recipe's rows).
+
+    `specs`: by way, the model as `tuned_in` tunes it.
+    """
     length = context or recipe.data.sequence_length
     found = []
     for way in WAYS:
-        subject = subject_of(_tuned(recipe, way))
-        weights, adapter = _frozen_bytes(subject), _adapter_bytes(subject)
-        cache = length * cache_bytes_per_token(subject.spec)
+        spec = specs[way]
+        weights, adapter = _bytes(spec, trainable=False), _bytes(spec, trainable=True)
+        cache = length * cache_bytes_per_token(spec)
         for node in kinds(nodes):
             room = int(USABLE * node.limit_bytes)
             chip: Chip = calibrated(chip_of(node), calibration)
@@ -217,18 +229,12 @@ def _place(
     return Placement(tuple(map(tuple, homes)), tuple(used), tuple(homeless))
 
 
-def _tuned(recipe: Recipe, way: str) -> Recipe:
+def tuned_in(recipe: Recipe, way: str) -> Recipe:
+    """The recipe of a daughter that is trained in one of the ways, with adapters of the recipe's rank."""
     rank = recipe.tuning.rank or DEFAULT_RANK
     return variant(recipe, {**WAYS[way], "tuning.rank": rank})
 
 
-def _frozen_bytes(subject: Subject) -> int:
-    return sum(_bytes(t) for u in subject.spec.units for t in u.tensors if not t.trainable)
-
-
-def _adapter_bytes(subject: Subject) -> int:
-    return sum(_bytes(t) for u in subject.spec.units for t in u.tensors if t.trainable)
-
-
-def _bytes(tensor: TensorSpec) -> int:
-    return tensor.size * ITEM_BYTES[tensor.dtype]
+def _bytes(spec: ModelSpec, *, trainable: bool) -> int:
+    tensors = (t for u in spec.units for t in u.tensors)
+    return sum(t.size * ITEM_BYTES[t.dtype] for t in tensors if t.trainable == trainable)

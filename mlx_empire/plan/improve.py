@@ -108,7 +108,7 @@ def longest_sequence(assessment: Assessment) -> Assessment | None:
 
     Whole multiples of 256, and never longer than the positions that the model was made for.
     """
-    text = assessment.subject.spec.text_config
+    text = assessment.spec.text_config
     made_for = int(text.get("max_position_embeddings") or LONGEST_SEQUENCE)
     top = min(made_for, LONGEST_SEQUENCE) // SEQUENCE_STEP
     low = high = max(assessment.recipe.data.sequence_length // SEQUENCE_STEP, 1)

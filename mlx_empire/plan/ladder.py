@@ -6,15 +6,14 @@ trainable models of the catalog that fit at that rung on the same nodes, one den
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_empire.cluster.hostfile import Node
-from mlx_empire.plan import catalog
 from mlx_empire.plan.assess import Assessment, assess
-from mlx_empire.plan.counts import has_closed_form
-from mlx_empire.plan.subject import Subject, catalog_subject
+from mlx_empire.plan.counts import active_parameters
+from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.variants import variant
 from mlx_empire.recipe.schema import Recipe
 
@@ -43,6 +42,10 @@ RUNGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
 )
 
 
+# What a recipe is changed to where models that a rung may unlock are described.
+UNLOCKED: Mapping[str, Any] = {"model.dtype": "bfloat16", "tuning.type": "full", "tuning.bits": None}
+
+
 @dataclass(frozen=True)
 class Rung:
     """A technique added to those above it. `dense` and `moe`: (catalog name, parameters) of the largest that fit."""
@@ -58,60 +61,54 @@ class Rung:
         return tuple(n.peak_bytes / 1e9 for n in self.assessment.nodes)
 
 
-def ladder(
-    recipe: Recipe, subject: Subject, nodes: Sequence[Node], names: Sequence[str] | None = None
-) -> list[Rung]:
-    """The rungs for `subject` on `nodes`; `names` are the catalog models that a rung may unlock (default: all)."""
-    bfloat16 = variant(recipe, {"model.dtype": "bfloat16", "tuning.type": "full", "tuning.bits": None})
-    models = [catalog_subject(name, bfloat16) for name in names or catalog.names()]
-    buildable = [m for m in models if not has_closed_form(m.spec.config)]
-    ranked = sorted(buildable, key=lambda m: -m.base_parameters)
+def ladder(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], models: Iterable[ModelSpec]) -> list[Rung]:
+    """The rungs for `spec` on `nodes`; `models` are those that a rung may unlock, described as `UNLOCKED` says."""
+    ranked = sorted(models, key=lambda m: -m.base_parameters)
     rungs: list[Rung] = []
     settings: dict[str, Any] = {}
     for name, changes in RUNGS:
         settings |= changes
-        rungs.append(_rung(name, variant(recipe, settings), subject, nodes, ranked))
+        rungs.append(_rung(name, variant(recipe, settings), spec, nodes, ranked))
     return rungs
 
 
 def _rung(
     name: str,
     recipe: Recipe,
-    subject: Subject,
+    spec: ModelSpec,
     nodes: Sequence[Node],
-    ranked: Sequence[Subject],
+    ranked: Sequence[ModelSpec],
 ) -> Rung:
     dtype = str(recipe.model.dtype)
 
-    def attempt(one: Subject) -> Assessment:
+    def attempt(one: ModelSpec) -> Assessment:
         return assess(recipe, in_dtype(one, dtype), nodes)
 
     def largest(*, mixture: bool) -> tuple[str, int] | None:
-        kind = [s for s in ranked if (s.active_parameters < s.base_parameters) == mixture]
+        kind = [m for m in ranked if (active_parameters(m) < m.base_parameters) == mixture]
         for one in kind:
             if _may_fit(one, recipe, nodes) and attempt(one).verdict != "no":
-                return one.spec.name, one.base_parameters
+                return one.name, one.base_parameters
         return None
 
-    return Rung(name, attempt(subject), largest(mixture=False), largest(mixture=True))
+    return Rung(name, attempt(spec), largest(mixture=False), largest(mixture=True))
 
 
-def _may_fit(subject: Subject, recipe: Recipe, nodes: Sequence[Node]) -> bool:
+def _may_fit(spec: ModelSpec, recipe: Recipe, nodes: Sequence[Node]) -> bool:
     """Whether the weights alone leave room: spares most of the plans of models that are much too large."""
     item = 4 if recipe.model.dtype == "float32" else 2
-    weights = item * subject.base_parameters
+    weights = item * spec.base_parameters
     if recipe.memory.zero_stage == 3:
         return weights <= sum(n.limit_bytes for n in nodes)
     return weights <= min(n.limit_bytes for n in nodes)
 
 
-def in_dtype(subject: Subject, dtype: str) -> Subject:
-    """The subject computing in `dtype`; tensors that are kept in another dtype than the model's stay as they are."""
-    spec = subject.spec
+def in_dtype(spec: ModelSpec, dtype: str) -> ModelSpec:
+    """The model computing in `dtype`; tensors that are kept in another dtype than the model's stay as they are."""
     if spec.dtype == dtype:
-        return subject
+        return spec
     units = tuple(
         replace(u, tensors=tuple(replace(t, dtype=dtype) if t.dtype == spec.dtype else t for t in u.tensors))
         for u in spec.units
     )
-    return replace(subject, spec=replace(spec, dtype=dtype, units=units))
+    return replace(spec, dtype=dtype, units=units)

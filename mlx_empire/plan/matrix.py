@@ -17,8 +17,9 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import UserError
 from mlx_empire.plan import catalog
 from mlx_empire.plan.assess import Assessment, assess
+from mlx_empire.plan.counts import active_parameters
 from mlx_empire.plan.hardware import standard_clusters
-from mlx_empire.plan.subject import Subject, catalog_subject
+from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.whatif import gb
 from mlx_empire.plan.work import trained_bytes
 from mlx_empire.recipe.schema import Recipe
@@ -102,12 +103,15 @@ class Comparison:
 
 def matrix(
     recipe: Recipe,
-    names: Sequence[str] | None = None,
+    models: Iterable[tuple[ModelSpec, str | None]],
     clusters: Mapping[str, Sequence[Node]] | None = None,
 ) -> Matrix:
-    """`recipe` with each catalog model in the place of its own, on each cluster (default: the four of the empire)."""
+    """`recipe` with each of `models` in the place of its own, on each cluster (default: the four of the empire).
+
+    `models`: each described as the recipe tunes it, and why it cannot be trained here, or None.
+    """
     chosen = standard_clusters() if clusters is None else clusters
-    rows = [_row(catalog_subject(name, recipe), name, recipe, chosen) for name in names or catalog.names()]
+    rows = [_row(spec, why, recipe, chosen) for spec, why in models]
     pooled = {name: sum(n.memory_bytes for n in nodes) for name, nodes in chosen.items()}
     usable = {name: sum(n.limit_bytes for n in nodes) for name, nodes in chosen.items()}
     return Matrix(tuple(chosen), pooled, usable, tuple(rows))
@@ -121,11 +125,13 @@ def pooled_says(parameters: int, nodes: Iterable[Node]) -> str:
     return "tight" if POOLED_TIGHT * parameters <= memory else "no"
 
 
-def _row(subject: Subject, name: str, recipe: Recipe, clusters: Mapping[str, Sequence[Node]]) -> MatrixRow:
+def _row(
+    spec: ModelSpec, not_trainable: str | None, recipe: Recipe, clusters: Mapping[str, Sequence[Node]]
+) -> MatrixRow:
     cells = {}
     for cluster, nodes in clusters.items():
-        cells[cluster] = _cell(assess(recipe, subject, nodes), pooled_says(subject.base_parameters, nodes))
-    return MatrixRow(name, subject.base_parameters, subject.active_parameters, subject.not_trainable, cells)
+        cells[cluster] = _cell(assess(recipe, spec, nodes), pooled_says(spec.base_parameters, nodes))
+    return MatrixRow(spec.name, spec.base_parameters, active_parameters(spec), not_trainable, cells)
 
 
 def _cell(found: Assessment, pooled: str) -> Cell:
@@ -140,7 +146,7 @@ def _cell(found: Assessment, pooled: str) -> Cell:
         worst.peak_bytes,
         worst.limit_bytes,
         max(worst.peak_bytes - int(worst.share * whole), 0),
-        whole / found.subject.base_parameters,
+        whole / found.spec.base_parameters,
         worst.reason,
     )
 

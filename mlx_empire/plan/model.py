@@ -14,6 +14,7 @@ from typing import Any
 BLOCK = 64  # elements; tensors start and intervals end on multiples of it (the optimizer's block)
 SMALL_ELEMENTS = 4096  # below this a tensor keeps fp32 weights and states
 ADAPTER_NAMES = frozenset({"lora_a", "lora_b", "m"})  # mlx-lm's; `m` is DoRA's magnitude
+EMBEDDING_NAMES = ("embed", "wte", "wpe", "word_embeddings")
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "uint32": 4, "uint8": 1, "int8": 1}
@@ -97,6 +98,11 @@ class ModelSpec:
         """Number of parameters of the whole model, adapters included, however they are stored."""
         return sum(u.parameters for u in self.units)
 
+    @cached_property
+    def base_parameters(self) -> int:
+        """Number of parameters of the model itself, without adapters."""
+        return sum(t.parameters for u in self.units for t in u.tensors if not is_adapter(t.name))
+
     @property
     def trainable_parameters(self) -> int:
         """Number of elements that training changes."""
@@ -139,3 +145,8 @@ def is_router(name: str) -> bool:
     """True for the weights and biases of a mixture's router: its last module is called router or gate."""
     parts = name.split(".")
     return len(parts) > 1 and parts[-2] in ROUTER_NAMES
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a matrix of the root, or its module, is an embedding by its name, not a head."""
+    return any(word in name for word in EMBEDDING_NAMES) and "embed_out" not in name

@@ -6,9 +6,7 @@ embedding or the head, and both where there is only one; everything else counts 
 
 from __future__ import annotations
 
-from mlx_empire.plan.model import ModelSpec
-
-_EMBEDDINGS = ("embed", "wte", "wpe", "word_embeddings")
+from mlx_empire.plan.model import ModelSpec, is_embedding
 
 
 def root_use(spec: ModelSpec) -> tuple[int, int]:
@@ -28,8 +26,3 @@ def root_use(spec: ModelSpec) -> tuple[int, int]:
         else:
             head += tensor.size
     return head, embed
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a matrix of the root, or its module, is an embedding by its name, not a head."""
-    return any(word in name for word in _EMBEDDINGS) and "embed_out" not in name

@@ -14,9 +14,8 @@ from dataclasses import replace
 from itertools import groupby
 
 from mlx_empire.plan.counts import experts, is_stacked
-from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec, is_router
+from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec, is_embedding, is_router
 from mlx_empire.plan.packing import Choice, Packing, packing_of, uniformly
-from mlx_empire.plan.roots import is_embedding
 from mlx_empire.recipe.sections import TuningSection
 
 DEFAULT_RANK = 8

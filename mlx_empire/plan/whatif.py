@@ -28,7 +28,7 @@ def with_settings(
 ) -> Assessment:
     """The assessment with other settings, perhaps on other nodes."""
     recipe = variant(assessment.recipe, _consistent(assessment.recipe, settings))
-    return assess(recipe, assessment.subject, nodes or [n.node for n in assessment.nodes])
+    return assess(recipe, assessment.spec, nodes or [n.node for n in assessment.nodes])
 
 
 def with_least_memory(
@@ -40,7 +40,7 @@ def with_least_memory(
     at a lower stage and not at 3, which gathers two layers beside the shards.)
     """
     recipe = variant(assessment.recipe, settings)
-    memory, spec = recipe.memory, assessment.subject.spec
+    memory, spec = recipe.memory, assessment.spec
     count = len(nodes or assessment.nodes)
     least: Settings = {}
     if memory.gradient_checkpointing == "auto":

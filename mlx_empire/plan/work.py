@@ -115,7 +115,7 @@ def attention_flops(spec: ModelSpec, width: int) -> float:
 def step_flops(assessment: Assessment, rank: int) -> float:
     """Operations of `rank` in a step."""
     work = assessment.plan.work
-    return work.micro_batches(rank) * work.tokens * flops_per_token(assessment.subject.spec, work)
+    return work.micro_batches(rank) * work.tokens * flops_per_token(assessment.spec, work)
 
 
 def whole_weights(assessment: Assessment) -> int:
@@ -148,7 +148,7 @@ class ChipCosts:
     ) -> None:
         plan, work = assessment.plan, assessment.plan.work
         self._flops, self._memory_rate, self._adding = flops, memory_rate, adding
-        self._tokens, self._units = work.tokens, unit_flops(assessment.subject.spec, work.width)
+        self._tokens, self._units = work.tokens, unit_flops(assessment.spec, work.width)
         self._bytes = [u.gathered_bytes for u in plan.shards.units]
         self._updates = update_bytes(assessment, rank)
         shape = step_shape(plan.shards, work, rank)

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from mlx_empire.plan.assess import Assessment, NodeAssessment
+from mlx_empire.plan.counts import active_parameters
 from mlx_empire.plan.hardware import Chip
+from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
 from mlx_empire.plan.terms import term
 from mlx_empire.plan.whatif import Advice
@@ -27,15 +29,27 @@ ONE_MACHINE = "one machine, no wire"
 class CapacityReport:
     """A recipe on nodes: whether it fits, how long it takes, what could be changed.
 
-    `paces`: one for each wire, the first for the wire that is there. `chips`: of the nodes. `start`: of the run.
+    `not_trainable`: one sentence why the trainer here cannot train the model, or None. `paces`: one for each wire, the
+    first for the wire that is there. `chips`: of the nodes. `start`: of the run.
     """
 
     assessment: Assessment
+    not_trainable: str | None
     paces: tuple[Pace, ...]
     advice: Sequence[Advice]
     cloud: Cloud
     chips: Sequence[Chip]
     start: datetime
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model as it is tuned."""
+        return self.assessment.spec
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token passes through."""
+        return active_parameters(self.spec)
 
     @property
     def nodes(self) -> tuple[NodeAssessment, ...]:
@@ -97,17 +111,17 @@ class CapacityReport:
 
 def report_document(report: CapacityReport) -> Document:
     """The report as JSON."""
-    assessment, subject = report.assessment, report.assessment.subject
+    assessment, spec = report.assessment, report.spec
     times = [_time(report, pace) for pace in report.paces]
     return {
         "model": {
-            "name": subject.spec.name,
-            "parameters": subject.base_parameters,
-            "trainable_parameters": subject.spec.trainable_parameters,
-            "active_parameters": subject.active_parameters,
-            "family": subject.spec.family,
-            "dtype": subject.spec.dtype,
-            "not_trainable": subject.not_trainable,
+            "name": spec.name,
+            "parameters": spec.base_parameters,
+            "trainable_parameters": spec.trainable_parameters,
+            "active_parameters": report.active_parameters,
+            "family": spec.family,
+            "dtype": spec.dtype,
+            "not_trainable": report.not_trainable,
         },
         "setting": report.setting,
         "verdict": assessment.verdict,

@@ -38,7 +38,7 @@ def capacity_page(
         daughters_section(daughters),
         _ledger(report),
     )
-    title = f"{escape(report.assessment.subject.spec.name)}: {report.assessment.verdict}"
+    title = f"{escape(report.spec.name)}: {report.assessment.verdict}"
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -49,12 +49,12 @@ def capacity_page(
 
 
 def _header(report: CapacityReport) -> str:
-    subject, verdict, pace = report.assessment.subject, report.assessment.verdict, report.paces[0]
-    figures = [(f"{subject.base_parameters:,}", "parameters")]
-    if subject.active_parameters != subject.base_parameters:
-        figures.append((f"{subject.active_parameters:,}", "active per token"))
-    if subject.spec.trainable_parameters != subject.base_parameters:
-        figures.append((f"{subject.spec.trainable_parameters:,}", "trained"))
+    spec, verdict, pace = report.spec, report.assessment.verdict, report.paces[0]
+    figures = [(f"{spec.base_parameters:,}", "parameters")]
+    if report.active_parameters != spec.base_parameters:
+        figures.append((f"{report.active_parameters:,}", "active per token"))
+    if spec.trainable_parameters != spec.base_parameters:
+        figures.append((f"{spec.trainable_parameters:,}", "trained"))
     figures += [
         (span(pace.positions_per_second), "positions per second"),
         (span(pace.step_seconds, " s"), "a step"),
@@ -64,14 +64,14 @@ def _header(report: CapacityReport) -> str:
         f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in figures
     )
     reason = f"<p>{escape(report.reason)}</p>" if report.reason else ""
-    refused = subject.not_trainable
+    refused = report.not_trainable
     barred = (
         f'<p class="v-no"><b style="color:var(--no)">Not trainable here:</b> {escape(refused)}</p>'
         if refused
         else ""
     )
     return (
-        f'<header class="v-{verdict}">{badge(verdict)}<h1>{escape(subject.spec.name)}</h1>'
+        f'<header class="v-{verdict}">{badge(verdict)}<h1>{escape(spec.name)}</h1>'
         f'<p class="muted">{escape(report.setting)}</p>{reason}{barred}<div class="figures">{boxes}</div></header>'
     )
 

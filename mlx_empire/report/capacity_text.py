@@ -53,18 +53,18 @@ def print_report(report: CapacityReport, console: Console) -> None:
 
 def heading(report: CapacityReport) -> Group:
     """Verdict, model and setting in three lines."""
-    subject, verdict = report.assessment.subject, report.assessment.verdict
-    counts = f"{subject.base_parameters:,} parameters"
-    if subject.active_parameters != subject.base_parameters:
-        counts += f", {subject.active_parameters:,} active per token"
-    if subject.spec.trainable_parameters != subject.base_parameters:
-        counts += f", {subject.spec.trainable_parameters:,} trained"
-    first = Text.assemble(verdict_text(verdict), "  ", (subject.spec.name, "bold"), "  ", (counts, "dim"))
+    spec, verdict = report.spec, report.assessment.verdict
+    counts = f"{spec.base_parameters:,} parameters"
+    if report.active_parameters != spec.base_parameters:
+        counts += f", {report.active_parameters:,} active per token"
+    if spec.trainable_parameters != spec.base_parameters:
+        counts += f", {spec.trainable_parameters:,} trained"
+    first = Text.assemble(verdict_text(verdict), "  ", (spec.name, "bold"), "  ", (counts, "dim"))
     lines: list[Text] = [first, Text(report.setting, "dim")]
     if report.reason:
         lines.append(Text(report.reason, VERDICT_STYLES[verdict]))
-    if subject.not_trainable:
-        lines.append(Text(f"not trainable here: {subject.not_trainable}", "bold red"))
+    if report.not_trainable:
+        lines.append(Text(f"not trainable here: {report.not_trainable}", "bold red"))
     return Group(*lines, Text())
 
 

@@ -25,18 +25,17 @@ class Placed:
 
 @dataclass(frozen=True)
 class DaughterSurvey:
-    """Training a daughter on each kind of node, serving it there, and where `count` of them would live on `nodes`."""
+    """Training a daughter on each kind of node, serving it there, and where `count` of them would live on `nodes`.
+
+    `not_trainable`: one sentence why the trainer here cannot train them, or None.
+    """
 
     model: str
+    not_trainable: str | None
     runs: Sequence[DaughterRun]
     served: Sequence[Serving]
     nodes: Sequence[Node]
     count: int
-
-    @property
-    def not_trainable(self) -> str | None:
-        """One sentence why the trainer here cannot train them, or None."""
-        return next((run.assessment.subject.not_trainable for run in self.runs), None)
 
     @cached_property
     def placements(self) -> list[Placed]:
@@ -93,7 +92,7 @@ def _run(run: DaughterRun) -> Document:
     return {
         "way": run.way,
         "node": run.node.name,
-        "trainable_parameters": run.assessment.subject.spec.trainable_parameters,
+        "trainable_parameters": run.assessment.spec.trainable_parameters,
         "peak_bytes": node.peak_bytes,
         "limit_bytes": node.limit_bytes,
         "headroom_bytes": node.headroom_bytes,

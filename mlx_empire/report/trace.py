@@ -20,9 +20,9 @@ from mlx_empire.engine.trainer import Trainer
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import wire_of
+from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.pace import chips_of, timeline_of
 from mlx_empire.plan.step_time import ADD, WAIT, Event
-from mlx_empire.plan.subject import subject_of
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.folder import write_private
 
@@ -123,9 +123,11 @@ class RunTrace:
         return [*notes, f"the trace of the first steps is in {path}: open it in ui.perfetto.dev"]
 
 
-def predicted_events(recipe: Recipe, nodes: Sequence[Node], optimizer: FlatOptimizer) -> Sequence[Event]:
+def predicted_events(
+    recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], optimizer: FlatOptimizer
+) -> Sequence[Event]:
     """The clock's events of a step, at the best that chips and wire may do."""
-    assessment = assess(recipe, subject_of(recipe), nodes, optimizer.state_bytes)
+    assessment = assess(recipe, spec, nodes, optimizer.state_bytes)
     return timeline_of(assessment, wire_of(nodes), chips_of(assessment), 1).events
 
 

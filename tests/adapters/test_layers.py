@@ -8,9 +8,9 @@ from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 from support.tuning import EXPERTS, LINEAR, SEED, HeldWeights, TunedCase, built_of, reference_model
 
 from mlx_empire.adapters.initial import initial_adapter
-from mlx_empire.assemble import tuned_model
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.errors import UserError
+from mlx_empire.model.target import make_target
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.describe import build_model, describe
@@ -36,7 +36,7 @@ def both(family, tuning, dtype="bfloat16", **config):
     """(the model as it is built, the model as it is planned)."""
     config, section = tiny_config(family, **config), TuningSection.model_validate(tuning)
     plain = describe(build_model(config, family), config, family, dtype)
-    return tuned_model(config, section, family, dtype).spec, tuned(plain, section)
+    return make_target(config, section, family, dtype).spec, tuned(plain, section)
 
 
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)

@@ -10,12 +10,11 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from support.stepping import config_of, weights_of
 from support.tuning import TunedCase
 
-from mlx_empire.assemble import tuned_model
 from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.source import FolderSource
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.errors import UserError
-from mlx_empire.plan.subject import subject_of
+from mlx_empire.model.target import make_target, planned_target
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.sections import TuningSection
 
@@ -67,7 +66,7 @@ def test_floating_point_codes_are_read_as_they_are(floating):
 
 
 def check_reading(path, config, expected):
-    built = tuned_model(config, TuningSection(type="lora"), str(path), "float32", open_folder(path).stored())
+    built = make_target(config, TuningSection(type="lora"), str(path), "float32", open_folder(path).stored())
     source = TunedSource(FolderSource(path, built.rebuild, built.base), built.spec, 0, None)
     found = {t.name: a for i in range(len(built.spec.units)) for t, a in source.unit(i)}
     base = {name.replace(".linear.", "."): a for name, a in found.items() if ".lora_" not in name}
@@ -83,7 +82,7 @@ def check_reading(path, config, expected):
 def test_with_its_weights_the_model_gives_mlx_lms_logits(floating):
     """Bit for bit those of mlx-lm's own loading; fresh adapters add nothing."""
     path, config, _ = floating
-    built = tuned_model(config, TuningSection(type="qlora"), str(path), "float32", open_folder(path).stored())
+    built = make_target(config, TuningSection(type="qlora"), str(path), "float32", open_folder(path).stored())
     source = TunedSource(FolderSource(path, built.rebuild, built.base), built.spec, 0, None)
     built.model.load_weights([(t.name, a) for i in range(len(built.spec.units)) for t, a in source.unit(i)])
     built.model.eval()
@@ -95,7 +94,7 @@ def test_with_its_weights_the_model_gives_mlx_lms_logits(floating):
 def test_the_plan_counts_it_as_it_is(floating):
     path, _, expected = floating
     recipe = load_recipe_text(path)
-    frozen = [t for u in subject_of(recipe).spec.units for t in u.tensors if not t.trainable]
+    frozen = [t for u in planned_target(recipe).spec.units for t in u.tensors if not t.trainable]
     ours = {t.name.replace(".linear.", "."): (t.shape, t.dtype) for t in frozen}
     assert ours == {n: (a.shape, str(a.dtype).split(".")[-1]) for n, a in expected.items()}
 
@@ -126,11 +125,11 @@ def test_what_cannot_be_trained_is_refused_in_one_line(folder, tuning, changed, 
     path, config, _ = folder
     config = config | {"quantization": config["quantization"] | changed}
     with pytest.raises(UserError, match=message) as error:
-        tuned_model(config, TuningSection(**tuning), str(path), "float32", open_folder(path).stored())
+        make_target(config, TuningSection(**tuning), str(path), "float32", open_folder(path).stored())
     assert "\n" not in str(error.value)
 
 
 def test_full_fine_tuning_of_it_is_refused(folder):
     path, config, _ = folder
     with pytest.raises(UserError, match="quantised"):
-        tuned_model(config, TuningSection(), str(path), "float32", open_folder(path).stored())
+        make_target(config, TuningSection(), str(path), "float32", open_folder(path).stored())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import datetime
-from types import SimpleNamespace
 
 from support.planning import llama_like, node_of, nodes_of, recipe_of
 
@@ -15,6 +14,7 @@ from mlx_empire.plan.hardware import M3_ULTRA, wire_named
 from mlx_empire.plan.ladder import Rung
 from mlx_empire.plan.matrix import Cell, Comparison, Difference, Matrix, MatrixRow
 from mlx_empire.plan.memory import Ledger
+from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.plan.pace import Cloud, Pace
 from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, Event, Timeline
 from mlx_empire.plan.whatif import Advice
@@ -48,16 +48,16 @@ def node(
 def assessed(*nodes: NodeAssessment) -> Assessment:
     """A large mixture of experts on these nodes."""
     plan = assess(recipe_of(), llama_like(), nodes_of([GIB] * len(nodes))).plan
-    spec = SimpleNamespace(
-        name=f"scout {HOSTILE}", family="llama4", dtype="bfloat16", trainable_parameters=107_769_000_000
+    root = UnitSpec(
+        "root",
+        (
+            TensorSpec("dense", (11_132_235_840,), "bfloat16"),
+            TensorSpec("norms", (861_120,), "bfloat16", trainable=False),
+            TensorSpec("experts", (16, 1, 6_039_797_760), "bfloat16"),
+        ),
     )
-    subject = SimpleNamespace(
-        spec=spec,
-        base_parameters=107_769_861_120,
-        active_parameters=17_172_894_720,
-        not_trainable=f"no {HOSTILE} here",
-    )
-    return Assessment(subject, recipe_of(), plan, nodes)  # type: ignore[arg-type]
+    spec = ModelSpec(f"scout {HOSTILE}", "llama4", "bfloat16", (root,), {"num_local_experts": 16})
+    return Assessment(spec, recipe_of(), plan, nodes)
 
 
 def report() -> CapacityReport:
@@ -78,7 +78,9 @@ def report() -> CapacityReport:
     )
     paces = (pace("10gbe", "network", 2.0), pace("thunderbolt", "compute", 1.0))
     cloud = Cloud(8, (3.0, 5.0), (100.0, 200.0), "8 x H100 would take 3-5 hours")
-    return CapacityReport(assessed(*nodes), paces, advice, cloud, [M3_ULTRA], datetime(2026, 11, 20, 20))
+    return CapacityReport(
+        assessed(*nodes), f"no {HOSTILE} here", paces, advice, cloud, [M3_ULTRA], datetime(2026, 11, 20, 20)
+    )
 
 
 def pace(wire: str, bound: str, factor: float) -> Pace:
@@ -151,9 +153,13 @@ def daughters() -> DaughterSurvey:
     """One way of training on one machine, served and placed."""
     machine, way = node_of(HOSTILE, 208 * GIB), "QLoRA, 4-bit base"
     alone = assessed(node(HOSTILE, None, 256, 208, "fits", weights=89))
-    barred = replace(
-        alone, subject=SimpleNamespace(spec=alone.subject.spec, not_trainable="mlx-lm has no lora")
-    )  # type: ignore[arg-type]
     trained = replace(pace("10gbe", "compute", 1.0), positions_per_second=(46.7, 112.0), run_hours=(1.5, 3.6))
     served = Serving(way, machine, 56 * GIB, GIB // 5, GIB // 3, 3, 242, (10.0, 20.0))
-    return DaughterSurvey("scout", [DaughterRun(way, machine, barred, trained, None)], [served], [machine], 2)
+    return DaughterSurvey(
+        "scout",
+        "mlx-lm has no lora",
+        [DaughterRun(way, machine, alone, trained, None)],
+        [served],
+        [machine],
+        2,
+    )

@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config, tiny_model
 
-from mlx_empire.checkpoint.folder import sanitize
 from mlx_empire.checkpoint.layout import HUGGING_FACE, MLX_LM, choose_layout, problem_with
 from mlx_empire.errors import UserError
+from mlx_empire.model.stored import sanitize
 from mlx_empire.plan.describe import build_model, describe
 
 OWN = {"gpt_oss", "gpt2", "mamba2"}

@@ -16,10 +16,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from support.tiny_models import FAMILIES, tiny_config, tiny_model
 
-from mlx_empire.checkpoint.folder import model_digest, open_folder, settle
+from mlx_empire.checkpoint.folder import model_digest, open_folder
 from mlx_empire.checkpoint.layout import choose_layout
 from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource, stored_dtype
 from mlx_empire.errors import UserError
+from mlx_empire.model.stored import settle
 from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.model import ModelSpec
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.planning import MIB, llama_like, nodes_of, recipe_of
+from support.planning import MIB, catalog_spec, llama_like, nodes_of, recipe_of
 
 from mlx_empire.cluster.hostfile import GIB
 from mlx_empire.plan.advice import advise
@@ -14,7 +14,6 @@ from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import standard_clusters, wire_named
 from mlx_empire.plan.improve import largest_micro, longest_sequence
 from mlx_empire.plan.pace import pace_of
-from mlx_empire.plan.subject import catalog_subject
 from mlx_empire.plan.variants import typed, value, variant
 
 OVERRIDE = re.compile(r"[a-z]+\.[a-z_]+=\S+")
@@ -22,9 +21,9 @@ TINY = llama_like(layers=4, hidden=512, vocabulary=4096)
 CLUSTER = standard_clusters()["1K+3S"]
 
 
-def verdict_with(overrides, given_, nodes, subject):
+def verdict_with(overrides, given_, nodes, spec):
     """The verdict of a recipe that the trainer's own loader accepts."""
-    return assess(recipe_of(*given_, *overrides), subject, nodes).verdict
+    return assess(recipe_of(*given_, *overrides), spec, nodes).verdict
 
 
 @given(
@@ -105,7 +104,7 @@ def test_the_faster_setting_is_faster():
 
 def scout(*overrides, nodes=CLUSTER):
     recipe = recipe_of("batch.global_size=4", *overrides)
-    return assess(recipe, catalog_subject("llama-4-scout-109b", recipe), nodes)
+    return assess(recipe, catalog_spec("llama-4-scout-109b", recipe), nodes)
 
 
 def test_scout_at_stage_2_needs_stage_3_and_nothing_else():
@@ -142,7 +141,7 @@ def test_few_tokens_over_10_gbe_are_told_to_do_more_per_gather():
 
 def test_mixtral_8x22b_wants_the_diet_master_then_raised_limits_before_machines_and_machines_before_clouds():
     recipe = recipe_of("batch.global_size=4")
-    found = advise(assess(recipe, catalog_subject("mixtral-8x22b", recipe), CLUSTER))
+    found = advise(assess(recipe, catalog_spec("mixtral-8x22b", recipe), CLUSTER))
     assert (found[0].change, found[0].verdict) == ("optimizer.master_weights=diet", "fits")
     assert found[1].change.startswith(
         "sudo sysctl iogpu.wired_limit_mb=507904 on king-1 (in the hostfile limit=496GiB)"
@@ -153,7 +152,7 @@ def test_mixtral_8x22b_wants_the_diet_master_then_raised_limits_before_machines_
 
 def test_what_no_setting_makes_fit_is_offered_a_cloud_last():
     recipe = recipe_of("batch.global_size=4", "optimizer.master_weights=diet")
-    found = advise(assess(recipe, catalog_subject("deepseek-v2-236b", recipe), CLUSTER))
+    found = advise(assess(recipe, catalog_spec("deepseek-v2-236b", recipe), CLUSTER))
     assert re.fullmatch(r"a cloud burst on \d+ x H100", found[-1].change)
     assert "hours" in found[-1].effect
     assert "dollars" in found[-1].effect
@@ -161,7 +160,7 @@ def test_what_no_setting_makes_fit_is_offered_a_cloud_last():
 
 def test_deepseek_v3_is_left_to_rented_machines():
     recipe = recipe_of("batch.global_size=4")
-    found = advise(assess(recipe, catalog_subject("deepseek-v3-671b", recipe), CLUSTER))
+    found = advise(assess(recipe, catalog_spec("deepseek-v3-671b", recipe), CLUSTER))
     assert [a.change.rpartition(" on ")[0] for a in found] == ["a cloud burst"]
 
 

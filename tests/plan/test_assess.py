@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from support.planning import catalog_spec
 
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, Assessment, assess
 from mlx_empire.plan.limits import chunk_count
-from mlx_empire.plan.subject import catalog_subject
 from mlx_empire.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -22,13 +22,13 @@ def assessed(name: str, *overrides: str, hosts: str = "empire") -> Assessment:
         Node(h.name, h.slots, h.role, h.memory_bytes or 0, h.limit_bytes or 0)
         for h in load_hostfile(ROOT / f"hosts/{hosts}.txt").nodes
     ]
-    return assess(recipe, catalog_subject(name, recipe), nodes)
+    return assess(recipe, catalog_spec(name, recipe), nodes)
 
 
 def on_one_soldier(name: str, *overrides: str) -> Assessment:
     one = [*SHORT, "batch.global_size=1", *overrides]
     recipe = load_recipe(ROOT / "recipes/scout.yaml", one)
-    return assess(recipe, catalog_subject(name, recipe), [SOLDIER])
+    return assess(recipe, catalog_spec(name, recipe), [SOLDIER])
 
 
 def gigabytes(assessment: Assessment) -> list[float]:

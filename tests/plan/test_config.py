@@ -15,10 +15,11 @@ from support.tiny_models import tiny_config
 from transformers import CONFIG_MAPPING
 
 from mlx_empire.checkpoint.export import FolderWriter
-from mlx_empire.checkpoint.folder import open_folder, refuse_dropped_head
+from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.sidefiles import stored_config
 from mlx_empire.checkpoint.source import FolderSource
 from mlx_empire.errors import UserError
+from mlx_empire.model.stored import refuse_dropped_head
 from mlx_empire.plan.config import TIE, complete, read_config
 from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.family_defaults import ROPE, TIED, UNTIED

@@ -3,13 +3,15 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.planning import nodes_of, recipe_of
+from support.planning import catalog_spec, nodes_of, recipe_of
 
+from mlx_empire.model.target import catalog_target
 from mlx_empire.plan.daughters import (
     LORA,
     QLORA4,
     QLORA8,
     USABLE,
+    WAYS,
     Model,
     cache_bytes_per_token,
     daughter_runs,
@@ -17,29 +19,31 @@ from mlx_empire.plan.daughters import (
     place,
     run_dollars,
     serving,
+    tuned_in,
 )
 from mlx_empire.plan.hardware import standard_clusters
-from mlx_empire.plan.subject import catalog_subject
 
 GB = 10**9
 CLUSTER = standard_clusters()["1K+3S"]
 KING, SOLDIER = CLUSTER[0], CLUSTER[1]
 
 
-def planned(model, *overrides):
-    return recipe_of(f"model.path={model}", "batch.global_size=4", *overrides)
+def planned(model):
+    """(a recipe, its model as each way tunes it)."""
+    recipe = recipe_of(f"model.path={model}", "batch.global_size=4")
+    return recipe, {way: catalog_spec(model, tuned_in(recipe, way)) for way in WAYS}
 
 
 @pytest.fixture(scope="module")
 def scout():
-    return {(r.way, r.node.role): r for r in daughter_runs(planned("llama-4-scout-109b"), CLUSTER)}
+    return {(r.way, r.node.role): r for r in daughter_runs(*planned("llama-4-scout-109b"), CLUSTER)}
 
 
 def test_scout_s_daughter_wants_an_8_bit_base_on_a_soldier(scout):
     assert scout[LORA, "soldier"].assessment.verdict in ("tight", "no")
     assert scout[QLORA8, "soldier"].assessment.verdict == "fits"
     assert scout[LORA, "king"].assessment.verdict == "fits"
-    assert all(r.assessment.subject.not_trainable is None for r in scout.values())
+    assert catalog_target("llama-4-scout-109b", recipe_of("tuning.type=lora")).not_trainable is None
 
 
 def test_a_base_takes_its_bits_and_two_numbers_per_64_weights(scout):
@@ -70,12 +74,12 @@ def test_one_machine_trains_alone_and_costs_power_and_wear(scout):
     ],
 )
 def test_a_conversation_s_cache(model, per_token):
-    assert cache_bytes_per_token(catalog_subject(model, recipe_of()).spec) == per_token
+    assert cache_bytes_per_token(catalog_spec(model, recipe_of())) == per_token
 
 
 def test_how_many_a_machine_serves():
     """Counted one by one: whole copies, and adapters over one base, in 95 % of the limit."""
-    found = {(s.way, s.node.role): s for s in serving(planned("llama-3.1-8b"), CLUSTER, 4096)}
+    found = {(s.way, s.node.role): s for s in serving(*planned("llama-3.1-8b"), CLUSTER, 4096)}
     assert set(found) == {(w, r) for w in (LORA, QLORA8, QLORA4) for r in ("king", "soldier")}
     for one in found.values():
         room = USABLE * one.node.limit_bytes
@@ -89,7 +93,7 @@ def test_how_many_a_machine_serves():
     assert plain.weight_bytes == pytest.approx(16.06e9, rel=0.001)
     assert plain.load_seconds == pytest.approx((16.06 / 6, 16.06 / 3), rel=0.001)
     assert plain.copies < found[QLORA8, "king"].copies < found[QLORA4, "king"].copies
-    nothing = {s.way: s for s in serving(planned("deepseek-v3-671b"), [SOLDIER])}
+    nothing = {s.way: s for s in serving(*planned("deepseek-v3-671b"), [SOLDIER])}
     assert (nothing[LORA].copies, nothing[LORA].daughters) == (0, 0)
 
 

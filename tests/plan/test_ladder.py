@@ -1,21 +1,28 @@
 """The ladder's rungs: each sets what it names, needs no more than the one below, and unlocks no less."""
 
 import pytest
-from support.planning import MIB, llama_like, nodes_of, recipe_of
+from support.planning import MIB, catalog_spec, llama_like, nodes_of, recipe_of
 
+from mlx_empire.model.target import catalog_target
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import standard_clusters
-from mlx_empire.plan.ladder import RUNGS, in_dtype, ladder
-from mlx_empire.plan.subject import catalog_subject
+from mlx_empire.plan.ladder import RUNGS, UNLOCKED, in_dtype, ladder
+from mlx_empire.plan.variants import variant
 
 RECIPE = recipe_of("batch.global_size=4")
 NAMES = ["llama-3.2-1b", "llama-3.1-8b", "mixtral-8x7b", "llama-4-scout-109b", "qwen2.5-32b", "falcon-40b"]
 
 
+def unlocked(names):
+    """The catalog models of `names` that can be trained here, as a ladder wants them."""
+    targets = [catalog_target(name, variant(RECIPE, UNLOCKED)) for name in names]
+    return [target.spec for target in targets if target.not_trainable is None]
+
+
 @pytest.fixture(scope="module")
 def scout():
-    subject = catalog_subject("llama-4-scout-109b", RECIPE)
-    return ladder(RECIPE, subject, standard_clusters()["1K+3S"], NAMES)
+    spec = catalog_spec("llama-4-scout-109b", RECIPE)
+    return ladder(RECIPE, spec, standard_clusters()["1K+3S"], unlocked(NAMES))
 
 
 def test_scout_stands_at_the_top_and_nowhere_below(scout):
@@ -42,16 +49,16 @@ def test_shares_by_memory_bring_soldiers_down_and_the_king_up(scout):
 
 
 def test_what_a_rung_unlocks_fits_and_the_next_larger_does_not(scout):
-    sizes = {name: catalog_subject(name, RECIPE).base_parameters for name in NAMES}
+    sizes = {name: catalog_spec(name, RECIPE).base_parameters for name in NAMES}
     for kind, names in (("dense", ["llama-3.2-1b", "llama-3.1-8b", "qwen2.5-32b"]), ("moe", NAMES[2:4])):
-        unlocked = [getattr(r, kind) for r in scout]
-        counts = [u[1] if u else 0 for u in unlocked]
+        found = [getattr(r, kind) for r in scout]
+        counts = [u[1] if u else 0 for u in found]
         assert counts == sorted(counts), "a rung unlocks no less than the one below"
-        assert all(u is None or (u[0] in names and sizes[u[0]] == u[1]) for u in unlocked)
+        assert all(u is None or (u[0] in names and sizes[u[0]] == u[1]) for u in found)
     for rung in scout[:-1]:
         for name in ("llama-3.1-8b", "qwen2.5-32b"):
-            subject = in_dtype(catalog_subject(name, RECIPE), str(rung.assessment.recipe.model.dtype))
-            found = assess(rung.assessment.recipe, subject, standard_clusters()["1K+3S"])
+            spec = in_dtype(catalog_spec(name, RECIPE), str(rung.assessment.recipe.model.dtype))
+            found = assess(rung.assessment.recipe, spec, standard_clusters()["1K+3S"])
             assert (found.verdict != "no") == (rung.dense is not None and rung.dense[1] >= sizes[name])
 
 
@@ -60,7 +67,7 @@ def test_falcon_is_unlocked_by_no_rung(scout):
 
 
 def test_a_ladder_on_one_small_machine():
-    rungs = ladder(RECIPE, llama_like(), nodes_of([64 * MIB]), ["llama-3.2-1b"])
+    rungs = ladder(RECIPE, llama_like(), nodes_of([64 * MIB]), unlocked(["llama-3.2-1b"]))
     assert {(r.dense, r.moe) for r in rungs} == {(None, None)}
     peaks = [r.peak_gb[0] for r in rungs]
     assert peaks[0] == max(peaks)
@@ -68,9 +75,9 @@ def test_a_ladder_on_one_small_machine():
 
 
 def test_another_dtype_changes_only_tensors_of_the_model_s_own():
-    subject = catalog_subject("deepseek-v3-671b", recipe_of())
-    wide = in_dtype(subject, "float32")
-    assert wide.spec.dtype == "float32"
-    assert {t.dtype for u in wide.spec.units for t in u.tensors} == {"float32"}
-    assert wide.spec.parameters == subject.spec.parameters
-    assert in_dtype(subject, "bfloat16") is subject
+    spec = catalog_spec("deepseek-v3-671b", recipe_of())
+    wide = in_dtype(spec, "float32")
+    assert wide.dtype == "float32"
+    assert {t.dtype for u in wide.units for t in u.tensors} == {"float32"}
+    assert wide.parameters == spec.parameters
+    assert in_dtype(spec, "bfloat16") is spec

@@ -1,9 +1,10 @@
 """The matrix against independently written arithmetic, and somebody's file against the matrix."""
 
 import pytest
-from support.planning import recipe_of
+from support.planning import catalog_spec, recipe_of
 
 from mlx_empire.errors import UserError
+from mlx_empire.model.target import catalog_target
 from mlx_empire.plan import catalog
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import standard_clusters
@@ -17,7 +18,6 @@ from mlx_empire.plan.matrix import (
     pooled_says,
     read_rows,
 )
-from mlx_empire.plan.subject import catalog_subject
 from mlx_empire.plan.variants import variant
 
 GB = 10**9
@@ -30,7 +30,8 @@ BY_HAND = {  # bytes per parameter: bfloat16 weight, remainder, gradient; two co
 
 @pytest.fixture(scope="module")
 def whole() -> Matrix:
-    return matrix(RECIPE)
+    targets = (catalog_target(name, RECIPE) for name in catalog.names())
+    return matrix(RECIPE, ((target.spec, target.not_trainable) for target in targets))
 
 
 def load_by_hand(name: str, kings: int) -> float:
@@ -88,8 +89,8 @@ def test_diet_masters_bring_mixtral_in_and_with_released_gradients_falcon_180b_t
     """7.1 and 5.1 bytes per parameter; with exact masters (6.1) Falcon stays out by 4 %."""
     nodes = standard_clusters()["1K+3S"]
     diet = recipe_of("batch.global_size=4", "optimizer.master_weights=diet")
-    assert assess(diet, catalog_subject("mixtral-8x22b", diet), nodes).verdict != "no"
-    falcon = catalog_subject("falcon-180b", diet)
+    assert assess(diet, catalog_spec("mixtral-8x22b", diet), nodes).verdict != "no"
+    falcon = catalog_spec("falcon-180b", diet)
     assert assess(diet, falcon, nodes).verdict == "no"
     assert assess(variant(diet, {"optimizer.in_backward": True}), falcon, nodes).verdict == "fits"
     exact = assess(variant(RECIPE, {"optimizer.in_backward": True}), falcon, nodes)

@@ -6,14 +6,13 @@ from datetime import datetime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.planning import llama_like, node_of, nodes_of, recipe_of
+from support.planning import catalog_spec, llama_like, node_of, nodes_of, recipe_of
 
 from mlx_empire.cluster.calibrate import Calibration
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import ADDING_RATE, CPU, M3_ULTRA, WIRES, standard_clusters, wire_named
 from mlx_empire.plan.pace import chips_of, cloud_of, ends, pace_of, paces, run_steps, spell
 from mlx_empire.plan.step_traffic import step_matrices, step_traffic
-from mlx_empire.plan.subject import catalog_subject
 from mlx_empire.plan.work import (
     attention_flops,
     attention_layers,
@@ -25,20 +24,20 @@ from mlx_empire.plan.work import (
 GIB = 2**30
 
 
-def assessed(*overrides, limits=(GIB, GIB), subject=None):
-    return assess(recipe_of(*overrides), subject or llama_like(), nodes_of(limits))
+def assessed(*overrides, limits=(GIB, GIB), spec=None):
+    return assess(recipe_of(*overrides), spec or llama_like(), nodes_of(limits))
 
 
 def test_operations_are_counted_product_by_product():
     """Every matrix of every layer, and the scores, pass by pass, for a model whose head is not recomputed."""
-    subject, width = llama_like(layers=3, hidden=128, vocabulary=512), 2048
+    spec, width = llama_like(layers=3, hidden=128, vocabulary=512), 2048
     layer = 4 * 128 * 128 + 3 * 128 * 512
     scores = 2 * (2 * 128 * width)  # 2 products of 2 operations per channel and position
     root = 2 * 512 * 128  # embedding (counted as if it were a product) and head
-    recomputed = assessed("memory.gradient_checkpointing=true", subject=subject)
-    kept = assessed("memory.gradient_checkpointing=false", subject=subject)
-    assert flops_per_token(subject.spec, recomputed.plan.work) == 4 * 3 * (2 * layer + scores) + 3 * 2 * root
-    assert flops_per_token(subject.spec, kept.plan.work) == 3 * 3 * (2 * layer + scores) + 3 * 2 * root
+    recomputed = assessed("memory.gradient_checkpointing=true", spec=spec)
+    kept = assessed("memory.gradient_checkpointing=false", spec=spec)
+    assert flops_per_token(spec, recomputed.plan.work) == 4 * 3 * (2 * layer + scores) + 3 * 2 * root
+    assert flops_per_token(spec, kept.plan.work) == 3 * 3 * (2 * layer + scores) + 3 * 2 * root
 
 
 @pytest.mark.parametrize(
@@ -46,11 +45,11 @@ def test_operations_are_counted_product_by_product():
 )  # the figures that everybody uses
 def test_scout_executes_eight_per_active_parameter_and_its_attention(checkpointing, per_parameter):
     recipe = recipe_of(f"memory.gradient_checkpointing={checkpointing}")
-    subject = catalog_subject("llama-4-scout-109b", recipe)
-    plan = assess(recipe, subject, standard_clusters()["4K"]).plan
+    spec = catalog_spec("llama-4-scout-109b", recipe)
+    plan = assess(recipe, spec, standard_clusters()["4K"]).plan
     passes = per_parameter / 2
     expected = per_parameter * 17.17e9 + passes * 48 * 4 * 40 * 128 * 2048
-    assert flops_per_token(subject.spec, plan.work) == pytest.approx(expected, rel=0.03)
+    assert flops_per_token(spec, plan.work) == pytest.approx(expected, rel=0.03)
 
 
 def test_adapters_spare_the_base_its_weight_gradients_and_quantising_spares_nothing():
@@ -58,9 +57,9 @@ def test_adapters_spare_the_base_its_weight_gradients_and_quantising_spares_noth
     counted = {}
     for kind in ("full", "lora", "qlora"):
         recipe = recipe_of(f"tuning.type={kind}")
-        subject = catalog_subject("gemma-2-9b", recipe)
-        work = assess(recipe, subject, [standard_clusters()["4K"][0]]).plan.work
-        counted[kind] = flops_per_token(subject.spec, work)
+        spec = catalog_spec("gemma-2-9b", recipe)
+        work = assess(recipe, spec, [standard_clusters()["4K"][0]]).plan.work
+        counted[kind] = flops_per_token(spec, work)
     assert counted["lora"] == pytest.approx(counted["full"] - 2 * 9.24e9, rel=0.01)
     assert counted["qlora"] == pytest.approx(counted["lora"], rel=0.01)
     assert 5e12 < 180 * counted["lora"] < 12e12
@@ -72,18 +71,18 @@ def test_what_is_not_computed_again_is_never_dearer_than_what_is():
     for checkpointing in ("true", "false"):
         words = ("tuning.type=lora", "tuning.layers=4", f"memory.gradient_checkpointing={checkpointing}")
         recipe = recipe_of(*words)
-        subject = catalog_subject("llama-3.2-1b", recipe)
-        work = assess(recipe, subject, [standard_clusters()["4K"][0]]).plan.work
-        counted.append(flops_per_token(subject.spec, work))
+        spec = catalog_spec("llama-3.2-1b", recipe)
+        work = assess(recipe, spec, [standard_clusters()["4K"][0]]).plan.work
+        counted.append(flops_per_token(spec, work))
     assert counted[1] < counted[0]
 
 
 def test_attention_with_latents_and_without_heads():
     recipe = recipe_of()
-    deepseek = catalog_subject("deepseek-v3-671b", recipe).spec
+    deepseek = catalog_spec("deepseek-v3-671b", recipe)
     assert attention_flops(deepseek, 100) == 2 * 128 * 100 * (192 + 128)
     assert attention_layers(deepseek) == 61
-    headless = replace(llama_like().spec, config={"hidden_size": 64})
+    headless = replace(llama_like(), config={"hidden_size": 64})
     assert attention_flops(headless, 100) == 0
 
 
@@ -111,11 +110,11 @@ def test_gathers_and_reductions_are_the_plan_s_traffic(weights, stage, cells_per
 
 def test_two_equal_nodes_by_hand():
     """Stage 3, two nodes, bfloat16: a gather sends half of a unit each way, a reduction the other half."""
-    subject = llama_like(layers=4)
+    spec = llama_like(layers=4)
     found = assessed(
-        "memory.zero_stage=3", "memory.shares=equal", "memory.gradient_dtype=bfloat16", subject=subject
+        "memory.zero_stage=3", "memory.shares=equal", "memory.gradient_dtype=bfloat16", spec=spec
     )
-    root, layer = (u.parameters for u in subject.spec.units[:2])
+    root, layer = (u.parameters for u in spec.units[:2])
     gathered = root + 3 * 2 * layer + layer  # layers twice, but the last one, with which the backward begins
     seconds = 2 * (gathered + root + 4 * layer) / 2 / 1.1e9
     reduced = (root + 4 * layer) * 2  # bytes; both nodes' contributions to half of it are added
@@ -124,11 +123,11 @@ def test_two_equal_nodes_by_hand():
         assert pace.parts["network"][1 - i] == pytest.approx(seconds, rel=1e-3)
         assert pace.parts["adding"][1 - i] == pytest.approx(reduced / ADDING_RATE[i], rel=1e-3)
     states = 1 + 1 + 2 + 5 / 64  # codes, remainder, five bytes per block
-    moved = subject.base_parameters / 2 * (2 * 2 + 2 + 2 * states)
+    moved = spec.base_parameters / 2 * (2 * 2 + 2 + 2 * states)
     assert sum(update_bytes(found, 0)) == pytest.approx(moved, rel=1e-6)
     assert pace.parts["optimizer"][0] == pytest.approx(moved / CPU.memory_rate[1], rel=1e-6)
     tokens = 4 * 2048  # of each node: half of the 8 rows
-    compute = tokens * flops_per_token(subject.spec, found.plan.work) / (CPU.tflops[1] * 1e12)
+    compute = tokens * flops_per_token(spec, found.plan.work) / (CPU.tflops[1] * 1e12)
     assert pace.parts["compute"][0] == pytest.approx(compute)
     # The wire binds: all that computes is hidden but the update, and what is waited for before and after.
     assert pace.parts["network"][0] < pace.step_seconds[0] < pace.parts["network"][0] + compute
@@ -170,8 +169,8 @@ def test_times_are_ranges_that_hang_together(stage, weights, rows, key):
 def test_scout_over_slow_and_fast_wires():
     """Few tokens a step leave 10 GbE behind, many hide it; a mesh takes unequal shares direct."""
     recipe = recipe_of("batch.global_size=4")
-    subject = catalog_subject("llama-4-scout-109b", recipe)
-    found = paces(assess(recipe, subject, standard_clusters()["1K+3S"]))
+    spec = catalog_spec("llama-4-scout-109b", recipe)
+    found = paces(assess(recipe, spec, standard_clusters()["1K+3S"]))
     assert list(found) == [w.key for w in WIRES]
     assert found["10gbe"].bound == "network"
     assert found["mesh"].parts["network"][1] < found["cable"].parts["network"][0] / 2
@@ -179,7 +178,7 @@ def test_scout_over_slow_and_fast_wires():
     # hub of the reductions, and adds them: a model of the cluster at 1/24 scale took 625 to 685 s.
     assert 600 < found["10gbe"].step_seconds[0] < 690
     many = recipe_of("batch.global_size=64", "data.sequence_length=4096")
-    assert pace_of(assess(many, subject, standard_clusters()["1K+3S"]), WIRES[0]).bound == "compute"
+    assert pace_of(assess(many, spec, standard_clusters()["1K+3S"]), WIRES[0]).bound == "compute"
 
 
 def test_a_calibration_narrows_the_range():
@@ -209,9 +208,9 @@ def test_the_end_of_a_run_and_of_all_calendars():
 
 def test_rented_machines_hold_what_is_trained():
     recipe = recipe_of()
-    subject = catalog_subject("llama-4-scout-109b", recipe)
-    found = assess(recipe, subject, standard_clusters()["1K+3S"])
-    bytes_each = sum(trained_bytes(found).values()) / subject.base_parameters
+    spec = catalog_spec("llama-4-scout-109b", recipe)
+    found = assess(recipe, spec, standard_clusters()["1K+3S"])
+    bytes_each = sum(trained_bytes(found).values()) / spec.base_parameters
     assert bytes_each == pytest.approx(
         8.08 if found.plan.work.gradient_dtype == "bfloat16" else 10.08, abs=0.02
     )

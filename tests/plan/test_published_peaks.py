@@ -3,13 +3,12 @@
 Nothing is fitted to them: each test states how far off it may be, and prints how far off it is and why.
 """
 
+from support.planning import catalog_spec
+
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.model.target import make_target
 from mlx_empire.plan.activations import FITS
 from mlx_empire.plan.assess import Assessment, assess
-from mlx_empire.plan.counts import active_parameters
-from mlx_empire.plan.describe import build_model, describe
-from mlx_empire.plan.subject import Subject, catalog_subject
-from mlx_empire.plan.tuning import tuned
 from mlx_empire.recipe.load import parse_recipe
 
 GIB = 2**30
@@ -40,7 +39,7 @@ QWEN3_8B = {
 
 def llama(*overrides: str) -> Assessment:
     recipe = parse_recipe(TEXT, "x.yaml", overrides)
-    return assess(recipe, catalog_subject("llama-3.1-8b", recipe), ONE_MAC)
+    return assess(recipe, catalog_spec("llama-3.1-8b", recipe), ONE_MAC)
 
 
 def close(what: str, ours: float, published: float, tolerance: float, why: str) -> None:
@@ -72,9 +71,8 @@ def test_flashoptim_saves_what_the_bytes_per_parameter_say():
 
 def test_mlx_qlora_of_qwen3_8b():
     recipe = parse_recipe(TEXT, "x.yaml", ["tuning.type=qlora", "tuning.bits=4"])
-    spec = describe(build_model(QWEN3_8B, "qwen3-8b"), QWEN3_8B, "qwen3-8b", "bfloat16")
-    subject = Subject(tuned(spec, recipe.tuning), spec.parameters, active_parameters(spec), None)
-    weights = assess(recipe, subject, ONE_MAC).nodes[0].ledger.resident["weights"] / GIB
+    spec = make_target(QWEN3_8B, recipe.tuning, "qwen3-8b", "bfloat16").spec
+    weights = assess(recipe, spec, ONE_MAC).nodes[0].ledger.resident["weights"] / GIB
     close("4-bit base of Qwen3-8B", weights, 4.29, 0.01, "codes, scales and biases are counted")
     # The peaks themselves are not ours to predict: mlx-lm keeps whole logits. What grows with the square of the
     # length, seen between 4,096 and 8,192 tokens, is attention's. (Below that 2.12, 3.75 and 7.48 GiB hardly more than

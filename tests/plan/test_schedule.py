@@ -160,9 +160,9 @@ def test_many_micro_batches_and_rounds_are_folded():
 # ---- readers
 
 
-SUBJECT = llama_like(layers=3)
+SPEC = llama_like(layers=3)
 WORK = Workload(1, 64, CellLayout(4, 2, 2), 0, "float32", "auto", 4096)
-PLAN = make_plan(SUBJECT.spec.units, [2, 1], 3)
+PLAN = make_plan(SPEC.units, [2, 1], 3)
 SHAPE = StepShape(3, PLAN.trained, (2,))
 
 
@@ -170,7 +170,7 @@ def readers() -> list[Reader]:
     """One of each kind."""
     return [
         StreamedStep(None, None, None, SHAPE),  # type: ignore[arg-type]
-        StepBytes(SUBJECT.spec, PLAN, WORK, 0, {}),
+        StepBytes(SPEC, PLAN, WORK, 0, {}),
         StepTraffic(PLAN, WORK),
     ]
 
@@ -235,7 +235,7 @@ def test_a_schedule_of_stages_fits_ledger_and_traffic():
         traffic.play(looped_stages(rank, 2, 3, 4))
         sent.append(traffic.reduced.tolist()[rank])
     assert sent == [[0, 4 * 32768], [4 * 32768, 0]]
-    ledger = StageBytes(SUBJECT.spec, PLAN, WORK, 1, {})
+    ledger = StageBytes(SPEC, PLAN, WORK, 1, {})
     ledger.play(looped_stages(1, 2, 3, 4))
     # The layer's inputs of all 4 micro-batches are kept for a backward; one more is on its way out.
     assert ledger.phases["forward"]["layer inputs"] == (3 + 1 + 1) * 32768

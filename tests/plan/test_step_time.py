@@ -8,18 +8,17 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.planning import llama_like, recipe_of
+from support.planning import catalog_spec, llama_like, recipe_of
 
 from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.schedule import Action, training_step
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, WAIT, Link, RankLanes, step_timeline
 from mlx_empire.plan.step_traffic import step_matrices
-from mlx_empire.plan.subject import catalog_subject
 from mlx_empire.plan.workload import Workload
 
-SUBJECT = llama_like(layers=3, dtype="float32")
-ROOT, LAYER = (4 * unit.parameters for unit in SUBJECT.spec.units[:2])  # bytes
+SPEC = llama_like(layers=3, dtype="float32")
+ROOT, LAYER = (4 * unit.parameters for unit in SPEC.units[:2])  # bytes
 RATE = float(LAYER)  # a layer passes a card in one second
 
 
@@ -43,7 +42,7 @@ def work_of(ranks: int, micro_batches: int = 2, cells: int | str = "auto", tail:
 
 
 def timed(shares, stage, costs, rate=RATE, per="card", **more):
-    plan = make_plan(SUBJECT.spec.units, shares, stage)
+    plan = make_plan(SPEC.units, shares, stage)
     link, work = Link(rate, per), work_of(len(shares), **more)
     return step_timeline(plan, work, [costs] * len(shares), link, "direct")
 
@@ -83,7 +82,7 @@ def test_forward_cannot_hide_what_belongs_to_the_backward():
 
 def test_the_hub_of_a_reduction_holds_up_everybody():
     """Shares 2:1:1: the first rank receives half of a layer from each of two ranks, a whole layer past its card."""
-    plan = make_plan(SUBJECT.spec.units, [2, 1, 1], 2)
+    plan = make_plan(SPEC.units, [2, 1, 1], 2)
     timeline = step_timeline(plan, work_of(3, micro_batches=3), [Fixed({})] * 3, Link(RATE))
     reductions = [e for e in timeline.events if e.lane == EXCHANGE and e.what == "reduce" and e.unit == 3]
     assert len(reductions) == 3
@@ -104,7 +103,7 @@ def test_segments_take_their_own_ways(ranks):
     """A frozen base goes directly where it can be cut equally, small adapters beside it go round the ring: no step
     is shorter than the busiest card needs."""
     recipe = recipe_of("tuning.type=lora", f"batch.global_size={ranks}")
-    spec = catalog_subject("llama-3.2-3b", recipe).spec
+    spec = catalog_spec("llama-3.2-3b", recipe)
     plan = make_plan(spec.units, [1] * ranks, 3)
     found = step_timeline(plan, work_of(ranks, micro_batches=ranks), [Fixed({})] * ranks, Link(1e9))
     assert found.seconds >= found.wire_seconds
@@ -114,7 +113,7 @@ def test_segments_take_their_own_ways(ranks):
 @settings(max_examples=30)
 def test_folded_micro_batches_take_as_long(ranks, stage, micro_batches, tail):
     """The clock folds them; written out one by one the step is the same."""
-    plan = make_plan(SUBJECT.spec.units, list(range(1, ranks + 1)), stage)
+    plan = make_plan(SPEC.units, list(range(1, ranks + 1)), stage)
     work = work_of(ranks, micro_batches=micro_batches * ranks, tail=tail)
     costs = Fixed({"forward": 0.1, "head": 0.3, "backward": 0.3, "embed": 0.1, "update": 0.05})
     link = Link(RATE)
@@ -151,7 +150,7 @@ def test_a_step_is_no_shorter_than_any_lane_and_no_longer_than_all_in_a_row(
     for r in ranks:  # the main thread works or waits, from the first to its last action
         own = sorted((e.start, e.end) for e in timeline.events if e.rank == r and e.lane != EXCHANGE)
         assert all(a[1] == pytest.approx(b[0]) for a, b in pairwise(own))
-    plan, work = make_plan(SUBJECT.spec.units, shares, stage), work_of(len(shares), **more)
+    plan, work = make_plan(SPEC.units, shares, stage), work_of(len(shares), **more)
     bytes_sent = sum(map(sum, (row for matrix in step_matrices(plan, work) for row in matrix)))
     assert (bytes_sent == 0) == (timeline.busy(0, EXCHANGE) == 0)
     faster = timed(shares, stage, costs, rate=2 * RATE * speed, **more)
@@ -190,7 +189,7 @@ def test_an_action_that_the_clock_does_not_know_fails_loudly():
 
 
 def test_shares_do_not_change_the_computation():
-    plan = make_plan(SUBJECT.spec.units, [3, 1], 3)
+    plan = make_plan(SPEC.units, [3, 1], 3)
     costs = Fixed({"forward": 0.5, "backward": 1.5})
     equal = replace(plan, shares=(0.5, 0.5))
     for one in (plan, equal):

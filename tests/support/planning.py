@@ -1,10 +1,10 @@
-"""A recipe, a small made-up model and nodes for tests of plans: nothing is built, everything is numbers."""
+"""A recipe, a small made-up model, those of the catalog, and nodes for tests of plans: everything is numbers."""
 
 from collections.abc import Sequence
 
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.model.target import catalog_target
 from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec
-from mlx_empire.plan.subject import Subject
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
 
@@ -32,9 +32,14 @@ def nodes_of(limits: Sequence[int]) -> list[Node]:
     return [node_of(f"node-{i}", limit) for i, limit in enumerate(limits)]
 
 
+def catalog_spec(name: str, recipe: Recipe) -> ModelSpec:
+    """The catalog model `name` as `recipe` tunes it."""
+    return catalog_target(name, recipe).spec
+
+
 def llama_like(
     layers: int = 4, hidden: int = 256, vocabulary: int = 1024, dtype: str = "bfloat16"
-) -> Subject:
+) -> ModelSpec:
     """A dense model with an untied head: 4 h^2 of attention and 3 x h x 4h of feed-forward per layer."""
     config = {
         "model_type": "llama",
@@ -60,5 +65,4 @@ def llama_like(
         shapes = [*square, *wide, ("mlp.down_proj", (hidden, 4 * hidden))]
         tensors = tuple(TensorSpec(f"model.layers.{i}.{n}.weight", s, dtype) for n, s in shapes)
         units.append(UnitSpec(f"model.layers.{i}", tensors))
-    spec = ModelSpec("tiny", "llama", dtype, tuple(units), config)
-    return Subject(spec, spec.parameters, spec.parameters, None)
+    return ModelSpec("tiny", "llama", dtype, tuple(units), config)

@@ -17,11 +17,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_empire.assemble import Built, tuned_model
 from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.trainer import Trainer
+from mlx_empire.model.target import Target, make_target
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.describe import build_model
@@ -73,10 +73,10 @@ class HeldWeights:
             yield tensor, self._values[tensor.name].astype(getattr(mx, tensor.dtype))
 
 
-def built_of(case: TunedCase) -> Built:
+def built_of(case: TunedCase) -> Target:
     """The tuned model of a case."""
     tuning = TuningSection.model_validate(case.tuning)
-    return tuned_model(config_of(case), tuning, case.family, case.dtype)
+    return make_target(config_of(case), tuning, case.family, case.dtype)
 
 
 def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Trainer:

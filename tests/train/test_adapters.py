@@ -18,10 +18,10 @@ from train.launching import MODEL, Workspace, curve, held_out, jsonl, raw_tensor
 from train.test_result import TRAIN, VALID, mean_loss
 
 from mlx_empire import export
-from mlx_empire.assemble import tuned_model
 from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.source import FolderSource
 from mlx_empire.checkpoint.tuned_source import TunedSource
+from mlx_empire.model.target import make_target
 from mlx_empire.plan.config import read_config
 from mlx_empire.recipe.sections import TuningSection
 
@@ -180,7 +180,7 @@ def model_of(folder: Path, kind: str, run: Path) -> nn.Module:
         "stored": {"type": "lora"},
     }[kind]
     tuning, stored = TuningSection.model_validate(written), open_folder(folder).stored()
-    built = tuned_model(read_config(folder), tuning, str(folder), "float32", stored)
+    built = make_target(read_config(folder), tuning, str(folder), "float32", stored)
     source = TunedSource(FolderSource(folder, built.rebuild, built.base), built.spec, 0, built.packing)
     for index in range(len(built.spec.units)):
         built.model.load_weights([(t.name, array) for t, array in source.unit(index)], strict=False)

@@ -1,4 +1,4 @@
-"""Where a subject's description comes from, and what is said of a model that cannot be trained here."""
+"""Where the description of what is trained comes from, and what is said of a model that cannot be trained here."""
 
 import json
 
@@ -8,8 +8,8 @@ from mlx.utils import tree_flatten
 from support.tiny_models import tiny_config
 
 from mlx_empire.errors import UserError
+from mlx_empire.model.target import catalog_target, planned_target
 from mlx_empire.plan.describe import build_model
-from mlx_empire.plan.subject import catalog_subject, subject_of
 from mlx_empire.recipe.load import parse_recipe
 
 TEXT = """
@@ -27,38 +27,38 @@ def recipe(path="llama-3.2-1b", *overrides):
 
 def test_a_folder_wins_over_the_catalog(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama")))
-    found = subject_of(recipe(tmp_path, "model.architecture=llama-3.1-8b"))
+    found = planned_target(recipe(tmp_path, "model.architecture=llama-3.1-8b"))
     assert found.base_parameters == found.active_parameters < 10**6
     assert found.not_trainable is None
 
 
 def test_a_catalog_name_stands_in_for_a_folder_that_is_not_there():
-    assert subject_of(recipe()).base_parameters == 1_235_814_400
-    elsewhere = subject_of(recipe("models/x", "model.architecture=llama-4-scout-109b"))
+    assert planned_target(recipe()).base_parameters == 1_235_814_400
+    elsewhere = planned_target(recipe("models/x", "model.architecture=llama-4-scout-109b"))
     assert elsewhere.base_parameters == 107_769_861_120
     assert elsewhere.active_parameters == 17_172_894_720
 
 
 def test_a_catalog_name_in_the_path_wins_over_the_stand_in():
     asked = recipe("llama-3.2-1b", "model.architecture=llama-4-scout-109b")
-    assert subject_of(asked).base_parameters == 1_235_814_400
+    assert planned_target(asked).base_parameters == 1_235_814_400
 
 
 def test_adapters_do_not_change_the_models_own_count():
-    found = catalog_subject("llama-3.1-8b", recipe("x", "tuning.type=lora", "tuning.rank=8"))
+    found = catalog_target("llama-3.1-8b", recipe("x", "tuning.type=lora", "tuning.rank=8"))
     assert found.base_parameters == 8_030_261_248
     assert found.spec.parameters > found.base_parameters
     assert found.not_trainable is None
-    ternary = catalog_subject("llama-3.1-8b", recipe("x", "tuning.type=qlora", "tuning.bits=ternary"))
+    ternary = catalog_target("llama-3.1-8b", recipe("x", "tuning.type=qlora", "tuning.bits=ternary"))
     assert ternary.not_trainable is None
     assert ternary.spec.parameters - ternary.spec.trainable_parameters == 8_030_261_248
-    diet = catalog_subject("llama-3.1-8b", recipe("x", "optimizer.master_weights=diet"))
+    diet = catalog_target("llama-3.1-8b", recipe("x", "optimizer.master_weights=diet"))
     assert diet.not_trainable is None
 
 
 @pytest.mark.parametrize("name", ["falcon-180b", "olmo-7b-instruct"])
 def test_what_mlx_lm_lacks_is_counted_and_marked(name, capsys):
-    assert "mlx-lm has no" in str(catalog_subject(name, recipe()).not_trainable)
+    assert "mlx-lm has no" in str(catalog_target(name, recipe()).not_trainable)
     assert capsys.readouterr().out == ""  # mlx-lm's own module prints when it is imported
 
 
@@ -69,8 +69,8 @@ def test_a_quantised_folder_serves_adapters_and_no_full_fine_tuning(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="quantised"):
-        subject_of(recipe(tmp_path))
-    found = subject_of(recipe(tmp_path, "tuning.type=lora"))
+        planned_target(recipe(tmp_path))
+    found = planned_target(recipe(tmp_path, "tuning.type=lora"))
     assert any(t.dtype == "uint32" for u in found.spec.units for t in u.tensors)
 
 
@@ -80,7 +80,7 @@ def test_a_quantised_folder_serves_adapters_and_no_full_fine_tuning(tmp_path):
 )
 def test_an_unknown_model_is_refused_in_one_line(path, message):
     with pytest.raises(UserError, match=message) as error:
-        subject_of(recipe(path))
+        planned_target(recipe(path))
     assert "\n" not in str(error.value)
 
 
@@ -96,7 +96,7 @@ def test_a_folder_stored_in_several_formats_is_counted_as_mlx_lm_packs_it(tmp_pa
     model = build_model(config, "llama")
     nn.quantize(model, 64, 4, class_predicate=lambda path, module: _settings(packed, path, module))
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization": packed}))
-    found = subject_of(recipe(tmp_path, "tuning.type=lora", "model.dtype=float32"))
+    found = planned_target(recipe(tmp_path, "tuning.type=lora", "model.dtype=float32"))
     frozen = [t for u in found.spec.units for t in u.tensors if not t.trainable]
     ours = {t.name.replace(".linear.", "."): (t.shape, t.dtype) for t in frozen}
     theirs = {name: (a.shape, str(a.dtype).split(".")[-1]) for name, a in tree_flatten(model.parameters())}

@@ -1,0 +1,172 @@
+"""The model to be trained, described before a byte of its weights is read: the one answer of all commands.
+
+Decides where a model's configuration comes from where its folder may be absent (the folder, else the catalog), what
+tuning does to mlx-lm's lazy module (the base frozen and perhaps packed, adapters put in), and the one sentence that
+says why the trainer here cannot train it. Arrays are never evaluated, so a description takes a second and no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_empire.adapters.layers import AdapterSettings, adapt
+from mlx_empire.adapters.quantised import (
+    quantise,
+    quantise_as_stored,
+    refuse_other_packing,
+    stored_quantisation,
+    unpacked,
+)
+from mlx_empire.errors import UserError
+from mlx_empire.model.closed_form import module_of
+from mlx_empire.model.stored import Stored, refuse_dropped_head, settle
+from mlx_empire.plan import catalog
+from mlx_empire.plan.config import read_config
+from mlx_empire.plan.counts import active_parameters, counted, has_closed_form
+from mlx_empire.plan.describe import build_model, compute_dtype, describe
+from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.packing import Choice, as_stored, packing_of, uniformly
+from mlx_empire.recipe.schema import Recipe
+from mlx_empire.recipe.sections import TuningSection
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model and the way it is tuned; `model` is mlx-lm's module, lazily, with its adapters.
+
+    `spec`: what is trained; `base`: what is read from the model's folder (the same for full tuning). `rebuild` makes
+    mlx-lm's own module anew, lazily and without adapters. `adapters`: None for full tuning. `packing`: how matrices of
+    the base are packed while they are loaded, if they are. `not_trainable`: one sentence why the trainer here cannot
+    do it, or None; only targets that are planned have one, the others are refused.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    base: ModelSpec
+    rebuild: Callable[[], nn.Module]
+    adapters: AdapterSettings | None = None
+    packing: Choice | None = None
+    not_trainable: str | None = None
+
+    @property
+    def base_parameters(self) -> int:
+        """Parameters of the model itself, without adapters, however they are stored."""
+        return self.spec.base_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of them that one token passes through (mixtures of experts)."""
+        return active_parameters(self.spec)
+
+
+def make_target(
+    config: Mapping[str, Any], tuning: TuningSection, name: str, dtype: str, stored: Stored | None = None
+) -> Target:
+    """The model of `config` with the adapters that `tuning` asks for; `stored` describes its folder, if it has one.
+
+    UserError for what cannot be trained here.
+    """
+    refuse_other_packing(config, tuning, name)
+    return _tuned(config, tuning, name, dtype, stored)
+
+
+def planned_target(recipe: Recipe) -> Target:
+    """What a plan is made for: `model.path` is a folder or a catalog name; else `model.architecture`. UserError.
+
+    No weights are needed, and none are looked at.
+    """
+    path, architecture = recipe.model.path, recipe.model.architecture
+    if path.exists():
+        return _planned(read_config(path), str(path), recipe)
+    if str(path) in catalog.names():
+        return catalog_target(str(path), recipe)
+    if architecture is not None:
+        return catalog_target(architecture, recipe)
+    raise UserError(
+        f"model.path: {path}: neither a folder nor a catalog name; name its kind in model.architecture, "
+        f"such as {catalog.nearest(path.name)}"
+    )
+
+
+def catalog_target(name: str, recipe: Recipe) -> Target:
+    """The target that `recipe` would have with the catalog model `name` in the place of its own. UserError."""
+    config, _ = catalog.load(name)
+    return _planned(config, name, recipe)
+
+
+def with_adapter(plain: Target, settings: AdapterSettings) -> ModelSpec:
+    """The plain model with the adapters that `settings` describe, wherever they come from."""
+    model = plain.rebuild()
+    model.freeze()
+    try:
+        linear_to_lora_layers(model, settings.layers, settings.parameters(), use_dora=settings.dora)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{plain.spec.name}: mlx-lm cannot put such an adapter into it: {error}") from None
+    return describe(model, plain.spec.config, plain.spec.name, plain.spec.dtype)
+
+
+def refuse_impossible(spec: ModelSpec) -> None:
+    """UserError for stacked experts in bfloat16 on a CPU, which MLX cannot multiply there."""
+    plain = (t for u in spec.units for t in u.tensors if t.name.endswith(".weight"))
+    stacked = any(len(t.shape) == 3 and t.dtype == "bfloat16" for t in plain)
+    if stacked and mx.default_device().type == mx.DeviceType.cpu:
+        raise UserError(
+            f"model.dtype: bfloat16: MLX on a CPU multiplies the experts of {spec.family} in float32 only; "
+            "set model.dtype: float32, or train on a GPU"
+        )
+
+
+def _planned(config: Mapping[str, Any], name: str, recipe: Recipe) -> Target:
+    """A target that may be counted though it cannot be trained."""
+    tuning, dtype = recipe.tuning, compute_dtype(config, recipe.model.dtype)
+    if has_closed_form(config):
+        why = f"mlx-lm has no {config['model_type']}, so this model can be counted but not trained here"
+        counting = partial(module_of, counted(config, name, dtype))
+        return replace(_tuned(config, tuning, name, dtype, None, counting), not_trainable=why)
+    refused = None
+    try:
+        refuse_other_packing(config, tuning, name)
+    except UserError as error:
+        refused = str(error)
+    return replace(_tuned(config, tuning, name, dtype), not_trainable=refused)
+
+
+def _tuned(
+    config: Mapping[str, Any],
+    tuning: TuningSection,
+    name: str,
+    dtype: str,
+    stored: Stored | None = None,
+    build: Callable[[], nn.Module] | None = None,
+) -> Target:
+    packed = stored_quantisation(config, tuning, name)
+    plain = config if tuning.type == "full" else unpacked(config)
+    rebuild = build or partial(build_model, plain, name)
+    model = rebuild()
+    names = settle(model, stored, name) if stored is not None else frozenset()
+    if packed is not None and stored is not None:
+        quantise_as_stored(model, packed, names)
+    if tuning.type != "full":
+        model.freeze()
+    base = describe(model, plain, name, dtype)
+    refuse_dropped_head(base, stored or {}, name)
+    if tuning.type == "full":
+        return Target(model, base, base, rebuild)
+    choose = None
+    if (
+        packed is not None and stored is None
+    ):  # a model of a packed folder's kind, whose weights are not there
+        choose = as_stored(packed)
+    elif packed is None and (packing := packing_of(tuning)) is not None:
+        choose = uniformly(packing)
+    if choose is not None:
+        quantise(model, choose, name)
+    adapters = adapt(model, tuning)
+    return Target(model, describe(model, plain, name, dtype), base, rebuild, adapters, choose)

@@ -15,7 +15,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -40,17 +42,16 @@ from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, timeline_of
 from mlx_empire.plan.variants import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
-from mlx_empire.report.capacity_document import Document, report_document
+from mlx_empire.report.capacity_document import CapacityReport, Document, report_document
 from mlx_empire.report.capacity_page import capacity_page
 from mlx_empire.report.capacity_text import capacity_console, print_report
-from mlx_empire.report.daughter_document import daughters_document
-from mlx_empire.report.survey_document import ladder_document, matrix_document
+from mlx_empire.report.daughter_document import DaughterSurvey, daughters_document
+from mlx_empire.report.survey_document import LadderSurvey, MatrixSurvey, ladder_document, matrix_document
 from mlx_empire.report.survey_text import print_daughters, print_ladder, print_matrix
 from mlx_empire.report.trace import trace_document
 from mlx_empire.run.agree import share_nodes, share_recipe
 
-Maker = Callable[[Recipe, Sequence[Node], "Wanted"], Document]
-Show = Callable[[Document, Console], None]
+Found = TypeVar("Found")
 DAUGHTERS = 8  # placed where nobody says how many
 MOST_DAUGHTERS = 10_000
 MOST_CSV_BYTES = 1 << 20
@@ -151,58 +152,76 @@ def nodes_of(comm: Communicator, recipe: Recipe, hosts: Path | None) -> list[Nod
 
 def present(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> int:
     """Print what is wanted and write the page; the exit code."""
-    documents: dict[str, Document] = {}
+    report = cache(lambda: report_of(recipe, nodes, wanted))  # each part is made once, where it is asked for
+    matrix = cache(lambda: matrix_of(recipe, wanted))
+    ladder = cache(lambda: ladder_of(recipe, nodes))
+    daughters = cache(lambda: daughters_of(recipe, nodes, wanted))
     if wanted.page is not None:
-        write_file(
-            "--html", wanted.page, ""
-        )  # a page that cannot be written is said before the work, not after
-        documents = {name: make(recipe, nodes, wanted) for name, (make, _) in PARTS.items()}
-        write_file("--html", wanted.page, capacity_page(**documents, command=command()))
-    make, show = PARTS[wanted.part]
-    document = documents.get(wanted.part) or make(recipe, nodes, wanted)
-    if wanted.as_json:
-        print(json.dumps(document, indent=1))
+        # A page that cannot be written is said before the work, not after.
+        write_file("--html", wanted.page, "")
+        page = capacity_page(report(), matrix(), ladder(), daughters(), command())
+        write_file("--html", wanted.page, page)
+    if wanted.part == "matrix":
+        say(matrix(), wanted, matrix_document, print_matrix)
+    elif wanted.part == "ladder":
+        say(ladder(), wanted, ladder_document, print_ladder)
+    elif wanted.part == "daughters":
+        say(daughters(), wanted, daughters_document, print_daughters)
     else:
-        show(document, capacity_console(sys.stdout))
-    return DoesNotFitError.exit_code if document.get("verdict") == "no" else 0
+        say(report(), wanted, report_document, print_report)
+        return DoesNotFitError.exit_code if report().assessment.verdict == "no" else 0
+    return 0
 
 
-def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
+def say(
+    found: Found,
+    wanted: Wanted,
+    document: Callable[[Found], Document],
+    show: Callable[[Found, Console], None],
+) -> None:
+    """Print a part: as JSON, or for a person."""
+    if wanted.as_json:
+        print(json.dumps(document(found), indent=1))
+    else:
+        show(found, capacity_console(sys.stdout))
+
+
+def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> CapacityReport:
     """The report of the recipe on the nodes."""
     target = planned_target(recipe)
     assessment = assess(recipe, target.spec, nodes)
     measured = calibration_of(target, wanted)
     wire = wire_named(wanted.wire) if wanted.wire else wire_of(nodes)
     others = [other for other in WIRES if other.name != wire.name and len(nodes) > 1]
-    paces = {one: pace_of(assessment, one, None, measured) for one in (wire, *others)}
+    paces = tuple(pace_of(assessment, one, None, measured) for one in (wire, *others))
     advice = advise(assessment, wire, calibration=measured)
-    cloud = cloud_of(assessment, paces[wire])
+    cloud = cloud_of(assessment, paces[0])
     chips = chips_of(assessment, None, measured)
     if wanted.trace is not None:
         events = timeline_of(assessment, wire, chips, 1).events
         names = [node.name for node in nodes]
         write_file("--trace", wanted.trace, json.dumps(trace_document({"predicted": events}, names)))
-    return report_document(assessment, paces, advice, cloud, chips, datetime.now(), target.not_trainable)
+    return CapacityReport(assessment, target.not_trainable, paces, advice, cloud, chips, datetime.now())
 
 
-def matrix_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
-    """The recipe with every model of the catalog, on the four clusters, whatever the nodes."""
+def matrix_of(recipe: Recipe, wanted: Wanted) -> MatrixSurvey:
+    """The recipe with every model of the catalog, on the four clusters."""
     theirs = read_rows(*text_of(wanted.compare)) if wanted.compare is not None else None
     everywhere = for_any_nodes(recipe)
     targets = (in_matrix(name, everywhere) for name in catalog.names())
     found = matrix(everywhere, ((target.spec, target.not_trainable) for target in targets))
-    return matrix_document(found, compare(found, theirs) if theirs is not None else None)
+    return MatrixSurvey(found, compare(found, theirs) if theirs is not None else None)
 
 
-def ladder_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
+def ladder_of(recipe: Recipe, nodes: Sequence[Node]) -> LadderSurvey:
     """The recipe's model on the nodes, one technique after the other."""
     target, unlocked = planned_target(recipe), variant(recipe, UNLOCKED)
     others = (catalog_target(name, unlocked) for name in catalog.names())
     trainable = (other.spec for other in others if other.not_trainable is None)
-    return ladder_document(target.spec.name, ladder(recipe, target.spec, nodes, trainable))
+    return LadderSurvey(target.spec.name, ladder(recipe, target.spec, nodes, trainable))
 
 
-def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
+def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> DaughterSurvey:
     """Small models of the recipe's one: training, serving and placing them."""
     alone = for_any_nodes(recipe)
     targets = {way: planned_target(tuned_in(alone, way)) for way in WAYS}
@@ -210,7 +229,7 @@ def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Docum
     measured = calibration_of(first, wanted)
     runs = daughter_runs(alone, specs, nodes, calibration=measured)
     served = serving(alone, specs, nodes, calibration=measured)
-    return daughters_document(first.spec.name, first.not_trainable, runs, served, nodes, wanted.count)
+    return DaughterSurvey(first.spec.name, first.not_trainable, runs, served, nodes, wanted.count)
 
 
 def in_matrix(name: str, recipe: Recipe) -> Target:
@@ -237,15 +256,6 @@ def text_of(path: Path) -> tuple[str, str]:
     """(text, path) of the file to compare with. UserError."""
     remedy = "--compare takes a CSV file with the columns model,1K+3S,..."
     return read_small_text(path, "matrix", MOST_CSV_BYTES, remedy), str(path)
-
-
-# What can be asked for: how each is made, and how it is shown on a terminal.
-PARTS: dict[str, tuple[Maker, Show]] = {
-    "report": (report_of, print_report),
-    "matrix": (matrix_of, print_matrix),
-    "ladder": (ladder_of, print_ladder),
-    "daughters": (daughters_of, print_daughters),
-}
 
 
 def write_file(option: str, path: Path, text: str) -> None:

@@ -44,7 +44,7 @@ from mlx_empire.plan.resolve import RunPlan, resolve
 from mlx_empire.plan.variants import variant
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.fidelity_page import HEAD, document, failed, page, rows
+from mlx_empire.report.fidelity_page import HEAD, FidelityReport, fidelity_document, fidelity_page, rows
 from mlx_empire.run.agree import share_config, share_data, share_nodes, share_recipe, share_target
 from mlx_empire.run.job import Job
 from mlx_empire.run.trainer import make_trainer
@@ -73,16 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with together(comm):
             if comm.rank == 0:
                 show(found)
-                for path, text in ((options.json, json.dumps(found, indent=1)), (options.html, page(found))):
-                    if path is not None:
-                        path.write_text(text + "\n")
-        return 1 if failed(found) else 0
+                if options.json is not None:
+                    options.json.write_text(json.dumps(fidelity_document(found), indent=1) + "\n")
+                if options.html is not None:
+                    options.html.write_text(fidelity_page(found) + "\n")
+        return 1 if found.failed else 0
 
 
 def verify(
     comm: Communicator, recipe: Recipe, hosts: Path | None, own: bool, steps: int, seeds: int
-) -> dict[str, Any]:
-    """The audit's document; collective."""
+) -> FidelityReport:
+    """The audit; collective."""
     nodes = share_nodes(comm, recipe, hosts)
     config = share_config(comm, recipe)
     original = share_target(comm, recipe, config)
@@ -109,11 +110,8 @@ def verify(
     who = "the model itself" if own else "a scaled-down twin"
     judged = "held-out loss" if splits.valid is not None else "loss of the last quarter"
     what = f"{who}, {steps} steps, {seeds} paired seeds, {comm.size} ranks; differences of the {judged}"
-    return document(
-        {"model": str(recipe.model.path), "what": what},
-        findings,
-        saved_bytes(recipe, original.spec, nodes, pairs),
-    )
+    saved = saved_bytes(recipe, original.spec, nodes, pairs)
+    return FidelityReport(str(recipe.model.path), what, findings, saved)
 
 
 def plain_run(steps: int) -> dict[str, Any]:
@@ -247,9 +245,9 @@ def saved_bytes(
     return {p.name: None if p.name == NOISE_FLOOR else peak(p.against) - peak(p.changes) for p in pairs}
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show(found: FidelityReport) -> None:
     """The table on the terminal."""
-    made = Table(title=f"{found['model']}: {found['what']}", title_justify="left")
+    made = Table(title=f"{found.model}: {found.what}", title_justify="left")
     for i, name in enumerate(HEAD):
         made.add_column(name, justify="right" if i > 2 else "left")
     for row in rows(found):

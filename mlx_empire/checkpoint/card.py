@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_empire import __version__
+from mlx_empire.plan.model import ModelSpec
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 
@@ -16,16 +17,20 @@ KINDS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "qlora": "Q
 
 
 def model_card(
-    recipe: Recipe, plan: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], base_digest: str | None
+    recipe: Recipe,
+    spec: ModelSpec,
+    metrics: Sequence[Mapping[str, Any]],
+    data_digest: str,
+    base_digest: str | None,
 ) -> str:
-    """The text of README.md from a run's recipe, plan.json and records; `base_digest` of a frozen base."""
+    """The text of README.md from a run's recipe, model and records (metrics.jsonl); `base_digest` of a frozen base."""
     kind = recipe.tuning.type
     sections = [
         _head(recipe),
         f"# {recipe.run.dir.name}\n\n{KINDS[kind]} of `{recipe.model.path}`, by mlx_empire {__version__}.",
         f"## Use\n\n{_use(recipe)}",
-        f"## Figures\n\n{_figures(plan, metrics)}",
-        f"## Lineage\n\n{_lineage(recipe, plan, base_digest)}",
+        f"## Figures\n\n{_figures(spec, metrics)}",
+        f"## Lineage\n\n{_lineage(recipe, data_digest, base_digest)}",
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
     ]
     return "\n\n".join(sections) + "\n"
@@ -53,12 +58,12 @@ def _use(recipe: Recipe) -> str:
     return "\n\n".join(lines)
 
 
-def _figures(plan: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+def _figures(spec: ModelSpec, metrics: Sequence[Mapping[str, Any]]) -> str:
     steps = [r for r in metrics if "loss" in r]
     evaluations = [r for r in metrics if "eval_loss" in r]
     rows = [
-        ("parameters", f"{plan['parameters']:,}"),
-        ("of them trained", f"{plan['trainable_parameters']:,}"),
+        ("parameters", f"{spec.parameters:,}"),
+        ("of them trained", f"{spec.trainable_parameters:,}"),
         ("steps", str(steps[-1]["step"]) if steps else "0"),
         ("tokens learnt from", f"{sum(r['tokens'] for r in steps):,}"),
     ]
@@ -76,12 +81,12 @@ def _number(record: Mapping[str, Any]) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
-def _lineage(recipe: Recipe, plan: Mapping[str, Any], base_digest: str | None) -> str:
+def _lineage(recipe: Recipe, data_digest: str, base_digest: str | None) -> str:
     rows = [
         ("base", f"`{recipe.model.path}`"),
         ("digest of the base", f"`{base_digest}`" if base_digest else "not frozen, so it has none"),
         ("data", f"`{recipe.data.path}`"),
-        ("digest of the data", f"`{plan['data_digest']}`"),
+        ("digest of the data", f"`{data_digest}`"),
         ("seed", str(recipe.run.seed)),
         ("written by", f"mlx_empire {__version__}"),
     ]

@@ -73,6 +73,11 @@ class Finding:
         return all((a.losses, a.digest) == (b.losses, b.digest) for a, b in both)
 
     @property
+    def failed(self) -> bool:
+        """Whether bits differ that must not."""
+        return self.pair.identical and not self.same
+
+    @property
     def difference(self) -> float:
         """Mean of (loss - plain loss) / plain loss."""
         return fmean(self._differences)

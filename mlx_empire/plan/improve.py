@@ -29,12 +29,10 @@ def faster(assessment: Assessment, pace: PaceOf) -> list[Advice]:
     found = [_fastest(assessment, now, pace)]
     if now.bound == "network":
         found += _more_per_step(assessment, now, pace)
-        if now.wire == SLOW_WIRE:
+        if now.wire.name == SLOW_WIRE:
             wire = wire_named("thunderbolt")
             then = pace(assessment, wire)
-            effect = (
-                f"{spell(then.step_seconds)} s a step where it is {spell(now.step_seconds)} over {now.wire}"
-            )
+            effect = f"{spell(then.step_seconds)} s a step where it is {spell(now.step_seconds)} over {now.wire.name}"
             found.append(Advice("Thunderbolt cables, TCP over them", effect, assessment.verdict))
     return found
 
@@ -59,7 +57,7 @@ def _fastest(assessment: Assessment, now: Pace, pace: PaceOf) -> Advice:
     if recompute is True and best_pace.bound == "compute":
         attempt({"memory.zero_stage": best.zero_stage, "memory.gradient_checkpointing": "auto"})
     before = spell(now.step_seconds)
-    over = f" over {now.wire}" if len(assessment.nodes) > 1 else ""
+    over = f" over {now.wire.name}" if len(assessment.nodes) > 1 else ""
     if not chosen:
         effect = f"no other stage or checkpointing is faster than {before} s a step{over}"
         return Advice("as it is", effect, assessment.verdict)
@@ -78,7 +76,7 @@ def _more_per_step(assessment: Assessment, now: Pace, pace: PaceOf) -> list[Advi
             then = pace(other)
             effect = (
                 f"a gather serves {times} x as many positions: {spell(then.positions_per_second)} a second over "
-                f"{now.wire} where it is {spell(now.positions_per_second)}; {room(other)}"
+                f"{now.wire.name} where it is {spell(now.positions_per_second)}; {room(other)}"
             )
             return [Advice(f"batch.global_size={size * times}", effect, other.verdict)]
         times //= 2

@@ -55,7 +55,7 @@ class Pace:
     energy_kwh: Range
     bound: str
     parts: Mapping[str, Range]
-    wire: str
+    wire: Wire
     steps: int
     steps_known: bool
     timeline: Timeline
@@ -97,7 +97,7 @@ def pace_of(
         (kilowatts * hours[0], kilowatts * hours[1]),
         max(parts, key=lambda name: sum(parts[name])),
         parts,
-        wire.name,
+        wire,
         steps,
         known,
         fast.timeline,

@@ -1,120 +1,110 @@
 """Decides how the capacity page is put together: one self-contained HTML file, no script, nothing from elsewhere.
 
-Made from the same documents as `--json` and the terminal's tables (`capacity_document`).
+Made from the same report and surveys as `--json` and the terminal's tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from html import escape
-from typing import Any
 
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS
+from mlx_empire.plan.pace import Pace
 from mlx_empire.report.capacity_charts import badge, node_bars, table
+from mlx_empire.report.capacity_document import CapacityReport
 from mlx_empire.report.capacity_style import STYLE
 from mlx_empire.report.capacity_surveys import daughters_section, ladder_section, matrix_section
+from mlx_empire.report.daughter_document import DaughterSurvey
 from mlx_empire.report.ledger_groups import ledger_lines
+from mlx_empire.report.survey_document import LadderSurvey, MatrixSurvey
 from mlx_empire.report.text import amount, energy, run_length, span
 from mlx_empire.report.timeline import timeline_chart
 
-Document = Mapping[str, Any]
-
 
 def capacity_page(
-    report: Document | None,
-    matrix: Document | None = None,
-    ladder: Document | None = None,
-    daughters: Document | None = None,
-    command: str = "",
+    report: CapacityReport,
+    matrix: MatrixSurvey,
+    ladder: LadderSurvey,
+    daughters: DaughterSurvey,
+    command: str,
 ) -> str:
-    """The page's text; each part that is None is left out. `command` is what made it, shown at the end."""
-    parts = []
-    if report is not None:
-        parts += [_header(report), _memory(report), _advice(report), _time(report)]
-    parts += [
-        render(document)
-        for render, document in (
-            (ladder_section, ladder),
-            (matrix_section, matrix),
-            (daughters_section, daughters),
-        )
-        if document is not None
-    ]
-    if report is not None:
-        parts.append(_ledger(report))
-    name = escape(report["model"]["name"]) if report is not None else "capacity"
-    verdict = f": {report['verdict']}" if report is not None else ""
-    made = f"<footer>made by <code>{escape(command)}</code></footer>" if command else ""
+    """The page's text. `command` is what made it, shown at the end."""
+    parts = (
+        _header(report),
+        _memory(report),
+        _advice(report),
+        _time(report),
+        ladder_section(ladder),
+        matrix_section(matrix),
+        daughters_section(daughters),
+        _ledger(report),
+    )
+    title = f"{escape(report.spec.name)}: {report.assessment.verdict}"
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}{verdict}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in parts if part)
-        + f"\n{made}\n</main>\n</body>\n</html>\n"
+        + f"\n<footer>made by <code>{escape(command)}</code></footer>\n</main>\n</body>\n</html>\n"
     )
 
 
-def _header(report: Document) -> str:
-    model, time = report["model"], report["time"]
-    figures = [(f"{model['parameters']:,}", "parameters")]
-    if model["active_parameters"] != model["parameters"]:
-        figures.append((f"{model['active_parameters']:,}", "active per token"))
-    if model["trainable_parameters"] != model["parameters"]:
-        figures.append((f"{model['trainable_parameters']:,}", "trained"))
-    if time is not None:
-        figures += [
-            (span(time["positions_per_second"]), "positions per second"),
-            (span(time["step_seconds"], " s"), "a step"),
-            (run_length(time["run_hours"]), "the whole run"),
-        ]
+def _header(report: CapacityReport) -> str:
+    spec, verdict, pace = report.spec, report.assessment.verdict, report.paces[0]
+    figures = [(f"{spec.base_parameters:,}", "parameters")]
+    if report.active_parameters != spec.base_parameters:
+        figures.append((f"{report.active_parameters:,}", "active per token"))
+    if spec.trainable_parameters != spec.base_parameters:
+        figures.append((f"{spec.trainable_parameters:,}", "trained"))
+    figures += [
+        (span(pace.positions_per_second), "positions per second"),
+        (span(pace.step_seconds, " s"), "a step"),
+        (run_length(pace.run_hours), "the whole run"),
+    ]
     boxes = "".join(
         f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in figures
     )
-    reason = f"<p>{escape(report['reason'])}</p>" if report["reason"] else ""
-    refused = model["not_trainable"]
+    reason = f"<p>{escape(report.reason)}</p>" if report.reason else ""
+    refused = report.not_trainable
     barred = (
         f'<p class="v-no"><b style="color:var(--no)">Not trainable here:</b> {escape(refused)}</p>'
         if refused
         else ""
     )
     return (
-        f'<header class="v-{report["verdict"]}">{badge(report["verdict"])}<h1>{escape(model["name"])}</h1>'
-        f'<p class="muted">{escape(report["setting"])}</p>{reason}{barred}<div class="figures">{boxes}</div></header>'
+        f'<header class="v-{verdict}">{badge(verdict)}<h1>{escape(spec.name)}</h1>'
+        f'<p class="muted">{escape(report.setting)}</p>{reason}{barred}<div class="figures">{boxes}</div></header>'
     )
 
 
-def _memory(report: Document) -> str:
+def _memory(report: CapacityReport) -> str:
     return (
         "<section><h2>Memory</h2>"
         '<p class="muted small">What each machine holds at the worst moment of a step. A box is a machine; '
         "the line is what its GPU may use.</p>"
-        f"{node_bars(report['nodes'])}</section>"
+        f"{node_bars(report.nodes)}</section>"
     )
 
 
-def _time(report: Document) -> str:
-    if not report["times"]:
-        return ""
+def _time(report: CapacityReport) -> str:
     head = ["wire", "seconds a step", "positions/s", "whole run", "energy", "ends", "bound by"]
     rows = [
         [
-            _wire(entry),
-            span(entry["step_seconds"]),
-            span(entry["positions_per_second"]),
-            run_length(entry["run_hours"]),
-            energy(entry["energy_kwh"]),
-            " to ".join(dict.fromkeys(escape(day[:10]) for day in entry["ends"])),
-            escape(entry["bound"]),
+            _wire(report, pace),
+            span(pace.step_seconds),
+            span(pace.positions_per_second),
+            run_length(pace.run_hours),
+            energy(pace.energy_kwh),
+            report.last_days(pace),
+            escape(pace.bound),
         ]
-        for entry in report["times"]
+        for pace in report.paces
     ]
-    parts = list(dict.fromkeys(name for entry in report["times"] for name in entry["parts"]))
+    parts = list(report.paces[0].parts)
     split = [
-        [escape(entry["wire"]), *(span(entry["parts"].get(name, (0.0, 0.0))) for name in parts)]
-        for entry in report["times"]
+        [escape(report.wire(pace)), *(span(pace.parts[name]) for name in parts)] for pace in report.paces
     ]
     notes = "".join(
-        f'<p class="muted small">{escape(note)}</p>' for note in (report["cloud"], *report["notes"])
+        f'<p class="muted small">{escape(note)}</p>' for note in (report.cloud.sentence, *report.notes)
     )
     return (
         '<section><h2>Time</h2><p class="muted small">From low to high over what such chips are known to execute, '
@@ -125,29 +115,29 @@ def _time(report: Document) -> str:
     )
 
 
-def _steps(report: Document) -> str:
+def _steps(report: CapacityReport) -> str:
     """A step's lanes over each wire, the first one open."""
     return "".join(
-        f"<details{'' if number else ' open'}><summary>A step over {escape(entry['wire'])}: "
-        f"{span([entry['timeline']['seconds']] * 2, ' s')} at best</summary>"
-        f"{timeline_chart(entry['timeline'], entry['wire'])}</details>"
-        for number, entry in enumerate(report["times"])
+        f"<details{'' if number else ' open'}><summary>A step over {escape(report.wire(pace))}: "
+        f"{span([pace.timeline.seconds] * 2, ' s')} at best</summary>"
+        f"{timeline_chart(pace.timeline, report.names, report.wire(pace))}</details>"
+        for number, pace in enumerate(report.paces)
     )
 
 
-def _wire(entry: Document) -> str:
+def _wire(report: CapacityReport, pace: Pace) -> str:
     """A wire's name, and whether the trainer can use it."""
-    return escape(entry["wire"]) + (
-        "" if entry["built"] else ' <span class="muted small">not built yet</span>'
+    return escape(report.wire(pace)) + (
+        "" if pace.wire.built else ' <span class="muted small">not built yet</span>'
     )
 
 
-def _advice(report: Document) -> str:
-    if not report["advice"]:
+def _advice(report: CapacityReport) -> str:
+    if not report.advice:
         return ""
     items = "".join(
-        f"<li><code>{escape(a['change'])}</code><span>{escape(a['effect'])}</span>{_advised(a['verdict'])}</li>"
-        for a in report["advice"]
+        f"<li><code>{escape(a.change)}</code><span>{escape(a.effect)}</span>{_advised(a.verdict)}</li>"
+        for a in report.advice
     )
     return f'<section><h2>What to change</h2><ol class="advice">{items}</ol></section>'
 
@@ -157,8 +147,8 @@ def _advised(verdict: str) -> str:
     return badge(verdict) if known else f'<span class="badge v-none">{escape(verdict)}</span>'
 
 
-def _ledger(report: Document) -> str:
-    unit, kinds, lines = ledger_lines(report)
+def _ledger(report: CapacityReport) -> str:
+    unit, kinds, lines = ledger_lines(report.nodes)
     rows = [
         [
             escape(line.name),
@@ -172,8 +162,8 @@ def _ledger(report: Document) -> str:
     limits = [
         [
             escape(names),
-            f"{amount(node['largest_array_bytes'])} of {amount(node['buffer_limit_bytes'])}",
-            f"{node['live_buffers']:,} of {MOST_LIVE_BUFFERS:,}",
+            f"{amount(node.largest_array_bytes)} of {amount(node.buffer_limit_bytes)}",
+            f"{node.live_buffers:,} of {MOST_LIVE_BUFFERS:,}",
         ]
         for names, node in kinds
     ]

@@ -1,4 +1,4 @@
-"""Decides how a capacity report looks on a terminal: tables with bars, made from the same document as `--json`.
+"""Decides how a capacity report looks on a terminal: tables with bars, made from the same report as `--json`.
 
 On a terminal with colours a node's bar is painted by what fills it; anywhere else each part is drawn with the
 letter that the legend explains, so a log file says as much.
@@ -6,16 +6,18 @@ letter that the legend explains, so a log file says as much.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import TextIO
 
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mlx_empire.plan.assess import MOST_LIVE_BUFFERS
-from mlx_empire.report.ledger_groups import GROUPS, grouped, ledger_lines
+from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, NodeAssessment
+from mlx_empire.plan.whatif import Advice
+from mlx_empire.report.capacity_document import CapacityReport
+from mlx_empire.report.ledger_groups import GROUPS, entries, grouped, ledger_lines
 from mlx_empire.report.terminal import terminal_size
 from mlx_empire.report.text import amount, energy, run_length, span
 
@@ -33,37 +35,36 @@ def capacity_console(stream: TextIO) -> Console:
     return Console(file=stream, force_terminal=True, width=max(size.columns, 80))
 
 
-def print_report(document: Mapping[str, Any], console: Console) -> None:
+def print_report(report: CapacityReport, console: Console) -> None:
     """The whole report: what, verdict, nodes, ledger, time, advice."""
-    console.print(heading(document))
-    console.print(node_table(document, console))
-    console.print(legend(document, console))
+    console.print(heading(report))
+    console.print(node_table(report.nodes, console))
+    console.print(legend(report.nodes, console))
     console.print()
-    console.print(ledger_table(document, console))
-    if document.get("times"):
+    console.print(ledger_table(report.nodes, console))
+    console.print()
+    console.print(time_table(report))
+    if report.advice:
         console.print()
-        console.print(time_table(document))
-    if document.get("advice"):
-        console.print()
-        console.print(advice_table(document["advice"]))
-    for note in (document["cloud"], *document["notes"]):
+        console.print(advice_table(report.advice))
+    for note in (report.cloud.sentence, *report.notes):
         console.print(Text(note, "dim"))
 
 
-def heading(document: Mapping[str, Any]) -> Group:
+def heading(report: CapacityReport) -> Group:
     """Verdict, model and setting in three lines."""
-    model, verdict = document["model"], document["verdict"]
-    counts = f"{model['parameters']:,} parameters"
-    if model["active_parameters"] != model["parameters"]:
-        counts += f", {model['active_parameters']:,} active per token"
-    if model["trainable_parameters"] != model["parameters"]:
-        counts += f", {model['trainable_parameters']:,} trained"
-    first = Text.assemble(verdict_text(verdict), "  ", (model["name"], "bold"), "  ", (counts, "dim"))
-    lines: list[Text] = [first, Text(document["setting"], "dim")]
-    if document["reason"]:
-        lines.append(Text(document["reason"], VERDICT_STYLES[verdict]))
-    if model["not_trainable"]:
-        lines.append(Text(f"not trainable here: {model['not_trainable']}", "bold red"))
+    spec, verdict = report.spec, report.assessment.verdict
+    counts = f"{spec.base_parameters:,} parameters"
+    if report.active_parameters != spec.base_parameters:
+        counts += f", {report.active_parameters:,} active per token"
+    if spec.trainable_parameters != spec.base_parameters:
+        counts += f", {spec.trainable_parameters:,} trained"
+    first = Text.assemble(verdict_text(verdict), "  ", (spec.name, "bold"), "  ", (counts, "dim"))
+    lines: list[Text] = [first, Text(report.setting, "dim")]
+    if report.reason:
+        lines.append(Text(report.reason, VERDICT_STYLES[verdict]))
+    if report.not_trainable:
+        lines.append(Text(f"not trainable here: {report.not_trainable}", "bold red"))
     return Group(*lines, Text())
 
 
@@ -72,10 +73,9 @@ def verdict_text(verdict: str) -> Text:
     return Text(verdict.upper() if verdict == "no" else verdict, VERDICT_STYLES[verdict])
 
 
-def node_table(document: Mapping[str, Any], console: Console) -> Table:
+def node_table(nodes: Sequence[NodeAssessment], console: Console) -> Table:
     """A row per node: share, a bar of what fills its memory up to the limit, figures and verdict."""
-    nodes = document["nodes"]
-    table = _table()
+    table = plain_table()
     for title in ("node", "role"):
         table.add_column(title, overflow="fold")
     table.add_column("share", justify="right", no_wrap=True)
@@ -83,47 +83,42 @@ def node_table(document: Mapping[str, Any], console: Console) -> Table:
     for title in ("peak", "limit", "headroom"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    scale = max(max(node["peak_bytes"], node["limit_bytes"]) for node in nodes)
+    scale = max(max(node.peak_bytes, node.limit_bytes) for node in nodes)
     for node in nodes:
         table.add_row(
-            escape(node["name"]),
-            escape(node["role"] or "-"),
-            f"{node['share']:.1%}",
+            escape(node.node.name),
+            escape(node.node.role or "-"),
+            f"{node.share:.1%}",
             stacked_bar(node, scale, console),
-            amount(node["peak_bytes"]),
-            amount(node["limit_bytes"]),
-            f"{headroom(node):.1%}",
-            verdict_text(node["verdict"]),
+            amount(node.peak_bytes),
+            amount(node.limit_bytes),
+            f"{node.headroom_bytes / max(node.limit_bytes, 1):.1%}",
+            verdict_text(node.verdict),
         )
     return table
 
 
-def headroom(node: Mapping[str, Any]) -> float:
-    """What is left of a node's limit, as a fraction of it."""
-    return float(node["headroom_bytes"]) / max(float(node["limit_bytes"]), 1.0)
-
-
-def stacked_bar(node: Mapping[str, Any], scale: int, console: Console, width: int = BAR_WIDTH) -> Text:
+def stacked_bar(node: NodeAssessment, scale: int, console: Console, width: int = BAR_WIDTH) -> Text:
     """What fills a node's memory, `scale` bytes wide, with its limit marked."""
     painted = console.is_terminal and not console.no_color
     block = "#" if console.options.ascii_only else "█"
     cells: list[tuple[str, str]] = []
     total = 0
     groups = {group.key: group for group in GROUPS}
-    for key, size in grouped(node["ledger"]).items():
+    for key, size in grouped(entries(node)).items():
         total += size
         end = round(width * total / scale)
         group = groups[key]
         cells += [(block if painted else group.letter, group.colour)] * (end - len(cells))
     cells += [("·" if not console.options.ascii_only else ".", "dim")] * (width - len(cells))
-    mark = min(round(width * node["limit_bytes"] / scale), width)
+    mark = min(round(width * node.limit_bytes / scale), width)
     cells.insert(mark, ("|" if console.options.ascii_only else "│", "bold"))
     return Text.assemble(*cells)
 
 
-def legend(document: Mapping[str, Any], console: Console) -> Text:
+def legend(nodes: Sequence[NodeAssessment], console: Console) -> Text:
     """What the bars' colours or letters mean, those that occur."""
-    used = {key for node in document["nodes"] for key in grouped(node["ledger"])}
+    used = {key for node in nodes for key in grouped(entries(node))}
     painted = console.is_terminal and not console.no_color
     block = "#" if console.options.ascii_only else "█"
     parts = [
@@ -134,10 +129,10 @@ def legend(document: Mapping[str, Any], console: Console) -> Text:
     return Text("   ").join(parts)
 
 
-def ledger_table(document: Mapping[str, Any], console: Console) -> Table:
+def ledger_table(nodes: Sequence[NodeAssessment], console: Console) -> Table:
     """Every entry of the ledger, a column for each kind of node, with how it was found; then the other two limits."""
-    unit, kinds, lines = ledger_lines(document)
-    table = _table("at the worst moment of a step")
+    unit, kinds, lines = ledger_lines(nodes)
+    table = plain_table("at the worst moment of a step")
     table.add_column(unit)
     for names, _ in kinds:
         table.add_column(names, justify="right", overflow="fold")
@@ -148,49 +143,48 @@ def ledger_table(document: Mapping[str, Any], console: Console) -> Table:
     for line in lines:
         style = "bold" if line is lines[-1] else None
         table.add_row(escape(line.name), *line.sizes, line.mark, escape(line.formula), style=style)
-    arrays = [f"{amount(n['largest_array_bytes'])} of {amount(n['buffer_limit_bytes'])}" for _, n in kinds]
+    arrays = [f"{amount(n.largest_array_bytes)} of {amount(n.buffer_limit_bytes)}" for _, n in kinds]
     table.add_row("largest array", *arrays, "", "against the largest buffer that Metal gives")
-    live = [f"{n['live_buffers']:,} of {MOST_LIVE_BUFFERS:,}" for _, n in kinds]
+    live = [f"{n.live_buffers:,} of {MOST_LIVE_BUFFERS:,}" for _, n in kinds]
     table.add_row("live buffers", *live, "", "a count, not bytes")
     return table
 
 
-def time_table(document: Mapping[str, Any]) -> Table:
+def time_table(report: CapacityReport) -> Table:
     """How long a step and the run take over each wire, and what bounds them."""
-    table = _table("time: low and high over what the chips are known to execute")
+    table = plain_table("time: low and high over what the chips are known to execute")
     table.add_column("wire")
     for title in ("seconds a step", "positions/s", "whole run", "energy", "ends"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("bound by")
-    for entry in document["times"]:
-        chosen = entry["wire"] == document["time"]["wire"]
+    for pace in report.paces:
         table.add_row(
-            escape(entry["wire"]) + ("" if entry["built"] else " (planned)"),
-            span(entry["step_seconds"]),
-            span(entry["positions_per_second"]),
-            run_length(entry["run_hours"]),
-            energy(entry["energy_kwh"]),
-            " to ".join(dict.fromkeys(day[:10] for day in entry["ends"])),
-            escape(entry["bound"]),
-            style="bold" if chosen else None,
+            escape(report.wire(pace)) + ("" if pace.wire.built else " (planned)"),
+            span(pace.step_seconds),
+            span(pace.positions_per_second),
+            run_length(pace.run_hours),
+            energy(pace.energy_kwh),
+            report.last_days(pace),
+            escape(pace.bound),
+            style="bold" if pace is report.paces[0] else None,
         )
     return table
 
 
-def advice_table(advice: Sequence[Mapping[str, Any]]) -> Table:
+def advice_table(advice: Sequence[Advice]) -> Table:
     """What could be changed, cheapest first."""
-    table = _table("what to change")
+    table = plain_table("what to change")
     table.add_column("change", overflow="fold", style="bold")
     table.add_column("effect", overflow="fold")
     table.add_column("then", no_wrap=True)
     for entry in advice:
-        verdict = entry["verdict"]
-        shown = verdict_text(verdict) if verdict in VERDICT_STYLES else Text(verdict)
-        table.add_row(escape(entry["change"]), escape(entry["effect"]), shown)
+        shown = verdict_text(entry.verdict) if entry.verdict in VERDICT_STYLES else Text(entry.verdict)
+        table.add_row(escape(entry.change), escape(entry.effect), shown)
     return table
 
 
-def _table(title: str | None = None) -> Table:
+def plain_table(title: str | None = None) -> Table:
+    """A table without lines, its title on the left."""
     return Table(
         title=title,
         title_justify="left",

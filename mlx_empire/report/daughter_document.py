@@ -1,32 +1,61 @@
-"""Decides what is said about daughters: as plain JSON, and as the tables that terminal and page share."""
+"""Decides what is said about daughters: the tables that terminal and page share, and the JSON (`--json`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.plan.daughters import DaughterRun, Model, Placement, Serving, place
+from mlx_empire.report.capacity_document import Document
 from mlx_empire.report.text import amount, run_length, span
 
-Document = dict[str, Any]
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 
 
-def daughters_document(
-    model: str,
-    not_trainable: str | None,
-    runs: Sequence[DaughterRun],
-    served: Sequence[Serving],
-    nodes: Sequence[Node],
-    count: int,
-) -> Document:
-    """Training a daughter on each kind of node, serving her there, and where `count` of them would live."""
-    ways = {one.way: one for one in served}
+@dataclass(frozen=True)
+class Placed:
+    """Where daughters of one way would live: as whole models, or as adapters over a base that a node loads once."""
+
+    way: str
+    shared_base: bool
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class DaughterSurvey:
+    """Training a daughter on each kind of node, serving it there, and where `count` of them would live on `nodes`.
+
+    `not_trainable`: one sentence why the trainer here cannot train them, or None.
+    """
+
+    model: str
+    not_trainable: str | None
+    runs: Sequence[DaughterRun]
+    served: Sequence[Serving]
+    nodes: Sequence[Node]
+    count: int
+
+    @cached_property
+    def placements(self) -> list[Placed]:
+        """Every way of serving, as whole models and over a shared base, each model with a conversation."""
+        found = []
+        for one in {one.way: one for one in self.served}.values():
+            for shared, own in ((False, one.weight_bytes), (True, one.adapter_bytes)):
+                base = "base" if shared else None
+                models = [Model(f"{i + 1}", one.cache_bytes + own, base) for i in range(self.count)]
+                placement = place(models, self.nodes, {"base": one.weight_bytes})
+                found.append(Placed(one.way, shared, placement))
+        return found
+
+
+def daughters_document(daughters: DaughterSurvey) -> Document:
+    """The survey as JSON."""
     return {
-        "model": model,
-        "not_trainable": not_trainable,
-        "training": [_run(run) for run in runs],
+        "model": daughters.model,
+        "not_trainable": daughters.not_trainable,
+        "training": [_run(run) for run in daughters.runs],
         "serving": [
             {
                 "way": one.way,
@@ -38,23 +67,24 @@ def daughters_document(
                 "daughters": one.daughters,
                 "load_seconds": sorted(one.load_seconds),
             }
-            for one in served
+            for one in daughters.served
         ],
-        "count": count,
+        "count": daughters.count,
         "placements": [
-            _placement(way, shared, placed(one, nodes, count, shared=shared), nodes)
-            for way, one in ways.items()
-            for shared in (False, True)
+            {
+                "way": one.way,
+                "shared_base": one.shared_base,
+                "nodes": [
+                    {"name": n.name, "models": list(homes), "used_bytes": used, "limit_bytes": n.limit_bytes}
+                    for n, homes, used in zip(
+                        daughters.nodes, one.placement.homes, one.placement.used_bytes, strict=True
+                    )
+                ],
+                "homeless": list(one.placement.homeless),
+            }
+            for one in daughters.placements
         ],
     }
-
-
-def placed(one: Serving, nodes: Sequence[Node], count: int, *, shared: bool) -> Placement:
-    """`count` models with a conversation each: whole ones, or adapters over a base that a node loads once."""
-    own = one.cache_bytes + (one.adapter_bytes if shared else one.weight_bytes)
-    base = "base" if shared else None
-    models = [Model(f"{i + 1}", own, base) for i in range(count)]
-    return place(models, nodes, {"base": one.weight_bytes})
 
 
 def _run(run: DaughterRun) -> Document:
@@ -76,74 +106,66 @@ def _run(run: DaughterRun) -> Document:
     }
 
 
-def _placement(way: str, shared: bool, found: Placement, nodes: Sequence[Node]) -> Document:
-    return {
-        "way": way,
-        "shared_base": shared,
-        "nodes": [
-            {"name": node.name, "models": list(homes), "used_bytes": used, "limit_bytes": node.limit_bytes}
-            for node, homes, used in zip(nodes, found.homes, found.used_bytes, strict=True)
-        ],
-        "homeless": list(found.homeless),
-    }
-
-
-def daughter_tables(daughters: Mapping[str, Any]) -> list[Table]:
+def daughter_tables(daughters: DaughterSurvey) -> list[Table]:
     """Training, serving and placement, each as a title, a head and rows of text."""
-    training = [
-        [
-            run["way"],
-            run["node"],
-            f"{amount(run['peak_bytes'])} of {amount(run['limit_bytes'])}",
-            run["verdict"],
-            span(run["positions_per_second"]),
-            run_length(run["run_hours"]),
-            "?" if run["dollars"] is None else span(run["dollars"], " $"),
-        ]
-        for run in daughters["training"]
-    ]
-    serving = [
-        [
-            one["way"].replace("LoRA, ", "").replace("Q", ""),
-            one["node"],
-            amount(one["weight_bytes"]),
-            amount(one["adapter_bytes"]),
-            amount(one["cache_bytes"]),
-            f"{one['copies']:,}",
-            f"{one['daughters']:,}",
-            span(one["load_seconds"], " s"),
-        ]
-        for one in daughters["serving"]
-    ]
-    names = [node["name"] for node in daughters["placements"][0]["nodes"]]
-    placements = [
-        [
-            one["way"].replace("LoRA, ", "").replace("Q", ""),
-            "adapters over one base" if one["shared_base"] else "whole models",
-            *(_home(node) for node in one["nodes"]),
-            str(len(one["homeless"])),
-        ]
-        for one in daughters["placements"]
-    ]
     return [
         (
-            f"training a daughter of {daughters['model']} on one machine",
+            f"training a daughter of {daughters.model} on one machine",
             ["way", "machine", "memory", "verdict", "positions/s", "run", "cost"],
-            training,
+            [_training(run) for run in daughters.runs],
         ),
         (
             "serving",
             ["weights", "machine", "base", "adapter", "cache", "whole models", "daughters", "load"],
-            serving,
+            [_serving(one) for one in daughters.served],
         ),
         (
-            f"where {daughters['count']} of them would live",
-            ["weights", "as", *names, "without a place"],
-            placements,
+            f"where {daughters.count} of them would live",
+            ["weights", "as", *(node.name for node in daughters.nodes), "without a place"],
+            [_placement(one) for one in daughters.placements],
         ),
     ]
 
 
-def _home(node: Mapping[str, Any]) -> str:
-    count = len(node["models"])
-    return f"{count}, {amount(node['used_bytes'])}" if count else "-"
+def _training(run: DaughterRun) -> list[str]:
+    (node,) = run.assessment.nodes
+    return [
+        run.way,
+        run.node.name,
+        f"{amount(node.peak_bytes)} of {amount(node.limit_bytes)}",
+        node.verdict,
+        span(run.pace.positions_per_second),
+        run_length(run.pace.run_hours),
+        "?" if run.dollars is None else span(run.dollars, " $"),
+    ]
+
+
+def _serving(one: Serving) -> list[str]:
+    return [
+        _weights(one.way),
+        one.node.name,
+        amount(one.weight_bytes),
+        amount(one.adapter_bytes),
+        amount(one.cache_bytes),
+        f"{one.copies:,}",
+        f"{one.daughters:,}",
+        span(one.load_seconds, " s"),
+    ]
+
+
+def _placement(one: Placed) -> list[str]:
+    found = one.placement
+    return [
+        _weights(one.way),
+        "adapters over one base" if one.shared_base else "whole models",
+        *(
+            f"{len(homes)}, {amount(used)}" if homes else "-"
+            for homes, used in zip(found.homes, found.used_bytes, strict=True)
+        ),
+        str(len(found.homeless)),
+    ]
+
+
+def _weights(way: str) -> str:
+    """What of a way counts where nothing is trained: how the base is stored."""
+    return way.replace("LoRA, ", "").replace("Q", "")

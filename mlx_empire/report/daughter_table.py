@@ -1,4 +1,4 @@
-"""The live table of many daughters: who is trained where, how far she is, and what she has learnt."""
+"""The live table of many daughters: who is trained where, how far, and what was learnt."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The fidelity audit as a document (JSON), as lines of a table, and as a page with the loss curves."""
+"""The fidelity audit as JSON, as lines of a table, and as a page with the loss curves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 from mlx_empire.evaluate.fidelity import Finding
 from mlx_empire.report.capacity_charts import table
@@ -16,12 +16,27 @@ COLOURS = ("--accent", "--no")
 WIDTH, HEIGHT = 300, 120
 
 
-def document(
-    title: Mapping[str, Any], findings: Sequence[Finding], saved: Mapping[str, int | None]
-) -> dict[str, Any]:
-    """Everything that the audit found; loss differences are relative, memory in bytes."""
+@dataclass(frozen=True)
+class FidelityReport:
+    """What the audit of a model found. `what`: how it was made, in words. `saved`: bytes that each technique takes off
+    the largest node's peak, by its name."""
+
+    model: str
+    what: str
+    findings: Sequence[Finding]
+    saved: Mapping[str, int | None]
+
+    @property
+    def failed(self) -> list[str]:
+        """Techniques that must not change a bit and did."""
+        return [f.pair.name for f in self.findings if f.failed]
+
+
+def fidelity_document(report: FidelityReport) -> dict[str, object]:
+    """The report as JSON; loss differences are relative, memory in bytes."""
     return {
-        **title,
+        "model": report.model,
+        "what": report.what,
         "techniques": [
             {
                 "name": f.pair.name,
@@ -29,72 +44,65 @@ def document(
                 "identical": f.same,
                 "difference": f.difference,
                 "standard_error": f.standard_error,
-                "saved_bytes": saved.get(f.pair.name),
+                "saved_bytes": report.saved.get(f.pair.name),
                 "curves": {
                     "plain": [list(one.losses) for one in f.plain],
                     "technique": [list(one.losses) for one in f.tried],
                 },
             }
-            for f in findings
+            for f in report.findings
         ],
     }
 
 
-def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def rows(report: FidelityReport) -> list[tuple[str, ...]]:
     """The table's cells as plain text."""
     lines: list[tuple[str, ...]] = []
-    for one in found["techniques"]:
-        error, size = one["standard_error"], one["saved_bytes"]
-        is_same = "the same bits" if one["identical"] else "different bits"
-        verdict = is_same + (" ✗" if one["must_be_identical"] and not one["identical"] else "")
+    for one in report.findings:
+        error, size = one.standard_error, report.saved.get(one.pair.name)
+        verdict = "the same bits" if one.same else "different bits"
         lines.append(
             (
-                one["name"],
-                "the same bits" if one["must_be_identical"] else "close",
-                verdict,
-                "0" if one["identical"] else f"{100 * one['difference']:+.5f} %",
-                "-" if error is None or one["identical"] else f"{100 * error:.5f} %",
+                one.pair.name,
+                "the same bits" if one.pair.identical else "close",
+                verdict + (" ✗" if one.failed else ""),
+                "0" if one.same else f"{100 * one.difference:+.5f} %",
+                "-" if error is None or one.same else f"{100 * error:.5f} %",
                 "-" if size is None else amount(size) if size >= 0 else f"needs {amount(-size)} more",
             )
         )
     return lines
 
 
-def failed(found: Mapping[str, Any]) -> list[str]:
-    """Techniques that must not change a bit and did."""
-    return [t["name"] for t in found["techniques"] if t["must_be_identical"] and not t["identical"]]
-
-
-def page(found: Mapping[str, Any]) -> str:
+def fidelity_page(report: FidelityReport) -> str:
     """One HTML file without scripts: the table, and for every technique its loss curves over the plain ones."""
-    cells = [[escape(cell) for cell in row] for row in rows(found)]
+    cells = [[escape(cell) for cell in row] for row in rows(report)]
     charts = "".join(
-        f"<section><h2>{escape(one['name'])}</h2>{_chart(one['curves'])}</section>"
-        for one in found["techniques"]
-        if any(one["curves"]["plain"])
+        f"<section><h2>{escape(one.pair.name)}</h2>{_chart(one)}</section>"
+        for one in report.findings
+        if any(run.losses for run in one.plain)
     )
-    bad = failed(found)
-    verdict = "no" if bad else "fits"
-    says = f"{len(bad)} techniques changed bits that they must not" if bad else "what must be identical is"
-    name = escape(str(found["model"]))
+    verdict, says = "fits", "what must be identical is"
+    if report.failed:
+        verdict, says = "no", f"{len(report.failed)} techniques changed bits that they must not"
+    name = escape(report.model)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Fidelity of {name}</title>'
         f"<style>{STYLE}</style></head><body><main>"
         f'<header class="v-{verdict}"><span class="badge">{says}</span><h1>Fidelity of {name}</h1>'
-        f'<p class="muted">{escape(str(found["what"]))}</p></header>'
+        f'<p class="muted">{escape(report.what)}</p></header>'
         f"<section>{table(HEAD, cells, (3, 4, 5))}</section>"
         f'<p class="muted small">Blue: everything in float32. Red, dashed: with the technique. One line a seed.</p>'
         f"{charts}</main></body></html>"
     )
 
 
-def _chart(curves: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    values = [v for lines in curves.values() for line in lines for v in line]
+def _chart(finding: Finding) -> str:
+    curves = [[run.losses for run in runs] for runs in (finding.plain, finding.tried)]
+    values = [v for lines in curves for line in lines for v in line]
     low, high = min(values), max(values)
     drawn = ""
-    for (_, lines), colour, dash in zip(
-        curves.items(), COLOURS, ("", ' stroke-dasharray="5 4"'), strict=True
-    ):
+    for lines, colour, dash in zip(curves, COLOURS, ("", ' stroke-dasharray="5 4"'), strict=True):
         for line in lines:
             points = " ".join(
                 f"{WIDTH * i / max(len(line) - 1, 1):.1f},{HEIGHT - HEIGHT * (v - low) / max(high - low, 1e-12):.1f}"

@@ -67,19 +67,21 @@ def write_plan(
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; choose a folder that can be written") from None
-    entries = [
-        {
-            "node": asdict(node),
-            "share": share,
-            "ledger": ledger.items(),
-            "peak_bytes": ledger.peak,
-            "limit_bytes": limit,
-        }
-        for node, share, ledger, limit in zip(
-            nodes, plan.shards.shares, plan.ledgers, plan.limits, strict=True
+    try:
+        write_private(folder / "recipe.yaml", dump_recipe(recipe))
+        write_private(
+            folder / "plan.json", json.dumps(plan_document(plan, nodes, spec, splits.digest), indent=1)
         )
-    ]
-    summary = {
+    except OSError as error:
+        raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None
+
+
+def plan_document(
+    plan: RunPlan, nodes: Sequence[Node], spec: ModelSpec, data_digest: str
+) -> dict[str, object]:
+    """The plan as JSON; sizes in bytes, a rank's ledger at its worst moment."""
+    by_rank = zip(nodes, plan.shards.shares, plan.ledgers, plan.limits, strict=True)
+    return {
         "parameters": spec.parameters,
         "trainable_parameters": spec.trainable_parameters,
         "dtype": spec.dtype,
@@ -88,14 +90,18 @@ def write_plan(
         "clipping": CLIPPING[plan.work.release],
         "gradient_dtype": plan.work.gradient_dtype,
         "cells": plan.work.layout.cells,
-        "data_digest": splits.digest,
-        "ranks": entries,
+        "data_digest": data_digest,
+        "ranks": [
+            {
+                "node": asdict(node),
+                "share": share,
+                "ledger": ledger.items(),
+                "peak_bytes": ledger.peak,
+                "limit_bytes": limit,
+            }
+            for node, share, ledger, limit in by_rank
+        ],
     }
-    try:
-        write_private(folder / "recipe.yaml", dump_recipe(recipe))
-        write_private(folder / "plan.json", json.dumps(summary, indent=1))
-    except OSError as error:
-        raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None
 
 
 def write_private(path: Path, text: str) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from mlx_empire.report.text import GIB, MIB, alike
+from mlx_empire.plan.assess import NodeAssessment
+from mlx_empire.plan.terms import term
+from mlx_empire.report.text import GIB, MIB
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,32 @@ class Line:
     formula: str
 
 
-def ledger_lines(
-    report: Mapping[str, Any],
-) -> tuple[str, list[tuple[str, Mapping[str, Any]]], list[Line]]:
-    """(unit, kinds of nodes, lines) of a report's ledgers; the last line is the peak."""
-    kinds = alike(report["nodes"])
-    unit, name = memory_unit(report["nodes"])
-    names = dict.fromkeys(entry for _, node in kinds for entry in node["ledger"])
+def entries(node: NodeAssessment) -> dict[str, int]:
+    """What fills a node's memory at the worst moment, by name, in bytes; what is zero is left out."""
+    return {name: size for name, size in node.ledger.items().items() if size}
+
+
+def ledger_lines(nodes: Sequence[NodeAssessment]) -> tuple[str, list[tuple[str, NodeAssessment]], list[Line]]:
+    """(unit, kinds of nodes, lines) of the nodes' ledgers; the last line is the peak."""
+    kinds = alike(nodes)
+    unit, name = (GIB, "GiB") if max(node.peak_bytes for node in nodes) >= 10 * GIB else (MIB, "MiB")
+    ledgers = [entries(node) for _, node in kinds]
     lines = []
-    for entry in names:
-        sizes = tuple(f"{node['ledger'].get(entry, 0) / unit:.2f}" for _, node in kinds)
-        found = report["formulas"].get(entry, {})
-        lines.append(Line(entry, sizes, found.get("mark", ""), found.get("formula", "")))
-    peaks = tuple(f"{node['peak_bytes'] / unit:.2f}" for _, node in kinds)
+    for entry in dict.fromkeys(entry for ledger in ledgers for entry in ledger):
+        sizes = tuple(f"{ledger.get(entry, 0) / unit:.2f}" for ledger in ledgers)
+        lines.append(Line(entry, sizes, term(entry).known, term(entry).formula))
+    peaks = tuple(f"{node.peak_bytes / unit:.2f}" for _, node in kinds)
     return name, kinds, [*lines, Line("peak", peaks, "", "")]
 
 
-def memory_unit(nodes: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
-    """(bytes, name) of the unit in which the ledgers of these nodes are readable."""
-    return (GIB, "GiB") if max(node["peak_bytes"] for node in nodes) >= 10 * GIB else (MIB, "MiB")
+def alike(nodes: Sequence[NodeAssessment]) -> list[tuple[str, NodeAssessment]]:
+    """Nodes with the same limit that need the same, to a thousandth of it, as (their names, the first of them)."""
+    found: dict[tuple[int, int], list[NodeAssessment]] = {}
+    for node in nodes:
+        limit = node.limit_bytes
+        found.setdefault((limit, round(1000 * node.peak_bytes / max(limit, 1))), []).append(node)
+    return [(_names([node.node.name for node in group]), group[0]) for group in found.values()]
+
+
+def _names(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}"

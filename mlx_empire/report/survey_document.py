@@ -1,18 +1,39 @@
-"""Decides what the matrix, the ladder and the daughters say, as plain JSON for `--json`, terminal and page."""
+"""Decides what the matrix and the ladder say, and how they are written as JSON (`--json`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from mlx_empire.plan.ladder import Rung
-from mlx_empire.plan.matrix import Comparison, Matrix
+from mlx_empire.plan.matrix import Comparison, Matrix, MatrixRow
+from mlx_empire.report.capacity_document import Document
 
-Document = dict[str, Any]
+
+@dataclass(frozen=True)
+class MatrixSurvey:
+    """Every model of the catalog on every cluster, and what somebody's file says instead, if there is one."""
+
+    matrix: Matrix
+    comparison: Comparison | None = None
+
+    @property
+    def by_size(self) -> list[MatrixRow]:
+        """The matrix's rows, small models first."""
+        return sorted(self.matrix.rows, key=lambda row: row.parameters)
 
 
-def matrix_document(matrix: Matrix, comparison: Comparison | None = None) -> Document:
-    """Every model on every cluster; `headroom` is a fraction of the worst node's limit."""
+@dataclass(frozen=True)
+class LadderSurvey:
+    """One model under one technique after the other."""
+
+    model: str
+    rungs: Sequence[Rung]
+
+
+def matrix_document(survey: MatrixSurvey) -> Document:
+    """The matrix as JSON; `headroom` is a fraction of the worst node's limit."""
+    matrix, comparison = survey.matrix, survey.comparison
     document: Document = {
         "clusters": list(matrix.clusters),
         "pooled_bytes": dict(matrix.pooled_bytes),
@@ -41,23 +62,14 @@ def matrix_document(matrix: Matrix, comparison: Comparison | None = None) -> Doc
     if comparison is not None:
         document["same"] = comparison.same
         document["unknown"] = list(comparison.unknown)
-        document["differences"] = [
-            {
-                "model": d.model,
-                "cluster": d.cluster,
-                "file_says": d.file_says,
-                "verdict": d.verdict,
-                "why": d.why,
-            }
-            for d in comparison.differences
-        ]
+        document["differences"] = [asdict(difference) for difference in comparison.differences]
     return document
 
 
-def ladder_document(model: str, rungs: Sequence[Rung]) -> Document:
-    """One model under one technique after the other; `dense` and `moe` are the largest models that a rung unlocks."""
+def ladder_document(ladder: LadderSurvey) -> Document:
+    """The ladder as JSON; `dense` and `moe` are the largest models that a rung unlocks."""
     return {
-        "model": model,
+        "model": ladder.model,
         "rungs": [
             {
                 "name": rung.name,
@@ -75,7 +87,7 @@ def ladder_document(model: str, rungs: Sequence[Rung]) -> Document:
                 "dense": _model(rung.dense),
                 "moe": _model(rung.moe),
             }
-            for rung in rungs
+            for rung in ladder.rungs
         ],
     }
 

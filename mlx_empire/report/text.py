@@ -1,9 +1,8 @@
 """Decides how numbers look to a person: bytes in GiB, durations, counts, and bars of a fixed width."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 GIB = 2**30
 MIB = 2**20
@@ -113,21 +112,3 @@ def billions(parameters: int) -> str:
     """Parameters with three digits that matter, in billions."""
     value = parameters / 1e9
     return f"{value:.2f} B" if value < 10 else f"{value:.1f} B" if value < 100 else f"{value:.0f} B"
-
-
-def alike(nodes: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Nodes with the same limit that need the same, to a thousandth of it, as (their names, the first of them)."""
-    found: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
-    for node in nodes:
-        limit = node["limit_bytes"]
-        found.setdefault((limit, round(1000 * node["peak_bytes"] / max(limit, 1))), []).append(node)
-    return [(_names([node["name"] for node in group]), group[0]) for group in found.values()]
-
-
-def _names(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}"
-
-
-def by_size(matrix: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A matrix's rows, small models first."""
-    return sorted(matrix["rows"], key=lambda row: int(row["parameters"]))

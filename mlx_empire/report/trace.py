@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
@@ -45,9 +44,9 @@ def lane_of(event: Event) -> str:
     return "reduce" if event.lane == ADD else _LANE_OF.get(event.what, "compute")
 
 
-def trace_document(groups: Mapping[str, Iterable[Event]], hostnames: Sequence[str]) -> dict[str, Any]:
+def trace_document(groups: Mapping[str, Iterable[Event]], hostnames: Sequence[str]) -> dict[str, object]:
     """The trace as JSON: `groups` are named `measured` and `predicted`; events' ranks index `hostnames`."""
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     for number, (group, events) in enumerate(groups.items()):
         for rank, host in enumerate(hostnames):
             process = rank * len(groups) + number

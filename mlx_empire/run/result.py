@@ -81,9 +81,9 @@ def result_writer(recipe: Recipe, target: Target) -> FolderWriter | AdapterWrite
     else:
         writer = FolderWriter(out, target.spec, target.rebuild, _source_folder(recipe))
     try:
-        plan = json.loads((recipe.run.dir / "plan.json").read_text())
-        digest = recipe.model.base_digest or frozen_digest(folder)
-        writer.card = model_card(recipe, plan, read_metrics(recipe.run.dir), digest)
+        data = str(json.loads((recipe.run.dir / "plan.json").read_text())["data_digest"])
+        base = recipe.model.base_digest or frozen_digest(folder)
+        writer.card = model_card(recipe, built.spec, read_metrics(recipe.run.dir), data, base)
     except (OSError, ValueError, KeyError) as error:  # somebody's hand: the weights matter more than the card
         writer.notes.append(f"no model card was written: {error}")
     return writer

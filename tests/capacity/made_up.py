@@ -1,41 +1,68 @@
-"""Documents with every case that a page or a table must show, with hostile names, and figures made up for it."""
+"""Reports and surveys with every case that a page or a table must show, with hostile names, and made-up figures."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from datetime import datetime
+
+from support.planning import llama_like, node_of, nodes_of, recipe_of
+
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.plan.assess import Assessment, NodeAssessment, assess
+from mlx_empire.plan.daughters import DaughterRun, Serving
+from mlx_empire.plan.hardware import M3_ULTRA, wire_named
+from mlx_empire.plan.ladder import Rung
+from mlx_empire.plan.matrix import Cell, Comparison, Difference, Matrix, MatrixRow
+from mlx_empire.plan.memory import Ledger
+from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec
+from mlx_empire.plan.pace import Cloud, Pace
+from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, Event, Timeline
+from mlx_empire.plan.whatif import Advice
+from mlx_empire.report.capacity_document import CapacityReport
+from mlx_empire.report.daughter_document import DaughterSurvey
+from mlx_empire.report.survey_document import LadderSurvey, MatrixSurvey
 
 GIB = 2**30
 HOSTILE = '<img src=x onerror=alert(1)>&"'
-CLUSTERS = ["1K+3S", "2K+2S", "3K+1S", "4K"]
+CLUSTERS = ("1K+3S", "2K+2S", "3K+1S", "4K")
 
 
 def node(
     name: str, role: str | None, memory: int, limit: int, verdict: str, **gibibytes: float
-) -> dict[str, Any]:
-    """A node's document; `gibibytes` is its ledger."""
+) -> NodeAssessment:
+    """A node that a plan was held against; `gibibytes` is its ledger."""
     ledger = {key.replace("_", " "): int(size * GIB) for key, size in gibibytes.items()}
-    peak = sum(ledger.values())
-    return {
-        "name": name,
-        "role": role,
-        "memory_bytes": memory * GIB,
-        "limit_bytes": limit * GIB,
-        "share": 0.25,
-        "ledger": ledger,
-        "phase": "backward",
-        "peak_bytes": peak,
-        "headroom_bytes": limit * GIB - peak,
-        "largest_array_bytes": 3 * GIB,
-        "buffer_limit_bytes": 3 * limit * GIB // 4,
-        "live_buffers": 21_000,
-        "verdict": verdict,
-        "reason": "" if verdict == "fits" else f"{name} is short of memory",
-    }
+    return NodeAssessment(
+        Node(name, 1, role, memory * GIB, limit * GIB),
+        0.25,
+        Ledger(ledger, {"backward": {}}),
+        limit * GIB,
+        3 * GIB,
+        3 * limit * GIB // 4,
+        21_000,
+        verdict,
+        "" if verdict == "fits" else f"{name} is short of memory",
+    )
 
 
-def report() -> dict[str, Any]:
+def assessed(*nodes: NodeAssessment) -> Assessment:
+    """A large mixture of experts on these nodes."""
+    plan = assess(recipe_of(), llama_like(), nodes_of([GIB] * len(nodes))).plan
+    root = UnitSpec(
+        "root",
+        (
+            TensorSpec("dense", (11_132_235_840,), "bfloat16"),
+            TensorSpec("norms", (861_120,), "bfloat16", trainable=False),
+            TensorSpec("experts", (16, 1, 6_039_797_760), "bfloat16"),
+        ),
+    )
+    spec = ModelSpec(f"scout {HOSTILE}", "llama4", "bfloat16", (root,), {"num_local_experts": 16})
+    return Assessment(spec, recipe_of(), plan, nodes)
+
+
+def report() -> CapacityReport:
     """A node that fits, one that is tight, one that does not fit and one with a hostile name."""
-    nodes = [
+    nodes = (
         node("king", "king", 512, 464, "fits", weights=100, optimizer_m=150, gradients=90, gathered_units=12),
         node(
             "soldier-1", "soldier", 256, 208, "tight", weights=60, optimizer_m=90, gradients=50, attention=5
@@ -44,153 +71,95 @@ def report() -> dict[str, Any]:
             "soldier-2", "soldier", 256, 208, "no", weights=60, optimizer_m=90, gradients=50, logits_chunk=30
         ),
         node(HOSTILE, None, 128, 96, "fits", weights=20, adapters=5, MLX_base=1),
-    ]
-    times = [time("10 GbE", "network", 2.0), time("TCP over Thunderbolt", "compute", 1.0)]
-    return {
-        "model": {
-            "name": f"scout {HOSTILE}",
-            "parameters": 107_769_861_120,
-            "trainable_parameters": 107_769_000_000,
-            "active_parameters": 17_172_894_720,
-            "family": "llama4",
-            "dtype": "bfloat16",
-            "not_trainable": f"no {HOSTILE} here",
-        },
-        "setting": "full tuning · 32 x 4,096 tokens a step",
-        "verdict": "no",
-        "reason": "soldier-2: needs 230 GiB and may use 208 GiB",
-        "zero_stage": 3,
-        "nodes": nodes,
-        "time": times[0],
-        "times": times,
-        "cloud": "8 x H100 would take 3-5 hours",
-        "advice": [
-            {"change": "memory.shares=memory", "effect": "soldiers need 167 GiB", "verdict": "fits"},
-            {"change": f"sudo {HOSTILE}", "effect": "raises the limit", "verdict": "tight"},
-        ],
-        "formulas": {"weights": {"formula": "2 bytes a parameter", "mark": "exact"}},
-        "notes": ["M3 Ultra: 5-12 TFLOP/s"],
-    }
+    )
+    advice = (
+        Advice("memory.shares=memory", "soldiers need 167 GiB", "fits"),
+        Advice(f"sudo {HOSTILE}", "raises the limit", "tight"),
+    )
+    paces = (pace("10gbe", "network", 2.0), pace("thunderbolt", "compute", 1.0))
+    cloud = Cloud(8, (3.0, 5.0), (100.0, 200.0), "8 x H100 would take 3-5 hours")
+    return CapacityReport(
+        assessed(*nodes), f"no {HOSTILE} here", paces, advice, cloud, [M3_ULTRA], datetime(2026, 11, 20, 20)
+    )
 
 
-def time(wire: str, bound: str, factor: float) -> dict[str, Any]:
-    """A wire's document."""
-    return {
-        "wire": wire,
-        "built": True,
-        "step_seconds": [50.0 * factor, 120.0 * factor],
-        "timeline": {
-            "seconds": 50.0 * factor,
-            "lanes": [
-                {
-                    "node": HOSTILE,
-                    "lane": "compute",
-                    "spans": [["forward", 0.0, 10.0], ["backward", 12.0, 40.0]],
-                },
-                {
-                    "node": HOSTILE,
-                    "lane": "network",
-                    "spans": [["gather", 0.0, 9.0], ["reduce", 20.0, 50.0 * factor]],
-                },
-            ],
-        },
-        "positions_per_second": [1092.0 / factor, 2621.0 / factor],
-        "run_hours": [14.0 * factor, 33.0 * factor],
-        "energy_kwh": [15.0, 36.0],
-        "ends": ["2026-11-22T10:00", "2026-11-23T08:00"],
-        "bound": bound,
-        "parts": {"compute": [50.0, 120.0], "network": [100.0, 100.0]},
-    }
+def pace(wire: str, bound: str, factor: float) -> Pace:
+    """What a wire makes of the plan; the node with the hostile name works, and its network."""
+    seconds = 50.0 * factor
+    events = (
+        Event(3, COMPUTE, "forward", 1, 0.0, 10.0),
+        Event(3, COMPUTE, "backward", 1, 12.0, 40.0),
+        Event(3, EXCHANGE, "gather", 1, 0.0, 9.0),
+        Event(3, EXCHANGE, "reduce", 1, 20.0, seconds),
+    )
+    return Pace(
+        (seconds, 120.0 * factor),
+        (1092.0 / factor, 2621.0 / factor),
+        (14.0 * factor, 33.0 * factor),
+        (15.0, 36.0),
+        bound,
+        {"compute": (50.0, 120.0), "network": (100.0, 100.0)},
+        wire_named(wire),
+        1000,
+        True,
+        Timeline(events, seconds, 0.0),
+    )
 
 
-def matrix() -> dict[str, Any]:
+def matrix() -> MatrixSurvey:
     """Two models, one of them not trainable; each verdict occurs, once against the pooled arithmetic."""
     cells = {
-        "1K+3S": ("no", -1.4, "fits"),
-        "2K+2S": ("tight", 0.03, "tight"),
-        "3K+1S": ("fits", 0.2, "fits"),
-        "4K": ("fits", 0.9, "fits"),
+        name: Cell(verdict, 3, headroom, pooled, "king", 1, 1, 1, 7.0, "")
+        for name, verdict, headroom, pooled in zip(
+            CLUSTERS,
+            ("no", "tight", "fits", "fits"),
+            (-1.4, 0.03, 0.2, 0.9),
+            ("fits", "tight", "fits", "fits"),
+            strict=True,
+        )
     }
-    rows = [
-        {
-            "model": model,
-            "parameters": 179_522_035_712,
-            "active_parameters": 179_522_035_712,
-            "not_trainable": barred,
-            "cells": {
-                name: {"verdict": verdict, "zero_stage": 3, "headroom": headroom, "pooled_says": pooled}
-                for name, (verdict, headroom, pooled) in cells.items()
-            },
-        }
+    rows = tuple(
+        MatrixRow(model, 179_522_035_712, 179_522_035_712, barred, cells)
         for model, barred in ((HOSTILE, None), ("falcon-180b", f"mlx-lm has no {HOSTILE}"))
-    ]
-    difference = {
-        "model": HOSTILE,
-        "cluster": "4K",
-        "file_says": "NO",
-        "verdict": "fits",
-        "why": f"{HOSTILE}, so it fits",
-    }
-    return {"clusters": CLUSTERS, "rows": rows, "same": 7, "unknown": ["x"], "differences": [difference]}
+    )
+    difference = Difference(HOSTILE, "4K", "NO", "fits", f"{HOSTILE}, so it fits")
+    return MatrixSurvey(
+        Matrix(CLUSTERS, {CLUSTERS[0]: 1280 * GIB}, {}, rows), Comparison((difference,), 7, ("x",))
+    )
 
 
-def ladder() -> dict[str, Any]:
+def ladder() -> LadderSurvey:
     """Three rungs: far too large, just too large, and fitting."""
     rungs = [
-        {
-            "name": name,
-            "verdict": verdict,
-            "zero_stage": 3,
-            "nodes": [
-                {"name": "king", "peak_bytes": peak * GIB, "limit_bytes": 464 * GIB, "verdict": verdict},
-                {
-                    "name": "soldier",
-                    "peak_bytes": peak * GIB // 2,
-                    "limit_bytes": 208 * GIB,
-                    "verdict": verdict,
-                },
-            ],
-            "dense": {"model": "llama-2-13b", "parameters": 13_015_864_320} if dense else None,
-            "moe": None,
-        }
+        Rung(
+            name,
+            assessed(
+                node("king", "king", 512, 464, verdict, weights=peak),
+                node("soldier", "soldier", 256, 208, verdict, weights=peak / 2),
+            ),
+            ("llama-2-13b", 13_015_864_320) if dense else None,
+            None,
+        )
         for name, peak, verdict, dense in (
             ("pure", 4000, "no", True),
             (f"+ {HOSTILE}", 480, "no", True),
             ("+ another", 300, "fits", False),
         )
     ]
-    return {"model": "scout", "rungs": rungs}
+    return LadderSurvey("scout", rungs)
 
 
-def daughters() -> dict[str, Any]:
+def daughters() -> DaughterSurvey:
     """One way of training on one machine, served and placed."""
-    run = {
-        "way": "QLoRA, 4-bit base",
-        "node": HOSTILE,
-        "peak_bytes": 89 * GIB,
-        "limit_bytes": 208 * GIB,
-        "verdict": "fits",
-        "positions_per_second": [46.7, 112.0],
-        "run_hours": [1.5, 3.6],
-        "dollars": None,
-    }
-    served = {
-        "way": "QLoRA, 4-bit base",
-        "node": HOSTILE,
-        "weight_bytes": 56 * GIB,
-        "adapter_bytes": GIB // 5,
-        "cache_bytes": GIB // 3,
-        "copies": 3,
-        "daughters": 242,
-        "load_seconds": [10.0, 20.0],
-    }
-    home = {"name": HOSTILE, "models": ["1", "2"], "used_bytes": 57 * GIB, "limit_bytes": 208 * GIB}
-    placement = {"way": "QLoRA, 4-bit base", "shared_base": True, "nodes": [home], "homeless": []}
-    return {
-        "model": "scout",
-        "not_trainable": "mlx-lm has no lora",
-        "training": [run],
-        "serving": [served],
-        "count": 2,
-        "placements": [placement],
-    }
+    machine, way = node_of(HOSTILE, 208 * GIB), "QLoRA, 4-bit base"
+    alone = assessed(node(HOSTILE, None, 256, 208, "fits", weights=89))
+    trained = replace(pace("10gbe", "compute", 1.0), positions_per_second=(46.7, 112.0), run_hours=(1.5, 3.6))
+    served = Serving(way, machine, 56 * GIB, GIB // 5, GIB // 3, 3, 242, (10.0, 20.0))
+    return DaughterSurvey(
+        "scout",
+        "mlx-lm has no lora",
+        [DaughterRun(way, machine, alone, trained, None)],
+        [served],
+        [machine],
+        2,
+    )

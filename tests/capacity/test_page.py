@@ -73,7 +73,7 @@ def test_one_well_formed_file_that_fetches_and_runs_nothing(page):
     assert not re.search(r"url\(|@import|https?://", page)
 
 
-def test_it_says_what_the_documents_say(page):
+def test_it_says_what_the_report_and_the_surveys_say(page):
     outline = Outline()
     outline.feed(page)
     text = " ".join(outline.text.split())
@@ -111,24 +111,24 @@ def test_every_text_stands_out(measured):
 
 @needs_browser
 def test_bars_are_as_long_as_the_memory_that_they_show(measured):
-    nodes = made_up.report()["nodes"]
+    nodes = made_up.report().nodes
     assert len(measured["bars"]) == len(nodes)
     scale = 512 * 2**30  # the longest box
     for bar, node in zip(measured["bars"], nodes, strict=True):
         length = bar["width"] / scale
-        assert bar["machine"]["width"] == pytest.approx(node["memory_bytes"] * length, abs=1)
-        assert bar["limit"]["left"] == pytest.approx(node["limit_bytes"] * length, abs=1)
+        assert bar["machine"]["width"] == pytest.approx(node.node.memory_bytes * length, abs=1)
+        assert bar["limit"]["left"] == pytest.approx(node.limit_bytes * length, abs=1)
         parts = sorted(part["width"] for part in bar["parts"])
-        assert parts == pytest.approx(sorted(size * length for size in node["ledger"].values()), abs=1)
+        assert parts == pytest.approx(sorted(size * length for size in node.ledger.items().values()), abs=1)
         end = 0.0
         for part in bar["parts"]:
             assert part["left"] == pytest.approx(end, abs=1), "parts stand side by side"
             end = part["left"] + part["width"]
             assert part["height"] > 10
             assert part["contrast"] > ENOUGH_FOR_PICTURES, part["title"]
-        over = max(-node["headroom_bytes"], 0)
+        over = max(-node.headroom_bytes, 0)
         assert sum(o["width"] for o in bar["over"]) == pytest.approx(over * length, abs=1)
-        assert node["name"] in bar["label"]
+        assert node.node.name in bar["label"]
 
 
 @needs_browser

@@ -1,16 +1,18 @@
-"""The terminal's tables, from made-up documents: bars to scale, letters without colours, nothing lost."""
+"""The terminal's tables, from made-up reports: bars to scale, letters without colours, nothing lost."""
 
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from capacity import made_up
 from rich.console import Console
 
 from mlx_empire.report.capacity_text import capacity_console, print_report, stacked_bar
+from mlx_empire.report.ledger_groups import alike
 from mlx_empire.report.survey_text import print_daughters, print_ladder, print_matrix
-from mlx_empire.report.text import alike, energy, run_length, span
+from mlx_empire.report.text import energy, run_length, span
 
 LIMITS = (("a", 100), ("b", 100), ("c", 90))
 DRAW = {
@@ -63,7 +65,7 @@ def test_a_terminal_without_unicode_gets_ascii():
 
     stream = Ascii()
     console = Console(file=stream, width=120, no_color=True)
-    print_ladder(made_up.ladder() | {"rungs": made_up.ladder()["rungs"][:1]}, console)
+    print_ladder(replace(made_up.ladder(), rungs=made_up.ladder().rungs[:1]), console)
     stream.getvalue().encode("ascii")
 
 

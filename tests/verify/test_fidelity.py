@@ -9,7 +9,7 @@ import pytest
 from mlx_empire.evaluate.fidelity import PLAIN, Finding, Outcome, Pair, audit
 from mlx_empire.plan.variants import value
 from mlx_empire.recipe.load import parse_recipe
-from mlx_empire.report.fidelity_page import document, failed, page, rows
+from mlx_empire.report.fidelity_page import FidelityReport, fidelity_document, fidelity_page, rows
 
 TEXT = """
 model: {path: m}
@@ -67,11 +67,13 @@ def test_every_pair_is_run_from_the_plain_settings_and_equal_runs_once():
 
 def test_a_changed_bit_is_marked_everywhere():
     wrong = replace(ONE, digest="b")
-    found = document({"model": "m<1>", "what": "w"}, [finding(True, wrong)], {"it": 2**30})
-    assert failed(found) == ["it"]
+    found = FidelityReport("m<1>", "w", [finding(True, wrong)], {"it": 2**30})
+    assert found.failed == ["it"]
+    (technique,) = fidelity_document(found)["techniques"]
+    assert (technique["must_be_identical"], technique["identical"]) == (True, False)
     assert "different bits ✗" in rows(found)[0]
-    html = page(found)
+    html = fidelity_page(found)
     assert "changed bits that they must not" in html
     assert "m&lt;1&gt;" in html
     assert html.count("<polyline") == 2
-    assert failed(document({"model": "m", "what": "w"}, [finding(True, ONE)], {})) == []
+    assert FidelityReport("m", "w", [finding(True, ONE)], {}).failed == []

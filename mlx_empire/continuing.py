@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mlx_empire import assemble, phases
+from mlx_empire import assemble, progress
 from mlx_empire.checkpoint.identity import Identity, base_digest, config_digest
 from mlx_empire.checkpoint.manifest import Resolved
 from mlx_empire.checkpoint.names import step_name
@@ -73,7 +73,7 @@ def go_back(comm: Communicator, recipe: Recipe, trainer: Trainer, saver: Saver) 
     found = Survey(comm, folder_of(recipe, comm)).newest() if saver.newest else None
     if found is None:
         return "there is no checkpoint to go back to: only this step's update is left out"
-    phases.reach("load")
+    progress.reach("load")
     with together(comm):
         restore = Restore(found, trainer.store, comm)
     restore.run(trainer.optimizer, recipe.optimizer.learning_rate)

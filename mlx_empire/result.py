@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.assemble import Built
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
 from mlx_empire.checkpoint.card import model_card
@@ -98,7 +98,7 @@ def write_final(recipe: Recipe, built: Built, store: ShardStore, comm: Communica
 
     def begin() -> None:
         nonlocal writer
-        phases.reach("finish")
+        progress.reach("finish")
         writer = result_writer(recipe, built)
 
     def write(index: int) -> None:
@@ -110,7 +110,7 @@ def write_final(recipe: Recipe, built: Built, store: ShardStore, comm: Communica
         writer.close()
 
     if comm.rank > 0:
-        phases.reach("finish")
+        progress.reach("finish")
     refusal = attempted(comm, begin)
     try:
         for index in range(len(built.spec.units)):
@@ -136,7 +136,7 @@ def seal(recipe: Recipe, gate: GateKeeper) -> list[str]:
     if gate.reached:
         thaw(final_of(recipe))
         said.append(_freeze(recipe, gate))
-        phases.reach("freeze")
+        progress.reach("freeze")
     write_private(recipe.run.dir / "COMPLETE", "")
     return said
 
@@ -215,7 +215,7 @@ class Patience:
                     self.report.message(self._waiting(found))
                 for _ in range(SIGNS_OF_LIFE):
                     time.sleep(POLL_SECONDS / SIGNS_OF_LIFE)
-                    phases.progress()
+                    progress.advance()
                 self.border()
         self.report.messages(found)
 

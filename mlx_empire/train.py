@@ -18,11 +18,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import assemble, beacon, capacity, continuing, phases, result, safeguards
+from mlx_empire import assemble, capacity, continuing, progress, result, safeguards
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.comm.connect import connect
-from mlx_empire.comm.failure import guard, together
+from mlx_empire.comm.failure import arm_faults, guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import micro_batch, positions, valid_tokens, validation_micro_batches
@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guard(None):
         comm = connect()
     with guard(comm):
-        phases.begin(comm.rank)
-        if beacon.lit():
+        arm_faults(comm.rank)
+        if progress.launched():
             keep_awake()
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:
@@ -124,7 +124,7 @@ def carry_out(
             verify_twin(config, str(recipe.model.path))
 
     # ---------------------------------------------------------------- the weights
-    phases.reach("load")
+    progress.reach("load")
     limit_memory(plan, comm.rank)
     with CommThread() as thread:
         trainer = make_trainer(comm, thread, recipe, built, plan, optimizer)
@@ -220,8 +220,8 @@ def train(run: Run) -> tuple[int, GateKeeper]:
         started, traffic = time.perf_counter(), comm.traffic.snapshot()
 
         # ------------------------------------------------------------ one step
-        phases.begin_step(step)
-        phases.reach("data")
+        progress.begin_step(step)
+        progress.reach("data")
         batches = [micro_batch(data, seed, step - 1, j, **sizes) for j in mine]
         total = valid_tokens(data, seed, step - 1, global_size=global_size)
         taken = trainer.train_step(batches, total, step, rates(step))
@@ -302,7 +302,7 @@ def speed(flops: float, seconds: float, peak: float | None) -> dict[str, float |
 
 def evaluate(run: Run, step: int, gate: GateKeeper) -> None:
     """Measure the held-out loss (None without a validation split) and the evaluation sets' scores; tell the gate."""
-    phases.reach("evaluate")
+    progress.reach("evaluate")
     comm, recipe, valid = run.comm, run.recipe, run.splits.valid
     most = max(1, *(run.plan.work.micro_batches(r) for r in range(comm.size)))
     found: dict[str, Any] = {"step": step, "eval_loss": None}

@@ -22,8 +22,8 @@ FLOORS = (
     "cluster",
     "recipe",
     "arguments",
-    "phases",
-    "beacon",
+    "faults",
+    "progress",
     "errors",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

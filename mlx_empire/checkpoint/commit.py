@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders, SaveFailed, agreed, describe
 from mlx_empire.checkpoint.copies import exchange_copies
 from mlx_empire.checkpoint.disk import with_headroom
@@ -134,16 +134,16 @@ class Commit:
 
     def _rename(self) -> None:
         with agreed(self.comm):
-            phases.reach("save-rename")
+            progress.reach("save-rename")
             if self.folders.leads:
                 os.rename(self.draft, make_room(self.folders.root, self.step))
                 self.renamed = True
                 sync_folder(self.folders.root)
-            phases.reach("save-renamed")
+            progress.reach("save-renamed")
 
     def _decide(self, digest: str) -> None:
         with agreed(self.comm):
-            phases.reach("save-commit")
+            progress.reach("save-commit")
         with agreed(self.comm):
             if self.comm.rank == 0:
                 self._mark(digest)

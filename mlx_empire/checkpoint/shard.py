@@ -18,7 +18,7 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.checkpoint.manifest import Piece, Shard, digest_of
 from mlx_empire.checkpoint.names import open_own
 from mlx_empire.checkpoint.tensorfile import COPY_BYTES, create_private, encode_header, sync_file
@@ -115,7 +115,7 @@ def write_shard(
     with ThreadPoolExecutor(HASHING_THREADS, "hashing") as pool, create_private(path) as file:
         file.write(header)
         hashed = _write_pieces(file, pool, pieces, len(header), passed)
-        phases.reach("save-fsync")
+        progress.reach("save-fsync")
         sync_file(file)
     recorded = tuple(
         Piece(
@@ -158,7 +158,7 @@ def _write_pieces(
                 piece.views = []
             passed(unit[-1].unit, size)
             if unit[-1] is not pieces[-1]:
-                phases.reach("save-write")
+                progress.reach("save-write")
 
     for _, group in itertools.groupby(pieces, key=lambda piece: piece.unit):
         unit = list(group)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from mlx_empire import assemble, progress, upbringing
 from mlx_empire.arguments import UserArguments
-from mlx_empire.checkpoint.run_lock import RunLock
 from mlx_empire.cluster.hostfile import load_hostfile
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import arm_faults, guard, together
@@ -26,6 +25,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.report.daughter_table import DaughterTable
+from mlx_empire.run_lock import RunLock
 from mlx_empire.school import place_of
 from mlx_empire.supervise.command import clean_environment, worker_line
 from mlx_empire.supervise.people import (

@@ -33,8 +33,8 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import NoRoomError, UserError
 from mlx_empire.evaluate.gate import GateKeeper
+from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.folder import write_private
 from mlx_empire.report.metrics import read_metrics
 from mlx_empire.report.run import RunReport
 
@@ -137,7 +137,7 @@ def seal(recipe: Recipe, gate: GateKeeper) -> list[str]:
         thaw(final_of(recipe))
         said.append(_freeze(recipe, gate))
         progress.reach("freeze")
-    write_private(recipe.run.dir / "COMPLETE", "")
+    replace_private(recipe.run.dir / "COMPLETE", "\n")
     return said
 
 

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mlx_empire.checkpoint.folder import has_weights, model_digest
-from mlx_empire.checkpoint.run_lock import RunLock
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.handshake import Facts, environment, shake_hands
 from mlx_empire.comm.protocol import Communicator
@@ -24,6 +23,7 @@ from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import MAX_BYTES, dump_recipe, load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
+from mlx_empire.run_lock import RunLock
 
 
 def greet(comm: Communicator, recipe_path: Path, overrides: Sequence[str]) -> None:

@@ -22,6 +22,8 @@ FLOORS = (
     "cluster",
     "recipe",
     "arguments",
+    "run_lock",
+    "private_files",
     "faults",
     "progress",
     "errors",

@@ -18,8 +18,8 @@ from mlx_empire.checkpoint.agree import Folders
 from mlx_empire.checkpoint.manifest import Shard
 from mlx_empire.checkpoint.names import open_own
 from mlx_empire.checkpoint.shard import problem_with
-from mlx_empire.checkpoint.tensorfile import create_private, sync_file
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.private_files import create_private, sync_file
 
 PIECE_BYTES = 8 << 20
 SIGN_OF_LIFE = 64  # pieces

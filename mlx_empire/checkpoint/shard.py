@@ -21,11 +21,12 @@ import numpy as np
 from mlx_empire import progress
 from mlx_empire.checkpoint.manifest import Piece, Shard, digest_of
 from mlx_empire.checkpoint.names import open_own
-from mlx_empire.checkpoint.tensorfile import COPY_BYTES, create_private, encode_header, sync_file
+from mlx_empire.checkpoint.tensorfile import COPY_BYTES, encode_header
 from mlx_empire.comm import pulse
 from mlx_empire.engine.hostview import host_view
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.plan.model import BLOCK
+from mlx_empire.private_files import create_private, sync_file
 
 WEIGHTS = "weights"
 HASHING_THREADS = 4

@@ -17,6 +17,7 @@ from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 
@@ -92,13 +93,7 @@ def write_plan(
         "ranks": entries,
     }
     try:
-        write_private(folder / "recipe.yaml", dump_recipe(recipe))
-        write_private(folder / "plan.json", json.dumps(summary, indent=1))
+        replace_private(folder / "recipe.yaml", dump_recipe(recipe) + "\n")
+        replace_private(folder / "plan.json", json.dumps(summary, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a text file that only its owner can read."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text + "\n")

@@ -26,6 +26,7 @@ PHASES = (
     "data",
     "forward",
     "backward",
+    "collectives",  # in place of the two on a rank without micro-batches: it joins the others' gathers and reductions
     "reduce",  # before a reduce-scatter, on the communication thread
     "reduce-middle",  # when a part of it has moved
     "optimizer",

@@ -70,7 +70,7 @@ class StreamedStep(Reader):
         `rounds` holds this rank's cells; a round without a cell is an empty list and still joins the collectives.
         `update`: with `in_backward` also update units as they are complete.
         """
-        progress.reach("forward")
+        progress.reach("forward" if any(rounds) else "collectives")
         self._begin([micro for one in rounds for micro in one], total_tokens)
         shape = replace(self._shape, cells=tuple(len(one) for one in rounds))
         self.play(gradients(shape, update=update))

@@ -16,17 +16,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlx_empire import beacon, phases, upbringing
+from mlx_empire import progress, upbringing
 from mlx_empire.arguments import UserArguments
-from mlx_empire.checkpoint.run_lock import RunLock
 from mlx_empire.cluster.hostfile import load_hostfile
 from mlx_empire.comm.connect import connect
-from mlx_empire.comm.failure import guard, together
+from mlx_empire.comm.failure import arm_faults, guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.report.daughter_table import DaughterTable
 from mlx_empire.run.agree import share_nodes, share_recipe
+from mlx_empire.run_lock import RunLock
 from mlx_empire.school import place_of
 from mlx_empire.supervise.command import clean_environment, worker_line
 from mlx_empire.supervise.people import (
@@ -106,7 +106,7 @@ def oversee(
 
 def _listen(line: Sequence[str], board: Board, update: Callable[[], None]) -> int:
     environment = clean_environment(os.environ)
-    environment.pop(beacon.VARIABLE)  # nobody reads what a run tells its supervisor
+    environment.pop(progress.LAUNCHER_VARIABLE)  # nobody reads what a run tells its supervisor
     process = subprocess.Popen(
         list(line),
         env=environment,
@@ -136,7 +136,7 @@ def work(
     most: int,
 ) -> int:
     """A worker: find out who is left and whose they are, and train one's own."""
-    phases.begin(comm.rank)
+    arm_faults(comm.rank)
     recipe = share_recipe(comm, recipe_path, overrides)
     nodes = share_nodes(comm, recipe, hosts)
     node = nodes[comm.rank]

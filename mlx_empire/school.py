@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.adapters.together import own_name
 from mlx_empire.checkpoint import unfinished
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
@@ -191,7 +191,7 @@ class School:
 
     def _step(self) -> None:
         self._passes += 1
-        phases.begin_step(self._passes)
+        progress.begin_step(self._passes)
         began = time.perf_counter()
         turns = {place: self._turn(pupil) for place, pupil in self._pupils.items()}
         lessons = self._cohort.step(turns)
@@ -243,7 +243,7 @@ class School:
         valid, run = pupil.splits.valid, pupil.recipe.run
         if valid is None and pupil.evaluator is None:
             return
-        phases.reach("evaluate")
+        progress.reach("evaluate")
         found: dict[str, Any] = {"step": pupil.step, "eval_loss": None}
         if valid is not None:
             batches = validation_micro_batches(valid, pupil.recipe.batch.micro_size, run.eval_batches)
@@ -264,11 +264,11 @@ class School:
         try:
             for place, pupil in saved.items():
                 pupil.saved = pupil.step
-                phases.reach("save-write")
+                progress.reach("save-write")
                 bookmark = Bookmark(pupil.step, place, self._node.name, pupil.origin)
                 mine = [piece for piece in pieces if own_name(piece.tensor)[0] == place]
                 unfinished.set_aside(pupil.recipe.run.dir, bookmark, mine)
-            phases.reach("save-rename")
+            progress.reach("save-rename")
             for pupil in saved.values():
                 unfinished.put_in_place(pupil.recipe.run.dir)
         except OSError as error:
@@ -279,7 +279,7 @@ class School:
         """Write her result, which waits for room on the disk, and leave the place."""
         pupil.metrics.close()
         del self._pupils[place]
-        phases.reach("finish")
+        progress.reach("finish")
         writer = result.result_writer(pupil.recipe, self._single)
         assert isinstance(writer, AdapterWriter)
         adapter = self._cohort.adapter(place)

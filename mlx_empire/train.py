@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_empire import beacon, capacity, phases
+from mlx_empire import capacity, progress
 from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
-from mlx_empire.comm.failure import guard, together
+from mlx_empire.comm.failure import arm_faults, guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import validation_micro_batches
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guard(None):
         comm = connect()
     with guard(comm):
-        phases.begin(comm.rank)
-        if beacon.lit():
+        arm_faults(comm.rank)
+        if progress.launched():
             keep_awake()
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:
@@ -136,7 +136,7 @@ def carry_out(
             verify_twin(config, str(recipe.model.path))
 
     # ---------------------------------------------------------------- the weights
-    phases.reach("load")
+    progress.reach("load")
     limit_memory(plan, comm.rank)
     with CommThread() as thread:
         trainer = make_trainer(comm, thread, recipe, target, plan)
@@ -221,8 +221,8 @@ def take_step(run: Run, step: int) -> None:
     """One step, and what the user sees of it."""
     comm, job, trainer, report = run.comm, run.job, run.trainer, run.report
     started, traffic = time.perf_counter(), comm.traffic.snapshot()
-    phases.begin_step(step)
-    phases.reach("data")
+    progress.begin_step(step)
+    progress.reach("data")
     taken = trainer.train_step(job.batches(step), job.targets(step), step, job.rates(step))
 
     seconds, moved = time.perf_counter() - started, comm.traffic.since(traffic)
@@ -280,7 +280,7 @@ def speed(run: Run, positions: int, seconds: float) -> dict[str, float | None]:
 
 def evaluate(run: Run, step: int, gate: GateKeeper) -> None:
     """Measure the held-out loss (None without a validation split) and the evaluation sets' scores; tell the gate."""
-    phases.reach("evaluate")
+    progress.reach("evaluate")
     comm, recipe, valid = run.comm, run.recipe, run.splits.valid
     most = max(1, *(run.plan.work.micro_batches(r) for r in range(comm.size)))
     found: dict[str, Any] = {"step": step, "eval_loss": None}

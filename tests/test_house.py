@@ -24,8 +24,10 @@ FLOORS = (
     "cluster",
     "recipe",
     "arguments",
-    "phases",
-    "beacon",
+    "run_lock",
+    "private_files",
+    "faults",
+    "progress",
     "errors",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders, SaveFailed, agreed, describe
 from mlx_empire.checkpoint.copies import exchange_copies
 from mlx_empire.checkpoint.disk import with_headroom
@@ -38,13 +38,12 @@ from mlx_empire.checkpoint.names import (
     remove_checkpoint,
     shard_name,
     step_name,
-    write_durable,
 )
 from mlx_empire.checkpoint.retention import make_room
 from mlx_empire.checkpoint.shard import LivePiece, write_shard
 from mlx_empire.checkpoint.shortage import give_up
-from mlx_empire.checkpoint.tensorfile import create_private, sync_file, sync_folder
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.private_files import create_private, replace_private, sync_file, sync_folder
 
 Describe = Callable[[Sequence[Shard]], Manifest]
 
@@ -134,16 +133,16 @@ class Commit:
 
     def _rename(self) -> None:
         with agreed(self.comm):
-            phases.reach("save-rename")
+            progress.reach("save-rename")
             if self.folders.leads:
                 os.rename(self.draft, make_room(self.folders.root, self.step))
                 self.renamed = True
                 sync_folder(self.folders.root)
-            phases.reach("save-renamed")
+            progress.reach("save-renamed")
 
     def _decide(self, digest: str) -> None:
         with agreed(self.comm):
-            phases.reach("save-commit")
+            progress.reach("save-commit")
         with agreed(self.comm):
             if self.comm.rank == 0:
                 self._mark(digest)
@@ -155,7 +154,7 @@ class Commit:
             if self.folders.leads:
                 if self.comm.rank > 0:
                     self._mark(digest)
-                write_durable(self.folders.root / LATEST, f"{step_name(self.step)}\n".encode())
+                replace_private(self.folders.root / LATEST, f"{step_name(self.step)}\n", durable=True)
         except OSError as error:
             problem = describe(error)
         found = self.comm.gather_json(problem)
@@ -163,7 +162,7 @@ class Commit:
 
     def _mark(self, digest: str) -> None:
         record = {"step": self.step, "manifest": digest}
-        write_durable(self.folders.root / step_name(self.step) / COMMIT, json.dumps(record).encode())
+        replace_private(self.folders.root / step_name(self.step) / COMMIT, json.dumps(record), durable=True)
 
     def _clean(self) -> None:
         """Take back what this attempt has made; a disk that refuses even that is left as it is."""

@@ -13,13 +13,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders
 from mlx_empire.checkpoint.manifest import Shard
 from mlx_empire.checkpoint.names import open_own
 from mlx_empire.checkpoint.shard import problem_with
-from mlx_empire.checkpoint.tensorfile import create_private, sync_file
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.private_files import create_private, sync_file
 
 PIECE_BYTES = 8 << 20
 SIGN_OF_LIFE = 64  # pieces
@@ -39,7 +39,7 @@ def exchange_copies(comm: Communicator, folders: Folders, draft: Path, shards: l
     for k in range(max(map(len, [outgoing, *incoming.values()]))):
         if k % SIGN_OF_LIFE == 0:
             with own.keeping():
-                phases.reach("save-copy")
+                progress.reach("save-copy")
         sends = [(keeper, own.read(outgoing[k]))] if keeper is not None and k < len(outgoing) else []
         receives = [(s, np.empty(sizes[k], np.uint8)) for s, sizes in incoming.items() if k < len(sizes)]
         comm.transfer(sends, receives)

@@ -14,8 +14,9 @@ from typing import Any
 
 from mlx_empire.checkpoint.sidefiles import write_json
 from mlx_empire.checkpoint.staging import disk_errors
-from mlx_empire.checkpoint.tensorfile import open_plain, sync_folder
+from mlx_empire.checkpoint.tensorfile import open_plain
 from mlx_empire.errors import UserError
+from mlx_empire.private_files import sync_folder
 
 MANIFEST_NAME = "FROZEN.json"
 PIECE_BYTES = 16 << 20

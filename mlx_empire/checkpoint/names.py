@@ -22,8 +22,6 @@ from collections.abc import Container
 from pathlib import Path
 from typing import BinaryIO
 
-from mlx_empire.checkpoint.tensorfile import create_private, sync_file, sync_folder
-
 MANIFEST, COMMIT, PIN, LATEST = "MANIFEST.json", "COMMIT", "KEEP", "LATEST"
 SHARD_PATTERN = r"^shard-[0-9]{5}-of-[0-9]{5}\.safetensors$"
 _STEP = re.compile(r"step-([0-9]{6,12})")
@@ -126,17 +124,6 @@ def open_own(path: Path) -> BinaryIO:
         file.close()
         raise OSError(0, "not a regular file", str(path))
     return file
-
-
-def write_durable(path: Path, content: bytes) -> None:
-    """Put a small file in its place at once: it is whole or not there, also after a power cut."""
-    draft = path.with_name(f".{path.name.lstrip('.')}")
-    draft.unlink(missing_ok=True)
-    with create_private(draft) as file:
-        file.write(content)
-        sync_file(file)
-    os.rename(draft, path)
-    sync_folder(path.parent)
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -13,13 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders, agreed, describe
 from mlx_empire.checkpoint.names import COMMIT, PIN, drafts_in, remove_checkpoint, step_name, steps_in
-from mlx_empire.checkpoint.tensorfile import sync_folder
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import UserError
+from mlx_empire.private_files import sync_folder
 
 
 def retain(comm: Communicator, folders: Folders, newest: int, keep_last: int | None) -> None:
@@ -31,7 +31,7 @@ def retain(comm: Communicator, folders: Folders, newest: int, keep_last: int | N
     pinned = {step for step, path in mine.items() if (path / PIN).exists()}
     pinned.update(step for steps in comm.gather_json(sorted(pinned)) for step in steps)
     with agreed(comm):
-        phases.reach("retention")
+        progress.reach("retention")
         if keep_last is not None and folders.leads:
             kept = {newest, *sorted(mine)[-keep_last:], *pinned}
             remove_all([path for step, path in mine.items() if step not in kept])

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders, SaveFailed, find_folders
 from mlx_empire.checkpoint.commit import Commit, Describe
 from mlx_empire.checkpoint.identity import Identity
@@ -110,12 +110,12 @@ class Saver:
     def hold(self, unit: int) -> None:
         """Return when the arrays of `unit` may be replaced; raises what the thread raised."""
         if unit in self._waiting:
-            phases.reach("save-wait")
+            progress.reach("save-wait")
             start = time.perf_counter()
             with self._changed:
                 self._changed.wait_for(lambda: unit not in self._waiting)
             self._held_up += time.perf_counter() - start
-            phases.reach("optimizer")
+            progress.reach("optimizer")
         if self._broken is not None:
             raise self._broken
 
@@ -132,7 +132,7 @@ class Saver:
         """Wait until nothing is being saved; raises what the thread raised."""
         if self._future is not None:
             if not self._future.done():
-                phases.reach("save-wait")
+                progress.reach("save-wait")
             self._future.result()
             self._future = None
 
@@ -211,7 +211,7 @@ class Saver:
             with self._changed:
                 self._waiting.clear()
                 self._changed.notify_all()
-            phases.leave()
+            progress.leave()
 
     def _retain(self, step: int) -> None:
         try:

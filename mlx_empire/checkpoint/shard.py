@@ -18,14 +18,15 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.checkpoint.manifest import Piece, Shard, digest_of
 from mlx_empire.checkpoint.names import open_own
-from mlx_empire.checkpoint.tensorfile import COPY_BYTES, create_private, encode_header, sync_file
+from mlx_empire.checkpoint.tensorfile import COPY_BYTES, encode_header
 from mlx_empire.comm import pulse
 from mlx_empire.engine.hostview import host_view
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.plan.model import BLOCK
+from mlx_empire.private_files import create_private, sync_file
 
 WEIGHTS = "weights"
 HASHING_THREADS = 4
@@ -115,7 +116,7 @@ def write_shard(
     with ThreadPoolExecutor(HASHING_THREADS, "hashing") as pool, create_private(path) as file:
         file.write(header)
         hashed = _write_pieces(file, pool, pieces, len(header), passed)
-        phases.reach("save-fsync")
+        progress.reach("save-fsync")
         sync_file(file)
     recorded = tuple(
         Piece(
@@ -158,7 +159,7 @@ def _write_pieces(
                 piece.views = []
             passed(unit[-1].unit, size)
             if unit[-1] is not pieces[-1]:
-                phases.reach("save-write")
+                progress.reach("save-write")
 
     for _, group in itertools.groupby(pieces, key=lambda piece: piece.unit):
         unit = list(group)

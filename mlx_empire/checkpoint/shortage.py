@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders, agreed, describe
 from mlx_empire.checkpoint.disk import free_bytes
 from mlx_empire.checkpoint.names import PIN, held_bytes, remove_checkpoint, remove_own, step_name, steps_in
@@ -62,7 +62,7 @@ def give_up(
             return free, told
         problem = None
         try:
-            phases.reach("retention")
+            progress.reach("retention")
             for candidate in chosen:
                 if candidate.step in mine and candidate.copies:
                     remove_own(mine[candidate.step], candidate.files.get(comm.rank, {}))

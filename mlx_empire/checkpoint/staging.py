@@ -17,8 +17,8 @@ from typing import Any
 from mlx_empire import __version__
 from mlx_empire.checkpoint.disk import free_bytes, is_full
 from mlx_empire.checkpoint.sidefiles import write_json
-from mlx_empire.checkpoint.tensorfile import sync_folder
 from mlx_empire.errors import NoRoomError, UserError
+from mlx_empire.private_files import sync_folder
 
 RECORD_NAME = "EXPORT.json"  # says that a folder is ours: which files were written, in which layout
 

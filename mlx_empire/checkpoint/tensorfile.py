@@ -7,7 +7,6 @@ before any other library sees the file: tensors must fill the data exactly, with
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import numpy as np
 
 from mlx_empire.engine.hostview import host_view
 from mlx_empire.errors import UnreadableError, UserError
+from mlx_empire.private_files import create_private, sync_file
 
 MAX_HEADER_BYTES = 4 << 20  # some 30,000 tensors in one file; a hostile header is read within a second
 MAX_DIMENSION = 2**31 - 1  # MLX shapes are 32-bit
@@ -168,29 +168,6 @@ def open_plain(path: Path) -> BinaryIO:
     if not stat.S_ISREG(path.stat().st_mode):
         raise UserError(f"{path}: not a regular file; {REMEDY}")
     return path.open("rb")
-
-
-def create_private(path: Path) -> BinaryIO:
-    """Create a file that must not exist, readable by its owner alone whatever the umask (mode 0600)."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-
-
-def sync_file(file: BinaryIO) -> None:
-    """Make sure that a file's bytes are on the disk (macOS: F_FULLFSYNC; fsync leaves them in the drive)."""
-    file.flush()
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make sure that a folder's entries (created or renamed files) are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

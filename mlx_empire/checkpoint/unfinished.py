@@ -25,16 +25,10 @@ from mlx_empire.checkpoint.freeze import thaw
 from mlx_empire.checkpoint.identity import Origin
 from mlx_empire.checkpoint.shard import WEIGHTS, LivePiece
 from mlx_empire.checkpoint.staging import remove
-from mlx_empire.checkpoint.tensorfile import (
-    COPY_BYTES,
-    Entry,
-    file_bytes,
-    read_header,
-    sync_folder,
-    write_file,
-)
+from mlx_empire.checkpoint.tensorfile import COPY_BYTES, Entry, file_bytes, read_header, write_file
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
+from mlx_empire.private_files import draft_of, sync_folder
 
 FILE_NAME, DRAFT_NAME = "unfinished.safetensors", ".unfinished.partial"
 FORMAT = "mlx_empire unfinished 1"
@@ -44,7 +38,8 @@ OWN_FILES = (
     DRAFT_NAME,
     "recipe.yaml",
     "plan.json",
-    "metrics.tmp",
+    "metrics.tmp",  # a draft of an earlier version
+    *map(draft_of, ("metrics.jsonl", "recipe.yaml", "plan.json", "COMPLETE")),
     "final",
     ".final.partial",
     ".final.replaced",

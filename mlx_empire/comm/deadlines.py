@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-LEARNED = ("data", "forward", "backward", "optimizer")  # what every step does alike
+LEARNED = ("data", "forward", "backward", "collectives", "optimizer")  # what every step does alike
 LEARNING_STEPS = 3
 FACTOR = 10.0
 

@@ -5,20 +5,34 @@ rank 0 says it, all ranks leave with the same exit code, nobody is killed. Any o
 is said by that rank, and MPI ends all others at once: they would wait for ever.
 """
 
+import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlx_empire import beacon
+from mlx_empire import progress
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import EmpireError
 
+FAULT_VARIABLE = "MLX_EMPIRE_FAULT"
 INTERNAL_ERROR = 70
 STOPPED = 143
 # mpirun drops what it has not yet read when a job is aborted
 FLUSH_SECONDS = 0.2
+
+
+def arm_faults(rank: int) -> None:
+    """From here on this rank fails where a test asks for it by MLX_EMPIRE_FAULT (see `faults`, which is imported only
+    then). UserError for a value that cannot be read."""
+    text = os.environ.get(FAULT_VARIABLE)
+    if not text:
+        progress.on_reach(None)
+        return
+    from mlx_empire.faults import Faults
+
+    progress.on_reach(Faults(rank, text, FAULT_VARIABLE))
 
 
 class AgreedExit(SystemExit):
@@ -38,12 +52,12 @@ def guard(comm: Communicator | None) -> Iterator[None]:
         yield
     except AgreedExit as agreed:
         if comm is None or comm.rank == 0:
-            beacon.tell("exit", code=agreed.code)
+            progress.tell("exit", code=agreed.code)
         raise
     except EmpireError as error:
         if error.shared and comm is not None:
             if comm.rank == 0:
-                beacon.failure(error.exit_code, str(error))
+                progress.tell_failure(error.exit_code, str(error))
                 print(f"mlx_empire: {error}", file=sys.stderr, flush=True)
             raise AgreedExit(error.exit_code) from None
         end(comm, f"mlx_empire: {_place(comm)}{error}", error.exit_code)
@@ -82,7 +96,7 @@ def agree(comm: Communicator, error: EmpireError | None) -> None:
                 f"mlx_empire: {message if len(ranks) == comm.size else f'{names}: {message}'}",
                 file=sys.stderr,
             )
-            beacon.failure(reports[ranks[0]][1], message, ranks[0], comm.hostnames[ranks[0]])
+            progress.tell_failure(reports[ranks[0]][1], message, ranks[0], comm.hostnames[ranks[0]])
         sys.stderr.flush()
     raise AgreedExit(reports[failed[0]][1])
 
@@ -113,7 +127,7 @@ def end(
     failed: the rank that is to blame, if it is another one.
     """
     host = None if comm is None or failed is None else comm.hostnames[failed]
-    beacon.failure(code, cause or message.removeprefix(f"mlx_empire: {_place(comm)}"), failed, host)
+    progress.tell_failure(code, cause or message.removeprefix(f"mlx_empire: {_place(comm)}"), failed, host)
     print(message, file=sys.stderr, flush=True)
     if comm is None:
         raise SystemExit(code)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.comm.lanes import Bucket, Lane, cut
 from mlx_empire.comm.pieces import WIRE_DTYPES, Adder, overlaps, pack, window
 from mlx_empire.comm.protocol import Array, Pieces, Wire
@@ -86,7 +86,7 @@ class ReduceScatter:
 
         def done(k: int) -> None:
             if not any(self.arrived.values()):
-                phases.reach("reduce-middle")
+                progress.reach("reduce-middle")
             self.arrived[peer] = k + 1
             self.add_arrived()
 

@@ -1,6 +1,6 @@
 """A thread beside the work on every rank that ends a run which does not go on, instead of letting it wait for ever.
 
-What happens, again and again: look where the main thread is (`phases.places`), tell all other ranks, hear where they
+What happens, again and again: look where the main thread is (`progress.places`), tell all other ranks, hear where they
 are, and judge (`deadlines`). When a rank is lost, whoever finds it tells all others; every rank that can prints the
 stacks of its threads; then one of them says who was lost and why, and all end with exit code 75. A thread can do that
 while the main one is stuck in `mx.eval` or in MPI; a signal handler could not.
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.comm import pulse
 from mlx_empire.comm.deadlines import Deadlines, Sight, Sign, judge, late
 from mlx_empire.comm.failure import end
@@ -98,13 +98,13 @@ class Watchdog:
         self._heart.send({"bye": True}, last=True)
 
     def _own_sign(self, now: float) -> Sign:
-        places = phases.places()
-        place = places.get(self._main) or phases.Place("start", 0, self._since)
+        places = progress.places()
+        place = places.get(self._main) or progress.Place("start", 0, self._since)
         waits = pulse.waits(self._main)
         others = [p for thread, p in places.items() if thread != self._main and p.phase.startswith(LONG)]
-        progress = max(pulse.last_moved(), self._since, *(p.since for p in (place, *others)))
+        moved = max(pulse.last_moved(), self._since, *(p.since for p in (place, *others)))
         deadline = max(self._deadlines.of(p.phase) for p in (place, *others))
-        return Sign(place.phase, place.step, max(0.0, now - progress), waits, deadline)
+        return Sign(place.phase, place.step, max(0.0, now - moved), waits, deadline)
 
     def _name_late(self, found: Mapping[int, str]) -> None:
         """Say once who is late, on the lowest rank that is not."""

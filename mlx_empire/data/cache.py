@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlx_empire.data.rows import Table
+from mlx_empire.private_files import create_private
 
 TOKENIZER_FILES = (
     "*token*",
@@ -110,23 +111,19 @@ def store_entry(folder: Path, entry: Entry) -> None:
     try:
         arrays = _named(entry.tables)
         for name, array in arrays.items():
-            with _private(building / f"{name}.npy") as file:
+            with create_private(building / f"{name}.npy") as file:
                 np.save(file, array, allow_pickle=False)
         content = {
             "arrays": {name: _array_digest(array) for name, array in arrays.items()},
             "report": list(entry.report),
         }
-        with _private(building / "index.json") as file:
+        with create_private(building / "index.json") as file:
             file.write(json.dumps({"content": content, "sha256": _text_digest(content)}).encode())
         if load_entry(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
             building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def _private(path: Path) -> Any:
-    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 
 def _named(tables: Mapping[str, Table]) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.data.chat import ChatReader, Remarks, Span, shared_prefix
 from mlx_empire.data.files import RawRow
 from mlx_empire.data.formats import check_row
@@ -84,7 +84,7 @@ def encode_rows(
     remaining = iter(rows)
     reader = ChatReader(tokenizer, remarks) if data_format != "tokens" else None
     while batch := list(islice(remaining, BATCH)):
-        phases.progress()
+        progress.advance()
         for row in batch:
             check_row(row, data_format)
         if reader is None:

@@ -21,7 +21,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.comm.protocol import Communicator, Pieces, Wire
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.hostview import DTYPES, empty_rows, host_view
@@ -74,8 +74,6 @@ class GradientStore:
 
     def inspect(self, index: int, cell: CellSum) -> None:
         """A cell's sum of unit `index` is complete: note what is not finite, where that is asked for."""
-        if index > 0 and phases.poisoned("backward"):
-            cell.arrays[0] = cell.arrays[0] * mx.nan
         if self.suspects is not None:
             self._suspect(self.suspects, index, cell)
 
@@ -98,7 +96,7 @@ class GradientStore:
         self, index: int, pieces: list[Pieces], totals: list[np.ndarray], flags: list[bool]
     ) -> None:
         """On the communication thread: each segment's contributions to their owners' totals."""
-        phases.reach("reduce")
+        progress.reach("reduce")
         for segment, piece, total in zip(self._trained(index), pieces, totals, strict=True):
             a, b = segment.interval(self._comm.rank)
             own = total[a:b] if self._plan.zero_stage == 0 else total

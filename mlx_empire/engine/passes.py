@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_empire import phases
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import CellSum
 from mlx_empire.engine.loss import head_chunks, head_gradients, head_loss, head_scores, joined
@@ -79,8 +78,6 @@ class Passes:
         """The input of layer 0, and what the model passes to its layers besides."""
         inputs, targets, mask = (mx.array(x) for x in (micro.inputs, micro.targets, micro.mask))
         hidden, arguments = self._deck.capture(inputs)
-        if phases.poisoned("forward"):
-            hidden = hidden * mx.nan
         # They depend on the shape alone (checked before training): micro-batches of one shape share them.
         arguments = self._shapes.setdefault(tuple(inputs.shape), arguments)
         documents = None if micro.documents is None else mx.array(micro.documents)

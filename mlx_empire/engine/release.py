@@ -22,7 +22,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import Any
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.engine.update import Updater
 from mlx_empire.optim.norm import NormLayout
 
@@ -45,7 +45,7 @@ class ReleasingUpdater(Updater):
 
     def norm_of(self, index: int) -> None:
         """The unit's totals are complete on all ranks: check, and clip its update. Collective. GradientError."""
-        phases.reach("optimizer")
+        progress.reach("optimizer")
         unit = self._store.plan.units[index]
         self._squares += self._norm_of(self._layouts[index], [unit]) ** 2
         scalars = self.clipped(*self._step, max(self.last_norm, sqrt(self._squares)))

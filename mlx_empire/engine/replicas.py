@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.hostview import host_view
 from mlx_empire.engine.store import ShardStore
@@ -54,7 +54,7 @@ def _digests(store: ShardStore) -> Iterator[tuple[str, int]]:
     """(tensor or tensor/state, CRC-32) of everything that is held whole."""
     for unit in store.plan.units:
         for s, segment in enumerate(unit.segments):
-            phases.progress()
+            progress.advance()
             digests: dict[str, int] = {}
             chunks = iter(store.chunks[unit.index][s])
             if store.plan.zero_stage == 0:

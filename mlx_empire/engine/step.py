@@ -12,7 +12,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import CellSum, GradientStore
 from mlx_empire.engine.loss import of_all_rows
@@ -70,7 +70,7 @@ class StreamedStep(Reader):
         `rounds` holds this rank's cells; a round without a cell is an empty list and still joins the collectives.
         `update`: with `in_backward` also update units as they are complete.
         """
-        phases.reach("forward")
+        progress.reach("forward" if any(rounds) else "collectives")
         self._begin([micro for one in rounds for micro in one], total_tokens)
         shape = replace(self._shape, cells=tuple(len(one) for one in rounds))
         self.play(gradients(shape, update=update))
@@ -128,7 +128,7 @@ class StreamedStep(Reader):
 
     def head(self, action: Action) -> None:
         if action.micro == 0:
-            phases.reach("backward")
+            progress.reach("backward")
         r, boundary = self._running[action.micro], self._shape.boundary
         weights = {u - 1: w for u, w in self._weights.items() if u > boundary}
         onward = self._needed(boundary + 1)

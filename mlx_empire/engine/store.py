@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.hostview import DTYPES, empty_rows, host_view
@@ -75,7 +75,7 @@ class ShardStore:
         unit = self.plan.units[index]
         buffers, views, starts = self.landing(unit)
         for spec, array in tensors:
-            phases.progress()
+            progress.advance()
             _, s, placement = self.plan.tensors[spec.name]
             segment = unit.segments[s]
             flat = host_view(array.astype(DTYPES[segment.dtype]))
@@ -153,7 +153,7 @@ class ShardStore:
         """
         self.gather(index)
         self._settle(index)
-        phases.progress()
+        progress.advance()
         trainable = []
         for s, segment in enumerate(self.plan.units[index].segments):
             buffer = self._whole[index][s]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.diagnose import GradientError, bad_totals
 from mlx_empire.engine.gradients import GradientStore
@@ -115,7 +115,7 @@ class Updater:
 
         GradientError on all ranks, naming the tensors, when it is not finite. Nothing is changed.
         """
-        phases.reach("optimizer")
+        progress.reach("optimizer")
         return self._norm_of(self._layout, list(self._store.plan.units))
 
     def _norm_of(self, layout: NormLayout, units: list[Unit]) -> float:

@@ -20,6 +20,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_empire.private_files import open_private
+
 
 def may_compile() -> bool:
     """True where `mx.compile` works without anything being installed."""
@@ -57,6 +59,9 @@ def compiling_alone() -> Iterator[None]:
     if mx.default_device().type == mx.DeviceType.gpu or not _cpu_may_compile():
         yield
         return
-    with open(Path(tempfile.gettempdir()) / f"mlx_empire-compile-{os.getuid()}.lock", "w") as lock:
+    lock = open_private(Path(tempfile.gettempdir()) / f"mlx_empire-compile-{os.getuid()}.lock")
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock
+        yield
+    finally:
+        os.close(lock)  # which lets go of it

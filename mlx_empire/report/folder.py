@@ -17,6 +17,7 @@ from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 
@@ -68,10 +69,9 @@ def write_plan(
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; choose a folder that can be written") from None
     try:
-        write_private(folder / "recipe.yaml", dump_recipe(recipe))
-        write_private(
-            folder / "plan.json", json.dumps(plan_document(plan, nodes, spec, splits.digest), indent=1)
-        )
+        replace_private(folder / "recipe.yaml", dump_recipe(recipe) + "\n")
+        document = plan_document(plan, nodes, spec, splits.digest)
+        replace_private(folder / "plan.json", json.dumps(document, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None
 
@@ -102,9 +102,3 @@ def plan_document(
             for node, share, ledger, limit in by_rank
         ],
     }
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a text file that only its owner can read."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text + "\n")

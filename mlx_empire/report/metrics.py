@@ -8,12 +8,12 @@ word for (NaN, infinities) become null.
 import errno
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from mlx_empire.errors import UserError
+from mlx_empire.private_files import append_private, replace_private
 
 FILE_NAME = "metrics.jsonl"
 
@@ -55,8 +55,7 @@ class MetricsWriter:
         try:
             if self.path.exists():
                 _tidy(self.path, after_step)
-            self._file = open(self.path, "ab", buffering=0, opener=_private)  # noqa: SIM115
-            os.fchmod(self._file.fileno(), 0o600)
+            self._file = append_private(self.path)
         except OSError as error:
             raise UserError(
                 f"run.dir: {self.path}: {error.strerror}; make it possible to write there"
@@ -113,10 +112,6 @@ def _whole(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line, record
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
 def _strict(value: Any) -> Any:
     """The value in JSON's terms: arrays and their scalars as plain numbers, None for what is not finite."""
     if isinstance(value, Mapping):
@@ -135,11 +130,5 @@ def _tidy(path: Path, after_step: int | None) -> None:
     before = path.read_bytes()
     kept = [line for line, record in _whole(before) if after_step is None or record["step"] <= after_step]
     after = b"".join(line + b"\n" for line in kept)
-    if after == before:
-        return
-    draft = path.with_suffix(".tmp")
-    with open(draft, "wb", opener=_private) as file:
-        file.write(after)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    if after != before:
+        replace_private(path, after, durable=True)

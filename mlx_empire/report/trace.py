@@ -23,8 +23,8 @@ from mlx_empire.plan.hardware import wire_of
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.pace import chips_of, timeline_of
 from mlx_empire.plan.step_time import ADD, WAIT, Event
+from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.folder import write_private
 
 FILE_NAME = "trace.json"
 LANES = ("compute", "gather", "reduce", "optimizer", "disk", "waiting")
@@ -115,9 +115,8 @@ class RunTrace:
             notes = [f"WARNING: the trace has no prediction: {type(error).__name__}: {error}"]
         path = self._folder / FILE_NAME
         try:
-            write_private(
-                path, json.dumps(trace_document(groups, self._comm.hostnames), separators=(",", ":"))
-            )
+            document = trace_document(groups, self._comm.hostnames)
+            replace_private(path, json.dumps(document, separators=(",", ":")) + "\n")
         except OSError as error:
             return [*notes, f"WARNING: {path}: {error.strerror}: the trace is not written"]
         return [*notes, f"the trace of the first steps is in {path}: open it in ui.perfetto.dev"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.checkpoint.adapter_folder import AdapterWriter
 from mlx_empire.checkpoint.card import model_card
 from mlx_empire.checkpoint.disk import disk_of, free_bytes, is_full
@@ -33,8 +33,8 @@ from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import NoRoomError, UserError
 from mlx_empire.evaluate.gate import GateKeeper
 from mlx_empire.model.target import Target
+from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.folder import write_private
 from mlx_empire.report.metrics import read_metrics
 from mlx_empire.report.run import RunReport
 
@@ -83,7 +83,7 @@ def result_writer(recipe: Recipe, target: Target) -> FolderWriter | AdapterWrite
     try:
         data = str(json.loads((recipe.run.dir / "plan.json").read_text())["data_digest"])
         base = recipe.model.base_digest or frozen_digest(folder)
-        writer.card = model_card(recipe, built.spec, read_metrics(recipe.run.dir), data, base)
+        writer.card = model_card(recipe, target.spec, read_metrics(recipe.run.dir), data, base)
     except (OSError, ValueError, KeyError) as error:  # somebody's hand: the weights matter more than the card
         writer.notes.append(f"no model card was written: {error}")
     return writer
@@ -98,7 +98,7 @@ def write_final(recipe: Recipe, target: Target, store: ShardStore, comm: Communi
 
     def begin() -> None:
         nonlocal writer
-        phases.reach("finish")
+        progress.reach("finish")
         writer = result_writer(recipe, target)
 
     def write(index: int) -> None:
@@ -110,7 +110,7 @@ def write_final(recipe: Recipe, target: Target, store: ShardStore, comm: Communi
         writer.close()
 
     if comm.rank > 0:
-        phases.reach("finish")
+        progress.reach("finish")
     refusal = attempted(comm, begin)
     try:
         for index in range(len(target.spec.units)):
@@ -136,8 +136,8 @@ def seal(recipe: Recipe, gate: GateKeeper) -> list[str]:
     if gate.reached:
         thaw(final_of(recipe))
         said.append(_freeze(recipe, gate))
-        phases.reach("freeze")
-    write_private(recipe.run.dir / "COMPLETE", "")
+        progress.reach("freeze")
+    replace_private(recipe.run.dir / "COMPLETE", "\n")
     return said
 
 
@@ -215,7 +215,7 @@ class Patience:
                     self.report.message(self._waiting(found))
                 for _ in range(SIGNS_OF_LIFE):
                     time.sleep(POLL_SECONDS / SIGNS_OF_LIFE)
-                    phases.progress()
+                    progress.advance()
                 self.border()
         self.report.messages(found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
 from mlx_empire.checkpoint.folder import has_weights
 from mlx_empire.checkpoint.restore import Restore
@@ -64,7 +64,7 @@ def go_back(comm: Communicator, recipe: Recipe, trainer: Trainer, saver: Saver) 
     found = Survey(comm, folder_of(recipe, comm)).newest() if saver.newest else None
     if found is None:
         return "there is no checkpoint to go back to: only this step's update is left out"
-    phases.reach("load")
+    progress.reach("load")
     with together(comm):
         restore = Restore(found, trainer.store, comm)
     restore.run(trainer.optimizer, recipe.optimizer.learning_rate)

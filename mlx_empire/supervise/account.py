@@ -1,8 +1,8 @@
 """What is known of a run from what its ranks and mpirun say on stderr: where each rank is, and how it ended.
 
-Ranks speak in marked lines (`beacon`), which are taken out. Open MPI announces deaths between two dashed lines, wrapped
-at some column; those that are understood are taken out too, because the failure report says the same once and in
-order. Everything else is for the user.
+Ranks speak in marked lines (`progress`), which are taken out. Open MPI announces deaths between two dashed lines,
+wrapped at some column; those that are understood are taken out too, because the failure report says the same once and
+in order. Everything else is for the user.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_empire.beacon import MARK
+from mlx_empire.progress import MARK
 
 MAIN_THREAD = "MainThread"
 _DASHES = re.compile(r"-{60,}\s*$")

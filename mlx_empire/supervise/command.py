@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_empire import beacon, phases
+from mlx_empire import progress
 from mlx_empire.cluster.hostfile import Cluster
+from mlx_empire.comm.failure import FAULT_VARIABLE
 from mlx_empire.errors import UserError
 
 # What mpirun and ssh need of a shell.
@@ -29,7 +30,7 @@ FORWARDED = (
     "PYTHONPATH", "LD_PRELOAD", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONFAULTHANDLER",
     "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "MLX_DISABLE_COMPILE",
     "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "MLX_EMPIRE_CACHE",
-    phases.FAULT_VARIABLE, beacon.VARIABLE,
+    FAULT_VARIABLE, progress.LAUNCHER_VARIABLE,
 )
 # fmt: on
 # Open MPI's own settings, which mpirun forwards by itself.
@@ -108,7 +109,7 @@ def clean_environment(source: Mapping[str, str], extra: Sequence[str] = ()) -> d
         )
     wanted = {*KEPT, *FORWARDED, *extra}
     kept = {name: value for name, value in source.items() if name in wanted or name.startswith(SETTINGS)}
-    kept[beacon.VARIABLE] = "1"
+    kept[progress.LAUNCHER_VARIABLE] = "1"
     if os.geteuid() == 0:
         kept |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     if sys.platform == "darwin":

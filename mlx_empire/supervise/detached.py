@@ -4,7 +4,6 @@ and followed from any other terminal.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -12,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_empire.errors import LostRankError, UserError
-from mlx_empire.supervise.run_folder import LOG, RunFolder, in_use, read_state, supervised
+from mlx_empire.private_files import append_private
+from mlx_empire.run_lock import LAUNCHER, in_use
+from mlx_empire.supervise.run_folder import LOG, RunFolder, read_state, supervised
 from mlx_empire.supervise.stop import request_stop
 
 START_SECONDS = 30.0
@@ -28,8 +29,7 @@ def detach(folder: Path, arguments: Sequence[str]) -> int:
     with RunFolder(folder) as own:
         own.make()
         own.take()
-    descriptor = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "wb") as log:
+    with append_private(folder / LOG) as log:
         start = log.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", "mlx_empire.launch", *arguments],
@@ -90,4 +90,4 @@ def stop(folder: Path) -> None:
 def refuse_second(folder: Path) -> None:
     """UserError when a launcher is at work in the folder."""
     if supervised(folder):
-        raise UserError(in_use(folder))
+        raise in_use(folder, LAUNCHER)

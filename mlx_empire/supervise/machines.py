@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlx_empire.cluster.hostfile import Cluster, Host
-from mlx_empire.supervise.run_folder import write_private
+from mlx_empire.private_files import replace_private
 
 PROBE_SECONDS = 20.0
 SMALLER = "hosts-that-answer.txt"
@@ -107,5 +107,5 @@ def without(cluster: Cluster, names: Mapping[str, str] | Sequence[str], folder: 
     path = folder / SMALLER
     left_out = ", ".join(names)
     text = [f"# {cluster.source} without {left_out}, which did not answer. Made by mlx_empire.launch."]
-    write_private(path, "\n".join([*text, *(lines[host.line - 1] for host in kept)]) + "\n")
+    replace_private(path, "\n".join([*text, *(lines[host.line - 1] for host in kept)]) + "\n")
     return path, replace(cluster, nodes=kept, source=os.fspath(path))

@@ -1,12 +1,12 @@
 """What a launcher leaves in the run's folder, and what it and others read there.
 
-`launch.json`: who supervises the run and how it goes. `launch.lock`: held for as long as the launcher lives, so a dead
-one is told from a living one whatever its process id is today. `launch.log`: the output of a detached run.
+`launch.json`: who supervises the run and how it goes. `launch.lock`: held for as long as the launcher lives
+(`run_lock`), so a dead one is told from a living one whatever its process id is today. `launch.log`: the output of a
+detached run.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlx_empire.errors import UserError
+from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.run_lock import LAUNCHER, RunLock, is_held
 
-STATE, LOCK, LOG, COMPLETE = "launch.json", "launch.lock", "launch.log", "COMPLETE"
+STATE, LOG, COMPLETE = "launch.json", "launch.log", "COMPLETE"
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -46,7 +48,7 @@ class RunFolder:
         """`checkpoints`: where rank 0 keeps them, if not in the run's folder."""
         self.path = path
         self.checkpoints = checkpoints or path / "checkpoints"
-        self._lock: int | None = None
+        self._lock: RunLock | None = None
 
     def take(self) -> bool:
         """Lock the folder if it is there yet (the run makes it when it may begin); whether it is ours.
@@ -54,13 +56,7 @@ class RunFolder:
         UserError when another launcher holds it.
         """
         if self._lock is None and self.path.is_dir():
-            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(lock)
-                raise UserError(in_use(self.path)) from None
-            self._lock = lock
+            self._lock = RunLock(self.path, LAUNCHER)
         return self._lock is not None
 
     def make(self) -> None:
@@ -75,7 +71,7 @@ class RunFolder:
     def write(self, state: LaunchState) -> None:
         """`launch.json`, replaced at once; nothing where the folder is not ours yet."""
         if self.take():
-            write_private(self.path / STATE, json.dumps(asdict(state), indent=1) + "\n")
+            replace_private(self.path / STATE, json.dumps(asdict(state), indent=1) + "\n")
 
     @property
     def complete(self) -> bool:
@@ -98,7 +94,7 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
 
@@ -112,17 +108,7 @@ def run_folder(recipe: Recipe) -> RunFolder:
 
 def supervised(path: Path) -> bool:
     """Whether a launcher is at work in the folder, on this machine."""
-    try:
-        lock = os.open(path / LOCK, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(lock)
-    return False
+    return is_held(path, LAUNCHER)
 
 
 def read_state(path: Path) -> LaunchState | None:
@@ -133,21 +119,3 @@ def read_state(path: Path) -> LaunchState | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path / STATE}: cannot be read ({error}); remove it") from None
-
-
-def in_use(path: Path) -> str:
-    """The sentence that names who holds the folder."""
-    state = read_state(path)
-    holder = f"process {state.pid} on {state.host}" if state else "another process"
-    return (
-        f"run.dir: {path} is in use by {holder}; look at it with `python -m mlx_empire.launch status {path}`, "
-        "or choose another run.dir"
-    )
-
-
-def write_private(path: Path, text: str) -> None:
-    """Replace a text file by one that only its owner can read."""
-    draft = path.with_name(path.name + ".tmp")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-    os.replace(draft, path)

@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.private_files import append_private
 
 STOP_FILE = "stop"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -106,5 +107,5 @@ def stop_requested(folder: Path, since: float) -> bool:
 
 def request_stop(folder: Path) -> None:
     """Ask the run in `folder` to stop, by its file `stop`."""
-    os.close(os.open(folder / STOP_FILE, os.O_WRONLY | os.O_CREAT, 0o600))
+    append_private(folder / STOP_FILE).close()
     os.utime(folder / STOP_FILE)

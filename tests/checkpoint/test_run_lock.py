@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_empire.checkpoint.run_lock import RunLock, read_holder
 from mlx_empire.errors import UserError
+from mlx_empire.run_lock import LAUNCHER, RUN, RunLock, is_held, read_holder
 
 
 def left_behind(folder: Path, text: str, age: float = 0.0) -> Path:
@@ -44,7 +45,7 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
 
 def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
     program = (
-        "import os, pathlib; from mlx_empire.checkpoint.run_lock import RunLock;"
+        "import os, pathlib; from mlx_empire.run_lock import RunLock;"
         f"lock = RunLock(pathlib.Path({str(tmp_path)!r})); print(os.getpid()); os._exit(9)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -112,3 +113,41 @@ def test_the_file_that_a_holder_elsewhere_locked_is_no_copy(tmp_path: Path) -> N
     left_behind(tmp_path, json.dumps(text), age=30)
     with pytest.raises(UserError, match="process 4711 on king"):
         RunLock(tmp_path, stale_seconds=60)
+
+
+def test_a_launcher_and_its_run_hold_one_folder_each_once(tmp_path: Path) -> None:
+    with RunLock(tmp_path, LAUNCHER), RunLock(tmp_path, RUN):
+        assert is_held(tmp_path, LAUNCHER)
+        assert is_held(tmp_path, RUN)
+        with pytest.raises(UserError, match=r"is in use by process .*launch status"):
+            RunLock(tmp_path, LAUNCHER)
+        with pytest.raises(UserError, match=r"is in use by process .*wait for it"):
+            RunLock(tmp_path, RUN)
+    assert not is_held(tmp_path, LAUNCHER)
+    assert not is_held(tmp_path, RUN)
+
+
+def test_a_launcher_s_lock_stays_as_an_empty_file_for_earlier_versions(tmp_path: Path) -> None:
+    """They open it, lock what they opened, and do not look whether it still has its name."""
+    with RunLock(tmp_path, LAUNCHER):
+        earlier = os.open(tmp_path / "launch.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(earlier, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(earlier, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert (tmp_path / "launch.lock").read_bytes() == b""
+    assert is_held(tmp_path, LAUNCHER)
+    with pytest.raises(UserError, match="is in use by another process"):
+        RunLock(tmp_path, LAUNCHER)
+    os.close(earlier)
+    with RunLock(tmp_path, LAUNCHER) as lock:
+        assert lock.note is None
+
+
+def test_to_look_at_a_lock_makes_no_file_and_follows_no_link(tmp_path: Path) -> None:
+    assert not is_held(tmp_path, LAUNCHER)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "other").touch()
+    (tmp_path / "launch.lock").symlink_to(tmp_path / "other")
+    with (tmp_path / "other").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert not is_held(tmp_path, LAUNCHER)

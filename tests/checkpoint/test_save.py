@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 from support.stepping import Case, batches_of, counted_tokens, trainer_of
 
-from mlx_empire import phases
+from mlx_empire import progress
 from mlx_empire.checkpoint import commit, save
 from mlx_empire.checkpoint.identity import Identity, Origin
 from mlx_empire.checkpoint.manifest import Resolved, decode, digest_of
@@ -161,7 +161,7 @@ def test_an_error_of_the_thread_ends_the_training(
 def test_the_thread_rests_between_saves(saver: Saver) -> None:
     saver.request(1, {})
     saver.finish()
-    assert "checkpoint" not in phases.places()
+    assert "checkpoint" not in progress.places()
     assert saver.status is None
 
 

@@ -22,7 +22,6 @@ from train.launching import RECIPE
 from mlx_empire.checkpoint.folder import INDEX_NAME, open_folder
 from mlx_empire.checkpoint.manifest import Manifest, Piece, Resolved, Shard, decode, digest_of
 from mlx_empire.checkpoint.names import shard_name
-from mlx_empire.checkpoint.run_lock import Holder, read_holder
 from mlx_empire.checkpoint.tensorfile import read_header
 from mlx_empire.cluster.hostfile import load_hostfile
 from mlx_empire.data.encode import encode_rows
@@ -31,6 +30,7 @@ from mlx_empire.data.formats import KEYS, check_row, detect_format
 from mlx_empire.errors import UserError
 from mlx_empire.plan.config import read_config
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.run_lock import Holder, read_holder
 from mlx_empire.supervise.account import Account, Listener
 
 EXAMPLES = int(os.environ.get("MLX_EMPIRE_FUZZ_EXAMPLES", "40"))

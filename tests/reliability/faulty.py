@@ -1,4 +1,4 @@
-"""Runs a command with a fault in its ranks (see mlx_empire/phases.py), and sees how and when it ended."""
+"""Runs a command with a fault in its ranks (see mlx_empire/faults.py), and sees how and when it ended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from support.mpi import mpirun
 from train.launching import Outcome, Workspace
 
-from mlx_empire.phases import FAULT_VARIABLE
+from mlx_empire.comm.failure import FAULT_VARIABLE
 
 
 @dataclass(frozen=True)

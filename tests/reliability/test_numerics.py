@@ -50,3 +50,7 @@ def test_all_ranks_stop_before_the_update(
     left = {"recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints"}
     assert {path.name for path in run.iterdir()} == left
     assert [path.parent.name for path in run.glob("checkpoints/*/COMMIT")] == ["step-000001"]
+
+
+def test_without_the_variable_a_run_imports_no_fault(outcomes: list[dict[str, Any]]) -> None:
+    assert [one["faults imported"] for one in outcomes] == [False, False]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlx_empire.beacon import MARK
+from mlx_empire.progress import MARK
 from mlx_empire.supervise.account import Account, Death, Failure, Listener, read_announcement
 
 DASHES = "-" * 60 + "\n"

@@ -58,7 +58,7 @@ def test_an_exception_is_told_once_and_never_retried(launching: Launching, phase
     assert ended.code == 70
     assert ended.stderr.count("Traceback (most recent call last)") == 1, ended.stderr
     (report,) = ended.reports
-    assert f"internal error: mlx_empire.phases.InjectedError: injected in {phase}" in report
+    assert f"internal error: mlx_empire.faults.InjectedError: injected in {phase}" in report
     assert "rank 1 on" in report
     assert "no checkpoint" in report
     assert not (launching.run / "COMPLETE").exists()

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from support.mpi import rank_environment
+from support.mpi import ROOT, rank_environment
 from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, metrics, raw_tensors, succeeded
 from train.test_result import TRAIN, VALID
 
@@ -32,6 +32,7 @@ optimizer: {{learning_rate: 5.0e-3}}
 memory: {{gradient_checkpointing: true}}
 run: {{dir: runs, steps: 6, eval_every: 3}}
 """
+POISON = str(ROOT / "tests" / "support" / "poison.py")
 NAMES = ("anna", "bert", "carl", "dora")
 
 
@@ -301,7 +302,9 @@ def test_one_persons_bad_data_or_disk_fails_alone(place: Workspace) -> None:
 def test_a_gradient_that_is_not_finite_leaves_nothing_to_go_on_from(place: Workspace) -> None:
     place.write("odd/one/train.jsonl", jsonl([{"tokens": TRAIN[0]}]))
     words = ["--people", "odd", "run.dir=odd-runs", "run.eval_every=null", "run.save_every=1"]
-    ended = worker(place, *words, fault="step=3;phase=forward;action=nan")
+    line, environment = command(place, *words, "--work")
+    at = line.index("-m")
+    ended = started(place, [*line[:at], POISON, "forward", "3", *line[at + 1 :]], environment)
     assert ended.code == 65
     assert "step 3: her gradient is not finite" in ended.stdout
     assert steps_kept(place.folder / "odd-runs") == {}

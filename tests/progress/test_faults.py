@@ -7,56 +7,57 @@ import textwrap
 
 import pytest
 
-from mlx_empire import beacon, phases
+from mlx_empire import progress
+from mlx_empire.comm.failure import FAULT_VARIABLE, arm_faults
 from mlx_empire.errors import UserError
+from mlx_empire.faults import InjectedError
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     """No fault and step 0 after each test."""
     yield
-    monkeypatch.delenv(phases.FAULT_VARIABLE, raising=False)
-    phases.begin(0)
-    phases.begin_step(0)
+    monkeypatch.delenv(FAULT_VARIABLE, raising=False)
+    arm_faults(0)
+    progress.begin_step(0)
 
 
 def arm(monkeypatch, text: str, rank: int = 0) -> None:
-    monkeypatch.setenv(phases.FAULT_VARIABLE, text)
-    phases.begin(rank)
+    monkeypatch.setenv(FAULT_VARIABLE, text)
+    arm_faults(rank)
 
 
 def test_a_fault_strikes_at_its_rank_step_and_phase_only(monkeypatch):
     arm(monkeypatch, "rank=1;step=2;phase=forward;action=raise", rank=0)
-    phases.begin_step(2)
-    phases.reach("forward")
+    progress.begin_step(2)
+    progress.reach("forward")
     arm(monkeypatch, "rank=1;step=2;phase=forward;action=raise", rank=1)
-    phases.begin_step(1)
-    phases.reach("forward")
-    phases.begin_step(2)
-    phases.reach("backward")
-    with pytest.raises(phases.InjectedError, match="forward at step 2"):
-        phases.reach("forward")
+    progress.begin_step(1)
+    progress.reach("forward")
+    progress.begin_step(2)
+    progress.reach("backward")
+    with pytest.raises(InjectedError, match="forward at step 2"):
+        progress.reach("forward")
 
 
 def test_a_full_disk_looks_like_one(monkeypatch):
     arm(monkeypatch, "phase=save-write;action=enospc")
     with pytest.raises(OSError, match="No space") as caught:
-        phases.reach("save-write")
+        progress.reach("save-write")
     assert caught.value.errno == errno.ENOSPC
 
 
 def test_once_is_remembered_in_a_file(monkeypatch, tmp_path):
     arm(monkeypatch, f"phase=data;action=raise;once={tmp_path}/struck")
-    with pytest.raises(phases.InjectedError):
-        phases.reach("data")
-    phases.reach("data")
+    with pytest.raises(InjectedError):
+        progress.reach("data")
+    progress.reach("data")
 
 
-def test_nan_is_for_those_who_ask(monkeypatch):
-    arm(monkeypatch, "phase=forward;action=nan")
-    phases.reach("forward")
-    assert phases.poisoned("forward")
-    assert not phases.poisoned("backward")
+def test_a_fault_of_an_earlier_run_of_this_process_is_forgotten(monkeypatch):
+    arm(monkeypatch, "phase=data;action=raise")
+    arm(monkeypatch, "")
+    progress.reach("data")
 
 
 @pytest.mark.parametrize(
@@ -65,9 +66,10 @@ def test_nan_is_for_those_who_ask(monkeypatch):
 def test_actions_that_end_the_process(action, code):
     script = textwrap.dedent(
         """
-        from mlx_empire import beacon, phases
-        phases.begin(0)
-        phases.reach("optimizer")
+        from mlx_empire import progress
+        from mlx_empire.comm.failure import arm_faults
+        arm_faults(0)
+        progress.reach("optimizer")
         raise SystemExit(99)
         """
     )
@@ -86,27 +88,11 @@ def test_actions_that_end_the_process(action, code):
         "phase=forward",
         "phase=nowhere;action=kill",
         "phase=data;action=x",
+        "phase=data;action=nan",
         "phase=data;action=kill;a=b",
     ],
 )
 def test_what_cannot_be_read_is_said(monkeypatch, text):
-    monkeypatch.setenv(phases.FAULT_VARIABLE, text)
+    monkeypatch.setenv(FAULT_VARIABLE, text)
     with pytest.raises(UserError, match="MLX_EMPIRE_FAULT"):
-        phases.begin(0)
-
-
-def test_places_are_known_by_thread():
-    phases.begin_step(7)
-    phases.reach("backward")
-    place = phases.places()["MainThread"]
-    assert (place.phase, place.step) == ("backward", 7)
-
-
-def test_the_launcher_hears_of_a_phase_before_the_fault_strikes(monkeypatch):
-    arm(monkeypatch, "phase=forward;step=3;action=raise")
-    heard = []
-    monkeypatch.setattr(beacon, "place", lambda *place: heard.append(place))
-    phases.begin_step(3)
-    with pytest.raises(phases.InjectedError):
-        phases.reach("forward")
-    assert heard == [("MainThread", "forward", 3)]
+        arm_faults(0)

@@ -1,51 +1,96 @@
-"""What README.md tells people to type exists: make's targets, modules, files, recipe keys, packages."""
+"""What README.md and the other pages tell people exists: commands, files, keys, links, packages, files of a run."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
+from support.fault_table import BEGIN, COLUMNS, END, placed, table
+from support.pages import PACKAGE, ROOT, code, problems
 
 from mlx_empire.recipe.load import load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-SOURCES = sorted([*(ROOT / "mlx_empire").rglob("*.py"), *(ROOT / "recipes").glob("*.py")])
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+TOP = [ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING", "CHANGELOG")]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in (*TOP, *DOCS)}
+README, FORMATS, FAULTS = (TEXTS[name] for name in ("README.md", "docs/formats.md", "docs/faults.md"))
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "recipes").glob("*.py")])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# Lines of code blocks, and what stands in backticks.
-CODE = [line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()]
-CODE += re.findall(r"`([^`\n]+)`", README)
-MODULES = sorted(set(re.findall(r"-m (mlx_empire[\w.]*)", README)))
-FILES = sorted(
-    set(re.findall(r"\b(?:recipes|hosts|benchmarks|tests)/[\w./-]+\.(?:ya?ml|py|txt|svg|png)", README))
+TRAINED = sorted(
+    {piece for text in TEXTS.values() for piece in code(text) if "-m mlx_empire.train recipes/" in piece}
 )
-TRAINED = [line for line in CODE if "-m mlx_empire.train recipes/" in line]
+APACHE_2 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # apache.org's LICENSE-2.0.txt
 
-
-@pytest.mark.parametrize(
-    "target", sorted({m for code in CODE for m in re.findall(r"\bmake ([a-z][\w-]*)", code)})
+# A line of a page that names what is not there, and the sentence that must come of it.
+WRONG = {
+    "`make nonsense`": "make nonsense: no such target",
+    "```\nmake nonsense\n```": "make nonsense: no such target",
+    "`python -m mlx_empire.nonsense`": "python -m mlx_empire.nonsense: cannot be run",
+    "`python -m mlx_empire.errors`": "python -m mlx_empire.errors: cannot be run",
+    "`-m mlx_empire.train --nonsense`": "--nonsense in '-m mlx_empire.train --nonsense'",
+    "`-m mlx_empire.launch nonsense runs/x`": "nonsense in '-m mlx_empire.launch nonsense runs/x'",
+    "`python benchmarks/quality.py --nonsense`": "--nonsense in 'python benchmarks/quality.py --nonsense'",
+    "`--nonsense 3`": "--nonsense in '--nonsense 3'",
+    "see hosts/nonsense.txt": "hosts/nonsense.txt: no such file",
+    "`tests/data/nonsense.py`": "tests/data/nonsense.py: no such file",
+    "`tests/nonsense.py`": "tests/nonsense.py: no such file",
+    "`plan/nonsense.py`": "plan/nonsense.py: no such file",
+    "`tests/nonsense/`": "tests/nonsense/: no such folder",
+    "```python\nfrom mlx_empire.optim import Nonsense\n```": "Nonsense: is not in mlx_empire.optim",
+    "```\nmake test\n": "a code block is not closed",
+    "`run.nonsense=3`": "run.nonsense: no such key",
+    "[a](docs/nonsense.md)": "docs/nonsense.md: leads nowhere",
+    "[a](nonsense.md#limits)": "nonsense.md#limits: leads nowhere",
+    "[a](README.md#nonsense)": "README.md#nonsense: no such heading",
+    "# A heading\n[a](#another-heading)": "#another-heading: no such heading",
+}
+RIGHT = (
+    "`make test`, `make` alone",
+    "`python -m mlx_empire.capacity recipes/scout.yaml --hosts hosts/empire.txt --matrix`, `--json`",
+    "`python -m mlx_empire.launch status runs/scout`",
+    "`tests/oracle/`, `plan/schedule.py`, `model.safetensors.index.json`",
+    "`run.steps=3`, `optimizer.state_bits: 8`, `facts.exact_match`",
+    "# A (small) heading\n[a](#a-small-heading), [b](docs/limits.md), [c](https://example.org)",
 )
-def test_make_knows_every_target(target: str) -> None:
-    assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.M)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_can_be_run(module: str) -> None:
-    found = find_spec(module)
-    assert found is not None
-    assert found.origin is not None
-    assert '__name__ == "__main__"' in Path(found.origin).read_text()
+@pytest.mark.parametrize("page", TEXTS)
+def test_what_a_page_names_is_there(page: str) -> None:
+    assert problems(ROOT / page, TEXTS[page]) == []
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_every_file_is_there(file: str) -> None:
-    assert (ROOT / file).is_file()
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_not_there_is_found(line: str) -> None:
+    found = [problem for problem in problems(ROOT / "page.md", line) if WRONG[line] in problem]
+    assert found, problems(ROOT / "page.md", line)
+
+
+@pytest.mark.parametrize("line", RIGHT)
+def test_what_is_there_is_not_complained_about(line: str) -> None:
+    assert problems(ROOT / "page.md", line) == []
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_a_page_is_short(page: str) -> None:
+    most = {"README.md": 150, "ARCHITECTURE.md": 120}.get(page, 199)
+    assert len(TEXTS[page].splitlines()) <= most
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    assert [page for page in TEXTS if page != "README.md" and f"]({page})" not in README] == []
+
+
+def test_no_page_gives_a_model_a_pronoun() -> None:
+    found = {page: re.findall(r"\b(?:she|hers?|herself)\b", text, re.I) for page, text in TEXTS.items()}
+    assert {page: words for page, words in found.items() if words} == {}
 
 
 @pytest.mark.parametrize("command", TRAINED)
@@ -57,7 +102,7 @@ def test_every_training_command_has_a_recipe_that_is_accepted(command: str) -> N
 
 def test_every_package_that_a_person_is_told_to_install_is_one_that_we_name() -> None:
     """By its own name on the index: mlx-empire itself is on none."""
-    texts = [README, *(file.read_text() for file in SOURCES)]
+    texts = [*TEXTS.values(), *(file.read_text() for file in SOURCES)]
     named = {
         name
         for text in texts
@@ -69,10 +114,50 @@ def test_every_package_that_a_person_is_told_to_install_is_one_that_we_name() ->
     assert named - known == set()
 
 
+def test_the_license_is_apaches_text_to_the_byte() -> None:
+    assert PROJECT["license"] == "Apache-2.0"
+    assert PROJECT["license-files"] == ["LICENSE"]
+    assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == APACHE_2
+
+
+def test_the_hooks_before_a_commit_run_what_make_lint_runs_and_download_nothing() -> None:
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    assert lint is not None
+    expected = re.findall(r"-m (ruff \w+|mypy)", lint[1])
+    assert len(expected) == len(lint[1].splitlines())
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [hook for repository in repositories for hook in repository["hooks"]]
+    assert {repository["repo"] for repository in repositories} == {"local"}
+    assert {hook["language"] for hook in hooks} == {"system"}
+    assert [re.findall(r"^\.venv/bin/python -m (ruff \w+|mypy)", hook["entry"]) for hook in hooks] == [
+        [one] for one in expected
+    ]
+
+
+def test_the_table_of_faults_is_what_its_script_writes() -> None:
+    lines = FAULTS.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert head == list(COLUMNS.values())
+    assert len(rows) > 50
+    events = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+    assert placed(FAULTS, table(events)) == FAULTS
+    assert placed(FAULTS, table(events[1:])) != FAULTS
+    with pytest.raises(ValueError, match="missing"):
+        placed(README, table(events))
+
+
+@pytest.mark.skipif((PACKAGE / "supervise").exists(), reason="the folders are moved to their places later")
+def test_the_floor_plan_has_every_folder() -> None:
+    folders = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)/` \|", TEXTS["ARCHITECTURE.md"], re.M)) == folders
+
+
 def test_the_command_for_a_fresh_clone_needs_nothing_but_the_clone(tmp_path: Path) -> None:
-    (command,) = [line for line in CODE if "python -m mlx_empire.train recipes/tiny.yaml" in line]
+    """And what it leaves behind is what docs/formats.md tells."""
+    (command,) = [piece for piece in code(README) if "python -m mlx_empire.train recipes/tiny.yaml" in piece]
     words = shlex.split(command, comments=True)
-    short = [f"run.dir={tmp_path / 'run'}", "run.steps=2", "run.eval_batches=1"]
+    run = tmp_path / "run"
+    short = [f"run.dir={run}", "run.steps=2", "run.eval_batches=1"]
     ended = subprocess.run(
         [sys.executable, *words[1:], *short],
         cwd=ROOT,
@@ -82,10 +167,35 @@ def test_the_command_for_a_fresh_clone_needs_nothing_but_the_clone(tmp_path: Pat
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "run" / "COMPLETE").exists()
+    assert (run / "COMPLETE").exists()
     stored = load_recipe(ROOT / "recipes" / "tiny.yaml")
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout
     for path in (stored.model.path, stored.data.path):
         assert not tracked or f"{path}/" in tracked
+
+    assert_told("The run's folder", {path.name for path in run.iterdir()})
+    assert_told("plan.json", set(json.loads((run / "plan.json").read_text())))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert_told("metrics.jsonl", {key for record in records for key in record})
+    final = FORMATS.partition("\n## final\n")[2].partition("\n## ")[0]
+    assert [path.name for path in (run / "final").iterdir() if not told_in_final(path.name, final)] == []
+
+
+def assert_told(section: str, found: set[str]) -> None:
+    """The names in the first column of the table under a heading are those that were found; others say "only"."""
+    text = FORMATS.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    rows = [row.split(" | ") for row in re.findall(r"^\| (`.*) \|$", text, re.M)]
+    told = {name: meaning for names, meaning in rows for name in re.findall(r"`([^`]+)`", names)}
+    assert found - told.keys() == set()
+    assert {name for name in told.keys() - found if not told[name].startswith("only ")} == set()
+
+
+def told_in_final(name: str, text: str) -> bool:
+    """Whether a file of `final` is one that the page tells of: by its name, or as weights or a tokenizer's file."""
+    if name.endswith(".safetensors"):
+        return "one safetensors file" in text
+    if "token" in name or "template" in name:
+        return "tokenizer and chat template" in text
+    return f"`{name}`" in text

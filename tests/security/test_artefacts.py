@@ -137,7 +137,7 @@ def test_nobody_else_may_read_what_a_run_wrote(seen: Seen, workspace: Workspace,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_rank_listens(seen: Seen) -> None:
-    """mpirun's own daemon listens, and between machines Open MPI's TCP does: see the README."""
+    """mpirun's own daemon listens, and between machines Open MPI's TCP does: see docs/limits.md."""
     assert len(seen.ranks) >= 2  # and what they fork for a moment
     assert seen.listening == set()
 

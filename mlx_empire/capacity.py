@@ -30,6 +30,7 @@ from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.model.target import Target, catalog_target, planned_target
+from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan import catalog
 from mlx_empire.plan.advice import advise
 from mlx_empire.plan.assess import assess
@@ -170,7 +171,7 @@ def present(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> int:
 def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
     """The report of the recipe on the nodes."""
     target = planned_target(recipe)
-    assessment = assess(recipe, target.spec, nodes)
+    assessment = assess(recipe, target.spec, nodes, state_bytes_of)
     measured = calibration_of(target, wanted)
     wire = wire_named(wanted.wire) if wanted.wire else wire_of(nodes)
     others = [other for other in WIRES if other.name != wire.name and len(nodes) > 1]
@@ -190,7 +191,7 @@ def matrix_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document
     theirs = read_rows(*text_of(wanted.compare)) if wanted.compare is not None else None
     everywhere = for_any_nodes(recipe)
     targets = (in_matrix(name, everywhere) for name in catalog.names())
-    found = matrix(everywhere, ((target.spec, target.not_trainable) for target in targets))
+    found = matrix(everywhere, ((target.spec, target.not_trainable) for target in targets), state_bytes_of)
     return matrix_document(found, compare(found, theirs) if theirs is not None else None)
 
 
@@ -199,7 +200,7 @@ def ladder_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document
     target, unlocked = planned_target(recipe), variant(recipe, UNLOCKED)
     others = (catalog_target(name, unlocked) for name in catalog.names())
     trainable = (other.spec for other in others if other.not_trainable is None)
-    return ladder_document(target.spec.name, ladder(recipe, target.spec, nodes, trainable))
+    return ladder_document(target.spec.name, ladder(recipe, target.spec, nodes, trainable, state_bytes_of))
 
 
 def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Document:
@@ -208,7 +209,7 @@ def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Docum
     targets = {way: planned_target(tuned_in(alone, way)) for way in WAYS}
     specs, first = {way: target.spec for way, target in targets.items()}, targets[LORA]
     measured = calibration_of(first, wanted)
-    runs = daughter_runs(alone, specs, nodes, calibration=measured)
+    runs = daughter_runs(alone, specs, nodes, state_bytes_of, calibration=measured)
     served = serving(alone, specs, nodes, calibration=measured)
     return daughters_document(first.spec.name, first.not_trainable, runs, served, nodes, wanted.count)
 

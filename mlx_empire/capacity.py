@@ -31,6 +31,7 @@ from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.model.target import Target, catalog_target, planned_target
+from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan import catalog
 from mlx_empire.plan.advice import advise
 from mlx_empire.plan.assess import assess
@@ -189,7 +190,7 @@ def say(
 def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> CapacityReport:
     """The report of the recipe on the nodes."""
     target = planned_target(recipe)
-    assessment = assess(recipe, target.spec, nodes)
+    assessment = assess(recipe, target.spec, nodes, state_bytes_of)
     measured = calibration_of(target, wanted)
     wire = wire_named(wanted.wire) if wanted.wire else wire_of(nodes)
     others = [other for other in WIRES if other.name != wire.name and len(nodes) > 1]
@@ -209,7 +210,7 @@ def matrix_of(recipe: Recipe, wanted: Wanted) -> MatrixSurvey:
     theirs = read_rows(*text_of(wanted.compare)) if wanted.compare is not None else None
     everywhere = for_any_nodes(recipe)
     targets = (in_matrix(name, everywhere) for name in catalog.names())
-    found = matrix(everywhere, ((target.spec, target.not_trainable) for target in targets))
+    found = matrix(everywhere, ((target.spec, target.not_trainable) for target in targets), state_bytes_of)
     return MatrixSurvey(found, compare(found, theirs) if theirs is not None else None)
 
 
@@ -218,7 +219,7 @@ def ladder_of(recipe: Recipe, nodes: Sequence[Node]) -> LadderSurvey:
     target, unlocked = planned_target(recipe), variant(recipe, UNLOCKED)
     others = (catalog_target(name, unlocked) for name in catalog.names())
     trainable = (other.spec for other in others if other.not_trainable is None)
-    return LadderSurvey(target.spec.name, ladder(recipe, target.spec, nodes, trainable))
+    return LadderSurvey(target.spec.name, ladder(recipe, target.spec, nodes, trainable, state_bytes_of))
 
 
 def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> DaughterSurvey:
@@ -227,7 +228,7 @@ def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Daugh
     targets = {way: planned_target(tuned_in(alone, way)) for way in WAYS}
     specs, first = {way: target.spec for way, target in targets.items()}, targets[LORA]
     measured = calibration_of(first, wanted)
-    runs = daughter_runs(alone, specs, nodes, calibration=measured)
+    runs = daughter_runs(alone, specs, nodes, state_bytes_of, calibration=measured)
     served = serving(alone, specs, nodes, calibration=measured)
     return DaughterSurvey(first.spec.name, first.not_trainable, runs, served, nodes, wanted.count)
 

@@ -36,7 +36,7 @@ from mlx_empire.engine.twin import twin_config
 from mlx_empire.evaluate.fidelity import NOISE_FLOOR, PLAIN, Finding, Outcome, Pair, audit, pairs_of
 from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.model.target import Target
-from mlx_empire.optim.choose import make_optimizer
+from mlx_empire.optim.choose import make_optimizer, state_bytes_of
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.ladder import in_dtype
 from mlx_empire.plan.model import ModelSpec
@@ -239,7 +239,7 @@ def saved_bytes(
 
     def peak(changes: Mapping[str, Any]) -> int:
         asked = variant(recipe, {**PLAIN, **changes})
-        found = assess(asked, in_dtype(spec, str(asked.model.dtype)), nodes)
+        found = assess(asked, in_dtype(spec, str(asked.model.dtype)), nodes, state_bytes_of)
         return max(node.peak_bytes for node in found.nodes)
 
     return {p.name: None if p.name == NOISE_FLOOR else peak(p.against) - peak(p.changes) for p in pairs}

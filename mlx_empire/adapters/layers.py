@@ -19,9 +19,11 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_empire.errors import UserError
 from mlx_empire.plan.describe import find_layers
 from mlx_empire.plan.model import is_router
-from mlx_empire.plan.tuning import ALL_LINEAR, DEFAULT_RANK, EXPERTS, is_target, targets_of
 from mlx_empire.recipe.sections import TuningSection
 
+DEFAULT_RANK = 8
+EXPERTS = "experts"  # the target that stands for the stacked matrices of a mixture's experts
+ALL_LINEAR = "all-linear"  # the one that stands for every linear module of the layers but routers and experts
 DEFAULT_SCALE = 2.0  # alpha = 2 x rank, as is usual; mlx-lm's own default is a scale of 20, whatever the rank
 
 
@@ -65,6 +67,18 @@ def adapt(model: nn.Module, tuning: TuningSection) -> AdapterSettings:
         if path in keys:  # by its whole path: it belongs to no layer
             module.dropout = nn.Dropout(0.0)
     return settings
+
+
+def targets_of(tuning: TuningSection) -> tuple[str, ...]:
+    """What the recipe asks adapters for."""
+    if tuning.targets is None or isinstance(tuning.targets, str):
+        return (ALL_LINEAR,)
+    return tuning.targets
+
+
+def is_target(module: str, target: str) -> bool:
+    """Whether `target` names `module` (both as paths inside a layer): the whole path or its last parts."""
+    return module == target or module.endswith("." + target)
 
 
 def _keys(model: nn.Module, layers: int, tuning: TuningSection) -> tuple[str, ...]:

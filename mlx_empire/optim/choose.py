@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.momentum import Lion, Sgd
+from mlx_empire.optim.updating import StateBytes
 from mlx_empire.recipe.sections import OptimizerSection
+
+
+def state_bytes_of(section: OptimizerSection) -> Callable[..., StateBytes]:
+    """What the optimizer of a recipe's section answers a plan that asks for the bytes of its state."""
+    return make_optimizer(section).state_bytes
 
 
 def make_optimizer(section: OptimizerSection) -> FlatOptimizer:

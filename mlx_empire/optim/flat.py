@@ -22,6 +22,7 @@ from mlx_empire.optim import codec, master
 from mlx_empire.optim.fusion import compiling_alone
 from mlx_empire.optim.noise import row_keys
 from mlx_empire.optim.protocol import ChunkId, State, StepScalars
+from mlx_empire.optim.updating import StateBytes
 from mlx_empire.plan.model import BLOCK
 
 STATES = frozenset(  # the name of everything that a state may hold
@@ -118,17 +119,19 @@ class FlatOptimizer(ABC):
         lossy = weights.dtype == mx.bfloat16 and self.master_weights in ("diet", "none")
         return lossy or "m_codes" in state
 
-    def state_bytes(self, elements: int, weight_dtype: str, *, quantised: bool) -> dict[str, int]:
+    def state_bytes(self, elements: int, weight_dtype: str, *, quantised: bool) -> StateBytes:
         """Bytes by name of the arrays that `init` makes for `elements` weights of a plan's dtype."""
         assert elements % BLOCK == 0
-        if quantised and self.state_bits == 8:
+        codes = quantised and self.state_bits == 8
+        if codes:
             sizes = codec.code_bytes(elements // BLOCK, self.moments)
         else:
             sizes = {name: 4 * elements for name in self.moments}
         if weight_dtype == "bfloat16" and self.master_weights in master.KEPT:
             name, dtype = master.KEPT[self.master_weights]
             sizes[name] = dtype.size * elements
-        return sizes
+        completed = self.master_weights if weight_dtype == "bfloat16" else "float32"
+        return StateBytes(sizes, self.moments, completed, codes=codes)
 
     def convert(self, state: State, chunk: ChunkId, scalars: StepScalars, *, quantised: bool) -> State:
         """`state` from a run with other `state_bits`, decoded or encoded; any other is returned as it is."""

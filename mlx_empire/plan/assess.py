@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.plan.limits import largest_array, live_buffers
-from mlx_empire.plan.memory import Ledger, StateBytes
+from mlx_empire.plan.memory import Ledger
 from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.optimizer_bytes import StateBytes, StatesOf
 from mlx_empire.plan.resolve import TIGHT_HEADROOM, RunPlan, resolve
-from mlx_empire.plan.states import planned_state_bytes
 from mlx_empire.recipe.schema import Recipe
 
 MOST_LIVE_BUFFERS = 499_000  # Metal's; MLX stops there
@@ -49,12 +49,16 @@ class NodeAssessment:
 
 @dataclass(frozen=True)
 class Assessment:
-    """A recipe's plan on nodes and what each node says to it; `spec`: the model as it is tuned."""
+    """A recipe's plan on nodes and what each node says to it.
+
+    `spec`: the model as it is tuned; `states_of`: what answers for the optimizer, also of a changed recipe.
+    """
 
     spec: ModelSpec
     recipe: Recipe
     plan: RunPlan
     nodes: tuple[NodeAssessment, ...]
+    states_of: StatesOf
 
     @property
     def verdict(self) -> str:
@@ -74,19 +78,12 @@ class Assessment:
         )
 
 
-def assess(
-    recipe: Recipe,
-    spec: ModelSpec,
-    nodes: Sequence[Node],
-    state_bytes: StateBytes | None = None,
-) -> Assessment:
-    """Resolve `recipe` on `nodes` and hold it against their limits.
-
-    `state_bytes`: the optimizer's own answer; None takes the formula.
-    """
-    sizes = planned_state_bytes(recipe.optimizer) if state_bytes is None else state_bytes
+def assess(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], states_of: StatesOf) -> Assessment:
+    """Resolve `recipe` on `nodes` and hold it against their limits."""
+    sizes = states_of(recipe.optimizer)
     plan = resolve(recipe, spec, nodes, sizes)
-    return Assessment(spec, recipe, plan, tuple(_node(spec, plan, r, n, sizes) for r, n in enumerate(nodes)))
+    assessed = tuple(_node(spec, plan, r, n, sizes) for r, n in enumerate(nodes))
+    return Assessment(spec, recipe, plan, assessed, states_of)
 
 
 def _node(spec: ModelSpec, plan: RunPlan, rank: int, node: Node, sizes: StateBytes) -> NodeAssessment:

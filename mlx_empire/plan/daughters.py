@@ -25,6 +25,7 @@ from mlx_empire.plan.hardware import (
     price_of,
 )
 from mlx_empire.plan.model import ITEM_BYTES, ModelSpec
+from mlx_empire.plan.optimizer_bytes import StatesOf
 from mlx_empire.plan.pace import Pace, pace_of
 from mlx_empire.plan.variants import variant
 from mlx_empire.plan.work import attention_layers
@@ -94,6 +95,7 @@ def daughter_runs(
     recipe: Recipe,
     specs: Mapping[str, ModelSpec],
     nodes: Sequence[Node],
+    states_of: StatesOf,
     calibration: Calibration | None = None,
     rows: int | None = None,
 ) -> list[DaughterRun]:
@@ -105,7 +107,7 @@ def daughter_runs(
     for way in WAYS:
         tuning = tuned_in(recipe, way)
         for node in kinds(nodes):
-            alone = assess(tuning, specs[way], [node])
+            alone = assess(tuning, specs[way], [node], states_of)
             pace = pace_of(alone, WIRES[0], None, calibration, rows)
             found.append(DaughterRun(way, node, alone, pace, run_dollars(node, pace)))
     return found

@@ -14,6 +14,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.counts import active_parameters
 from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.optimizer_bytes import StatesOf
 from mlx_empire.plan.variants import variant
 from mlx_empire.recipe.schema import Recipe
 
@@ -61,14 +62,20 @@ class Rung:
         return tuple(n.peak_bytes / 1e9 for n in self.assessment.nodes)
 
 
-def ladder(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], models: Iterable[ModelSpec]) -> list[Rung]:
+def ladder(
+    recipe: Recipe,
+    spec: ModelSpec,
+    nodes: Sequence[Node],
+    models: Iterable[ModelSpec],
+    states_of: StatesOf,
+) -> list[Rung]:
     """The rungs for `spec` on `nodes`; `models` are those that a rung may unlock, described as `UNLOCKED` says."""
     ranked = sorted(models, key=lambda m: -m.base_parameters)
     rungs: list[Rung] = []
     settings: dict[str, Any] = {}
     for name, changes in RUNGS:
         settings |= changes
-        rungs.append(_rung(name, variant(recipe, settings), spec, nodes, ranked))
+        rungs.append(_rung(name, variant(recipe, settings), spec, nodes, ranked, states_of))
     return rungs
 
 
@@ -78,11 +85,12 @@ def _rung(
     spec: ModelSpec,
     nodes: Sequence[Node],
     ranked: Sequence[ModelSpec],
+    states_of: StatesOf,
 ) -> Rung:
     dtype = str(recipe.model.dtype)
 
     def attempt(one: ModelSpec) -> Assessment:
-        return assess(recipe, in_dtype(one, dtype), nodes)
+        return assess(recipe, in_dtype(one, dtype), nodes, states_of)
 
     def largest(*, mixture: bool) -> tuple[str, int] | None:
         kind = [m for m in ranked if (active_parameters(m) < m.base_parameters) == mixture]

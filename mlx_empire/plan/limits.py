@@ -7,9 +7,9 @@ follow from the plan; neither can be measured on a CPU.
 from __future__ import annotations
 
 from mlx_empire.plan.activations import attention_scores, widest_activation
-from mlx_empire.plan.memory import StateBytes
 from mlx_empire.plan.model import BLOCK, ModelSpec
-from mlx_empire.plan.shards import CHUNK_ELEMENTS, Segment, ShardPlan
+from mlx_empire.plan.optimizer_bytes import StateBytes
+from mlx_empire.plan.shards import Segment, ShardPlan
 from mlx_empire.plan.workload import Workload, chunk_tokens
 
 _IN_FLIGHT = 2000  # arrays of one layer's graph and of the model's own making
@@ -55,12 +55,5 @@ def live_buffers(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, st
 
 
 def chunk_count(segment: Segment, start: int, stop: int) -> int:
-    """The number of chunks that `Segment.chunks(start, stop)` gives, without making them."""
-    per_chunk, count = CHUNK_ELEMENTS // BLOCK, 0
-    for placement in segment.placements:
-        first = placement.start // BLOCK
-        row = max(first, start // BLOCK)
-        end = min(first + placement.tensor.padded_size // BLOCK, stop // BLOCK)
-        if row < end:
-            count += -(-(end - first) // per_chunk) - (row - first) // per_chunk
-    return count
+    """The number of chunks of [start, stop)."""
+    return sum(run.times for run in segment.runs(start, stop))

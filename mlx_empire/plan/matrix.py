@@ -20,6 +20,7 @@ from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.counts import active_parameters
 from mlx_empire.plan.hardware import standard_clusters
 from mlx_empire.plan.model import ModelSpec
+from mlx_empire.plan.optimizer_bytes import StatesOf
 from mlx_empire.plan.whatif import gb
 from mlx_empire.plan.work import trained_bytes
 from mlx_empire.recipe.schema import Recipe
@@ -104,6 +105,7 @@ class Comparison:
 def matrix(
     recipe: Recipe,
     models: Iterable[tuple[ModelSpec, str | None]],
+    states_of: StatesOf,
     clusters: Mapping[str, Sequence[Node]] | None = None,
 ) -> Matrix:
     """`recipe` with each of `models` in the place of its own, on each cluster (default: the four of the empire).
@@ -111,7 +113,7 @@ def matrix(
     `models`: each described as the recipe tunes it, and why it cannot be trained here, or None.
     """
     chosen = standard_clusters() if clusters is None else clusters
-    rows = [_row(spec, why, recipe, chosen) for spec, why in models]
+    rows = [_row(spec, why, recipe, chosen, states_of) for spec, why in models]
     pooled = {name: sum(n.memory_bytes for n in nodes) for name, nodes in chosen.items()}
     usable = {name: sum(n.limit_bytes for n in nodes) for name, nodes in chosen.items()}
     return Matrix(tuple(chosen), pooled, usable, tuple(rows))
@@ -126,11 +128,16 @@ def pooled_says(parameters: int, nodes: Iterable[Node]) -> str:
 
 
 def _row(
-    spec: ModelSpec, not_trainable: str | None, recipe: Recipe, clusters: Mapping[str, Sequence[Node]]
+    spec: ModelSpec,
+    not_trainable: str | None,
+    recipe: Recipe,
+    clusters: Mapping[str, Sequence[Node]],
+    states_of: StatesOf,
 ) -> MatrixRow:
     cells = {}
     for cluster, nodes in clusters.items():
-        cells[cluster] = _cell(assess(recipe, spec, nodes), pooled_says(spec.base_parameters, nodes))
+        found = assess(recipe, spec, nodes, states_of)
+        cells[cluster] = _cell(found, pooled_says(spec.base_parameters, nodes))
     return MatrixRow(spec.name, spec.base_parameters, active_parameters(spec), not_trainable, cells)
 
 

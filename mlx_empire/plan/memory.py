@@ -12,23 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol
 
 from mlx_empire.plan.activations import forward_bytes, hidden_bytes, layer_costs, tail_costs
 from mlx_empire.plan.model import ITEM_BYTES, ModelSpec
+from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
 from mlx_empire.plan.roots import root_use
 from mlx_empire.plan.schedule import Action, Reader, folded_step
 from mlx_empire.plan.shards import Segment, ShardPlan, Unit
 from mlx_empire.plan.traffic import staging_bytes
-from mlx_empire.plan.updating import temporaries
 from mlx_empire.plan.workload import Workload, chunk_tokens, step_shape
-
-
-class StateBytes(Protocol):
-    """The optimizer's answer: bytes of its state by name."""
-
-    def __call__(self, elements: int, weight_dtype: str, *, quantised: bool) -> Mapping[str, int]: ...
-
 
 Items = dict[str, int]
 
@@ -78,7 +70,7 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         "MLX base": BASE,
         "allocator margin": ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
     }
-    step = StepBytes(spec, plan, work, rank, states)
+    step = StepBytes(spec, plan, work, rank, state_bytes)
     step.play(folded_step(step.shape))
     return Ledger({k: v for k, v in resident.items() if v}, step.phases)
 
@@ -90,11 +82,17 @@ class StepBytes(Reader):
     """
 
     def __init__(
-        self, spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, states: Mapping[str, int]
+        self, spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_bytes: StateBytes
     ) -> None:
         self.shape = step_shape(plan, work, rank)
         self.phases: dict[str, Items] = {name: {} for name in PHASES}
-        self._spec, self._plan, self._work, self._rank, self._states = spec, plan, work, rank, states
+        self._spec, self._plan, self._work, self._rank, self._state_bytes = (
+            spec,
+            plan,
+            work,
+            rank,
+            state_bytes,
+        )
         self._sizes = plan.sizes[rank]
         self._hidden, self._item = hidden_bytes(spec, work), ITEM_BYTES[spec.dtype]
         self._final = ITEM_BYTES[work.gradient_dtype]  # of an element of a finished gradient
@@ -251,7 +249,7 @@ class StepBytes(Reader):
             if segment.kind != "frozen":
                 a, b = self._plan.state_interval(segment, self._rank)
                 new += (b - a) * segment.itemsize
-                chunk = temporaries(segment, a, b, self._states)
+                chunk = update_bytes(segment, a, b, self._state_bytes)
                 self._moment({"optimizer chunk": chunk, "new weights of a unit": new}, phase)
         self._hold("gradients", -self._final * self._sizes[action.unit].trained)
         self._new[action.unit] = new
@@ -302,22 +300,6 @@ class StepBytes(Reader):
 def _odd_arrays(segment: Segment) -> int:
     """Arrays that may not fill their last page: a segment's buffer, and small tensors' states."""
     return 1 + (len(segment.placements) if segment.kind == "small" else 0)
-
-
-def state_sizes(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> Items:
-    """The optimizer's state on `rank` by name, each beginning with `optimizer`."""
-    elements: dict[tuple[str, bool], int] = {}
-    for unit in plan.units:
-        for segment in unit.segments:
-            if segment.kind != "frozen":
-                a, b = plan.state_interval(segment, rank)
-                kind = segment.dtype, segment.kind == "trainable"
-                elements[kind] = elements.get(kind, 0) + b - a
-    named: Items = {}
-    for (dtype, quantised), count in elements.items():
-        for name, size in state_bytes(count, dtype, quantised=quantised).items():
-            named[f"optimizer {name}"] = named.get(f"optimizer {name}", 0) + size
-    return named
 
 
 def _staging(unit: Unit, rank: int, bucket_bytes: int) -> int:

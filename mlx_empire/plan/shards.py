@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_empire.errors import UserError
 from mlx_empire.plan.model import BLOCK, ITEM_BYTES, TensorSpec, UnitSpec
@@ -55,6 +55,15 @@ class Chunk:
     rows: int
 
 
+class Run(NamedTuple):
+    """`times` chunks of `rows` rows, one behind the other in one tensor; `row`: the first, from the segment's start."""
+
+    placement: Placement
+    row: int
+    rows: int
+    times: int
+
+
 @dataclass(frozen=True)
 class Segment:
     """One flat buffer of a unit: tensors of one kind and dtype, and the edges of the ranks' intervals (elements)."""
@@ -75,22 +84,31 @@ class Segment:
         return self.edges[rank], self.edges[rank + 1]
 
     def chunks(self, start: int, stop: int) -> Iterator[Chunk]:
-        """Cut the interval [start, stop) into chunks that lie in one tensor each.
+        """Cut the interval [start, stop) into chunks that lie in one tensor each."""
+        for run in self.runs(start, stop):
+            name, first = run.placement.tensor.name, run.placement.start // BLOCK
+            for row in range(run.row, run.row + run.rows * run.times, run.rows):
+                yield Chunk(name, zlib.crc32(name.encode()), row, row - first, run.rows)
+
+    def runs(self, start: int, stop: int) -> Iterator[Run]:
+        """The chunks of [start, stop) in order, those of one size in a tensor together.
 
         Cuts are counted from a tensor's first row, so a chunk's borders inside a tensor do not depend on the shares
         except where an interval ends.
         """
-        rows_per_chunk = CHUNK_ELEMENTS // BLOCK
+        full = CHUNK_ELEMENTS // BLOCK
         for placement in self.placements:
             first = placement.start // BLOCK
-            last = first + placement.tensor.padded_size // BLOCK
-            row, end = max(first, start // BLOCK), min(last, stop // BLOCK)
-            while row < end:
-                cut = first + ((row - first) // rows_per_chunk + 1) * rows_per_chunk
-                rows = min(cut, end) - row
-                name = placement.tensor.name
-                yield Chunk(name, zlib.crc32(name.encode()), row, row - first, rows)
-                row += rows
+            row = max(first, start // BLOCK)
+            end = min(first + placement.tensor.padded_size // BLOCK, stop // BLOCK)
+            if row >= end:
+                continue
+            begun = min(-(row - first) % full, end - row)  # up to the next cut
+            whole, rest = divmod(end - row - begun, full)
+            for rows, times in ((begun, 1), (full, whole), (rest, 1)):
+                if rows and times:
+                    yield Run(placement, row, rows, times)
+                    row += rows * times
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ def with_settings(
 ) -> Assessment:
     """The assessment with other settings, perhaps on other nodes."""
     recipe = variant(assessment.recipe, _consistent(assessment.recipe, settings))
-    return assess(recipe, assessment.spec, nodes or [n.node for n in assessment.nodes])
+    others = nodes or [n.node for n in assessment.nodes]
+    return assess(recipe, assessment.spec, others, assessment.states_of)
 
 
 def with_least_memory(

@@ -126,7 +126,7 @@ def predicted_events(
     recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], optimizer: FlatOptimizer
 ) -> Sequence[Event]:
     """The clock's events of a step, at the best that chips and wire may do."""
-    assessment = assess(recipe, spec, nodes, optimizer.state_bytes)
+    assessment = assess(recipe, spec, nodes, lambda _: optimizer.state_bytes)
     return timeline_of(assessment, wire_of(nodes), chips_of(assessment), 1).events
 
 

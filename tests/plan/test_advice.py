@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.planning import MIB, catalog_spec, llama_like, nodes_of, recipe_of
+from support.planning import MIB, assess, catalog_spec, llama_like, nodes_of, recipe_of
 
 from mlx_empire.cluster.hostfile import GIB
 from mlx_empire.plan.advice import advise
-from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import standard_clusters, wire_named
 from mlx_empire.plan.improve import largest_micro, longest_sequence
 from mlx_empire.plan.pace import pace_of

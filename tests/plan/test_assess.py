@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from support.planning import catalog_spec
+from support.planning import assess, catalog_spec
 
 from mlx_empire.cluster.hostfile import Node, load_hostfile
-from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, Assessment, assess
+from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, Assessment
 from mlx_empire.plan.limits import chunk_count
 from mlx_empire.recipe.load import load_recipe
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from support.planning import catalog_spec, nodes_of, recipe_of
 
 from mlx_empire.model.target import catalog_target
+from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.daughters import (
     LORA,
     QLORA4,
@@ -36,7 +37,10 @@ def planned(model):
 
 @pytest.fixture(scope="module")
 def scout():
-    return {(r.way, r.node.role): r for r in daughter_runs(*planned("llama-4-scout-109b"), CLUSTER)}
+    return {
+        (r.way, r.node.role): r
+        for r in daughter_runs(*planned("llama-4-scout-109b"), CLUSTER, state_bytes_of)
+    }
 
 
 def test_scout_s_daughter_wants_an_8_bit_base_on_a_soldier(scout):

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from support.planning import MIB, nodes_of, recipe_of
+from support.planning import MIB, assess, nodes_of, recipe_of
 from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 
 from mlx_empire.model.target import planned_target
+from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.advice import advise
-from mlx_empire.plan.assess import assess
 from mlx_empire.plan.daughters import WAYS, cache_bytes_per_token, daughter_runs, serving, tuned_in
 from mlx_empire.plan.pace import paces
 
@@ -28,5 +28,5 @@ def test_a_report_can_be_made(family, tmp_path):
     targets = {way: planned_target(tuned_in(recipe, way)) for way in WAYS}
     assert all(target.not_trainable is None for target in targets.values())
     specs = {way: target.spec for way, target in targets.items()}
-    assert len(daughter_runs(recipe, specs, nodes_of([64 * MIB]))) == len(WAYS)
+    assert len(daughter_runs(recipe, specs, nodes_of([64 * MIB]), state_bytes_of)) == len(WAYS)
     assert all(one.copies > 0 for one in serving(recipe, specs, nodes_of([64 * MIB])))

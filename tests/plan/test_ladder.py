@@ -1,10 +1,10 @@
 """The ladder's rungs: each sets what it names, needs no more than the one below, and unlocks no less."""
 
 import pytest
-from support.planning import MIB, catalog_spec, llama_like, nodes_of, recipe_of
+from support.planning import MIB, assess, catalog_spec, llama_like, nodes_of, recipe_of
 
 from mlx_empire.model.target import catalog_target
-from mlx_empire.plan.assess import assess
+from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.hardware import standard_clusters
 from mlx_empire.plan.ladder import RUNGS, UNLOCKED, in_dtype, ladder
 from mlx_empire.plan.variants import variant
@@ -22,7 +22,7 @@ def unlocked(names):
 @pytest.fixture(scope="module")
 def scout():
     spec = catalog_spec("llama-4-scout-109b", RECIPE)
-    return ladder(RECIPE, spec, standard_clusters()["1K+3S"], unlocked(NAMES))
+    return ladder(RECIPE, spec, standard_clusters()["1K+3S"], unlocked(NAMES), state_bytes_of)
 
 
 def test_scout_stands_at_the_top_and_nowhere_below(scout):
@@ -67,7 +67,7 @@ def test_falcon_is_unlocked_by_no_rung(scout):
 
 
 def test_a_ladder_on_one_small_machine():
-    rungs = ladder(RECIPE, llama_like(), nodes_of([64 * MIB]), unlocked(["llama-3.2-1b"]))
+    rungs = ladder(RECIPE, llama_like(), nodes_of([64 * MIB]), unlocked(["llama-3.2-1b"]), state_bytes_of)
     assert {(r.dense, r.moe) for r in rungs} == {(None, None)}
     peaks = [r.peak_gb[0] for r in rungs]
     assert peaks[0] == max(peaks)

@@ -1,12 +1,12 @@
 """The matrix against independently written arithmetic, and somebody's file against the matrix."""
 
 import pytest
-from support.planning import catalog_spec, recipe_of
+from support.planning import assess, catalog_spec, recipe_of
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.target import catalog_target
+from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan import catalog
-from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import standard_clusters
 from mlx_empire.plan.matrix import (
     Cell,
@@ -31,7 +31,7 @@ BY_HAND = {  # bytes per parameter: bfloat16 weight, remainder, gradient; two co
 @pytest.fixture(scope="module")
 def whole() -> Matrix:
     targets = (catalog_target(name, RECIPE) for name in catalog.names())
-    return matrix(RECIPE, ((target.spec, target.not_trainable) for target in targets))
+    return matrix(RECIPE, ((target.spec, target.not_trainable) for target in targets), state_bytes_of)
 
 
 def load_by_hand(name: str, kings: int) -> float:

@@ -3,12 +3,12 @@
 Nothing is fitted to them: each test states how far off it may be, and prints how far off it is and why.
 """
 
-from support.planning import catalog_spec
+from support.planning import assess, catalog_spec
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.model.target import make_target
 from mlx_empire.plan.activations import FITS
-from mlx_empire.plan.assess import Assessment, assess
+from mlx_empire.plan.assess import Assessment
 from mlx_empire.recipe.load import parse_recipe
 
 GIB = 2**30

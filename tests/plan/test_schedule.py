@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.planning import llama_like
 
 from mlx_empire.engine.step import StreamedStep
+from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.cells import CellLayout
 from mlx_empire.plan.memory import StepBytes
 from mlx_empire.plan.schedule import (
@@ -170,7 +171,7 @@ def readers() -> list[Reader]:
     """One of each kind."""
     return [
         StreamedStep(None, None, None, SHAPE),  # type: ignore[arg-type]
-        StepBytes(SPEC, PLAN, WORK, 0, {}),
+        StepBytes(SPEC, PLAN, WORK, 0, AdamW().state_bytes),
         StepTraffic(PLAN, WORK),
     ]
 
@@ -235,7 +236,7 @@ def test_a_schedule_of_stages_fits_ledger_and_traffic():
         traffic.play(looped_stages(rank, 2, 3, 4))
         sent.append(traffic.reduced.tolist()[rank])
     assert sent == [[0, 4 * 32768], [4 * 32768, 0]]
-    ledger = StageBytes(SPEC, PLAN, WORK, 1, {})
+    ledger = StageBytes(SPEC, PLAN, WORK, 1, AdamW().state_bytes)
     ledger.play(looped_stages(1, 2, 3, 4))
     # The layer's inputs of all 4 micro-batches are kept for a backward; one more is on its way out.
     assert ledger.phases["forward"]["layer inputs"] == (3 + 1 + 1) * 32768

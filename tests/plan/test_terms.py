@@ -1,9 +1,8 @@
 """Every name that a ledger can have says what it stands for and how well it is known."""
 
 import pytest
-from support.planning import llama_like, nodes_of, recipe_of
+from support.planning import assess, llama_like, nodes_of, recipe_of
 
-from mlx_empire.plan.assess import assess
 from mlx_empire.plan.terms import UNKNOWN, term
 
 

@@ -7,9 +7,8 @@ import json
 import re
 
 import pytest
-from support.planning import llama_like, nodes_of, recipe_of
+from support.planning import assess, llama_like, nodes_of, recipe_of
 
-from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import wire_named
 from mlx_empire.plan.pace import pace_of
 from mlx_empire.plan.step_time import ADD, COMPUTE, EXCHANGE, WAIT, Event, Timeline

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.planning import llama_like, nodes_of, recipe_of
+from support.planning import assess, llama_like, nodes_of, recipe_of
 
 from mlx_empire.comm.solo import SoloCommunicator
-from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import wire_named
 from mlx_empire.plan.pace import chips_of, pace_of, timeline_of
 from mlx_empire.plan.step_time import ADD, COMPUTE, EXCHANGE, WAIT, Event

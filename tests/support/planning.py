@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.model.target import catalog_target
+from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.plan.assess import Assessment
+from mlx_empire.plan.assess import assess as assessed
 from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
@@ -35,6 +38,11 @@ def nodes_of(limits: Sequence[int]) -> list[Node]:
 def catalog_spec(name: str, recipe: Recipe) -> ModelSpec:
     """The catalog model `name` as `recipe` tunes it."""
     return catalog_target(name, recipe).spec
+
+
+def assess(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node]) -> Assessment:
+    """What a plan says with the recipe's own optimizer."""
+    return assessed(recipe, spec, nodes, state_bytes_of)
 
 
 def llama_like(

@@ -1,0 +1,71 @@
+"""What the optimizer holds and needs on a rank, by its own answers: states by name, and the worst moment of an update.
+
+Plans are numbers, so the optimizer is handed in: `StateBytes` is how it is asked. How many elements an update touches
+at once follows from the plan's chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from mlx_empire.plan.model import BLOCK
+from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, ShardPlan
+from mlx_empire.recipe.sections import OptimizerSection
+
+
+class StateSizes(Protocol):
+    """The optimizer's answer for some elements: bytes of its state by name, and what an update needs besides.
+
+    That is in bytes per element: `alone` of a chunk that is evaluated alone, `together` of small ones evaluated so.
+    """
+
+    @property
+    def alone(self) -> float: ...
+    @property
+    def together(self) -> float: ...
+    def items(self) -> Iterable[tuple[str, int]]: ...
+    def __len__(self) -> int: ...
+
+
+class StateBytes(Protocol):
+    """How the optimizer is asked: for a multiple of 64 elements of a plan's dtype, `quantised` where 8 bits may be."""
+
+    def __call__(self, elements: int, weight_dtype: str, *, quantised: bool) -> StateSizes: ...
+
+
+StatesOf = Callable[[OptimizerSection], StateBytes]  # the optimizer that a recipe's section asks for
+
+
+def state_sizes(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> dict[str, int]:
+    """The optimizer's state on `rank` by name, each beginning with `optimizer`."""
+    elements: dict[tuple[str, bool], int] = {}
+    for unit in plan.units:
+        for segment in unit.segments:
+            if segment.kind != "frozen":
+                a, b = plan.state_interval(segment, rank)
+                kind = segment.dtype, segment.kind == "trainable"
+                elements[kind] = elements.get(kind, 0) + b - a
+    named: dict[str, int] = {}
+    for (dtype, quantised), count in elements.items():
+        for name, size in state_bytes(count, dtype, quantised=quantised).items():
+            named[f"optimizer {name}"] = named.get(f"optimizer {name}", 0) + size
+    return named
+
+
+def update_bytes(segment: Segment, start: int, stop: int, state_bytes: StateBytes) -> int:
+    """What updating [start, stop) of a segment needs at the worst moment beside state, gradients and new weights."""
+    sizes = state_bytes(BLOCK, segment.dtype, quantised=segment.kind == "trainable")
+    together, largest = largest_update(segment, start, stop)
+    return int(max(sizes.together * together, sizes.alone * largest))
+
+
+def largest_update(segment: Segment, start: int, stop: int) -> tuple[int, int]:
+    """Elements of small chunks of [start, stop) that the update evaluates at once, and of the largest chunk."""
+    waiting = together = largest = 0
+    for run in segment.runs(start, stop):
+        largest = max(largest, run.rows)
+        for _ in range(min(run.times, 2)):  # more are like the second
+            waiting = waiting + run.rows if (waiting + run.rows) * BLOCK <= SHARED_ELEMENTS else run.rows
+            together = max(together, waiting)
+    return together * BLOCK, largest * BLOCK

@@ -64,6 +64,7 @@ def test_the_launcher_hears_of_a_phase_once_and_before_the_hook(monkeypatch, cap
     def fail(phase: str, step: int) -> None:
         raise RuntimeError(phase)
 
+    progress.reach("data")  # so that it is told where this thread is now, whatever ran before
     monkeypatch.setenv("MLX_EMPIRE_BEACON", "1")
     progress.begin_step(3)
     progress.on_reach(fail)

@@ -5,6 +5,8 @@
 PYTHON ?= python3.13 python3.12 python3.11 python3
 # `make test` passes this on to pytest: make test PYTEST_ARGS="-k plan -x"
 PYTEST_ARGS ?=
+# Two processes share the test files, for most of a test is one process's work; `make test PARALLEL=` goes one by one.
+PARALLEL ?= -n 2 --dist loadfile
 # Torch from the package index is gigabytes of CUDA on Linux. Where pip knows a smaller build, name its place here:
 # make test-interop TORCH="torch==2.13.0 --index-url ADDRESS"
 TORCH ?= torch==2.13.0
@@ -128,18 +130,18 @@ lint: setup
 # The loop while one works: about two minutes on two cores.
 check: lint
 	@$(FAST) $(PY) -m pytest tests/test_house.py tests/plan tests/recipe tests/cluster tests/comm tests/data \
-	  tests/run/test_job.py tests/oracle/test_oracle.py::test_one_step_of_each_stage_on_two_ranks $(PYTEST_ARGS)
+	  tests/run/test_job.py tests/oracle/test_oracle.py::test_one_step_of_each_stage_on_two_ranks $(PARALLEL) $(PYTEST_ARGS)
 
 test: lint
-	@$(FAST) $(PY) -m pytest $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 # Everything that kills, damages and fills disks in real runs; the part of it that always runs is in `make test`.
 test-faults: setup
-	@$(FAST) $(PY) -m pytest tests/faults tests/reliability tests/supervise -m "faults or not faults" $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/faults tests/reliability tests/supervise -m "faults or not faults" $(PARALLEL) $(PYTEST_ARGS)
 
 # Peaks of another 28 settings, whatever is the same on 1 to 3 ranks on 4, the whole oracle, and every model of mlx-lm.
 test-slow: setup
-	@$(FAST) $(PY) -m pytest tests/benchmarks tests/engine tests/oracle tests/plan tests/train -m slow $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/benchmarks tests/engine tests/oracle tests/plan tests/train -m slow $(PARALLEL) $(PYTEST_ARGS)
 
 # Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
 test-fuzz: setup

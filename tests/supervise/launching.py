@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from train.launching import RECIPE
 from mlx_empire.supervise.attempt import descendants
 
 SAID = "mlx_empire.launch: "
-ROWS = ROOT / "build" / "faults-launch.json"  # what became of which fault, for the table of faults
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+ROWS = ROOT / "build" / f"faults-launch{WORKER}.json"  # what became of which fault, for the table of faults
 TIMEOUT_SECONDS = 90.0
 
 

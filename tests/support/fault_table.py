@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-EVENTS = Path(__file__).resolve().parents[2] / "build" / "faults.json"
+# Each of pytest-xdist's processes leaves a file of its own.
+EVENTS = (
+    Path(__file__).resolve().parents[2] / "build" / f"faults{os.environ.get('PYTEST_XDIST_WORKER', '')}.json"
+)
 BEGIN, END = "<!-- faults -->", "<!-- /faults -->"
 COLUMNS = {
     "fault": "fault",

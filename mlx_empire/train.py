@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.plan.hardware import known_speed
+from mlx_empire.plan.model import RootNames
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.plan.step_time import Event
 from mlx_empire.plan.work import executed_flops
@@ -110,6 +111,15 @@ def carry_out(
     start = continuing.where_to_begin(comm, recipe, built, splits)
     recipe = start.recipe
 
+    # ---------------------------------------------------------------- the proof that it can be streamed
+    shown = None
+    with together(comm):
+        if comm.rank == 0:
+            shown = asdict(verify_twin(config, str(recipe.model.path)))
+    root_names = RootNames(**comm.broadcast_json(shown))
+    built = replace(built, spec=replace(built.spec, root_names=root_names))
+    spec = built.spec
+
     # ---------------------------------------------------------------- the plan, before anything is allocated
     optimizer = make_optimizer(recipe.optimizer)
     with together(comm):
@@ -118,11 +128,6 @@ def carry_out(
         require_fit(plan, nodes)
     guards.lock(recipe.run.dir)
     evaluator = assemble.share_evaluator(comm, recipe, spec, plan)
-
-    # ---------------------------------------------------------------- the proof that it can be streamed
-    with together(comm):
-        if comm.rank == 0:
-            verify_twin(config, str(recipe.model.path))
 
     # ---------------------------------------------------------------- the weights
     phases.reach("load")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from mlx_empire.evaluate.held_out import held_out_loss
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.hardware import known_speed
+from mlx_empire.plan.model import RootNames
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.schema import Recipe
@@ -121,6 +122,14 @@ def carry_out(
     start = where_to_begin(comm, recipe, target, splits, job.steps)
     recipe = start.recipe
 
+    # ---------------------------------------------------------------- the proof that it can be streamed
+    shown = None
+    with together(comm):
+        if comm.rank == 0:
+            shown = asdict(verify_twin(config, str(recipe.model.path)))
+    root_names = RootNames(**comm.broadcast_json(shown))
+    target = replace(target, spec=replace(target.spec, root_names=root_names))
+
     # ---------------------------------------------------------------- the plan, before anything is allocated
     with together(comm):
         refuse_idle_keys(recipe, splits)
@@ -129,11 +138,6 @@ def carry_out(
     job = job.part(plan.work.layout.of_rank(comm.rank))
     guards.lock(recipe.run.dir)
     evaluator = share_evaluator(comm, recipe, target.spec, plan)
-
-    # ---------------------------------------------------------------- the proof that it can be streamed
-    with together(comm):
-        if comm.rank == 0:
-            verify_twin(config, str(recipe.model.path))
 
     # ---------------------------------------------------------------- the weights
     progress.reach("load")

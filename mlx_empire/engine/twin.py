@@ -29,6 +29,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.plan.cells import CellLayout
 from mlx_empire.plan.describe import build_model, default_numbers, describe
 from mlx_empire.plan.foreign import foreign
+from mlx_empire.plan.model import RootNames, base_name
 from mlx_empire.plan.schedule import StepShape
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.workload import chunk_tokens
@@ -116,8 +117,11 @@ def _one_factor(rope: Mapping[str, Any]) -> dict[str, Any]:
     return small
 
 
-def verify_twin(config: Mapping[str, Any], name: str) -> None:
-    """Train-step the twin both ways in fp32 and compare; UserError naming what differs, or that it cannot be built."""
+def verify_twin(config: Mapping[str, Any], name: str) -> RootNames:
+    """Train-step the twin both ways in fp32 and compare; UserError naming what differs, or that it cannot be built.
+
+    Returns which parameters of the root its head and embedding depend on: the model's own, by their names.
+    """
     small = twin_config(config)
     for key in (
         "quantization",
@@ -138,7 +142,7 @@ def verify_twin(config: Mapping[str, Any], name: str) -> None:
     with foreign(f"{name}: mlx-lm's model cannot be differentiated here"):
         loss, gradients = _whole(model, batch)
     with foreign(f"{name}: mlx-lm's model cannot be run layer by layer", mixed=True):
-        streamed_loss, streamed = _streamed(model, small, name, batch)
+        streamed_loss, streamed, root = _streamed(model, small, name, batch)
     worst, where = abs(loss - streamed_loss) / max(abs(loss), 1e-9), "the loss"
     floor = max(NOISE * max(float(np.abs(g).max()) for g in gradients.values()), 1e-6)
     for path, expected in gradients.items():
@@ -151,6 +155,7 @@ def verify_twin(config: Mapping[str, Any], name: str) -> None:
             f"{name}: streamed and whole-model gradients differ at {where} by {worst:.1e} (relative); "
             "this architecture would be trained wrongly, so it is refused"
         )
+    return root
 
 
 def _batch() -> MicroBatch:
@@ -176,7 +181,7 @@ def _whole(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, np.nda
 
 def _streamed(
     model: nn.Module, config: Mapping[str, Any], name: str, batch: MicroBatch
-) -> tuple[float, dict[str, np.ndarray]]:
+) -> tuple[float, dict[str, np.ndarray], RootNames]:
     weights = dict(tree_flatten(model.parameters()))
     spec = describe(model, config, name, "float32")
     plan = make_plan(spec.units, [1.0], 3)
@@ -198,4 +203,6 @@ def _streamed(
         path: host_view(sums.totals[u][s])[p.start : p.start + p.tensor.size]
         for path, (u, s, p) in plan.tensors.items()
     }
-    return of_all_rows(rows), flat
+    names = [base_name(placement.tensor.name) for _, placement in store.trainable(0)]
+    head, embed = (tuple(names[i] for i in used) for used in (use.head, use.embed))
+    return of_all_rows(rows), flat, RootNames(head, embed)

@@ -1,6 +1,7 @@
-"""Counting what is not built: closed forms for families that mlx-lm lacks, experts, and active parameters.
+"""Counting what is not built or run: families that mlx-lm lacks, experts, active parameters, and the root's use.
 
-Decides which families have a closed form (Falcon, OLMo 1) and which share of a mixture's parameters one token uses.
+Decides which families have a closed form (Falcon, OLMo 1), which share of a mixture's parameters one token uses, and
+which of the root's tensors head and embedding use where the model itself has not been asked.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec, is_adapter
+from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec, base_name, is_adapter, is_embedding
 
 _EXPERT_KEYS = ("num_local_experts", "n_routed_experts", "num_experts")
 _CHOSEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
@@ -36,6 +37,28 @@ def active_parameters(spec: ModelSpec) -> int:
     total, chosen = experts(spec.text_config)
     tensors = (t for unit in spec.units for t in unit.tensors if not is_adapter(t.name))
     return sum(t.parameters // total * chosen if is_stacked(t, total) else t.parameters for t in tensors)
+
+
+def root_use(spec: ModelSpec) -> tuple[int, int]:
+    """(trainable elements that the head uses, trainable elements that the embedding uses) of the root.
+
+    As the scaled-down model showed (`root_names`), else by shapes and names: a matrix with a row per token of the
+    vocabulary is the embedding or the head, and both where there is only one; everything else is the head's.
+    """
+    tensors = spec.units[0].tensors
+    tied = all(is_embedding(t.name) for t in tensors if len(t.shape) == 2)
+    head = embed = 0
+    for tensor in (t for t in tensors if t.trainable):
+        if spec.root_names is not None:
+            name = base_name(tensor.name)
+            of_head, of_embed = name in spec.root_names.head, name in spec.root_names.embed
+        else:
+            of_embed = len(tensor.shape) == 2 and is_embedding(tensor.name)
+            position = "wpe" in tensor.name or "position" in tensor.name
+            of_head = (tied and not position) if of_embed else True
+        head += tensor.size * of_head
+        embed += tensor.size * of_embed
+    return head, embed
 
 
 def has_closed_form(config: Mapping[str, Any]) -> bool:

@@ -84,14 +84,26 @@ class UnitSpec:
 
 
 @dataclass(frozen=True)
+class RootNames:
+    """Names of the root's parameters, without adapters, that the head depends on, and those that the embedding does."""
+
+    head: tuple[str, ...]
+    embed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A model as numbers: its name, the family (mlx-lm's module), units and the configuration it came from."""
+    """A model as numbers: its name, the family (mlx-lm's module), units and the configuration it came from.
+
+    `root_names`: what the scaled-down model showed of the root; None where nobody has asked it.
+    """
 
     name: str
     family: str
     dtype: str
     units: tuple[UnitSpec, ...]
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    root_names: RootNames | None = field(default=None, repr=False, compare=False)
 
     @property
     def parameters(self) -> int:
@@ -139,6 +151,14 @@ class ModelSpec:
 def is_adapter(name: str) -> bool:
     """True for the tensors that adapters add to a model."""
     return name.rpartition(".")[2] in ADAPTER_NAMES
+
+
+def base_name(name: str) -> str:
+    """The plain model's parameter that a tensor is or adapts: `x.weight` for `x.linear.weight` and `x.lora_a`."""
+    stem, _, leaf = name.rpartition(".")
+    if is_adapter(name):
+        return f"{stem}.weight"
+    return f"{stem.removesuffix('.linear').removesuffix('.embedding')}.{leaf}"
 
 
 def is_router(name: str) -> bool:

@@ -24,6 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from support.namespaces import Machines, why_not  # noqa: E402
 
+from mlx_empire.comm.eager import eager_words  # noqa: E402
+
 NAMES = ("king", "soldier1", "soldier2")
 EQUAL, UNEQUAL = (1.0, 1.0, 1.0), (2.0, 1.0, 1.0)
 # Seconds of a layer's forward; its backward takes three times as long, as does the head of a micro-batch.
@@ -118,7 +120,7 @@ def measured(
             for name in names:
                 made.throttle(name, options.mbit)
             words = ["mpirun", "--host", ",".join(f"{n}:1" for n in names), "--bind-to", "none"]
-            words += ["--mca", "btl", "self,tcp", "--mca", "btl_tcp_if_include", "net0"]
+            words += ["--mca", "btl", "self,tcp", "--mca", "btl_tcp_if_include", "net0", *eager_words()]
             passed = ("PYTHONPATH", "LD_PRELOAD", "OPENBLAS_NUM_THREADS", "PATH")
             environment = os.environ | made.environment()
             environment["PYTHONPATH"] = os.pathsep.join(sys.path[:3])

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.update import Updater
 from mlx_empire.plan.schedule import Action
 from mlx_empire.plan.step_time import Link, step_timeline
+from mlx_empire.plan.traffic import DEFAULT_BUCKET_BYTES
 
 LAYERS, HIDDEN, WIDTH = 6, 192, 8
 TIMES = {"forward": 1.0, "head": 3.0, "backward": 3.0}  # in a layer's forward
@@ -122,7 +124,8 @@ def run(setting: dict[str, Any], comm: Communicator, rate: float, steps: int) ->
             trainer.train_step(own, total, step + 1, 1e-4)
             seconds.append(max(comm.gather_json(time.perf_counter() - start)))
         costs = [Costs(setting["forward"], tail)] * comm.size
-        timeline = step_timeline(trainer.store.plan, trainer.work, costs, Link(rate))
+        work = replace(trainer.work, bucket_bytes=DEFAULT_BUCKET_BYTES)  # those of the communicator
+        timeline = step_timeline(trainer.store.plan, work, costs, Link(rate))
     return {"seconds": seconds[1:], "predicted": timeline.seconds, "rate": rate}
 
 

@@ -6,7 +6,9 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -21,8 +23,8 @@ from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.update import Updater
 from mlx_empire.plan.schedule import Action
 from mlx_empire.plan.step_time import Link, step_timeline
+from mlx_empire.plan.traffic import DEFAULT_BUCKET_BYTES
 
-BUCKET = 1 << 18
 LAYERS, HIDDEN, WIDTH = 6, 192, 8
 TIMES = {"forward": 1.0, "head": 3.0, "backward": 3.0}  # in a layer's forward
 
@@ -77,11 +79,7 @@ def zeros(like: mx.array) -> mx.array:
 
 
 def wire_rate(comm: Communicator) -> float:
-    """Bytes per second of a card in one direction, by the quickest of some gathers of a known size.
-
-    The quickest, because others are carried out as if the wire had one direction: an answer that lets the other rank
-    send may wait behind one's own messages. The clock does not know of that.
-    """
+    """Bytes per second of a card in one direction, by the median of some gathers of a known size."""
     each = 1 << 19
     buffer = np.zeros(each * comm.size, np.float32)
     edges = [each * r for r in range(comm.size + 1)]
@@ -91,7 +89,7 @@ def wire_rate(comm: Communicator) -> float:
         start = time.perf_counter()
         comm.all_gather(buffer, edges)
         seconds.append(max(comm.gather_json(time.perf_counter() - start)))
-    return 4 * each * (comm.size - 1) / min(seconds)
+    return 4 * each * (comm.size - 1) / median(seconds)
 
 
 def run(setting: dict[str, Any], comm: Communicator, rate: float, steps: int) -> dict[str, Any]:
@@ -126,13 +124,14 @@ def run(setting: dict[str, Any], comm: Communicator, rate: float, steps: int) ->
             trainer.train_step(own, total, step + 1, 1e-4)
             seconds.append(max(comm.gather_json(time.perf_counter() - start)))
         costs = [Costs(setting["forward"], tail)] * comm.size
-        timeline = step_timeline(trainer.store.plan, trainer.work, costs, Link(rate))
+        work = replace(trainer.work, bucket_bytes=DEFAULT_BUCKET_BYTES)  # those of the communicator
+        timeline = step_timeline(trainer.store.plan, work, costs, Link(rate))
     return {"seconds": seconds[1:], "predicted": timeline.seconds, "rate": rate}
 
 
 def main() -> None:
     """Every setting; rank 0 writes."""
-    comm = connect(bucket_bytes=BUCKET)
+    comm = connect()
     with guard(comm):
         Updater._update_segment = lambda *_: None  # type: ignore[method-assign]
         rate = wire_rate(comm)

@@ -14,7 +14,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.hostview import DTYPES, host_view
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.plan.model import ModelSpec
-from mlx_empire.plan.shards import Placement, Segment
+from mlx_empire.plan.shards import Placement, Segment, Unit
 
 
 def fill_from_own(store: ShardStore, source: WeightSource) -> None:
@@ -29,20 +29,27 @@ def fill_from_root(
     """Rank 0 reads; every tensor is scattered to its owners, and gathered where weights stay whole. Collective."""
     assert (source is not None) == (comm.rank == 0), "rank 0 alone has a source"
     for unit in store.plan.units:
-        buffers, views, starts = store.landing(unit)
-        tensors = source.unit(unit.index) if source is not None else None
-        for tensor in spec.units[unit.index].tensors:
-            _, s, placement = store.plan.tensors[tensor.name]
-            flat = None
-            if tensors is not None:
-                found, array = next(tensors)
-                assert found.name == tensor.name, "a source yields tensors in the spec's order"
-                flat = host_view(array.astype(DTYPES[unit.segments[s].dtype]))
-            _scatter(comm, unit.segments[s], placement, flat, views[s], starts[s])
-        if store.keeps_whole:
-            for view, segment in zip(views, unit.segments, strict=True):
-                comm.all_gather(view, segment.edges)
-        store.landed(unit, buffers)
+        with store.loading(unit):
+            _fill_unit(store, spec, unit, source, comm)
+
+
+def _fill_unit(
+    store: ShardStore, spec: ModelSpec, unit: Unit, source: WeightSource | None, comm: Communicator
+) -> None:
+    buffers, views, starts = store.landing(unit)
+    tensors = source.unit(unit.index) if source is not None else None
+    for tensor in spec.units[unit.index].tensors:
+        _, s, placement = store.plan.tensors[tensor.name]
+        flat = None
+        if tensors is not None:
+            found, array = next(tensors)
+            assert found.name == tensor.name, "a source yields tensors in the spec's order"
+            flat = host_view(array.astype(DTYPES[unit.segments[s].dtype]))
+        _scatter(comm, unit.segments[s], placement, flat, views[s], starts[s])
+    if store.keeps_whole:
+        for view, segment in zip(views, unit.segments, strict=True):
+            comm.all_gather(view, segment.edges)
+    store.landed(unit, buffers)
 
 
 def _scatter(

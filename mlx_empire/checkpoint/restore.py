@@ -66,11 +66,12 @@ class Restore:
                 if reader == self._comm.rank:
                     files[shard] = open_own(self._found.folder / self._found.manifest.shards[shard].file)
             for unit in self._plan.units:
-                if not any(self._store.chunks[unit.index]):
-                    buffers, _, _ = self._store.landing(unit)
-                    self._store.landed(unit, buffers)
-                self._unit(unit, files)
-                self._convert(unit, optimizer, scalars)
+                with self._store.loading(unit):
+                    if not any(self._store.chunks[unit.index]):
+                        buffers, _, _ = self._store.landing(unit)
+                        self._store.landed(unit, buffers)
+                    self._unit(unit, files)
+                    self._convert(unit, optimizer, scalars)
         finally:
             for file in files.values():
                 file.close()

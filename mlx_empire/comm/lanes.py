@@ -1,6 +1,7 @@
 """Which messages a gather or a scatter consists of, as ordered lanes between two ranks; no MPI here.
 
-Decides the buckets into which intervals are cut and the order in which a relay passes them on.
+Decides the buckets into which intervals are cut, the order in which a relay passes them on, and that nothing is sent
+but what the other side has said it waits for (`exchange` tells why).
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +10,9 @@ from dataclasses import dataclass, field
 from mlx_empire.comm.protocol import Array
 
 Bucket = tuple[int, int]  # elements [low, high) of a flat buffer
+UNASKED = (
+    1  # messages of a lane that are sent before the receiver has said anything; a short lane needs no credit
+)
 
 
 def _always(_: int) -> bool:
@@ -24,7 +28,8 @@ class Lane:
     """One ordered stream of `count` messages to (`sends`) or from one peer, and how far it has come.
 
     message(k): contiguous 1-D array of message k, asked for when it is posted, which is not before ready(k).
-    done(k): called once for each message, in order. window: how many may be in flight.
+    done(k): called once for each message, in order. window: how many may be in flight. granted: for how many
+    messages from the first on the receiver has said (or, as the receiver: has told the sender) that it is ready.
     """
 
     peer: int
@@ -34,6 +39,7 @@ class Lane:
     ready: Callable[[int], bool] = _always
     done: Callable[[int], None] = _nothing
     window: int = 8
+    granted: int = UNASKED
     posted: int = 0
     finished: int = 0
     early: set[int] = field(default_factory=set)  # complete, while one before it is not
@@ -41,7 +47,7 @@ class Lane:
     @property
     def may_post(self) -> bool:
         room = self.posted < self.count and self.posted - self.finished < self.window
-        return room and self.ready(self.posted)
+        return room and not (self.sends and self.posted >= self.granted) and self.ready(self.posted)
 
     def complete(self, index: int) -> None:
         """Message `index` has been moved."""

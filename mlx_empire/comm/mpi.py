@@ -12,13 +12,14 @@ import numpy as np
 from mpi4py import MPI
 
 from mlx_empire.comm import pulse
+from mlx_empire.comm.eager import unasked_bytes
 from mlx_empire.comm.exchange import Exchange
-from mlx_empire.comm.lanes import cut, direct_lanes, flat_lane, queue_lane, relay_lanes
+from mlx_empire.comm.lanes import Bucket, Lane, cut, direct_lanes, flat_lane, queue_lane, relay_lanes
 from mlx_empire.comm.mpi_heart import MpiHeart
 from mlx_empire.comm.pieces import Adder, check_buffer, check_reduction
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
-from mlx_empire.comm.reduce import ReduceScatter, Staging
-from mlx_empire.plan.traffic import Route, resolve_route
+from mlx_empire.comm.reduce import SLOTS, ReduceScatter, Staging
+from mlx_empire.plan.traffic import PIECE_BYTES, Route, resolve_route
 
 GATHER, REDUCE, SCATTER, CONTROL, TRANSFER = 1, 2, 3, 4, 5  # message tags
 ABORT_SECONDS = 10.0
@@ -27,8 +28,8 @@ ABORT_SECONDS = 10.0
 class MpiCommunicator:
     """`protocol.Communicator` over two duplicates of a communicator, one for each plane.
 
-    route: the way of every gather. bucket_bytes: the largest message, below 2^31.
-    deadline_seconds: how long nothing may move before a peer counts as lost.
+    route: the way of every gather. bucket_bytes: the largest message, below 2^31; between machines buckets travel in
+    pieces. deadline_seconds: how long nothing may move before a peer counts as lost.
     """
 
     def __init__(
@@ -45,7 +46,12 @@ class MpiCommunicator:
         self.hostnames = ["unknown host"] * self.size
         self._control = Exchange(world.Dup(), self.hostnames, deadline_seconds)
         self._data = Exchange(world.Dup(), self.hostnames, deadline_seconds, self.traffic)
-        self.hostnames[:] = self.gather_json(hostname)
+        self._slots, self._piece_bytes = SLOTS, bucket_bytes
+        ranks = self.gather_json([hostname, unasked_bytes(os.environ)])
+        self.hostnames[:] = [name for name, _ in ranks]
+        if len(set(self.hostnames)) > 1:
+            self._piece_bytes = min(bucket_bytes, PIECE_BYTES, *(unasked for _, unasked in ranks))
+            self._slots = SLOTS * bucket_bytes // self._piece_bytes
 
     @property
     def staging_bytes(self) -> int:
@@ -55,9 +61,9 @@ class MpiCommunicator:
 
     def all_gather(self, buffer: Array, edges: Sequence[int]) -> None:
         check_buffer(buffer, edges, self.size)
-        buckets = [cut(*interval, buffer.itemsize, self._bucket_bytes) for interval in pairwise(edges)]
+        buckets = [self._cut(*interval, buffer) for interval in pairwise(edges)]
         lanes = relay_lanes if resolve_route(self._route, edges) == "relay" else direct_lanes
-        self._data.run("all-gather", GATHER, lanes(buffer, buckets, self.rank))
+        self._move("all-gather", GATHER, lanes(buffer, buckets, self.rank))
 
     def reduce_scatter(
         self,
@@ -75,9 +81,10 @@ class MpiCommunicator:
             total,
             contributes,
             wire,
-            self._bucket_bytes,
+            self._piece_bytes,
             self._staging,
             self._adder,
+            self._slots,
         )
         self._data.run("reduce-scatter", REDUCE, reduction.lanes())
         reduction.add_arrived()
@@ -87,15 +94,14 @@ class MpiCommunicator:
         assert out.shape == (high - low,), "out: 1-D, the own interval"
         assert out.flags.c_contiguous, "out: contiguous"
         if self.rank != root:
-            own = cut(0, high - low, out.itemsize, self._bucket_bytes)
-            self._data.run("scatter", SCATTER, [flat_lane(root, False, out, own)])
+            self._move("scatter", SCATTER, [flat_lane(root, False, out, self._cut(0, high - low, out))])
             return
         assert source is not None, "the root needs a source"
         assert source.dtype == out.dtype, f"source is {source.dtype}, out {out.dtype}"
         check_buffer(source, edges, self.size)
-        buckets = [cut(*interval, source.itemsize, self._bucket_bytes) for interval in pairwise(edges)]
+        buckets = [self._cut(*interval, source) for interval in pairwise(edges)]
         lanes = [flat_lane(peer, True, source, buckets[peer]) for peer in range(self.size) if peer != root]
-        self._data.run("scatter", SCATTER, lanes)
+        self._move("scatter", SCATTER, lanes)
         np.copyto(out, source[low:high])
 
     def transfer(self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]]) -> None:
@@ -105,8 +111,17 @@ class MpiCommunicator:
                 buffers = [buffer for other, buffer in messages if other == peer and buffer.size]
                 assert peer != self.rank or not buffers, "a rank does not send to itself"
                 if buffers:
-                    lanes.append(queue_lane(peer, outgoing, buffers, self._bucket_bytes))
-        self._data.run("transfer", TRANSFER, lanes)
+                    lanes.append(queue_lane(peer, outgoing, buffers, self._piece_bytes))
+        self._move("transfer", TRANSFER, lanes)
+
+    def _cut(self, low: int, high: int, buffer: Array) -> list[Bucket]:
+        return cut(low, high, buffer.itemsize, self._piece_bytes)
+
+    def _move(self, name: str, tag: int, lanes: Sequence[Lane]) -> None:
+        """Run lanes that need no staging: at least as much may be in flight as of a reduction."""
+        for lane in lanes:
+            lane.window = max(lane.window, self._slots)
+        self._data.run(name, tag, lanes)
 
     # ---- control plane ----
 
@@ -159,6 +174,6 @@ class MpiCommunicator:
         edges = np.concatenate([[0], np.cumsum(lengths)]).tolist()
         buffer = np.empty(edges[-1], np.uint8)
         buffer[edges[self.rank] : edges[self.rank + 1]] = np.frombuffer(own, np.uint8)
-        buckets = [cut(*interval, 1, self._bucket_bytes) for interval in pairwise(edges)]
+        buckets = [self._cut(*interval, buffer) for interval in pairwise(edges)]
         self._control.run(name, CONTROL, direct_lanes(buffer, buckets, self.rank), within_seconds)
         return [buffer[low:high].tobytes() for low, high in pairwise(edges)]

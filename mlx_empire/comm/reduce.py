@@ -13,7 +13,7 @@ from mlx_empire.comm.lanes import Bucket, Lane, cut
 from mlx_empire.comm.pieces import WIRE_DTYPES, Adder, overlaps, pack, window
 from mlx_empire.comm.protocol import Array, Pieces, Wire
 
-SLOTS = 2  # staging buffers per peer and direction: one is filled while the other one is emptied
+SLOTS = 2  # staging buffers per peer and direction at least: one is filled while the other one is emptied
 
 
 class Staging:
@@ -26,10 +26,10 @@ class Staging:
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def take(self, purpose: str, peer: int, index: int, size: int, wire: Wire) -> Array:
-        """An uninitialised array of `size` elements, in the slot of message `index`."""
+    def take(self, purpose: str, peer: int, slot: int, size: int, wire: Wire) -> Array:
+        """An uninitialised array of `size` elements, in a slot."""
         dtype = WIRE_DTYPES[wire]
-        key = purpose, peer, index % SLOTS
+        key = purpose, peer, slot
         buffer = self._buffers.get(key)
         if buffer is None or buffer.nbytes < size * dtype.itemsize:
             buffer = self._buffers[key] = np.empty(size * dtype.itemsize, np.uint8)
@@ -38,7 +38,8 @@ class Staging:
 
 @dataclass
 class ReduceScatter:
-    """The state of one reduce-scatter on one rank. `total` is the own interval, float32."""
+    """The state of one reduce-scatter on one rank. `total` is the own interval, float32; `slots`: buckets in flight
+    from and for every peer."""
 
     rank: int
     contribution: Pieces
@@ -49,6 +50,7 @@ class ReduceScatter:
     bucket_bytes: int
     staging: Staging
     adder: Adder
+    slots: int = SLOTS
 
     def __post_init__(self) -> None:
         self.buckets = self._cut(self.rank)
@@ -77,12 +79,12 @@ class ReduceScatter:
     def _values(self, source: int, low: int, high: int) -> Pieces:
         if source == self.rank:
             return list(overlaps(self.contribution, low, high))
-        return [(0, self.staging.take("received", source, self.added, high - low, self.wire))]
+        return [(0, self.staging.take("received", source, self.added % self.slots, high - low, self.wire))]
 
     def _receive(self, peer: int) -> Lane:
         def message(k: int) -> Array:
             low, high = self.buckets[k]
-            return self.staging.take("received", peer, k, high - low, self.wire)
+            return self.staging.take("received", peer, k % self.slots, high - low, self.wire)
 
         def done(k: int) -> None:
             if not any(self.arrived.values()):
@@ -90,9 +92,10 @@ class ReduceScatter:
             self.arrived[peer] = k + 1
             self.add_arrived()
 
-        return Lane(
-            peer, False, len(self.buckets), message, lambda k: k < self.added + SLOTS, done, window=SLOTS
-        )
+        def ready(k: int) -> bool:
+            return k < self.added + self.slots
+
+        return Lane(peer, False, len(self.buckets), message, ready, done, window=self.slots)
 
     def _send(self, peer: int) -> Lane:
         """Straight from the gradient where one piece covers the bucket, else packed."""
@@ -103,11 +106,10 @@ class ReduceScatter:
             whole = window(self.contribution, low, high)
             if whole is not None:
                 return whole
-            return pack(
-                self.contribution, low, high, self.staging.take("packed", peer, k, high - low, self.wire)
-            )
+            packed = self.staging.take("packed", peer, k % self.slots, high - low, self.wire)
+            return pack(self.contribution, low, high, packed)
 
-        return Lane(peer, True, len(buckets), message, window=SLOTS)
+        return Lane(peer, True, len(buckets), message, window=self.slots)
 
     def _cut(self, owner: int) -> list[Bucket]:
         itemsize = WIRE_DTYPES[self.wire].itemsize

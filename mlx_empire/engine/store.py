@@ -14,8 +14,10 @@ one after its chunks were updated. Stage 3 has the same calls with shorter lives
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +58,7 @@ class ShardStore:
         self.plan, self._comm, self._thread = plan, comm, thread
         self.hold: Callable[[int], None] = lambda unit: None  # called before a unit's chunks are updated
         self.chunks: list[list[list[LiveChunk]]] = [[[] for _ in u.segments] for u in plan.units]
+        self.loads: list[tuple[int, float, float]] = []  # unit, beginning and end by `time.perf_counter`
         self._whole: dict[int, list[mx.array]] = {}
         self._pending: dict[int, Future[None]] = {}
         self._bound: dict[int, list[mx.array]] = {}
@@ -73,17 +76,25 @@ class ShardStore:
     def load(self, index: int, tensors: Iterable[tuple[TensorSpec, mx.array]]) -> None:
         """Fill unit `index` from its tensors, one at a time, keeping only what this rank keeps."""
         unit = self.plan.units[index]
-        buffers, views, starts = self.landing(unit)
-        for spec, array in tensors:
-            progress.advance()
-            _, s, placement = self.plan.tensors[spec.name]
-            segment = unit.segments[s]
-            flat = host_view(array.astype(DTYPES[segment.dtype]))
-            a = max(placement.start, starts[s])
-            b = min(placement.start + spec.size, starts[s] + views[s].size)
-            if a < b:
-                views[s][a - starts[s] : b - starts[s]] = flat[a - placement.start : b - placement.start]
-        self.landed(unit, buffers)
+        with self.loading(unit):
+            buffers, views, starts = self.landing(unit)
+            for spec, array in tensors:
+                progress.advance()
+                _, s, placement = self.plan.tensors[spec.name]
+                segment = unit.segments[s]
+                flat = host_view(array.astype(DTYPES[segment.dtype]))
+                a = max(placement.start, starts[s])
+                b = min(placement.start + spec.size, starts[s] + views[s].size)
+                if a < b:
+                    views[s][a - starts[s] : b - starts[s]] = flat[a - placement.start : b - placement.start]
+            self.landed(unit, buffers)
+
+    @contextmanager
+    def loading(self, unit: Unit) -> Iterator[None]:
+        """Within it `unit` is filled from files, here or by another rank; noted in `loads`."""
+        start = time.perf_counter()
+        yield
+        self.loads.append((unit.index, start, time.perf_counter()))
 
     def landing(self, unit: Unit) -> tuple[list[mx.array], list[np.ndarray], list[int]]:
         """Zeroed buffers for what this rank keeps of `unit`, their numpy views and first elements, by segment."""

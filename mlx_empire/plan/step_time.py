@@ -8,7 +8,7 @@ directions. The rules:
 3. exchange  an exchange begins on a rank when the one before has ended there. A card sends and receives at the wire's
              rate, each rank's bytes in each direction one after the other; a rank is done when it has sent and received
              its own, so the rank with most bytes (the hub of reductions) holds up who sends to it. Relayed in a ring,
-             all are done when the slowest link is, and the last bucket has gone round. Contributions are added on the
+             all are done when the slowest link is, and the last piece has gone round. Contributions are added on the
              host when they have come, before the next exchange;
 4. wait      bind, settle and adopt stop the compute lane until their exchange is done; the norm until all ranks are
              there.
@@ -28,7 +28,7 @@ import numpy as np
 from mlx_empire.plan.schedule import Action, Reader, training_step
 from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.step_traffic import Part, StepTraffic
-from mlx_empire.plan.traffic import Route
+from mlx_empire.plan.traffic import PIECE_BYTES, Route
 from mlx_empire.plan.workload import Workload, step_shape
 
 COMPUTE, EXCHANGE, ADD, WAIT = "compute", "exchange", "add", "wait"
@@ -181,7 +181,7 @@ class _Wires:
     def __init__(
         self, plan: ShardPlan, work: Workload, costs: Sequence[Costs], link: Link, route: Route
     ) -> None:
-        self._costs, self._link, self._bucket = costs, link, work.bucket_bytes
+        self._costs, self._link, self._piece = costs, link, min(work.bucket_bytes, PIECE_BYTES)
         self._traffic = StepTraffic(plan, work, route)
         self.events: list[Event] = []
         self._sent = np.zeros((plan.world_size, plan.world_size), np.int64)
@@ -244,8 +244,8 @@ class _Wires:
         return done
 
     def _round_the_ring(self, sent: np.ndarray, starts: list[float]) -> list[float]:
-        """Every rank passes on to the next what that one does not own; the last bucket goes round once."""
-        hops = max(len(starts) - 2, 0) * (self._bucket / self._link.rate)
+        """Every rank passes on to the next what that one does not own; the last piece goes round once."""
+        hops = max(len(starts) - 2, 0) * (self._piece / self._link.rate)
         slowest = float(sent.max()) / self._link.rate
         end = max(starts) + self._link.latency + slowest + min(hops, slowest)
         return [end] * len(starts)

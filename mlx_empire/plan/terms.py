@@ -37,7 +37,7 @@ _TERMS = {
     "optimizer master": Term(
         "4 bytes for each bfloat16 element of the share: master weights in fp32", "exact"
     ),
-    "exchange buffers": Term("two messages from and for every peer, at most a bucket each", "exact"),
+    "exchange buffers": Term("two buckets in flight from and for every peer", "exact"),
     "MLX base": Term("512 KiB: rotary tables, scalars, compiled kernels' constants", "fitted"),
     "allocator margin": Term(
         "half a page of 16 KiB for every buffer and for every tensor that is small", "unmeasured"

@@ -13,10 +13,12 @@ from typing import Literal
 Route = Literal["auto", "direct", "relay"]
 Matrix = list[list[int]]
 
-# The largest message. On one machine 4 MiB was as fast as anything larger (shared memory: 13 GB/s each way,
-# loopback TCP: 2 GB/s) and 1 MiB was slower over TCP; small messages keep relays flowing and staging
-# buffers small.
+# The largest message; of a reduction two are in flight between two ranks. On one machine 4 MiB was as fast as anything
+# larger (shared memory: 13 GB/s each way, loopback TCP: 2 GB/s) and 1 MiB was slower over TCP.
 DEFAULT_BUCKET_BYTES = 4 << 20
+# Between machines buckets travel in pieces that TCP takes without a handshake (`comm.exchange` tells why); so many more
+# of them are in flight. Smaller ones cost more of a core: 64 KiB twice as much as these at 10 Gbit/s.
+PIECE_BYTES = 256 << 10
 
 
 def interval_sizes(edges: Sequence[int]) -> list[int]:
@@ -89,7 +91,8 @@ def card_bytes(sent: Matrix) -> list[tuple[int, int]]:
 def staging_bytes(edges: Sequence[int], itemsize: int, rank: int, bucket_bytes: int) -> int:
     """Upper bound, in bytes, of the buffers that `rank` needs beside its data for a reduce-scatter.
 
-    Two messages of its own interval from every peer, two messages packed for every peer; a gather needs none.
+    Two buckets of its own interval from every peer, two buckets packed for every peer, in however many messages they
+    travel; a gather needs none.
     """
     sizes = interval_sizes(edges)
     largest = max(itemsize, bucket_bytes // itemsize * itemsize)

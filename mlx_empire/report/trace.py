@@ -1,8 +1,9 @@
 """A step as a picture of lanes: the trace format of Chrome and Perfetto (open `trace.json` in ui.perfetto.dev).
 
 Every rank is a process, once as measured and once as predicted, with a lane each for compute, gather, reduce,
-optimizer, disk and waiting. Times are microseconds since just before the first traced step; events are the actions of
-`plan.schedule`. The format is the JSON object form of the Trace Event Format: `traceEvents` with complete events
+optimizer, disk and waiting. Times are microseconds since the first event, which may be the loading of weights long
+before the first traced step; measured and predicted steps begin together. Events are the actions of `plan.schedule`,
+and loads and saves. The format is the JSON object form of the Trace Event Format: `traceEvents` with complete events
 (`ph` "X", `ts`, `dur`) and names of processes and threads as metadata (`ph` "M").
 """
 
@@ -22,7 +23,7 @@ from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import wire_of
 from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.pace import chips_of, timeline_of
-from mlx_empire.plan.step_time import ADD, WAIT, Event
+from mlx_empire.plan.step_time import ADD, EXCHANGE, WAIT, Event
 from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.schema import Recipe
 
@@ -32,7 +33,7 @@ _LANE_OF = {
     **dict.fromkeys(("gather", "renew"), "gather"),
     **dict.fromkeys(("reduce", "replicate"), "reduce"),
     **dict.fromkeys(("update", "norm"), "optimizer"),
-    "save": "disk",
+    **dict.fromkeys(("load", "save"), "disk"),
 }
 _MICROSECONDS = 1e6
 
@@ -45,9 +46,16 @@ def lane_of(event: Event) -> str:
 
 
 def trace_document(groups: Mapping[str, Iterable[Event]], hostnames: Sequence[str]) -> dict[str, object]:
-    """The trace as JSON: `groups` are named `measured` and `predicted`; events' ranks index `hostnames`."""
+    """The trace as JSON: `groups` are named `measured` and `predicted`; events' ranks index `hostnames`.
+
+    Events count from the first step's beginning; what was before it, from a time below zero.
+    """
     found: list[dict[str, object]] = []
-    for number, (group, events) in enumerate(groups.items()):
+    listed = {group: list(events) for group, events in groups.items()}
+    first = min(
+        (event.start for events in listed.values() for event in events if event.start < 0), default=0.0
+    )
+    for number, (group, events) in enumerate(listed.items()):
         for rank, host in enumerate(hostnames):
             process = rank * len(groups) + number
             names = [("process_name", 0, f"rank {rank} on {host}, {group}")]
@@ -64,7 +72,7 @@ def trace_document(groups: Mapping[str, Iterable[Event]], hostnames: Sequence[st
                     "cat": lane_of(event),
                     "pid": event.rank * len(groups) + number,
                     "tid": LANES.index(lane_of(event)),
-                    "ts": round(event.start * _MICROSECONDS, 3),
+                    "ts": round((event.start - first) * _MICROSECONDS, 3),
                     "dur": round((event.end - event.start) * _MICROSECONDS, 3),
                 }
             )
@@ -72,7 +80,7 @@ def trace_document(groups: Mapping[str, Iterable[Event]], hostnames: Sequence[st
 
 
 class RunTrace:
-    """Traces the first steps of a run, or of one that goes on; made on all ranks, or on none.
+    """Traces the first steps of a run, or of one that goes on, and the loads before; made on all ranks, or on none.
 
     `predicted`: the clock's events, asked of rank 0.
     """
@@ -104,6 +112,8 @@ class RunTrace:
         self._left = 0
         self._trainer.observe(None)
         self._saver.observe(None)
+        for unit, start, end in self._trainer.store.loads:
+            self._trace.add(EXCHANGE, ("load", unit), start, end)
         by_rank = self._comm.gather_json(self._trace.events)
         if self._comm.rank > 0:
             return []

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mlx_empire import progress
 from mlx_empire.cluster.hostfile import Cluster
+from mlx_empire.comm.eager import eager_words
 from mlx_empire.comm.failure import FAULT_VARIABLE
 from mlx_empire.errors import UserError
 
@@ -87,7 +88,7 @@ def _start(hostfile: Path, cluster: Cluster) -> list[str]:
         *("--bind-to", "none"),  # Open MPI would bind each rank to one core
         *(["--oversubscribe"] if shared else []),
         # Open MPI's TCP listens on all interfaces, whatever btl_tcp_if_include says; one machine does not need it.
-        *(["--mca", "btl", "self,sm"] if alone else []),
+        *(["--mca", "btl", "self,sm"] if alone else eager_words()),
     ]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.comm.lanes import Lane, cut, direct_lanes, relay_lanes
+from mlx_empire.comm.lanes import UNASKED, Lane, cut, direct_lanes, relay_lanes
 from mlx_empire.comm.pieces import Adder
 from mlx_empire.comm.reduce import ReduceScatter, Staging
 from mlx_empire.plan.traffic import all_gather_bytes, staging_bytes
@@ -20,22 +20,33 @@ def edges_of(sizes: list[int]) -> list[int]:
 
 
 def deliver(world: list[list[Lane]], random: Random) -> list[list[int]]:
-    """Run every rank's lanes: post what may be posted, complete one posted pair after another at random.
+    """Run every rank's lanes: post what may be posted, complete one posted pair after another at random; the senders
+    learn at random what the receivers wait for.
 
     Sends are read at completion, not at posting, so a buffer that is reused too early is seen.
     Returns elements moved, [source][destination].
     """
     moved = [[0] * len(world) for _ in world]
     posted: dict[tuple[int, int, bool, int], tuple[Lane, np.ndarray]] = {}
+    ends = {(rank, lane.peer, lane.sends): lane for rank, lanes in enumerate(world) for lane in lanes}
+    streams = [(lane, ends[to, rank, False]) for (rank, to, sends), lane in ends.items() if sends]
     while True:
         for rank, lanes in enumerate(world):
             for lane in lanes:
                 while lane.may_post:
                     index = lane.posted
+                    if lane.sends:
+                        awaited = max(UNASKED, ends[lane.peer, rank, False].posted)
+                        assert index < awaited, "sent to a rank that has no room for it"
                     pair = (rank, lane.peer) if lane.sends else (lane.peer, rank)
                     posted[(*pair, lane.sends, index)] = lane, lane.message(index)
                     lane.posted += 1
+        behind = [(sender, receiver) for sender, receiver in streams if receiver.posted > sender.granted]
+        for sender, receiver in random.sample(behind, random.randint(min(1, len(behind)), len(behind))):
+            sender.granted = receiver.posted
         pairs = [key for key in posted if key[2] and (key[0], key[1], False, key[3]) in posted]
+        if not pairs and behind:
+            continue
         if not pairs:
             assert not posted, "a message was sent or expected, but not both"
             return moved

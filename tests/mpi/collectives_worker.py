@@ -1,5 +1,6 @@
 """Runs on every rank: all collectives against numpy, on data that every rank can recompute for all ranks."""
 
+import os
 import threading
 import time
 import zlib
@@ -10,6 +11,8 @@ from mpi4py import MPI
 from support.mpi import report
 
 from mlx_empire.comm.connect import connect
+from mlx_empire.comm.eager import LIMIT
+from mlx_empire.comm.mpi import MpiCommunicator
 from mlx_empire.comm.selftest import self_test
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.errors import NumericsError
@@ -256,6 +259,18 @@ def idle_share(comm):
     return (time.process_time() - cpu) / 1.0, time.perf_counter() - wall
 
 
+def check_pieces_between_machines():
+    """Buckets of 4,096 bytes in pieces of 1,024, which every rank cuts alike though its own limit may be another."""
+    os.environ[f"OMPI_MCA_{LIMIT}"] = "2048" if MPI.COMM_WORLD.rank == 0 else "4096"
+    for route in ("direct", "relay"):
+        comm = MpiCommunicator(MPI.COMM_WORLD, f"host{MPI.COMM_WORLD.rank}", route, 4096, 60.0)
+        assert comm.hostnames == [f"host{rank}" for rank in range(SIZE)]
+        check_all_gather(comm, route)
+        check_reduce_scatter(comm)
+        check_scatter(comm)
+        check_transfer(comm)
+
+
 def main():
     for route, bucket_bytes in [
         ("direct", 64),
@@ -273,6 +288,7 @@ def main():
         check_transfer(comm)
         if bucket_bytes == 64:
             assert comm.staging_bytes < 64 * 4 * SIZE + (1 << 19)
+    check_pieces_between_machines()
     check_duplicate(comm)
     check_self_test(comm)
     talks = check_both_planes_at_once(comm)

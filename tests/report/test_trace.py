@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 from support.planning import assess, llama_like, nodes_of, recipe_of
@@ -24,6 +26,7 @@ EVENTS = [
     (Event(0, WAIT, "norm", -1, 2.0, 2.5), "waiting", "norm"),
     (Event(0, WAIT, "bind", 1, 0.0, 0.5), "waiting", "bind layer 1"),
     (Event(0, EXCHANGE, "save", 12, 0.0, 4.0), "disk", "save step 12"),
+    (Event(1, EXCHANGE, "load", 2, 0.5, 1.0), "disk", "load layer 2"),
 ]
 
 
@@ -75,9 +78,12 @@ def test_the_predicted_trace_is_as_long_as_the_predicted_step():
 
 
 class Observed:
-    """Stands for trainer and saver: whoever observes them."""
+    """Stands for trainer and saver: whoever observes them, and what was loaded."""
 
     observer = None
+
+    def __init__(self, *loads):
+        self.store = SimpleNamespace(loads=list(loads))
 
     def observe(self, observer):
         self.observer = observer
@@ -102,6 +108,25 @@ def test_a_short_run_and_one_that_cannot_be_predicted_have_a_trace_too(steps, tm
     assert [e["dur"] for e in drawn] == [1e6] * steps
     assert (trainer.observer, saver.observer) == (None, None)
     assert trace.finish() == []
+
+
+def test_loads_before_the_first_step_come_first_and_the_steps_stay_side_by_side(tmp_path):
+    """Two seconds of loading end a second before the trace is made; a predicted step begins with it."""
+    now = time.perf_counter()
+    trainer = Observed((0, now - 3.0, now - 2.0), (4, now - 2.0, now - 1.0))
+    predicted = [Event(0, COMPUTE, "forward", 1, 0.0, 0.5)]
+    trace = RunTrace(SoloCommunicator("king"), tmp_path, trainer, Observed(), lambda: predicted)
+    made = time.perf_counter()
+    trainer.observer.add(COMPUTE, ("forward", 1), made, made + 1)
+    trace.step()
+    trace.finish()
+    drawn = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    assert [e["name"] for e in drawn] == ["load root", "load layer 4", *2 * ["forward layer 1"]]
+    root, layer, measured, forecast = drawn
+    assert root["cat"] == layer["cat"] == "disk"
+    assert (root["ts"], root["dur"]) == (0.0, pytest.approx(1e6))
+    assert layer["ts"] == pytest.approx(1e6)
+    assert 3e6 <= forecast["ts"] <= measured["ts"] <= forecast["ts"] + (made - now) * 1e6
 
 
 def test_a_run_without_steps_has_no_trace(tmp_path):

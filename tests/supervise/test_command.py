@@ -21,7 +21,17 @@ def test_the_line() -> None:
     here = os.getcwd()
     assert mpirun_line(LAUNCH, {"PYTHONPATH": "x", "PATH": "y"}) == [
         str(mpirun()),
-        *("-hostfile", f"{here}/macs.txt", "--bind-to", "none", "-x", "PYTHONPATH"),
+        *("-hostfile", f"{here}/macs.txt", "--bind-to", "none"),
+        *(
+            "--mca",
+            "btl_tcp_eager_limit",
+            "263168",
+            "--mca",
+            "btl_tcp_max_send_size",
+            "263168",
+            "-x",
+            "PYTHONPATH",
+        ),
         *(sys.executable, "-u", "-m", "mlx_empire.train", "recipe.yaml", "run.steps=5"),
         *("--hosts", f"{here}/macs.txt"),
     ]
@@ -44,8 +54,8 @@ def test_on_one_machine_no_rank_opens_a_port() -> None:
 
 def test_the_interface_is_for_the_transport() -> None:
     line = mpirun_line(replace(LAUNCH, interface="en0"), {})
-    at = line.index("--mca")
-    assert line[at : at + 3] == ["--mca", "btl_tcp_if_include", "en0"]
+    at = line.index("btl_tcp_if_include")
+    assert line[at - 1 : at + 2] == ["--mca", "btl_tcp_if_include", "en0"]
 
 
 def test_no_secret_reaches_a_rank() -> None:

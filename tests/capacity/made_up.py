@@ -8,6 +8,7 @@ from datetime import datetime
 from support.planning import llama_like, node_of, nodes_of, recipe_of
 
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, NodeAssessment, assess
 from mlx_empire.plan.daughters import DaughterRun, Serving
 from mlx_empire.plan.hardware import M3_ULTRA, wire_named
@@ -47,7 +48,7 @@ def node(
 
 def assessed(*nodes: NodeAssessment) -> Assessment:
     """A large mixture of experts on these nodes."""
-    plan = assess(recipe_of(), llama_like(), nodes_of([GIB] * len(nodes))).plan
+    plan = assess(recipe_of(), llama_like(), nodes_of([GIB] * len(nodes)), state_bytes_of).plan
     root = UnitSpec(
         "root",
         (

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime
 
-from support.planning import llama_like, node_of, nodes_of, recipe_of
+from support.planning import assess, llama_like, node_of, nodes_of, recipe_of
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan.assess import Assessment, NodeAssessment, assess
+from mlx_empire.plan.assess import Assessment, NodeAssessment
 from mlx_empire.plan.daughters import DaughterRun, Serving
 from mlx_empire.plan.hardware import M3_ULTRA, wire_named
 from mlx_empire.plan.ladder import Rung
@@ -48,7 +48,7 @@ def node(
 
 def assessed(*nodes: NodeAssessment) -> Assessment:
     """A large mixture of experts on these nodes."""
-    plan = assess(recipe_of(), llama_like(), nodes_of([GIB] * len(nodes)), state_bytes_of).plan
+    plan = assess(recipe_of(), llama_like(), nodes_of([GIB] * len(nodes))).plan
     root = UnitSpec(
         "root",
         (
@@ -58,7 +58,7 @@ def assessed(*nodes: NodeAssessment) -> Assessment:
         ),
     )
     spec = ModelSpec(f"scout {HOSTILE}", "llama4", "bfloat16", (root,), {"num_local_experts": 16})
-    return Assessment(spec, recipe_of(), plan, nodes)
+    return Assessment(spec, recipe_of(), plan, nodes, state_bytes_of)
 
 
 def report() -> CapacityReport:

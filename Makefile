@@ -129,7 +129,7 @@ lint: setup
 
 # The loop while one works: about two minutes on two cores.
 check: lint
-	@$(FAST) $(PY) -m pytest tests/test_house.py tests/plan tests/recipe tests/cluster tests/comm tests/data \
+	@$(FAST) $(PY) -m pytest tests/test_house.py tests/model tests/plan tests/recipe tests/cluster tests/comm tests/data \
 	  tests/run/test_job.py tests/oracle/test_oracle.py::test_one_step_of_each_stage_on_two_ranks $(PARALLEL) $(PYTEST_ARGS)
 
 test: lint
@@ -137,11 +137,11 @@ test: lint
 
 # Everything that kills, damages and fills disks in real runs; the part of it that always runs is in `make test`.
 test-faults: setup
-	@$(FAST) $(PY) -m pytest tests/faults tests/reliability tests/supervise -m "faults or not faults" $(PARALLEL) $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/faults tests/reliability tests/launch -m "faults or not faults" $(PARALLEL) $(PYTEST_ARGS)
 
 # Peaks of another 28 settings, whatever is the same on 1 to 3 ranks on 4, the whole oracle, and every model of mlx-lm.
 test-slow: setup
-	@$(FAST) $(PY) -m pytest tests/benchmarks tests/engine tests/oracle tests/plan tests/train -m slow $(PARALLEL) $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/benchmarks tests/engine tests/model tests/oracle tests/plan tests/train -m slow $(PARALLEL) $(PYTEST_ARGS)
 
 # Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
 test-fuzz: setup

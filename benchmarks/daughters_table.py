@@ -18,14 +18,14 @@ from typing import Any
 
 from launching import ROOT, launch
 
-from mlx_empire.adapters.quantised import pack
-from mlx_empire.checkpoint.export import FolderWriter
-from mlx_empire.checkpoint.folder import open_folder
-from mlx_empire.checkpoint.merge import unpack
-from mlx_empire.checkpoint.source import FolderSource
+from mlx_empire.formats.export_folder import FolderWriter
+from mlx_empire.formats.hf_folder import open_folder
+from mlx_empire.formats.merge import unpack
+from mlx_empire.formats.source import FolderSource
+from mlx_empire.model.config import read_config
+from mlx_empire.model.quant_format import PACKINGS
+from mlx_empire.model.quantize import pack
 from mlx_empire.model.target import make_target
-from mlx_empire.plan.config import read_config
-from mlx_empire.plan.packing import PACKINGS
 from mlx_empire.recipe.schema import TuningSection
 
 MODEL = ROOT / "models" / "smollm2-135m"

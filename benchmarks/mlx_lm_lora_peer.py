@@ -15,8 +15,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 from mlx_lm_peer import train_recorded
 
-from mlx_empire.adapters.initial import initial_adapter
-from mlx_empire.plan.model import TensorSpec
+from mlx_empire.model.initial import initial_adapter
+from mlx_empire.model.spec import TensorSpec
 
 
 def main() -> None:

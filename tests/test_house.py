@@ -1,4 +1,4 @@
-"""Data flows one way: a folder imports only from those below it, and only `comm/` knows MPI and mx.distributed."""
+"""Data flows one way: a file imports only from the floors below its own; only `comm/` knows MPI and mx.distributed."""
 
 import ast
 from collections.abc import Iterator
@@ -7,30 +7,39 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mlx_empire"
-# Top to bottom. What stands on no floor is a verb and may use everything.
+# The top floor: commands. They use everything below, and of each other only what capacity answers.
+VERBS = ("train", "export", "capacity", "verify", "daughters", "launch")
+ANSWERS = ("capacity",)
+ASKING = ("train", "verify")
+# Below it, top to bottom: a folder or a file of the package.
 FLOORS = (
     "run",
     "report",
     "checkpoint",
-    "supervise",
-    "evaluate",
+    "evaluation",
     "engine",
+    "formats",
     "optim",
-    "model",
-    "adapters",
     "data",
     "comm",
     "plan",
+    "model",
     "cluster",
     "recipe",
     "arguments",
-    "run_lock",
-    "private_files",
-    "faults",
+    "disk",
     "progress",
+    "faults",
+    "private_files",
     "errors",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
+SHARED_NAMES = {"main"}  # every command's
+
+
+def room(file: Path) -> str:
+    """The folder or file of the package in which a file stands."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -39,23 +48,26 @@ def imported(file: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "names are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def floor_of(name: str) -> int:
-    """The floor's number, counted from the top; verbs stand above all."""
-    return FLOORS.index(name) if name in FLOORS else -1
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_every_file_stands_on_a_floor(file: Path) -> None:
+    assert room(file) in (*VERBS, *FLOORS, "__init__")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_a_file_uses_only_what_stands_below_it(file: Path) -> None:
-    own = floor_of(file.relative_to(PACKAGE).parts[0].removesuffix(".py"))
-    used = [name.split(".")[1] for name in imported(file) if name.startswith("mlx_empire.")]
-    assert [name for name in used if floor_of(name) < own and name != "__version__"] == []
+    own = room(file)
+    used = {name.split(".")[1] for name in imported(file) if name.startswith("mlx_empire.")} - {"__version__"}
+    below = FLOORS if own in VERBS else FLOORS[FLOORS.index(own) :] if own in FLOORS else ()
+    answers = ANSWERS if own in ASKING else ()
+    assert sorted(used - {own, *below, *answers}) == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_only_comm_knows_mpi(file: Path) -> None:
     names = [name for name in imported(file) if name.startswith(("mpi4py", "mlx.core.distributed"))]
-    assert not names or file.relative_to(PACKAGE).parts[0] == "comm"
-    assert "mx.distributed" not in file.read_text() or file.relative_to(PACKAGE).parts[0] == "comm"
+    assert not names or room(file) == "comm"
+    assert "mx.distributed" not in file.read_text() or room(file) == "comm"

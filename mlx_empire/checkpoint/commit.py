@@ -27,9 +27,8 @@ from uuid import uuid4
 from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders, SaveFailed, agreed, describe
 from mlx_empire.checkpoint.copies import exchange_copies
-from mlx_empire.checkpoint.disk import with_headroom
 from mlx_empire.checkpoint.manifest import Manifest, Shard, digest_of
-from mlx_empire.checkpoint.names import (
+from mlx_empire.checkpoint.paths import (
     COMMIT,
     LATEST,
     MANIFEST,
@@ -43,6 +42,7 @@ from mlx_empire.checkpoint.retention import make_room
 from mlx_empire.checkpoint.shard import LivePiece, write_shard
 from mlx_empire.checkpoint.shortage import give_up
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.disk import with_headroom
 from mlx_empire.private_files import create_private, replace_private, sync_file, sync_folder
 
 Describe = Callable[[Sequence[Shard]], Manifest]

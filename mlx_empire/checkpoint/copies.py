@@ -16,7 +16,7 @@ import numpy as np
 from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders
 from mlx_empire.checkpoint.manifest import Shard
-from mlx_empire.checkpoint.names import open_own
+from mlx_empire.checkpoint.paths import open_own
 from mlx_empire.checkpoint.shard import problem_with
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.private_files import create_private, sync_file

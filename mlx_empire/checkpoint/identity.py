@@ -11,10 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 from mlx_empire import __version__
-from mlx_empire.checkpoint.folder import open_folder
 from mlx_empire.checkpoint.manifest import Manifest, Resolved, Shard, digest_of
-from mlx_empire.checkpoint.tensorfile import open_plain
 from mlx_empire.errors import UserError
+from mlx_empire.formats.hf_folder import open_folder
+from mlx_empire.formats.safetensors import open_plain
 from mlx_empire.plan.shards import ShardPlan
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mlx_empire.checkpoint.names import SHARD_PATTERN, shard_name
-from mlx_empire.checkpoint.tensorfile import ITEM_BYTES
+from mlx_empire.checkpoint.paths import SHARD_PATTERN, shard_name
+from mlx_empire.formats.safetensors import ITEM_BYTES
 
 MAX_BYTES = 256 << 20
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders, agreed, describe
-from mlx_empire.checkpoint.names import COMMIT, PIN, drafts_in, remove_checkpoint, step_name, steps_in
+from mlx_empire.checkpoint.paths import COMMIT, PIN, drafts_in, remove_checkpoint, step_name, steps_in
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import UserError

@@ -25,7 +25,7 @@ from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders, SaveFailed, find_folders
 from mlx_empire.checkpoint.commit import Commit, Describe
 from mlx_empire.checkpoint.identity import Identity
-from mlx_empire.checkpoint.names import step_name
+from mlx_empire.checkpoint.paths import step_name
 from mlx_empire.checkpoint.retention import clear_the_way, retain
 from mlx_empire.checkpoint.shard import LivePiece, live_pieces
 from mlx_empire.checkpoint.shortage import give_up

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders, agreed, describe
-from mlx_empire.checkpoint.disk import free_bytes
-from mlx_empire.checkpoint.names import PIN, held_bytes, remove_checkpoint, remove_own, step_name, steps_in
+from mlx_empire.checkpoint.paths import PIN, held_bytes, remove_checkpoint, remove_own, step_name, steps_in
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.disk import free_bytes
 
 Listing = Mapping[int, Mapping[str, int]]  # by step, a folder's own files and their bytes
 

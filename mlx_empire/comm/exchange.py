@@ -27,8 +27,8 @@ from functools import partial
 import numpy as np
 from mpi4py import MPI
 
-from mlx_empire.comm import pulse
-from mlx_empire.comm.lanes import Lane
+from mlx_empire.comm import liveness
+from mlx_empire.comm.messages import Lane
 from mlx_empire.comm.protocol import Traffic
 from mlx_empire.errors import LostRankError
 
@@ -117,10 +117,10 @@ class Exchange:
                 flights = [flight for index, flight in enumerate(flights) if index not in landed]
                 flights += [flight for flight in posted if flight is not None]
                 moved = time.monotonic()
-                pulse.moved()
+                liveness.moved()
                 continue
             now = time.monotonic()
-            patient = pulse.watched() or now - moved <= self._deadline
+            patient = liveness.watched() or now - moved <= self._deadline
             if not patient if within is None else now - start > within:
                 raise LostRankError(self._lost(name, lanes, self._deadline if within is None else within))
             pause(now - moved)

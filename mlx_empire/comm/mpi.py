@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 import numpy as np
 from mpi4py import MPI
 
-from mlx_empire.comm import pulse
+from mlx_empire.comm import liveness
+from mlx_empire.comm.accumulate import Adder, check_buffer, check_reduction
 from mlx_empire.comm.eager import unasked_bytes
 from mlx_empire.comm.exchange import Exchange
-from mlx_empire.comm.lanes import Bucket, Lane, cut, direct_lanes, flat_lane, queue_lane, relay_lanes
-from mlx_empire.comm.mpi_heart import MpiHeart
-from mlx_empire.comm.pieces import Adder, check_buffer, check_reduction
+from mlx_empire.comm.messages import Bucket, Lane, cut, direct_lanes, flat_lane, queue_lane, relay_lanes
+from mlx_empire.comm.mpi_heartbeat import MpiHeart
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
 from mlx_empire.comm.reduce import SLOTS, ReduceScatter, Staging
 from mlx_empire.plan.traffic import PIECE_BYTES, Route, resolve_route
@@ -163,7 +163,7 @@ class MpiCommunicator:
         if self._control_thread is None:  # a duplicate belongs to the thread that uses it first
             self._control_thread = threading.get_ident()
         assert threading.get_ident() == self._control_thread, f"{name}: only for the thread that connected"
-        with pulse.waiting():
+        with liveness.waiting():
             return self._swap_waiting(name, own, within_seconds)
 
     def _swap_waiting(self, name: str, own: bytes, within_seconds: float | None) -> list[bytes]:

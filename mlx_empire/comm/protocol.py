@@ -33,7 +33,7 @@ from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 
-from mlx_empire.comm.heart import Heart
+from mlx_empire.comm.heartbeat import Heart
 
 Wire = Literal["float32", "bfloat16", "float16"]
 Array = np.ndarray[Any, Any]

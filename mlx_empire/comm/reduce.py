@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_empire import progress
-from mlx_empire.comm.lanes import Bucket, Lane, cut
-from mlx_empire.comm.pieces import WIRE_DTYPES, Adder, overlaps, pack, window
+from mlx_empire.comm.accumulate import WIRE_DTYPES, Adder, overlaps, pack, window
+from mlx_empire.comm.messages import Bucket, Lane, cut
 from mlx_empire.comm.protocol import Array, Pieces, Wire
 
 SLOTS = 2  # staging buffers per peer and direction at least: one is filled while the other one is emptied

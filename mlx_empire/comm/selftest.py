@@ -11,7 +11,7 @@ from typing import get_args
 
 import numpy as np
 
-from mlx_empire.comm.pieces import WIRE_DTYPES
+from mlx_empire.comm.accumulate import WIRE_DTYPES
 from mlx_empire.comm.protocol import Array, Communicator, Wire
 from mlx_empire.errors import NumericsError, on_all_ranks
 

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from mlx_empire.comm.heart import StillHeart
-from mlx_empire.comm.pieces import Adder, check_buffer, check_reduction
+from mlx_empire.comm.accumulate import Adder, check_buffer, check_reduction
+from mlx_empire.comm.heartbeat import StillHeart
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
 
 

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from mlx_empire import progress
-from mlx_empire.comm import pulse
+from mlx_empire.comm import liveness
 from mlx_empire.comm.deadlines import Deadlines, Sight, Sign, judge, late
 from mlx_empire.comm.failure import end
 from mlx_empire.comm.protocol import Communicator
@@ -55,7 +55,7 @@ class Watchdog:
         self._since = time.monotonic()
         first = Sign(deadline=self._deadlines.ceiling)
         self._heard = [(self._since, first)] * self._comm.size
-        pulse.watch(True)
+        liveness.watch(True)
         self._thread.start()
         return self
 
@@ -64,7 +64,7 @@ class Watchdog:
     ) -> None:
         self._closing.set()
         self._thread.join(CLOSING_SECONDS)
-        pulse.watch(False)
+        liveness.watch(False)
 
     def _run(self) -> None:
         last, paused = time.monotonic(), 0.0
@@ -100,9 +100,9 @@ class Watchdog:
     def _own_sign(self, now: float) -> Sign:
         places = progress.places()
         place = places.get(self._main) or progress.Place("start", 0, self._since)
-        waits = pulse.waits(self._main)
+        waits = liveness.waits(self._main)
         others = [p for thread, p in places.items() if thread != self._main and p.phase.startswith(LONG)]
-        moved = max(pulse.last_moved(), self._since, *(p.since for p in (place, *others)))
+        moved = max(liveness.last_moved(), self._since, *(p.since for p in (place, *others)))
         deadline = max(self._deadlines.of(p.phase) for p in (place, *others))
         return Sign(place.phase, place.step, max(0.0, now - moved), waits, deadline)
 

@@ -13,8 +13,8 @@ import numpy as np
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.errors import NumericsError
+from mlx_empire.model.spec import BLOCK
 from mlx_empire.optim.norm import block_sums
-from mlx_empire.plan.model import BLOCK
 
 
 class GradientError(NumericsError):

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_empire import progress
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.engine.hostview import host_view
+from mlx_empire.comm.views import host_view
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import NumericsError, on_all_ranks
 

@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.describe import find_layers
+from mlx_empire.model.build import find_layers
 
 
 class _Stop(Exception):

@@ -22,9 +22,9 @@ from mlx_empire.engine.diagnose import GradientError, bad_weights, some_of
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.noise import LayerNoise
+from mlx_empire.engine.optimizer_in_backward import ReleasingUpdater
 from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.probe import check_packing, probe_root
-from mlx_empire.engine.release import ReleasingUpdater
 from mlx_empire.engine.slots import Deck
 from mlx_empire.engine.spikes import SpikeWatch
 from mlx_empire.engine.statistics import UpdateStatistics
@@ -33,10 +33,10 @@ from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trace import StepTrace
 from mlx_empire.engine.update import Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
+from mlx_empire.model.foreign import foreign
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.protocol import StepScalars
-from mlx_empire.plan.foreign import foreign
-from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.schedule import global_norm, updates
 from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.workload import Workload, chunk_tokens, step_shape

@@ -1,3 +1,4 @@
-"""The model to be trained: mlx-lm's module, built lazily and tuned, and what is known of it without its weights.
-May import `adapters`, `plan`, `cluster` and `recipe`.
+"""Which model it is: its configuration, mlx-lm's lazily built module, its shapes as numbers, adapters and quantization.
+
+No weight is computed here but the first values of adapters and what `quantize` packs.
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_empire.plan.model import ModelSpec, is_embedding
+from mlx_empire.model.spec import ModelSpec, is_embedding
 
 
 class _Counted(nn.Module):

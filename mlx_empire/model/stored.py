@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.config import HEADS, TIE
-from mlx_empire.plan.foreign import reason_of
-from mlx_empire.plan.model import ModelSpec
+from mlx_empire.model.config import HEADS, TIE
+from mlx_empire.model.foreign import reason_of
+from mlx_empire.model.spec import ModelSpec
 
 Stored = Mapping[str, tuple[str, Sequence[int]]]  # a folder's tensors: name -> (dtype as MLX calls it, shape)
 

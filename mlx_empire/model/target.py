@@ -16,23 +16,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_empire.adapters.layers import AdapterSettings, adapt
-from mlx_empire.adapters.quantised import (
+from mlx_empire.errors import UserError
+from mlx_empire.model import catalog
+from mlx_empire.model.build import build_model, compute_dtype, describe
+from mlx_empire.model.closed_form import module_of
+from mlx_empire.model.closed_forms import active_parameters, counted, has_closed_form
+from mlx_empire.model.config import read_config
+from mlx_empire.model.lora import AdapterSettings, adapt
+from mlx_empire.model.quant_format import Choice, as_stored, packing_of, uniformly
+from mlx_empire.model.quantize import (
     quantise,
     quantise_as_stored,
     refuse_other_packing,
     stored_quantisation,
     unpacked,
 )
-from mlx_empire.errors import UserError
-from mlx_empire.model.closed_form import module_of
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.stored import Stored, refuse_dropped_head, settle
-from mlx_empire.plan import catalog
-from mlx_empire.plan.config import read_config
-from mlx_empire.plan.counts import active_parameters, counted, has_closed_form
-from mlx_empire.plan.describe import build_model, compute_dtype, describe
-from mlx_empire.plan.model import ModelSpec
-from mlx_empire.plan.packing import Choice, as_stored, packing_of, uniformly
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
 
@@ -170,3 +170,14 @@ def _tuned(
         quantise(model, choose, name)
     adapters = adapt(model, tuning)
     return Target(model, describe(model, plain, name, dtype), base, rebuild, adapters, choose)
+
+
+def in_dtype(spec: ModelSpec, dtype: str) -> ModelSpec:
+    """The model computing in `dtype`; tensors that are kept in another dtype than the model's stay as they are."""
+    if spec.dtype == dtype:
+        return spec
+    units = tuple(
+        replace(u, tensors=tuple(replace(t, dtype=dtype) if t.dtype == spec.dtype else t for t in u.tensors))
+        for u in spec.units
+    )
+    return replace(spec, dtype=dtype, units=units)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_empire.optim import codec
+from mlx_empire.optim.compile import fused
 from mlx_empire.optim.flat import FlatOptimizer
-from mlx_empire.optim.fusion import fused
 from mlx_empire.optim.protocol import State, StepScalars
 
 

@@ -27,10 +27,10 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_empire.optim.fusion import fused
-from mlx_empire.optim.noise import draw_halves
+from mlx_empire.model.spec import BLOCK
+from mlx_empire.optim.compile import fused
 from mlx_empire.optim.protocol import State
-from mlx_empire.plan.model import BLOCK
+from mlx_empire.optim.rounding import draw_halves
 
 TINY = 2.0**-100  # smaller moments are zero
 _TINY_BITS = (127 - 100) << 23

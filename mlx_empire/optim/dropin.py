@@ -19,11 +19,11 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map, tree_map_with_path
 
+from mlx_empire.model.spec import BLOCK, TensorSpec
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.optim.flat import as_arrays
-from mlx_empire.optim.noise import row_keys
 from mlx_empire.optim.protocol import State
-from mlx_empire.plan.model import BLOCK, TensorSpec
+from mlx_empire.optim.rounding import row_keys
 from mlx_empire.plan.shards import CHUNK_ELEMENTS
 
 _CHUNK_ROWS = CHUNK_ELEMENTS // BLOCK

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_empire.optim.fusion import fused
-from mlx_empire.optim.noise import column_keys, draw
+from mlx_empire.optim.compile import fused
+from mlx_empire.optim.rounding import column_keys, draw
 
 State = dict[str, mx.array]
 

@@ -22,7 +22,7 @@ from math import sqrt
 import mlx.core as mx
 import numpy as np
 
-from mlx_empire.plan.model import BLOCK
+from mlx_empire.model.spec import BLOCK
 from mlx_empire.plan.shards import ShardPlan, Unit
 
 CHUNK_ROWS = (1 << 20) // BLOCK

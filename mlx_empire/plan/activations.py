@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import NamedTuple, TypeVar
 
-from mlx_empire.plan.counts import experts, is_stacked
-from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
+from mlx_empire.model.closed_forms import experts, is_stacked
+from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.plan.workload import Workload
 
 

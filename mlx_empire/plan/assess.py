@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.limits import largest_array, live_buffers
 from mlx_empire.plan.memory import Ledger
-from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.optimizer_bytes import StateBytes, StatesOf
 from mlx_empire.plan.resolve import TIGHT_HEADROOM, RunPlan, resolve
 from mlx_empire.recipe.schema import Recipe

@@ -6,8 +6,8 @@ follow from the plan; neither can be measured on a CPU.
 
 from __future__ import annotations
 
+from mlx_empire.model.spec import BLOCK, ModelSpec
 from mlx_empire.plan.activations import attention_scores, widest_activation
-from mlx_empire.plan.model import BLOCK, ModelSpec
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import Segment, ShardPlan
 from mlx_empire.plan.workload import Workload, chunk_tokens

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+from mlx_empire.model.closed_forms import root_use
+from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.activations import forward_bytes, hidden_bytes, layer_costs, tail_costs
-from mlx_empire.plan.counts import root_use
-from mlx_empire.plan.model import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
 from mlx_empire.plan.schedule import Action, Reader, folded_step
 from mlx_empire.plan.shards import Segment, ShardPlan, Unit

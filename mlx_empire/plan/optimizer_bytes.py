@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from mlx_empire.plan.model import BLOCK
+from mlx_empire.model.spec import BLOCK
 from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, ShardPlan
 from mlx_empire.recipe.sections import OptimizerSection
 

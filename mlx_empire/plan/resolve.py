@@ -16,9 +16,9 @@ from importlib.metadata import version
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import DoesNotFitError
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.memory import Ledger, ledger
-from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan, make_plan
 from mlx_empire.plan.shares import solve_shares

@@ -25,7 +25,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.model import BLOCK, ITEM_BYTES, TensorSpec, UnitSpec
+from mlx_empire.model.spec import BLOCK, ITEM_BYTES, TensorSpec, UnitSpec
 
 KINDS = ("trainable", "small", "frozen")
 CHUNK_ELEMENTS = 1 << 21  # one optimizer call; bounds its temporaries

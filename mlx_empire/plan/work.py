@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from mlx_empire.model.closed_forms import experts, is_stacked
+from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
 from mlx_empire.plan.assess import Assessment
-from mlx_empire.plan.counts import experts, is_stacked
 from mlx_empire.plan.hardware import Wire
-from mlx_empire.plan.model import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
 from mlx_empire.plan.schedule import Action, Reader, StepShape, training_step
 from mlx_empire.plan.traffic import Route
 from mlx_empire.plan.workload import Workload, step_shape

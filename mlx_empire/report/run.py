@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.plan.model import ModelSpec
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.console import NodeRow, RunDisplay

@@ -18,10 +18,10 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.trace import TRACED_STEPS, StepTrace
 from mlx_empire.engine.trainer import Trainer
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import wire_of
-from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.pace import chips_of, timeline_of
 from mlx_empire.plan.step_time import ADD, EXCHANGE, WAIT, Event
 from mlx_empire.private_files import replace_private

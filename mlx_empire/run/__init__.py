@@ -1,2 +1,1 @@
-"""What the verbs share: what all ranks agree on, the steps that a recipe asks for, the trainer, its weights, where a
-run goes on, and its result."""
+"""What the verbs share: the same model, data and plan on all ranks, a run's folder, its stop and its result."""

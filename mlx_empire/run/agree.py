@@ -12,8 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_empire.checkpoint.folder import has_weights, model_digest, open_folder
-from mlx_empire.checkpoint.freeze import verify
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, match_ranks
@@ -24,15 +22,17 @@ from mlx_empire.data.encode import load_tokenizer
 from mlx_empire.data.share import shared_splits
 from mlx_empire.data.splits import Splits, load_splits
 from mlx_empire.errors import EmpireError
-from mlx_empire.evaluate.evaluator import Decode, Evaluator, from_json, to_json
-from mlx_empire.evaluate.gate import GateKeeper
-from mlx_empire.evaluate.generation import refuse_too_large
-from mlx_empire.evaluate.questions import Questions, load_questions
+from mlx_empire.evaluation.evaluator import Decode, Evaluator, from_json, to_json
+from mlx_empire.evaluation.gate import GateKeeper
+from mlx_empire.evaluation.generation import refuse_too_large
+from mlx_empire.evaluation.questions import Questions, load_questions
+from mlx_empire.formats.hf_folder import has_weights, model_digest, open_folder
+from mlx_empire.formats.seal import verify
+from mlx_empire.model import catalog
+from mlx_empire.model.build import compute_dtype
+from mlx_empire.model.config import read_config
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, make_target, refuse_impossible
-from mlx_empire.plan import catalog
-from mlx_empire.plan.config import read_config
-from mlx_empire.plan.describe import compute_dtype
-from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.evaluation import Gate
 from mlx_empire.recipe.explain import leaf_fields

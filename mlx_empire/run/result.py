@@ -16,22 +16,22 @@ from functools import partial
 from pathlib import Path
 
 from mlx_empire import progress
-from mlx_empire.checkpoint.adapter_folder import AdapterWriter
-from mlx_empire.checkpoint.card import model_card
-from mlx_empire.checkpoint.disk import disk_of, free_bytes, is_full
-from mlx_empire.checkpoint.export import FolderWriter, plan_export
-from mlx_empire.checkpoint.folder import has_weights, open_folder
-from mlx_empire.checkpoint.freeze import freeze, frozen_digest, is_frozen, thaw
-from mlx_empire.checkpoint.layout import huggingface_names
-from mlx_empire.checkpoint.names import step_name
+from mlx_empire.checkpoint.paths import step_name
 from mlx_empire.checkpoint.save import Saver
-from mlx_empire.checkpoint.sidefiles import write_json
-from mlx_empire.checkpoint.staging import refuse_foreign, remove
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.disk import disk_of, free_bytes, is_full
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import NoRoomError, UserError
-from mlx_empire.evaluate.gate import GateKeeper
+from mlx_empire.evaluation.gate import GateKeeper
+from mlx_empire.formats.adapter_folder import AdapterWriter
+from mlx_empire.formats.export_folder import FolderWriter, plan_export
+from mlx_empire.formats.hf_folder import has_weights, open_folder
+from mlx_empire.formats.hf_names import huggingface_names
+from mlx_empire.formats.model_card import model_card
+from mlx_empire.formats.seal import freeze, frozen_digest, is_frozen, thaw
+from mlx_empire.formats.sidefiles import write_json
+from mlx_empire.formats.staging import refuse_foreign, remove
 from mlx_empire.model.target import Target
 from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.schema import Recipe

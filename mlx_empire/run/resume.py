@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
+from mlx_empire.checkpoint.find import Found, Survey
 from mlx_empire.checkpoint.identity import Identity, Origin, base_digest, config_digest
 from mlx_empire.checkpoint.manifest import Resolved
-from mlx_empire.checkpoint.names import broken_link, step_name, step_of, steps_in
+from mlx_empire.checkpoint.paths import broken_link, step_name, step_of, steps_in
 from mlx_empire.checkpoint.save import Policy, Saver
-from mlx_empire.checkpoint.survey import Found, Survey
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.splits import Splits

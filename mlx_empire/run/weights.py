@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from mlx_empire import progress
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
-from mlx_empire.checkpoint.folder import has_weights
+from mlx_empire.checkpoint.find import Survey
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.save import Saver
-from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource
-from mlx_empire.checkpoint.survey import Survey
-from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
+from mlx_empire.formats.hf_folder import has_weights
+from mlx_empire.formats.source import FolderSource, RandomSource, WeightSource
+from mlx_empire.formats.tuned_source import TunedSource
 from mlx_empire.model.target import Target
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import Start, folder_of

@@ -7,13 +7,13 @@ from support.stepping import weights_of
 from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 from support.tuning import EXPERTS, LINEAR, SEED, HeldWeights, TunedCase, built_of, reference_model
 
-from mlx_empire.adapters.initial import initial_adapter
-from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.errors import UserError
+from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.model.build import build_model, describe
+from mlx_empire.model.initial import initial_adapter
+from mlx_empire.model.quant_format import PACKINGS
+from mlx_empire.model.spec import TensorSpec
 from mlx_empire.model.target import make_target
-from mlx_empire.plan.describe import build_model, describe
-from mlx_empire.plan.model import TensorSpec
-from mlx_empire.plan.packing import PACKINGS
 from mlx_empire.recipe.sections import TuningSection
 
 TUNINGS = {

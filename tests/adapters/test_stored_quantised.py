@@ -10,10 +10,10 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from support.stepping import config_of, weights_of
 from support.tuning import TunedCase
 
-from mlx_empire.checkpoint.folder import open_folder
-from mlx_empire.checkpoint.source import FolderSource
-from mlx_empire.checkpoint.tuned_source import TunedSource
 from mlx_empire.errors import UserError
+from mlx_empire.formats.hf_folder import open_folder
+from mlx_empire.formats.source import FolderSource
+from mlx_empire.formats.tuned_source import TunedSource
 from mlx_empire.model.target import make_target, planned_target
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.sections import TuningSection

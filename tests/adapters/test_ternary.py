@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_empire.adapters.quantised import pack, ternary
-from mlx_empire.plan.packing import PACKINGS
+from mlx_empire.model.quant_format import PACKINGS
+from mlx_empire.model.quantize import pack, ternary
 
 
 def unpacked(codes, scales, biases, group):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlx_empire import capacity
+from mlx_empire.capacity import command as capacity
 
 MODEL = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama-260k"
 RECIPE = f"""\

@@ -7,21 +7,21 @@ from datetime import datetime
 
 from support.planning import assess, llama_like, node_of, nodes_of, recipe_of
 
+from mlx_empire.capacity.daughter_document import DaughterSurvey
+from mlx_empire.capacity.daughters import DaughterRun, Serving
+from mlx_empire.capacity.document import CapacityReport
+from mlx_empire.capacity.ladder import Rung
+from mlx_empire.capacity.matrix import Cell, Comparison, Difference, Matrix, MatrixRow
+from mlx_empire.capacity.survey_document import LadderSurvey, MatrixSurvey
+from mlx_empire.capacity.whatif import Advice
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, NodeAssessment
-from mlx_empire.plan.daughters import DaughterRun, Serving
 from mlx_empire.plan.hardware import M3_ULTRA, wire_named
-from mlx_empire.plan.ladder import Rung
-from mlx_empire.plan.matrix import Cell, Comparison, Difference, Matrix, MatrixRow
 from mlx_empire.plan.memory import Ledger
-from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.plan.pace import Cloud, Pace
 from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, Event, Timeline
-from mlx_empire.plan.whatif import Advice
-from mlx_empire.report.capacity_document import CapacityReport
-from mlx_empire.report.daughter_document import DaughterSurvey
-from mlx_empire.report.survey_document import LadderSurvey, MatrixSurvey
 
 GIB = 2**30
 HOSTILE = '<img src=x onerror=alert(1)>&"'

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_empire import capacity
+from mlx_empire.capacity import command as capacity
 from mlx_empire.cluster import calibrate as measuring
 from mlx_empire.cluster.calibrate import Calibration
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from capacity import browser, made_up
 
-from mlx_empire.report.capacity_page import capacity_page
+from mlx_empire.capacity.page import capacity_page
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 ENOUGH, ENOUGH_FOR_PICTURES = (

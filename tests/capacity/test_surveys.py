@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_empire.plan import catalog
+from mlx_empire.model import catalog
 from mlx_empire.plan.hardware import standard_clusters
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_empire.checkpoint.agree import find_folders
-from mlx_empire.checkpoint.names import COMMIT, PIN, remove_checkpoint, step_name, step_of, steps_in
+from mlx_empire.checkpoint.paths import COMMIT, PIN, remove_checkpoint, step_name, step_of, steps_in
 from mlx_empire.checkpoint.retention import clear_the_way, retain
 from mlx_empire.comm.solo import SoloCommunicator
 

@@ -17,7 +17,7 @@ from mlx_empire.checkpoint.shard import live_pieces, places, problem_with, write
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.plan.model import BLOCK
+from mlx_empire.model.spec import BLOCK
 from mlx_empire.plan.shards import make_plan
 
 FILE = "shard-00000-of-00001.safetensors"
@@ -113,7 +113,7 @@ def test_ranks_save_every_row_once_at_every_stage() -> None:
 
 
 def _units(store: ShardStore):  # type: ignore[no-untyped-def]
-    from mlx_empire.plan.model import UnitSpec
+    from mlx_empire.model.spec import UnitSpec
 
     return [
         UnitSpec(u.name, tuple(p.tensor for s in u.segments for p in s.placements)) for u in store.plan.units

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_empire.checkpoint.agree import find_folders
-from mlx_empire.checkpoint.names import COMMIT, PIN, steps_in
+from mlx_empire.checkpoint.paths import COMMIT, PIN, steps_in
 from mlx_empire.checkpoint.shortage import Candidate, candidates, give_up, to_be_given_up
 from mlx_empire.comm.solo import SoloCommunicator
 

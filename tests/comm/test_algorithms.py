@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.comm.lanes import UNASKED, Lane, cut, direct_lanes, relay_lanes
-from mlx_empire.comm.pieces import Adder
+from mlx_empire.comm.accumulate import Adder
+from mlx_empire.comm.messages import UNASKED, Lane, cut, direct_lanes, relay_lanes
 from mlx_empire.comm.reduce import ReduceScatter, Staging
 from mlx_empire.plan.traffic import all_gather_bytes, staging_bytes
 

@@ -7,7 +7,7 @@ from support.stepping import Case, batches_of, counted_tokens, trainer_of
 
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.hostview import host_view
+from mlx_empire.comm.views import host_view
 from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.errors import NumericsError
 

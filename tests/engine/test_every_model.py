@@ -27,7 +27,7 @@ from support.stepping import (
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine import passes
-from mlx_empire.engine.twin import verify_twin
+from mlx_empire.engine.streamable import verify_twin
 from mlx_empire.errors import UserError
 
 # Why what cannot train here cannot: a part of the line that says so.

@@ -16,11 +16,12 @@ from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.probe import check_packing, probe_root
 from mlx_empire.engine.slots import Deck
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.engine.twin import twin_config, verify_twin
+from mlx_empire.engine.streamable import verify_twin
 from mlx_empire.errors import UserError
-from mlx_empire.plan import catalog
-from mlx_empire.plan.describe import describe
-from mlx_empire.plan.foreign import foreign
+from mlx_empire.model import catalog
+from mlx_empire.model.build import describe
+from mlx_empire.model.foreign import foreign
+from mlx_empire.model.scaled_down import twin_config
 from mlx_empire.plan.shards import make_plan
 
 SIZE, VOCABULARY = 16, 32

@@ -19,19 +19,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from train.launching import RECIPE
 
-from mlx_empire.checkpoint.folder import INDEX_NAME, open_folder
 from mlx_empire.checkpoint.manifest import Manifest, Piece, Resolved, Shard, decode, digest_of
-from mlx_empire.checkpoint.names import shard_name
-from mlx_empire.checkpoint.tensorfile import read_header
+from mlx_empire.checkpoint.paths import shard_name
 from mlx_empire.cluster.hostfile import load_hostfile
 from mlx_empire.data.encode import encode_rows
 from mlx_empire.data.files import Source
-from mlx_empire.data.formats import KEYS, check_row, detect_format
+from mlx_empire.data.row_formats import KEYS, check_row, detect_format
 from mlx_empire.errors import UserError
-from mlx_empire.plan.config import read_config
+from mlx_empire.formats.hf_folder import INDEX_NAME, open_folder
+from mlx_empire.formats.safetensors import read_header
+from mlx_empire.launch.events import Account, Listener
+from mlx_empire.model.config import read_config
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run_lock import Holder, read_holder
-from mlx_empire.supervise.account import Account, Listener
 
 EXAMPLES = int(os.environ.get("MLX_EMPIRE_FUZZ_EXAMPLES", "40"))
 FUZZ = settings(

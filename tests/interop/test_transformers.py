@@ -15,9 +15,9 @@ import pytest
 from mlx_lm.utils import load_model
 from support.tiny_models import tiny_config, tiny_model
 
-from mlx_empire.checkpoint.export import FolderWriter
-from mlx_empire.checkpoint.source import FolderSource, RandomSource, WeightSource
-from mlx_empire.plan.model import ModelSpec
+from mlx_empire.formats.export_folder import FolderWriter
+from mlx_empire.formats.source import FolderSource, RandomSource, WeightSource
+from mlx_empire.model.spec import ModelSpec
 
 torch = pytest.importorskip("torch", reason="torch is not installed: run `make test-interop`")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

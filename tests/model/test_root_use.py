@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 
-from mlx_empire.engine.twin import verify_twin
+from mlx_empire.engine.streamable import verify_twin
+from mlx_empire.model.closed_forms import root_use
 from mlx_empire.model.target import make_target
-from mlx_empire.plan.counts import root_use
 from mlx_empire.recipe.sections import TuningSection
 
 TABLES = {"gpt2": "wte", "mamba2": "embeddings"}

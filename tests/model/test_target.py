@@ -8,8 +8,8 @@ from mlx.utils import tree_flatten
 from support.tiny_models import tiny_config
 
 from mlx_empire.errors import UserError
+from mlx_empire.model.build import build_model
 from mlx_empire.model.target import catalog_target, planned_target
-from mlx_empire.plan.describe import build_model
 from mlx_empire.recipe.load import parse_recipe
 
 TEXT = """

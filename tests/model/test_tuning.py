@@ -4,10 +4,10 @@ import mlx.core as mx
 import pytest
 from support.tiny_models import tiny_config
 
+from mlx_empire.model.build import build_model, describe
+from mlx_empire.model.closed_forms import experts
+from mlx_empire.model.spec import ITEM_BYTES
 from mlx_empire.model.target import make_target
-from mlx_empire.plan.counts import experts
-from mlx_empire.plan.describe import build_model, describe
-from mlx_empire.plan.model import ITEM_BYTES
 from mlx_empire.recipe.sections import TuningSection
 
 PLANNED = {"planned": True}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from optim import reference
 
-from mlx_empire.optim import fusion, master
+from mlx_empire.optim import compile, master
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.momentum import Lion, Sgd
@@ -210,7 +210,7 @@ def test_state_bytes_are_the_bytes(bits: int, quantised: bool, dtype: str) -> No
 
 
 @pytest.mark.skipif(
-    not fusion.may_compile(), reason="no C++ compiler: everything runs operation by operation"
+    not compile.may_compile(), reason="no C++ compiler: everything runs operation by operation"
 )
 @pytest.mark.parametrize("bits", [32, 8])
 def test_fused_and_plain_operations_give_the_same_bits(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_fused_and_plain_operations_give_the_same_bits(bits: int, monkeypatch: p
         return w, state
 
     fused = run()
-    monkeypatch.setattr(fusion, "may_compile", lambda: False)
+    monkeypatch.setattr(compile, "may_compile", lambda: False)
     assert same(fused, run())
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optim import reference
 
-from mlx_empire.optim import codec, noise
+from mlx_empire.optim import codec, rounding
 
 
 def moments(rows: int = 2048, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -37,16 +37,16 @@ def as_numpy(array: mx.array) -> np.ndarray:
 
 def encoded(v: np.ndarray, **key: int) -> dict[str, mx.array]:
     arguments = {"tensor": 7, "first_row": 0, "step": 1, "salt": 0} | key
-    return codec.encode_second(mx.array(v), noise.row_keys(v.shape[0], **arguments))
+    return codec.encode_second(mx.array(v), rounding.row_keys(v.shape[0], **arguments))
 
 
 def test_noise_is_the_references() -> None:
     for key in [(7, 0, 1, 0), (2**32 - 1, 2**31 + 5, 123_456, 2**63 + 9), (0, 2**32 - 16, 2**33, 1)]:
-        keys = noise.row_keys(16, *key)
-        ours = (np.array(noise.draw_halves(keys), np.float64) + 0.5) / 2**16
+        keys = rounding.row_keys(16, *key)
+        ours = (np.array(rounding.draw_halves(keys), np.float64) + 0.5) / 2**16
         np.testing.assert_array_equal(ours, reference.noise(16, *key))
         np.testing.assert_array_equal(
-            np.array(noise.draw(keys, noise.column_keys())), reference.draws(16, *key)
+            np.array(rounding.draw(keys, rounding.column_keys())), reference.draws(16, *key)
         )
 
 
@@ -63,7 +63,7 @@ def test_noise_is_uniform_over_steps_rows_and_columns() -> None:
 
 def test_codes_are_the_references() -> None:
     m, v = moments()
-    keys = noise.row_keys(v.shape[0], 7, 40, 3, 1)
+    keys = rounding.row_keys(v.shape[0], 7, 40, 3, 1)
     state = codec.encode(mx.array(m), mx.array(v), keys)
     codes, floor, levels, _ = reference.encode_second(v, reference.noise(v.shape[0], 7, 40, 3, 1))
     np.testing.assert_array_equal(np.array(state["v_floor"]), floor)
@@ -157,7 +157,7 @@ def test_second_moment_is_unbiased(spread: float) -> None:
 
 def test_zero_rows_stay_zero() -> None:
     zeros = mx.zeros((3, 64))
-    state = codec.encode(zeros, zeros, noise.row_keys(3, 1, 0, 1, 0))
+    state = codec.encode(zeros, zeros, rounding.row_keys(3, 1, 0, 1, 0))
     for value in codec.decode(state):
         assert not mx.any(value).item()
     empty = codec.empty_codes(3)
@@ -181,9 +181,9 @@ def test_nan_is_not_hidden(bits: int) -> None:
 
 
 def _keys(rows: int) -> mx.array:
-    return noise.row_keys(rows, 1, 0, 1, 0)
+    return rounding.row_keys(rows, 1, 0, 1, 0)
 
 
 def test_rows_beyond_the_index_are_refused() -> None:
     with pytest.raises(ValueError, match="2\\*\\*38"):
-        noise.row_keys(2, 0, 2**32 - 1, 1, 0)
+        rounding.row_keys(2, 0, 2**32 - 1, 1, 0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from optim import reference
 
-from mlx_empire.optim import master, noise
+from mlx_empire.optim import master, rounding
 
 
 def patterns(kind: str, count: int = 2_000_000) -> np.ndarray:
@@ -58,7 +58,7 @@ def test_lossy_masters_are_the_references(kind: str) -> None:
     bits = patterns(kind).reshape(-1, 64)
     values = bits.view(np.float32)
     rows = bits.shape[0]
-    keys, draws = noise.row_keys(rows, *KEY), reference.draws(rows, *KEY)
+    keys, draws = rounding.row_keys(rows, *KEY), reference.draws(rows, *KEY)
     diet, kept = master.parted(mx.array(bits).view(mx.float32), "diet", keys)
     none, nothing = master.parted(mx.array(bits).view(mx.float32), "none", keys)
     assert (diet.dtype, kept["short_remainder"].dtype, none.dtype, nothing) == (
@@ -86,7 +86,7 @@ def test_lossy_masters_are_unbiased_and_within_one_step(kind: str, lost: int) ->
     rng = np.random.default_rng(3)
     row = (rng.normal(size=(1, 64)) * np.exp(4 * rng.normal(size=(1, 64)))).astype(np.float32)
     draws = 4096
-    keys = noise.row_keys(draws, *KEY)
+    keys = rounding.row_keys(draws, *KEY)
     weights, kept = master.parted(mx.array(np.repeat(row, draws, axis=0)), kind, keys)
     back = np.array(master.joined(weights, kept), np.float64)
     bits = row.view(np.uint32).astype(np.int64)
@@ -111,7 +111,7 @@ def test_every_kind_starts_as_the_bf16_checkpoint(kind: str) -> None:
     weights = mx.array(np.random.default_rng(2).normal(size=(8, 64))).astype(mx.bfloat16)
     kept = master.begin(weights, kind)
     assert mx.array_equal(master.joined(weights, kept), weights.astype(mx.float32)).item()
-    again, kept_again = master.parted(master.joined(weights, kept), kind, noise.row_keys(8, *KEY))
+    again, kept_again = master.parted(master.joined(weights, kept), kind, rounding.row_keys(8, *KEY))
     assert mx.array_equal(again, weights).item()
     assert {n: (a.dtype, a.shape) for n, a in kept.items()} == {
         n: (a.dtype, a.shape) for n, a in kept_again.items()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from optim import reference
 
-from mlx_empire.optim import codec, noise
+from mlx_empire.optim import codec, rounding
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.momentum import Lion, Sgd
 from mlx_empire.optim.protocol import ChunkId, State, StepScalars
@@ -65,7 +65,7 @@ def test_codes_of_a_lone_moment_are_the_references() -> None:
     ).astype(np.float32)
     m[0], m[1], m[2, 1:], m[3] = 0, 1e-40, 0, 3.3e38
     key = (7, 40, 3, 1)
-    state = codec.encode_lone_first(mx.array(m), noise.row_keys(512, *key))
+    state = codec.encode_lone_first(mx.array(m), rounding.row_keys(512, *key))
     codes, scale, _ = reference.encode_lone_first(m, reference.noise(512, *key))
     np.testing.assert_array_equal(np.array(state["m_scale"].astype(mx.float32)), scale)
     differ = np.array(state["m_codes"]).astype(int) - codes
@@ -76,7 +76,9 @@ def test_codes_of_a_lone_moment_are_the_references() -> None:
 def test_a_lone_moment_is_unbiased() -> None:
     rng = np.random.default_rng(1)
     row = (rng.normal(size=(1, 64)) * np.exp(2 * rng.normal(size=(1, 64)))).astype(np.float32)
-    state = codec.encode_lone_first(mx.array(np.repeat(row, 4096, axis=0)), noise.row_keys(4096, 1, 0, 1, 0))
+    state = codec.encode_lone_first(
+        mx.array(np.repeat(row, 4096, axis=0)), rounding.row_keys(4096, 1, 0, 1, 0)
+    )
     decoded = np.array(codec.decode_first(state), np.float64)
     _, scale, p = reference.encode_lone_first(row, np.ones_like(row))
     q = np.minimum(np.floor(127 * np.sqrt(np.abs(row) / scale)), 126)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_empire.model.spec import TensorSpec, UnitSpec
 from mlx_empire.optim.norm import CHUNK_ROWS, GradientNorm, NormLayout, NormPartials, block_sums, clip_scale
-from mlx_empire.plan.model import TensorSpec, UnitSpec
 from mlx_empire.plan.shards import make_plan
 
 LENGTHS = (2 * CHUNK_ROWS + 999, 70, CHUNK_ROWS, 0, 3 * CHUNK_ROWS)

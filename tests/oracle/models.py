@@ -8,10 +8,10 @@ from typing import Any
 from oracle.plans import summary
 
 from mlx_empire.cluster.hostfile import load_hostfile
+from mlx_empire.model import catalog
+from mlx_empire.model.build import build_model, describe
 from mlx_empire.optim.adamw import AdamW
-from mlx_empire.plan import catalog
 from mlx_empire.plan.cells import cell_layout
-from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.memory import ledger
 from mlx_empire.plan.resolve import resolve
 from mlx_empire.plan.shards import make_plan

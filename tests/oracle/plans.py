@@ -7,11 +7,11 @@ from typing import Any
 from support.stepping import Case, config_of, optimizer_of
 from support.tuning import TunedCase, built_of
 
+from mlx_empire.model.build import build_model, describe
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.cells import cell_layout
-from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.memory import Ledger, StateBytes, ledger
-from mlx_empire.plan.model import ModelSpec
 from mlx_empire.plan.shards import ShardPlan, make_plan
 from mlx_empire.plan.step_traffic import step_traffic
 from mlx_empire.plan.workload import Workload

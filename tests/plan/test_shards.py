@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.model import BLOCK, SMALL_ELEMENTS, TensorSpec, UnitSpec
+from mlx_empire.model.spec import BLOCK, SMALL_ELEMENTS, TensorSpec, UnitSpec
 from mlx_empire.plan.shards import ShardPlan, cut, make_plan
 
 dims = st.integers(1, 300)

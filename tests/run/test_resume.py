@@ -11,22 +11,22 @@ from types import SimpleNamespace
 import pytest
 from support.stepping import Case, optimizer_of, trainer_of, weights_of
 
+from mlx_empire.checkpoint.find import Found
 from mlx_empire.checkpoint.identity import Origin, base_digest, config_digest
 from mlx_empire.checkpoint.manifest import Manifest, Resolved, digest_of
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.shard import live_pieces, write_shard
-from mlx_empire.checkpoint.survey import Found
 from mlx_empire.comm.failure import AgreedExit
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import DamagedError, UserError
-from mlx_empire.plan.model import UnitSpec
+from mlx_empire.model.spec import UnitSpec
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.recipe.load import dump_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.folder import refuse_unwritable
 from mlx_empire.run import resume
+from mlx_empire.run.folder import refuse_unwritable
 from mlx_empire.run.resume import (
     Start,
     find_checkpoint,

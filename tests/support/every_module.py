@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx_lm.models
 
-from mlx_empire.plan.config import TEXT_READERS
+from mlx_empire.model.config import TEXT_READERS
 
 LAYERS = 4
 NUMBERS: dict[str, Any] = {

@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The table of faults, from build/faults.json.")
     parser.add_argument("--write", type=Path, help="a file with the marks")
     options = parser.parse_args()
-    files = sorted(EVENTS.parent.glob("faults*.json"))  # tests/supervise leaves faults-launch.json
+    files = sorted(EVENTS.parent.glob("faults*.json"))  # tests/launch leaves faults-launch.json
     made = table([event for file in files for event in json.loads(file.read_text())])
     if options.write:
         options.write.write_text(placed(options.write.read_text(), made))

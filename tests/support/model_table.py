@@ -5,7 +5,7 @@ PYTHONPATH=tests python -m support.model_table
 
 from __future__ import annotations
 
-from mlx_empire.engine.twin import verify_twin
+from mlx_empire.engine.streamable import verify_twin
 from mlx_empire.errors import UserError
 from support.every_model import models, small_config
 

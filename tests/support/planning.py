@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.model.target import catalog_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.assess import assess as assessed
-from mlx_empire.plan.model import ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
 

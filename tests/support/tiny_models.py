@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_empire.plan.describe import build_model, describe
-from mlx_empire.plan.model import ModelSpec
+from mlx_empire.model.build import build_model, describe
+from mlx_empire.model.spec import ModelSpec
 from support.every_model import small_config
 
 # The families that every test of full fine-tuning covers; OTHER_FAMILIES stream as well.

@@ -16,7 +16,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from mlx_empire import daughters, train
+from mlx_empire import train
+from mlx_empire.daughters import command as daughters
 
 
 def outcome(arguments: list[str]) -> dict[str, Any]:

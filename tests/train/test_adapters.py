@@ -18,11 +18,11 @@ from train.launching import MODEL, Workspace, curve, held_out, jsonl, raw_tensor
 from train.test_result import TRAIN, VALID, mean_loss
 
 from mlx_empire import export
-from mlx_empire.checkpoint.folder import open_folder
-from mlx_empire.checkpoint.source import FolderSource
-from mlx_empire.checkpoint.tuned_source import TunedSource
+from mlx_empire.formats.hf_folder import open_folder
+from mlx_empire.formats.source import FolderSource
+from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.model.config import read_config
 from mlx_empire.model.target import make_target
-from mlx_empire.plan.config import read_config
 from mlx_empire.recipe.sections import TuningSection
 
 RECIPE = """\

@@ -18,10 +18,10 @@ from support.mpi import ROOT, rank_environment
 from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, metrics, raw_tensors, succeeded
 from train.test_result import TRAIN, VALID
 
-from mlx_empire.checkpoint.unfinished import bookmark_of
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.daughters.machine import room_for
+from mlx_empire.daughters.saved import bookmark_of
 from mlx_empire.recipe.load import load_recipe
-from mlx_empire.upbringing import room_for
 
 RECIPE = f"""\
 model: {{path: {MODEL}, dtype: float32}}

@@ -13,7 +13,7 @@ from train.launching import MODEL, Workspace, jsonl, metrics, raw_tensors, succe
 from train.test_daughters import worker
 from train.test_evaluation import FACTS, FORMS, QUIZ
 
-from mlx_empire.checkpoint.freeze import verify
+from mlx_empire.formats.seal import verify
 
 RECIPE = f"""\
 model: {{path: {MODEL}, dtype: float32}}

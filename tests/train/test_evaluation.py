@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from train.launching import MODEL, Workspace, curve, jsonl, metrics, raw_tensors, succeeded
 
-from mlx_empire.checkpoint.freeze import verify
+from mlx_empire.formats.seal import verify
 
 RECIPE = f"""\
 model: {{path: {MODEL}, dtype: float32}}

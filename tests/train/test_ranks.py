@@ -26,9 +26,9 @@ from train.launching import (
 )
 
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.model.build import build_model, describe
+from mlx_empire.model.config import read_config
 from mlx_empire.optim.choose import make_optimizer
-from mlx_empire.plan.config import read_config
-from mlx_empire.plan.describe import build_model, describe
 from mlx_empire.plan.resolve import RunPlan, resolve
 from mlx_empire.plan.schedule import training_step
 from mlx_empire.plan.step_traffic import step_traffic

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_empire.evaluate.fidelity import PLAIN, Finding, Outcome, Pair, audit
 from mlx_empire.plan.variants import value
 from mlx_empire.recipe.load import parse_recipe
-from mlx_empire.report.fidelity_page import FidelityReport, fidelity_document, fidelity_page, rows
+from mlx_empire.verify.fidelity import PLAIN, Finding, Outcome, Pair, audit
+from mlx_empire.verify.page import FidelityReport, fidelity_document, fidelity_page, rows
 
 TEXT = """
 model: {path: m}

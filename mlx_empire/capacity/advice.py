@@ -1,0 +1,210 @@
+"""What to change: the cheapest change that makes a plan fit, or what a plan that fits could do better.
+
+Decides the order in which changes are tried, cheapest first: settings that cost nothing (weighted shares, ZeRO stage,
+checkpointing, 8-bit states, smaller micro-batches), settings that change the training (shorter sequences with
+accumulation, fewer sequences a step), a raised GPU limit, another machine, a rented one. Only what the trainer can do
+today is advised, and every setting is written so that it can be typed. Whatever is advised was assessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mlx_empire.capacity.improve import PaceOf, faster, larger
+from mlx_empire.capacity.whatif import Advice as Advice
+from mlx_empire.capacity.whatif import Settings, fits, room, with_least_memory, with_settings
+from mlx_empire.cluster.hostfile import GIB, Node
+from mlx_empire.plan.assess import Assessment
+from mlx_empire.plan.hardware import KING, SOLDIER, Calibration, Chip, Machine, Wire, chip_of, wire_of
+from mlx_empire.plan.pace import Pace, cloud_of, pace_of, spell
+from mlx_empire.plan.variants import typed, value, variant
+from mlx_empire.recipe.schema import Recipe
+
+KEPT_FOR_MACOS = 16 * GIB  # what a raised limit leaves to the system
+MOST_NEW_MACHINES = 4
+SHORTEST_SEQUENCE = 256
+SYSTEM = "sudo sysctl iogpu.wired_limit_mb"
+
+
+def advise(
+    assessment: Assessment,
+    wire: Wire | None = None,
+    chips: Sequence[Chip] | None = None,
+    calibration: Calibration | None = None,
+) -> list[Advice]:
+    """Advice, best first. `wire` None: what the hostfile says; `chips`, one per node, None: what the nodes are.
+
+    With a verdict `no`: what makes it fit, cheapest first. Else: what is faster, what is larger, and for `tight` what
+    gives room.
+    """
+    wire = wire_of([n.node for n in assessment.nodes]) if wire is None else wire
+
+    def pace(one: Assessment, over: Wire = wire) -> Pace:
+        return pace_of(one, over, chips, calibration)
+
+    if assessment.verdict == "no":
+        return _until_it_fits(assessment, pace)
+    found = [*faster(assessment, pace), *larger(assessment)]
+    return [*found, *_raised(assessment, {})] if assessment.verdict == "tight" else found
+
+
+def _until_it_fits(assessment: Assessment, pace: PaceOf) -> list[Advice]:
+    """The cheapest settings that suffice; unless they are free, also each kind of hardware that does."""
+    free = dict(_free_settings(assessment.recipe))
+    each = [{name: setting} for name, setting in free.items()]
+    settings = _fewest(assessment, each)
+    if settings:
+        return [_by_settings(assessment, settings)]
+    diet = _diet(assessment)
+    settings = _fewest(assessment, [*each, diet]) if diet else None
+    if settings is None and (costly := _costly_settings(assessment, {**free, **diet})):
+        settings = _fewest(assessment, [*each, diet, costly] if diet else [*each, costly])
+    found = [_by_settings(assessment, settings)] if settings else []
+    found += _raised(assessment, free)
+    found += _more_machines(assessment, free)
+    if not settings:
+        found.append(_cloud(assessment, pace))
+    return found
+
+
+def _free_settings(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Settings that change no result worth speaking of, in the order in which they are tried."""
+    memory = recipe.memory
+    if memory.shares != "memory":
+        yield "memory.shares", "memory"
+    if memory.zero_stage != "auto":
+        yield "memory.zero_stage", "auto"
+    if memory.gradient_checkpointing is False:
+        yield "memory.gradient_checkpointing", True
+    if recipe.optimizer.state_bits != 8:
+        yield "optimizer.state_bits", 8
+    if memory.gradient_dtype == "float32":
+        yield "memory.gradient_dtype", "auto"
+    if recipe.batch.micro_size > 1:
+        yield "batch.micro_size", 1
+
+
+def _diet(assessment: Assessment) -> Settings:
+    """A master weight of 24 bits where it has 32: a byte per parameter less, and a little less exact."""
+    full = assessment.recipe.optimizer.master_weights in ("exact", "fp32")
+    return {"optimizer.master_weights": "diet"} if full and assessment.spec.dtype == "bfloat16" else {}
+
+
+def _costly_settings(assessment: Assessment, free: Settings) -> Settings:
+    """The longest shorter sequence that fits with `free` (as many tokens a step), else fewer sequences, else {}."""
+    recipe = assessment.recipe
+    length, size = recipe.data.sequence_length, recipe.batch.global_size
+    while length // 2 >= SHORTEST_SEQUENCE:
+        length, size = length // 2, size * 2
+        changes = {"data.sequence_length": length, "batch.global_size": size}
+        if fits(with_least_memory(assessment, {**free, **changes})):
+            return changes
+    least = max(len(assessment.nodes), value(variant(recipe, free), "batch.micro_size"))
+    size = recipe.batch.global_size
+    while size // 2 >= least and size % 2 == 0:
+        size //= 2
+        if fits(with_least_memory(assessment, {**free, "batch.global_size": size})):
+            return {"batch.global_size": size}
+    return {}
+
+
+def _fewest(assessment: Assessment, ordered: Sequence[Settings]) -> Settings | None:
+    """The fewest of `ordered` that make it fit: taken in order until it does, then those left out that can be."""
+    taken: list[Settings] = []
+    for settings in ordered:
+        taken.append(settings)
+        if _can(assessment, _together(taken)):
+            break
+    else:
+        return None
+    idle: Settings | None = {}
+    while idle is not None:
+        fewer = ((one, [s for s in taken if s is not one]) for one in taken[:-1])
+        idle = next((one for one, others in fewer if _can(assessment, _together(others))), None)
+        taken = [one for one in taken if one is not idle]
+    return _together(taken)
+
+
+def _can(assessment: Assessment, settings: Settings) -> bool:
+    """Whether it fits so. Stage 3 needs least but for models of few layers, so where it fails `auto` is asked."""
+    return fits(with_least_memory(assessment, settings)) or fits(with_settings(assessment, settings))
+
+
+def _together(parts: Sequence[Settings]) -> Settings:
+    return {name: setting for part in parts for name, setting in part.items()}
+
+
+def _by_settings(assessment: Assessment, settings: Settings) -> Advice:
+    better = with_settings(assessment, settings)
+    return Advice(_resolved(settings, better), room(better), better.verdict)
+
+
+def _resolved(settings: Settings, better: Assessment) -> str:
+    """The settings as typed, with the stage that `auto` came to."""
+    shown = dict(settings)
+    if "memory.zero_stage" in shown:
+        shown["memory.zero_stage"] = better.zero_stage
+    return typed(shown)
+
+
+def _raised(assessment: Assessment, free: Settings) -> list[Advice]:
+    """A higher GPU limit where it is missing (`no`) or scarce (`tight`); nothing where that does not help."""
+    nodes = [n.node for n in assessment.nodes]
+    most = [max(n.limit_bytes, n.memory_bytes - KEPT_FOR_MACOS) for n in nodes]
+    more = [
+        n if chip_of(n).name == "CPU" else replace(n, limit_bytes=m) for n, m in zip(nodes, most, strict=True)
+    ]
+    changed = [n for n, old in zip(more, nodes, strict=True) if n != old]
+    if not changed or not fits(with_least_memory(assessment, free, more)):
+        return []
+    better = with_settings(assessment, free, more)
+    if better.verdict == assessment.verdict:
+        return []
+    commands = []
+    for size in sorted({n.limit_bytes for n in changed}, reverse=True):
+        names = ", ".join(n.name for n in changed if n.limit_bytes == size)
+        commands.append(f"{SYSTEM}={size // 2**20} on {names} (in the hostfile limit={size // GIB}GiB)")
+    change = "; ".join([*commands, *([_resolved(free, better)] if free else [])])
+    return [Advice(change, f"{room(better)}; macOS forgets the limit when it starts again", better.verdict)]
+
+
+def _more_machines(assessment: Assessment, free: Settings) -> list[Advice]:
+    """The fewest further soldiers, and kings, that make it fit; for other machines, copies of the largest."""
+    nodes = [n.node for n in assessment.nodes]
+    if chip_of(nodes[0]).name == "CPU":
+        largest = max(nodes, key=lambda n: n.limit_bytes)
+        return _added(
+            assessment, free, lambda i: replace(largest, name=f"{largest.name}-{i}"), "machine like this"
+        )
+    found: list[Advice] = []
+    for machine in (SOLDIER, KING):
+        name = f"{machine.role} ({machine.memory_bytes // GIB} GB)"
+        found += _added(assessment, free, _maker(machine), name, machine.dollars)
+    return found
+
+
+def _maker(machine: Machine) -> Callable[[int], Node]:
+    return lambda i: machine.node(f"new-{machine.role}-{i}")
+
+
+def _added(
+    assessment: Assessment, free: Settings, make: Callable[[int], Node], name: str, dollars: int | None = None
+) -> list[Advice]:
+    nodes = [n.node for n in assessment.nodes]
+    for count in range(1, MOST_NEW_MACHINES + 1):
+        more = [*nodes, *(make(i + 1) for i in range(count))]
+        if fits(with_least_memory(assessment, free, more)):
+            better = with_settings(assessment, free, more)
+            change = f"{count} more {name}" if count > 1 else f"another {name}"
+            cost = f"; {count * dollars:,} dollars" if dollars else ""
+            settings = f"; {_resolved(free, better)}" if free else ""
+            return [Advice(change + settings, room(better) + cost, better.verdict)]
+    return []
+
+
+def _cloud(assessment: Assessment, pace: PaceOf) -> Advice:
+    cloud = cloud_of(assessment, pace(assessment))
+    effect = f"{spell(cloud.hours)} hours and {spell(cloud.dollars)} dollars on rented machines"
+    return Advice(f"a cloud burst on {cloud.gpus} x H100", effect, "fits")

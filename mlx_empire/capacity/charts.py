@@ -1,0 +1,88 @@
+"""Decides how memory is drawn on the capacity page: a box per machine, filled by what the ledger names, with a line
+at what its GPU may use.
+
+All boxes of a chart share one scale, so a machine of twice the memory is a box of twice the length. Pieces of HTML
+in and out; every text that comes from a recipe, a hostfile or a model is escaped here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from mlx_empire.capacity.ledger_groups import GROUPS, entries, grouped
+from mlx_empire.plan.assess import NodeAssessment
+from mlx_empire.report.text import amount
+
+TITLES = {group.key: group.title for group in GROUPS}
+WORDS = {"fits": "fits", "tight": "tight", "no": "does not fit"}
+SIGNS = {"fits": "✓", "tight": "!", "no": "✗"}
+
+
+def badge(verdict: str) -> str:
+    """A verdict as a pill, with a sign for those who do not see its colour."""
+    return f'<span class="badge v-{verdict}">{SIGNS[verdict]} {WORDS[verdict]}</span>'
+
+
+def percent(part: float, whole: float) -> str:
+    """A part as a CSS width, between 0 and 100 %."""
+    return f"{100 * min(max(part / max(whole, 1), 0.0), 1.0):.3f}%"
+
+
+def node_bars(nodes: Sequence[NodeAssessment]) -> str:
+    """A stacked bar per node against its limit, and the legend."""
+    scale = max(max(n.node.memory_bytes, n.limit_bytes, n.peak_bytes) for n in nodes)
+    rows = "".join(_node(node, scale) for node in nodes)
+    used = {key for node in nodes for key in grouped(entries(node))}
+    swatches = "".join(
+        f'<span><i style="background:var(--{g.key})"></i>{g.title}</span>' for g in GROUPS if g.key in used
+    )
+    marks = '<span><i class="line"></i>limit of the GPU</span>'
+    marks += '<span><i style="background:var(--track)"></i>unused</span>'
+    if any(n.peak_bytes > n.limit_bytes for n in nodes):
+        marks += '<span><i class="hatch"></i>above the limit</span>'
+    return f'<div class="chart">{rows}</div><div class="legend">{swatches}{marks}</div>'
+
+
+def _node(node: NodeAssessment, scale: int) -> str:
+    left = node.headroom_bytes
+    room = f"{amount(left)} free" if left >= 0 else f"{amount(-left)} too much"
+    label = f"{node.node.name}: {amount(node.peak_bytes)} of {amount(node.limit_bytes)}, {room}"
+    return (
+        f'<div class="node"><div class="name"><b>{escape(node.node.name)}</b>'
+        f'<span class="muted small">{escape(node.node.role or "node")} · {amount(node.node.memory_bytes)}'
+        f" · share {node.share:.1%}</span></div>"
+        f'<div class="bar" role="img" aria-label="{escape(label)}">'
+        f'<i class="machine" style="left:0;width:{percent(node.node.memory_bytes, scale)}"></i>{_parts(node, scale)}'
+        f'<i class="limit" style="left:{percent(node.limit_bytes, scale)}"></i></div>'
+        f'<div class="says">{badge(node.verdict)}<br><span class="small">{amount(node.peak_bytes)} of '
+        f'{amount(node.limit_bytes)}</span><br><span class="muted small">{room}</span></div></div>'
+    )
+
+
+def _parts(node: NodeAssessment, scale: int) -> str:
+    """The filled pieces from the left, in the order of the groups, and the hatching where they pass the limit."""
+    pieces, total = [], 0
+    for key, size in grouped(entries(node)).items():
+        tip = f"{TITLES[key]}: {amount(size)}"
+        style = f"left:{percent(total, scale)};width:{percent(size, scale)};background:var(--{key})"
+        pieces.append(f'<i class="part" style="{style}" title="{escape(tip)}"></i>')
+        total += size
+    if total > node.limit_bytes:
+        over = total - node.limit_bytes
+        style = f"left:{percent(node.limit_bytes, scale)};width:{percent(over, scale)}"
+        pieces.append(f'<i class="over" style="{style}" title="{escape(amount(over))} above the limit"></i>')
+    return "".join(pieces)
+
+
+def thin_bars(nodes: Sequence[tuple[str, NodeAssessment]], scale: int) -> str:
+    """A rung of the ladder: a thin bar per kind of node (names, one of them), `scale` bytes wide."""
+    return "".join(
+        f'<span class="small">{escape(names)}</span>'
+        f'<span class="small number">{amount(node.peak_bytes)} {SIGNS[node.verdict]}</span>'
+        f'<div class="thin v-{node.verdict}">'
+        f'<i class="machine" style="left:0;width:{percent(node.limit_bytes, scale)}"></i>'
+        f'<i class="fill" style="left:0;width:{percent(node.peak_bytes, scale)}"></i>'
+        f'<i class="limit" style="left:{percent(node.limit_bytes, scale)}"></i></div>'
+        for names, node in nodes
+    )

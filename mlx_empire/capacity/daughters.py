@@ -1,0 +1,242 @@
+"""Daughters: adapters of one model, trained on single machines and served beside each other.
+
+Decides which ways of training are compared (LoRA on the base as it is, QLoRA on 8 and 4 bits), what a run of each
+costs (power, and the machine's price spread over three years), and how many models of a kind a machine holds for
+serving: whole copies with their caches, or daughters that share one base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
+from mlx_empire.plan.assess import Assessment, assess
+from mlx_empire.plan.hardware import (
+    DOLLARS_PER_KWH,
+    WIRES,
+    YEARS_OF_USE,
+    Calibration,
+    Chip,
+    Range,
+    calibrated,
+    chip_of,
+    price_of,
+)
+from mlx_empire.plan.optimizer_bytes import StatesOf
+from mlx_empire.plan.pace import Pace, pace_of
+from mlx_empire.plan.variants import variant
+from mlx_empire.plan.work import attention_layers
+from mlx_empire.recipe.schema import Recipe
+
+DEFAULT_RANK = 16
+USABLE = 0.95  # of a node's limit, for serving: the rest is the runtime's
+CACHE_BYTES = 2  # a key or value in the cache: bfloat16
+HOURS_PER_YEAR = 8766
+
+LORA, QLORA8, QLORA4 = "LoRA, base as it is", "QLoRA, 8-bit base", "QLoRA, 4-bit base"
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    LORA: {"tuning.type": "lora", "tuning.bits": None},
+    QLORA8: {"tuning.type": "qlora", "tuning.bits": 8},
+    QLORA4: {"tuning.type": "qlora", "tuning.bits": 4},
+}
+
+
+@dataclass(frozen=True)
+class DaughterRun:
+    """One way of training a daughter on one node alone; dollars are None where the machine's price is not known."""
+
+    way: str
+    node: Node
+    assessment: Assessment
+    pace: Pace
+    dollars: Range | None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How many of a model one node holds. Sizes in bytes; `cache_bytes` of one conversation at the given length.
+
+    `copies`: whole models, each with a cache. `daughters`: adapters over one shared base, each with a cache; 0 where
+    not even the base fits. `load_seconds`: of one whole model from the SSD.
+    """
+
+    way: str
+    node: Node
+    weight_bytes: int
+    adapter_bytes: int
+    cache_bytes: int
+    copies: int
+    daughters: int
+    load_seconds: Range
+
+
+@dataclass(frozen=True)
+class Model:
+    """Something to be placed: its own bytes, and the base that it shares with others on the same node (or None)."""
+
+    name: str
+    own_bytes: int
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which node holds which models (names, in the nodes' order), bytes used per node, and what found no place."""
+
+    homes: tuple[tuple[str, ...], ...]
+    used_bytes: tuple[int, ...]
+    homeless: tuple[str, ...]
+
+
+def daughter_runs(
+    recipe: Recipe,
+    specs: Mapping[str, ModelSpec],
+    nodes: Sequence[Node],
+    states_of: StatesOf,
+    calibration: Calibration | None = None,
+    rows: int | None = None,
+) -> list[DaughterRun]:
+    """Every way of training on every kind of node, one node at a time, with the recipe's batch, data and length.
+
+    `specs`: by way, the model as `tuned_in` tunes it.
+    """
+    found = []
+    for way in WAYS:
+        tuning = tuned_in(recipe, way)
+        for node in kinds(nodes):
+            alone = assess(tuning, specs[way], [node], states_of)
+            pace = pace_of(alone, WIRES[0], None, calibration, rows)
+            found.append(DaughterRun(way, node, alone, pace, run_dollars(node, pace)))
+    return found
+
+
+def run_dollars(node: Node, pace: Pace) -> Range | None:
+    """Power, and the machine's price for the time of the run, spread over three years."""
+    price = price_of(node)
+    if price is None:
+        return None
+    hourly = price / (YEARS_OF_USE * HOURS_PER_YEAR)
+    low, high = (
+        hours * hourly + energy * power
+        for hours, energy, power in zip(pace.run_hours, pace.energy_kwh, DOLLARS_PER_KWH, strict=True)
+    )
+    return low, high
+
+
+def serving(
+    recipe: Recipe,
+    specs: Mapping[str, ModelSpec],
+    nodes: Sequence[Node],
+    context: int | None = None,
+    calibration: Calibration | None = None,
+) -> list[Serving]:
+    """How many models each kind of node holds, with conversations of `context` tokens (default: the recipe's rows).
+
+    `specs`: by way, the model as `tuned_in` tunes it.
+    """
+    length = context or recipe.data.sequence_length
+    found = []
+    for way in WAYS:
+        spec = specs[way]
+        weights, adapter = _bytes(spec, trainable=False), _bytes(spec, trainable=True)
+        cache = length * cache_bytes_per_token(spec)
+        for node in kinds(nodes):
+            room = int(USABLE * node.limit_bytes)
+            chip: Chip = calibrated(chip_of(node), calibration)
+            found.append(
+                Serving(
+                    way,
+                    node,
+                    weights,
+                    adapter,
+                    cache,
+                    room // (weights + cache),
+                    max(room - weights, 0) // (adapter + cache),
+                    (weights / chip.disk_rate[1], weights / chip.disk_rate[0]),
+                )
+            )
+    return found
+
+
+def cache_bytes_per_token(spec: ModelSpec) -> int:
+    """Bytes of keys and values that one token leaves in all layers, as mlx-lm caches them; 0 without attention."""
+    text = spec.text_config
+    layers = attention_layers(spec)
+    heads = int(text.get("num_attention_heads") or text.get("n_head") or 0)
+    if not heads or not layers:
+        return 0
+    latent, rotary = int(text.get("kv_lora_rank") or 0), int(text.get("qk_rope_head_dim") or 0)
+    if latent and spec.family == "deepseek_v3":
+        return CACHE_BYTES * layers * (latent + rotary)
+    if latent:  # keys and values are cached unpacked
+        width = int(text["qk_nope_head_dim"]) + rotary + int(text["v_head_dim"])
+        return CACHE_BYTES * layers * heads * width
+    hidden = int(text.get("hidden_size") or text.get("n_embd") or 0)
+    width = int(text.get("head_dim") or hidden // heads)
+    groups = int(text.get("num_key_value_heads") or text.get("num_kv_heads") or heads)
+    return CACHE_BYTES * layers * groups * 2 * width
+
+
+def place(
+    models: Sequence[Model], nodes: Sequence[Node], bases: Mapping[str, int] | None = None
+) -> Placement:
+    """Spread `models` over `nodes`, never past 95 % of a limit; a base (`bases`: bytes by name) loads once per node.
+
+    Largest first, each to the node that is then least full; where that leaves some without a place, each to the
+    fullest node that still takes it, and the better of the two.
+    """
+    known = dict(bases or {})
+    assert all(m.base is None or m.base in known for m in models), "every base needs its size"
+    balanced = _place(models, nodes, known, fullest=False)
+    if not balanced.homeless:
+        return balanced
+    packed = _place(models, nodes, known, fullest=True)
+    return packed if len(packed.homeless) < len(balanced.homeless) else balanced
+
+
+def kinds(nodes: Sequence[Node]) -> list[Node]:
+    """One node of each kind, in order: those with the same memory, limit and chip are alike."""
+    found: dict[tuple[int, int, str | None], Node] = {}
+    for node in nodes:
+        found.setdefault((node.memory_bytes, node.limit_bytes, node.chip), node)
+    return list(found.values())
+
+
+def _place(
+    models: Sequence[Model], nodes: Sequence[Node], bases: Mapping[str, int], *, fullest: bool
+) -> Placement:
+    limits = [int(USABLE * n.limit_bytes) for n in nodes]
+    used, homes, homeless = [0] * len(nodes), [list[str]() for _ in nodes], []
+    loaded: list[set[str]] = [set() for _ in nodes]
+
+    def cost(model: Model, i: int) -> int:
+        if model.base is None or model.base in loaded[i]:
+            return model.own_bytes
+        return model.own_bytes + bases[model.base]
+
+    for model in sorted(models, key=lambda m: -(m.own_bytes + bases.get(m.base or "", 0))):
+        open_to = [i for i in range(len(nodes)) if used[i] + cost(model, i) <= limits[i]]
+        if not open_to:
+            homeless.append(model.name)
+            continue
+        filled = {i: (used[i] + cost(model, i)) / limits[i] for i in open_to}
+        chosen = max(open_to, key=filled.__getitem__) if fullest else min(open_to, key=filled.__getitem__)
+        used[chosen] += cost(model, chosen)
+        homes[chosen].append(model.name)
+        if model.base is not None:
+            loaded[chosen].add(model.base)
+    return Placement(tuple(map(tuple, homes)), tuple(used), tuple(homeless))
+
+
+def tuned_in(recipe: Recipe, way: str) -> Recipe:
+    """The recipe of a daughter that is trained in one of the ways, with adapters of the recipe's rank."""
+    rank = recipe.tuning.rank or DEFAULT_RANK
+    return variant(recipe, {**WAYS[way], "tuning.rank": rank})
+
+
+def _bytes(spec: ModelSpec, *, trainable: bool) -> int:
+    tensors = (t for u in spec.units for t in u.tensors)
+    return sum(t.size * ITEM_BYTES[t.dtype] for t in tensors if t.trainable == trainable)

@@ -1,0 +1,182 @@
+"""Decides what a capacity report says, and how it is written as JSON (`--json`).
+
+Terminal, page and JSON are made from one `CapacityReport`, so the three cannot say different things. In the JSON sizes
+are bytes, times seconds or hours as the key says, pairs are [low, high].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+
+from mlx_empire.capacity.ledger_groups import entries
+from mlx_empire.capacity.timeline import timeline_document
+from mlx_empire.capacity.whatif import Advice
+from mlx_empire.model.closed_forms import active_parameters
+from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.assess import Assessment, NodeAssessment
+from mlx_empire.plan.hardware import Chip
+from mlx_empire.plan.pace import Cloud, Pace, ends, spell
+from mlx_empire.plan.terms import term
+
+Document = dict[str, object]
+
+ONE_MACHINE = "one machine, no wire"
+
+
+@dataclass(frozen=True)
+class CapacityReport:
+    """A recipe on nodes: whether it fits, how long it takes, what could be changed.
+
+    `not_trainable`: one sentence why the trainer here cannot train the model, or None. `paces`: one for each wire, the
+    first for the wire that is there. `chips`: of the nodes. `start`: of the run.
+    """
+
+    assessment: Assessment
+    not_trainable: str | None
+    paces: tuple[Pace, ...]
+    advice: Sequence[Advice]
+    cloud: Cloud
+    chips: Sequence[Chip]
+    start: datetime
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model as it is tuned."""
+        return self.assessment.spec
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token passes through."""
+        return active_parameters(self.spec)
+
+    @property
+    def nodes(self) -> tuple[NodeAssessment, ...]:
+        """What each node says to the plan."""
+        return self.assessment.nodes
+
+    @property
+    def names(self) -> list[str]:
+        """The nodes' names."""
+        return [node.node.name for node in self.nodes]
+
+    @property
+    def reason(self) -> str:
+        """Why the worst node does not simply fit; empty where it does."""
+        worst = self.assessment.worst
+        if self.assessment.verdict == "fits" or not worst.reason:
+            return ""
+        return f"{worst.node.name}: {worst.reason}"
+
+    @property
+    def setting(self) -> str:
+        """The recipe's choices that memory and time hang on, resolved, in one line."""
+        recipe, plan = self.assessment.recipe, self.assessment.plan
+        layers, tail = len(plan.shards.units) - 1, plan.work.tail
+        shares = recipe.memory.shares if isinstance(recipe.memory.shares, str) else "given"
+        size, micro = recipe.batch.global_size, recipe.batch.micro_size
+        words = [
+            f"{recipe.tuning.type} tuning",
+            f"{size} x {recipe.data.sequence_length:,} tokens a step, {micro} at a time",
+            f"ZeRO {plan.shards.zero_stage}, shares by {shares}" if len(self.nodes) > 1 else "one node",
+            f"{layers - tail} of {layers} layers recomputed",
+            f"{recipe.optimizer.state_bits}-bit states, master {recipe.optimizer.master_weights}",
+            f"gradients {plan.work.gradient_dtype}",
+        ]
+        return " · ".join(words)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the figures of time rest on."""
+        notes = [
+            f"{chip.name}: {spell(chip.tflops)} TFLOP/s executed ({chip.mark}: {chip.source})"
+            for chip in dict.fromkeys(self.chips)
+        ]
+        pace = self.paces[0]
+        if not pace.steps_known:
+            notes.append(
+                f"run.steps counts epochs of data that was not looked at: hours are of {pace.steps:,} steps"
+            )
+        return notes
+
+    def wire(self, pace: Pace) -> str:
+        """The name of what a pace runs over."""
+        return pace.wire.name if len(self.nodes) > 1 else ONE_MACHINE
+
+    def last_days(self, pace: Pace) -> str:
+        """The day or the days between which the run would end."""
+        return " to ".join(dict.fromkeys(moment.date().isoformat() for moment in ends(pace, self.start)))
+
+
+def report_document(report: CapacityReport) -> Document:
+    """The report as JSON."""
+    assessment, spec = report.assessment, report.spec
+    times = [_time(report, pace) for pace in report.paces]
+    return {
+        "model": {
+            "name": spec.name,
+            "parameters": spec.base_parameters,
+            "trainable_parameters": spec.trainable_parameters,
+            "active_parameters": report.active_parameters,
+            "family": spec.family,
+            "dtype": spec.dtype,
+            "not_trainable": report.not_trainable,
+        },
+        "setting": report.setting,
+        "verdict": assessment.verdict,
+        "reason": report.reason,
+        "zero_stage": assessment.zero_stage,
+        "nodes": [_node(node) for node in report.nodes],
+        "time": times[0],
+        "times": times,
+        "cloud": report.cloud.sentence,
+        "advice": [asdict(advice) for advice in report.advice],
+        "formulas": _formulas(report.nodes),
+        "notes": report.notes,
+    }
+
+
+def _node(node: NodeAssessment) -> Document:
+    return {
+        "name": node.node.name,
+        "role": node.node.role,
+        "memory_bytes": node.node.memory_bytes,
+        "limit_bytes": node.limit_bytes,
+        "share": node.share,
+        "ledger": entries(node),
+        "phase": node.ledger.largest_phase,
+        "peak_bytes": node.peak_bytes,
+        "headroom_bytes": node.headroom_bytes,
+        "largest_array_bytes": node.largest_array_bytes,
+        "buffer_limit_bytes": node.buffer_limit_bytes,
+        "live_buffers": node.live_buffers,
+        "verdict": node.verdict,
+        "reason": node.reason,
+    }
+
+
+def _time(report: CapacityReport, pace: Pace) -> Document:
+    return {
+        "wire": report.wire(pace),
+        "built": pace.wire.built,
+        "step_seconds": _pair(pace.step_seconds),
+        "positions_per_second": _pair(pace.positions_per_second),
+        "tokens_per_second": _pair(pace.positions_per_second),  # its former name, for programs that read it
+        "run_hours": _pair(pace.run_hours),
+        "energy_kwh": _pair(pace.energy_kwh),
+        "ends": [moment.isoformat(timespec="minutes") for moment in ends(pace, report.start)],
+        "bound": pace.bound,
+        "parts": {name: _pair(seconds) for name, seconds in pace.parts.items()},
+        "timeline": timeline_document(pace.timeline, report.names),
+    }
+
+
+def _pair(values: tuple[float, float]) -> list[float]:
+    return sorted(float(value) for value in values)
+
+
+def _formulas(nodes: Sequence[NodeAssessment]) -> Document:
+    """Formula in words and mark (exact, fitted, unmeasured) of every name in the nodes' ledgers."""
+    names = dict.fromkeys(name for node in nodes for name in node.ledger.items())
+    return {name: {"formula": term(name).formula, "mark": term(name).known} for name in names}

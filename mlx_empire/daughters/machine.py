@@ -1,0 +1,113 @@
+"""One machine's daughters, trained together on one base that lies in memory once.
+
+How many at a time is the plan's answer: as many as its ledger allows on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_empire.checkpoint.identity import base_digest
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.daughters.many import Room, School, Tell
+from mlx_empire.engine.multi_adapter import Cohort
+from mlx_empire.errors import UserError
+from mlx_empire.formats.hf_folder import open_folder
+from mlx_empire.model.build import describe
+from mlx_empire.model.config import read_config
+from mlx_empire.model.lora_many import Present, may_share, put_together
+from mlx_empire.model.target import Target
+from mlx_empire.optim.choose import make_optimizer
+from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
+from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.schema import Recipe
+from mlx_empire.run.agree import share_target
+from mlx_empire.run.trainer import limit_memory, make_trainer
+from mlx_empire.run.weights import load_weights
+
+
+def room_for(recipe: Recipe, node: Node, most: int) -> Room:
+    """How many daughters, `most` at most, the machine trains together. DoesNotFitError where not even one fits."""
+    low, best = 1, _planned(recipe, node, 1)
+    require_fit(best, [node])
+    high = most + 1
+    if not may_share(_single(recipe).model):
+        return Room(1, best)
+    while high - low > 1:
+        middle = (low + high) // 2
+        plan = _planned(recipe, node, middle)
+        if plan.fits:
+            low, best = middle, plan
+        else:
+            high = middle
+    return Room(low, best)
+
+
+def _single(recipe: Recipe) -> Target:
+    folder = recipe.model.path
+    return share_target(SoloCommunicator("here"), recipe, read_config(folder))
+
+
+def _together(recipe: Recipe, count: int) -> tuple[Target, Present]:
+    target = _single(recipe)
+    present = put_together(target.model, count) if may_share(target.model) else Present([0])
+    spec = describe(target.model, target.spec.config, target.spec.name, target.spec.dtype)
+    return replace(target, spec=spec), present
+
+
+def _planned(recipe: Recipe, node: Node, count: int) -> RunPlan:
+    """The plan for so many daughters: their adapters, and a micro-batch with the rows of all."""
+    batch = recipe.batch
+    sizes = {"micro_size": batch.micro_size * count, "global_size": batch.global_size * count, "cells": 1}
+    several = recipe.model_copy(
+        update={
+            "batch": batch.model_copy(update=sizes),
+            "memory": recipe.memory.model_copy(update={"zero_stage": 2, "shares": "equal"}),
+        }
+    )
+    target, _ = _together(recipe, count)
+    return resolve(several, target.spec, [node], make_optimizer(recipe.optimizer).state_bytes)
+
+
+def bring_up(
+    recipe: Recipe, people: Path, names: Sequence[str], node: Node, room: Room, tell: Tell
+) -> list[str]:
+    """Train all `names`; returns those that failed."""
+    target, present = _together(recipe, room.places)
+    comm = SoloCommunicator(node.name)
+    limit_memory(room.plan, 0)
+    with CommThread() as thread:
+        quiet = variant(recipe, {"optimizer.statistics_every": None})  # they would be of no one daughter
+        trainer = make_trainer(comm, thread, quiet, target, room.plan)
+        load_weights(comm, recipe, target, trainer.store)
+        trainer.prepare(packing=recipe.data.packing)
+        cohort = Cohort(trainer, present, recipe.optimizer.clip_norm, recipe.run.seed)
+        base = base_digest(recipe.model.path)
+        school = School(recipe, people, node, room, _single(recipe), base, cohort, tell)
+        return school.run(list(names))
+
+
+def data_bytes(people: Path, name: str) -> int:
+    """How much data a person has, by the sizes of files."""
+    return sum(f.stat().st_size for f in (people / name).rglob("*") if f.is_file())
+
+
+def refuse_unbuilt(recipe: Recipe) -> None:
+    """UserError for what a recipe may ask of one daughter and not of many."""
+    if recipe.tuning.type == "full":
+        raise UserError("tuning.type: full: daughters are adapters; use lora, dora or qlora")
+    if recipe.optimizer.in_backward:
+        raise UserError(
+            "optimizer.in_backward: true: every daughter is clipped by her own norm; leave it out"
+        )
+    if recipe.run.resume not in ("auto", "never"):
+        raise UserError(
+            f"run.resume: {recipe.run.resume}: each daughter goes on from her own last step; use auto or never"
+        )
+    if recipe.model.init == "random":
+        raise UserError("model.init: random: daughters build on a trained base; use pretrained")
+    open_folder(recipe.model.path)

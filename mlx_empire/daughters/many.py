@@ -1,0 +1,315 @@
+"""The daughters whom one machine trains together: who has which place, what a step leaves behind, who goes on.
+
+Whoever is done leaves her place to the next. A daughter whose data cannot be used, whose loss is no longer finite, or
+whose files cannot be written fails alone; so does one who was interrupted and may not go on as things are by now, and
+what she has is kept. Where a disk has no room for a result, all wait until it has. When one is to be saved
+(`run.save_every`) or is done, all who are present are saved: a command that was killed goes on with the same daughters
+side by side, and comes to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_empire import progress
+from mlx_empire.checkpoint.identity import Origin, config_digest
+from mlx_empire.checkpoint.shard import live_pieces
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.data.batches import validation_micro_batches
+from mlx_empire.data.splits import Splits
+from mlx_empire.daughters import saved as unfinished
+from mlx_empire.daughters.jobs import DONE, FAILED, TRAINING, recipe_for
+from mlx_empire.daughters.saved import Bookmark
+from mlx_empire.engine.multi_adapter import Cohort, Lesson, Turn
+from mlx_empire.errors import EmpireError, NumericsError, UnreadableError, UserError
+from mlx_empire.evaluation.evaluator import Evaluator
+from mlx_empire.evaluation.gate import GateKeeper
+from mlx_empire.formats.adapter_folder import AdapterWriter
+from mlx_empire.model.lora_many import own_name
+from mlx_empire.model.target import Target
+from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.recipe.load import dump_recipe
+from mlx_empire.recipe.schema import Recipe
+from mlx_empire.report.metrics import MetricsWriter
+from mlx_empire.run import result
+from mlx_empire.run.agree import load_data, load_evaluator, share_gate
+from mlx_empire.run.folder import write_plan
+from mlx_empire.run.job import Job, refuse_idle_keys
+from mlx_empire.run.resume import require_same, require_steps_left
+
+Tell = Callable[..., None]  # tell(name, **fields)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a machine holds at a time: the model for `places` daughters and the plan for them."""
+
+    places: int
+    plan: RunPlan
+
+
+@dataclass
+class Pupil:
+    """A daughter in a place, after `step` steps of the job; `saved`: the step of the file."""
+
+    recipe: Recipe
+    splits: Splits
+    origin: Origin
+    job: Job
+    evaluator: Evaluator | None
+    gate: GateKeeper
+    metrics: MetricsWriter
+    step: int
+    saved: int
+
+    @property
+    def name(self) -> str:
+        """The person's."""
+        return self.recipe.run.dir.name
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left, or she has learnt enough."""
+        return self.job.ends(self.step) or self.gate.reached
+
+    @property
+    def to_be_scored(self) -> bool:
+        """Whether she is evaluated now: so often, and at the end."""
+        return self.done or self.job.evaluates(self.step)
+
+    @property
+    def to_be_saved(self) -> bool:
+        """Whether so many steps would be lost, or she is done."""
+        every = self.job.save_every
+        return every > 0 and (self.done or self.step - self.saved >= every)
+
+
+class School:
+    """The places and who is in them. `base`: the digest of the base's weights; `single`: the model with one adapter."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        people: Path,
+        node: Node,
+        room: Room,
+        single: Target,
+        base: str,
+        cohort: Cohort,
+        tell: Tell,
+    ) -> None:
+        self._recipe, self._people, self._node, self._room = recipe, people, node, room
+        self._single, self._base, self._cohort, self._tell = single, base, cohort, tell
+        self._comm = SoloCommunicator(node.name)
+        self._pupils: dict[int, Pupil] = {}
+        self._failed: list[str] = []
+        self._passes = 0
+
+    def run(self, waiting: list[str]) -> list[str]:
+        """Until nobody waits and every place is empty; who failed. Whoever had a place takes it again first."""
+        places = {name: place_of(recipe_for(self._recipe, self._people, name)) for name in waiting}
+        waiting.sort(key=lambda name: places[name] is None)
+        for name, place in places.items():
+            if place is not None and place < self._room.places and place not in self._pupils:
+                waiting.remove(name)
+                self._admit(place, name)
+        while waiting or self._pupils:
+            for place in range(self._room.places):
+                while place not in self._pupils and waiting:
+                    self._admit(place, waiting.pop(0))
+            if self._pupils:
+                self._step()
+        return self._failed
+
+    # ---- coming
+
+    def _admit(self, place: int, name: str) -> None:
+        recipe = recipe_for(self._recipe, self._people, name)
+        try:
+            result.refuse_taken(recipe)
+            plan, spec = self._room.plan, self._single.spec
+            splits = load_data(recipe, spec)
+            if (
+                recipe.evaluation.stop_when is not None
+            ):  # without a gate a person may well have no held-out rows
+                refuse_idle_keys(recipe, splits)
+            evaluator = load_evaluator(recipe, spec, plan)
+            config = config_digest(recipe.model.path)
+            origin = Origin(dump_recipe(recipe), splits.digest, self._base, config)
+            job = Job.of(recipe, splits.train)
+            self._cohort.begin(place)
+            step, note = self._resumed(place, recipe, origin, job.steps)
+            note = "; ".join(filter(None, (note, *splits.warnings)))
+            unfinished.clear(recipe.run.dir, goes_on=step > 0)
+            write_plan(recipe, plan, [self._node], spec, splits, resumed=step > 0)
+            metrics = MetricsWriter(recipe.run.dir, step)
+            gate = share_gate(self._comm, recipe.run.dir, job.gate)
+        except (EmpireError, OSError) as error:
+            self._fail(name, str(error))
+            return
+        pupil = Pupil(recipe, splits, origin, job, evaluator, gate, metrics, step, saved=step)
+        self._pupils[place] = pupil
+        self._tell(name, state=TRAINING, machine=self._node.name, step=step, steps=job.steps, note=note)
+        with self._alone(place, pupil):
+            if not step:
+                self._evaluate(place, pupil)
+            if pupil.done:
+                self._graduate(place, pupil)
+
+    def _resumed(self, place: int, recipe: Recipe, origin: Origin, steps: int) -> tuple[int, str]:
+        """Put a daughter who was interrupted into her place as she was; her step (0: she begins) and what to say.
+
+        Only a damaged file makes her begin anew. UserError or OSError where it is whole and she may not go on from it.
+        """
+        folder = recipe.run.dir
+        if recipe.run.resume == "never" or not (folder / unfinished.FILE_NAME).exists():
+            return 0, ""
+        try:
+            found, arrays = unfinished.bookmark_of(folder), unfinished.read_arrays(folder)
+        except UnreadableError:
+            raise
+        except UserError as error:
+            return 0, f"begins anew: {error}"
+        assert found is not None
+        where = str(folder / unfinished.FILE_NAME)
+        require_same(found.origin, origin, where)
+        require_steps_left(found.step, steps, where)
+        unfinished.restore(arrays, self._cohort.store, place, folder)
+        return found.step, f"goes on after step {found.step}"
+
+    # ---- learning
+
+    def _step(self) -> None:
+        self._passes += 1
+        progress.begin_step(self._passes)
+        began = time.perf_counter()
+        turns = {place: self._turn(pupil) for place, pupil in self._pupils.items()}
+        lessons = self._cohort.step(turns)
+        seconds = time.perf_counter() - began
+        for place, lesson in lessons.items():
+            pupil = self._pupils[place]
+            pupil.step += 1
+            with self._alone(place, pupil):
+                if not math.isfinite(lesson.norm):
+                    unfinished.forget(pupil.recipe.run.dir)  # it would lead here again
+                    raise NumericsError(f"step {pupil.step}: her gradient is not finite; look at her data")
+                self._record(pupil, turns[place], lesson, seconds)
+                if pupil.to_be_scored:
+                    self._evaluate(place, pupil)
+        if any(pupil.to_be_saved for pupil in self._pupils.values()):
+            self._save()
+        for place, pupil in [(place, pupil) for place, pupil in self._pupils.items() if pupil.done]:
+            with self._alone(place, pupil):
+                self._graduate(place, pupil)
+
+    def _turn(self, pupil: Pupil) -> Turn:
+        job, step = pupil.job, pupil.step + 1
+        return Turn(job.batches(step), job.targets(step), step, job.rates(step))
+
+    def _record(self, pupil: Pupil, turn: Turn, lesson: Lesson, seconds: float) -> None:
+        positions = pupil.job.positions(pupil.step)
+        pupil.metrics.write(
+            {
+                "step": pupil.step,
+                "loss": lesson.loss,
+                "learning_rate": turn.learning_rate,
+                "grad_norm": lesson.norm,
+                "tokens": turn.tokens,
+                "tokens_per_second": turn.tokens / seconds,
+                "positions": positions,
+                "positions_per_second": positions / seconds,
+                "step_seconds": seconds,
+                "comm_wait_seconds": 0.0,
+                "together": len(self._pupils),
+                "peak_bytes": [mx.get_peak_memory()],
+                "predicted_peak_bytes": [self._room.plan.ledgers[0].peak],
+                "bytes_sent": [0],
+                "bytes_received": [0],
+            }
+        )
+        self._tell(pupil.name, step=pupil.step)
+
+    def _evaluate(self, place: int, pupil: Pupil) -> None:
+        valid, run = pupil.splits.valid, pupil.recipe.run
+        if valid is None and pupil.evaluator is None:
+            return
+        progress.reach("evaluate")
+        found: dict[str, Any] = {"step": pupil.step, "eval_loss": None}
+        if valid is not None:
+            batches = validation_micro_batches(valid, pupil.recipe.batch.micro_size, run.eval_batches)
+            found["eval_loss"] = self._cohort.held_out(place, list(batches), 1)
+            before = {"before": found["eval_loss"]} if pupil.step == 0 else {}
+            self._tell(pupil.name, held_out=found["eval_loss"], **before)
+        if pupil.evaluator is not None:
+            found["scores"] = pupil.evaluator.scores(self._cohort.with_only(place), self._comm, 1)
+        pupil.metrics.write(found)
+        pupil.gate.observe(found)
+
+    # ---- going
+
+    def _save(self) -> None:
+        """Everybody as she is now. A disk that refuses ends nobody's training: what was saved before stays."""
+        pieces = live_pieces(self._cohort.store, 0)
+        saved = {place: pupil for place, pupil in self._pupils.items() if pupil.job.save_every}
+        try:
+            for place, pupil in kept.items():
+                pupil.saved = pupil.step
+                progress.reach("save-write")
+                bookmark = Bookmark(pupil.step, place, self._node.name, pupil.origin)
+                mine = [piece for piece in pieces if own_name(piece.tensor)[0] == place]
+                unfinished.set_aside(pupil.recipe.run.dir, bookmark, mine)
+            progress.reach("save-rename")
+            for pupil in kept.values():
+                unfinished.put_in_place(pupil.recipe.run.dir)
+        except OSError as error:
+            for pupil in kept.values():
+                self._tell(pupil.name, note=f"step {pupil.step} could not be saved: {error.strerror}")
+
+    def _graduate(self, place: int, pupil: Pupil) -> None:
+        """Write her result, which waits for room on the disk, and leave the place."""
+        pupil.metrics.close()
+        del self._pupils[place]
+        progress.reach("finish")
+        writer = result.result_writer(pupil.recipe, self._single)
+        assert isinstance(writer, AdapterWriter)
+        adapter = self._cohort.adapter(place)
+        for index, unit in enumerate(self._single.spec.units):
+            writer.write_unit(index, {t.name: adapter[t.name] for t in unit.tensors if t.trainable})
+        for write in (writer.close, partial(result.seal, pupil.recipe, pupil.gate)):
+            result.until_there_is_room(write, lambda note: self._tell(pupil.name, note=note))
+        unfinished.forget(pupil.recipe.run.dir)
+        note = pupil.gate.sentence() if pupil.gate.asks else ""
+        self._tell(pupil.name, state=DONE, step=pupil.step, note=note)
+
+    @contextmanager
+    def _alone(self, place: int, pupil: Pupil) -> Iterator[None]:
+        """What fails in here for one daughter, such as her disk, ends her training and nobody else's."""
+        try:
+            yield
+        except (EmpireError, OSError) as error:
+            pupil.metrics.close()
+            self._pupils.pop(place, None)
+            self._fail(pupil.name, str(error))
+
+    def _fail(self, name: str, why: str) -> None:
+        self._failed.append(name)
+        self._tell(name, state=FAILED, machine=self._node.name, note=why)
+
+
+def place_of(recipe: Recipe, machine: str | None = None) -> int | None:
+    """The place in which a daughter was interrupted (on `machine`, if one is named); None where nothing was kept."""
+    try:
+        found = unfinished.bookmark_of(recipe.run.dir)
+    except (UserError, OSError):
+        return None
+    return found.place if found is not None and machine in (None, found.machine) else None

@@ -1,0 +1,198 @@
+"""Steps of several daughters together: one streamed pass over the base, and for each her own loss, norm and update.
+
+A cohort has places; a daughter takes one, trains with her own data, schedule and step count, and leaves it to the next.
+Rows of a step are every present daughter's micro-batches side by side, her counted tokens weighted by 1 / their number
+in her step, so the sum of all losses has each one's own gradient. Norm, clipping and AdamW's step count are hers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch
+from mlx_empire.engine.store import ShardStore
+from mlx_empire.engine.trainer import Trainer
+from mlx_empire.model.initial import initial_adapter
+from mlx_empire.model.lora_many import Present, own_name
+from mlx_empire.model.spec import BLOCK
+from mlx_empire.optim.norm import clip_scale
+from mlx_empire.optim.protocol import StepScalars
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one daughter brings to a step: her micro-batches, their counted tokens, her step (from 1) and its rate."""
+
+    micro_batches: Sequence[MicroBatch]
+    tokens: int
+    step: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a step came to for one daughter: the mean loss over her counted tokens, and her gradient's norm."""
+
+    loss: float
+    norm: float
+
+
+class Cohort:
+    """Daughters in the places of a trainer whose model was put together for so many."""
+
+    def __init__(self, trainer: Trainer, present: Present, clip_norm: float | None, seed: int) -> None:
+        self._trainer, self._present = trainer, present
+        self._clip_norm, self._seed = clip_norm, seed
+        self._tensors: dict[int, list[str]] = {}
+        for unit in trainer.spec.units:
+            for tensor in (t for t in unit.tensors if t.trainable):
+                self._tensors.setdefault(own_name(tensor.name)[0], []).append(tensor.name)
+        # DoRA's magnitudes are norms of the base, which is not at hand in float32 when the next daughter begins.
+        self._magnitudes = self._read(
+            {n for names in self._tensors.values() for n in names if n.endswith(".m")}
+        )
+
+    @property
+    def store(self) -> ShardStore:
+        """Where the adapters and states of all places are."""
+        return self._trainer.store
+
+    def begin(self, place: int) -> None:
+        """Put a daughter who has learnt nothing into a place: first values, fresh states."""
+        trainer, store = self._trainer, self._trainer.store
+        store.put(
+            {
+                name: self._magnitudes[name]
+                if name in self._magnitudes
+                else initial_adapter(store.plan.tensors[name][2].tensor, self._seed)
+                for name in self._tensors[place]
+            }
+        )
+        names = set(self._tensors[place])
+        for unit in store.plan.units:
+            for segment, chunks in zip(unit.segments, store.chunks[unit.index], strict=True):
+                for chunk in chunks if segment.kind != "frozen" else ():
+                    if chunk.spec.name in names:
+                        quantised = segment.kind == "trainable"
+                        chunk.state = trainer.optimizer.init(chunk.weights, quantised=quantised)
+                        mx.eval(chunk.state)
+
+    def step(self, turns: Mapping[int, Turn]) -> dict[int, Lesson]:
+        """One step of the daughters in these places; what it came to, by place.
+
+        A daughter whose norm is not finite is not updated: what became of her is the caller's business.
+        """
+        trainer, places = self._trainer, sorted(turns)
+        self._present.places = places
+        count = max(len(turns[p].micro_batches) for p in places)
+        joined = [_joined([_weighted(turns[p], j) for p in places]) for j in range(count)]
+        # Dropout's masks are those of the one who is furthest, so of a daughter alone they are her own.
+        rows = trainer.gather_gradients(joined, max(turn.step for turn in turns.values()))
+        losses = _shared_out(rows, [len(turns[p].micro_batches[0].inputs) for p in places])
+        norms = self._norms(places)
+        scalars = {
+            p: StepScalars(turns[p].step, turns[p].learning_rate, clip_scale(norms[p], self._clip_norm))
+            for p in places
+            if math.isfinite(norms[p])
+        }
+        self._drop_others(scalars)
+        still = StepScalars(1, 0.0, 0.0)
+        trainer.renew(lambda name: scalars.get(own_name(name)[0], still))
+        return {p: Lesson(loss, norms[p]) for p, loss in zip(places, losses, strict=True)}
+
+    def held_out(self, place: int, batches: Sequence[MicroBatch], per_pass: int) -> float:
+        """The mean loss of the daughter in `place`, at most `per_pass` micro-batches at a time."""
+        streamed = self.with_only(place).streamed
+        total = int(sum(b.mask.sum() for b in batches))
+        losses: list[float] = []
+        for first in range(0, len(batches), per_pass):
+            losses += streamed.losses(batches[first : first + per_pass], total)
+        return math.fsum(losses)
+
+    def with_only(self, place: int) -> Trainer:
+        """The trainer, whose model until the next step is that of the daughter in `place`."""
+        self._present.places = [place]
+        return self._trainer
+
+    def adapter(self, place: int) -> dict[str, mx.array]:
+        """The adapter of the daughter in `place`, by mlx-lm's names, as copies that outlive her place."""
+        found = self._read(set(self._tensors[place]))
+        return {own_name(name)[1]: array for name, array in found.items()}
+
+    def _read(self, names: Set[str]) -> dict[str, mx.array]:
+        """Copies of these tensors, by name."""
+        store = self._trainer.store
+        found: dict[str, mx.array] = {}
+        for index, unit in enumerate(self._trainer.spec.units):
+            if not any(t.name in names for t in unit.tensors):
+                continue
+            store.bind(index)
+            found |= {n: mx.array(np.array(a)) for n, a in store.tensors(index).items() if n in names}
+            store.release(index)
+        return found
+
+    def _norms(self, places: Sequence[int]) -> dict[int, float]:
+        """Each daughter's gradient norm: sums of squares by tensor in fp32, added in fp64."""
+        store, totals = self._trainer.store, self._trainer.gradients.totals
+        squares: dict[int, list[mx.array]] = {place: [] for place in places}
+        for name, (unit, s, placement) in store.plan.tensors.items():
+            place, _ = own_name(name)
+            if placement.tensor.trainable and place in squares:
+                first = placement.start // BLOCK
+                rows = totals[unit][_trained_index(store.plan.units[unit].segments, s)]
+                own = rows[first : first + placement.tensor.padded_size // BLOCK].astype(mx.float32)
+                squares[place].append(mx.sum(own * own))
+        return {
+            place: math.sqrt(np.array(mx.stack(sums)).astype(np.float64).sum())
+            for place, sums in squares.items()
+        }
+
+    def _drop_others(self, scalars: Mapping[int, StepScalars]) -> None:
+        """Zero the gradients of everybody who is not updated: NaN times zero would be NaN."""
+        store, totals = self._trainer.store, self._trainer.gradients.totals
+        for name, (unit, s, placement) in store.plan.tensors.items():
+            if placement.tensor.trainable and own_name(name)[0] not in scalars:
+                at = _trained_index(store.plan.units[unit].segments, s)
+                first = placement.start // BLOCK
+                totals[unit][at][first : first + placement.tensor.padded_size // BLOCK] = 0
+
+
+def _trained_index(segments: Sequence[object], index: int) -> int:
+    """The place of a segment among those that train."""
+    return sum(getattr(segment, "kind", "") != "frozen" for segment in segments[:index])
+
+
+def _weighted(turn: Turn, index: int) -> MicroBatch:
+    batch = turn.micro_batches[index]
+    mask = batch.mask / np.float32(max(turn.tokens, 1))
+    return MicroBatch(batch.inputs, batch.targets, mask, batch.documents, batch.rows_read)
+
+
+def _shared_out(by_row: Sequence[np.ndarray], rows: Sequence[int]) -> list[float]:
+    """Each daughter's loss of a step: `by_row` of its joined micro-batches, in each of which she has so many `rows`."""
+    edges = np.cumsum(rows)
+    sums = [[own.sum(dtype=np.float64) for own in np.split(losses, edges[:-1])] for losses in by_row]
+    return [math.fsum(own) for own in zip(*sums, strict=True)]
+
+
+def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """Rows of several daughters, padded on the right to one width."""
+    width = max(b.inputs.shape[1] for b in batches)
+
+    def wide(arrays: Sequence[np.ndarray], filler: int = 0) -> np.ndarray:
+        padded = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=filler) for a in arrays]
+        return np.concatenate(padded)
+
+    documents = [b.documents for b in batches if b.documents is not None]
+    return MicroBatch(
+        wide([b.inputs for b in batches]),
+        wide([b.targets for b in batches]),
+        wide([b.mask for b in batches]),
+        wide(documents, PADDING_DOCUMENT) if documents else None,
+        tuple(row for b in batches for row in b.rows_read),
+    )

@@ -1,0 +1,1 @@
+"""How good the model is on data that it does not train on."""

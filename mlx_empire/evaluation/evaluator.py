@@ -1,0 +1,130 @@
+"""All scores of a model at one moment of a run: the held-out loss and the metrics of every evaluation set.
+
+Rank 0 reads the sets and sends them to the others; every rank gets the same scores, so all decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.engine.trainer import Trainer
+from mlx_empire.evaluation.answers import fits_schema, is_json, matches
+from mlx_empire.evaluation.generation import generate
+from mlx_empire.evaluation.questions import Answer, Prompt, Questions, every_answer
+from mlx_empire.evaluation.teacher_forced import micro_batches, score
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def to_json(sets: Sequence[Questions]) -> list[dict[str, Any]]:
+    """Questions as JSON; `from_json` is the inverse."""
+    return [asdict(one) for one in sets]
+
+
+def from_json(raw: Sequence[Mapping[str, Any]]) -> list[Questions]:
+    """Questions that another rank has read."""
+    return [
+        Questions(
+            one["title"],
+            tuple(one["metrics"]),
+            one["max_tokens"],
+            [Answer(**a) for a in one["answers"]],
+            [([Answer(**a) for a in alternatives], right) for alternatives, right in one["choices"]],
+            [Prompt(**p) for p in one["prompts"]],
+        )
+        for one in raw
+    ]
+
+
+class Evaluator:
+    """Scores the sets again and again. `ends`: tokens that end an answer; `decode`: on rank 0, tokens to text."""
+
+    def __init__(
+        self,
+        sets: Sequence[Questions],
+        sequence_length: int,
+        micro_size: int,
+        ends: Sequence[int],
+        decode: Decode | None,
+    ) -> None:
+        self._sets, self._ends, self._decode = sets, ends, decode
+        answers = list(every_answer(sets))
+        self._batches = micro_batches(answers, sequence_length, micro_size) if answers else []
+
+    def scores(self, trainer: Trainer, comm: Communicator, per_rank: int) -> dict[str, float]:
+        """`set.metric` -> value, the same on every rank. Collective."""
+        rows = score(trainer.streamed, comm, self._batches, per_rank)
+        texts = self._texts(trainer, comm)
+        found: dict[str, float] = {}
+        first = 0
+        for one in self._sets:
+            answers, first = rows[first : first + len(one.answers)], first + len(one.answers)
+            right, first = _right_choices(one, rows, first)
+            forced = {**_of_answers(answers), "multiple_choice": right}
+            said = texts.get(one.title, {})
+            found |= {f"{one.title}.{m}": said[m] if m in said else forced[m] for m in one.metrics}
+        return found
+
+    def _texts(self, trainer: Trainer, comm: Communicator) -> dict[str, dict[str, float]]:
+        """By set, the metrics of generated answers."""
+        prompts = [(one, prompt) for one in self._sets for prompt in one.prompts]
+        if not prompts:
+            return {}
+        tokens = generate(
+            trainer,
+            comm,
+            [prompt.tokens for _, prompt in prompts],
+            [one.max_tokens for one, _ in prompts],
+            self._ends,
+        )
+        found: dict[str, dict[str, float]] | None = None
+        if comm.rank == 0:
+            assert self._decode is not None
+            said = [self._decode(ids) for ids in tokens]
+            found = {
+                one.title: _of_texts([(p, t) for (o, p), t in zip(prompts, said, strict=True) if o is one])
+                for one in self._sets
+                if one.prompts
+            }
+        shared: dict[str, dict[str, float]] = comm.broadcast_json(found)
+        return shared
+
+
+def _of_answers(rows: np.ndarray) -> dict[str, float]:
+    """Metrics of (answers, 3) sums: log-probability, likeliest tokens, counted tokens."""
+    if not len(rows):
+        return {}
+    loss = -math.fsum(rows[:, 0]) / rows[:, 2].sum()
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "token_accuracy": float(rows[:, 1].sum() / rows[:, 2].sum()),
+        "exact_match": float(np.mean(rows[:, 1] == rows[:, 2])),
+    }
+
+
+def _right_choices(one: Questions, rows: np.ndarray, first: int) -> tuple[float, int]:
+    """The part of the questions whose right choice is the likeliest as a whole, and where the next rows begin."""
+    hits = 0
+    for alternatives, right in one.choices:
+        hits += int(np.argmax(rows[first : first + len(alternatives), 0])) == right
+        first += len(alternatives)
+    return hits / max(len(one.choices), 1), first
+
+
+def _of_texts(pairs: Sequence[tuple[Prompt, str]]) -> dict[str, float]:
+    def share(hits: Iterator[bool]) -> float:
+        return sum(hits) / len(pairs)
+
+    found = {"valid_json": share(is_json(text) for _, text in pairs)}
+    if all(prompt.pattern is not None for prompt, _ in pairs):
+        found["regular_expression"] = share(matches(text, str(prompt.pattern)) for prompt, text in pairs)
+    if all(prompt.schema is not None for prompt, _ in pairs):
+        found["json_schema"] = share(fits_schema(text, prompt.schema) for prompt, text in pairs)
+    return found

@@ -1,0 +1,82 @@
+"""Greedy answers of many prompts at a time, by mlx-lm's own batched generation, where each machine can hold the model.
+
+Prompts form batches of a fixed size in the order of the file, dealt to the ranks: which prompts share a batch, and so
+every bit of an answer, does not depend on the number of ranks. The whole model is gathered on every rank for it, layer
+by layer, and let go again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx_lm.generate import batch_generate
+
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.engine.trainer import Trainer
+from mlx_empire.errors import UserError
+from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
+from mlx_empire.plan.resolve import RunPlan
+
+BATCH = 8  # prompts that are continued together
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """All that mlx-lm's function asks of a tokenizer; texts are made where the tokenizer is."""
+
+    eos_token_ids: tuple[int, ...]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Nothing: tokens are wanted."""
+        return ""
+
+
+def generate(
+    trainer: Trainer,
+    comm: Communicator,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: Sequence[int],
+    ends: Sequence[int],
+) -> list[list[int]]:
+    """The tokens that follow each prompt, the end token aside; equal on every rank. Collective."""
+    own: dict[int, list[int]] = {}
+    with trainer.whole_model() as model:
+        for number, first in enumerate(range(0, len(prompts), BATCH)):
+            if number % comm.size != comm.rank:
+                continue
+            batch = [list(p) for p in prompts[first : first + BATCH]]
+            limits = list(max_tokens[first : first + BATCH])
+            answer = batch_generate(
+                model,
+                _Ends(tuple(ends)),
+                batch,
+                max_tokens=limits,
+                return_token_ids=True,
+                completion_batch_size=BATCH,
+                prefill_batch_size=BATCH,
+            )
+            own |= {first + i: [int(t) for t in ids] for i, ids in enumerate(answer.token_ids)}
+    merged: dict[int, list[int]] = {}
+    for part in comm.gather_json([[i, ids] for i, ids in own.items()]):
+        merged |= {int(i): ids for i, ids in part}
+    return [merged[i] for i in range(len(prompts))]
+
+
+def refuse_too_large(plan: RunPlan, spec: ModelSpec, longest: int) -> None:
+    """UserError where the whole model and the caches of a batch of `longest` tokens do not fit beside the shards."""
+    text = spec.text_config
+    heads = int(text.get("num_key_value_heads") or text.get("num_attention_heads") or text.get("n_head") or 1)
+    hidden = int(text.get("hidden_size") or text.get("n_embd") or 0)
+    width = int(
+        text.get("head_dim") or hidden // int(text.get("num_attention_heads") or text.get("n_head") or 1)
+    )
+    cache = 2 * BATCH * longest * (len(spec.units) - 1) * heads * width * ITEM_BYTES[spec.dtype]
+    whole = sum(u.gathered_bytes for u in plan.shards.units)
+    for rank, (ledger, limit) in enumerate(zip(plan.ledgers, plan.limits, strict=True)):
+        needed = sum(ledger.resident.values()) + cache + (whole if plan.shards.zero_stage == 3 else 0)
+        if needed > limit:
+            raise UserError(
+                f"evaluation.sets: generating answers needs the whole model on each machine: {needed / 2**30:.1f} GiB "
+                f"on rank {rank}, which has {limit / 2**30:.1f}; use exact_match or multiple_choice, which stream it"
+            )

@@ -1,0 +1,275 @@
+"""What an exported tensor is called and how it is laid out: the inverse of mlx-lm's renaming, checked.
+
+mlx-lm keeps most families' names. Three of its changes are undone here, recognised by the tensors' names:
+
+| mlx-lm                                             | Hugging Face                                          |
+|----------------------------------------------------|-------------------------------------------------------|
+| X.switch_mlp.gate_proj.weight [E, out, in], ...    | X.experts.<e>.gate_proj.weight [out, in], ...         |
+| ... under block_sparse_moe (mixtral)               | X.experts.<e>.w1 (gate), .w2 (down), .w3 (up)         |
+| feed_forward.experts.gate_proj/up_proj.weight      | ...experts.gate_up_proj [E, in, 2 out] (llama4)       |
+| feed_forward.experts.down_proj.weight [E, out, in] | ...experts.down_proj [E, in, out] (llama4)            |
+| self_attn.embed_q, unembed_out (deepseek_v3)       | self_attn.kv_b_proj.weight [heads (nope + v), rank]   |
+
+Whether that is right is not taken from a list of families: `choose_layout` hands the names, shapes and small
+tensors to the model's own `sanitize` and demands them back unchanged; for the values of large tensors the model
+scaled down stands in. Where that fails, mlx-lm's own layout is exported; where that fails too (baichuan_m1
+normalises its head whenever it is read), the model is refused before it is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_empire.errors import UserError
+from mlx_empire.formats.hf_folder import Build, ModelFolder
+from mlx_empire.model.build import build_model, describe
+from mlx_empire.model.scaled_down import twin_config
+from mlx_empire.model.spec import ModelSpec, TensorSpec
+from mlx_empire.model.stored import sanitize, stand_ins
+
+PROOF_ELEMENTS = 1 << 16  # tensors up to this size are compared by value in the proof
+CHANGED = "comes back with other values"
+HUGGING_FACE, MLX_LM = "huggingface", "mlx-lm"
+
+# Families whose Hugging Face names and shapes mlx-lm keeps, as opened by transformers (tests/interop).
+KEPT = frozenset(
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "olmo2",
+        "cohere2",
+        "starcoder2",
+    }
+)
+MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+# Towers beside the language model that mlx-lm drops; they are carried into the export unchanged.
+TOWERS = (
+    "vision_model.",
+    "vision_tower.",
+    "visual.",
+    "multi_modal_projector.",
+    "embed_vision.",
+    "audio_tower.",
+    "audio_model.",
+    "embed_audio.",
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One exported tensor: `make` builds it from the mlx-lm tensors named in `takes`, in that order."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    takes: tuple[str, ...]
+    make: Callable[..., mx.array]
+
+
+Units = tuple[tuple[Piece, ...], ...]
+Way = Callable[[tuple[TensorSpec, ...]], Iterator[Piece]]  # lays out the tensors of a unit
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The pieces of every unit in file order; `kind`: `huggingface` or `mlx-lm`; `notes` for the user."""
+
+    kind: str
+    units: Units
+    carried: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def choose_layout(spec: ModelSpec, build: Build, folder: ModelFolder | None) -> Layout:
+    """The Hugging Face layout where mlx-lm provably reads it back, else mlx-lm's own.
+
+    `folder`: where the weights came from, if anywhere; its towers are carried. Cheap (names, shapes, small
+    tensors): a run can ask before it trains whether its result can be exported. UserError if mlx-lm reads
+    neither layout back.
+    """
+    towers = tower_names(folder) if folder else ()
+    why: str | None = None
+    for carried in dict.fromkeys((towers, ())):
+        others = {n: info for n, info in folder.stored().items() if n in carried} if folder else {}
+        for way in (_inverse, _own):
+            units = _laid_out(spec, way)
+            why = problem_with(spec, build, units, stand_ins(others)) or _problem_when_small(spec, way)
+            if why is None:
+                kind = HUGGING_FACE if way is _inverse and _is_huggingface(spec, units, folder) else MLX_LM
+                return Layout(kind, units, carried, tuple(_notes(spec, kind, units, carried, folder)))
+    raise UserError(
+        f"{spec.name}: a trained one cannot be exported, for mlx-lm does not read its own {spec.family} tensors "
+        f"back: {why}; choose another model" + (" or tuning.type: lora" if str(why).endswith(CHANGED) else "")
+    )
+
+
+def problem_with(
+    spec: ModelSpec, build: Build, units: Units, others: dict[str, mx.array] | None = None
+) -> str | None:
+    """Why the model's `sanitize` does not turn the pieces back into exactly the spec's tensors; None where it does.
+
+    Names and shapes of all tensors are compared, values of those up to `PROOF_ELEMENTS` elements; everything
+    stays lazy but those. `others`: carried tensors that lie beside the pieces.
+    """
+    tensors = {t.name: t for unit in spec.units for t in unit.tensors}
+    before = {t.name: _sample(t) for t in tensors.values()}
+    exported = dict(others or {})
+    for piece in (p for unit in units for p in unit):
+        made = piece.make(*(before[name] for name in piece.takes))
+        if tuple(made.shape) != piece.shape or piece.name in exported:
+            return f"{piece.name} stands there twice, or in another shape"
+        exported[piece.name] = made
+    model = build()
+    try:
+        after = sanitize(model, exported, spec.name)
+    except UserError as error:
+        return str(error).removeprefix(f"{spec.name}: ")
+    expected = before.keys() | {name for name, _ in tree_flatten(model.parameters())}
+    if after.keys() != before.keys() or expected != before.keys():
+        wrong = min((after.keys() ^ before.keys()) | (expected - before.keys()))
+        return f"{wrong} is {'missing' if wrong in expected else 'no part of its model'}"
+    changed = (n for n, t in tensors.items() if not _same_again(t, before[n], after[n]))
+    name = next(changed, None)
+    return None if name is None else f"{name} {CHANGED}"
+
+
+def _same_again(tensor: TensorSpec, before: mx.array, after: mx.array) -> bool:
+    if tensor.size > PROOF_ELEMENTS:
+        return after.shape == before.shape
+    return bool(mx.array_equal(after, before).item())
+
+
+def _problem_when_small(spec: ModelSpec, way: Way) -> str | None:
+    """As `problem_with`, with the values of what is too large to be compared in the model itself: those of its twin."""
+    if all(t.size <= PROOF_ELEMENTS for unit in spec.units for t in unit.tensors):
+        return None
+    config = twin_config(spec.config)
+    build = partial(build_model, config, spec.name)
+    try:
+        twin = describe(build(), config, spec.name, spec.dtype)
+    except UserError:
+        return None  # whether it can be scaled down at all is `engine.twin`'s question
+    return problem_with(twin, build, _laid_out(twin, way))
+
+
+def huggingface_names(spec: ModelSpec, folder: ModelFolder | None) -> bool:
+    """Whether the modules of `spec` are called as Hugging Face calls them, renamed and stacked ones apart."""
+    return _is_huggingface(spec, _laid_out(spec, _inverse), folder)
+
+
+def tower_names(folder: ModelFolder) -> tuple[str, ...]:
+    """Names of a folder's tensors that belong to a tower beside the language model, in the folder's order."""
+    return tuple(n for n in folder.tensors if n.removeprefix("model.").startswith(TOWERS))
+
+
+def _laid_out(spec: ModelSpec, way: Way) -> Units:
+    return tuple(tuple(way(unit.tensors)) for unit in spec.units)
+
+
+def _own(tensors: tuple[TensorSpec, ...]) -> Iterator[Piece]:
+    return map(_same, tensors)
+
+
+def _inverse(tensors: tuple[TensorSpec, ...]) -> Iterator[Piece]:
+    here = {t.name: t for t in tensors}
+    for tensor in tensors:
+        stem, _, last = tensor.name.removesuffix(".weight").rpartition(".")
+        if stem.endswith(".feed_forward.experts") and last in ("gate_proj", "up_proj", "down_proj"):
+            if last == "down_proj":
+                yield _swapped(tensor, f"{stem}.down_proj")
+            elif last == "gate_proj":
+                yield _gate_and_up(tensor, here[f"{stem}.up_proj.weight"], f"{stem}.gate_up_proj")
+        elif stem.endswith(".switch_mlp") and len(tensor.shape) == 3:
+            yield from _experts(tensor, stem.removesuffix(".switch_mlp"), last)
+        elif last == "embed_q" and f"{stem}.unembed_out.weight" in here:
+            yield _key_value_up(tensor, here[f"{stem}.unembed_out.weight"], f"{stem}.kv_b_proj.weight")
+        elif not (last == "unembed_out" and f"{stem}.embed_q.weight" in here):
+            yield _same(tensor)
+
+
+def _same(tensor: TensorSpec) -> Piece:
+    return Piece(tensor.name, tensor.shape, tensor.dtype, (tensor.name,), lambda x: x)
+
+
+def _swapped(tensor: TensorSpec, name: str) -> Piece:
+    experts, rows, columns = tensor.shape
+    shape = (experts, columns, rows)
+    return Piece(name, shape, tensor.dtype, (tensor.name,), lambda x: mx.swapaxes(x, 1, 2))
+
+
+def _gate_and_up(gate: TensorSpec, up: TensorSpec, name: str) -> Piece:
+    experts, rows, columns = gate.shape
+
+    def make(g: mx.array, u: mx.array) -> mx.array:
+        return mx.concatenate([mx.swapaxes(g, 1, 2), mx.swapaxes(u, 1, 2)], axis=-1)
+
+    return Piece(name, (experts, columns, 2 * rows), gate.dtype, (gate.name, up.name), make)
+
+
+def _experts(tensor: TensorSpec, owner: str, projection: str) -> Iterator[Piece]:
+    if owner.endswith(".block_sparse_moe"):
+        projection = MIXTRAL_NAMES.get(projection, projection)
+    suffix = tensor.name.rpartition(".")[2]
+    for e in range(tensor.shape[0]):
+        name = f"{owner}.experts.{e}.{projection}.{suffix}"
+        yield Piece(name, tensor.shape[1:], tensor.dtype, (tensor.name,), itemgetter(e))
+
+
+def _key_value_up(key: TensorSpec, value: TensorSpec, name: str) -> Piece:
+    heads, rank, nope = key.shape
+    rows = heads * (nope + value.shape[1])
+
+    def make(k: mx.array, v: mx.array) -> mx.array:
+        return mx.concatenate([mx.swapaxes(k, 1, 2), v], axis=1).reshape(rows, rank)
+
+    return Piece(name, (rows, rank), key.dtype, (key.name, value.name), make)
+
+
+def _sample(tensor: TensorSpec) -> mx.array:
+    if tensor.size > PROOF_ELEMENTS:
+        return mx.zeros(tensor.shape)
+    return (mx.arange(tensor.size) % 251).astype(mx.float32).reshape(tensor.shape)
+
+
+def _is_huggingface(spec: ModelSpec, units: Units, folder: ModelFolder | None) -> bool:
+    pieces = [p for unit in units for p in unit]
+    if spec.family in KEPT or any(p.takes != (p.name,) for p in pieces):
+        return True  # what was undone, mlx-lm's sanitize does for Hugging Face names only
+    if folder is None or any(h.metadata.get("format") == "mlx" for h in folder.files.values()):
+        return False
+    return all(p.name in folder.tensors and folder.tensors[p.name].shape == p.shape for p in pieces)
+
+
+def _notes(
+    spec: ModelSpec,
+    kind: str,
+    units: Units,
+    carried: tuple[str, ...],
+    folder: ModelFolder | None,
+) -> Iterator[str]:
+    if kind == MLX_LM:
+        yield f"exported in mlx-lm's own layout of {spec.family}: mlx_lm.load opens it, transformers may not"
+    if carried:
+        yield f"{len(carried)} tensors beside the language model were carried through unchanged; not trained"
+    elif folder and tower_names(folder):
+        yield f"mlx-lm cannot read the towers of {folder.path} beside this export: they are left out"
+    if folder and kind == HUGGING_FACE:
+        written = {p.name for unit in units for p in unit} | {
+            t.name for unit in spec.units for t in unit.tensors
+        }
+        dropped = sorted(folder.tensors.keys() - written - set(carried))
+        if dropped:
+            yield f"{len(dropped)} tensors of {folder.path} are left out, as mlx-lm drops them: {dropped[0]}"

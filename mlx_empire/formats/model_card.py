@@ -1,0 +1,93 @@
+"""The model card of a result: what it is, how it was made, what it scores, and where it comes from.
+
+Markdown with the YAML head that Hugging Face reads. Everything stands in the run's own folder; nothing is looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_empire import __version__
+from mlx_empire.model.spec import ModelSpec
+from mlx_empire.recipe.load import dump_recipe
+from mlx_empire.recipe.schema import Recipe
+
+KINDS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA"}
+
+
+def model_card(
+    recipe: Recipe,
+    spec: ModelSpec,
+    metrics: Sequence[Mapping[str, Any]],
+    data_digest: str,
+    base_digest: str | None,
+) -> str:
+    """The text of README.md from a run's recipe, model and records (metrics.jsonl); `base_digest` of a frozen base."""
+    kind = recipe.tuning.type
+    sections = [
+        _head(recipe),
+        f"# {recipe.run.dir.name}\n\n{KINDS[kind]} of `{recipe.model.path}`, by mlx_empire {__version__}.",
+        f"## Use\n\n{_use(recipe)}",
+        f"## Figures\n\n{_figures(spec, metrics)}",
+        f"## Lineage\n\n{_lineage(recipe, data_digest, base_digest)}",
+        f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _head(recipe: Recipe) -> str:
+    full = recipe.tuning.type == "full"
+    library = "library_name: mlx" if full else "library_name: peft"
+    relation = "finetune" if full else "adapter"
+    tags = "\n".join(f"- {tag}" for tag in ("mlx", "mlx-empire", *(() if full else ("lora",))))
+    return f"---\nbase_model: {recipe.model.path}\nbase_model_relation: {relation}\n{library}\ntags:\n{tags}\n---"
+
+
+def _use(recipe: Recipe) -> str:
+    base, bits = recipe.model.path, recipe.tuning.bits
+    if recipe.tuning.type == "full":
+        return "```\nmlx_lm.generate --model THIS_FOLDER --prompt ...\n```"
+    lines = [f"```\nmlx_lm.generate --model {base} --adapter-path THIS_FOLDER --prompt ...\n```"]
+    if recipe.tuning.type == "qlora":
+        lines.append(
+            f"It was trained on `{base}` packed as `{bits or 4}`, and belongs to those values: "
+            f"`python -m mlx_empire.export base {base} OUT --bits {bits or 4}` writes them; name OUT as the model."
+        )
+    lines.append("The sub-folder `peft`, where there is one, holds the same adapter for `peft` on torch.")
+    return "\n\n".join(lines)
+
+
+def _figures(spec: ModelSpec, metrics: Sequence[Mapping[str, Any]]) -> str:
+    steps = [r for r in metrics if "loss" in r]
+    evaluations = [r for r in metrics if "eval_loss" in r]
+    rows = [
+        ("parameters", f"{spec.parameters:,}"),
+        ("of them trained", f"{spec.trainable_parameters:,}"),
+        ("steps", str(steps[-1]["step"]) if steps else "0"),
+        ("tokens learnt from", f"{sum(r['tokens'] for r in steps):,}"),
+    ]
+    if steps and steps[-1]["loss"] is not None:
+        rows.append(("training loss, first and last step", f"{_number(steps[0])}, {_number(steps[-1])}"))
+    for record in evaluations[:1] + evaluations[1:][-1:]:
+        found = {"loss": record["eval_loss"], **record.get("scores", {})}
+        text = ", ".join(f"{k} {v:.4f}" for k, v in found.items() if isinstance(v, float))
+        rows.append((f"held out, after {record['step']} steps", text))
+    return "| | |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in rows)
+
+
+def _number(record: Mapping[str, Any]) -> str:
+    loss = record["loss"]
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def _lineage(recipe: Recipe, data_digest: str, base_digest: str | None) -> str:
+    rows = [
+        ("base", f"`{recipe.model.path}`"),
+        ("digest of the base", f"`{base_digest}`" if base_digest else "not frozen, so it has none"),
+        ("data", f"`{recipe.data.path}`"),
+        ("digest of the data", f"`{data_digest}`"),
+        ("seed", str(recipe.run.seed)),
+        ("written by", f"mlx_empire {__version__}"),
+    ]
+    return "| | |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in rows)

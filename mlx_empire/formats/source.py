@@ -1,0 +1,139 @@
+"""Where a model's first weights come from: a Hugging Face folder or a random initialisation.
+
+Decides the order and the dtype in which tensors arrive and that no more than about one unit is ever held:
+tensors stay lazy until their turn, and every reference is dropped as soon as the consumer has the array. Both
+sources build their graph of lazy arrays once and consume it; reading a unit again builds it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_empire.errors import UserError
+from mlx_empire.formats.hf_folder import Build, open_folder
+from mlx_empire.model.spec import ModelSpec, TensorSpec
+from mlx_empire.model.stored import sanitize
+
+READABLE = (mx.float32, mx.bfloat16, mx.float16)
+PACKED = ("uint32", "uint8")  # codes, and the scales of MLX's floating-point formats
+
+
+class WeightSource(Protocol):
+    """Gives the tensors of a model unit by unit."""
+
+    def unit(self, index: int) -> Iterator[tuple[TensorSpec, mx.array]]:
+        """Every tensor of `spec.units[index]` in the spec's order, evaluated, contiguous, in `stored_dtype`.
+
+        At most about one unit (at its size in the source) is held beyond what the consumer keeps; the
+        consumer should drop each array before it asks for the next. Use one source from one thread only: lazy
+        arrays belong to the thread that made them.
+        """
+        ...
+
+
+def stored_dtype(tensor: TensorSpec) -> str:
+    """The dtype a rank keeps a tensor in: float32 for small tensors, else the one it computes in."""
+    return "float32" if tensor.kind == "small" else tensor.dtype
+
+
+class _LazySource:
+    """Lazy arrays that are consumed unit by unit, and opened again when a unit is asked for twice."""
+
+    def __init__(self, where: str, spec: ModelSpec) -> None:
+        self._where = where
+        self._spec = spec
+        self.unused: tuple[str, ...] = ()
+        self._weights = self._fill()
+
+    def _open(self) -> dict[str, mx.array]:
+        raise NotImplementedError
+
+    def _fill(self) -> dict[str, mx.array]:
+        weights = self._open()
+        wanted = {t.name: t for unit in self._spec.units for t in unit.tensors}
+        for tensor in wanted.values():
+            self._check(tensor, weights.get(tensor.name))
+        self.unused = tuple(sorted(weights.keys() - wanted.keys()))
+        return {name: weights[name] for name in wanted}
+
+    def _check(self, tensor: TensorSpec, found: mx.array | None) -> None:
+        place = f"{self._where}: tensor {tensor.name}"
+        if found is None:
+            raise UserError(
+                f"{place} is missing, expected shape {tensor.shape}; is this the model's own folder?"
+            )
+        if tuple(found.shape) != tensor.shape:
+            raise UserError(
+                f"{place} has shape {tuple(found.shape)}, expected {tensor.shape} from config.json"
+            )
+        if found.dtype not in READABLE and not (
+            tensor.dtype in PACKED and found.dtype == getattr(mx, tensor.dtype)
+        ):
+            kind = str(found.dtype).removeprefix("mlx.core.")
+            raise UserError(
+                f"{place} is {kind}, expected float32, bfloat16 or float16; quantised weights cannot train"
+            )
+
+    def unit(self, index: int) -> Iterator[tuple[TensorSpec, mx.array]]:
+        """See `WeightSource.unit`."""
+        tensors = self._spec.units[index].tensors
+        if any(t.name not in self._weights for t in tensors):
+            self._weights = self._fill()
+        mine = {t.name: self._weights.pop(t.name) for t in tensors}
+        for tensor in tensors:
+            yield (
+                tensor,
+                self._evaluate(mine.pop(tensor.name), tensor),
+            )  # no local name: it would pin the array
+        mx.clear_cache()
+
+    def _evaluate(self, array: mx.array, tensor: TensorSpec) -> mx.array:
+        # `contiguous` copies a slice out of its buffer (llama4's fused gate and up), which would stay pinned.
+        array = mx.contiguous(array.astype(getattr(mx, stored_dtype(tensor))))
+        try:
+            mx.eval(array)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(
+                f"{self._where}: tensor {tensor.name} cannot be read: {str(error)[:160]}"
+            ) from None
+        return array
+
+
+class FolderSource(_LazySource):
+    """Weights of a local Hugging Face or mlx-lm folder (float32, bfloat16 or float16 safetensors).
+
+    `build` makes mlx-lm's model lazily; its own `sanitize` renames the folder's tensors. Every tensor of the
+    spec must be there in the right shape (UserError naming folder and tensor). `unused`: tensors that
+    `sanitize` kept but the model does not have; what `sanitize` drops (vision towers) is not among them.
+    """
+
+    def __init__(self, folder: Path, build: Build, spec: ModelSpec) -> None:
+        self._folder = open_folder(folder)
+        self._build = build
+        super().__init__(str(folder), spec)
+
+    def _open(self) -> dict[str, mx.array]:
+        return sanitize(self._build(), self._folder.load(), self._where)
+
+
+class RandomSource(_LazySource):
+    """A fresh initialisation by mlx-lm's own constructors: a function of model, seed and kind of device.
+
+    The global generator is seeded and `build` called, which gives every tensor its place in one sequence of
+    random keys; so values depend neither on the order of reading nor on the number of ranks. Leaves the
+    generator seeded.
+    """
+
+    def __init__(self, build: Build, spec: ModelSpec, seed: int) -> None:
+        self._build = build
+        self._seed = seed
+        super().__init__(spec.name, spec)
+
+    def _open(self) -> dict[str, mx.array]:
+        mx.random.seed(self._seed)
+        return dict(tree_flatten(self._build().parameters()))

@@ -1,0 +1,175 @@
+"""Runs one mpirun from start to end: passes on what it says, forwards a request to stop, and does not wait for ever
+when it cannot end.
+
+mpirun gets a session of its own: the terminal's Ctrl-C would reach it, and give its ranks half a second.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from mlx_empire.launch.events import Account, Listener
+from mlx_empire.launch.output import Outlet
+
+TICK_SECONDS = 0.1
+# After a failure was announced mpirun ends its ranks in seconds, more where they hold hundreds of gigabytes; a machine
+# that is out of reach would keep it waiting.
+GRACE_SECONDS = 60.0
+KILL_SECONDS = 5.0
+_CHUNK = 1 << 16
+
+
+@dataclass
+class Asked:
+    """What the user wants while a run runs; signal handlers set it. `times`: requests to stop; the second is urgent."""
+
+    times: int = 0
+
+    def stop(self) -> None:
+        """One more request."""
+        self.times += 1
+
+
+@dataclass
+class Attempt:
+    """One launch. `on_tick` is called several times a second while it runs; `grace` seconds may pass between the news
+    of a failure and mpirun's end."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    asked: Asked
+    on_tick: Callable[[Account], None] = lambda account: None
+    grace: float = GRACE_SECONDS
+    account: Account = field(default_factory=Account)
+    seconds: float = 0.0
+
+    def run(self) -> int:
+        """mpirun's exit code, negative for a signal that ended it."""
+        started = time.monotonic()
+        sys.stdout.flush()
+        self._outlet = Outlet(1, Listener(self.account).feed)
+        process = subprocess.Popen(
+            self.command,
+            env=dict(self.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=self._outlet.theirs,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self._outlet.start()
+        reader = threading.Thread(target=self._read, args=(process,), name="mpirun's stderr", daemon=True)
+        reader.start()
+        self._watch(process)
+        self._bury()
+        reader.join(KILL_SECONDS)  # a rank that mpirun left behind on another machine may hold the pipe
+        self._outlet.finish(KILL_SECONDS)
+        self.seconds = time.monotonic() - started
+        return process.returncode
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        forwarded = False
+        ending: float | None = None  # when it should be over
+        last_signal = signal.SIGTERM
+        while True:
+            try:
+                process.wait(TICK_SECONDS)
+                return
+            except subprocess.TimeoutExpired:
+                pass
+            now = time.monotonic()
+            self.on_tick(self.account)
+            self._outlet.resize()
+            if self.asked.times and not forwarded:
+                forwarded = True
+                _send(process, signal.SIGUSR1)
+            if ending is None and self.account.failing:
+                ending = now + self.grace
+            if self.asked.times > 1 and last_signal == signal.SIGTERM:
+                ending = now
+            if ending is not None and now >= ending:
+                self._end(process, last_signal)
+                ending, last_signal = now + KILL_SECONDS, signal.SIGKILL
+
+    def _end(self, process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+        """End mpirun; at last with all that it started here: ranks, and the ssh to machines out of reach."""
+        if number == signal.SIGTERM:
+            _send(process, number)
+            return
+        say(
+            "mpirun does not end; it is killed. Ranks on machines out of reach end themselves at their deadline."
+        )
+        for pid in [*descendants(process.pid), process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _bury(self) -> None:
+        """See that the ranks on this machine have ended: when Open MPI loses a machine, mpirun may leave them behind,
+        and they would hold the memory and the run's lock."""
+        here = socket.gethostname()
+        left = [pid for rank, pid in self.account.pids.items() if self.account.hosts[rank] == here]
+        deadline = time.monotonic() + KILL_SECONDS
+        while (left := [pid for pid in left if _trains(pid)]) and time.monotonic() < deadline:
+            time.sleep(TICK_SECONDS)
+        for pid in left:
+            say(f"mpirun left process {pid} behind; it is killed")
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stderr is not None
+        listener = Listener(self.account)
+        while data := os.read(process.stderr.fileno(), _CHUNK):
+            _show(listener.feed(data))
+        _show(listener.close())
+
+
+def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        process.send_signal(number)
+
+
+def _trains(pid: int) -> bool:
+    """Whether this process is still one of ours: its number may belong to another by now."""
+    with suppress(OSError):
+        listed = subprocess.run(
+            ["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False
+        )
+        return "mlx_empire.train" in listed.stdout
+    return False
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that `pid` started on this machine, directly or not."""
+    try:
+        listed = subprocess.check_output(["ps", "-A", "-o", "pid=,ppid="], text=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    children: dict[int, list[int]] = {}
+    for line in listed.splitlines():
+        child, parent = map(int, line.split())
+        children.setdefault(parent, []).append(child)
+    found = list(children.get(pid, []))
+    for child in found:  # which grows meanwhile
+        found += children.get(child, [])
+    return found
+
+
+def _show(text: str) -> None:
+    if text:
+        with suppress(OSError):  # the terminal may be gone, and the run must not notice
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def say(text: str) -> None:
+    """A line of the launcher's own."""
+    _show(f"mlx_empire.launch: {text}\n")

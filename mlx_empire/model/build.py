@@ -1,0 +1,124 @@
+"""From a configuration to a ModelSpec: builds mlx-lm's model lazily (no weight is ever computed) and reads its shapes.
+
+Decides which tensors form the root and the layers, the dtype each computes in, and which folders are refused because
+mlx-lm cannot build them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+from mlx_empire.errors import UserError
+from mlx_empire.model.foreign import foreign
+from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter
+
+LAYER_LIST_NAMES = ("layers", "h", "blocks")
+COMPUTE_DTYPES = ("bfloat16", "float32")
+
+
+def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
+    """Build mlx-lm's model from its configuration; its arrays are lazy and hold no memory until evaluated."""
+    if "model_file" in config:
+        raise UserError(
+            f"{name}: config.json asks to run model_file={config['model_file']!r}; code is never run"
+        )
+    if config.get("quantization") or _packed(config.get("quantization_config")):
+        raise UserError(
+            f"{name}: its weights are quantised; full fine-tuning needs a bfloat16 or float32 folder"
+        )
+    with foreign(f"{name}: mlx-lm cannot build model_type {config.get('model_type')!r}"):
+        model_class, args_class = _get_classes(dict(config))
+        given = copy.deepcopy(dict(config))  # some write into it
+        model: nn.Module = model_class(args_class.from_dict(given))
+        model.train().trainable_parameters()  # a few classes are no whole modules, which shows only here
+    return model
+
+
+def default_numbers(config: Mapping[str, Any]) -> dict[str, int | float]:
+    """The numbers that mlx-lm assumes where a configuration is silent; none for a kind that it does not have."""
+    try:
+        with foreign("its default numbers"):
+            _, args_class = _get_classes(dict(config))
+            numbers = {f.name: f.default for f in dataclasses.fields(args_class)}
+    except UserError:  # whoever builds the model will say it
+        return {}
+    return {k: v for k, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def _packed(quantization: object) -> bool:
+    """Whether weights stay packed; mlx-lm takes published fp8 checkpoints back to bfloat16 while loading."""
+    return bool(quantization) and not (
+        isinstance(quantization, Mapping) and quantization.get("quant_method") == "fp8"
+    )
+
+
+def find_layers(model: nn.Module, name: str) -> tuple[nn.Module, str, str]:
+    """The module that owns the list of layers, the list's key there, and its full path (`model.layers`)."""
+    try:
+        target = list(model.layers)
+    except Exception:  # a property of a foreign class: whatever it raises, there is no list
+        target = []
+    if target:
+        for path, module in model.named_modules():
+            for key in LAYER_LIST_NAMES:
+                found = module.get(key)
+                if isinstance(found, list) and len(found) == len(target) and found[0] is target[0]:
+                    return module, key, f"{path}.{key}" if path else key
+    raise UserError(f"{name}: no list of decoder layers found; this architecture cannot be streamed")
+
+
+def compute_dtype(config: Mapping[str, Any], wanted: str | None) -> str:
+    """The model's compute dtype: as asked, else as stored; float16 becomes float32, which holds all its values."""
+    if wanted is not None:
+        return wanted
+    text = config.get("text_config")
+    sources = [config, text] if isinstance(text, Mapping) else [config]
+    stored = [s[key] for s in sources for key in ("torch_dtype", "dtype") if isinstance(s.get(key), str)]
+    return stored[0] if stored and stored[0] in COMPUTE_DTYPES else "float32"
+
+
+def describe(model: nn.Module, config: Mapping[str, Any], name: str, dtype: str) -> ModelSpec:
+    """List the model's tensors by unit. Adapters and what mlx-lm asks to keep so (its `cast_predicate`) are fp32.
+
+    Packed weights, which are no floating-point numbers, keep their dtype; only frozen ones may be there.
+    """
+    _, _, prefix = find_layers(model, name)
+    count = len(model.layers)
+    with foreign(f"{name}: mlx-lm does not say which tensors keep float32"):
+        may_cast = getattr(model, "cast_predicate", None) or (lambda _: True)
+        kept = {path for path, _ in tree_flatten(model.parameters()) if not may_cast(path)}
+    trainable = {path for path, _ in tree_flatten(model.trainable_parameters())}
+    modules = dict(model.named_modules())
+    groups: list[list[TensorSpec]] = [[] for _ in range(count + 1)]
+    for path, array in tree_flatten(model.parameters()):
+        packed = not mx.issubdtype(array.dtype, mx.floating)
+        if packed and path in trainable:
+            raise UserError(f"{name}: {path} is {array.dtype}; only floating-point weights can be trained")
+        rest = path.removeprefix(prefix + ".") if path.startswith(prefix + ".") else ""
+        unit = int(rest.split(".", 1)[0]) + 1 if rest else 0
+        computes = "float32" if path in kept or is_adapter(path) else dtype
+        if packed:
+            computes = str(array.dtype).removeprefix("mlx.core.")
+        bits, group = _packing(modules.get(path.rpartition(".")[0]), path)
+        groups[unit].append(TensorSpec(path, tuple(array.shape), computes, path in trainable, bits, group))
+    names = ["root", *(f"{prefix}.{i}" for i in range(count))]
+    units = tuple(UnitSpec(n, tuple(g)) for n, g in zip(names, groups, strict=True))
+    return ModelSpec(name, str(config["model_type"]), dtype, units, dict(config))
+
+
+def _packing(module: nn.Module | None, path: str) -> tuple[int, int]:
+    """(bits of a code, inputs of a group) of a quantised module's tensor, as TensorSpec has them."""
+    if module is None or "scales" not in module:
+        return 0, 0
+    leaf = path.rpartition(".")[2]
+    return (module.bits if leaf == "weight" else 0), (
+        module.group_size if leaf in ("scales", "biases") else 0
+    )

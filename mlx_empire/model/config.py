@@ -1,0 +1,170 @@
+"""Reading a model's configuration: the one place where `config.json` (and the catalog's) is opened and completed.
+
+Decides what every reader after it may rely on: RoPE stands in the spelling of mlx-lm's module, and tie_word_embeddings
+is explicit wherever it can be known. What the file leaves open, the folder's tensors and then transformers' defaults
+decide, because mlx-lm's own defaults are often others. Keys are only added; the file itself is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.utils import _get_classes
+
+from mlx_empire.errors import UserError
+from mlx_empire.model.closed_forms import has_closed_form
+from mlx_empire.model.family_defaults import TIED, UNTIED
+from mlx_empire.model.rope import spell_rope
+
+MAX_CONFIG_BYTES = 4 << 20
+MAX_HEADER_BYTES = 100 << 20
+TIE = "tie_word_embeddings"
+FULL = "full_attention"
+HEADS = ("lm_head.weight", "embed_out.weight")
+
+# Where mlx-lm's module hands text_config (or all of it) to another dataclass than its own ModelArgs.
+TEXT_READERS: Mapping[str, str] = {
+    "gemma3": "gemma3_text.ModelArgs",
+    "gemma3n": "gemma3n.TextConfig",
+    "gemma4": "gemma4_text.ModelArgs",
+    "kimi_k25": "deepseek_v3.ModelArgs",
+    "kimi_k3": "kimi_k3.TextArgs",
+    "kimi_vl": "kimi_vl.TextArgs",
+    "lfm2-vl": "lfm2.ModelArgs",
+    "llama4": "llama4.TextArgs",
+    "minimax_m3_vl": "minimax_m3_vl.TextArgs",
+    "mistral3": "llama.ModelArgs",
+    "mistral3/ministral3": "ministral3.ModelArgs",
+    "mistral3/mistral4": "mistral4.ModelArgs",
+    "muse_spark": "muse_spark.TextArgs",
+    "pixtral": "llama.ModelArgs",
+    "qwen2_vl": "qwen2.ModelArgs",
+    "qwen3_5": "qwen3_5.TextModelArgs",
+    "qwen3_5_moe": "qwen3_5.TextModelArgs",
+    "qwen3_vl": "qwen3.ModelArgs",
+    "qwen3_vl_moe": "qwen3_moe.ModelArgs",
+}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The completed `config.json` of a Hugging Face folder; one that is missing or damaged is a UserError."""
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size} bytes is no model configuration")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; model.path must be a local Hugging Face folder") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({str(error)[:80]}); fetch the model again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path}: model_type is missing; this is no language model's configuration")
+    try:
+        return complete(config, str(path), _stored_names(folder))
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for a model's configuration") from None
+
+
+def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()) -> dict[str, Any]:
+    """A copy of `config` with RoPE as mlx-lm reads it and tie_word_embeddings; completing it again changes nothing.
+
+    `stored`: names of the folder's tensors, as far as they can be known. UserError (naming `where`) for a RoPE that
+    mlx-lm's module cannot do. A family that mlx-lm lacks comes back without its RoPE looked at.
+    """
+    done = copy.deepcopy(dict(config))
+    kind, text = str(done["model_type"]), done.get("text_config")
+    reader = None if has_closed_form(done) else reader_of(done)
+    section = text if isinstance(text, dict) else done
+    if reader is not None:
+        module, read = reader
+        family = section.get("model_type") or f"{kind}_text"
+        try:
+            spelled = spell_rope({**section, "model_type": family}, read, module, where)
+        except UserError:
+            raise
+        except (TypeError, ValueError, ArithmeticError) as error:  # numbers that are none
+            raise UserError(
+                f"{where}: its RoPE cannot be read ({str(error)[:80]}); fetch the model again"
+            ) from None
+        section.update({k: v for k, v in spelled.items() if k != "model_type"})
+        _spell_layers(section, read, where)
+    tied = _tied(done, section, reader, stored)
+    if tied is not None:
+        section[TIE] = tied
+        done[TIE] = tied
+    return done
+
+
+def _spell_layers(section: dict[str, Any], read: Mapping[str, Field[Any]], where: str) -> None:
+    """`sliding_window_pattern` from the `layer_types` that transformers 5 writes, where the module reads the former.
+
+    A number: every so many layers one has full attention; exaone4: that as letters. UserError for other patterns.
+    """
+    key, types = "sliding_window_pattern", section.get("layer_types")
+    if key not in read or "layer_types" in read or not isinstance(types, list) or FULL not in types:
+        return
+    period = types.index(FULL) + 1
+    if any((kind == FULL) != ((i + 1) % period == 0) for i, kind in enumerate(types)):
+        raise UserError(f"{where}: layer_types: {types}: mlx-lm's module repeats one pattern in all layers")
+    letters = "L" * (period - 1) + "G"
+    given = section.get(key)
+    if given not in (None, period, letters):
+        raise UserError(f"{where}: {key}: {given}: layer_types says {period}; keep one of them")
+    if given != letters:
+        section[key] = letters if read[key].default is MISSING else period
+
+
+def reader_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Field[Any]]] | None:
+    """(mlx-lm's module, the fields into which it reads the language model's part); None where it has none."""
+    try:
+        model, arguments = _get_classes(dict(config))
+        module = model.__module__.rpartition(".")[2]
+        text = config.get("text_config")
+        nested = f"{module}/{text.get('model_type')}" if isinstance(text, Mapping) else module
+        name = TEXT_READERS.get(nested, TEXT_READERS.get(module))
+        if name is not None:
+            module, _, kind = name.rpartition(".")
+            arguments = getattr(importlib.import_module(f"mlx_lm.models.{module}"), kind)
+    except (Exception, SystemExit):  # the family is not there or cannot be imported: build_model says so
+        return None
+    return (module, {f.name: f for f in fields(arguments)}) if is_dataclass(arguments) else None
+
+
+def _tied(
+    config: Mapping[str, Any],
+    section: Mapping[str, Any],
+    reader: tuple[str, dict[str, Field[Any]]] | None,
+    stored: Collection[str],
+) -> bool | None:
+    """Whether embedding and head are one tensor: as said, else as stored, else transformers' default."""
+    said = [part[TIE] for part in (section, config) if isinstance(part.get(TIE), bool)]
+    if said and len(set(said)) == 1:
+        return bool(said[0])
+    families = [str(part.get("model_type")) for part in (config, section)]
+    default = next((name in TIED for name in families if name in TIED | UNTIED), None)
+    free = reader is not None and TIE in reader[1]  # other modules have one of the two built in
+    if stored and free:
+        return not any(name.endswith(HEADS) for name in stored)
+    return bool(said[0]) if said else default
+
+
+def _stored_names(folder: Path) -> frozenset[str]:
+    """Names of the tensors of a folder; what is damaged counts as absent: opening the folder says what is wrong."""
+    names: set[str] = set()
+    try:
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        for file in folder.glob("model*.safetensors"):
+            with file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                names |= json.loads(stream.read(size)).keys() if size <= MAX_HEADER_BYTES else set()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return frozenset()
+    return frozenset(names - {"__metadata__"})

@@ -1,0 +1,118 @@
+"""Quantised bases: which modules of a lazily built model hold packed weights, and how a tensor is packed.
+
+Decides that of bases stored packed MLX's own formats are taken as they are. What QLoRA packs, and in which formats,
+stands in model/quant_format.py. Nothing is evaluated here but in `pack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_empire.errors import UserError
+from mlx_empire.model.build import find_layers
+from mlx_empire.model.quant_format import AFFINE, MODES, Choice, Packing, stored_packing
+from mlx_empire.model.spec import TensorSpec
+from mlx_empire.recipe.sections import TuningSection
+
+QUANTISATION_KEYS = ("quantization", "quantization_config")
+CODES_PER_WORD = 16  # ternary codes, of two bits each, in one uint32
+
+
+def stored_quantisation(
+    config: Mapping[str, Any], tuning: TuningSection, name: str
+) -> Mapping[str, Any] | None:
+    """How a folder's configuration says its weights are packed, where adapters can be trained on them; else None.
+
+    UserError for a format that is not MLX's.
+    """
+    found = config.get("quantization")
+    if tuning.type == "full" or not isinstance(found, Mapping):
+        return None  # a full fine-tuning of packed weights is refused where the model is built
+    mode = found.get("mode", AFFINE)
+    if mode not in MODES:
+        raise UserError(
+            f"{name}: its weights are packed as {mode}; {', '.join(MODES)} are built; use another folder"
+        )
+    return found
+
+
+def refuse_other_packing(config: Mapping[str, Any], tuning: TuningSection, name: str) -> None:
+    """UserError for what cannot be done on a base that is stored packed: other `tuning.bits`, DoRA."""
+    found = stored_quantisation(config, tuning, name)
+    if found is None:
+        return
+    if tuning.type == "dora":
+        raise UserError(
+            f"tuning.type: dora: {name} is stored quantised; use type lora, or a folder that is not"
+        )
+    mode = found.get("mode", AFFINE)
+    bits = stored_packing(found).bits if mode == AFFINE else mode
+    if tuning.bits is not None and tuning.bits != bits:
+        how = f"in {bits} bits" if mode == AFFINE else f"as {mode}"
+        raise UserError(f"tuning.bits: {tuning.bits}: {name} is stored {how}; leave tuning.bits out")
+
+
+def unpacked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the same model with plain weights."""
+    return {key: value for key, value in config.items() if key not in QUANTISATION_KEYS}
+
+
+def quantise_as_stored(model: nn.Module, quantisation: Mapping[str, Any], names: Collection[str]) -> None:
+    """Put mlx-lm's quantised modules where the folder (tensor `names`) has scales, with each module's own settings."""
+
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in names:
+            return False
+        own = quantisation.get(path)
+        return dict(own) if isinstance(own, Mapping) else True
+
+    packing = stored_packing(quantisation)
+    nn.quantize(model, packing.group, packing.bits, mode=packing.mode, class_predicate=settings)
+
+
+def quantise(model: nn.Module, choose: Choice, name: str) -> None:
+    """Put quantised modules in the place of those whose matrices are to be packed while they are loaded."""
+    _, _, prefix = find_layers(model, name)
+
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        matrix = TensorSpec(f"{path}.weight", tuple(module.weight.shape), "float32")
+        packing = choose(matrix, not path.startswith(f"{prefix}."))
+        return packing is not None and {
+            "group_size": packing.group,
+            "bits": packing.bits,
+            "mode": packing.mode,
+        }
+
+    nn.quantize(model, class_predicate=settings)
+
+
+def pack(array: mx.array, packing: Packing) -> tuple[mx.array, ...]:
+    """(codes, scales, and for affine packing biases) of a matrix (.., outputs, inputs), evaluated."""
+    if packing.ternary:
+        packed: tuple[mx.array, ...] = ternary(array, packing.group)
+    else:
+        packed = tuple(mx.quantize(array, packing.group, packing.bits, mode=packing.mode))
+    mx.eval(packed)
+    return packed
+
+
+def ternary(array: mx.array, group: int) -> tuple[mx.array, mx.array, mx.array]:
+    """(codes, scales, biases) of weights in {-s, 0, +s} as MLX's affine format of 2 bits: s x code - s, code 0, 1, 2.
+
+    s is the mean of a group's absolute values, rounded to the array's dtype; a weight becomes round(w / s) cut to
+    -1, 0 or 1 (absmean quantisation, BitNet b1.58, arXiv:2402.17764). A group of zeros has s = 0.
+    """
+    *rows, inputs = array.shape
+    weights = array.astype(mx.float32).reshape(*rows, inputs // group, group)
+    scales = mx.mean(mx.abs(weights), axis=-1).astype(array.dtype)
+    step = scales.astype(mx.float32)[..., None]
+    signs = mx.clip(mx.round(weights / mx.where(step > 0, step, 1.0)), -1, 1)
+    codes = (signs + 1).astype(mx.uint32).reshape(*rows, inputs // CODES_PER_WORD, CODES_PER_WORD)
+    shifts = mx.arange(0, 2 * CODES_PER_WORD, 2, dtype=mx.uint32)
+    return mx.sum(codes << shifts, axis=-1).astype(mx.uint32), scales, -scales

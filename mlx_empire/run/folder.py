@@ -1,0 +1,104 @@
+"""A run's folder: whether it may be used, and what is written into it before the first step.
+
+`recipe.yaml` is the recipe as resolved, `plan.json` who keeps what and how much memory that needs. Files are private.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mlx_empire.checkpoint.paths import broken_link
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.data.splits import Splits
+from mlx_empire.errors import UserError
+from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.private_files import replace_private
+from mlx_empire.recipe.load import dump_recipe
+from mlx_empire.recipe.schema import Recipe
+
+CLIPPING = {  # what plan.json says, by whether gradients are released
+    False: "by the step's own global norm",
+    True: "by the last step's global norm, or that of this step's units so far where it is larger",
+}
+
+
+def refuse_finished(folder: Path) -> None:
+    """UserError where a finished run lies: its weights are not ours to replace."""
+    if (folder / "COMPLETE").exists():
+        raise UserError(
+            f"run.dir: {folder} holds a finished run; choose another run.dir or remove that folder"
+        )
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """UserError where the run's folder could not be made, said before hours of work; nothing is written."""
+    link = broken_link(folder)
+    if link is not None:
+        raise UserError(
+            f"run.dir: {folder}: {link} is a link to {link.readlink()}, which is not there; bring it back (is its disk "
+            "mounted?), or remove the link"
+        )
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise UserError(f"run.dir: {folder}: {nearest} is a file; choose a folder that can be written")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir: {folder}: {nearest} may not be written; choose a folder that can be")
+
+
+def write_plan(
+    recipe: Recipe,
+    plan: RunPlan,
+    nodes: Sequence[Node],
+    spec: ModelSpec,
+    splits: Splits,
+    *,
+    resumed: bool = False,
+) -> None:
+    """`recipe.yaml` (resolved) and `plan.json` in the run's folder; only a `resumed` run keeps its metrics."""
+    folder = recipe.run.dir
+    stale = ["plan.json", "recipe.yaml"] if resumed else ["metrics.jsonl", "plan.json", "recipe.yaml"]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in stale:  # of an earlier run that did not finish
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir: {folder}: {error.strerror}; choose a folder that can be written") from None
+    try:
+        replace_private(folder / "recipe.yaml", dump_recipe(recipe) + "\n")
+        document = plan_document(plan, nodes, spec, splits.digest)
+        replace_private(folder / "plan.json", json.dumps(document, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None
+
+
+def plan_document(
+    plan: RunPlan, nodes: Sequence[Node], spec: ModelSpec, data_digest: str
+) -> dict[str, object]:
+    """The plan as JSON; sizes in bytes, a rank's ledger at its worst moment."""
+    by_rank = zip(nodes, plan.shards.shares, plan.ledgers, plan.limits, strict=True)
+    return {
+        "parameters": spec.parameters,
+        "trainable_parameters": spec.trainable_parameters,
+        "dtype": spec.dtype,
+        "zero_stage": plan.shards.zero_stage,
+        "tail": plan.work.tail,
+        "clipping": CLIPPING[plan.work.release],
+        "gradient_dtype": plan.work.gradient_dtype,
+        "cells": plan.work.layout.cells,
+        "data_digest": data_digest,
+        "ranks": [
+            {
+                "node": asdict(node),
+                "share": share,
+                "ledger": ledger.items(),
+                "peak_bytes": ledger.peak,
+                "limit_bytes": limit,
+            }
+            for node, share, ledger, limit in by_rank
+        ],
+    }

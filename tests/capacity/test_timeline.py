@@ -1,0 +1,68 @@
+"""A step in time: spans that stand for the clock's events, and their drawing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+
+import pytest
+from support.planning import assess, llama_like, nodes_of, recipe_of
+
+from mlx_empire.capacity.timeline import CLOSE, KINDS, lanes_of, timeline_chart, timeline_document
+from mlx_empire.plan.hardware import wire_named
+from mlx_empire.plan.pace import pace_of
+from mlx_empire.plan.step_time import ADD, COMPUTE, EXCHANGE, WAIT, Event, Timeline
+
+
+def test_events_that_follow_closely_are_one_span_and_waiting_is_none():
+    events = (
+        Event(0, WAIT, "bind", 1, 0.0, 1.0),
+        Event(0, COMPUTE, "forward", 1, 1.0, 2.0),
+        Event(0, COMPUTE, "forward", 2, 2.0, 3.0),
+        Event(0, COMPUTE, "backward", 2, 3.0, 5.0),
+        Event(0, COMPUTE, "embed", 0, 5.0, 6.0),
+        Event(0, COMPUTE, "backward", 1, 8.0, 9.0),
+        Event(0, EXCHANGE, "gather", 1, 0.0, 1.0),
+        Event(0, EXCHANGE, "reduce", 2, 6.0, 7.0),
+        Event(0, ADD, "reduce", 2, 7.0, 7.5),
+        Event(0, EXCHANGE, "renew", 1, 9.0, 10.0),
+    )
+    compute, network = json.loads(json.dumps(timeline_document(Timeline(events, 10.0, 0.0), ["king"])))[
+        "lanes"
+    ]
+    assert compute["spans"] == [["forward", 1.0, 3.0], ["backward", 3.0, 6.0], ["backward", 8.0, 9.0]]
+    assert network["spans"] == [
+        ["gather", 0.0, 1.0],
+        ["reduce", 6.0, 7.0],
+        ["add", 7.0, 7.5],
+        ["gather", 9.0, 10.0],
+    ]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_spans_are_as_long_as_the_lanes_and_in_order(stage):
+    found = assess(recipe_of(f"memory.zero_stage={stage}"), llama_like(), nodes_of([2**30] * 3))
+    timeline = pace_of(found, wire_named("10gbe")).timeline
+    lanes = lanes_of(timeline, ["a", "b", "c"])
+    assert [(lane.node, lane.lane) for lane in lanes] == [
+        (node, lane) for node in "abc" for lane in ("compute", "network")
+    ]
+    for number, lane in enumerate(lanes):
+        spans = lane.spans
+        assert all(before.end <= after.start + 1e-12 for before, after in itertools.pairwise(spans))
+        rank, network = divmod(number, 2)
+        busy = sum(timeline.busy(rank, one) for one in ((EXCHANGE, ADD) if network else (COMPUTE,)))
+        drawn = sum(end - start for _, start, end in spans)
+        events = sum(e.rank == rank for e in timeline.events)
+        assert busy - 1e-9 <= drawn <= busy + events * CLOSE * timeline.seconds
+        assert {kind for kind, _, _ in spans} <= set(KINDS)
+
+
+def test_the_chart_names_every_lane_and_escapes_what_it_shows():
+    timeline = Timeline((Event(0, COMPUTE, "forward", 1, 0.0, 5.0),), 10.0, 0.0)
+    chart = timeline_chart(timeline, ["<king>"], "a & b")
+    assert 'aria-label="&lt;king&gt;, compute, a &amp; b: 50% of the step"' in chart
+    assert 'aria-label="&lt;king&gt;, network, a &amp; b: 0% of the step"' in chart
+    (style,) = re.findall(r'<i style="(left[^"]*)"', chart)
+    assert style == "left:0.00%;width:50.00%;background:var(--weights)"

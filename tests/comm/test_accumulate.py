@@ -1,0 +1,80 @@
+"""Views, packing and the exactness of conversions."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_empire.comm.accumulate import BLOCK, Adder, check_reduction, pack, window
+
+
+def test_bfloat16_converts_exactly_as_mlx_does() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    total = np.zeros(bits.size, np.float32)
+    Adder().add(total, [[(0, bits)]], "bfloat16")
+    reference = np.array(mx.array(bits).view(mx.bfloat16).astype(mx.float32) + 0.0)
+    finite = np.isfinite(reference)
+    assert total[finite].tobytes() == reference[finite].tobytes()
+    assert (np.isnan(total) == np.isnan(reference)).all()
+    assert finite.sum() == 255 * 2 * 128
+
+
+def test_blocks_leave_no_seams() -> None:
+    random = np.random.default_rng(1)
+    length = 2 * BLOCK + 77
+    parts = [random.standard_normal(length).astype(np.float32) for _ in range(3)]
+    expected = parts[0].copy()
+    expected[5:] += parts[1][5:]
+    expected += parts[2]
+    total = parts[0].copy()
+    cut = BLOCK + 3
+    Adder().add(total, [[(5, parts[1][5:cut]), (cut, parts[1][cut:])], [(0, parts[2])]], "float32")
+    assert total.tobytes() == expected.tobytes()
+
+
+def test_one_piece_is_sent_without_a_copy() -> None:
+    values = np.arange(100, dtype=np.float32)
+    view = window([(10, values)], 20, 50)
+    assert view is not None
+    assert np.shares_memory(view, values)
+    assert view.tolist() == list(range(10, 40))
+    assert window([(10, values)], 5, 50) is None
+    assert window([(10, values), (110, values)], 100, 120) is None
+    assert window([], 0, 1) is None
+
+
+def test_packing_fills_gaps_with_zeros() -> None:
+    pieces = [
+        (2, np.array([1, 2, 3], np.uint16)),
+        (8, np.array([4, 5], np.uint16)),
+        (20, np.ones(5, np.uint16)),
+    ]
+    out = np.full(10, 9, np.uint16)
+    assert pack(pieces, 3, 13, out).tolist() == [2, 3, 0, 0, 0, 4, 5, 0, 0, 0]
+    assert pack([], 3, 13, out).tolist() == [0] * 10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pieces": [(0, np.ones(3, np.float64))]},
+        {"pieces": [(5, np.ones(3, np.float32)), (6, np.ones(3, np.float32))]},
+        {"pieces": [(8, np.ones(3, np.float32))]},
+        {"pieces": [(0, np.ones((2, 2), np.float32))]},
+        {"total": np.zeros(9, np.float32)},
+        {"total": np.zeros(10, np.float64)},
+        {"total": None},
+        {"contributes": [True, True]},
+    ],
+)
+def test_arguments_that_do_not_fit_are_a_programmers_error(change) -> None:
+    fitting = {
+        "rank": 0,
+        "pieces": [(0, np.ones(3, np.float32))],
+        "edges": [0, 10],
+        "total": np.zeros(10, np.float32),
+        "contributes": [True],
+        "wire": "float32",
+    }
+    check_reduction(**fitting)
+    with pytest.raises(AssertionError):
+        check_reduction(**(fitting | change))

@@ -1,0 +1,160 @@
+"""Daughters that are trained together against the same daughters trained alone by mlx-lm's own layers."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.stepping import batches_of, counted_tokens, weights_of
+from support.tuning import SEED, HeldWeights, TunedCase, built_of, reference_model, textbook_steps, trainable
+
+from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.multi_adapter import Cohort, Turn
+from mlx_empire.engine.trainer import Trainer, TrainerSettings
+from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.model.build import describe
+from mlx_empire.model.initial import initial_adapter
+from mlx_empire.model.lora_many import own_name, put_together
+from mlx_empire.model.spec import TensorSpec
+from mlx_empire.optim.adamw import AdamW
+from mlx_empire.plan.cells import cell_layout
+from mlx_empire.plan.shards import make_plan
+from mlx_empire.plan.workload import Workload
+
+STEPS = 5
+COMMON = {
+    "micro_batches": 3,
+    "cells": 1,
+    "rows": 2,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
+    "clip_norm": 0.05,
+}
+CASES = {
+    "lora": TunedCase("llama", tuning={"type": "lora", "rank": 4}, **COMMON),
+    "qlora": TunedCase("llama", tuning={"type": "qlora", "rank": 4}, **COMMON),
+    "mixture": TunedCase("qwen3_moe", tuning={"type": "lora", "rank": 4}, **COMMON),
+    "packed rows": TunedCase("llama", packed=True, tuning={"type": "lora", "rank": 4}, **COMMON),
+}
+
+
+def cohort_of(case, places, thread):
+    built = built_of(case)
+    present = put_together(built.model, places)
+    spec = describe(built.model, built.spec.config, case.family, case.dtype)
+    work = Workload(
+        case.rows * places, case.width, cell_layout(case.micro_batches, 1, 1, 1), 1, "float32", "auto", 8192
+    )
+    optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
+    comm, settings = SoloCommunicator("here"), TrainerSettings()
+    trainer = Trainer(
+        built.model, spec, make_plan(spec.units, [1.0], 2), work, comm, thread, optimizer, settings
+    )
+    source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), spec, SEED, built.packing)
+    for index in range(len(spec.units)):
+        trainer.store.load(index, source.unit(index))
+    trainer.prepare(packing=case.packed)
+    return Cohort(trainer, present, case.clip_norm, SEED)
+
+
+def turn(case, daughter, step):
+    """Every daughter has other data: those of other steps of the case."""
+    batches = batches_of(case, 20 * daughter + step)
+    return Turn(batches, counted_tokens(batches), step + 1, case.learning_rate)
+
+
+def alone(case, daughter):
+    """The textbook's adapter of one daughter after her steps, the one before, and her losses."""
+    import support.tuning as tuning
+
+    model = reference_model(case)
+    start = {
+        name: initial_adapter(TensorSpec(name, tuple(w.shape), "float32"), SEED)
+        for name, w in trainable(model).items()
+    }
+    model.load_weights([(name, mx.array(w)) for name, w in start.items()], strict=False)
+    plain = tuning.batches_of
+    try:
+        tuning.batches_of = lambda case, step: plain(case, 20 * daughter + step)
+        losses = textbook_steps(case, model, STEPS)
+    finally:
+        tuning.batches_of = plain
+    return trainable(model), start, losses
+
+
+def check(found, expected, start):
+    assert found.keys() == expected.keys()
+    for name, should in expected.items():
+        moved = should - np.array(start[name])
+        assert np.linalg.norm(moved) > 0
+        assert np.linalg.norm(np.array(found[name]) - should) <= 0.01 * np.linalg.norm(moved), name
+        # AdamW divides by a root: an element whose gradient is nearly zero shows the order of additions.
+        assert np.abs(np.array(found[name]) - should).max() <= 2e-5, name
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_each_learns_what_she_learns_alone(case):
+    """Three in three places; the second begins two steps later, and the third one's place was another's before."""
+    with CommThread() as thread:
+        cohort = cohort_of(case, 3, thread)
+        for place in range(3):
+            cohort.begin(place)
+        losses = {0: [], 1: [], 2: []}
+        for step in range(2):
+            lessons = cohort.step({0: turn(case, 0, step), 2: turn(case, 9, step)})
+            losses[0].append(lessons[0].loss)
+        cohort.begin(2)
+        for step in range(STEPS):
+            turns = {1: turn(case, 1, step), 2: turn(case, 2, step)}
+            if step + 2 < STEPS:
+                turns[0] = turn(case, 0, step + 2)
+            lessons = cohort.step(turns)
+            assert lessons.keys() == turns.keys()
+            for place, lesson in lessons.items():
+                losses[place].append(lesson.loss)
+        for daughter in range(3):
+            expected, start, curve = alone(case, daughter)
+            check(cohort.adapter(daughter), expected, start)
+            assert losses[daughter] == pytest.approx(curve, rel=1e-5)
+
+
+def test_a_daughter_who_breaks_does_not_hurt_the_others():
+    case = CASES["lora"]
+    with CommThread() as thread:
+        whole, broken = (cohort_of(case, 2, thread) for _ in range(2))
+        for cohort in (whole, broken):
+            cohort.begin(0)
+            cohort.begin(1)
+        name = next(n for n in broken._tensors[1] if n.endswith("lora_a"))
+        shape = broken._trainer.store.plan.tensors[name][2].tensor.shape
+        broken._trainer.store.put({name: mx.full(shape, mx.nan)})
+        for step in range(2):
+            turns = {0: turn(case, 0, step), 1: turn(case, 1, step)}
+            expected, lessons = whole.step(turns), broken.step(turns)
+            assert lessons[0] == expected[0]
+            assert np.isfinite(lessons[0].loss)
+            assert not np.isfinite(lessons[1].norm)
+        expected, found = whole.adapter(0), broken.adapter(0)
+        assert all(mx.array_equal(found[n], expected[n]) for n in expected)
+
+
+def test_held_out_losses_are_hers_alone():
+    case = CASES["lora"]
+    with CommThread() as thread:
+        cohort = cohort_of(case, 2, thread)
+        cohort.begin(0)
+        cohort.begin(1)
+        batches = batches_of(case, 7)
+        before = cohort.held_out(1, batches, 2)
+        assert cohort.held_out(0, batches, 2) == before
+        for step in range(3):
+            cohort.step({1: turn(case, 1, step)})
+        assert cohort.held_out(0, batches, 2) == before
+        assert cohort.held_out(1, batches, 2) != before
+
+
+def test_names():
+    assert own_name("model.layers.0.self_attn.q_proj.daughters.12.lora_a") == (
+        12,
+        "model.layers.0.self_attn.q_proj.lora_a",
+    )
+    assert own_name("model.norm.weight") == (0, "model.norm.weight")

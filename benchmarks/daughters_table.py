@@ -23,8 +23,8 @@ from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.merge import unpack
 from mlx_empire.formats.source import FolderSource
 from mlx_empire.model.config import read_config
-from mlx_empire.model.quant_format import PACKINGS
-from mlx_empire.model.quantize import pack
+from mlx_empire.model.quant_format import QUANT_FORMATS
+from mlx_empire.model.quantize import quantize
 from mlx_empire.model.target import make_target
 from mlx_empire.recipe.schema import TuningSection
 
@@ -113,7 +113,7 @@ def train(
 
 def unpack_into(out: Path, model: Path, bits: int | str) -> None:
     """The model with the values that its packed matrices stand for, in float32."""
-    packing, config = PACKINGS[bits], read_config(model)
+    packing, config = QUANT_FORMATS[bits], read_config(model)
     plain = make_target(config, TuningSection(), str(model), "float32", open_folder(model).stored())
     source = FolderSource(model, plain.rebuild, plain.spec)
     with FolderWriter(out, plain.spec, plain.rebuild, model) as writer:
@@ -123,7 +123,7 @@ def unpack_into(out: Path, model: Path, bits: int | str) -> None:
                 if tensor.name.endswith(".weight") and packing.packs(
                     tensor.name, tensor.shape, root=index == 0
                 ):
-                    array = unpack(pack(array, packing), packing)
+                    array = unpack(quantize(array, packing), packing)
                 tensors[tensor.name] = array
             writer.write_unit(index, tensors)
 

@@ -42,7 +42,7 @@ from mlx_empire.formats.source import FolderSource
 from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refuse_foreign
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
-from mlx_empire.model.quant_format import PACKINGS, Packing, packing_of
+from mlx_empire.model.quant_format import QUANT_FORMATS, QuantFormat, quant_format_of
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.target import Target, make_target, with_adapter
 from mlx_empire.recipe.load import load_recipe
@@ -52,12 +52,12 @@ WAYS = ("merge", "peft", "mlx-lm", "base")
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """What is exported: the adapter's folder, its base's, how that was packed, and the model card of its run."""
 
     adapter: Path
     model: Path | None
-    packing: Packing | None
+    packing: QuantFormat | None
     card: str
 
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, metavar="FROM", help="a run's folder, an adapter's or a model's")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to be written")
     parser.add_argument("--model", type=Path, help="the base, where FROM does not name it")
-    parser.add_argument("--bits", help=f"how the base is packed: {', '.join(map(str, PACKINGS))}")
+    parser.add_argument("--bits", help=f"how the base is packed: {', '.join(map(str, QUANT_FORMATS))}")
     with guard(None):
         options = parser.parse_intermixed_args(arguments)
         notes = export(options)
@@ -84,7 +84,7 @@ def export(options: argparse.Namespace) -> list[str]:
     packing = _packing(options.bits)
     if options.way == "base":
         if packing is None:
-            raise UserError(f"--bits: say how the base is packed: {', '.join(map(str, PACKINGS))}")
+            raise UserError(f"--bits: say how the base is packed: {', '.join(map(str, QUANT_FORMATS))}")
         plain = _plain(options.source)
         source = FolderSource(options.source, plain.rebuild, plain.spec)
         return write_packed(options.out, source, plain.spec, packing, options.source)
@@ -94,21 +94,21 @@ def export(options: argparse.Namespace) -> list[str]:
     return _convert(found, options.out, options.way)
 
 
-def _packing(bits: str | None) -> Packing | None:
+def _packing(bits: str | None) -> QuantFormat | None:
     if bits is None:
         return None
-    found = {str(name): packing for name, packing in PACKINGS.items()}.get(bits)
+    found = {str(name): packing for name, packing in QUANT_FORMATS.items()}.get(bits)
     if found is None:
-        raise UserError(f"--bits: {bits}: expected one of {', '.join(map(str, PACKINGS))}")
+        raise UserError(f"--bits: {bits}: expected one of {', '.join(map(str, QUANT_FORMATS))}")
     return found
 
 
-def _source(folder: Path, model: Path | None, packing: Packing | None) -> Source:
+def _source(folder: Path, model: Path | None, packing: QuantFormat | None) -> ExportSource:
     recipe_file = next(
         (f / "recipe.yaml" for f in (folder, folder.parent) if (f / "recipe.yaml").exists()), None
     )
     if recipe_file is None:
-        return Source(folder, model, packing, "")
+        return ExportSource(folder, model, packing, "")
     recipe = load_recipe(recipe_file)
     if recipe.tuning.type == "full":
         raise UserError(f"{folder}: a run of full fine-tuning: its final/ is a whole model already")
@@ -117,7 +117,7 @@ def _source(folder: Path, model: Path | None, packing: Packing | None) -> Source
         raise UserError(f"{recipe_file.parent}: this run has no final/ yet")
     card = final / CARD_NAME
     text = card.read_text() if card.exists() else ""
-    return Source(final, model or recipe.model.path, packing or packing_of(recipe.tuning), text)
+    return ExportSource(final, model or recipe.model.path, packing or quant_format_of(recipe.tuning), text)
 
 
 def _plain(folder: Path) -> Target:
@@ -129,7 +129,7 @@ def _plain(folder: Path) -> Target:
     return make_target(plain, TuningSection(), str(folder), compute_dtype(config, None), stored)
 
 
-def _base_of(source: Source) -> Path:
+def _base_of(source: ExportSource) -> Path:
     if source.model is None:
         named = read_settings(source.adapter).get("base_model_name_or_path")
         if isinstance(named, str) and Path(named).is_dir():
@@ -138,7 +138,7 @@ def _base_of(source: Source) -> Path:
     return source.model
 
 
-def _adapter(source: Source, base: Target | None) -> Adapter:
+def _adapter(source: ExportSource, base: Target | None) -> Adapter:
     if (source.adapter / WEIGHTS_NAME).exists():
         return read_mlx_lm(source.adapter)
     if not (source.adapter / PEFT_WEIGHTS).exists():
@@ -148,7 +148,7 @@ def _adapter(source: Source, base: Target | None) -> Adapter:
     return Adapter(*from_peft(read_settings(source.adapter), tensors, base.spec, str(source.adapter)))
 
 
-def _convert(source: Source, out: Path, way: str) -> list[str]:
+def _convert(source: ExportSource, out: Path, way: str) -> list[str]:
     base = _base_of(source)
     plain = _plain(base)
     adapter = _adapter(source, plain)
@@ -174,7 +174,7 @@ def _publish(out: Path, fill: Callable[[Path], None], layout: str, card: str) ->
     return []
 
 
-def _merge(source: Source, out: Path) -> list[str]:
+def _merge(source: ExportSource, out: Path) -> list[str]:
     base = _base_of(source)
     if "quantization" in read_config(base):
         raise UserError(

@@ -28,7 +28,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.replicas import replicas_agree
-from mlx_empire.engine.streamable import verify_twin
+from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.evaluation.evaluator import Evaluator
 from mlx_empire.evaluation.gate import GateKeeper
@@ -85,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             wanted = capacity.Wanted(hosts=options.hosts)
             return capacity.answer(comm, options.recipe, options.overrides, wanted)
-        begin(comm, options.recipe, options.overrides, options.hosts)
+        run_recipe(comm, options.recipe, options.overrides, options.hosts)
     return 0
 
 
-def begin(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
+def run_recipe(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
     """The whole run on this rank."""
     # ---------------------------------------------------------------- what is asked for, and where it runs
     greet(comm, recipe_path, overrides)
@@ -115,7 +115,7 @@ def carry_out(
     target = share_target(comm, recipe, config)
     with together(comm):
         if comm.rank == 0:
-            result.refuse_impossible(recipe, target)
+            result.refuse_result(recipe, target)
     splits = share_data(comm, recipe, target.spec)
     job = Job.of(recipe, splits.train)
 
@@ -127,7 +127,7 @@ def carry_out(
     shown = None
     with together(comm):
         if comm.rank == 0:
-            shown = asdict(verify_twin(config, str(recipe.model.path)))
+            shown = asdict(verify_scaled_down(config, str(recipe.model.path)))
     root_names = RootNames(**comm.broadcast_json(shown))
     target = replace(target, spec=replace(target.spec, root_names=root_names))
 
@@ -163,7 +163,7 @@ def carry_out(
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             run = Run(comm, recipe, plan, nodes, target, trainer, job, splits, evaluator, report, saver, stop)
-            export(run, *train(run))
+            write_result(run, *train(run))
             report.messages(saver.unsaved())
 
 
@@ -298,7 +298,7 @@ def evaluate(run: Run, step: int, gate: GateKeeper) -> None:
     gate.observe(found)
 
 
-def export(run: Run, step: int, gate: GateKeeper) -> None:
+def write_result(run: Run, step: int, gate: GateKeeper) -> None:
     """Write `final/`, freeze it if the gate was reached, then `COMPLETE`; wait as long as a disk refuses.
 
     A run that waits and is asked to stop saves what is not saved yet.

@@ -1,6 +1,7 @@
 """Data flows one way: a file imports only from the floors below its own; only `comm/` knows MPI and mx.distributed."""
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +72,12 @@ def test_only_comm_knows_mpi(file: Path) -> None:
     names = [name for name in imported(file) if name.startswith(("mpi4py", "mlx.core.distributed"))]
     assert not names or room(file) == "comm"
     assert "mx.distributed" not in file.read_text() or room(file) == "comm"
+
+
+def test_a_public_function_or_class_has_one_meaning() -> None:
+    homes: dict[str, list[str]] = defaultdict(list)
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(str(file.relative_to(PACKAGE)))
+    assert {name: files for name, files in homes.items() if len(files) > 1 and name not in SHARED_NAMES} == {}

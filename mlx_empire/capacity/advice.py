@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_empire.capacity.improve import PaceOf, faster, larger
 from mlx_empire.capacity.whatif import Advice as Advice
-from mlx_empire.capacity.whatif import Settings, fits, room, with_least_memory, with_settings
+from mlx_empire.capacity.whatif import Settings, fits, fullest_node, with_least_memory, with_settings
 from mlx_empire.cluster.hostfile import GIB, Node
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.hardware import KING, SOLDIER, Calibration, Chip, Machine, Wire, chip_of, wire_of
@@ -138,7 +138,7 @@ def _together(parts: Sequence[Settings]) -> Settings:
 
 def _by_settings(assessment: Assessment, settings: Settings) -> Advice:
     better = with_settings(assessment, settings)
-    return Advice(_resolved(settings, better), room(better), better.verdict)
+    return Advice(_resolved(settings, better), fullest_node(better), better.verdict)
 
 
 def _resolved(settings: Settings, better: Assessment) -> str:
@@ -167,7 +167,11 @@ def _raised(assessment: Assessment, free: Settings) -> list[Advice]:
         names = ", ".join(n.name for n in changed if n.limit_bytes == size)
         commands.append(f"{SYSTEM}={size // 2**20} on {names} (in the hostfile limit={size // GIB}GiB)")
     change = "; ".join([*commands, *([_resolved(free, better)] if free else [])])
-    return [Advice(change, f"{room(better)}; macOS forgets the limit when it starts again", better.verdict)]
+    return [
+        Advice(
+            change, f"{fullest_node(better)}; macOS forgets the limit when it starts again", better.verdict
+        )
+    ]
 
 
 def _more_machines(assessment: Assessment, free: Settings) -> list[Advice]:
@@ -200,7 +204,7 @@ def _added(
             change = f"{count} more {name}" if count > 1 else f"another {name}"
             cost = f"; {count * dollars:,} dollars" if dollars else ""
             settings = f"; {_resolved(free, better)}" if free else ""
-            return [Advice(change + settings, room(better) + cost, better.verdict)]
+            return [Advice(change + settings, fullest_node(better) + cost, better.verdict)]
     return []
 
 

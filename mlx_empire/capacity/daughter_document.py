@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mlx_empire.capacity.daughters import DaughterRun, Model, Placement, Serving, place
+from mlx_empire.capacity.daughters import DaughterPlacement, DaughterRun, Model, Serving, place_daughters
 from mlx_empire.capacity.document import Document
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.report.text import amount, run_length, span
@@ -20,7 +20,7 @@ class Placed:
 
     way: str
     shared_base: bool
-    placement: Placement
+    placement: DaughterPlacement
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class DaughterSurvey:
             for shared, own in ((False, one.weight_bytes), (True, one.adapter_bytes)):
                 base = "base" if shared else None
                 models = [Model(f"{i + 1}", one.cache_bytes + own, base) for i in range(self.count)]
-                placement = place(models, self.nodes, {"base": one.weight_bytes})
+                placement = place_daughters(models, self.nodes, {"base": one.weight_bytes})
                 found.append(Placed(one.way, shared, placement))
         return found
 

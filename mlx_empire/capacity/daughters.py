@@ -83,7 +83,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Placement:
+class DaughterPlacement:
     """Which node holds which models (names, in the nodes' order), bytes used per node, and what found no place."""
 
     homes: tuple[tuple[str, ...], ...]
@@ -180,9 +180,9 @@ def cache_bytes_per_token(spec: ModelSpec) -> int:
     return CACHE_BYTES * layers * groups * 2 * width
 
 
-def place(
+def place_daughters(
     models: Sequence[Model], nodes: Sequence[Node], bases: Mapping[str, int] | None = None
-) -> Placement:
+) -> DaughterPlacement:
     """Spread `models` over `nodes`, never past 95 % of a limit; a base (`bases`: bytes by name) loads once per node.
 
     Largest first, each to the node that is then least full; where that leaves some without a place, each to the
@@ -207,7 +207,7 @@ def kinds(nodes: Sequence[Node]) -> list[Node]:
 
 def _place(
     models: Sequence[Model], nodes: Sequence[Node], bases: Mapping[str, int], *, fullest: bool
-) -> Placement:
+) -> DaughterPlacement:
     limits = [int(USABLE * n.limit_bytes) for n in nodes]
     used, homes, homeless = [0] * len(nodes), [list[str]() for _ in nodes], []
     loaded: list[set[str]] = [set() for _ in nodes]
@@ -228,7 +228,7 @@ def _place(
         homes[chosen].append(model.name)
         if model.base is not None:
             loaded[chosen].add(model.base)
-    return Placement(tuple(map(tuple, homes)), tuple(used), tuple(homeless))
+    return DaughterPlacement(tuple(map(tuple, homes)), tuple(used), tuple(homeless))
 
 
 def tuned_in(recipe: Recipe, way: str) -> Recipe:

@@ -73,14 +73,14 @@ class CapacityReport:
     def setting(self) -> str:
         """The recipe's choices that memory and time hang on, resolved, in one line."""
         recipe, plan = self.assessment.recipe, self.assessment.plan
-        layers, tail = len(plan.shards.units) - 1, plan.work.tail
+        layers, unrecomputed = len(plan.shards.units) - 1, plan.work.unrecomputed
         shares = recipe.memory.shares if isinstance(recipe.memory.shares, str) else "given"
         size, micro = recipe.batch.global_size, recipe.batch.micro_size
         words = [
             f"{recipe.tuning.type} tuning",
             f"{size} x {recipe.data.sequence_length:,} tokens a step, {micro} at a time",
             f"ZeRO {plan.shards.zero_stage}, shares by {shares}" if len(self.nodes) > 1 else "one node",
-            f"{layers - tail} of {layers} layers recomputed",
+            f"{layers - unrecomputed} of {layers} layers recomputed",
             f"{recipe.optimizer.state_bits}-bit states, master {recipe.optimizer.master_weights}",
             f"gradients {plan.work.gradient_dtype}",
         ]

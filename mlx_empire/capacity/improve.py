@@ -9,7 +9,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mlx_empire.capacity.whatif import Advice, Settings, as_good, room, with_least_memory, with_settings
+from mlx_empire.capacity.whatif import (
+    Advice,
+    Settings,
+    as_good,
+    fullest_node,
+    with_least_memory,
+    with_settings,
+)
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.hardware import wire_named
 from mlx_empire.plan.pace import Pace, spell
@@ -50,7 +57,7 @@ def _fastest(assessment: Assessment, now: Pace, pace: PaceOf) -> Advice:
 
     stages = (2, 1, 0, 3) if len(assessment.nodes) > 1 else (assessment.zero_stage,)
     recompute = (
-        "auto" if assessment.plan.work.tail else True
+        "auto" if assessment.plan.work.unrecomputed else True
     )  # with nothing to spare, a tail is worth one attempt
     for stage in stages:
         attempt({"memory.zero_stage": stage, "memory.gradient_checkpointing": recompute})
@@ -62,7 +69,7 @@ def _fastest(assessment: Assessment, now: Pace, pace: PaceOf) -> Advice:
         effect = f"no other stage or checkpointing is faster than {before} s a step{over}"
         return Advice("as it is", effect, assessment.verdict)
     different = {k: v for k, v in chosen.items() if v != _present(assessment, k)}
-    effect = f"{spell(best_pace.step_seconds)} s a step{over} where it is {before} now; {room(best)}"
+    effect = f"{spell(best_pace.step_seconds)} s a step{over} where it is {before} now; {fullest_node(best)}"
     return Advice(typed(different or chosen), effect, best.verdict)
 
 
@@ -76,7 +83,7 @@ def _more_per_step(assessment: Assessment, now: Pace, pace: PaceOf) -> list[Advi
             then = pace(other)
             effect = (
                 f"a gather serves {times} x as many positions: {spell(then.positions_per_second)} a second over "
-                f"{now.wire.name} where it is {spell(now.positions_per_second)}; {room(other)}"
+                f"{now.wire.name} where it is {spell(now.positions_per_second)}; {fullest_node(other)}"
             )
             return [Advice(f"batch.global_size={size * times}", effect, other.verdict)]
         times //= 2
@@ -94,11 +101,11 @@ def larger(assessment: Assessment) -> list[Advice]:
     if sequence is not None:
         length = sequence.recipe.data.sequence_length
         times = length / assessment.recipe.data.sequence_length
-        effect = f"the longest rows that fit, {times:.1f} x as many tokens a step; {room(sequence)}"
+        effect = f"the longest rows that fit, {times:.1f} x as many tokens a step; {fullest_node(sequence)}"
         found.append(Advice(f"data.sequence_length={length}", effect, sequence.verdict))
     micro = largest_micro(assessment)
     if micro is not None:
-        effect = f"the most sequences that fit through a layer together; {room(micro)}"
+        effect = f"the most sequences that fit through a layer together; {fullest_node(micro)}"
         found.append(Advice(f"batch.micro_size={micro.recipe.batch.micro_size}", effect, micro.verdict))
     return found
 

@@ -63,7 +63,7 @@ def as_good(other: Assessment, than: Assessment) -> bool:
     return VERDICTS.index(other.verdict) <= VERDICTS.index(than.verdict)
 
 
-def room(assessment: Assessment) -> str:
+def fullest_node(assessment: Assessment) -> str:
     """`soldier-1 is fullest: 196 of 223 GB, 12 % left`."""
     worst = assessment.worst
     left = 100 * worst.headroom_bytes / max(worst.limit_bytes, 1)

@@ -26,14 +26,14 @@ def agreed(comm: Communicator) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = describe(error)
+        problem = in_words(error)
     problems = comm.gather_json(problem)
     found = [f"rank {r} on {comm.hostnames[r]}: {p}" for r, p in enumerate(problems) if p is not None]
     if found:
         raise SaveFailed("; ".join(found))
 
 
-def describe(error: OSError) -> str:
+def in_words(error: OSError) -> str:
     """What the system said, and about which file."""
     text = error.strerror or str(error)
     return f"{text} ({error.filename})" if error.filename else text

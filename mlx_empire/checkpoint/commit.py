@@ -25,7 +25,7 @@ from typing import Literal
 from uuid import uuid4
 
 from mlx_empire import progress
-from mlx_empire.checkpoint.agree import Folders, SaveFailed, agreed, describe
+from mlx_empire.checkpoint.agree import Folders, SaveFailed, agreed, in_words
 from mlx_empire.checkpoint.copies import exchange_copies
 from mlx_empire.checkpoint.manifest import Manifest, Shard, digest_of
 from mlx_empire.checkpoint.paths import (
@@ -156,7 +156,7 @@ class Commit:
                     self._mark(digest)
                 replace_private(self.folders.root / LATEST, f"{step_name(self.step)}\n", durable=True)
         except OSError as error:
-            problem = describe(error)
+            problem = in_words(error)
         found = self.comm.gather_json(problem)
         self.notes += [f"rank {r} on {self.comm.hostnames[r]}: {p}" for r, p in enumerate(found) if p]
 

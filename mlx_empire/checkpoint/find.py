@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_empire.checkpoint.manifest import MAX_BYTES, Manifest, Shard, decode, digest_of
+from mlx_empire.checkpoint.manifest import MAX_BYTES, Manifest, Shard, decode_manifest, digest_of
 from mlx_empire.checkpoint.paths import COMMIT, MANIFEST, links_in, open_own, step_name, steps_in
 from mlx_empire.checkpoint.shard import problem_with
 from mlx_empire.comm.protocol import Communicator
@@ -23,7 +23,7 @@ REMEDY = "bring it back, remove that checkpoint, or start anew with run.resume: 
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A whole checkpoint. `folder` is this rank's own; `readers[i]` is the rank that reads shard i, from its folder."""
 
     folder: Path
@@ -51,7 +51,7 @@ class _Seen:
     linked: bool = False
 
 
-class Survey:
+class CheckpointSearch:
     """What all ranks see in their folders `root` at this moment. Collective."""
 
     def __init__(self, comm: Communicator, root: Path) -> None:
@@ -75,7 +75,7 @@ class Survey:
         """The steps of those that no node committed, newest first."""
         return sorted({step for one in self._seen for step in one} - set(self.committed), reverse=True)
 
-    def newest(self) -> Found | None:
+    def newest(self) -> FoundCheckpoint | None:
         """The newest whole checkpoint; None where there is none at all. DamagedError where all are damaged."""
         damage: list[str] = []
         for step in self.committed:
@@ -86,7 +86,7 @@ class Survey:
             raise on_all_ranks(DamagedError(f"no checkpoint is whole: {_said(damage)}; {REMEDY}"))
         return None
 
-    def exactly(self, step: int) -> Found:
+    def exactly(self, step: int) -> FoundCheckpoint:
         """The checkpoint of `step`. UserError where there is none, DamagedError where it is not whole."""
         if step not in self.committed:
             others = ", ".join(map(str, sorted(self.committed))) or "none"
@@ -98,7 +98,7 @@ class Survey:
             raise on_all_ranks(DamagedError(f"{_said(damage)}; {REMEDY}"))
         return found
 
-    def _judge(self, step: int, damage: list[str]) -> Found | None:
+    def _judge(self, step: int, damage: list[str]) -> FoundCheckpoint | None:
         """The checkpoint if it is whole; else what is wrong with it is added to `damage`."""
         try:
             manifest = self._manifest({r: one[step] for r, one in enumerate(self._seen) if step in one})
@@ -110,7 +110,7 @@ class Survey:
             return None
         if damage:
             notes = [*damage, *notes, f"going on from {step_name(step)} instead"]
-        return Found(self._root / step_name(step), manifest, readers, tuple(notes))
+        return FoundCheckpoint(self._root / step_name(step), manifest, readers, tuple(notes))
 
     def _manifest(self, seen: dict[int, _Seen]) -> Manifest:
         """The manifest on which all nodes agree."""
@@ -137,7 +137,7 @@ class Survey:
             text = _read(Path(seen[giver].folder) / MANIFEST).decode(errors="replace")
         raw = self._comm.gather_json(text)[giver].encode()
         try:
-            return decode(raw)
+            return decode_manifest(raw)
         except ValueError as error:
             raise _Damaged(f"{MANIFEST} in {seen[giver].folder}: {error}") from None
 

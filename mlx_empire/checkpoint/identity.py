@@ -20,7 +20,7 @@ from mlx_empire.plan.shards import ShardPlan
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14
 
 
-def base_digest(folder: Path) -> str:
+def sampled_digest(folder: Path) -> str:
     """SHA-256 over each weight file's name, size, header and 64 evenly spaced samples of 16 KiB.
 
     Not of every byte: a base may have hundreds of GB. Two bases that differ in a tensor's dtype or shape, or were

@@ -107,7 +107,7 @@ class Manifest(_Strict):
         return (self.model_dump_json() + "\n").encode()
 
 
-def decode(raw: bytes) -> Manifest:
+def decode_manifest(raw: bytes) -> Manifest:
     """The manifest in `raw`; ValueError that says what is wrong with it."""
     try:
         manifest = Manifest.model_validate_json(raw, strict=True)

@@ -15,10 +15,10 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_empire.checkpoint.find import Found
+from mlx_empire.checkpoint.find import FoundCheckpoint
 from mlx_empire.checkpoint.manifest import Piece
 from mlx_empire.checkpoint.paths import open_own
-from mlx_empire.checkpoint.shard import CODES, WEIGHTS, places
+from mlx_empire.checkpoint.shard import CODES, WEIGHTS, piece_offsets
 from mlx_empire.comm import liveness
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.views import DTYPES, host_view
@@ -45,11 +45,11 @@ class _Place:
 class Restore:
     """Fills `store` from `found`. Construct it on all ranks (UserError, the same on all), then call `run`."""
 
-    def __init__(self, found: Found, store: ShardStore, comm: Communicator) -> None:
+    def __init__(self, found: FoundCheckpoint, store: ShardStore, comm: Communicator) -> None:
         self._found, self._store, self._plan, self._comm = found, store, store.plan, comm
         self._index: dict[str, dict[str, list[_Place]]] = {}
         for shard in found.manifest.shards:
-            for piece, start in places(shard):
+            for piece, start in piece_offsets(shard):
                 arrays = self._index.setdefault(piece.tensor, {})
                 arrays.setdefault(piece.array, []).append(_Place(piece, shard.rank, start))
         for unit in self._plan.units:

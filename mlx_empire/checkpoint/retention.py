@@ -14,7 +14,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from mlx_empire import progress
-from mlx_empire.checkpoint.agree import Folders, agreed, describe
+from mlx_empire.checkpoint.agree import Folders, agreed, in_words
 from mlx_empire.checkpoint.paths import COMMIT, PIN, drafts_in, remove_checkpoint, step_name, steps_in
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
@@ -55,7 +55,7 @@ def clear_the_way(comm: Communicator, folders: Folders, resumed: int) -> list[st
                 later = [path for step, path in mine.items() if step > resumed and step in committed]
                 aside = [set_aside(path).name for path in later]
             except OSError as error:
-                raise UserError(f"run.checkpoints: {folders.root}: {describe(error)}") from None
+                raise UserError(f"run.checkpoints: {folders.root}: {in_words(error)}") from None
     names = {name: None for names in comm.gather_json(aside) for name in names}
     return [f"{name}: set aside, for the run goes on from step {resumed}" for name in names]
 

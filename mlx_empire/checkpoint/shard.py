@@ -183,7 +183,7 @@ def _hash(views: list[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def places(shard: Shard) -> Iterator[tuple[Piece, int]]:
+def piece_offsets(shard: Shard) -> Iterator[tuple[Piece, int]]:
     """Each piece with its first byte in the file."""
     start = shard.header_bytes
     for piece in shard.pieces:
@@ -211,7 +211,7 @@ def _first_damage(path: Path, shard: Shard) -> str | None:
     """Hash the pieces with several threads, a few in flight."""
     with ThreadPoolExecutor(HASHING_THREADS, "verifying") as pool:
         waiting: list[tuple[Piece, Future[str]]] = []
-        todo = places(shard)
+        todo = piece_offsets(shard)
         while True:
             while len(waiting) < 2 * HASHING_THREADS and (one := next(todo, None)) is not None:
                 waiting.append((one[0], pool.submit(_hash_file, path, one[1], one[0].nbytes)))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlx_empire import progress
-from mlx_empire.checkpoint.agree import Folders, agreed, describe
+from mlx_empire.checkpoint.agree import Folders, agreed, in_words
 from mlx_empire.checkpoint.paths import PIN, held_bytes, remove_checkpoint, remove_own, step_name, steps_in
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.disk import free_bytes
@@ -69,7 +69,7 @@ def give_up(
                 elif candidate.step in mine and folders.leads:
                     remove_checkpoint(mine[candidate.step])
         except OSError as error:
-            problem = describe(error)
+            problem = in_words(error)
         said = [f" ({comm.hostnames[r]}: {p})" for r, p in enumerate(comm.gather_json(problem)) if p]
         gone |= {(candidate.step, candidate.copies) for candidate in chosen}
         told += [f"gave up {candidate} for room{''.join(said)}" for candidate in chosen]

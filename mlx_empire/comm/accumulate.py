@@ -68,7 +68,7 @@ def window(pieces: Pieces, low: int, high: int) -> Array | None:
     return part if part is not None and offset == 0 and part.size == high - low else None
 
 
-def pack(pieces: Pieces, low: int, high: int, out: Array) -> Array:
+def copy_interval(pieces: Pieces, low: int, high: int, out: Array) -> Array:
     """Copy [low, high) into `out` (same dtype, high - low elements), zeros in the gaps."""
     end = 0
     for offset, part in overlaps(pieces, low, high):

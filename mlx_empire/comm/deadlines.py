@@ -21,8 +21,8 @@ FACTOR = 10.0
 
 
 @dataclass(frozen=True)
-class Sign:
-    """A rank's sign of life: phase, step, seconds without progress, whether it waits, seconds that it may take."""
+class Status:
+    """A rank's heartbeat: phase, step, seconds without progress, whether it waits, seconds that it may take."""
 
     phase: str = "start"
     step: int = 0
@@ -37,10 +37,10 @@ class Sign:
 
 
 @dataclass(frozen=True)
-class Sight:
-    """A rank as another sees it: its last sign, seconds since it came, and whether it has said goodbye."""
+class PeerStatus:
+    """A rank as another sees it: its last heartbeat, seconds since it came, and whether it has said goodbye."""
 
-    sign: Sign
+    status: Status
     silent: float = 0.0
     gone: bool = False
 
@@ -59,12 +59,12 @@ class Deadlines:
     _first: int = 0  # step that was seen
     _steps: int = 0  # that have begun since
 
-    def observe(self, sign: Sign) -> None:
+    def observe(self, status: Status) -> None:
         """Learn from what this rank did itself."""
-        self._first = self._first or sign.step
-        self._steps = max(self._steps, sign.step - self._first)
-        if not sign.waits:
-            self._longest[sign.phase] = max(self._longest.get(sign.phase, 0.0), sign.stalled)
+        self._first = self._first or status.step
+        self._steps = max(self._steps, status.step - self._first)
+        if not status.waits:
+            self._longest[status.phase] = max(self._longest.get(status.phase, 0.0), status.stalled)
 
     def of(self, phase: str) -> float:
         """The deadline of a phase."""
@@ -73,37 +73,37 @@ class Deadlines:
         return min(max(FACTOR * self._longest.get(phase, 0.0), self.floor), self.ceiling)
 
 
-def judge(sights: Sequence[Sight]) -> dict[int, str]:
+def lost_ranks(peers: Sequence[PeerStatus]) -> dict[int, str]:
     """The ranks that are lost, and why; empty while all is well. `sights`: by rank."""
     lost = {}
-    for rank, sight in enumerate(sights):
-        sign = sight.sign
-        if sight.gone:
+    for rank, peer in enumerate(peers):
+        status = peer.status
+        if peer.gone:
             continue
-        if sight.silent > sign.deadline:
-            lost[rank] = f"no sign of life for {_seconds(sight.silent)}, last seen in {sign.place}"
-        elif not sign.waits and sign.stalled > sign.deadline:
-            lost[rank] = f"stuck in {sign.place}: no progress for {_seconds(sign.stalled)}"
-    here = {rank: sight.sign for rank, sight in enumerate(sights) if not sight.gone}
-    if not lost and here and all(sign.waits for sign in here.values()):
-        shortest = min(sign.stalled for sign in here.values())
-        if shortest > max(sign.deadline for sign in here.values()):
+        if peer.silent > status.deadline:
+            lost[rank] = f"no sign of life for {_seconds(peer.silent)}, last seen in {status.place}"
+        elif not status.waits and status.stalled > status.deadline:
+            lost[rank] = f"stuck in {status.place}: no progress for {_seconds(status.stalled)}"
+    here = {rank: peer.status for rank, peer in enumerate(peers) if not peer.gone}
+    if not lost and here and all(status.waits for status in here.values()):
+        shortest = min(status.stalled for status in here.values())
+        if shortest > max(status.deadline for status in here.values()):
             why = f"waits for other ranks that wait themselves, for {_seconds(shortest)}"
-            lost = {rank: f"{why}, in {sign.place}" for rank, sign in here.items()}
-    return {rank: f"{why} (deadline {_seconds(sights[rank].sign.deadline)})" for rank, why in lost.items()}
+            lost = {rank: f"{why}, in {status.place}" for rank, status in here.items()}
+    return {rank: f"{why} (deadline {_seconds(peers[rank].status.deadline)})" for rank, why in lost.items()}
 
 
-def late(sights: Sequence[Sight]) -> dict[int, str]:
+def late(peers: Sequence[PeerStatus]) -> dict[int, str]:
     """The stragglers: ranks that have used half of their deadline, and what they do."""
     found = {}
-    for rank, sight in enumerate(sights):
-        sign = sight.sign
-        used = max(sight.silent, 0.0 if sign.waits else sign.stalled)
-        if not sight.gone and used > sign.deadline / 2:
-            silent = "silent, last seen" if sight.silent > sign.deadline / 2 else "still"
-            deadline = _seconds(sign.deadline)
+    for rank, peer in enumerate(peers):
+        status = peer.status
+        used = max(peer.silent, 0.0 if status.waits else status.stalled)
+        if not peer.gone and used > status.deadline / 2:
+            silent = "silent, last seen" if peer.silent > status.deadline / 2 else "still"
+            deadline = _seconds(status.deadline)
             found[rank] = (
-                f"is late: {silent} in {sign.place}; the run is ended when it shows nothing for {deadline}"
+                f"is late: {silent} in {status.place}; the run is ended when it shows nothing for {deadline}"
             )
     return found
 

@@ -2,11 +2,11 @@
 
 Decides when a message may be sent, how a late peer is waited for without burning a core, and when it counts as lost.
 
-A lane from rank a to rank b goes through these phases:
+A stream from rank a to rank b goes through these phases:
 
-1. grant    b posts its receives, as many as the lane's window has room for, and tells a their number (a credit, eight
+1. grant    b posts its receives, as many as the stream's window has room for, and tells a their number (a credit, eight
             bytes). Credits go before b's own messages;
-2. send     a posts the messages that are granted. The first needs no credit, so that a lane of one message (all of the
+2. send     a posts the messages that are granted. The first needs no credit, so that a stream of one message (all of the
             control plane's short values) costs none;
 3. go on    whenever messages have landed, b posts more receives and grants those.
 
@@ -28,7 +28,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mlx_empire.comm import liveness
-from mlx_empire.comm.messages import Lane
+from mlx_empire.comm.messages import Stream
 from mlx_empire.comm.protocol import Traffic
 from mlx_empire.errors import LostRankError
 
@@ -59,7 +59,7 @@ class Flight:
 
 
 class Exchange:
-    """Runs lanes over one communicator, for one thread at a time.
+    """Runs streams over one communicator, for one thread at a time.
 
     Between two ranks both sides must offer the same messages in the same order (MPI keeps the order of a
     pair's messages). Tags differ by operation: ranks that disagree on what comes next stop at the deadline
@@ -82,8 +82,10 @@ class Exchange:
         self._traffic = traffic
         self._busy = threading.Lock()
 
-    def run(self, name: str, tag: int, lanes: Sequence[Lane], within_seconds: float | None = None) -> None:
-        """Move all messages of all lanes.
+    def run(
+        self, name: str, tag: int, streams: Sequence[Stream], within_seconds: float | None = None
+    ) -> None:
+        """Move all messages of all streams.
 
         Raises LostRankError naming the peers waited for: when nothing has moved for the deadline or, if
         `within_seconds` is given, when not everything has moved by then.
@@ -91,22 +93,22 @@ class Exchange:
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(f"{name}: two threads use one communicator")
         try:
-            self._run(name, tag, lanes, within_seconds)
+            self._run(name, tag, streams, within_seconds)
         finally:
             self._busy.release()
 
-    def _run(self, name: str, tag: int, lanes: Sequence[Lane], within: float | None) -> None:
-        receives, sends = [x for x in lanes if not x.sends], [x for x in lanes if x.sends]
-        flights = [self._await_credit(lane, tag) for lane in sends if lane.granted < lane.count]
+    def _run(self, name: str, tag: int, streams: Sequence[Stream], within: float | None) -> None:
+        receives, sends = [x for x in streams if not x.sends], [x for x in streams if x.sends]
+        flights = [self._await_credit(stream, tag) for stream in sends if stream.granted < stream.count]
         start = moved = time.monotonic()
         while True:
-            for lane in (*receives, *sends):
-                while lane.may_post:
-                    flights.append(self._post(lane, tag))
-                if not lane.sends and lane.posted > lane.granted:
-                    flights.append(self._grant(lane, tag))
+            for stream in (*receives, *sends):
+                while stream.may_post:
+                    flights.append(self._post(stream, tag))
+                if not stream.sends and stream.posted > stream.granted:
+                    flights.append(self._grant(stream, tag))
             if not flights:
-                assert all(lane.finished == lane.count for lane in lanes), (
+                assert all(stream.finished == stream.count for stream in streams), (
                     f"{name}: a message never became ready"
                 )
                 return
@@ -122,42 +124,44 @@ class Exchange:
             now = time.monotonic()
             patient = liveness.watched() or now - moved <= self._deadline
             if not patient if within is None else now - start > within:
-                raise LostRankError(self._lost(name, lanes, self._deadline if within is None else within))
+                raise LostRankError(self._lost(name, streams, self._deadline if within is None else within))
             pause(now - moved)
 
-    def _post(self, lane: Lane, tag: int) -> Flight:
-        message = lane.message(lane.posted).view(np.uint8)
-        start = self._communicator.Isend if lane.sends else self._communicator.Irecv
-        request = start([message, MPI.BYTE], lane.peer, tag)
-        lane.posted += 1
-        return Flight(request, partial(self._land, lane, lane.posted - 1, message.nbytes))
+    def _post(self, stream: Stream, tag: int) -> Flight:
+        message = stream.message(stream.posted).view(np.uint8)
+        start = self._communicator.Isend if stream.sends else self._communicator.Irecv
+        request = start([message, MPI.BYTE], stream.peer, tag)
+        stream.posted += 1
+        return Flight(request, partial(self._land, stream, stream.posted - 1, message.nbytes))
 
-    def _land(self, lane: Lane, index: int, nbytes: int) -> None:
+    def _land(self, stream: Stream, index: int, nbytes: int) -> None:
         if self._traffic is not None:
-            counts = self._traffic.sent if lane.sends else self._traffic.received
-            counts[lane.peer] += nbytes
-        lane.complete(index)
+            counts = self._traffic.sent if stream.sends else self._traffic.received
+            counts[stream.peer] += nbytes
+        stream.complete(index)
 
-    def _grant(self, lane: Lane, tag: int) -> Flight:
-        lane.granted = lane.posted
-        credit = np.array([lane.posted], np.int64)
-        request = self._communicator.Isend([credit.view(np.uint8), MPI.BYTE], lane.peer, tag + CREDIT)
+    def _grant(self, stream: Stream, tag: int) -> Flight:
+        stream.granted = stream.posted
+        credit = np.array([stream.posted], np.int64)
+        request = self._communicator.Isend([credit.view(np.uint8), MPI.BYTE], stream.peer, tag + CREDIT)
         return Flight(request, lambda: None)
 
-    def _await_credit(self, lane: Lane, tag: int) -> Flight:
+    def _await_credit(self, stream: Stream, tag: int) -> Flight:
         credit = np.empty(1, np.int64)
 
         def land() -> Flight | None:
-            lane.granted = int(credit[0])
-            return self._await_credit(lane, tag) if lane.granted < lane.count else None
+            stream.granted = int(credit[0])
+            return self._await_credit(stream, tag) if stream.granted < stream.count else None
 
         return Flight(
-            self._communicator.Irecv([credit.view(np.uint8), MPI.BYTE], lane.peer, tag + CREDIT), land
+            self._communicator.Irecv([credit.view(np.uint8), MPI.BYTE], stream.peer, tag + CREDIT), land
         )
 
-    def _lost(self, name: str, lanes: Sequence[Lane], seconds: float) -> str:
+    def _lost(self, name: str, streams: Sequence[Stream], seconds: float) -> str:
         """Blame the ranks from which something is missing; if there are none, those that do not take ours."""
-        unfinished = [lane for lane in lanes if lane.finished < lane.count]
-        silent = {lane.peer for lane in unfinished if not lane.sends} or {lane.peer for lane in unfinished}
+        unfinished = [stream for stream in streams if stream.finished < stream.count]
+        silent = {stream.peer for stream in unfinished if not stream.sends} or {
+            stream.peer for stream in unfinished
+        }
         peers = ", ".join(f"rank {peer} on {self._hostnames[peer]}" for peer in sorted(silent))
         return f"{name}: waited {seconds:g} s for {peers}; look at that machine and its network, then restart"

@@ -1,11 +1,11 @@
-"""What a watchdog asks of the way to the other ranks, and the heart of a rank that is alone."""
+"""Heartbeats: what a watchdog asks of the way to the other ranks, and what a rank that is alone answers."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
 
-class Heart(Protocol):
+class Heartbeat(Protocol):
     """Sends to, and receives from, all other ranks; for one thread."""
 
     def send(self, message: Any, *, last: bool = False) -> None:
@@ -15,8 +15,8 @@ class Heart(Protocol):
         """(rank, message) of all that has come."""
 
 
-class StillHeart:
-    """`Heart` of the only rank."""
+class SoloHeartbeat:
+    """`Heartbeat` of the only rank."""
 
     def send(self, message: Any, *, last: bool = False) -> None:
         """Nobody listens."""

@@ -1,4 +1,4 @@
-"""Which messages a gather or a scatter consists of, as ordered lanes between two ranks; no MPI here.
+"""Which messages a gather or a scatter consists of, as ordered streams between two ranks; no MPI here.
 
 Decides the buckets into which intervals are cut, the order in which a relay passes them on, and that nothing is sent
 but what the other side has said it waits for (`exchange` tells why).
@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from mlx_empire.comm.protocol import Array
 
 Bucket = tuple[int, int]  # elements [low, high) of a flat buffer
-UNASKED = (
-    1  # messages of a lane that are sent before the receiver has said anything; a short lane needs no credit
-)
+UNASKED = 1  # messages of a stream that are sent before the receiver has said anything; a short stream needs no credit
 
 
 def _always(_: int) -> bool:
@@ -24,7 +22,7 @@ def _nothing(_: int) -> None:
 
 
 @dataclass
-class Lane:
+class Stream:
     """One ordered stream of `count` messages to (`sends`) or from one peer, and how far it has come.
 
     message(k): contiguous 1-D array of message k, asked for when it is posted, which is not before ready(k).
@@ -58,41 +56,41 @@ class Lane:
             self.finished += 1
 
 
-def cut(low: int, high: int, itemsize: int, bucket_bytes: int) -> list[Bucket]:
+def cut_into_buckets(low: int, high: int, itemsize: int, bucket_bytes: int) -> list[Bucket]:
     """[low, high) elements in buckets of at most `bucket_bytes`, but at least one element."""
     step = max(1, bucket_bytes // itemsize)
     return [(first, min(high, first + step)) for first in range(low, high, step)]
 
 
-def flat_lane(peer: int, sends: bool, buffer: Array, buckets: Sequence[Bucket]) -> Lane:
+def flat_stream(peer: int, sends: bool, buffer: Array, buckets: Sequence[Bucket]) -> Stream:
     """Moves these buckets of one flat buffer, straight from or into it."""
 
     def message(k: int) -> Array:
         low, high = buckets[k]
         return buffer[low:high]
 
-    return Lane(peer, sends, len(buckets), message)
+    return Stream(peer, sends, len(buckets), message)
 
 
-def queue_lane(peer: int, sends: bool, buffers: Sequence[Array], bucket_bytes: int) -> Lane:
+def queue_stream(peer: int, sends: bool, buffers: Sequence[Array], bucket_bytes: int) -> Stream:
     """Moves several buffers one after the other."""
-    pieces = [(b, *piece) for b in buffers for piece in cut(0, b.size, b.itemsize, bucket_bytes)]
+    pieces = [(b, *piece) for b in buffers for piece in cut_into_buckets(0, b.size, b.itemsize, bucket_bytes)]
 
     def message(k: int) -> Array:
         buffer, low, high = pieces[k]
         return buffer[low:high]
 
-    return Lane(peer, sends, len(pieces), message)
+    return Stream(peer, sends, len(pieces), message)
 
 
-def direct_lanes(buffer: Array, buckets: Sequence[list[Bucket]], rank: int) -> list[Lane]:
+def direct_streams(buffer: Array, buckets: Sequence[list[Bucket]], rank: int) -> list[Stream]:
     """The own buckets to every peer, every peer's buckets from it. buckets: by owner."""
     peers = [(rank + step) % len(buckets) for step in range(1, len(buckets))]
-    receives = [flat_lane(peer, False, buffer, buckets[peer]) for peer in peers]
-    return receives + [flat_lane(peer, True, buffer, buckets[rank]) for peer in peers]
+    receives = [flat_stream(peer, False, buffer, buckets[peer]) for peer in peers]
+    return receives + [flat_stream(peer, True, buffer, buckets[rank]) for peer in peers]
 
 
-def relay_lanes(buffer: Array, buckets: Sequence[list[Bucket]], rank: int) -> list[Lane]:
+def relay_streams(buffer: Array, buckets: Sequence[list[Bucket]], rank: int) -> list[Stream]:
     """From the previous rank everything but the own buckets, the nearest owner's first; to the next rank
     the own buckets and then, as they arrive, those same ones but for the last owner's: that owner is the
     next rank.
@@ -105,7 +103,7 @@ def relay_lanes(buffer: Array, buckets: Sequence[list[Bucket]], rank: int) -> li
         return []
     owners = [(rank - step) % size for step in range(1, size)]
     own = buckets[rank]
-    receive = flat_lane(owners[0], False, buffer, [b for owner in owners for b in buckets[owner]])
-    send = flat_lane(owners[-1], True, buffer, own + [b for owner in owners[:-1] for b in buckets[owner]])
+    receive = flat_stream(owners[0], False, buffer, [b for owner in owners for b in buckets[owner]])
+    send = flat_stream(owners[-1], True, buffer, own + [b for owner in owners[:-1] for b in buckets[owner]])
     send.ready = lambda k: k - len(own) < receive.finished
     return [receive, send]

@@ -1,4 +1,4 @@
-"""The protocol over MPI: hands the lanes of each operation to the exchange of its plane (see `protocol`)."""
+"""The protocol over MPI: hands the streams of each operation to the exchange of its plane (see `protocol`)."""
 
 import json
 import os
@@ -15,8 +15,16 @@ from mlx_empire.comm import liveness
 from mlx_empire.comm.accumulate import Adder, check_buffer, check_reduction
 from mlx_empire.comm.eager import unasked_bytes
 from mlx_empire.comm.exchange import Exchange
-from mlx_empire.comm.messages import Bucket, Lane, cut, direct_lanes, flat_lane, queue_lane, relay_lanes
-from mlx_empire.comm.mpi_heartbeat import MpiHeart
+from mlx_empire.comm.messages import (
+    Bucket,
+    Stream,
+    cut_into_buckets,
+    direct_streams,
+    flat_stream,
+    queue_stream,
+    relay_streams,
+)
+from mlx_empire.comm.mpi_heartbeat import MpiHeartbeat
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
 from mlx_empire.comm.reduce import SLOTS, ReduceScatter, Staging
 from mlx_empire.plan.traffic import PIECE_BYTES, Route, resolve_route
@@ -62,8 +70,8 @@ class MpiCommunicator:
     def all_gather(self, buffer: Array, edges: Sequence[int]) -> None:
         check_buffer(buffer, edges, self.size)
         buckets = [self._cut(*interval, buffer) for interval in pairwise(edges)]
-        lanes = relay_lanes if resolve_route(self._route, edges) == "relay" else direct_lanes
-        self._move("all-gather", GATHER, lanes(buffer, buckets, self.rank))
+        streams = relay_streams if resolve_route(self._route, edges) == "relay" else direct_streams
+        self._move("all-gather", GATHER, streams(buffer, buckets, self.rank))
 
     def reduce_scatter(
         self,
@@ -86,7 +94,7 @@ class MpiCommunicator:
             self._adder,
             self._slots,
         )
-        self._data.run("reduce-scatter", REDUCE, reduction.lanes())
+        self._data.run("reduce-scatter", REDUCE, reduction.streams())
         reduction.add_arrived()
 
     def scatter(self, source: Array | None, edges: Sequence[int], out: Array, root: int) -> None:
@@ -94,34 +102,36 @@ class MpiCommunicator:
         assert out.shape == (high - low,), "out: 1-D, the own interval"
         assert out.flags.c_contiguous, "out: contiguous"
         if self.rank != root:
-            self._move("scatter", SCATTER, [flat_lane(root, False, out, self._cut(0, high - low, out))])
+            self._move("scatter", SCATTER, [flat_stream(root, False, out, self._cut(0, high - low, out))])
             return
         assert source is not None, "the root needs a source"
         assert source.dtype == out.dtype, f"source is {source.dtype}, out {out.dtype}"
         check_buffer(source, edges, self.size)
         buckets = [self._cut(*interval, source) for interval in pairwise(edges)]
-        lanes = [flat_lane(peer, True, source, buckets[peer]) for peer in range(self.size) if peer != root]
-        self._move("scatter", SCATTER, lanes)
+        streams = [
+            flat_stream(peer, True, source, buckets[peer]) for peer in range(self.size) if peer != root
+        ]
+        self._move("scatter", SCATTER, streams)
         np.copyto(out, source[low:high])
 
     def transfer(self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]]) -> None:
-        lanes = []
+        streams = []
         for peer in range(self.size):
             for outgoing, messages in ((False, receives), (True, sends)):
                 buffers = [buffer for other, buffer in messages if other == peer and buffer.size]
                 assert peer != self.rank or not buffers, "a rank does not send to itself"
                 if buffers:
-                    lanes.append(queue_lane(peer, outgoing, buffers, self._piece_bytes))
-        self._move("transfer", TRANSFER, lanes)
+                    streams.append(queue_stream(peer, outgoing, buffers, self._piece_bytes))
+        self._move("transfer", TRANSFER, streams)
 
     def _cut(self, low: int, high: int, buffer: Array) -> list[Bucket]:
-        return cut(low, high, buffer.itemsize, self._piece_bytes)
+        return cut_into_buckets(low, high, buffer.itemsize, self._piece_bytes)
 
-    def _move(self, name: str, tag: int, lanes: Sequence[Lane]) -> None:
-        """Run lanes that need no staging: at least as much may be in flight as of a reduction."""
-        for lane in lanes:
-            lane.window = max(lane.window, self._slots)
-        self._data.run(name, tag, lanes)
+    def _move(self, name: str, tag: int, streams: Sequence[Stream]) -> None:
+        """Run streams that need no staging: at least as much may be in flight as of a reduction."""
+        for stream in streams:
+            stream.window = max(stream.window, self._slots)
+        self._data.run(name, tag, streams)
 
     # ---- control plane ----
 
@@ -142,8 +152,8 @@ class MpiCommunicator:
     def barrier(self, seconds: float) -> None:
         self._swap("barrier", b"", seconds)
 
-    def heart(self) -> MpiHeart:
-        return MpiHeart(self._world.Dup())
+    def heartbeat(self) -> MpiHeartbeat:
+        return MpiHeartbeat(self._world.Dup())
 
     def duplicate(self, deadline_seconds: float) -> "MpiCommunicator":
         other = MpiCommunicator(self._world, self.hostname, self._route, self._bucket_bytes, deadline_seconds)
@@ -170,10 +180,10 @@ class MpiCommunicator:
         lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(own)
         each = [[(rank, rank + 1)] for rank in range(self.size)]
-        self._control.run(name, CONTROL, direct_lanes(lengths, each, self.rank), within_seconds)
+        self._control.run(name, CONTROL, direct_streams(lengths, each, self.rank), within_seconds)
         edges = np.concatenate([[0], np.cumsum(lengths)]).tolist()
         buffer = np.empty(edges[-1], np.uint8)
         buffer[edges[self.rank] : edges[self.rank + 1]] = np.frombuffer(own, np.uint8)
         buckets = [self._cut(*interval, buffer) for interval in pairwise(edges)]
-        self._control.run(name, CONTROL, direct_lanes(buffer, buckets, self.rank), within_seconds)
+        self._control.run(name, CONTROL, direct_streams(buffer, buckets, self.rank), within_seconds)
         return [buffer[low:high].tobytes() for low, high in pairwise(edges)]

@@ -16,8 +16,8 @@ TAG = 6
 MAX_BYTES = 4096
 
 
-class MpiHeart:
-    """`Heart` over a duplicate of the world's communicator."""
+class MpiHeartbeat:
+    """`Heartbeat` over a duplicate of the world's communicator."""
 
     def __init__(self, communicator: MPI.Intracomm) -> None:
         self._communicator = communicator
@@ -25,7 +25,7 @@ class MpiHeart:
         self._flights: dict[int, list[tuple[MPI.Request, Any]]] = {}  # with the data, which must live as long
 
     def send(self, message: Any, *, last: bool = False) -> None:
-        """See `Heart`."""
+        """See `Heartbeat`."""
         data = np.frombuffer(json.dumps(message).encode(), np.uint8)
         assert data.size <= MAX_BYTES
         for peer in self._peers:
@@ -34,7 +34,7 @@ class MpiHeart:
                 self._flights[peer] = [*(self._flights.get(peer, []) if last else []), (request, data)]
 
     def receive(self) -> list[tuple[int, Any]]:
-        """See `Heart`."""
+        """See `Heartbeat`."""
         found = []
         status = MPI.Status()
         while self._communicator.Iprobe(MPI.ANY_SOURCE, TAG, status):

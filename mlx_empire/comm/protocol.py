@@ -33,7 +33,7 @@ from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 
-from mlx_empire.comm.heartbeat import Heart
+from mlx_empire.comm.heartbeat import Heartbeat
 
 Wire = Literal["float32", "bfloat16", "float16"]
 Array = np.ndarray[Any, Any]
@@ -125,7 +125,7 @@ class Communicator(Protocol):
     def barrier(self, seconds: float) -> None:
         """Return when all ranks have called it; LostRankError naming those that have not within `seconds`."""
 
-    def heart(self) -> Heart:
+    def heartbeat(self) -> Heartbeat:
         """Messages between the watchdogs, on a communicator of their own. Collective, control plane."""
 
     def duplicate(self, deadline_seconds: float) -> "Communicator":

@@ -1,4 +1,4 @@
-"""One uneven reduce-scatter as lanes: what is packed, where it lands and when it is added; no MPI here.
+"""One uneven reduce-scatter as streams: what is packed, where it lands and when it is added; no MPI here.
 
 Decides the order of additions (that of the ranks, whatever the order of arrival) and how much is staged.
 """
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_empire import progress
-from mlx_empire.comm.accumulate import WIRE_DTYPES, Adder, overlaps, pack, window
-from mlx_empire.comm.messages import Bucket, Lane, cut
+from mlx_empire.comm.accumulate import WIRE_DTYPES, Adder, copy_interval, overlaps, window
+from mlx_empire.comm.messages import Bucket, Stream, cut_into_buckets
 from mlx_empire.comm.protocol import Array, Pieces, Wire
 
 SLOTS = 2  # staging buffers per peer and direction at least: one is filled while the other one is emptied
@@ -57,13 +57,13 @@ class ReduceScatter:
         self.added = 0  # own buckets whose sum is complete
         self.arrived: dict[int, int] = {}  # own buckets received, by contributing peer
 
-    def lanes(self) -> list[Lane]:
+    def streams(self) -> list[Stream]:
         size = len(self.contributes)
         peers = [(self.rank + step) % size for step in range(1, size)]
         contributors = [peer for peer in peers if self.contributes[peer]]
         self.arrived = dict.fromkeys(contributors, 0)
-        lanes = [self._receive(peer) for peer in contributors]
-        return lanes + [self._send(peer) for peer in peers] if self.contributes[self.rank] else lanes
+        streams = [self._receive(peer) for peer in contributors]
+        return streams + [self._send(peer) for peer in peers] if self.contributes[self.rank] else streams
 
     def add_arrived(self) -> None:
         """Add every bucket to which all contributions have come; all of them where no peer contributes."""
@@ -81,7 +81,7 @@ class ReduceScatter:
             return list(overlaps(self.contribution, low, high))
         return [(0, self.staging.take("received", source, self.added % self.slots, high - low, self.wire))]
 
-    def _receive(self, peer: int) -> Lane:
+    def _receive(self, peer: int) -> Stream:
         def message(k: int) -> Array:
             low, high = self.buckets[k]
             return self.staging.take("received", peer, k % self.slots, high - low, self.wire)
@@ -95,9 +95,9 @@ class ReduceScatter:
         def ready(k: int) -> bool:
             return k < self.added + self.slots
 
-        return Lane(peer, False, len(self.buckets), message, ready, done, window=self.slots)
+        return Stream(peer, False, len(self.buckets), message, ready, done, window=self.slots)
 
-    def _send(self, peer: int) -> Lane:
+    def _send(self, peer: int) -> Stream:
         """Straight from the gradient where one piece covers the bucket, else packed."""
         buckets = self._cut(peer)
 
@@ -107,10 +107,10 @@ class ReduceScatter:
             if whole is not None:
                 return whole
             packed = self.staging.take("packed", peer, k % self.slots, high - low, self.wire)
-            return pack(self.contribution, low, high, packed)
+            return copy_interval(self.contribution, low, high, packed)
 
-        return Lane(peer, True, len(buckets), message, window=self.slots)
+        return Stream(peer, True, len(buckets), message, window=self.slots)
 
     def _cut(self, owner: int) -> list[Bucket]:
         itemsize = WIRE_DTYPES[self.wire].itemsize
-        return cut(self.edges[owner], self.edges[owner + 1], itemsize, self.bucket_bytes)
+        return cut_into_buckets(self.edges[owner], self.edges[owner + 1], itemsize, self.bucket_bytes)

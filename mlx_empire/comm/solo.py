@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mlx_empire.comm.accumulate import Adder, check_buffer, check_reduction
-from mlx_empire.comm.heartbeat import StillHeart
+from mlx_empire.comm.heartbeat import SoloHeartbeat
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
 
 
@@ -65,8 +65,8 @@ class SoloCommunicator:
     def barrier(self, seconds: float) -> None:
         return None
 
-    def heart(self) -> StillHeart:
-        return StillHeart()
+    def heartbeat(self) -> SoloHeartbeat:
+        return SoloHeartbeat()
 
     def duplicate(self, deadline_seconds: float) -> "SoloCommunicator":
         return SoloCommunicator(self.hostname)

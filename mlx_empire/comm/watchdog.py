@@ -21,7 +21,7 @@ from typing import Self
 
 from mlx_empire import progress
 from mlx_empire.comm import liveness
-from mlx_empire.comm.deadlines import Deadlines, Sight, Sign, judge, late
+from mlx_empire.comm.deadlines import Deadlines, PeerStatus, Status, late, lost_ranks
 from mlx_empire.comm.failure import end
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import LostRankError
@@ -41,11 +41,11 @@ class Watchdog:
     """
 
     def __init__(self, comm: Communicator, ceiling: float, floor: float) -> None:
-        self._comm, self._heart = comm, comm.heart()
+        self._comm, self._heartbeat = comm, comm.heartbeat()
         self._deadlines = Deadlines(ceiling, min(floor, ceiling))
         self._main = threading.current_thread().name
         self._closing = threading.Event()
-        self._heard: list[tuple[float, Sign]] = []  # by rank: when, and what
+        self._heard: list[tuple[float, Status]] = []  # by rank: when, and what
         self._gone: set[int] = set()
         self._told: dict[int, str] = {}
         self._since = 0.0
@@ -53,7 +53,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         self._since = time.monotonic()
-        first = Sign(deadline=self._deadlines.ceiling)
+        first = Status(deadline=self._deadlines.ceiling)
         self._heard = [(self._since, first)] * self._comm.size
         liveness.watch(True)
         self._thread.start()
@@ -71,40 +71,40 @@ class Watchdog:
         while not self._closing.wait(TICK_SECONDS):
             now = time.monotonic()
             missed, last = now - last - TICK_SECONDS, now
-            for rank, message in self._heart.receive():
+            for rank, message in self._heartbeat.receive():
                 if "lost" in message:
                     self._end({int(r): why for r, why in message["lost"].items()})
                 elif "bye" in message:
                     self._gone.add(rank)
                 else:
-                    self._heard[rank] = (now, Sign(**message))
+                    self._heard[rank] = (now, Status(**message))
             if (
                 paused > self._heard[self._comm.rank][1].deadline / 4
             ):  # not at once: it may have been meant to end
                 self._say(f"{self._name(self._comm.rank)} did not run for {paused:.3g} s and goes on")
             paused = missed if missed > PAUSE_SECONDS else 0.0
             # Forgive everyone the time that this thread did not run.
-            self._heard = [(min(now, heard + paused), sign) for heard, sign in self._heard]
+            self._heard = [(min(now, heard + paused), status) for heard, status in self._heard]
             self._since = now if paused else self._since
-            own = self._own_sign(now)
+            own = self._own_status(now)
             self._deadlines.observe(own)
             self._heard[self._comm.rank] = (now, own)
-            self._heart.send(vars(own))
-            sights = [Sight(s, now - t, r in self._gone) for r, (t, s) in enumerate(self._heard)]
-            if lost := judge(sights):
-                self._heart.send({"lost": lost}, last=True)
+            self._heartbeat.send(vars(own))
+            peers = [PeerStatus(s, now - t, r in self._gone) for r, (t, s) in enumerate(self._heard)]
+            if lost := lost_ranks(peers):
+                self._heartbeat.send({"lost": lost}, last=True)
                 self._end(lost)
-            self._name_late(late(sights))
-        self._heart.send({"bye": True}, last=True)
+            self._name_late(late(peers))
+        self._heartbeat.send({"bye": True}, last=True)
 
-    def _own_sign(self, now: float) -> Sign:
+    def _own_status(self, now: float) -> Status:
         places = progress.places()
         place = places.get(self._main) or progress.Place("start", 0, self._since)
         waits = liveness.waits(self._main)
         others = [p for thread, p in places.items() if thread != self._main and p.phase.startswith(LONG)]
         moved = max(liveness.last_moved(), self._since, *(p.since for p in (place, *others)))
         deadline = max(self._deadlines.of(p.phase) for p in (place, *others))
-        return Sign(place.phase, place.step, max(0.0, now - moved), waits, deadline)
+        return Status(place.phase, place.step, max(0.0, now - moved), waits, deadline)
 
     def _name_late(self, found: Mapping[int, str]) -> None:
         """Say once who is late, on the lowest rank that is not."""

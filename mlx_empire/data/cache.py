@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """The tables of the splits by name, the sentences about them, and a digest of all array contents."""
 
     tables: Mapping[str, Table]
@@ -74,13 +74,13 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def make_entry(tables: Mapping[str, Table], report: Iterable[str]) -> Entry:
+def make_entry(tables: Mapping[str, Table], report: Iterable[str]) -> CacheEntry:
     """An entry in memory, with the same digest that it has once it is stored."""
     digests = {name: _array_digest(array) for name, array in _named(tables).items()}
-    return Entry(tables, tuple(report), _join(digests))
+    return CacheEntry(tables, tuple(report), _join(digests))
 
 
-def load_entry(folder: Path) -> Entry | None:
+def load_entry(folder: Path) -> CacheEntry | None:
     """Read an entry as memory maps, or None where it is missing or damaged in any way."""
     try:
         index = json.loads((folder / "index.json").read_text("utf-8"))
@@ -94,7 +94,7 @@ def load_entry(folder: Path) -> Entry | None:
                 return None
             split, field = name.split(".")
             tables.setdefault(split, {})[field] = array
-        return Entry(
+        return CacheEntry(
             {split: Table(**arrays) for split, arrays in tables.items()},
             tuple(content["report"]),
             _join(content["arrays"]),
@@ -103,7 +103,7 @@ def load_entry(folder: Path) -> Entry | None:
         return None
 
 
-def store_entry(folder: Path, entry: Entry) -> None:
+def store_entry(folder: Path, entry: CacheEntry) -> None:
     """Write an entry beside `folder` and rename it into place, files 0600. Errors: OSError (disk full)."""
     for parent in reversed([parent for parent in folder.parents if not parent.exists()]):
         parent.mkdir(mode=0o700, exist_ok=True)

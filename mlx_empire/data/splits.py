@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_empire.data.cache import Entry, cache_folder, cache_key, load_entry, make_entry, store_entry
+from mlx_empire.data.cache import CacheEntry, cache_folder, cache_key, load_entry, make_entry, store_entry
 from mlx_empire.data.chat import Remarks
 from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
@@ -81,7 +81,7 @@ def load_splits(
 
 def _from_cache_or_built(
     train: Source, valid: Source | None, settings: _Settings, tokenizer_folder: Path | None
-) -> tuple[Entry, str]:
+) -> tuple[CacheEntry, str]:
     files = [*train.files, *(valid.files if valid else ())]
     folder = cache_folder() / "tokens" / cache_key(vars(settings), files, tokenizer_folder)
     entry = load_entry(folder)
@@ -104,7 +104,9 @@ def _first_format(source: Source) -> str:
     return detect_format(first)
 
 
-def _build(train: Source, valid: Source | None, settings: _Settings, tokenizer_folder: Path | None) -> Entry:
+def _build(
+    train: Source, valid: Source | None, settings: _Settings, tokenizer_folder: Path | None
+) -> CacheEntry:
     tokenizer, notes = None, []
     if settings.format != "tokens":
         tokenizer = load_tokenizer(tokenizer_folder)

@@ -26,8 +26,8 @@ from mlx_empire.daughters import machine
 from mlx_empire.daughters.jobs import (
     BEFORE,
     WAITING,
-    Board,
-    State,
+    Jobs,
+    JobState,
     deal,
     event,
     homes_of,
@@ -84,8 +84,8 @@ def oversee(
     machine.refuse_unbuilt(recipe)
     names = people_of(people)
     hosts = hosts or recipe.run.hosts
-    board = Board({n: State(n, state=BEFORE if is_finished(recipe, n) else WAITING) for n in names})
-    if board.finished == len(names):
+    jobs = Jobs({n: JobState(n, state=BEFORE if is_finished(recipe, n) else WAITING) for n in names})
+    if jobs.finished == len(names):
         print(f"all {len(names)} daughters in {recipe.run.dir} are finished")
         return 0
     cluster = load_hostfile(hosts) if hosts is not None else None
@@ -95,17 +95,17 @@ def oversee(
         assert cluster is not None
         assert hosts is not None
         line = worker_line(hosts, cluster, line, clean_environment(os.environ))
-    with RunLock(recipe.run.dir) as lock, DaughterTable(board) as update:
+    with RunLock(recipe.run.dir) as lock, DaughterTable(jobs) as update:
         if lock.note:
             print(lock.note)
-        code = _listen(line, board, update)
-    print(f"{board.finished} of {len(names)} daughters are in {recipe.run.dir}")
-    if code == 0 and board.finished < len(names):
+        code = _listen(line, jobs, update)
+    print(f"{jobs.finished} of {len(names)} daughters are in {recipe.run.dir}")
+    if code == 0 and jobs.finished < len(names):
         return SOME_FAILED
     return code
 
 
-def _listen(line: Sequence[str], board: Board, update: Callable[[], None]) -> int:
+def _listen(line: Sequence[str], jobs: Jobs, update: Callable[[], None]) -> int:
     environment = clean_environment(os.environ)
     environment.pop(progress.LAUNCHER_VARIABLE)  # nobody reads what a run tells its supervisor
     process = subprocess.Popen(
@@ -118,13 +118,13 @@ def _listen(line: Sequence[str], board: Board, update: Callable[[], None]) -> in
     assert process.stdout is not None
     try:
         for said in process.stdout:
-            if not board.take(said.rstrip("\n")):
+            if not jobs.take(said.rstrip("\n")):
                 print(said, end="")
             update()
     except KeyboardInterrupt:
         process.terminate()
     code = process.wait()
-    board.end()
+    jobs.end()
     return code if code >= 0 else 75
 
 
@@ -153,22 +153,22 @@ def work(
     # Whoever was interrupted needs her own place, also where fewer are left: rows stand in the order of places.
     wanted = max(len(left), 1, *(place + 1 for place in kept.values()))
     with together(comm):
-        room = machine.room_for(recipe, node, min(most, wanted))
+        capacity = machine.capacity_for(recipe, node, min(most, wanted))
     weights = {name: machine.data_bytes(people, name) for name in left}
-    places = comm.gather_json(room.places)
+    places = comm.gather_json(capacity.places)
     homes = homes_of(comm.gather_json(sorted(kept)))
     mine = deal(left, comm.broadcast_json(weights), places, homes)[comm.rank]
     print(
-        f"{node.name}: {len(mine)} of {len(left)} daughters, up to {room.places} together "
-        f"({room.plan.ledgers[0].peak / 2**30:.2f} of {room.plan.limits[0] / 2**30:.2f} GiB)"
+        f"{node.name}: {len(mine)} of {len(left)} daughters, up to {capacity.places} together "
+        f"({capacity.plan.ledgers[0].peak / 2**30:.2f} of {capacity.plan.limits[0] / 2**30:.2f} GiB)"
     )
     for name in mine:
-        tell(name, machine=node.name)
-    failed = machine.bring_up(recipe, people, mine, node, room, tell) if mine else []
+        tell_overseer(name, machine=node.name)
+    failed = machine.train_adapters(recipe, people, mine, node, capacity, tell_overseer) if mine else []
     return SOME_FAILED if any(comm.gather_json(len(failed))) else 0
 
 
-def tell(name: str, **fields: object) -> None:
+def tell_overseer(name: str, **fields: object) -> None:
     """Let the overseer know; it is gone where the pipe is closed, and then so are we."""
     try:
         print(event(name, **fields), flush=True)

@@ -1,6 +1,6 @@
 """Many daughters as names: whose data lies in which folder, who is on which machine, and what state each is in.
 
-Workers tell what happens in lines of JSON on their standard output; `Board` is what the lines add up to.
+Workers tell what happens in lines of JSON on their standard output; `Jobs` is what the lines add up to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_PEOPLE = 100_000
 
 
 @dataclass
-class State:
+class JobState:
     """What is known of one daughter. `left`: seconds, as far as her steps so far tell."""
 
     name: str
@@ -47,10 +47,10 @@ class State:
 
 
 @dataclass
-class Board:
+class Jobs:
     """All daughters by name, and the lines of the workers that were about none of them."""
 
-    states: dict[str, State] = field(default_factory=dict)
+    states: dict[str, JobState] = field(default_factory=dict)
 
     def take(self, line: str) -> bool:
         """Take a worker's line in; False if it is about no daughter."""
@@ -58,7 +58,7 @@ class Board:
             return False
         try:
             event = json.loads(line.removeprefix(MARK))
-            state = self.states.setdefault(str(event["name"]), State(str(event["name"])))
+            state = self.states.setdefault(str(event["name"]), JobState(str(event["name"])))
         except (ValueError, KeyError, TypeError):
             return False
         if event.get("state") == TRAINING and state.state != TRAINING:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_empire.checkpoint.identity import base_digest
+from mlx_empire.checkpoint.identity import sampled_digest
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.daughters.many import Room, School, Tell
-from mlx_empire.engine.multi_adapter import Cohort
+from mlx_empire.daughters.many import AdapterJobs, Capacity, Tell
+from mlx_empire.engine.multi_adapter import MultiAdapterSteps
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.model.build import describe
@@ -30,13 +30,13 @@ from mlx_empire.run.trainer import limit_memory, make_trainer
 from mlx_empire.run.weights import load_weights
 
 
-def room_for(recipe: Recipe, node: Node, most: int) -> Room:
+def capacity_for(recipe: Recipe, node: Node, most: int) -> Capacity:
     """How many daughters, `most` at most, the machine trains together. DoesNotFitError where not even one fits."""
     low, best = 1, _planned(recipe, node, 1)
     require_fit(best, [node])
     high = most + 1
     if not may_share(_single(recipe).model):
-        return Room(1, best)
+        return Capacity(1, best)
     while high - low > 1:
         middle = (low + high) // 2
         plan = _planned(recipe, node, middle)
@@ -44,7 +44,7 @@ def room_for(recipe: Recipe, node: Node, most: int) -> Room:
             low, best = middle, plan
         else:
             high = middle
-    return Room(low, best)
+    return Capacity(low, best)
 
 
 def _single(recipe: Recipe) -> Target:
@@ -73,22 +73,22 @@ def _planned(recipe: Recipe, node: Node, count: int) -> RunPlan:
     return resolve(several, target.spec, [node], make_optimizer(recipe.optimizer).state_bytes)
 
 
-def bring_up(
-    recipe: Recipe, people: Path, names: Sequence[str], node: Node, room: Room, tell: Tell
+def train_adapters(
+    recipe: Recipe, people: Path, names: Sequence[str], node: Node, capacity: Capacity, tell: Tell
 ) -> list[str]:
     """Train all `names`; returns those that failed."""
-    target, present = _together(recipe, room.places)
+    target, present = _together(recipe, capacity.places)
     comm = SoloCommunicator(node.name)
-    limit_memory(room.plan, 0)
+    limit_memory(capacity.plan, 0)
     with CommThread() as thread:
         quiet = variant(recipe, {"optimizer.statistics_every": None})  # they would be of no one daughter
-        trainer = make_trainer(comm, thread, quiet, target, room.plan)
+        trainer = make_trainer(comm, thread, quiet, target, capacity.plan)
         load_weights(comm, recipe, target, trainer.store)
         trainer.prepare(packing=recipe.data.packing)
-        cohort = Cohort(trainer, present, recipe.optimizer.clip_norm, recipe.run.seed)
-        base = base_digest(recipe.model.path)
-        school = School(recipe, people, node, room, _single(recipe), base, cohort, tell)
-        return school.run(list(names))
+        adapters = MultiAdapterSteps(trainer, present, recipe.optimizer.clip_norm, recipe.run.seed)
+        base = sampled_digest(recipe.model.path)
+        jobs = AdapterJobs(recipe, people, node, capacity, _single(recipe), base, adapters, tell)
+        return jobs.run(list(names))
 
 
 def data_bytes(people: Path, name: str) -> int:

@@ -29,8 +29,8 @@ from mlx_empire.data.batches import validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.daughters import saved as unfinished
 from mlx_empire.daughters.jobs import DONE, FAILED, TRAINING, recipe_for
-from mlx_empire.daughters.saved import Bookmark
-from mlx_empire.engine.multi_adapter import Cohort, Lesson, Turn
+from mlx_empire.daughters.saved import ResumePoint
+from mlx_empire.engine.multi_adapter import MultiAdapterSteps, StepInput, StepOutput
 from mlx_empire.errors import EmpireError, NumericsError, UnreadableError, UserError
 from mlx_empire.evaluation.evaluator import Evaluator
 from mlx_empire.evaluation.gate import GateKeeper
@@ -51,7 +51,7 @@ Tell = Callable[..., None]  # tell(name, **fields)
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What a machine holds at a time: the model for `places` daughters and the plan for them."""
 
     places: int
@@ -59,7 +59,7 @@ class Room:
 
 
 @dataclass
-class Pupil:
+class AdapterJob:
     """A daughter in a place, after `step` steps of the job; `saved`: the step of the file."""
 
     recipe: Recipe
@@ -94,7 +94,7 @@ class Pupil:
         return every > 0 and (self.done or self.step - self.saved >= every)
 
 
-class School:
+class AdapterJobs:
     """The places and who is in them. `base`: the digest of the base's weights; `single`: the model with one adapter."""
 
     def __init__(
@@ -102,16 +102,16 @@ class School:
         recipe: Recipe,
         people: Path,
         node: Node,
-        room: Room,
+        capacity: Capacity,
         single: Target,
         base: str,
-        cohort: Cohort,
+        adapters: MultiAdapterSteps,
         tell: Tell,
     ) -> None:
-        self._recipe, self._people, self._node, self._room = recipe, people, node, room
-        self._single, self._base, self._cohort, self._tell = single, base, cohort, tell
+        self._recipe, self._people, self._node, self._capacity = recipe, people, node, capacity
+        self._single, self._base, self._adapters, self._tell = single, base, adapters, tell
         self._comm = SoloCommunicator(node.name)
-        self._pupils: dict[int, Pupil] = {}
+        self._jobs: dict[int, AdapterJob] = {}
         self._failed: list[str] = []
         self._passes = 0
 
@@ -120,14 +120,14 @@ class School:
         places = {name: place_of(recipe_for(self._recipe, self._people, name)) for name in waiting}
         waiting.sort(key=lambda name: places[name] is None)
         for name, place in places.items():
-            if place is not None and place < self._room.places and place not in self._pupils:
+            if place is not None and place < self._capacity.places and place not in self._jobs:
                 waiting.remove(name)
                 self._admit(place, name)
-        while waiting or self._pupils:
-            for place in range(self._room.places):
-                while place not in self._pupils and waiting:
+        while waiting or self._jobs:
+            for place in range(self._capacity.places):
+                while place not in self._jobs and waiting:
                     self._admit(place, waiting.pop(0))
-            if self._pupils:
+            if self._jobs:
                 self._step()
         return self._failed
 
@@ -137,7 +137,7 @@ class School:
         recipe = recipe_for(self._recipe, self._people, name)
         try:
             result.refuse_taken(recipe)
-            plan, spec = self._room.plan, self._single.spec
+            plan, spec = self._capacity.plan, self._single.spec
             splits = load_data(recipe, spec)
             if (
                 recipe.evaluation.stop_when is not None
@@ -147,7 +147,7 @@ class School:
             config = config_digest(recipe.model.path)
             origin = Origin(dump_recipe(recipe), splits.digest, self._base, config)
             job = Job.of(recipe, splits.train)
-            self._cohort.begin(place)
+            self._adapters.begin(place)
             step, note = self._resumed(place, recipe, origin, job.steps)
             note = "; ".join(filter(None, (note, *splits.warnings)))
             unfinished.clear(recipe.run.dir, goes_on=step > 0)
@@ -157,14 +157,14 @@ class School:
         except (EmpireError, OSError) as error:
             self._fail(name, str(error))
             return
-        pupil = Pupil(recipe, splits, origin, job, evaluator, gate, metrics, step, saved=step)
-        self._pupils[place] = pupil
+        job = AdapterJob(recipe, splits, origin, job, evaluator, gate, metrics, step, saved=step)
+        self._jobs[place] = job
         self._tell(name, state=TRAINING, machine=self._node.name, step=step, steps=job.steps, note=note)
-        with self._alone(place, pupil):
+        with self._alone(place, job):
             if not step:
-                self._evaluate(place, pupil)
-            if pupil.done:
-                self._graduate(place, pupil)
+                self._evaluate(place, job)
+            if job.done:
+                self._graduate(place, job)
 
     def _resumed(self, place: int, recipe: Recipe, origin: Origin, steps: int) -> tuple[int, str]:
         """Put a daughter who was interrupted into her place as she was; her step (0: she begins) and what to say.
@@ -175,7 +175,7 @@ class School:
         if recipe.run.resume == "never" or not (folder / unfinished.FILE_NAME).exists():
             return 0, ""
         try:
-            found, arrays = unfinished.bookmark_of(folder), unfinished.read_arrays(folder)
+            found, arrays = unfinished.resume_point_of(folder), unfinished.read_arrays(folder)
         except UnreadableError:
             raise
         except UserError as error:
@@ -184,7 +184,7 @@ class School:
         where = str(folder / unfinished.FILE_NAME)
         require_same(found.origin, origin, where)
         require_steps_left(found.step, steps, where)
-        unfinished.restore(arrays, self._cohort.store, place, folder)
+        unfinished.restore(arrays, self._adapters.store, place, folder)
         return found.step, f"goes on after step {found.step}"
 
     # ---- learning
@@ -193,113 +193,113 @@ class School:
         self._passes += 1
         progress.begin_step(self._passes)
         began = time.perf_counter()
-        turns = {place: self._turn(pupil) for place, pupil in self._pupils.items()}
-        lessons = self._cohort.step(turns)
+        inputs = {place: self._input(job) for place, job in self._jobs.items()}
+        outcomes = self._adapters.step(inputs)
         seconds = time.perf_counter() - began
-        for place, lesson in lessons.items():
-            pupil = self._pupils[place]
-            pupil.step += 1
-            with self._alone(place, pupil):
-                if not math.isfinite(lesson.norm):
-                    unfinished.forget(pupil.recipe.run.dir)  # it would lead here again
-                    raise NumericsError(f"step {pupil.step}: her gradient is not finite; look at her data")
-                self._record(pupil, turns[place], lesson, seconds)
-                if pupil.to_be_scored:
-                    self._evaluate(place, pupil)
-        if any(pupil.to_be_saved for pupil in self._pupils.values()):
+        for place, outcome in outcomes.items():
+            job = self._jobs[place]
+            job.step += 1
+            with self._alone(place, job):
+                if not math.isfinite(outcome.norm):
+                    unfinished.forget(job.recipe.run.dir)  # it would lead here again
+                    raise NumericsError(f"step {job.step}: her gradient is not finite; look at her data")
+                self._record(job, inputs[place], outcome, seconds)
+                if job.to_be_scored:
+                    self._evaluate(place, job)
+        if any(job.to_be_saved for job in self._jobs.values()):
             self._save()
-        for place, pupil in [(place, pupil) for place, pupil in self._pupils.items() if pupil.done]:
-            with self._alone(place, pupil):
-                self._graduate(place, pupil)
+        for place, job in [(place, job) for place, job in self._jobs.items() if job.done]:
+            with self._alone(place, job):
+                self._graduate(place, job)
 
-    def _turn(self, pupil: Pupil) -> Turn:
-        job, step = pupil.job, pupil.step + 1
-        return Turn(job.batches(step), job.targets(step), step, job.rates(step))
+    def _input(self, job: AdapterJob) -> StepInput:
+        job, step = job.job, job.step + 1
+        return StepInput(job.batches(step), job.targets(step), step, job.rates(step))
 
-    def _record(self, pupil: Pupil, turn: Turn, lesson: Lesson, seconds: float) -> None:
-        positions = pupil.job.positions(pupil.step)
-        pupil.metrics.write(
+    def _record(self, job: AdapterJob, given: StepInput, outcome: StepOutput, seconds: float) -> None:
+        positions = job.job.positions(job.step)
+        job.metrics.write(
             {
-                "step": pupil.step,
-                "loss": lesson.loss,
-                "learning_rate": turn.learning_rate,
-                "grad_norm": lesson.norm,
-                "tokens": turn.tokens,
-                "tokens_per_second": turn.tokens / seconds,
+                "step": job.step,
+                "loss": outcome.loss,
+                "learning_rate": given.learning_rate,
+                "grad_norm": outcome.norm,
+                "tokens": given.tokens,
+                "tokens_per_second": given.tokens / seconds,
                 "positions": positions,
                 "positions_per_second": positions / seconds,
                 "step_seconds": seconds,
                 "comm_wait_seconds": 0.0,
-                "together": len(self._pupils),
+                "together": len(self._jobs),
                 "peak_bytes": [mx.get_peak_memory()],
-                "predicted_peak_bytes": [self._room.plan.ledgers[0].peak],
+                "predicted_peak_bytes": [self._capacity.plan.ledgers[0].peak],
                 "bytes_sent": [0],
                 "bytes_received": [0],
             }
         )
-        self._tell(pupil.name, step=pupil.step)
+        self._tell(job.name, step=job.step)
 
-    def _evaluate(self, place: int, pupil: Pupil) -> None:
-        valid, run = pupil.splits.valid, pupil.recipe.run
-        if valid is None and pupil.evaluator is None:
+    def _evaluate(self, place: int, job: AdapterJob) -> None:
+        valid, run = job.splits.valid, job.recipe.run
+        if valid is None and job.evaluator is None:
             return
         progress.reach("evaluate")
-        found: dict[str, Any] = {"step": pupil.step, "eval_loss": None}
+        found: dict[str, Any] = {"step": job.step, "eval_loss": None}
         if valid is not None:
-            batches = validation_micro_batches(valid, pupil.recipe.batch.micro_size, run.eval_batches)
-            found["eval_loss"] = self._cohort.held_out(place, list(batches), 1)
-            before = {"before": found["eval_loss"]} if pupil.step == 0 else {}
-            self._tell(pupil.name, held_out=found["eval_loss"], **before)
-        if pupil.evaluator is not None:
-            found["scores"] = pupil.evaluator.scores(self._cohort.with_only(place), self._comm, 1)
-        pupil.metrics.write(found)
-        pupil.gate.observe(found)
+            batches = validation_micro_batches(valid, job.recipe.batch.micro_size, run.eval_batches)
+            found["eval_loss"] = self._adapters.held_out(place, list(batches), 1)
+            before = {"before": found["eval_loss"]} if job.step == 0 else {}
+            self._tell(job.name, held_out=found["eval_loss"], **before)
+        if job.evaluator is not None:
+            found["scores"] = job.evaluator.scores(self._adapters.with_only(place), self._comm, 1)
+        job.metrics.write(found)
+        job.gate.observe(found)
 
     # ---- going
 
     def _save(self) -> None:
         """Everybody as she is now. A disk that refuses ends nobody's training: what was saved before stays."""
-        pieces = live_pieces(self._cohort.store, 0)
-        saved = {place: pupil for place, pupil in self._pupils.items() if pupil.job.save_every}
+        pieces = live_pieces(self._adapters.store, 0)
+        saved = {place: job for place, job in self._jobs.items() if job.job.save_every}
         try:
-            for place, pupil in kept.items():
-                pupil.saved = pupil.step
+            for place, job in kept.items():
+                job.saved = job.step
                 progress.reach("save-write")
-                bookmark = Bookmark(pupil.step, place, self._node.name, pupil.origin)
+                point = ResumePoint(job.step, place, self._node.name, job.origin)
                 mine = [piece for piece in pieces if own_name(piece.tensor)[0] == place]
-                unfinished.set_aside(pupil.recipe.run.dir, bookmark, mine)
+                unfinished.write_draft(job.recipe.run.dir, point, mine)
             progress.reach("save-rename")
-            for pupil in kept.values():
-                unfinished.put_in_place(pupil.recipe.run.dir)
+            for job in kept.values():
+                unfinished.put_in_place(job.recipe.run.dir)
         except OSError as error:
-            for pupil in kept.values():
-                self._tell(pupil.name, note=f"step {pupil.step} could not be saved: {error.strerror}")
+            for job in kept.values():
+                self._tell(job.name, note=f"step {job.step} could not be saved: {error.strerror}")
 
-    def _graduate(self, place: int, pupil: Pupil) -> None:
+    def _graduate(self, place: int, job: AdapterJob) -> None:
         """Write her result, which waits for room on the disk, and leave the place."""
-        pupil.metrics.close()
-        del self._pupils[place]
+        job.metrics.close()
+        del self._jobs[place]
         progress.reach("finish")
-        writer = result.result_writer(pupil.recipe, self._single)
+        writer = result.result_writer(job.recipe, self._single)
         assert isinstance(writer, AdapterWriter)
-        adapter = self._cohort.adapter(place)
+        adapter = self._adapters.adapter(place)
         for index, unit in enumerate(self._single.spec.units):
             writer.write_unit(index, {t.name: adapter[t.name] for t in unit.tensors if t.trainable})
-        for write in (writer.close, partial(result.seal, pupil.recipe, pupil.gate)):
-            result.until_there_is_room(write, lambda note: self._tell(pupil.name, note=note))
-        unfinished.forget(pupil.recipe.run.dir)
-        note = pupil.gate.sentence() if pupil.gate.asks else ""
-        self._tell(pupil.name, state=DONE, step=pupil.step, note=note)
+        for write in (writer.close, partial(result.seal, job.recipe, job.gate)):
+            result.until_there_is_room(write, lambda note: self._tell(job.name, note=note))
+        unfinished.forget(job.recipe.run.dir)
+        note = job.gate.sentence() if job.gate.asks else ""
+        self._tell(job.name, state=DONE, step=job.step, note=note)
 
     @contextmanager
-    def _alone(self, place: int, pupil: Pupil) -> Iterator[None]:
+    def _alone(self, place: int, job: AdapterJob) -> Iterator[None]:
         """What fails in here for one daughter, such as her disk, ends her training and nobody else's."""
         try:
             yield
         except (EmpireError, OSError) as error:
-            pupil.metrics.close()
-            self._pupils.pop(place, None)
-            self._fail(pupil.name, str(error))
+            job.metrics.close()
+            self._jobs.pop(place, None)
+            self._fail(job.name, str(error))
 
     def _fail(self, name: str, why: str) -> None:
         self._failed.append(name)
@@ -309,7 +309,7 @@ class School:
 def place_of(recipe: Recipe, machine: str | None = None) -> int | None:
     """The place in which a daughter was interrupted (on `machine`, if one is named); None where nothing was kept."""
     try:
-        found = unfinished.bookmark_of(recipe.run.dir)
+        found = unfinished.resume_point_of(recipe.run.dir)
     except (UserError, OSError):
         return None
     return found.place if found is not None and machine in (None, found.machine) else None

@@ -24,8 +24,8 @@ from mlx_empire.checkpoint.shard import WEIGHTS, LivePiece
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import read_tensors
-from mlx_empire.formats.safetensors import COPY_BYTES, Entry, file_bytes, read_header, write_file
-from mlx_empire.formats.seal import thaw
+from mlx_empire.formats.safetensors import COPY_BYTES, Entry, file_bytes, read_header, write_tensors
+from mlx_empire.formats.seal import unseal
 from mlx_empire.formats.staging import remove
 from mlx_empire.model.lora_many import own_name
 from mlx_empire.private_files import draft_of, sync_folder
@@ -49,7 +49,7 @@ OWN_FILES = (
 
 
 @dataclass(frozen=True)
-class Bookmark:
+class ResumePoint:
     """Where she is: steps that are done, her place among those who train together, and on which machine."""
 
     step: int
@@ -58,7 +58,7 @@ class Bookmark:
     origin: Origin
 
 
-def set_aside(folder: Path, bookmark: Bookmark, pieces: Iterable[LivePiece]) -> None:
+def write_draft(folder: Path, point: ResumePoint, pieces: Iterable[LivePiece]) -> None:
     """Write her `pieces` beside what lies there and make sure that they are on the disk. OSError."""
     mine = list(pieces)
     views = [view for piece in mine for view in piece.views]
@@ -76,17 +76,17 @@ def set_aside(folder: Path, bookmark: Bookmark, pieces: Iterable[LivePiece]) -> 
         )
         for piece in mine
     ]
-    about = {"format": FORMAT, "sha256": digest.hexdigest(), "bookmark": json.dumps(asdict(bookmark))}
-    write_file(draft, entries, about)
+    about = {"format": FORMAT, "sha256": digest.hexdigest(), "bookmark": json.dumps(asdict(point))}
+    write_tensors(draft, entries, about)
 
 
 def put_in_place(folder: Path) -> None:
-    """What `set_aside` wrote takes the place of what was there. OSError."""
+    """What `write_draft` wrote takes the place of what was there. OSError."""
     os.replace(folder / DRAFT_NAME, folder / FILE_NAME)
     sync_folder(folder)
 
 
-def bookmark_of(folder: Path) -> Bookmark | None:
+def resume_point_of(folder: Path) -> ResumePoint | None:
     """Where a daughter is by the header of her file; None where there is none. UserError for a damaged one,
     UnreadableError for one that the system does not let us read.
     """
@@ -105,7 +105,7 @@ def bookmark_of(folder: Path) -> Bookmark | None:
         step, place = int(raw["step"]), int(raw["place"])
         if step < 1 or place < 0:
             raise ValueError(f"step {step}, place {place}")
-        return Bookmark(step, place, str(raw["machine"]), origin)
+        return ResumePoint(step, place, str(raw["machine"]), origin)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a daughter's file ({str(error)[:80]})") from None
 
@@ -168,7 +168,7 @@ def clear(folder: Path, *, goes_on: bool) -> None:
     for path in folder.iterdir():
         if path.name not in OWN_FILES:
             raise UserError(f"{path}: mlx_empire did not write this; move it away")
-    thaw(folder / "final")
+    unseal(folder / "final")
     for path in folder.iterdir():
         if not (goes_on and path.name in KEPT_FILES):
             remove(path)

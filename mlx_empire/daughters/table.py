@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mlx_empire.daughters.jobs import BEFORE, DONE, FAILED, LOST, TRAINING, WAITING, Board, State
+from mlx_empire.daughters.jobs import BEFORE, DONE, FAILED, LOST, TRAINING, WAITING, Jobs, JobState
 from mlx_empire.report.terminal import terminal_size
 from mlx_empire.report.text import duration, number
 
@@ -30,8 +30,8 @@ REFRESHES = 4  # a second
 class DaughterTable:
     """Shows a board while workers work: redrawn in place on a terminal, else a line for every new state or note."""
 
-    def __init__(self, board: Board) -> None:
-        self._board = board
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
         size = terminal_size(sys.stdout)
         self._console = Console(width=size.columns if size else 110, force_terminal=size is not None)
         self._live = (
@@ -54,13 +54,13 @@ class DaughterTable:
         if self._live is not None:
             self._live.stop()
         self.update()
-        self._console.print(self._table(len(self._board.states)))
+        self._console.print(self._table(len(self._jobs.states)))
 
     def update(self) -> None:
         """Say what is new where nothing is redrawn."""
         if self._live is not None:
             return
-        for state in self._board.states.values():
+        for state in self._jobs.states.values():
             if self._said.get(state.name) != (state.state, state.note) and state.state != WAITING:
                 note = f": {state.note}" if state.note else ""
                 where = f" on {state.machine}" if state.machine != "-" else ""
@@ -75,7 +75,7 @@ class DaughterTable:
         return max(self._console.height - 6, 4)
 
     def _table(self, most: int) -> Table:
-        states = sorted(self._board.states.values(), key=lambda s: (ORDER.index(s.state), s.name))
+        states = sorted(self._jobs.states.values(), key=lambda s: (ORDER.index(s.state), s.name))
         table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
         table.caption, table.caption_justify = self._caption(), "left"
         for name in ("daughter", "machine", "state"):
@@ -89,12 +89,12 @@ class DaughterTable:
         return table
 
     def _caption(self) -> str:
-        states: Sequence[State] = list(self._board.states.values())
+        states: Sequence[JobState] = list(self._jobs.states.values())
         counts = {name: sum(s.state == name for s in states) for name in ORDER}
         return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
-def _row(state: State) -> tuple[str | Text, ...]:
+def _row(state: JobState) -> tuple[str | Text, ...]:
     left = state.left
     loss = number(state.held_out, ".4f") if state.held_out is not None else "-"
     if state.before is not None and state.held_out is not None and state.before != state.held_out:

@@ -2,7 +2,7 @@
 
 For each unit and round (cell of this rank):
 
-1. accumulate: a cell's micro-batches add up in fp32, in order (`CellSum`);
+1. accumulate: a cell's micro-batches add up in fp32, in order (`MicroBatchSum`);
 2. contribute: each tensor's sum is rounded once to the wire's dtype, also where it stays local;
 3. reduce-scatter, on the communication thread: every owner receives its interval of each rank's contribution and
    adds them in rank order, in fp32, to its total. Rounds follow one another, so the order is that of the cells.
@@ -30,7 +30,7 @@ from mlx_empire.plan.cells import CellLayout
 from mlx_empire.plan.shards import Segment
 
 
-class CellSum:
+class MicroBatchSum:
     """The running fp32 sum of one unit's gradients over the micro-batches of one cell."""
 
     def __init__(self) -> None:
@@ -72,17 +72,17 @@ class GradientStore:
         """The round after which totals are complete."""
         return self._layout.rounds - 1
 
-    def inspect(self, index: int, cell: CellSum) -> None:
+    def inspect(self, index: int, cell: MicroBatchSum) -> None:
         """A cell's sum of unit `index` is complete: note what is not finite, where that is asked for."""
         if self.suspects is not None:
             self._suspect(self.suspects, index, cell)
 
-    def keep(self, index: int, cell: CellSum) -> None:
+    def keep(self, index: int, cell: MicroBatchSum) -> None:
         """Round a cell's sum to the wire's dtype, in place: it waits for the backward's end (stage 1)."""
         cell.arrays = self._rounded(index, cell)
         mx.eval(cell.arrays)
 
-    def reduce(self, index: int, round_index: int, cell: CellSum | None) -> None:
+    def reduce(self, index: int, round_index: int, cell: MicroBatchSum | None) -> None:
         """Begin to reduce unit `index`'s sum of this rank's cell in this round; None where the rank has no cell."""
         totals = self._totals(index)
         pieces = self._pieces(index, cell)
@@ -137,18 +137,18 @@ class GradientStore:
             self.totals[index] = fresh
         return self.totals[index]
 
-    def _suspect(self, suspects: set[str], index: int, cell: CellSum) -> None:
+    def _suspect(self, suspects: set[str], index: int, cell: MicroBatchSum) -> None:
         for (_, placement), array in zip(self._store.trainable(index), cell.arrays, strict=True):
             if not mx.isfinite(array).all().item():
                 suspects.add(placement.tensor.name)
 
-    def _rounded(self, index: int, cell: CellSum) -> list[mx.array]:
+    def _rounded(self, index: int, cell: MicroBatchSum) -> list[mx.array]:
         """Each tensor's sum in its segment's wire dtype."""
         segments = self._plan.units[index].segments
         wires = [DTYPES[segments[s].dtype] for s, _ in self._store.trainable(index)]
         return [a.astype(w) for a, w in zip(cell.arrays, wires, strict=True)]
 
-    def _pieces(self, index: int, cell: CellSum | None) -> list[Pieces]:
+    def _pieces(self, index: int, cell: MicroBatchSum | None) -> list[Pieces]:
         """The contribution by segment: tensors at their places, without copying them into one buffer."""
         parts: list[list[tuple[int, np.ndarray]]] = [[] for _ in self._trained(index)]
         if cell is not None:

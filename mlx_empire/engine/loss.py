@@ -116,7 +116,7 @@ def head_gradients(
     for loss, sums, part in head_chunks(head, root, hidden, batch, total, tokens):
         mx.eval(loss, sums, part)
         parts.append(part)
-    return loss, sums, joined(parts)
+    return loss, sums, joined_chunks(parts)
 
 
 def head_chunks(
@@ -153,6 +153,6 @@ def head_chunks(
         yield loss, sums, part
 
 
-def joined(parts: Sequence[mx.array]) -> mx.array:
+def joined_chunks(parts: Sequence[mx.array]) -> mx.array:
     """The gradient by the whole `hidden` of those by its chunks."""
     return parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=1)

@@ -1,6 +1,6 @@
 """Steps of several daughters together: one streamed pass over the base, and for each her own loss, norm and update.
 
-A cohort has places; a daughter takes one, trains with her own data, schedule and step count, and leaves it to the next.
+There are places; a daughter takes one, trains with her own data, schedule and step count, and leaves it to the next.
 Rows of a step are every present daughter's micro-batches side by side, her counted tokens weighted by 1 / their number
 in her step, so the sum of all losses has each one's own gradient. Norm, clipping and AdamW's step count are hers alone.
 """
@@ -25,7 +25,7 @@ from mlx_empire.optim.protocol import StepScalars
 
 
 @dataclass(frozen=True)
-class Turn:
+class StepInput:
     """What one daughter brings to a step: her micro-batches, their counted tokens, her step (from 1) and its rate."""
 
     micro_batches: Sequence[MicroBatch]
@@ -35,14 +35,14 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class StepOutput:
     """What a step came to for one daughter: the mean loss over her counted tokens, and her gradient's norm."""
 
     loss: float
     norm: float
 
 
-class Cohort:
+class MultiAdapterSteps:
     """Daughters in the places of a trainer whose model was put together for so many."""
 
     def __init__(self, trainer: Trainer, present: Present, clip_norm: float | None, seed: int) -> None:
@@ -82,28 +82,28 @@ class Cohort:
                         chunk.state = trainer.optimizer.init(chunk.weights, quantised=quantised)
                         mx.eval(chunk.state)
 
-    def step(self, turns: Mapping[int, Turn]) -> dict[int, Lesson]:
+    def step(self, inputs: Mapping[int, StepInput]) -> dict[int, StepOutput]:
         """One step of the daughters in these places; what it came to, by place.
 
         A daughter whose norm is not finite is not updated: what became of her is the caller's business.
         """
-        trainer, places = self._trainer, sorted(turns)
+        trainer, places = self._trainer, sorted(inputs)
         self._present.places = places
-        count = max(len(turns[p].micro_batches) for p in places)
-        joined = [_joined([_weighted(turns[p], j) for p in places]) for j in range(count)]
+        count = max(len(inputs[p].micro_batches) for p in places)
+        joined = [_joined([_weighted(inputs[p], j) for p in places]) for j in range(count)]
         # Dropout's masks are those of the one who is furthest, so of a daughter alone they are her own.
-        rows = trainer.gather_gradients(joined, max(turn.step for turn in turns.values()))
-        losses = _shared_out(rows, [len(turns[p].micro_batches[0].inputs) for p in places])
+        rows = trainer.gather_gradients(joined, max(given.step for given in inputs.values()))
+        losses = _shared_out(rows, [len(inputs[p].micro_batches[0].inputs) for p in places])
         norms = self._norms(places)
         scalars = {
-            p: StepScalars(turns[p].step, turns[p].learning_rate, clip_scale(norms[p], self._clip_norm))
+            p: StepScalars(inputs[p].step, inputs[p].learning_rate, clip_scale(norms[p], self._clip_norm))
             for p in places
             if math.isfinite(norms[p])
         }
         self._drop_others(scalars)
         still = StepScalars(1, 0.0, 0.0)
         trainer.renew(lambda name: scalars.get(own_name(name)[0], still))
-        return {p: Lesson(loss, norms[p]) for p, loss in zip(places, losses, strict=True)}
+        return {p: StepOutput(loss, norms[p]) for p, loss in zip(places, losses, strict=True)}
 
     def held_out(self, place: int, batches: Sequence[MicroBatch], per_pass: int) -> float:
         """The mean loss of the daughter in `place`, at most `per_pass` micro-batches at a time."""
@@ -133,7 +133,7 @@ class Cohort:
                 continue
             store.bind(index)
             found |= {n: mx.array(np.array(a)) for n, a in store.tensors(index).items() if n in names}
-            store.release(index)
+            store.free(index)
         return found
 
     def _norms(self, places: Sequence[int]) -> dict[int, float]:
@@ -167,9 +167,9 @@ def _trained_index(segments: Sequence[object], index: int) -> int:
     return sum(getattr(segment, "kind", "") != "frozen" for segment in segments[:index])
 
 
-def _weighted(turn: Turn, index: int) -> MicroBatch:
-    batch = turn.micro_batches[index]
-    mask = batch.mask / np.float32(max(turn.tokens, 1))
+def _weighted(given: StepInput, index: int) -> MicroBatch:
+    batch = given.micro_batches[index]
+    mask = batch.mask / np.float32(max(given.tokens, 1))
     return MicroBatch(batch.inputs, batch.targets, mask, batch.documents, batch.rows_read)
 
 

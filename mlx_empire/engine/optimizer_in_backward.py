@@ -27,7 +27,7 @@ from mlx_empire.engine.update import Updater
 from mlx_empire.optim.norm import NormLayout
 
 
-class ReleasingUpdater(Updater):
+class OptimizerInBackward(Updater):
     """Applies a unit's finished total at once: `norm_of` and `update` are played in the backward, once a unit."""
 
     def __init__(self, *arguments: Any) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_empire.data.batches import MicroBatch
-from mlx_empire.engine.gradients import CellSum
-from mlx_empire.engine.loss import head_chunks, head_gradients, head_loss, head_scores, joined
+from mlx_empire.engine.gradients import MicroBatchSum
+from mlx_empire.engine.loss import head_chunks, head_gradients, head_loss, head_scores, joined_chunks
 from mlx_empire.engine.masks import separate
 from mlx_empire.engine.noise import LayerNoise
-from mlx_empire.engine.slots import Deck, LayerArguments, hidden_of
+from mlx_empire.engine.slots import LayerArguments, SlottedModel, hidden_of
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 
@@ -48,14 +48,14 @@ class Passes:
 
     def __init__(
         self,
-        deck: Deck,
+        slotted: SlottedModel,
         store: ShardStore,
         head_tensors: Sequence[int],
         embed_tensors: Sequence[int],
         tokens: int,
         noise: LayerNoise | None = None,
     ) -> None:
-        self._deck, self._store, self._noise, self._tokens = deck, store, noise, tokens
+        self._slotted, self._store, self._noise, self._tokens = slotted, store, noise, tokens
         self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
         self._shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
 
@@ -66,18 +66,18 @@ class Passes:
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
         """For an evaluation."""
-        self._deck.train(False)
+        self._slotted.train(False)
         try:
             yield
         finally:
-            self._deck.train(True)
+            self._slotted.train(True)
 
     # ---- forward
 
     def capture(self, position: int, micro: MicroBatch) -> Running:
         """The input of layer 0, and what the model passes to its layers besides."""
         inputs, targets, mask = (mx.array(x) for x in (micro.inputs, micro.targets, micro.mask))
-        hidden, arguments = self._deck.capture(inputs)
+        hidden, arguments = self._slotted.capture(inputs)
         # They depend on the shape alone (checked before training): micro-batches of one shape share them.
         arguments = self._shapes.setdefault(tuple(inputs.shape), arguments)
         documents = None if micro.documents is None else mx.array(micro.documents)
@@ -93,7 +93,7 @@ class Passes:
         r.hidden = output
 
     def _layer(self, index: int, hidden: mx.array, r: Running) -> mx.array:
-        layer, given = self._deck.layers[index], r.arguments[index]
+        layer, given = self._slotted.layers[index], r.arguments[index]
         if r.documents is not None:
             given = separate(layer, given, r.documents)
         if self._noise is not None and layer.training:
@@ -101,7 +101,7 @@ class Passes:
         output = hidden_of(layer(hidden, *given.positional, **given.keywords))
         if not isinstance(output, mx.array):
             raise UserError(
-                f"{self._deck.name}: layer {index} returns {type(output).__name__}, not one array; "
+                f"{self._slotted.name}: layer {index} returns {type(output).__name__}, not one array; "
                 "this architecture cannot be streamed"
             )
         return output
@@ -138,7 +138,7 @@ class Passes:
                 hidden = self._layer(i, hidden, r)
             constant = mx.stop_gradient(hidden)
             chunks = list(head_chunks(self._call_head, heads, constant, r.batch, total, self._tokens))
-            cotangent = mx.stop_gradient(joined([part for _, _, part in chunks]))
+            cotangent = mx.stop_gradient(joined_chunks([part for _, _, part in chunks]))
             surrogate = (hidden * cotangent).sum()
             return (surrogate, *(array for loss, sums, part in chunks for array in (loss, *sums, part)))
 
@@ -166,7 +166,7 @@ class Passes:
         for position, array in zip(self.head_tensors, arrays, strict=True):
             bound[position] = array
         self._store.rebind(0, bound)
-        return self._deck.head(tokens, hidden)
+        return self._slotted.head(tokens, hidden)
 
     # ---- backward
 
@@ -194,7 +194,7 @@ class Passes:
             for position, array in zip(self.embed_tensors, arrays, strict=True):
                 bound[position] = array
             self._store.rebind(0, bound)
-            return self._deck.embed(r.batch[0]).astype(mx.float32)
+            return self._slotted.embed(r.batch[0]).astype(mx.float32)
 
         # A frequent token's row is a sum over many positions: in fp32, or bfloat16 would swallow most of it. (The
         # wide copies of the tensors are never evaluated; the gradient does not need them.)
@@ -204,7 +204,7 @@ class Passes:
             _, gradients = mx.vjp(run, wide, [r.hidden.astype(mx.float32)])
         return list(gradients)
 
-    def whole_root(self, head: CellSum, embed: CellSum) -> CellSum:
+    def whole_root(self, head: MicroBatchSum, embed: MicroBatchSum) -> MicroBatchSum:
         """Head and embedding sums of a cell, by the root's tensors; a tied matrix gets the sum of both."""
         by_position: dict[int, mx.array] = dict(zip(self.head_tensors, head.arrays, strict=True))
         for position, array in zip(self.embed_tensors, embed.arrays, strict=True):
@@ -212,7 +212,7 @@ class Passes:
                 array = by_position[position].astype(mx.float32) + array.astype(mx.float32)
             by_position[position] = array
         head.arrays, embed.arrays = [], []
-        cell = CellSum()
+        cell = MicroBatchSum()
         root = enumerate(self._store.bound(0))
         cell.arrays = [by_position.get(i, mx.zeros_like(tensor)) for i, tensor in root]
         by_position.clear()

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_empire.engine.masks import separable
-from mlx_empire.engine.slots import Deck, LayerArguments, refuse_sharing
+from mlx_empire.engine.slots import LayerArguments, SlottedModel, refuse_sharing
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 
@@ -33,43 +33,47 @@ class RootUse:
     separable: bool
 
 
-def probe_root(deck: Deck, store: ShardStore, vocabulary: int) -> RootUse:
+def probe_root(slotted: SlottedModel, store: ShardStore, vocabulary: int) -> RootUse:
     """Check that layers are tied by the hidden state alone (UserError if not) and find out how the root is used.
 
     A tensor's use is found by binding NaN in its place and looking whether NaN comes out.
     """
     root = store.bind(0)
     tokens = (mx.arange(WIDTH) % vocabulary)[None]
-    hidden, arguments = deck.capture(tokens)
-    noise = [0.5 * (i + 1) for i in range(len(deck.layers))]
-    _, disturbed = deck.capture(tokens, noise)
-    _, others = deck.capture((tokens * 7 + 3) % vocabulary)
+    hidden, arguments = slotted.capture(tokens)
+    noise = [0.5 * (i + 1) for i in range(len(slotted.layers))]
+    _, disturbed = slotted.capture(tokens, noise)
+    _, others = slotted.capture((tokens * 7 + 3) % vocabulary)
     if not (_same(arguments, disturbed) and _same(arguments, others)):
-        raise refuse_sharing(deck.name)
+        raise refuse_sharing(slotted.name)
     boundary = mx.random.normal(hidden.shape, key=mx.random.key(0)).astype(hidden.dtype)
     head, embed = [], []
     for i, tensor in enumerate(root):
         poisoned = list(root)
         poisoned[i] = mx.broadcast_to(mx.array(mx.nan, tensor.dtype), tensor.shape)
         store.rebind(0, poisoned)
-        if _has_nan(deck.head(tokens, boundary)):
+        if _has_nan(slotted.head(tokens, boundary)):
             head.append(i)
-        if _has_nan(deck.embed(tokens)):
+        if _has_nan(slotted.embed(tokens)):
             embed.append(i)
     store.rebind(0, root)
-    repeated = deck.embed(mx.zeros((1, WIDTH), mx.int32))
+    repeated = slotted.embed(mx.zeros((1, WIDTH), mx.int32))
     absolute = not bool(mx.array_equal(repeated[:, 0], repeated[:, -1]).item())
-    store.release(0)
-    apart = all(separable(layer, given, WIDTH) for layer, given in zip(deck.layers, arguments, strict=True))
+    store.free(0)
+    apart = all(
+        separable(layer, given, WIDTH) for layer, given in zip(slotted.layers, arguments, strict=True)
+    )
     return RootUse(tuple(head), tuple(embed), absolute, apart)
 
 
-def check_packing(deck: Deck, use: RootUse) -> None:
+def check_packing(slotted: SlottedModel, use: RootUse) -> None:
     """UserError where packed documents could not be kept apart."""
     if use.absolute_positions:
-        raise UserError(f"data.packing: true: {deck.name} has absolute positions; set data.packing: false")
+        raise UserError(f"data.packing: true: {slotted.name} has absolute positions; set data.packing: false")
     if not use.separable:
-        raise UserError(f"data.packing: true: {deck.name} has layers without a mask; set data.packing: false")
+        raise UserError(
+            f"data.packing: true: {slotted.name} has layers without a mask; set data.packing: false"
+        )
 
 
 def _same(first: Iterable[LayerArguments], second: Iterable[LayerArguments]) -> bool:

@@ -1,7 +1,7 @@
 """Slots: what stands in the model's list of layers while we train, so that its own `__call__` can be run in parts.
 
 The model's code is never edited. Each layer is replaced by a `Slot` that forwards attribute reads to the layer and
-hands calls to the `Deck`, which decides by mode what the call does:
+hands calls to the `SlottedModel`, which decides by mode what the call does:
 
 - capture: no layer runs; the input of layer 0 and every layer's other arguments (masks) are noted. Only the first
            layer of each class is called once, lazily: whether it returns more than the hidden state shows in no other
@@ -56,10 +56,10 @@ def refuse_sharing(name: str) -> UserError:
 
 
 class Slot:
-    """Takes a layer's place in the model's list; reads pass through, calls go to the deck."""
+    """Takes a layer's place in the model's list; reads pass through, calls go to the slotted model."""
 
-    def __init__(self, deck: Deck, index: int, layer: nn.Module) -> None:
-        self._deck, self._index, self._layer = deck, index, layer
+    def __init__(self, slotted: SlottedModel, index: int, layer: nn.Module) -> None:
+        self._slotted, self._index, self._layer = slotted, index, layer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
@@ -75,10 +75,10 @@ class Slot:
         if not args:  # the hidden state is the layer's first parameter, whatever its name
             _, first, *_ = inspect.signature(type(self._layer).__call__).parameters
             args = (kwargs.pop(first, None),)
-        return self._deck.visit(self._index, args[0], LayerArguments(args[1:], kwargs))
+        return self._slotted.visit(self._index, args[0], LayerArguments(args[1:], kwargs))
 
 
-class Deck:
+class SlottedModel:
     """The model with slots in place of its layers. `layers` are the real ones, in order."""
 
     def __init__(self, model: nn.Module, name: str) -> None:

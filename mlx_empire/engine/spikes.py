@@ -51,7 +51,7 @@ class SpikeWatch:
         """The verdict on step `step`, whose values are finite. NumericsError (on all ranks) for too many skips."""
         if self.mode == "off":
             return Verdict()
-        scores = {"loss": score(loss, self.losses), "gradient norm": score(norm, self.norms)}
+        scores = {"loss": spike_score(loss, self.losses), "gradient norm": spike_score(norm, self.norms)}
         values = {"loss": loss, "gradient norm": norm}
         worst = max(scores, key=lambda name: scores[name])
         if scores[worst] <= self.threshold:
@@ -92,7 +92,7 @@ class SpikeWatch:
         self.norms = [*self.norms, norm][-self.window :]
 
 
-def score(value: float, history: list[float]) -> float:
+def spike_score(value: float, history: list[float]) -> float:
     """How many robust standard deviations `value` lies above the history's median; 0 while there is too little."""
     if len(history) < LEAST_HISTORY:
         return 0.0

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_empire import progress
 from mlx_empire.data.batches import MicroBatch
-from mlx_empire.engine.gradients import CellSum, GradientStore
+from mlx_empire.engine.gradients import GradientStore, MicroBatchSum
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.store import ShardStore
@@ -44,8 +44,8 @@ class StreamedStep(Reader):
         self._batches: list[MicroBatch] = []
         self._running: dict[int, Running] = {}
         self._losses: list[np.ndarray] = []
-        self._cells: dict[tuple[int, int], CellSum] = {}  # by unit and round
-        self._embeds: dict[int, CellSum] = {}  # the embedding's part of the root, by round
+        self._cells: dict[tuple[int, int], MicroBatchSum] = {}  # by unit and round
+        self._embeds: dict[int, MicroBatchSum] = {}  # the embedding's part of the root, by round
         self._weights: dict[int, list[mx.array]] = {}  # of the units that are bound
         self._total = mx.array(1.0)
         self._measure: Measure | None = None
@@ -108,7 +108,7 @@ class StreamedStep(Reader):
 
     def free(self, action: Action) -> None:
         self._weights.pop(action.unit, None)
-        self._store.release(action.unit)
+        self._store.free(action.unit)
         if action.unit == 0:  # nothing is computed any more: hidden states go
             self._losses = [np.array(r.loss) for r in self._running.values() if r.loss is not None]
             self._running = {}
@@ -150,7 +150,7 @@ class StreamedStep(Reader):
 
     def embed(self, action: Action) -> None:
         if self._passes.embed_tensors:
-            cell = self._embeds.setdefault(action.round, CellSum())
+            cell = self._embeds.setdefault(action.round, MicroBatchSum())
             cell.add(self._passes.embed(self._running[action.micro]))
             mx.eval(cell.arrays)
             self._store.rebind(0, self._store.bound(0))
@@ -175,14 +175,14 @@ class StreamedStep(Reader):
     def settle(self, action: Action) -> None:
         self._sums.settle(action.unit, last=action.round == self._sums.last_round)
 
-    def _cell(self, unit: int, round: int) -> CellSum:
-        return self._cells.setdefault((unit, round), CellSum())
+    def _cell(self, unit: int, round: int) -> MicroBatchSum:
+        return self._cells.setdefault((unit, round), MicroBatchSum())
 
-    def _complete_cell(self, action: Action) -> CellSum | None:
+    def _complete_cell(self, action: Action) -> MicroBatchSum | None:
         """A round's sum of a unit, which is forgotten here; None where this rank has no cell."""
         cell = self._cells.pop((action.unit, action.round), None)
         if action.unit == 0 and cell is not None:
-            cell = self._passes.whole_root(cell, self._embeds.pop(action.round, CellSum()))
+            cell = self._passes.whole_root(cell, self._embeds.pop(action.round, MicroBatchSum()))
         if cell is not None:
             self._sums.inspect(action.unit, cell)
         return cell

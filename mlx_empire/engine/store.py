@@ -6,7 +6,7 @@ while, the *whole* buffer of a unit. A whole buffer passes through these phases:
 1. ask:     `gather(i)` allocates it and queues, on the communication thread, the copy of this rank's own interval and
             the all-gather of the others'. The main thread goes on computing.
 2. bind:    `bind(i)` waits for it, cuts it into tensors (views, no copies) and puts them into the model's modules.
-3. release: `release(i)` puts placeholders back and drops the buffer, unless the stage keeps weights whole.
+3. free:    `free(i)` puts placeholders back and drops the buffer, unless the stage keeps weights whole.
 
 At ZeRO stages 0-2 whole buffers live from step to step, chunks' weights are views of them, and `refresh(i)` replaces
 one after its chunks were updated. Stage 3 has the same calls with shorter lives; world size 1 has the same path.
@@ -200,7 +200,7 @@ class ShardStore:
                 for binding in self._bindings[index][s]:
                     binding.container[binding.key] = next(values)
 
-    def release(self, index: int) -> None:
+    def free(self, index: int) -> None:
         """The unit is not needed for now: placeholders in the model, and at stage 3 its buffer goes."""
         self._settle(index)
         self._bound.pop(index, None)

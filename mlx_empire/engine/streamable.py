@@ -1,6 +1,6 @@
-"""The proof before training: a tiny twin of the model, streamed, against its own whole-model gradients.
+"""The proof before training: the model scaled down and streamed, against its own whole-model gradients.
 
-The twin is mlx-lm's model of the same family and pattern of layers with small numbers, so the check takes a second
+It is mlx-lm's model of the same family and pattern of layers with small numbers, so the check takes a second
 and no memory even for a model that no machine holds. If loss or any gradient differs, the model is refused.
 """
 
@@ -22,13 +22,13 @@ from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.probe import probe_root
-from mlx_empire.engine.slots import Deck
+from mlx_empire.engine.slots import SlottedModel
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import build_model, describe
 from mlx_empire.model.foreign import foreign
-from mlx_empire.model.scaled_down import VOCABULARY, twin_config
+from mlx_empire.model.scaled_down import VOCABULARY, scaled_down_config
 from mlx_empire.model.spec import RootNames, base_name
 from mlx_empire.plan.cells import CellLayout
 from mlx_empire.plan.schedule import StepShape
@@ -40,12 +40,12 @@ MOST_PARAMETERS = 1 << 27
 NOISE = 1e-3  # of the largest gradient: smaller ones, in good part rounding, are compared with that
 
 
-def verify_twin(config: Mapping[str, Any], name: str) -> RootNames:
-    """Train-step the twin both ways in fp32 and compare; UserError naming what differs, or that it cannot be built.
+def verify_scaled_down(config: Mapping[str, Any], name: str) -> RootNames:
+    """Train-step it both ways in fp32 and compare; UserError naming what differs, or that it cannot be built.
 
     Returns which parameters of the root its head and embedding depend on: the model's own, by their names.
     """
-    small = twin_config(config)
+    small = scaled_down_config(config)
     for key in (
         "quantization",
         "quantization_config",
@@ -108,16 +108,16 @@ def _streamed(
     weights = dict(tree_flatten(model.parameters()))
     spec = describe(model, config, name, "float32")
     plan = make_plan(spec.units, [1.0], 3)
-    comm, thread = SoloCommunicator("twin"), CommThread()
+    comm, thread = SoloCommunicator("scaled-down"), CommThread()
     try:
         store = ShardStore(plan, model, comm, thread)
         for index, unit in enumerate(spec.units):
             store.load(index, ((t, weights[t.name]) for t in unit.tensors))
-        deck = Deck(model, name)
-        use = probe_root(deck, store, VOCABULARY)
+        slotted = SlottedModel(model, name)
+        use = probe_root(slotted, store, VOCABULARY)
         layout = CellLayout(1, 1, 1)
         sums = GradientStore(store, comm, thread, layout, "float32")
-        passes = Passes(deck, store, use.head, use.embed, chunk_tokens(VOCABULARY))
+        passes = Passes(slotted, store, use.head, use.embed, chunk_tokens(VOCABULARY))
         step = StreamedStep(passes, store, sums, StepShape(3, plan.trained, (1,)))
         (rows,) = step.gradients([[batch]], int(batch.mask.sum()))
     finally:

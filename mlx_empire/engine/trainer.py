@@ -22,10 +22,10 @@ from mlx_empire.engine.diagnose import GradientError, bad_weights, some_of
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.noise import LayerNoise
-from mlx_empire.engine.optimizer_in_backward import ReleasingUpdater
+from mlx_empire.engine.optimizer_in_backward import OptimizerInBackward
 from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.probe import check_packing, probe_root
-from mlx_empire.engine.slots import Deck
+from mlx_empire.engine.slots import SlottedModel
 from mlx_empire.engine.spikes import SpikeWatch
 from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.step import StreamedStep
@@ -90,11 +90,11 @@ class Trainer:
         self.spec, self.work, self.optimizer = spec, work, optimizer
         self._comm, self._thread, self._spikes = comm, thread, settings.spikes
         self.store = ShardStore(plan, model, comm, thread)
-        self._deck = Deck(model, spec.name)
+        self._slotted = SlottedModel(model, spec.name)
         self._sums = GradientStore(self.store, comm, thread, work.layout, work.gradient_dtype)
         every, seed = settings.statistics_every, settings.noise_seed
         self._statistics = None if every is None else UpdateStatistics(self.store, optimizer, comm, every)
-        self._updater = (ReleasingUpdater if work.release else Updater)(
+        self._updater = (OptimizerInBackward if work.optimizer_in_backward else Updater)(
             self.store, self._sums, optimizer, comm, settings.clip_norm, self._statistics
         )
         self._noise = None if seed is None else LayerNoise(seed)
@@ -108,13 +108,13 @@ class Trainer:
         vocabulary = int(self.spec.text_config["vocab_size"])
         try:
             with foreign(f"{self.spec.name}: mlx-lm's model cannot be run with slots for layers", mixed=True):
-                use = probe_root(self._deck, self.store, vocabulary)
+                use = probe_root(self._slotted, self.store, vocabulary)
             if packing:
-                check_packing(self._deck, use)
+                check_packing(self._slotted, use)
         except UserError as error:  # the same model on every rank, so the same verdict
             raise on_all_ranks(error) from None
         tokens = chunk_tokens(vocabulary, frozen=not self.store.trainable(0))
-        passes = Passes(self._deck, self.store, use.head, use.embed, tokens, self._noise)
+        passes = Passes(self._slotted, self.store, use.head, use.embed, tokens, self._noise)
         self._shape = step_shape(self.store.plan, self.work, self._comm.rank)
         self.streamed = StreamedStep(passes, self.store, self._sums, self._shape, self._updater)
         if fresh:
@@ -131,10 +131,10 @@ class Trainer:
         units = range(len(self.spec.units))
         for index in units:
             self.store.bind(index)
-        with self._deck.whole() as model:
+        with self._slotted.whole() as model:
             yield model
         for index in units:
-            self.store.release(index)
+            self.store.free(index)
 
     @property
     def gradients(self) -> GradientStore:
@@ -179,7 +179,7 @@ class Trainer:
         With gradient release units that were complete earlier are changed by then; the error says so.
         """
         self._thread.reset()
-        if isinstance(self._updater, ReleasingUpdater):
+        if isinstance(self._updater, OptimizerInBackward):
             return self._released_step(self._updater, micro_batches, total_tokens, step, learning_rate)
         loss = self.compute(micro_batches, total_tokens, step)
         try:
@@ -199,7 +199,7 @@ class Trainer:
 
     def _released_step(
         self,
-        updater: ReleasingUpdater,
+        updater: OptimizerInBackward,
         micro_batches: Sequence[MicroBatch],
         total_tokens: int,
         step: int,
@@ -225,13 +225,15 @@ class Trainer:
 
     def carried(self) -> dict[str, list[float]]:
         """What a continued run needs beside weights and states to go on bitwise."""
-        norm = {"last_norm": [self._updater.last_norm]} if isinstance(self._updater, ReleasingUpdater) else {}
+        norm = (
+            {"last_norm": [self._updater.last_norm]} if isinstance(self._updater, OptimizerInBackward) else {}
+        )
         return {**self._spikes.to_json(), **norm}
 
     def carry_on(self, carried: Mapping[str, Sequence[float]]) -> None:
         """Take over what `carried` gave."""
         self._spikes.from_json(carried)
-        if isinstance(self._updater, ReleasingUpdater):
+        if isinstance(self._updater, OptimizerInBackward):
             (self._updater.last_norm,) = carried.get("last_norm", (0.0,))
 
     def _blame_loss(self, loss: float, losses: Sequence[float], step: int) -> NumericsError:

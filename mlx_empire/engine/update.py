@@ -68,7 +68,7 @@ class Updater:
         return StepScalars(step, learning_rate, clip_scale(norm, self._clip_norm))
 
     def norm_of(self, index: int) -> None:
-        """The check of one unit where it is updated in the backward; see `ReleasingUpdater`."""
+        """The check of one unit where it is updated in the backward; see `OptimizerInBackward`."""
         raise NotImplementedError("units are updated at the end of the step")
 
     def update(self, index: int) -> None:

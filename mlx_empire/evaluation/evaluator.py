@@ -17,7 +17,7 @@ from mlx_empire.engine.trainer import Trainer
 from mlx_empire.evaluation.answers import fits_schema, is_json, matches
 from mlx_empire.evaluation.generation import generate
 from mlx_empire.evaluation.questions import Answer, Prompt, Questions, every_answer
-from mlx_empire.evaluation.teacher_forced import micro_batches, score
+from mlx_empire.evaluation.teacher_forced import micro_batches, score_answers
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -59,7 +59,7 @@ class Evaluator:
 
     def scores(self, trainer: Trainer, comm: Communicator, per_rank: int) -> dict[str, float]:
         """`set.metric` -> value, the same on every rank. Collective."""
-        rows = score(trainer.streamed, comm, self._batches, per_rank)
+        rows = score_answers(trainer.streamed, comm, self._batches, per_rank)
         texts = self._texts(trainer, comm)
         found: dict[str, float] = {}
         first = 0

@@ -28,7 +28,9 @@ def micro_batches(answers: Sequence[Answer], sequence_length: int, micro_size: i
     return list(validation_micro_batches(Dataset(table, sequence_length, False), micro_size))
 
 
-def score(step: StreamedStep, comm: Communicator, batches: Sequence[MicroBatch], per_rank: int) -> np.ndarray:
+def score_answers(
+    step: StreamedStep, comm: Communicator, batches: Sequence[MicroBatch], per_rank: int
+) -> np.ndarray:
     """(answers, 3) float64: sum of log-probabilities, likeliest tokens, counted tokens. The same on every rank.
 
     Collective. At most `per_rank` micro-batches pass a rank at once, so evaluation needs no more memory than a step.

@@ -22,7 +22,7 @@ import mlx.core as mx
 from mlx_empire.disk import with_headroom
 from mlx_empire.errors import UserError
 from mlx_empire.formats.peft import PEFT_NAME, PEFT_WEIGHTS, no_peft_form, peft_config, peft_weights
-from mlx_empire.formats.safetensors import Entry, array_bytes, read_header, write_file
+from mlx_empire.formats.safetensors import Entry, array_bytes, read_header, write_tensors
 from mlx_empire.formats.sidefiles import write_json, write_text
 from mlx_empire.formats.staging import (
     disk_errors,
@@ -151,5 +151,5 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
 
 def _write_tensors(path: Path, arrays: Mapping[str, mx.array], layout: str) -> None:
     entries = [Entry(n, "F32", tuple(a.shape), partial(array_bytes, a)) for n, a in arrays.items()]
-    size = write_file(path, entries, {"format": layout})
+    size = write_tensors(path, entries, {"format": layout})
     assert read_header(path).file_bytes == size

@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx_empire.disk import with_headroom
 from mlx_empire.errors import NumericsError, UserError
 from mlx_empire.formats.hf_folder import INDEX_NAME, Build, ModelFolder, has_weights, open_folder
-from mlx_empire.formats.hf_names import HUGGING_FACE, Layout, Piece, choose_layout
+from mlx_empire.formats.hf_names import HUGGING_FACE, HfPiece, Layout, choose_layout
 from mlx_empire.formats.safetensors import (
     CODES,
     ITEM_BYTES,
@@ -28,7 +28,7 @@ from mlx_empire.formats.safetensors import (
     array_bytes,
     file_bytes,
     read_header,
-    write_file,
+    write_tensors,
 )
 from mlx_empire.formats.sidefiles import SIDE_FILES, copy_side_files, stored_config, write_json, write_text
 from mlx_empire.formats.source import FolderSource
@@ -137,7 +137,7 @@ class FolderWriter:
         # `pt` is what transformers writes; `mlx` tells mlx tools that the names and layouts are mlx-lm's.
         metadata = {"format": "pt" if self._layout.kind == HUGGING_FACE else "mlx"}
         with disk_errors(self.out):
-            size = write_file(self._temporary / name, entries, metadata)
+            size = write_tensors(self._temporary / name, entries, metadata)
         assert read_header(self._temporary / name).file_bytes == size
         self._weight_map.update((entry.name, name) for entry in entries)
         self._tensor_bytes += sum(entry.nbytes for entry in entries)
@@ -197,7 +197,7 @@ def _checksum(array: mx.array, tensor: TensorSpec) -> int:
     return total
 
 
-def _made(piece: Piece, tensors: Mapping[str, mx.array]) -> Iterator[memoryview]:
+def _made(piece: HfPiece, tensors: Mapping[str, mx.array]) -> Iterator[memoryview]:
     made = piece.make(*(tensors[name] for name in piece.takes))
     return array_bytes(made.astype(getattr(mx, piece.dtype)))
 

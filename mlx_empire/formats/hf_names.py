@@ -29,7 +29,7 @@ from mlx.utils import tree_flatten
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import Build, ModelFolder
 from mlx_empire.model.build import build_model, describe
-from mlx_empire.model.scaled_down import twin_config
+from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 from mlx_empire.model.stored import sanitize, stand_ins
 
@@ -69,7 +69,7 @@ TOWERS = (
 
 
 @dataclass(frozen=True)
-class Piece:
+class HfPiece:
     """One exported tensor: `make` builds it from the mlx-lm tensors named in `takes`, in that order."""
 
     name: str
@@ -79,8 +79,8 @@ class Piece:
     make: Callable[..., mx.array]
 
 
-Units = tuple[tuple[Piece, ...], ...]
-Way = Callable[[tuple[TensorSpec, ...]], Iterator[Piece]]  # lays out the tensors of a unit
+Units = tuple[tuple[HfPiece, ...], ...]
+Way = Callable[[tuple[TensorSpec, ...]], Iterator[HfPiece]]  # lays out the tensors of a unit
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def choose_layout(spec: ModelSpec, build: Build, folder: ModelFolder | None) -> 
         others = {n: info for n, info in folder.stored().items() if n in carried} if folder else {}
         for way in (_inverse, _own):
             units = _laid_out(spec, way)
-            why = problem_with(spec, build, units, stand_ins(others)) or _problem_when_small(spec, way)
+            why = naming_problem(spec, build, units, stand_ins(others)) or _problem_when_small(spec, way)
             if why is None:
                 kind = HUGGING_FACE if way is _inverse and _is_huggingface(spec, units, folder) else MLX_LM
                 return Layout(kind, units, carried, tuple(_notes(spec, kind, units, carried, folder)))
@@ -116,7 +116,7 @@ def choose_layout(spec: ModelSpec, build: Build, folder: ModelFolder | None) -> 
     )
 
 
-def problem_with(
+def naming_problem(
     spec: ModelSpec, build: Build, units: Units, others: dict[str, mx.array] | None = None
 ) -> str | None:
     """Why the model's `sanitize` does not turn the pieces back into exactly the spec's tensors; None where it does.
@@ -153,16 +153,16 @@ def _same_again(tensor: TensorSpec, before: mx.array, after: mx.array) -> bool:
 
 
 def _problem_when_small(spec: ModelSpec, way: Way) -> str | None:
-    """As `problem_with`, with the values of what is too large to be compared in the model itself: those of its twin."""
+    """As `naming_problem`, with the values of what is too large to be compared in the model itself: of a small one."""
     if all(t.size <= PROOF_ELEMENTS for unit in spec.units for t in unit.tensors):
         return None
-    config = twin_config(spec.config)
+    config = scaled_down_config(spec.config)
     build = partial(build_model, config, spec.name)
     try:
-        twin = describe(build(), config, spec.name, spec.dtype)
+        small = describe(build(), config, spec.name, spec.dtype)
     except UserError:
-        return None  # whether it can be scaled down at all is `engine.twin`'s question
-    return problem_with(twin, build, _laid_out(twin, way))
+        return None  # whether it can be scaled down at all is `engine.streamable`'s question
+    return naming_problem(small, build, _laid_out(small, way))
 
 
 def huggingface_names(spec: ModelSpec, folder: ModelFolder | None) -> bool:
@@ -179,11 +179,11 @@ def _laid_out(spec: ModelSpec, way: Way) -> Units:
     return tuple(tuple(way(unit.tensors)) for unit in spec.units)
 
 
-def _own(tensors: tuple[TensorSpec, ...]) -> Iterator[Piece]:
+def _own(tensors: tuple[TensorSpec, ...]) -> Iterator[HfPiece]:
     return map(_same, tensors)
 
 
-def _inverse(tensors: tuple[TensorSpec, ...]) -> Iterator[Piece]:
+def _inverse(tensors: tuple[TensorSpec, ...]) -> Iterator[HfPiece]:
     here = {t.name: t for t in tensors}
     for tensor in tensors:
         stem, _, last = tensor.name.removesuffix(".weight").rpartition(".")
@@ -200,42 +200,42 @@ def _inverse(tensors: tuple[TensorSpec, ...]) -> Iterator[Piece]:
             yield _same(tensor)
 
 
-def _same(tensor: TensorSpec) -> Piece:
-    return Piece(tensor.name, tensor.shape, tensor.dtype, (tensor.name,), lambda x: x)
+def _same(tensor: TensorSpec) -> HfPiece:
+    return HfPiece(tensor.name, tensor.shape, tensor.dtype, (tensor.name,), lambda x: x)
 
 
-def _swapped(tensor: TensorSpec, name: str) -> Piece:
+def _swapped(tensor: TensorSpec, name: str) -> HfPiece:
     experts, rows, columns = tensor.shape
     shape = (experts, columns, rows)
-    return Piece(name, shape, tensor.dtype, (tensor.name,), lambda x: mx.swapaxes(x, 1, 2))
+    return HfPiece(name, shape, tensor.dtype, (tensor.name,), lambda x: mx.swapaxes(x, 1, 2))
 
 
-def _gate_and_up(gate: TensorSpec, up: TensorSpec, name: str) -> Piece:
+def _gate_and_up(gate: TensorSpec, up: TensorSpec, name: str) -> HfPiece:
     experts, rows, columns = gate.shape
 
     def make(g: mx.array, u: mx.array) -> mx.array:
         return mx.concatenate([mx.swapaxes(g, 1, 2), mx.swapaxes(u, 1, 2)], axis=-1)
 
-    return Piece(name, (experts, columns, 2 * rows), gate.dtype, (gate.name, up.name), make)
+    return HfPiece(name, (experts, columns, 2 * rows), gate.dtype, (gate.name, up.name), make)
 
 
-def _experts(tensor: TensorSpec, owner: str, projection: str) -> Iterator[Piece]:
+def _experts(tensor: TensorSpec, owner: str, projection: str) -> Iterator[HfPiece]:
     if owner.endswith(".block_sparse_moe"):
         projection = MIXTRAL_NAMES.get(projection, projection)
     suffix = tensor.name.rpartition(".")[2]
     for e in range(tensor.shape[0]):
         name = f"{owner}.experts.{e}.{projection}.{suffix}"
-        yield Piece(name, tensor.shape[1:], tensor.dtype, (tensor.name,), itemgetter(e))
+        yield HfPiece(name, tensor.shape[1:], tensor.dtype, (tensor.name,), itemgetter(e))
 
 
-def _key_value_up(key: TensorSpec, value: TensorSpec, name: str) -> Piece:
+def _key_value_up(key: TensorSpec, value: TensorSpec, name: str) -> HfPiece:
     heads, rank, nope = key.shape
     rows = heads * (nope + value.shape[1])
 
     def make(k: mx.array, v: mx.array) -> mx.array:
         return mx.concatenate([mx.swapaxes(k, 1, 2), v], axis=1).reshape(rows, rank)
 
-    return Piece(name, (rows, rank), key.dtype, (key.name, value.name), make)
+    return HfPiece(name, (rows, rank), key.dtype, (key.name, value.name), make)
 
 
 def _sample(tensor: TensorSpec) -> mx.array:

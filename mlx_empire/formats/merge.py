@@ -13,8 +13,8 @@ import mlx.core as mx
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import Adapter
 from mlx_empire.formats.source import WeightSource
-from mlx_empire.model.quant_format import Packing
-from mlx_empire.model.quantize import pack
+from mlx_empire.model.quant_format import QuantFormat
+from mlx_empire.model.quantize import quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec, is_embedding
 
 
@@ -25,7 +25,7 @@ class MergedSource:
     """
 
     def __init__(
-        self, base: WeightSource, spec: ModelSpec, adapter: Adapter, packing: Packing | None, where: str
+        self, base: WeightSource, spec: ModelSpec, adapter: Adapter, packing: QuantFormat | None, where: str
     ) -> None:
         self._base, self._spec, self._adapter, self._packing = base, spec, adapter, packing
         stems = {t.name.removesuffix(".weight") for u in spec.units for t in u.tensors}
@@ -43,7 +43,7 @@ class MergedSource:
             return array
         dtype = array.dtype
         if self._packing and self._packing.packs(tensor.name, tensor.shape, root=root):
-            array = unpack(pack(array, self._packing), self._packing).astype(dtype)
+            array = unpack(quantize(array, self._packing), self._packing).astype(dtype)
         stem = tensor.name.removesuffix(".weight")
         if f"{stem}.lora_a" in self._adapter.weights:
             embedding = root and is_embedding(stem)
@@ -55,7 +55,7 @@ class MergedSource:
         return array
 
 
-def unpack(packed: tuple[mx.array, ...], packing: Packing) -> mx.array:
+def unpack(packed: tuple[mx.array, ...], packing: QuantFormat) -> mx.array:
     """The values that `pack`'s result stands for."""
     codes, scales, *biases = packed
     bias = biases[0] if biases else None

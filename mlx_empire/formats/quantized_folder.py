@@ -14,19 +14,19 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_empire.formats.hf_folder import INDEX_NAME
-from mlx_empire.formats.safetensors import Entry, array_bytes, read_header, write_file
+from mlx_empire.formats.safetensors import Entry, array_bytes, read_header, write_tensors
 from mlx_empire.formats.sidefiles import copy_side_files, stored_config, write_json, write_text
 from mlx_empire.formats.source import WeightSource
 from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refuse_foreign
-from mlx_empire.model.quant_format import Packing
-from mlx_empire.model.quantize import pack
+from mlx_empire.model.quant_format import QuantFormat
+from mlx_empire.model.quantize import quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32", "uint8": "U8"}
 
 
 def write_packed(
-    out: Path, source: WeightSource, spec: ModelSpec, packing: Packing, side_files: Path, card: str = ""
+    out: Path, source: WeightSource, spec: ModelSpec, packing: QuantFormat, side_files: Path, card: str = ""
 ) -> list[str]:
     """Write `out` from a source of the plain model `spec`; returns notes for the user. UserError."""
     refuse_foreign(out)
@@ -40,7 +40,7 @@ def write_packed(
                 Entry(tensor.name, CODES[tensor.dtype], tuple(array.shape), partial(array_bytes, array))
                 for tensor, array in _packed_unit(source, index, packing)
             ]
-            size = write_file(temporary / name, entries, {"format": "mlx"})
+            size = write_tensors(temporary / name, entries, {"format": "mlx"})
             assert read_header(temporary / name).file_bytes == size
             weight_map |= {entry.name: name for entry in entries}
         write_json(temporary / INDEX_NAME, {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))})
@@ -52,15 +52,17 @@ def write_packed(
     return notes
 
 
-def packed_config(config: Mapping[str, Any], dtype: str, packing: Packing) -> dict[str, Any]:
+def packed_config(config: Mapping[str, Any], dtype: str, packing: QuantFormat) -> dict[str, Any]:
     """The configuration as mlx-lm writes it for packed weights; it says nothing of ternary: the codes do."""
     how = {"group_size": packing.group, "bits": packing.bits, "mode": packing.mode}
     return {**stored_config(config, dtype), "quantization": how, "quantization_config": how}
 
 
-def _packed_unit(source: WeightSource, index: int, packing: Packing) -> Iterator[tuple[TensorSpec, mx.array]]:
+def _packed_unit(
+    source: WeightSource, index: int, packing: QuantFormat
+) -> Iterator[tuple[TensorSpec, mx.array]]:
     for tensor, array in source.unit(index):
         if tensor.name.endswith(".weight") and packing.packs(tensor.name, tensor.shape, root=index == 0):
-            yield from zip(packing.tensors(tensor), pack(array, packing), strict=True)
+            yield from zip(packing.tensors(tensor), quantize(array, packing), strict=True)
         else:
             yield tensor, array.astype(getattr(mx, tensor.dtype))

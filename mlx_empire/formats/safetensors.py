@@ -118,7 +118,7 @@ def read_header(path: Path) -> Header:
     return Header(raw, size, metadata, tuple(tensors))
 
 
-def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> int:
+def write_tensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> int:
     """Write a new safetensors file (mode 0600, fsynced) one tensor at a time; returns its size in bytes."""
     start = encode_header(((e.name, e.code, e.shape) for e in entries), metadata)
     with create_private(path) as file:

@@ -23,10 +23,10 @@ PIECE_BYTES = 16 << 20
 MAX_MANIFEST_BYTES = 16 << 20
 
 
-def freeze(folder: Path, about: Mapping[str, Any]) -> str:
+def seal_folder(folder: Path, about: Mapping[str, Any]) -> str:
     """Write the manifest with `about` (JSON) in it, take the right to write away, and return the folder's digest."""
     files = {str(path.relative_to(folder)): _file(path) for path in _files(folder)}
-    digest = digest_of(files)
+    digest = digest_of_list(files)
     with disk_errors(folder):
         write_json(folder / MANIFEST_NAME, {"digest": digest, "files": files, **about})
         sync_folder(folder)
@@ -36,9 +36,9 @@ def freeze(folder: Path, about: Mapping[str, Any]) -> str:
     return digest
 
 
-def thaw(folder: Path) -> None:
-    """Take back what `freeze` did, wholly or in part. Nothing happens to a folder that is not frozen, or to a link."""
-    if folder.is_symlink() or not is_frozen(folder):
+def unseal(folder: Path) -> None:
+    """Take back what `seal_folder` did, wholly or in part. A link, or a folder that is not sealed, stays."""
+    if folder.is_symlink() or not is_sealed(folder):
         return
     with disk_errors(folder):
         folder.chmod(0o700)
@@ -47,27 +47,27 @@ def thaw(folder: Path) -> None:
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
 
 
-def is_frozen(folder: Path) -> bool:
+def is_sealed(folder: Path) -> bool:
     """Whether a manifest lies in the folder, of whatever kind."""
     return (folder / MANIFEST_NAME).exists()
 
 
-def frozen_digest(folder: Path) -> str | None:
+def sealed_digest(folder: Path) -> str | None:
     """The digest that a folder's manifest names; None where it is not frozen. Nothing else is read."""
-    if not is_frozen(folder):
+    if not is_sealed(folder):
         return None
     return str(_manifest(folder)["digest"])
 
 
-def verify(folder: Path, digest: str) -> None:
+def check_sealed(folder: Path, digest: str) -> None:
     """UserError unless `folder` is frozen under `digest` and every file of it is as it was, naming what is not."""
-    if not is_frozen(folder):
+    if not is_sealed(folder):
         raise UserError(
             f"model.base_digest: {folder} is not frozen ({MANIFEST_NAME} is missing); leave the digest out"
         )
     manifest = _manifest(folder)
     files = manifest["files"]
-    if digest_of(files) != manifest["digest"]:
+    if digest_of_list(files) != manifest["digest"]:
         raise UserError(f"{folder / MANIFEST_NAME}: it was changed: its list of files has another digest")
     if manifest["digest"] != digest:
         raise UserError(
@@ -88,7 +88,7 @@ def verify(folder: Path, digest: str) -> None:
             )
 
 
-def digest_of(files: Mapping[str, Any]) -> str:
+def digest_of_list(files: Mapping[str, Any]) -> str:
     """The digest of a list of files."""
     text = json.dumps(files, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

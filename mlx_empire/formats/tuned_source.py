@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_empire.formats.source import WeightSource
 from mlx_empire.model.initial import initial_adapter, magnitude
 from mlx_empire.model.quant_format import Choice
-from mlx_empire.model.quantize import pack
+from mlx_empire.model.quantize import quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
 
@@ -52,7 +52,7 @@ class TunedSource:
             assert packing is not None, f"{name} is packed while loading: by what?"
             inside = name.removesuffix(".weight")
             names = (name, f"{inside}.scales", f"{inside}.biases")
-            return dict(zip(names, pack(array, packing), strict=False))
+            return dict(zip(names, quantize(array, packing), strict=False))
         made = {name: array}
         if leaf == "weight" and f"{stem}.m" in wanted:
             made[f"{stem}.m"] = magnitude(array)

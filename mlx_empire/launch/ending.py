@@ -10,7 +10,7 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_empire.launch.events import Account, Death
+from mlx_empire.launch.events import Events, RankExit
 
 COMPLETE, LOST, STOPPED = 0, 75, 143
 FINAL = (3, 64, 65, 70, 143)  # what ranks may say that no restart would change
@@ -40,48 +40,48 @@ class Ending:
         return f"{who} {self.cause}" if self.died else f"{who}: {self.cause}"
 
 
-def judge(account: Account, mpirun_code: int, complete: bool, asked: bool) -> Ending:
+def ending_of(events: Events, mpirun_code: int, complete: bool, asked: bool) -> Ending:
     """The verdict on a launch that is over.
 
     mpirun_code: its exit code, negative for a signal. complete: `COMPLETE` lies in the run's folder. asked: somebody
     asked this run to stop.
     """
-    told = [failure.code for failure in account.failures] + account.told
+    told = [failure.code for failure in events.failures] + events.told
     if complete:
         code = next((code for code in told if code), COMPLETE)
         return Ending(
             "complete", code, "the run is complete" if not code else "complete, with trouble on the way"
         )
     if STOPPED in told or (asked and not any(code in FINAL for code in told)):
-        by_us = all(death.signal in ENDED_BY_US for death in account.deaths)
+        by_us = all(ended.signal in ENDED_BY_US for ended in events.exits)
         whole = STOPPED in told or (by_us and not any(told))
-        why = account.failures[0].message if account.failures else "stopped on request"
+        why = events.failures[0].message if events.failures else "stopped on request"
         return Ending("stopped", STOPPED if whole else LOST, why)
-    final = [failure for failure in account.failures if failure.code in FINAL]
-    killed = [death for death in account.deaths if death.signal is not None]
-    if final or (account.failures and not killed):
-        first = (final or account.failures)[0]
-        place = account.place_of(first.rank)
+    final = [failure for failure in events.failures if failure.code in FINAL]
+    killed = [ended for ended in events.exits if ended.signal is not None]
+    if final or (events.failures and not killed):
+        first = (final or events.failures)[0]
+        place = events.place_of(first.rank)
         if final:
             return Ending("refused", first.code, first.message, first.rank, first.host, place)
         return Ending("lost", LOST, first.message, first.rank, first.host, place)
-    if account.deaths:
-        return _dead((killed or account.deaths)[0], account)
+    if events.exits:
+        return _dead((killed or events.exits)[0], events)
     if mpirun_code == 0:
         return Ending("lost", LOST, "mpirun says that all went well, but the run wrote no COMPLETE")
     how = f"by signal {-mpirun_code}" if mpirun_code < 0 else f"with exit code {mpirun_code}"
     return Ending("lost", LOST, f"mpirun ended {how} and said no more")
 
 
-def _dead(death: Death, account: Account) -> Ending:
+def _dead(ended: RankExit, events: Events) -> Ending:
     """What mpirun says, completed by where the ranks said they were."""
-    rank, host = death.rank, death.host
+    rank, host = ended.rank, ended.host
     if host is None and rank is not None:
-        host = account.hosts.get(rank)
+        host = events.hosts.get(rank)
     if rank is None and host is not None:
-        rank = next((r for r, name in account.hosts.items() if _label(name) == _label(host)), None)
-    place = None if rank is None else account.place_of(rank)
-    return Ending("lost", LOST, death.how, rank, host, place, died=True)
+        rank = next((r for r, name in events.hosts.items() if _label(name) == _label(host)), None)
+    place = None if rank is None else events.place_of(rank)
+    return Ending("lost", LOST, ended.how, rank, host, place, died=True)
 
 
 def _label(host: str) -> str:

@@ -23,7 +23,7 @@ _MOST_LINES = 60  # of one announcement
 
 
 @dataclass(frozen=True)
-class Death:
+class RankExit:
     """How mpirun says that a process or a machine was lost; None is what it does not say."""
 
     how: str
@@ -44,7 +44,7 @@ class Failure:
 
 
 @dataclass
-class Account:
+class Events:
     """One launch so far. `places`: (phase, step) by rank and thread; `pids`: on each rank's machine; `told`: exit codes
     that all ranks agreed on."""
 
@@ -52,7 +52,7 @@ class Account:
     hosts: dict[int, str] = field(default_factory=dict)
     pids: dict[int, int] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
-    deaths: list[Death] = field(default_factory=list)
+    exits: list[RankExit] = field(default_factory=list)
     told: list[int] = field(default_factory=list)
 
     def note(self, event: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ class Account:
     @property
     def failing(self) -> bool:
         """Whether the run is known to end."""
-        return bool(self.failures or self.deaths or self.told)
+        return bool(self.failures or self.exits or self.told)
 
     @property
     def step(self) -> int:
@@ -93,8 +93,8 @@ class Account:
 class Listener:
     """Sorts stderr as it comes: `feed` returns what the user should see."""
 
-    def __init__(self, account: Account) -> None:
-        self._account = account
+    def __init__(self, events: Events) -> None:
+        self._events = events
         self._partial = b""
         self._block: list[str] | None = None
 
@@ -115,7 +115,7 @@ class Listener:
         if mark:
             # Two ranks' lines may have run into one another: the next one says where they are.
             with suppress(ValueError, KeyError, TypeError, RecursionError):
-                self._account.note(json.loads(event))
+                self._events.note(json.loads(event))
             return self._line(before + "\n") if before.strip() else ""
         if self._block is None:
             if not _DASHES.match(line):
@@ -129,15 +129,15 @@ class Listener:
         return self._announced(block)
 
     def _announced(self, block: list[str]) -> str:
-        death = read_announcement("".join(block))
-        if death is None:
+        ended = read_announcement("".join(block))
+        if ended is None:
             return "".join(block)
-        if death not in self._account.deaths:
-            self._account.deaths.append(death)
+        if ended not in self._events.exits:
+            self._events.exits.append(ended)
         return ""
 
 
-def read_announcement(text: str) -> Death | None:
+def read_announcement(text: str) -> RankExit | None:
     """The death that one of Open MPI 5's announcements tells of, or None."""
     flat = " ".join(text.split())
     for pattern, made in _ANNOUNCEMENTS:
@@ -147,45 +147,45 @@ def read_announcement(text: str) -> Death | None:
     return None
 
 
-def _killed(found: re.Match[str]) -> Death:
+def _killed(found: re.Match[str]) -> RankExit:
     number = int(found[3])
     try:
         name = signal.Signals(number).name
     except ValueError:
         name = f"signal {number}"
-    return Death(f"was killed by {name}", int(found[1]), found[2], signal=number)
+    return RankExit(f"was killed by {name}", int(found[1]), found[2], signal=number)
 
 
-_ANNOUNCEMENTS: tuple[tuple[str, Callable[[re.Match[str]], Death]], ...] = (
+_ANNOUNCEMENTS: tuple[tuple[str, Callable[[re.Match[str]], RankExit]], ...] = (
     (r"process rank (\d+) with PID \d+ on node (\S+) exited on signal (\d+)", _killed),
     (
         r"process rank (\d+) with PID \d+ on node (\S+) exiting improperly",
-        lambda found: Death(
+        lambda found: RankExit(
             "left before the run was complete (exit code 0)", int(found[1]), found[2], code=0
         ),
     ),
     (
         r"Process name: \[\S+@\d+,(\d+)\] Exit code: (\d+)",
-        lambda found: Death(
+        lambda found: RankExit(
             f"left before the run was complete (exit code {found[2]})", int(found[1]), code=int(found[2])
         ),
     ),
     (
         r"MPI_ABORT was invoked on rank (\d+) .*?Errorcode: (\d+)",
-        lambda found: Death(f"ended all ranks (exit code {found[2]})", int(found[1]), code=int(found[2])),
+        lambda found: RankExit(f"ended all ranks (exit code {found[2]})", int(found[1]), code=int(found[2])),
     ),
     (
         r"process rank (\d+) with PID \d+ on node (\S+) calling \"?abort",
-        lambda found: Death("ended all ranks", int(found[1]), found[2]),
+        lambda found: RankExit("ended all ranks", int(found[1]), found[2]),
     ),
     (
         r"daemon failed to report back.*?Remote host: (\S+)",
-        lambda found: Death(
+        lambda found: RankExit(
             "is out of reach: Open MPI's daemon there is gone or could not start", host=found[1]
         ),
     ),
     (
         r"lost communication with a remote daemon.*?Remote daemon: \S+ on node (\S+)",
-        lambda found: Death("is out of reach: mpirun lost its connection", host=found[1]),
+        lambda found: RankExit("is out of reach: mpirun lost its connection", host=found[1]),
     ),
 )

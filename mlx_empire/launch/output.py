@@ -21,7 +21,7 @@ _CHUNK = 1 << 16
 _SANE = b"\x1b[0m\x1b[?25h"  # plain colours, cursor shown
 
 
-class Outlet:
+class PassedOn:
     """An output for a command. `theirs` is the descriptor to give it; what it writes goes to `ours` and to `heard`."""
 
     def __init__(self, ours: int, heard: Callable[[bytes], object]) -> None:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from mlx_empire.launch.events import Account, Listener
-from mlx_empire.launch.output import Outlet
+from mlx_empire.launch.events import Events, Listener
+from mlx_empire.launch.output import PassedOn
 
 TICK_SECONDS = 0.1
 # After a failure was announced mpirun ends its ranks in seconds, more where they hold hundreds of gigabytes; a machine
@@ -40,38 +40,38 @@ class Asked:
 
 
 @dataclass
-class Attempt:
+class LaunchProcess:
     """One launch. `on_tick` is called several times a second while it runs; `grace` seconds may pass between the news
     of a failure and mpirun's end."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
     asked: Asked
-    on_tick: Callable[[Account], None] = lambda account: None
+    on_tick: Callable[[Events], None] = lambda events: None
     grace: float = GRACE_SECONDS
-    account: Account = field(default_factory=Account)
+    events: Events = field(default_factory=Events)
     seconds: float = 0.0
 
     def run(self) -> int:
         """mpirun's exit code, negative for a signal that ended it."""
         started = time.monotonic()
         sys.stdout.flush()
-        self._outlet = Outlet(1, Listener(self.account).feed)
+        self._output = PassedOn(1, Listener(self.events).feed)
         process = subprocess.Popen(
             self.command,
             env=dict(self.environment),
             stdin=subprocess.DEVNULL,
-            stdout=self._outlet.theirs,
+            stdout=self._output.theirs,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        self._outlet.start()
+        self._output.start()
         reader = threading.Thread(target=self._read, args=(process,), name="mpirun's stderr", daemon=True)
         reader.start()
         self._watch(process)
         self._bury()
         reader.join(KILL_SECONDS)  # a rank that mpirun left behind on another machine may hold the pipe
-        self._outlet.finish(KILL_SECONDS)
+        self._output.finish(KILL_SECONDS)
         self.seconds = time.monotonic() - started
         return process.returncode
 
@@ -86,12 +86,12 @@ class Attempt:
             except subprocess.TimeoutExpired:
                 pass
             now = time.monotonic()
-            self.on_tick(self.account)
-            self._outlet.resize()
+            self.on_tick(self.events)
+            self._output.resize()
             if self.asked.times and not forwarded:
                 forwarded = True
                 _send(process, signal.SIGUSR1)
-            if ending is None and self.account.failing:
+            if ending is None and self.events.failing:
                 ending = now + self.grace
             if self.asked.times > 1 and last_signal == signal.SIGTERM:
                 ending = now
@@ -115,7 +115,7 @@ class Attempt:
         """See that the ranks on this machine have ended: when Open MPI loses a machine, mpirun may leave them behind,
         and they would hold the memory and the run's lock."""
         here = socket.gethostname()
-        left = [pid for rank, pid in self.account.pids.items() if self.account.hosts[rank] == here]
+        left = [pid for rank, pid in self.events.pids.items() if self.events.hosts[rank] == here]
         deadline = time.monotonic() + KILL_SECONDS
         while (left := [pid for pid in left if _trains(pid)]) and time.monotonic() < deadline:
             time.sleep(TICK_SECONDS)
@@ -126,7 +126,7 @@ class Attempt:
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr is not None
-        listener = Listener(self.account)
+        listener = Listener(self.events)
         while data := os.read(process.stderr.fileno(), _CHUNK):
             _show(listener.feed(data))
         _show(listener.close())

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mlx_empire.errors import LostRankError
-from mlx_empire.launch.ending import LOST, Ending, judge
-from mlx_empire.launch.events import Account
+from mlx_empire.launch.ending import LOST, Ending, ending_of
+from mlx_empire.launch.events import Events
 from mlx_empire.launch.machines import Probe, away, without
 from mlx_empire.launch.memory_pressure import Memory, NothingWired, wait_until_free
-from mlx_empire.launch.process import GRACE_SECONDS, Asked, Attempt, say
+from mlx_empire.launch.process import GRACE_SECONDS, Asked, LaunchProcess, say
 from mlx_empire.launch.run_folder import LaunchState, RunFolder
 from mlx_empire.run.mpirun import Launch, mpirun_line, printed
 from mlx_empire.run.stop import stop_requested
@@ -57,9 +57,9 @@ class Supervisor:
         fruitless, newest = -1, self.folder.committed  # the first launch is no restart
         launch = self.launch
         while True:
-            ending, account = self._once(launch)
+            ending, events = self._once(launch)
             if ending.kind == "lost" or ending.code in REPORTED:
-                self._report(ending, account)
+                self._report(ending, events)
             if ending.kind != "lost":
                 return self._over(ending)
             committed = self.folder.committed
@@ -82,22 +82,22 @@ class Supervisor:
             begin = "from the beginning" if committed is None else f"from the checkpoint of step {committed}"
             self.say(f"restart {self.state.restarts} of {self.budget}, {begin}")
 
-    def _once(self, launch: Launch) -> tuple[Ending, Account]:
+    def _once(self, launch: Launch) -> tuple[Ending, Events]:
         line = mpirun_line(launch, self.environment)
         self.say(printed(line))
         self.state.machines = [host.name for host in launch.cluster.nodes]
         self._note(STARTING)  # nothing is written at first: the run makes its folder when it may begin
-        attempt = Attempt(line, self.environment, self.asked, self._tick, self.grace)
-        code = attempt.run()
-        ending = judge(attempt.account, code, self.folder.complete, self._stopped())
-        return ending, attempt.account
+        launched = LaunchProcess(line, self.environment, self.asked, self._tick, self.grace)
+        code = launched.run()
+        ending = ending_of(launched.events, code, self.folder.complete, self._stopped())
+        return ending, launched.events
 
-    def _tick(self, account: Account) -> None:
+    def _tick(self, events: Events) -> None:
         if not self.asked.times and stop_requested(self.folder.path, self.state.started):
             self.asked.stop()
         if self.state.said == STARTING and self.folder.take():
             self._note("loading")
-        if self.state.said == "loading" and account.step:
+        if self.state.said == "loading" and events.step:
             if self.state.failures:
                 self.state.failures[-1]["again"] = time.time()
             self._note("training")
@@ -149,8 +149,8 @@ class Supervisor:
         overrides = (*self.launch.overrides, *self.launch.with_fewer)
         return replace(self.launch, hostfile=path, cluster=cluster, overrides=overrides)
 
-    def _report(self, ending: Ending, account: Account) -> None:
-        phase, step = ending.place or ("", account.step)
+    def _report(self, ending: Ending, events: Events) -> None:
+        phase, step = ending.place or ("", events.step)
         lines = [
             f"what   {ending.sentence}",
             f"where  {phase or 'an unknown phase'}, {f'step {step}' if step else 'before step 1'}",

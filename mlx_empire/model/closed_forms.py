@@ -62,11 +62,11 @@ def root_use(spec: ModelSpec) -> tuple[int, int]:
 
 
 def has_closed_form(config: Mapping[str, Any]) -> bool:
-    """Whether `counted` knows the family: one that mlx-lm cannot build."""
+    """Whether `counted_spec` knows the family: one that mlx-lm cannot build."""
     return config.get("model_type") in _LAYERS
 
 
-def counted(config: Mapping[str, Any], name: str, dtype: str) -> ModelSpec:
+def counted_spec(config: Mapping[str, Any], name: str, dtype: str) -> ModelSpec:
     """The model as numbers, from its configuration alone. UserError where the configuration is damaged."""
     kind = str(config["model_type"])
     try:

@@ -27,7 +27,7 @@ AFFINE = "affine"
 
 
 @dataclass(frozen=True)
-class Packing:
+class QuantFormat:
     """MLX's mode, bits of a code, inputs that share a scale, and whether the codes are of three values only."""
 
     mode: str
@@ -59,30 +59,30 @@ class Packing:
             yield TensorSpec(f"{stem}.biases", scales, dtype, False, group=self.group)
 
 
-PACKINGS: dict[int | str, Packing] = {
-    **{bits: Packing(AFFINE, bits, 64) for bits in (2, 3, 4, 6, 8)},
-    "ternary": Packing(AFFINE, 2, 64, ternary=True),
-    "mxfp4": Packing("mxfp4", 4, 32),
-    "mxfp8": Packing("mxfp8", 8, 32),
-    "nvfp4": Packing("nvfp4", 4, 16),
+QUANT_FORMATS: dict[int | str, QuantFormat] = {
+    **{bits: QuantFormat(AFFINE, bits, 64) for bits in (2, 3, 4, 6, 8)},
+    "ternary": QuantFormat(AFFINE, 2, 64, ternary=True),
+    "mxfp4": QuantFormat("mxfp4", 4, 32),
+    "mxfp8": QuantFormat("mxfp8", 8, 32),
+    "nvfp4": QuantFormat("nvfp4", 4, 16),
 }
 MODES = (AFFINE, "mxfp4", "mxfp8", "nvfp4")
 
 
-def packing_of(tuning: TuningSection) -> Packing | None:
+def quant_format_of(tuning: TuningSection) -> QuantFormat | None:
     """How QLoRA packs the base while loading it; None where it stays as it is."""
     if tuning.type != "qlora":
         return None
-    return PACKINGS[DEFAULT_BITS if tuning.bits is None else tuning.bits]
+    return QUANT_FORMATS[DEFAULT_BITS if tuning.bits is None else tuning.bits]
 
 
-Choice = Callable[[TensorSpec, bool], Packing | None]  # of a matrix and whether it belongs to the root
+Choice = Callable[[TensorSpec, bool], QuantFormat | None]  # of a matrix and whether it belongs to the root
 
 
-def uniformly(packing: Packing | None) -> Choice:
+def uniformly(packing: QuantFormat | None) -> Choice:
     """Every matrix that `packing` can pack."""
 
-    def choose(matrix: TensorSpec, root: bool) -> Packing | None:
+    def choose(matrix: TensorSpec, root: bool) -> QuantFormat | None:
         return packing if packing and packing.packs(matrix.name, matrix.shape, root=root) else None
 
     return choose
@@ -90,19 +90,21 @@ def uniformly(packing: Packing | None) -> Choice:
 
 def as_stored(quantization: Mapping[str, Any]) -> Choice:
     """What a folder's `quantization` says: settings for all, and by a module's path its own or false."""
-    otherwise = uniformly(stored_packing(quantization))
+    otherwise = uniformly(stored_quant_format(quantization))
 
-    def choose(matrix: TensorSpec, root: bool) -> Packing | None:
+    def choose(matrix: TensorSpec, root: bool) -> QuantFormat | None:
         own = quantization.get(matrix.name.removesuffix(".weight"))
         if isinstance(own, Mapping):
-            return stored_packing(own)
+            return stored_quant_format(own)
         return None if own is False else otherwise(matrix, root)
 
     return choose
 
 
-def stored_packing(settings: Mapping[str, Any]) -> Packing:
+def stored_quant_format(settings: Mapping[str, Any]) -> QuantFormat:
     """The packing of a folder's `settings`, or of a module's own: what is left out is as MLX has it, hence affine."""
     mode = str(settings.get("mode", AFFINE))
-    usual = PACKINGS.get(DEFAULT_BITS if mode == AFFINE else mode, PACKINGS[DEFAULT_BITS])
-    return Packing(mode, int(settings.get("bits", usual.bits)), int(settings.get("group_size", usual.group)))
+    usual = QUANT_FORMATS.get(DEFAULT_BITS if mode == AFFINE else mode, QUANT_FORMATS[DEFAULT_BITS])
+    return QuantFormat(
+        mode, int(settings.get("bits", usual.bits)), int(settings.get("group_size", usual.group))
+    )

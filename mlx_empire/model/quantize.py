@@ -1,7 +1,7 @@
 """Quantised bases: which modules of a lazily built model hold packed weights, and how a tensor is packed.
 
 Decides that of bases stored packed MLX's own formats are taken as they are. What QLoRA packs, and in which formats,
-stands in model/quant_format.py. Nothing is evaluated here but in `pack`.
+stands in model/quant_format.py. Nothing is evaluated here but in `quantize`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import find_layers
-from mlx_empire.model.quant_format import AFFINE, MODES, Choice, Packing, stored_packing
+from mlx_empire.model.quant_format import AFFINE, MODES, Choice, QuantFormat, stored_quant_format
 from mlx_empire.model.spec import TensorSpec
 from mlx_empire.recipe.sections import TuningSection
 
@@ -22,7 +22,7 @@ QUANTISATION_KEYS = ("quantization", "quantization_config")
 CODES_PER_WORD = 16  # ternary codes, of two bits each, in one uint32
 
 
-def stored_quantisation(
+def stored_quantization(
     config: Mapping[str, Any], tuning: TuningSection, name: str
 ) -> Mapping[str, Any] | None:
     """How a folder's configuration says its weights are packed, where adapters can be trained on them; else None.
@@ -42,7 +42,7 @@ def stored_quantisation(
 
 def refuse_other_packing(config: Mapping[str, Any], tuning: TuningSection, name: str) -> None:
     """UserError for what cannot be done on a base that is stored packed: other `tuning.bits`, DoRA."""
-    found = stored_quantisation(config, tuning, name)
+    found = stored_quantization(config, tuning, name)
     if found is None:
         return
     if tuning.type == "dora":
@@ -50,7 +50,7 @@ def refuse_other_packing(config: Mapping[str, Any], tuning: TuningSection, name:
             f"tuning.type: dora: {name} is stored quantised; use type lora, or a folder that is not"
         )
     mode = found.get("mode", AFFINE)
-    bits = stored_packing(found).bits if mode == AFFINE else mode
+    bits = stored_quant_format(found).bits if mode == AFFINE else mode
     if tuning.bits is not None and tuning.bits != bits:
         how = f"in {bits} bits" if mode == AFFINE else f"as {mode}"
         raise UserError(f"tuning.bits: {tuning.bits}: {name} is stored {how}; leave tuning.bits out")
@@ -61,7 +61,7 @@ def unpacked(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in QUANTISATION_KEYS}
 
 
-def quantise_as_stored(model: nn.Module, quantisation: Mapping[str, Any], names: Collection[str]) -> None:
+def quantize_as_stored(model: nn.Module, quantisation: Mapping[str, Any], names: Collection[str]) -> None:
     """Put mlx-lm's quantised modules where the folder (tensor `names`) has scales, with each module's own settings."""
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -70,11 +70,11 @@ def quantise_as_stored(model: nn.Module, quantisation: Mapping[str, Any], names:
         own = quantisation.get(path)
         return dict(own) if isinstance(own, Mapping) else True
 
-    packing = stored_packing(quantisation)
+    packing = stored_quant_format(quantisation)
     nn.quantize(model, packing.group, packing.bits, mode=packing.mode, class_predicate=settings)
 
 
-def quantise(model: nn.Module, choose: Choice, name: str) -> None:
+def quantize_modules(model: nn.Module, choose: Choice, name: str) -> None:
     """Put quantised modules in the place of those whose matrices are to be packed while they are loaded."""
     _, _, prefix = find_layers(model, name)
 
@@ -92,7 +92,7 @@ def quantise(model: nn.Module, choose: Choice, name: str) -> None:
     nn.quantize(model, class_predicate=settings)
 
 
-def pack(array: mx.array, packing: Packing) -> tuple[mx.array, ...]:
+def quantize(array: mx.array, packing: QuantFormat) -> tuple[mx.array, ...]:
     """(codes, scales, and for affine packing biases) of a matrix (.., outputs, inputs), evaluated."""
     if packing.ternary:
         packed: tuple[mx.array, ...] = ternary(array, packing.group)

@@ -44,7 +44,7 @@ NESTED = ("text_config", "attn_config", "ffn_config")
 WHOLE_VOCABULARY = ("phi3small",)  # writes to logits by their numbers: with fewer, past the end of them
 
 
-def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def scaled_down_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same architecture with small numbers; lists with one entry per layer are shortened alike.
 
     Sizes that the configuration leaves to mlx-lm's defaults become small too.
@@ -53,33 +53,33 @@ def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {k: v for k, v in default_numbers(config).items() if k in sizes} | dict(config)
     layers = next((config[k] for k in LAYERS if k in config), 0)
     heads = next((config[k] for k in ("num_attention_heads", "n_head", "n_heads") if k in config), 0)
-    twin: dict[str, Any] = {}
+    scaled: dict[str, Any] = {}
     for key, value in config.items():
         if key in NESTED and isinstance(value, Mapping):
-            twin[key] = twin_config(value)
+            scaled[key] = scaled_down_config(value)
         elif isinstance(value, bool) or value is None:
-            twin[key] = value
+            scaled[key] = value
         elif isinstance(value, list) and layers and len(value) == layers:
-            twin[key] = value[:MOST_LAYERS]
+            scaled[key] = value[:MOST_LAYERS]
         elif key in KEY_VALUE_HEADS:
-            twin[key] = HEADS if value == heads else 1 if value == 1 else 2
+            scaled[key] = HEADS if value == heads else 1 if value == 1 else 2
         elif key in SMALL_NUMBERS and isinstance(value, int | float):
-            twin[key] = SMALL_NUMBERS[key]
+            scaled[key] = SMALL_NUMBERS[key]
         elif key in AT_MOST and isinstance(value, int):
-            twin[key] = min(value, AT_MOST[key])
+            scaled[key] = min(value, AT_MOST[key])
         elif key in PARTS and isinstance(value, int | float):
-            twin[key] = value if value >= 1 else 0.5
+            scaled[key] = value if value >= 1 else 0.5
         elif key in ("rope_scaling", "rope_parameters") and isinstance(value, Mapping):
-            twin[key] = _one_factor(value)
+            scaled[key] = _one_factor(value)
         else:
-            twin[key] = value
+            scaled[key] = value
     if config.get("model_type") in WHOLE_VOCABULARY:
-        twin["vocab_size"] = config["vocab_size"]
-    return twin
+        scaled["vocab_size"] = config["vocab_size"]
+    return scaled
 
 
 def _one_factor(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a list with a factor for each rotary dimension the first for all: the twin has fewer. Also in layer types."""
+    """Of a list with a factor for each rotary dimension the first for all (fewer here). Also in layer types."""
     small = dict(rope)
     for key, value in rope.items():
         if isinstance(value, Mapping):

@@ -20,15 +20,15 @@ from mlx_empire.errors import UserError
 from mlx_empire.model import catalog
 from mlx_empire.model.build import build_model, compute_dtype, describe
 from mlx_empire.model.closed_form import module_of
-from mlx_empire.model.closed_forms import active_parameters, counted, has_closed_form
+from mlx_empire.model.closed_forms import active_parameters, counted_spec, has_closed_form
 from mlx_empire.model.config import read_config
 from mlx_empire.model.lora import AdapterSettings, adapt
-from mlx_empire.model.quant_format import Choice, as_stored, packing_of, uniformly
+from mlx_empire.model.quant_format import Choice, as_stored, quant_format_of, uniformly
 from mlx_empire.model.quantize import (
-    quantise,
-    quantise_as_stored,
+    quantize_as_stored,
+    quantize_modules,
     refuse_other_packing,
-    stored_quantisation,
+    stored_quantization,
     unpacked,
 )
 from mlx_empire.model.spec import ModelSpec
@@ -128,7 +128,7 @@ def _planned(config: Mapping[str, Any], name: str, recipe: Recipe) -> Target:
     tuning, dtype = recipe.tuning, compute_dtype(config, recipe.model.dtype)
     if has_closed_form(config):
         why = f"mlx-lm has no {config['model_type']}, so this model can be counted but not trained here"
-        counting = partial(module_of, counted(config, name, dtype))
+        counting = partial(module_of, counted_spec(config, name, dtype))
         return replace(_tuned(config, tuning, name, dtype, None, counting), not_trainable=why)
     refused = None
     try:
@@ -146,13 +146,13 @@ def _tuned(
     stored: Stored | None = None,
     build: Callable[[], nn.Module] | None = None,
 ) -> Target:
-    packed = stored_quantisation(config, tuning, name)
+    packed = stored_quantization(config, tuning, name)
     plain = config if tuning.type == "full" else unpacked(config)
     rebuild = build or partial(build_model, plain, name)
     model = rebuild()
     names = settle(model, stored, name) if stored is not None else frozenset()
     if packed is not None and stored is not None:
-        quantise_as_stored(model, packed, names)
+        quantize_as_stored(model, packed, names)
     if tuning.type != "full":
         model.freeze()
     base = describe(model, plain, name, dtype)
@@ -164,10 +164,10 @@ def _tuned(
         packed is not None and stored is None
     ):  # a model of a packed folder's kind, whose weights are not there
         choose = as_stored(packed)
-    elif packed is None and (packing := packing_of(tuning)) is not None:
+    elif packed is None and (packing := quant_format_of(tuning)) is not None:
         choose = uniformly(packing)
     if choose is not None:
-        quantise(model, choose, name)
+        quantize_modules(model, choose, name)
     adapters = adapt(model, tuning)
     return Target(model, describe(model, plain, name, dtype), base, rebuild, adapters, choose)
 

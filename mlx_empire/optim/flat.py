@@ -83,7 +83,7 @@ class FlatOptimizer(ABC):
         else:
             state = {name: mx.zeros((rows, BLOCK)) for name in self.moments}
         if weights.dtype == mx.bfloat16:
-            state |= master.begin(weights, self.master_weights)
+            state |= master.first_state(weights, self.master_weights)
         return state
 
     def update(

@@ -31,7 +31,7 @@ KEPT: dict[str, tuple[str, mx.Dtype]] = {  # kind -> name and dtype of what is k
 }
 
 
-def begin(weights: mx.array, kind: str) -> State:
+def first_state(weights: mx.array, kind: str) -> State:
     """What is kept beside bfloat16 `weights` at the start: a zero remainder, a copy, or nothing."""
     if kind == "none":
         return {}

@@ -62,7 +62,7 @@ def resolve(
     batch, memory = recipe.batch, recipe.memory
     layout = cell_layout(batch.global_size, batch.micro_size, batch.cells, len(nodes))
     layers = len(spec.units) - 1
-    tail = {True: 0, False: layers, "auto": 0}[memory.gradient_checkpointing]
+    unrecomputed = {True: 0, False: layers, "auto": 0}[memory.gradient_checkpointing]
     dtypes = ("float32", "bfloat16") if memory.gradient_dtype == "auto" else (memory.gradient_dtype,)
     if spec.dtype == "float32" and memory.gradient_dtype == "auto":
         dtypes = ("float32",)
@@ -74,7 +74,7 @@ def resolve(
             batch.micro_size,
             recipe.data.sequence_length,
             layout,
-            tail,
+            unrecomputed,
             dtype,
             recipe.comm.route,
             recipe.comm.bucket_bytes,
@@ -116,14 +116,16 @@ def _longest_tail(none: RunPlan, with_work: Callable[[Workload], RunPlan]) -> Ru
     lengths are tried first. What is needed is nearly convex in the length: above one that fits lies one border.
     """
 
-    def with_tail(tail: int) -> RunPlan:
-        return with_work(replace(none.work, tail=tail))
+    def with_tail(unrecomputed: int) -> RunPlan:
+        return with_work(replace(none.work, unrecomputed=unrecomputed))
 
     layers = len(none.shards.units) - 1
     low, best = 0, none
     if not none.fits:
         lengths = sorted({layers, 3 * layers // 4, layers // 2, layers // 4, 1} - {0}, reverse=True)
-        found = next(((tail, plan) for tail in lengths if (plan := with_tail(tail)).fits), None)
+        found = next(
+            ((unrecomputed, plan) for unrecomputed in lengths if (plan := with_tail(unrecomputed)).fits), None
+        )
         if found is None:
             return none
         low, best = found
@@ -158,7 +160,7 @@ def _remedies(plan: RunPlan) -> str:
     done = any("codes" in name for name in plan.ledgers[0].resident)
     options = [
         ("memory.zero_stage: 3", plan.shards.zero_stage < 3),
-        ("memory.gradient_checkpointing: true", plan.work.tail > 0),
+        ("memory.gradient_checkpointing: true", plan.work.unrecomputed > 0),
         ("optimizer.state_bits: 8", not done),
         ("a shorter data.sequence_length", True),
         ("another node", True),

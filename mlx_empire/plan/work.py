@@ -26,7 +26,7 @@ from mlx_empire.plan.workload import Workload, step_shape
 def flops_per_token(spec: ModelSpec, work: Workload) -> float:
     """Executed operations per token of a training step."""
     trained = tuple(any(t.trainable for t in u.tensors) for u in spec.units)
-    shape = StepShape(3, trained, (1,), work.tail)
+    shape = StepShape(3, trained, (1,), work.unrecomputed)
     reader = StepFlops(unit_flops(spec, work.width), shape)
     reader.play(training_step(shape))
     return reader.total

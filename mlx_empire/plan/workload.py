@@ -30,18 +30,18 @@ def chunk_tokens(vocabulary: int, *, frozen: bool = False) -> int:
 class Workload:
     """A step's shape. `width` is the number of input positions of a row, `tail` the un-recomputed layers.
 
-    `linear_attention`: causal attention without an array mask needs no scores (Metal). `release`: a unit is updated as
-    soon as its gradient is complete, which is then not kept.
+    `linear_attention`: causal attention without an array mask needs no scores (Metal). `optimizer_in_backward`: a unit
+    is updated as soon as its gradient is complete, which is then not kept.
     """
 
     micro_size: int
     width: int
     layout: CellLayout
-    tail: int
+    unrecomputed: int
     gradient_dtype: str
     route: Route
     bucket_bytes: int
-    release: bool = False
+    optimizer_in_backward: bool = False
     linear_attention: bool = False
 
     @property
@@ -57,4 +57,4 @@ class Workload:
 def step_shape(plan: ShardPlan, work: Workload, rank: int) -> StepShape:
     """What the order of `rank`'s step depends on."""
     cells = tuple(len(cell) for cell in work.layout.of_rank(rank))
-    return StepShape(plan.zero_stage, plan.trained, cells, work.tail, work.release)
+    return StepShape(plan.zero_stage, plan.trained, cells, work.unrecomputed, work.optimizer_in_backward)

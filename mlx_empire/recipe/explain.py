@@ -21,7 +21,7 @@ from mlx_empire.recipe.text import one_line, quote
 _COMPARED = 60  # characters of a mistyped word that are compared with the known ones
 
 
-class Place(NamedTuple):
+class KeyPlace(NamedTuple):
     """Where a key was given: its order among the keys, the words of the message, whether by an override."""
 
     order: int
@@ -43,7 +43,7 @@ def leaf_fields() -> dict[str, FieldInfo]:
     }
 
 
-def explain(error: ValidationError, where: Mapping[KeyPath, Place], source: str) -> UserError:
+def explain(error: ValidationError, where: Mapping[KeyPath, KeyPlace], source: str) -> UserError:
     """The one line for the first thing to mend.
 
     `where` says where each key was given; `source` names the recipe when no place is known.
@@ -60,7 +60,7 @@ def explain(error: ValidationError, where: Mapping[KeyPath, Place], source: str)
     return UserError(f"{_place(key, where, source).words}: {name}: {_sentence(key, details)}")
 
 
-def _key(details: ErrorDetails, where: Mapping[KeyPath, Place]) -> KeyPath:
+def _key(details: ErrorDetails, where: Mapping[KeyPath, KeyPlace]) -> KeyPath:
     """The dotted key that an error is about (pydantic's location goes on into unions and tuples)."""
     if details["type"] != "impossible":
         return tuple(str(part) for part in details["loc"][:2])
@@ -70,12 +70,12 @@ def _key(details: ErrorDetails, where: Mapping[KeyPath, Place]) -> KeyPath:
     return (overridden or written or suspects)[0]
 
 
-def _place(key: KeyPath, where: Mapping[KeyPath, Place], source: str) -> Place:
+def _place(key: KeyPath, where: Mapping[KeyPath, KeyPlace], source: str) -> KeyPlace:
     """Where `key` stands, else its section, else the file."""
     for known in (key, key[:1]):
         if known and known in where:
             return where[known]
-    return Place(0, source)
+    return KeyPlace(0, source)
 
 
 def _sentence(key: KeyPath, details: ErrorDetails) -> str:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.duration import Duration
-from mlx_empire.recipe.explain import Place, explain, sections
+from mlx_empire.recipe.explain import KeyPlace, explain, sections
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.strict_yaml import KeyPath, parse_yaml, scalar
 from mlx_empire.recipe.text import one_line, quote, read_small_text
@@ -52,13 +52,13 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
         )
     # A section whose keys are all commented out is null in YAML and empty to a person.
     value = {name: {} if section is None else section for name, section in value.items()}
-    where = {key: Place(line, f"{source}:{line}") for key, line in lines.items()}
+    where = {key: KeyPlace(line, f"{source}:{line}") for key, line in lines.items()}
     for number, override in enumerate(overrides):
         key, replacement = parse_override(override)
         section = value.setdefault(key[0], {})
         if isinstance(section, dict):
             section[key[1]] = replacement
-        where[key] = Place(len(text) + 2 + number, _override_place(override), overridden=True)
+        where[key] = KeyPlace(len(text) + 2 + number, _override_place(override), overridden=True)
         where.setdefault(key[:1], where[key])
     try:
         return Recipe.model_validate(value)

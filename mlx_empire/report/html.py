@@ -1,4 +1,4 @@
-"""Decides the looks of the capacity page: one style sheet for light and dark, chosen by the reader's system.
+"""Decides the looks of our pages: one style sheet for light and dark, chosen by the reader's system, and tables.
 
 Colours of what fills memory are blues, violets and browns; green, amber and red are kept for verdicts, and no
 meaning hangs on a colour alone: every cell and every bar says in words what it shows.

@@ -133,6 +133,10 @@ def title_rows(spec: ModelSpec, plan: RunPlan, ranks: int) -> list[tuple[str, st
         ("parameters", f"{spec.parameters:,} ({spec.trainable_parameters:,} trained)"),
         ("ranks", f"{ranks}, {work.layout.micro_batches} micro-batches a step in {work.layout.cells} cells"),
         ("ZeRO stage", f"{plan.shards.zero_stage}, gradients kept in {work.gradient_dtype}"),
-        ("recomputed", f"{layers - work.tail} of {layers} layers"),
-        *((("updates", "in the backward, clipped by the last step's norm"),) if work.release else ()),
+        ("recomputed", f"{layers - work.unrecomputed} of {layers} layers"),
+        *(
+            (("updates", "in the backward, clipped by the last step's norm"),)
+            if work.optimizer_in_backward
+            else ()
+        ),
     ]

@@ -27,7 +27,7 @@ from mlx_empire.evaluation.gate import GateKeeper
 from mlx_empire.evaluation.generation import refuse_too_large
 from mlx_empire.evaluation.questions import Questions, load_questions
 from mlx_empire.formats.hf_folder import has_weights, model_digest, open_folder
-from mlx_empire.formats.seal import verify
+from mlx_empire.formats.seal import check_sealed
 from mlx_empire.model import catalog
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
@@ -108,7 +108,7 @@ def share_target(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) 
     stored = None
     with together(comm):
         if digest is not None and (comm.rank == 0 or has_weights(folder)):
-            verify(folder, digest)
+            check_sealed(folder, digest)
         if comm.rank == 0 and recipe.model.init == "pretrained":
             stored = open_folder(folder).stored()
     stored = comm.broadcast_json(stored)

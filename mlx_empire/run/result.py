@@ -29,7 +29,7 @@ from mlx_empire.formats.export_folder import FolderWriter, plan_export
 from mlx_empire.formats.hf_folder import has_weights, open_folder
 from mlx_empire.formats.hf_names import huggingface_names
 from mlx_empire.formats.model_card import model_card
-from mlx_empire.formats.seal import freeze, frozen_digest, is_frozen, thaw
+from mlx_empire.formats.seal import is_sealed, seal_folder, sealed_digest, unseal
 from mlx_empire.formats.sidefiles import write_json
 from mlx_empire.formats.staging import refuse_foreign, remove
 from mlx_empire.model.target import Target
@@ -50,13 +50,13 @@ MODEL, ADAPTERS = "the trained model is", "the trained adapters are"
 def refuse_taken(recipe: Recipe) -> None:
     """UserError where `final/` holds what a run may not replace; what it froze just before it was killed it may."""
     unfinished = (recipe.run.dir / "metrics.jsonl").exists()
-    if not (unfinished and is_frozen(final_of(recipe))):
+    if not (unfinished and is_sealed(final_of(recipe))):
         refuse_foreign(final_of(recipe))
 
 
-def refuse_impossible(recipe: Recipe, target: Target) -> None:
+def refuse_result(recipe: Recipe, target: Target) -> None:
     """UserError where the result could not be written however much room there is, from names and shapes alone."""
-    frozen_digest(recipe.model.path)
+    sealed_digest(recipe.model.path)
     if target.adapters is None:
         plan_export(final_of(recipe), target.spec, target.rebuild, _source_folder(recipe))
 
@@ -72,7 +72,7 @@ def final_of(recipe: Recipe) -> Path:
 def result_writer(recipe: Recipe, target: Target) -> FolderWriter | AdapterWriter:
     """What writes `final/`: the whole model as a folder of its own, or adapters alone. UserError, NoRoomError."""
     out, folder = final_of(recipe), recipe.model.path
-    thaw(out)  # a kill came between freezing it and COMPLETE
+    unseal(out)  # a kill came between freezing it and COMPLETE
     writer: FolderWriter | AdapterWriter
     if target.adapters is not None:
         stored = open_folder(folder) if has_weights(folder) else None
@@ -82,7 +82,7 @@ def result_writer(recipe: Recipe, target: Target) -> FolderWriter | AdapterWrite
         writer = FolderWriter(out, target.spec, target.rebuild, _source_folder(recipe))
     try:
         data = str(json.loads((recipe.run.dir / "plan.json").read_text())["data_digest"])
-        base = recipe.model.base_digest or frozen_digest(folder)
+        base = recipe.model.base_digest or sealed_digest(folder)
         writer.card = model_card(recipe, target.spec, read_metrics(recipe.run.dir), data, base)
     except (OSError, ValueError, KeyError) as error:  # somebody's hand: the weights matter more than the card
         writer.notes.append(f"no model card was written: {error}")
@@ -118,7 +118,7 @@ def write_final(recipe: Recipe, target: Target, store: ShardStore, comm: Communi
                 break
             store.bind(index)
             refusal = attempted(comm, partial(write, index))
-            store.release(index)
+            store.free(index)
         refusal = refusal or attempted(comm, close)
     finally:
         if writer is not None:
@@ -134,7 +134,7 @@ def seal(recipe: Recipe, gate: GateKeeper) -> list[str]:
     """Freeze `final/` if the gate was reached, then write `COMPLETE`; what there is to say. On rank 0; repeatable."""
     said = [gate.sentence()] if gate.asks else []
     if gate.reached:
-        thaw(final_of(recipe))
+        unseal(final_of(recipe))
         said.append(_freeze(recipe, gate))
         progress.reach("freeze")
     replace_private(recipe.run.dir / "COMPLETE", "\n")
@@ -147,9 +147,9 @@ def _freeze(recipe: Recipe, gate: GateKeeper) -> str:
     about = {
         "gate": gate.sentence(),
         "trained_from": str(recipe.model.path),
-        "trained_from_digest": recipe.model.base_digest or frozen_digest(recipe.model.path),
+        "trained_from_digest": recipe.model.base_digest or sealed_digest(recipe.model.path),
     }
-    digest = freeze(final, about)
+    digest = seal_folder(final, about)
     remove(recipe.run.dir / "BASE.json")
     write_json(recipe.run.dir / "BASE.json", {"path": str(final), "digest": digest, **about})
     return f"{final} is frozen; a recipe builds on it by model.path: {final} and model.base_digest: {digest}"

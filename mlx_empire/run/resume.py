@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
-from mlx_empire.checkpoint.find import Found, Survey
-from mlx_empire.checkpoint.identity import Identity, Origin, base_digest, config_digest
+from mlx_empire.checkpoint.find import CheckpointSearch, FoundCheckpoint
+from mlx_empire.checkpoint.identity import Identity, Origin, config_digest, sampled_digest
 from mlx_empire.checkpoint.manifest import Resolved
 from mlx_empire.checkpoint.paths import broken_link, step_name, step_of, steps_in
 from mlx_empire.checkpoint.save import Policy, Saver
@@ -77,7 +77,7 @@ def base_of(comm: Communicator, recipe: Recipe, target: Target) -> str | None:
     digest = None
     with together(comm):
         if comm.rank == 0:
-            digest = base_digest(recipe.model.path)
+            digest = sampled_digest(recipe.model.path)
     return str(comm.broadcast_json(digest))
 
 
@@ -91,7 +91,7 @@ class Start:
 
     recipe: Recipe
     origin: Origin
-    found: Found | None = None
+    found: FoundCheckpoint | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -136,7 +136,7 @@ def where_to_begin(comm: Communicator, recipe: Recipe, target: Target, splits: S
     return Start(recipe, now, found, tuple(notes))
 
 
-def find_checkpoint(comm: Communicator, recipe: Recipe) -> tuple[Found | None, list[str]]:
+def find_checkpoint(comm: Communicator, recipe: Recipe) -> tuple[FoundCheckpoint | None, list[str]]:
     """The checkpoint that run.resume asks for, and what there is to say. Collective; errors on all ranks."""
     asked = recipe.run.resume
     if asked == "never":
@@ -148,7 +148,7 @@ def find_checkpoint(comm: Communicator, recipe: Recipe) -> tuple[Found | None, l
     return survey.newest(), notes
 
 
-def _origin_of(found: Found) -> Origin:
+def _origin_of(found: FoundCheckpoint) -> Origin:
     """What a checkpoint's run began with, its recipe with what was resolved then."""
     manifest = found.manifest
     recipe = _settled(parse_recipe(manifest.recipe, f"the recipe of {found.folder}"), manifest.resolved)
@@ -172,7 +172,7 @@ def folder_of(recipe: Recipe, comm: Communicator) -> Path:
     return _filled(str(recipe.run.checkpoints), comm)
 
 
-def _survey(comm: Communicator, recipe: Recipe) -> tuple[Survey, list[str]]:
+def _survey(comm: Communicator, recipe: Recipe) -> tuple[CheckpointSearch, list[str]]:
     """What lies in the ranks' folders, and what there is to say about them. UserError for a link that leads nowhere.
 
     A machine may have got another name: where run.checkpoints names {host} and an unfinished run has no checkpoint
@@ -181,7 +181,7 @@ def _survey(comm: Communicator, recipe: Recipe) -> tuple[Survey, list[str]]:
     root = folder_of(recipe, comm)
     with together(comm):
         _refuse_broken_link(root)
-    survey = Survey(comm, root)
+    survey = CheckpointSearch(comm, root)
     pattern = str(recipe.run.checkpoints)
     begun = comm.broadcast_json(os.path.exists(recipe.run.dir / "metrics.jsonl"))
     if survey.committed or not begun or "{host}" not in pattern:
@@ -191,7 +191,7 @@ def _survey(comm: Communicator, recipe: Recipe) -> tuple[Survey, list[str]]:
     notes = (
         [f"{pattern} has no checkpoint under this machine's name: looking into {former}"] if others else []
     )
-    return Survey(comm, former), notes
+    return CheckpointSearch(comm, former), notes
 
 
 def _of_any_host(pattern: str, rank: int) -> list[Path]:
@@ -211,7 +211,7 @@ def _refuse_broken_link(folder: Path) -> None:
         )
 
 
-def _named(comm: Communicator, recipe: Recipe, asked: str) -> tuple[Found, list[str]]:
+def _named(comm: Communicator, recipe: Recipe, asked: str) -> tuple[FoundCheckpoint, list[str]]:
     if asked.isascii() and asked.isdigit():
         survey, notes = _survey(comm, recipe)
         return survey.exactly(int(asked)), notes
@@ -224,7 +224,7 @@ def _named(comm: Communicator, recipe: Recipe, asked: str) -> tuple[Found, list[
                 f"{step_name(300)}"
             )
         )
-    return Survey(comm, path.parent).exactly(step), []
+    return CheckpointSearch(comm, path.parent).exactly(step), []
 
 
 def _filled(path: str, comm: Communicator) -> Path:
@@ -243,7 +243,7 @@ def open_saver(comm: Communicator, plan: RunPlan, store: ShardStore, start: Star
     policy = Policy(recipe.run.keep_last, recipe.run.buddy)
     units = range(len(plan.shards.units))
     # Where units are updated in the backward, the last one is the first, and the root comes last of all.
-    order = [*reversed(units[1:]), 0] if work.release else list(units)
+    order = [*reversed(units[1:]), 0] if work.optimizer_in_backward else list(units)
     return Saver(comm, store, folder_of(recipe, comm), identity, policy, start.step, order)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlx_empire import progress
 from mlx_empire.checkpoint.distribute import fill_from_own, fill_from_root
-from mlx_empire.checkpoint.find import Survey
+from mlx_empire.checkpoint.find import CheckpointSearch
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.comm.failure import together
@@ -61,7 +61,7 @@ def load_state(comm: Communicator, target: Target, trainer: Trainer, start: Star
 def go_back(comm: Communicator, recipe: Recipe, trainer: Trainer, saver: Saver) -> str:
     """Put weights and states of the newest checkpoint into a run that goes on; what there is to say. Collective."""
     saver.finish()
-    found = Survey(comm, folder_of(recipe, comm)).newest() if saver.newest else None
+    found = CheckpointSearch(comm, folder_of(recipe, comm)).newest() if saver.newest else None
     if found is None:
         return "there is no checkpoint to go back to: only this step's update is left out"
     progress.reach("load")

@@ -3,7 +3,7 @@
 python -m mlx_empire.verify RECIPE [--steps N] [--seeds N] [--own] [--json FILE] [--html FILE] [key=value ...]
 
 Short runs in pairs on the recipe's data: everything in float32, against each technique that the recipe turns on. The
-model is a scaled-down twin of the recipe's, or the model itself where it is small (--own). Alone or under mpirun: what
+model is the recipe's scaled down, or the model itself where it is small (--own). Alone or under mpirun: what
 divides (ZeRO, shares) is proved over the ranks it is started with. Exit code 1 where bits differ that must not.
 """
 
@@ -33,7 +33,7 @@ from mlx_empire.data.splits import Splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.evaluation.held_out import held_out_loss
-from mlx_empire.model.scaled_down import twin_config
+from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, in_dtype
 from mlx_empire.optim.choose import make_optimizer, state_bytes_of
@@ -50,7 +50,7 @@ from mlx_empire.verify.fidelity import NOISE_FLOOR, PLAIN, Finding, Outcome, Pai
 from mlx_empire.verify.page import HEAD, FidelityReport, fidelity_document, fidelity_page, rows
 
 EVALUATED = 16  # micro-batches of validation data
-RATE = 1e-3  # the twin starts at random, and learns at a rate of its own
+RATE = 1e-3  # the small model starts at random, and learns at a rate of its own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hosts", type=Path, help="the hostfile")
     parser.add_argument("--steps", type=int, default=40, help="steps of each run (40)")
     parser.add_argument("--seeds", type=int, default=3, help="paired runs of each technique (3)")
-    parser.add_argument("--own", action="store_true", help="train the recipe's own model, not its twin")
+    parser.add_argument(
+        "--own", action="store_true", help="train the recipe's own model, not a scaled-down one"
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--html", type=Path, help="write a page with the loss curves")
     comm = connect()
@@ -106,7 +108,7 @@ def verify(
     if recipe.data.packing:
         tell("packing")
         findings.insert(-1, packing(comm, variant(fixed, PLAIN), config, nodes, splits))
-    who = "the model itself" if own else "a scaled-down twin"
+    who = "the model itself" if own else "the model scaled down"
     judged = "held-out loss" if splits.valid is not None else "loss of the last quarter"
     what = f"{who}, {steps} steps, {seeds} paired seeds, {comm.size} ranks; differences of the {judged}"
     saved = saved_bytes(recipe, original.spec, nodes, pairs)
@@ -126,14 +128,14 @@ def plain_run(steps: int) -> dict[str, Any]:
 
 
 def small_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The twin's configuration, with the model's own vocabulary: the data is tokenised for it."""
-    twin = twin_config(config)
-    for small, whole in ((twin, config), (twin.get("text_config"), config.get("text_config"))):
+    """The scaled-down configuration, with the model's own vocabulary: the data is tokenised for it."""
+    scaled = scaled_down_config(config)
+    for small, whole in ((scaled, config), (scaled.get("text_config"), config.get("text_config"))):
         if isinstance(small, dict) and isinstance(whole, Mapping) and "vocab_size" in whole:
             small["vocab_size"] = whole["vocab_size"]
     for key in ("quantization", "quantization_config"):
-        twin.pop(key, None)
-    return twin
+        scaled.pop(key, None)
+    return scaled
 
 
 def target_and_plan(
@@ -227,7 +229,7 @@ def digest(store: ShardStore) -> str:
         for name, array in sorted(store.tensors(unit.index).items()):
             sha.update(name.encode())
             sha.update(host_view(mx.contiguous(array)).tobytes())
-        store.release(unit.index)
+        store.free(unit.index)
     return sha.hexdigest()
 
 

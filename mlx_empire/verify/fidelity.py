@@ -105,13 +105,13 @@ def pairs_of(recipe: Recipe, plan: RunPlan, dtype: str) -> list[Pair]:
     every |= {
         f"optimizer.{key}": getattr(optimizer, key) for key in ("state_bits", "master_weights", "in_backward")
     }
-    every |= {"model.dtype": dtype, "memory.gradient_checkpointing": work.tail < layers}
+    every |= {"model.dtype": dtype, "memory.gradient_checkpointing": work.unrecomputed < layers}
     found = [Pair(NOISE_FLOOR, {}, False, moved=True)]
     if stage:
         found.append(Pair(f"ZeRO stage {stage}", divided, True))
     if plan.shards.world_size > 1 and len(set(plan.shards.shares)) > 1:
         found.append(Pair("unequal shares", {**divided, **shares}, True))
-    if work.tail < layers:
+    if work.unrecomputed < layers:
         found.append(Pair("gradient checkpointing", {"memory.gradient_checkpointing": True}, True))
     if optimizer.in_backward:
         free = {"optimizer.clip_norm": None}

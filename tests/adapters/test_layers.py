@@ -11,7 +11,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.formats.tuned_source import TunedSource
 from mlx_empire.model.build import build_model, describe
 from mlx_empire.model.initial import initial_adapter
-from mlx_empire.model.quant_format import PACKINGS
+from mlx_empire.model.quant_format import QUANT_FORMATS
 from mlx_empire.model.spec import TensorSpec
 from mlx_empire.model.target import make_target
 from mlx_empire.recipe.sections import TuningSection
@@ -20,7 +20,7 @@ TUNINGS = {
     "lora": {"type": "lora", "rank": 4},
     "dora": {"type": "dora"},
     "two layers": {"type": "lora", "layers": 2},
-    **{f"qlora {bits}": {"type": "qlora", "bits": bits} for bits in PACKINGS},
+    **{f"qlora {bits}": {"type": "qlora", "bits": bits} for bits in QUANT_FORMATS},
     "embedding": {"type": "lora", "targets": ["all-linear", "embed_tokens"]},
     "packed embedding": {"type": "qlora", "targets": ["embed_tokens"]},
 }
@@ -65,7 +65,7 @@ def test_the_head_gets_one_where_it_is_named(kind):
     assert [sum(t.trainable for t in u.tensors) > 0 for u in built.units] == [True, False, False, False, True]
 
 
-@pytest.mark.parametrize("bits", PACKINGS)
+@pytest.mark.parametrize("bits", QUANT_FORMATS)
 def test_packed_parameters_are_counted_as_what_they_stand_for(bits):
     config = {"hidden_size": 128, "intermediate_size": 192}
     plain, built = tuned("llama", {"type": "qlora", "bits": bits}, **config)

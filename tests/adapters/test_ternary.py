@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_empire.model.quant_format import PACKINGS
-from mlx_empire.model.quantize import pack, ternary
+from mlx_empire.model.quant_format import QUANT_FORMATS
+from mlx_empire.model.quantize import quantize, ternary
 
 
 def unpacked(codes, scales, biases, group):
@@ -41,7 +41,7 @@ def test_float32_weights_become_what_numpy_makes_of_them(shape):
 
 def test_bfloat16_weights_are_exactly_minus_s_zero_and_plus_s():
     weights = mx.random.normal((16, 256), key=mx.random.key(1)).astype(mx.bfloat16)
-    codes, scales, biases = pack(weights, PACKINGS["ternary"])
+    codes, scales, biases = quantize(weights, QUANT_FORMATS["ternary"])
     assert scales.dtype == biases.dtype == mx.bfloat16
     _, values = unpacked(codes, scales, biases, 64)
     wide = np.array(weights.astype(mx.float32))
@@ -52,16 +52,16 @@ def test_bfloat16_weights_are_exactly_minus_s_zero_and_plus_s():
 
 def test_the_stock_kernel_multiplies_them():
     weights, x = mx.random.normal((32, 128)), mx.random.normal((3, 128))
-    codes, scales, biases = pack(weights, PACKINGS["ternary"])
+    codes, scales, biases = quantize(weights, QUANT_FORMATS["ternary"])
     found = mx.quantized_matmul(x, codes, scales, biases, transpose=True, group_size=64, bits=2)
     expected = np.array(x).astype(np.float64) @ absmean(np.array(weights), 64).T
     assert np.abs(np.array(found) - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("bits", PACKINGS)
+@pytest.mark.parametrize("bits", QUANT_FORMATS)
 def test_a_packed_tensor_has_the_planned_shapes(bits):
-    packing = PACKINGS[bits]
-    codes, scales, *biases = pack(mx.random.normal((4, 8, 128)), packing)
+    packing = QUANT_FORMATS[bits]
+    codes, scales, *biases = quantize(mx.random.normal((4, 8, 128)), packing)
     assert codes.shape == (4, 8, 128 * packing.bits // 32)
     assert scales.shape == (4, 8, 128 // packing.group)
     assert len(biases) == packing.has_biases

@@ -15,7 +15,7 @@ from mlx_empire.capacity.daughters import (
     cache_bytes_per_token,
     daughter_runs,
     kinds,
-    place,
+    place_daughters,
     run_dollars,
     serving,
     tuned_in,
@@ -115,7 +115,7 @@ def test_a_placement_keeps_every_model_once_and_never_overfills(sizes, limits, s
         Model(f"m{i}", size, ("even", "odd")[i % 2] if shared else None) for i, size in enumerate(sizes)
     ]
     nodes = nodes_of(limits)
-    found = place(models, nodes, bases)
+    found = place_daughters(models, nodes, bases)
     by_name = {m.name: m for m in models}
     housed = [name for home in found.homes for name in home]
     assert sorted([*housed, *found.homeless]) == sorted(by_name)
@@ -134,9 +134,9 @@ def test_a_placement_keeps_every_model_once_and_never_overfills(sizes, limits, s
 
 def test_alike_models_spread_evenly_and_share_their_base():
     nodes = nodes_of([1000, 1000])
-    found = place([Model(f"m{i}", 10) for i in range(8)], nodes)
+    found = place_daughters([Model(f"m{i}", 10) for i in range(8)], nodes)
     assert [len(home) for home in found.homes] == [4, 4]
-    shared = place([Model(f"m{i}", 10, "base") for i in range(8)], nodes, {"base": 900})
+    shared = place_daughters([Model(f"m{i}", 10, "base") for i in range(8)], nodes, {"base": 900})
     assert shared.used_bytes[0] + shared.used_bytes[1] == 80 + 2 * 900
     assert len(shared.homeless) == 0
 
@@ -144,6 +144,6 @@ def test_alike_models_spread_evenly_and_share_their_base():
 def test_a_large_model_keeps_its_machine():
     """Spreading alone would leave 900 without a place; packing finds it one."""
     nodes = nodes_of([1000, 1000])
-    found = place([Model("small-1", 450), Model("small-2", 450), Model("large", 900)], nodes)
+    found = place_daughters([Model("small-1", 450), Model("small-2", 450), Model("large", 900)], nodes)
     assert found.homeless == ()
     assert sorted(map(len, found.homes)) == [1, 2]

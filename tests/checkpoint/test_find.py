@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_empire.checkpoint.find import Found, Survey
+from mlx_empire.checkpoint.find import CheckpointSearch, FoundCheckpoint
 from mlx_empire.checkpoint.manifest import Manifest, Resolved, Shard
 from mlx_empire.checkpoint.paths import shard_name, step_name
 from mlx_empire.checkpoint.shard import LivePiece, write_shard
@@ -31,14 +31,14 @@ class _Ranks:
         self._values: list[Any] = [None] * len(hosts)
         self._barrier = threading.Barrier(len(hosts), timeout=30)
 
-    def survey(self, roots: Sequence[Path]) -> list[Found | EmpireError | None]:
+    def survey(self, roots: Sequence[Path]) -> list[FoundCheckpoint | EmpireError | None]:
         """What each rank finds in its folder."""
         with ThreadPoolExecutor(len(roots)) as pool:
             return list(pool.map(self._newest, range(len(roots)), roots))
 
-    def _newest(self, rank: int, root: Path) -> Found | EmpireError | None:
+    def _newest(self, rank: int, root: Path) -> FoundCheckpoint | EmpireError | None:
         try:
-            return Survey(_Rank(self, rank), root).newest()  # type: ignore[arg-type]
+            return CheckpointSearch(_Rank(self, rank), root).newest()  # type: ignore[arg-type]
         except EmpireError as error:
             return error
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_is_whole_wherever_it_lies(
     written([old / place for place in places], ["king"] * ranks)
     MOVES[move](old, new)
     for found in _Ranks([host] * ranks).survey([new / place for place in places]):
-        assert isinstance(found, Found), found
+        assert isinstance(found, FoundCheckpoint), found
         assert found.step == 6
         assert all(place == reader or together for place, reader in enumerate(found.readers))
         if (move, host) == ("in place", "king"):
@@ -146,7 +146,7 @@ def test_a_damaged_shard_of_a_moved_folder_is_named_and_the_step_before_taken(
     bad = tmp_path / "new" / places[-1] / "step-000006" / shard_name(ranks - 1, ranks)
     damage(bad)
     for found in _Ranks(["king"] * ranks).survey([tmp_path / "new" / place for place in places]):
-        assert isinstance(found, Found), found
+        assert isinstance(found, FoundCheckpoint), found
         assert found.step == 3
         assert found.notes[0].startswith(f"WARNING: step-000006 is damaged: {bad}: tensor w/weights: digest ")
 
@@ -160,7 +160,7 @@ def test_a_copy_in_a_moved_folder_stands_in_for_a_damaged_shard(tmp_path: Path) 
     shutil.move(tmp_path / "old", tmp_path / "new")
     damage(tmp_path / "new" / "one" / shard)
     for found in _Ranks(["king"] * 4).survey([tmp_path / "new" / place.name for place in places]):
-        assert isinstance(found, Found), found
+        assert isinstance(found, FoundCheckpoint), found
         assert found.step == 6
         assert found.readers[0] in (2, 3)
         assert "its copy on another node is used" in found.notes[0]
@@ -173,7 +173,7 @@ def test_a_checkpoint_behind_a_link_is_not_passed_over_in_silence(tmp_path: Path
     shutil.move(root / "step-000006", tmp_path / "aside")
     (root / "step-000006").symlink_to(tmp_path / "aside")
     (found,) = _Ranks(["king"]).survey([root])
-    assert isinstance(found, Found)
+    assert isinstance(found, FoundCheckpoint)
     assert found.step == 3
     assert "step-000006 on king is a symbolic link, which is not followed" in found.notes[0]
     shutil.rmtree(root / "step-000003")

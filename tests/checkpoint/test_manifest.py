@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.checkpoint.manifest import Manifest, Piece, Resolved, Shard, decode, digest_of
+from mlx_empire.checkpoint.manifest import Manifest, Piece, Resolved, Shard, decode_manifest, digest_of
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -50,7 +50,7 @@ def manifest() -> Manifest:
 
 
 def test_what_was_written_is_read() -> None:
-    again = decode(manifest().encode())
+    again = decode_manifest(manifest().encode())
     assert again == manifest()
     assert again.encode() == manifest().encode()
     assert again.shards[0].nbytes == 128 + 5 * 64 * 4
@@ -83,14 +83,14 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_what_is_wrong_is_named(case: str) -> None:
     change, said = BAD[case]
     with pytest.raises(ValueError, match=said):
-        decode(edited(change))
+        decode_manifest(edited(change))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_no_manifest(raw: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
-        decode(raw)
+        decode_manifest(raw)
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,9 +100,9 @@ def test_a_manifest_with_any_change_is_refused_or_is_one(data: st.DataObject) ->
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     with suppress(ValueError):
-        assert isinstance(decode(bytes(raw)), Manifest)
+        assert isinstance(decode_manifest(bytes(raw)), Manifest)
 
 
 def test_depth_does_not_end_the_program() -> None:
     with pytest.raises(ValueError, match="recursion"):
-        decode(b"[" * 100_000)
+        decode_manifest(b"[" * 100_000)

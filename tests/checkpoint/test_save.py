@@ -15,7 +15,7 @@ from support.stepping import Case, batches_of, counted_tokens, trainer_of
 from mlx_empire import progress
 from mlx_empire.checkpoint import commit, save
 from mlx_empire.checkpoint.identity import Identity, Origin
-from mlx_empire.checkpoint.manifest import Resolved, decode, digest_of
+from mlx_empire.checkpoint.manifest import Resolved, decode_manifest, digest_of
 from mlx_empire.checkpoint.save import Policy, Saver
 from mlx_empire.checkpoint.shard import LivePiece, problem_with
 from mlx_empire.comm.solo import SoloCommunicator
@@ -107,7 +107,7 @@ def test_a_checkpoint_is_whole_and_describes_itself(trainer: Trainer, saver: Sav
     saver.finish()
     folder = tmp_path / "checkpoints" / "step-000001"
     raw = (folder / "MANIFEST.json").read_bytes()
-    manifest = decode(raw)
+    manifest = decode_manifest(raw)
     assert json.loads((folder / "COMMIT").read_text()) == {"step": 1, "manifest": digest_of(raw)}
     assert (manifest.step, manifest.next_row, manifest.numerics) == (1, 4, {"losses": (0.1, 0.2)})
     assert manifest.shards[0].folder == str(tmp_path / "checkpoints")

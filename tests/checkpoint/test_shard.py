@@ -13,7 +13,7 @@ from safetensors import safe_open
 from support.stepping import Case, trainer_of
 
 from mlx_empire.checkpoint.manifest import Shard
-from mlx_empire.checkpoint.shard import live_pieces, places, problem_with, write_shard
+from mlx_empire.checkpoint.shard import live_pieces, piece_offsets, problem_with, write_shard
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.store import ShardStore
@@ -63,7 +63,7 @@ def test_every_array_is_there_with_the_bytes_it_has_in_memory(
     }
     raw = path.read_bytes()
     assert len(raw) == shard.nbytes
-    for piece, start in places(shard):
+    for piece, start in piece_offsets(shard):
         assert hashlib.sha256(raw[start : start + piece.nbytes]).hexdigest() == piece.digest
 
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_empire.comm.accumulate import BLOCK, Adder, check_reduction, pack, window
+from mlx_empire.comm.accumulate import BLOCK, Adder, check_reduction, copy_interval, window
 
 
 def test_bfloat16_converts_exactly_as_mlx_does() -> None:
@@ -49,8 +49,8 @@ def test_packing_fills_gaps_with_zeros() -> None:
         (20, np.ones(5, np.uint16)),
     ]
     out = np.full(10, 9, np.uint16)
-    assert pack(pieces, 3, 13, out).tolist() == [2, 3, 0, 0, 0, 4, 5, 0, 0, 0]
-    assert pack([], 3, 13, out).tolist() == [0] * 10
+    assert copy_interval(pieces, 3, 13, out).tolist() == [2, 3, 0, 0, 0, 4, 5, 0, 0, 0]
+    assert copy_interval([], 3, 13, out).tolist() == [0] * 10
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_empire.comm.accumulate import Adder
-from mlx_empire.comm.messages import UNASKED, Lane, cut, direct_lanes, relay_lanes
+from mlx_empire.comm.messages import UNASKED, Stream, cut_into_buckets, direct_streams, relay_streams
 from mlx_empire.comm.reduce import ReduceScatter, Staging
 from mlx_empire.plan.traffic import all_gather_bytes, staging_bytes
 
@@ -19,28 +19,30 @@ def edges_of(sizes: list[int]) -> list[int]:
     return [sum(sizes[:rank]) for rank in range(len(sizes) + 1)]
 
 
-def deliver(world: list[list[Lane]], random: Random) -> list[list[int]]:
-    """Run every rank's lanes: post what may be posted, complete one posted pair after another at random; the senders
+def deliver(world: list[list[Stream]], random: Random) -> list[list[int]]:
+    """Run every rank's streams: post what may be posted, complete one posted pair after another at random; the senders
     learn at random what the receivers wait for.
 
     Sends are read at completion, not at posting, so a buffer that is reused too early is seen.
     Returns elements moved, [source][destination].
     """
     moved = [[0] * len(world) for _ in world]
-    posted: dict[tuple[int, int, bool, int], tuple[Lane, np.ndarray]] = {}
-    ends = {(rank, lane.peer, lane.sends): lane for rank, lanes in enumerate(world) for lane in lanes}
-    streams = [(lane, ends[to, rank, False]) for (rank, to, sends), lane in ends.items() if sends]
+    posted: dict[tuple[int, int, bool, int], tuple[Stream, np.ndarray]] = {}
+    ends = {
+        (rank, stream.peer, stream.sends): stream for rank, streams in enumerate(world) for stream in streams
+    }
+    streams = [(stream, ends[to, rank, False]) for (rank, to, sends), stream in ends.items() if sends]
     while True:
-        for rank, lanes in enumerate(world):
-            for lane in lanes:
-                while lane.may_post:
-                    index = lane.posted
-                    if lane.sends:
-                        awaited = max(UNASKED, ends[lane.peer, rank, False].posted)
+        for rank, streams in enumerate(world):
+            for stream in streams:
+                while stream.may_post:
+                    index = stream.posted
+                    if stream.sends:
+                        awaited = max(UNASKED, ends[stream.peer, rank, False].posted)
                         assert index < awaited, "sent to a rank that has no room for it"
-                    pair = (rank, lane.peer) if lane.sends else (lane.peer, rank)
-                    posted[(*pair, lane.sends, index)] = lane, lane.message(index)
-                    lane.posted += 1
+                    pair = (rank, stream.peer) if stream.sends else (stream.peer, rank)
+                    posted[(*pair, stream.sends, index)] = stream, stream.message(index)
+                    stream.posted += 1
         behind = [(sender, receiver) for sender, receiver in streams if receiver.posted > sender.granted]
         for sender, receiver in random.sample(behind, random.randint(min(1, len(behind)), len(behind))):
             sender.granted = receiver.posted
@@ -56,8 +58,8 @@ def deliver(world: list[list[Lane]], random: Random) -> list[list[int]]:
         assert sent.shape == received.shape
         received[:] = sent
         moved[source][destination] += sent.size
-        for lane in random.sample([sender, receiver], 2):
-            lane.complete(index)
+        for stream in random.sample([sender, receiver], 2):
+            stream.complete(index)
 
 
 @settings(deadline=None)
@@ -65,14 +67,14 @@ def deliver(world: list[list[Lane]], random: Random) -> list[list[int]]:
 def test_gathers_are_whole_and_as_large_as_planned(sizes, bucket_bytes, route, random) -> None:
     edges = edges_of(sizes)
     whole = np.arange(edges[-1], dtype=np.uint16)
-    buckets = [cut(low, high, 2, bucket_bytes) for low, high in pairwise(edges)]
-    lanes = direct_lanes if route == "direct" else relay_lanes
+    buckets = [cut_into_buckets(low, high, 2, bucket_bytes) for low, high in pairwise(edges)]
+    streams = direct_streams if route == "direct" else relay_streams
     buffers, world = [], []
     for rank, (low, high) in enumerate(pairwise(edges)):
         buffer = np.full_like(whole, 65535)
         buffer[low:high] = whole[low:high]
         buffers.append(buffer)
-        world.append(lanes(buffer, buckets, rank))
+        world.append(streams(buffer, buckets, rank))
     moved = deliver(world, random)
     assert all((buffer == whole).all() for buffer in buffers)
     assert moved == all_gather_bytes(edges, 1, route)
@@ -102,7 +104,7 @@ def test_reductions_add_in_rank_order_whatever_comes_first(sizes, bucket_bytes, 
                 rank, pieces, edges, totals[rank], contributes, "float32", bucket_bytes, Staging(), Adder()
             )
         )
-    moved = deliver([reduction.lanes() for reduction in reductions], random)
+    moved = deliver([reduction.streams() for reduction in reductions], random)
     for reduction in reductions:
         reduction.add_arrived()
         assert reduction.staging.nbytes <= staging_bytes(edges, 4, reduction.rank, bucket_bytes)

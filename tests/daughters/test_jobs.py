@@ -11,8 +11,8 @@ from mlx_empire.daughters.jobs import (
     LOST,
     TRAINING,
     WAITING,
-    Board,
-    State,
+    Jobs,
+    JobState,
     deal,
     event,
     homes_of,
@@ -54,28 +54,31 @@ def test_whoever_began_on_a_machine_returns_to_it():
 
 
 def test_a_board_adds_lines_up():
-    board = Board({"anna": State("anna"), "bert": State("bert"), "carl": State("carl")})
-    assert board.take(event("anna", state=TRAINING, machine="king", step=0, steps=10))
-    board.take(event("anna", step=4))
-    board.take(event("bert", state=DONE, step=10, held_out=1.5))
-    board.take(event("carl", state=FAILED, note="bad data"))
-    assert not board.take("loading weights")
-    assert not board.take("@daughter {broken")
-    anna = board.states["anna"]
+    jobs = Jobs({"anna": JobState("anna"), "bert": JobState("bert"), "carl": JobState("carl")})
+    assert jobs.take(event("anna", state=TRAINING, machine="king", step=0, steps=10))
+    jobs.take(event("anna", step=4))
+    jobs.take(event("bert", state=DONE, step=10, held_out=1.5))
+    jobs.take(event("carl", state=FAILED, note="bad data"))
+    assert not jobs.take("loading weights")
+    assert not jobs.take("@daughter {broken")
+    anna = jobs.states["anna"]
     assert (anna.machine, anna.step, anna.steps) == ("king", 4, 10)
     assert anna.left > 0
-    board.take(event("dora", state=TRAINING, step=6, steps=8))
-    assert board.states.pop("dora").left is None  # she goes on, and has done no step yet
-    assert board.finished == 1
-    board.end()
-    assert [s.state for s in board.states.values()] == [LOST, DONE, FAILED]
+    jobs.take(event("dora", state=TRAINING, step=6, steps=8))
+    assert jobs.states.pop("dora").left is None  # she goes on, and has done no step yet
+    assert jobs.finished == 1
+    jobs.end()
+    assert [s.state for s in jobs.states.values()] == [LOST, DONE, FAILED]
 
 
 def test_the_table_shows_every_state(monkeypatch):
-    board = Board(
-        {"anna": State("anna", "king", TRAINING, 4, 10, 2.0, 2.5), "b[red]": State("b[red]", state=WAITING)}
+    jobs = Jobs(
+        {
+            "anna": JobState("anna", "king", TRAINING, 4, 10, 2.0, 2.5),
+            "b[red]": JobState("b[red]", state=WAITING),
+        }
     )
-    table = DaughterTable(board)
+    table = DaughterTable(jobs)
     out = io.StringIO()
     Console(file=out, width=100).print(table._table(10))
     text = out.getvalue()
@@ -86,12 +89,12 @@ def test_the_table_shows_every_state(monkeypatch):
 
 
 def test_without_a_terminal_what_is_new_is_said_once(capsys):
-    board = Board({"anna": State("anna", "king"), "bert": State("bert")})
-    table = DaughterTable(board)
+    jobs = Jobs({"anna": JobState("anna", "king"), "bert": JobState("bert")})
+    table = DaughterTable(jobs)
     lines = [event("anna", state=TRAINING, step=0, steps=4), event("anna", step=1)]
     lines += [event("anna", step=2, note="step 2 could not be saved"), event("anna", step=3)]
     for line in [*lines, event("anna", state=DONE, note="")]:
-        board.take(line)
+        jobs.take(line)
         table.update()
     said = capsys.readouterr().out.splitlines()
     assert said == [

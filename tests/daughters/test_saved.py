@@ -6,7 +6,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from engine.test_multi_adapter import COMMON, cohort_of, turn
+from engine.test_multi_adapter import COMMON, cohort_of, given
 from support.tuning import TunedCase
 
 from mlx_empire.checkpoint.identity import Origin
@@ -14,12 +14,12 @@ from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.daughters.saved import (
     FILE_NAME,
-    Bookmark,
-    bookmark_of,
+    ResumePoint,
     put_in_place,
     read_arrays,
     restore,
-    set_aside,
+    resume_point_of,
+    write_draft,
 )
 from mlx_empire.errors import UnreadableError, UserError
 from mlx_empire.formats import safetensors
@@ -29,12 +29,12 @@ CASES = {
     bits: TunedCase("llama", state_bits=bits, tuning={"type": "lora", "rank": 16}, **COMMON)
     for bits in (8, 32)
 }
-BOOKMARK = Bookmark(2, 1, "here", Origin("run: {}", "rows", "base"))
+BOOKMARK = ResumePoint(2, 1, "here", Origin("run: {}", "rows", "base"))
 
 
-def save(cohort, place, folder):
-    pieces = live_pieces(cohort.store, 0)
-    set_aside(folder, BOOKMARK, [p for p in pieces if own_name(p.tensor)[0] == place])
+def save(adapters, place, folder):
+    pieces = live_pieces(adapters.store, 0)
+    write_draft(folder, BOOKMARK, [p for p in pieces if own_name(p.tensor)[0] == place])
 
 
 @pytest.mark.parametrize("bits", CASES)
@@ -42,27 +42,27 @@ def test_what_is_restored_goes_on_as_before(bits, tmp_path):
     """In another place, beside another, and with exactly the same values after two more steps."""
     case = CASES[bits]
     with CommThread() as thread:
-        cohort = cohort_of(case, 2, thread)
-        cohort.begin(1)
+        adapters = cohort_of(case, 2, thread)
+        adapters.begin(1)
         for step in range(2):
-            cohort.step({1: turn(case, 1, step)})
-        save(cohort, 1, tmp_path)
-        assert bookmark_of(tmp_path) is None
+            adapters.step({1: given(case, 1, step)})
+        save(adapters, 1, tmp_path)
+        assert resume_point_of(tmp_path) is None
         put_in_place(tmp_path)
-        assert bookmark_of(tmp_path) == BOOKMARK
+        assert resume_point_of(tmp_path) == BOOKMARK
         for step in (2, 3):
-            cohort.step({1: turn(case, 1, step)})
-        expected = cohort.adapter(1)
+            adapters.step({1: given(case, 1, step)})
+        expected = adapters.adapter(1)
 
         other = cohort_of(case, 2, thread)
         other.begin(0)
         other.begin(1)
-        other.step({1: turn(case, 3, 0)})
+        other.step({1: given(case, 3, 0)})
         arrays = read_arrays(tmp_path)
         assert any(a.dtype == mx.float32 for a in arrays.values())
         restore(arrays, other.store, 0, tmp_path)
         for step in (2, 3):
-            other.step({0: turn(case, 1, step)})
+            other.step({0: given(case, 1, step)})
         found = other.adapter(0)
         assert found.keys() == expected.keys()
         assert all(mx.array_equal(found[name], expected[name]) for name in expected)
@@ -70,10 +70,10 @@ def test_what_is_restored_goes_on_as_before(bits, tmp_path):
 
 def test_what_does_not_fit_changes_nothing(tmp_path):
     with CommThread() as thread:
-        cohort, wide = (cohort_of(CASES[32], 1, thread) for _ in range(2))
-        cohort.begin(0)
-        cohort.step({0: turn(CASES[32], 1, 0)})
-        save(cohort, 0, tmp_path)
+        adapters, wide = (cohort_of(CASES[32], 1, thread) for _ in range(2))
+        adapters.begin(0)
+        adapters.step({0: given(CASES[32], 1, 0)})
+        save(adapters, 0, tmp_path)
         put_in_place(tmp_path)
         arrays = read_arrays(tmp_path)
         wide.begin(0)
@@ -91,21 +91,21 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
 
 def test_damage_is_found(tmp_path):
     with CommThread() as thread:
-        cohort = cohort_of(CASES[32], 1, thread)
-        cohort.begin(0)
-        save(cohort, 0, tmp_path)
+        adapters = cohort_of(CASES[32], 1, thread)
+        adapters.begin(0)
+        save(adapters, 0, tmp_path)
         put_in_place(tmp_path)
     path = tmp_path / FILE_NAME
     whole = path.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
     for at in (start, (start + len(whole)) // 2, len(whole) - 1):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        assert bookmark_of(tmp_path) == BOOKMARK
+        assert resume_point_of(tmp_path) == BOOKMARK
         with pytest.raises(UserError, match="damaged"):
             read_arrays(tmp_path)
     path.write_bytes(whole[:-8])
     with pytest.raises(UserError, match="damaged"):
-        bookmark_of(tmp_path)
+        resume_point_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_another_file_of_that_name_is_refused_in_one_line(about, tmp_path):
     raw = json.dumps({"__metadata__": about}).encode()
     (tmp_path / FILE_NAME).write_bytes(len(raw).to_bytes(8, "little") + raw)
     with pytest.raises(UserError, match="not a daughter's file") as error:
-        bookmark_of(tmp_path)
+        resume_point_of(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -139,4 +139,4 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors, "open_plain", refused)
     with pytest.raises(UnreadableError, match="Input/output error"):
-        bookmark_of(tmp_path)
+        resume_point_of(tmp_path)

@@ -20,7 +20,7 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.slots import Deck
+from mlx_empire.engine.slots import SlottedModel
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.memory import ledger
 from mlx_empire.plan.workload import chunk_tokens
@@ -30,12 +30,12 @@ def recompute_peak(case: Case) -> int:
     """Peak bytes of a plain vjp of the costliest layer for one micro-batch, above weights and input."""
     model, _, values = weights_of(case)
     model.load_weights(list(values.items()))
-    deck = Deck(model, case.family)
+    slotted = SlottedModel(model, case.family)
     inputs = mx.array(batches_of(case)[0].inputs)
-    hidden, arguments = deck.capture(inputs)
+    hidden, arguments = slotted.capture(inputs)
     mx.eval(hidden, [a.positional for a in arguments if a.positional])
     worst = 0
-    for layer, given in zip(deck.layers, arguments, strict=True):
+    for layer, given in zip(slotted.layers, arguments, strict=True):
         names, arrays = zip(*tree_flatten(layer.trainable_parameters()), strict=True)
 
         def call(*xs: mx.array, layer: Any = layer, names: Any = names, given: Any = given) -> mx.array:

@@ -27,7 +27,7 @@ from support.stepping import (
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine import passes
-from mlx_empire.engine.streamable import verify_twin
+from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.errors import UserError
 
 # Why what cannot train here cannot: a part of the line that says so.
@@ -103,12 +103,14 @@ def norm(gradients: dict[str, np.ndarray]) -> float:
 def test_a_fault_of_ours_is_not_blamed_on_the_model(monkeypatch):
     monkeypatch.setattr(passes, "hidden_of", None)
     with pytest.raises(TypeError):
-        verify_twin(small_config("llama"), "llama")
+        verify_scaled_down(small_config("llama"), "llama")
 
 
 def test_a_twin_that_stays_large_is_refused_before_it_is_allocated():
     with pytest.raises(UserError, match=r"config\.json may lack sizes"):
-        verify_twin({"model_type": "gemma4"}, "gemma4")  # all is left to mlx-lm's defaults, nested ones too
+        verify_scaled_down(
+            {"model_type": "gemma4"}, "gemma4"
+        )  # all is left to mlx-lm's defaults, nested ones too
 
 
 @pytest.mark.slow

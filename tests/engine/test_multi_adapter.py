@@ -8,7 +8,7 @@ from support.tuning import SEED, HeldWeights, TunedCase, built_of, reference_mod
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.multi_adapter import Cohort, Turn
+from mlx_empire.engine.multi_adapter import MultiAdapterSteps, StepInput
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.formats.tuned_source import TunedSource
 from mlx_empire.model.build import describe
@@ -53,13 +53,13 @@ def cohort_of(case, places, thread):
     for index in range(len(spec.units)):
         trainer.store.load(index, source.unit(index))
     trainer.prepare(packing=case.packed)
-    return Cohort(trainer, present, case.clip_norm, SEED)
+    return MultiAdapterSteps(trainer, present, case.clip_norm, SEED)
 
 
-def turn(case, daughter, step):
+def given(case, daughter, step):
     """Every daughter has other data: those of other steps of the case."""
     batches = batches_of(case, 20 * daughter + step)
-    return Turn(batches, counted_tokens(batches), step + 1, case.learning_rate)
+    return StepInput(batches, counted_tokens(batches), step + 1, case.learning_rate)
 
 
 def alone(case, daughter):
@@ -95,25 +95,25 @@ def check(found, expected, start):
 def test_each_learns_what_she_learns_alone(case):
     """Three in three places; the second begins two steps later, and the third one's place was another's before."""
     with CommThread() as thread:
-        cohort = cohort_of(case, 3, thread)
+        adapters = cohort_of(case, 3, thread)
         for place in range(3):
-            cohort.begin(place)
+            adapters.begin(place)
         losses = {0: [], 1: [], 2: []}
         for step in range(2):
-            lessons = cohort.step({0: turn(case, 0, step), 2: turn(case, 9, step)})
-            losses[0].append(lessons[0].loss)
-        cohort.begin(2)
+            outcomes = adapters.step({0: given(case, 0, step), 2: given(case, 9, step)})
+            losses[0].append(outcomes[0].loss)
+        adapters.begin(2)
         for step in range(STEPS):
-            turns = {1: turn(case, 1, step), 2: turn(case, 2, step)}
+            inputs = {1: given(case, 1, step), 2: given(case, 2, step)}
             if step + 2 < STEPS:
-                turns[0] = turn(case, 0, step + 2)
-            lessons = cohort.step(turns)
-            assert lessons.keys() == turns.keys()
-            for place, lesson in lessons.items():
-                losses[place].append(lesson.loss)
+                inputs[0] = given(case, 0, step + 2)
+            outcomes = adapters.step(inputs)
+            assert outcomes.keys() == inputs.keys()
+            for place, outcome in outcomes.items():
+                losses[place].append(outcome.loss)
         for daughter in range(3):
             expected, start, curve = alone(case, daughter)
-            check(cohort.adapter(daughter), expected, start)
+            check(adapters.adapter(daughter), expected, start)
             assert losses[daughter] == pytest.approx(curve, rel=1e-5)
 
 
@@ -121,18 +121,18 @@ def test_a_daughter_who_breaks_does_not_hurt_the_others():
     case = CASES["lora"]
     with CommThread() as thread:
         whole, broken = (cohort_of(case, 2, thread) for _ in range(2))
-        for cohort in (whole, broken):
-            cohort.begin(0)
-            cohort.begin(1)
+        for adapters in (whole, broken):
+            adapters.begin(0)
+            adapters.begin(1)
         name = next(n for n in broken._tensors[1] if n.endswith("lora_a"))
         shape = broken._trainer.store.plan.tensors[name][2].tensor.shape
         broken._trainer.store.put({name: mx.full(shape, mx.nan)})
         for step in range(2):
-            turns = {0: turn(case, 0, step), 1: turn(case, 1, step)}
-            expected, lessons = whole.step(turns), broken.step(turns)
-            assert lessons[0] == expected[0]
-            assert np.isfinite(lessons[0].loss)
-            assert not np.isfinite(lessons[1].norm)
+            inputs = {0: given(case, 0, step), 1: given(case, 1, step)}
+            expected, outcomes = whole.step(inputs), broken.step(inputs)
+            assert outcomes[0] == expected[0]
+            assert np.isfinite(outcomes[0].loss)
+            assert not np.isfinite(outcomes[1].norm)
         expected, found = whole.adapter(0), broken.adapter(0)
         assert all(mx.array_equal(found[n], expected[n]) for n in expected)
 
@@ -140,16 +140,16 @@ def test_a_daughter_who_breaks_does_not_hurt_the_others():
 def test_held_out_losses_are_hers_alone():
     case = CASES["lora"]
     with CommThread() as thread:
-        cohort = cohort_of(case, 2, thread)
-        cohort.begin(0)
-        cohort.begin(1)
+        adapters = cohort_of(case, 2, thread)
+        adapters.begin(0)
+        adapters.begin(1)
         batches = batches_of(case, 7)
-        before = cohort.held_out(1, batches, 2)
-        assert cohort.held_out(0, batches, 2) == before
+        before = adapters.held_out(1, batches, 2)
+        assert adapters.held_out(0, batches, 2) == before
         for step in range(3):
-            cohort.step({1: turn(case, 1, step)})
-        assert cohort.held_out(0, batches, 2) == before
-        assert cohort.held_out(1, batches, 2) != before
+            adapters.step({1: given(case, 1, step)})
+        assert adapters.held_out(0, batches, 2) == before
+        assert adapters.held_out(1, batches, 2) != before
 
 
 def test_names():

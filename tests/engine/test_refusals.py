@@ -14,14 +14,14 @@ from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.probe import check_packing, probe_root
-from mlx_empire.engine.slots import Deck
+from mlx_empire.engine.slots import SlottedModel
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.engine.streamable import verify_twin
+from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.errors import UserError
 from mlx_empire.model import catalog
 from mlx_empire.model.build import describe
 from mlx_empire.model.foreign import foreign
-from mlx_empire.model.scaled_down import twin_config
+from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.plan.shards import make_plan
 
 SIZE, VOCABULARY = 16, 32
@@ -105,7 +105,7 @@ def probe(model: nn.Module) -> Any:
         for index, unit in enumerate(spec.units):
             store.load(index, ((t, weights[t.name]) for t in unit.tensors))
         with foreign("invented: it cannot be run", mixed=True):
-            return probe_root(Deck(model, "invented"), store, VOCABULARY)
+            return probe_root(SlottedModel(model, "invented"), store, VOCABULARY)
 
 
 @pytest.mark.parametrize(
@@ -151,19 +151,19 @@ def test_packing_is_refused_without_relative_positions_or_masks(family):
 def test_packing_is_allowed_elsewhere(family):
     with CommThread() as thread:
         trainer = trainer_of(Case(family), SoloCommunicator("here"), thread)
-        check_packing(trainer._deck, probe_root(trainer._deck, trainer.store, 256))
+        check_packing(trainer._slotted, probe_root(trainer._slotted, trainer.store, 256))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
 def test_the_twin_of_every_family_is_streamed_exactly(family):
-    verify_twin(tiny_config(family), family)
+    verify_scaled_down(tiny_config(family), family)
 
 
 @pytest.mark.parametrize("name", ["llama-4-scout-109b", "deepseek-v3-671b", "gemma-2-27b", "mixtral-8x22b"])
-def test_the_twin_of_a_published_model_is_small_and_streamed_exactly(name):
+def test_a_published_model_scaled_down_is_small_and_streamed_exactly(name):
     config, _ = catalog.load(name)
     mx.reset_peak_memory()
-    verify_twin(config, name)
+    verify_scaled_down(config, name)
     assert mx.get_peak_memory() < 1 << 28
 
 
@@ -179,17 +179,17 @@ def test_the_twin_of_a_published_model_is_small_and_streamed_exactly(name):
     ],
 )  # fmt: skip
 def test_published_sizes_can_be_scaled_down(family, published):
-    verify_twin(tiny_config(family) | published, family)
+    verify_scaled_down(tiny_config(family) | published, family)
 
 
 def test_the_twin_is_small_where_the_defaults_of_mlx_lm_give_the_sizes():
-    small = twin_config({"model_type": "cohere"})
+    small = scaled_down_config({"model_type": "cohere"})
     assert (small["hidden_size"], small["num_hidden_layers"], small["vocab_size"]) == (64, 12, 256)
 
 
 def test_the_twin_keeps_the_pattern_of_layers():
     config, _ = catalog.load("llama-4-maverick-400b")
-    small = twin_config(config)["text_config"]
+    small = scaled_down_config(config)["text_config"]
     assert small["interleave_moe_layer_step"] == config["text_config"]["interleave_moe_layer_step"]
     assert small["num_hidden_layers"] == 12
 
@@ -204,9 +204,9 @@ def test_a_wrong_step_is_found_by_the_twin(monkeypatch):
 
     monkeypatch.setattr(Passes, "backward", wrong)
     with pytest.raises(UserError, match="would be trained wrongly"):
-        verify_twin(tiny_config("llama"), "llama")
+        verify_scaled_down(tiny_config("llama"), "llama")
 
 
 def test_what_mlx_cannot_run_here_is_refused_by_name():
     with pytest.raises(UserError, match="bitnet"):
-        verify_twin(tiny_config("llama") | {"model_type": "bitnet"}, "bitnet")
+        verify_scaled_down(tiny_config("llama") | {"model_type": "bitnet"}, "bitnet")

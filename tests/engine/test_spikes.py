@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from mlx_empire.engine.spikes import SpikeWatch, Verdict, score
+from mlx_empire.engine.spikes import SpikeWatch, Verdict, spike_score
 from mlx_empire.errors import NumericsError
 
 
@@ -22,8 +22,8 @@ def fed(watch: SpikeWatch, values: list[float], first: int = 1) -> list[Verdict]
 def test_the_score_is_that_of_a_normal_distribution() -> None:
     values = noise(1001)
     sigma = float(np.std(values))
-    assert score(float(np.median(values)) + 5 * sigma, values) == pytest.approx(5.0, rel=0.1)
-    assert score(3.0, [*values, 1e9, 1e9]) == pytest.approx(score(3.0, values), rel=0.02), (
+    assert spike_score(float(np.median(values)) + 5 * sigma, values) == pytest.approx(5.0, rel=0.1)
+    assert spike_score(3.0, [*values, 1e9, 1e9]) == pytest.approx(spike_score(3.0, values), rel=0.02), (
         "outliers do not count"
     )
 

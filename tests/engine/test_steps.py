@@ -87,13 +87,13 @@ def test_logits_in_chunks_give_the_same_gradients(tail, comm, thread, monkeypatc
     case = Case("gemma2", micro_batches=2, cells=1, width=48, rows=2, tail=tail)
     trainer = trainer_of(case, comm, thread)
     widths: list[int] = []
-    head = trainer._deck.head
+    head = trainer._slotted.head
 
     def noting(tokens, boundary):
         widths.append(boundary.shape[1])
         return head(tokens, boundary)
 
-    trainer._deck.head = noting
+    trainer._slotted.head = noting
     batches = batches_of(case)
     loss = trainer.compute(batches, counted_tokens(batches))
     assert max(widths) == 10

@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config, tiny_model
 
 from mlx_empire.errors import UserError
-from mlx_empire.formats.hf_names import HUGGING_FACE, MLX_LM, choose_layout, problem_with
+from mlx_empire.formats.hf_names import HUGGING_FACE, MLX_LM, choose_layout, naming_problem
 from mlx_empire.model.build import build_model, describe
 from mlx_empire.model.stored import sanitize
 
@@ -74,7 +74,7 @@ def test_a_layout_that_mlx_lm_reads_otherwise_is_not_used(monkeypatch: pytest.Mo
     monkeypatch.setattr(model_class, "sanitize", shifting)
     layout = choose_layout(spec, build, None)
     assert layout.kind == MLX_LM
-    assert problem_with(spec, build, layout.units) is None
+    assert naming_problem(spec, build, layout.units) is None
 
 
 def test_a_model_that_cannot_be_exported_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from mlx_empire.formats.safetensors import (
     array_bytes,
     file_bytes,
     read_header,
-    write_file,
+    write_tensors,
 )
 
 
@@ -44,7 +44,7 @@ def test_written_file_is_read_by_the_reference_library_and_by_mlx(tmp_path: Path
         "brain": mx.random.normal((2, 3)).astype(mx.bfloat16),
     }
     path = tmp_path / "x.safetensors"
-    size = write_file(path, [entry(n, a) for n, a in arrays.items()], {"format": "pt"})
+    size = write_tensors(path, [entry(n, a) for n, a in arrays.items()], {"format": "pt"})
     assert size == path.stat().st_size
     with safe_open(path, framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
@@ -69,7 +69,7 @@ def test_header_of_the_reference_library_is_understood(tmp_path: Path) -> None:
 def test_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        write_file(tmp_path / "x.safetensors", [entry("a", mx.ones((2,)))], {})
+        write_tensors(tmp_path / "x.safetensors", [entry("a", mx.ones((2,)))], {})
     finally:
         os.umask(before)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o600

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from mlx_empire.errors import UserError
-from mlx_empire.formats.seal import freeze, frozen_digest, thaw, verify
+from mlx_empire.formats.seal import check_sealed, seal_folder, sealed_digest, unseal
 
 
 @pytest.fixture
@@ -25,42 +25,42 @@ def unlocked(folder):
 
 
 def test_it_is_read_only_and_verifies(folder):
-    digest = freeze(folder, {"gate": "reached"})
+    digest = seal_folder(folder, {"gate": "reached"})
     for path in (folder, *folder.rglob("*")):
         assert stat.S_IMODE(path.stat().st_mode) == (0o500 if path.is_dir() else 0o400), path
-    assert frozen_digest(folder) == digest
+    assert sealed_digest(folder) == digest
     assert digest.startswith("sha256:")
     assert json.loads((folder / "FROZEN.json").read_text())["gate"] == "reached"
-    verify(folder, digest)
+    check_sealed(folder, digest)
 
 
 def test_the_digest_is_of_the_files_alone(folder, tmp_path):
     import shutil
 
     other = shutil.copytree(folder, tmp_path / "other")
-    assert freeze(folder, {"a": 1}) == freeze(other, {"b": 2})
+    assert seal_folder(folder, {"a": 1}) == seal_folder(other, {"b": 2})
     unlocked(other)
     (other / "config.json").write_text("{ }")
     (other / "FROZEN.json").unlink()
-    assert freeze(other, {}) != frozen_digest(folder)
+    assert seal_folder(other, {}) != sealed_digest(folder)
 
 
 def test_freezing_is_taken_back(folder):
     """Whole, and where a kill left it half done: the manifest cut short, some files read-only."""
     before = {path: path.stat().st_mode for path in (folder, *folder.rglob("*"))}
-    thaw(folder)
+    unseal(folder)
     assert {path: path.stat().st_mode for path in (folder, *folder.rglob("*"))} == before
     for half in (False, True):
-        digest = freeze(folder, {})
+        digest = seal_folder(folder, {})
         if half:
             folder.chmod(0o700)
             (folder / "FROZEN.json").chmod(0o600)
             (folder / "FROZEN.json").write_text('{"digest": ')
-        thaw(folder)
+        unseal(folder)
         for path in (folder, *folder.rglob("*")):
             assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
         assert {path for path in (folder, *folder.rglob("*"))} == before.keys()
-    assert freeze(folder, {}) == digest
+    assert seal_folder(folder, {}) == digest
 
 
 def flip(path):
@@ -88,15 +88,15 @@ def relist(folder):
     ],
 )
 def test_what_changed_is_named(change, message, folder):
-    digest = freeze(folder, {})
+    digest = seal_folder(folder, {})
     unlocked(folder)
     change(folder)
     with pytest.raises(UserError, match=message) as error:
-        verify(folder, digest)
+        check_sealed(folder, digest)
     assert "\n" not in str(error.value)
 
 
 def test_another_base_is_refused(folder):
-    freeze(folder, {})
+    seal_folder(folder, {})
     with pytest.raises(UserError, match="this is another base"):
-        verify(folder, "sha256:" + "0" * 64)
+        check_sealed(folder, "sha256:" + "0" * 64)

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from train.launching import RECIPE
 
-from mlx_empire.checkpoint.manifest import Manifest, Piece, Resolved, Shard, decode, digest_of
+from mlx_empire.checkpoint.manifest import Manifest, Piece, Resolved, Shard, decode_manifest, digest_of
 from mlx_empire.checkpoint.paths import shard_name
 from mlx_empire.cluster.hostfile import load_hostfile
 from mlx_empire.data.encode import encode_rows
@@ -28,7 +28,7 @@ from mlx_empire.data.row_formats import KEYS, check_row, detect_format
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import INDEX_NAME, open_folder
 from mlx_empire.formats.safetensors import read_header
-from mlx_empire.launch.events import Account, Listener
+from mlx_empire.launch.events import Events, Listener
 from mlx_empire.model.config import read_config
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run_lock import Holder, read_holder
@@ -220,10 +220,10 @@ def test_hostfile(raw: bytes, tmp_path: Path) -> None:
 @FUZZ
 @given(raw=bytes_like(manifest()))
 def test_manifest(raw: bytes) -> None:
-    found = survives(lambda: decode(raw), ValueError)
+    found = survives(lambda: decode_manifest(raw), ValueError)
     if found is not None:
         assert all("/" not in shard.file and ".." not in shard.file for shard in found.shards)
-        assert decode(found.encode()) == found
+        assert decode_manifest(found.encode()) == found
 
 
 @FUZZ
@@ -285,7 +285,7 @@ def test_lock(raw: bytes, tmp_path: Path) -> None:
 @given(raw=bytes_like(SAID), cuts=st.lists(st.integers(1, 80), max_size=8))
 def test_what_ranks_say(raw: bytes, cuts: list[int]) -> None:
     """The launcher reads stderr, on which anybody may write, in pieces of any size."""
-    account = Account()
+    account = Events()
     listener = Listener(account)
     shown, rest = "", raw
     for cut in cuts:
@@ -313,8 +313,8 @@ def test_deep_nesting(bracket: bytes, tmp_path: Path) -> None:
         lambda: read_holder(tmp_path),
     ):
         assert survives(read) is None
-    assert survives(lambda: decode(deep), ValueError) is None
-    assert Listener(Account()).feed(b"@mlx_empire " + deep + b"\n") == ""
+    assert survives(lambda: decode_manifest(deep), ValueError) is None
+    assert Listener(Events()).feed(b"@mlx_empire " + deep + b"\n") == ""
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_deep_nesting(bracket: bytes, tmp_path: Path) -> None:
     [
         (RECIPE.encode(), lambda file: load_recipe(file)),
         (HOSTS, lambda file: load_hostfile(file)),
-        (manifest(), lambda file: decode(file.read_bytes())),
+        (manifest(), lambda file: decode_manifest(file.read_bytes())),
         (LOCK, lambda file: read_holder(file.parent)),
         (len(HEADER).to_bytes(8, "little") + HEADER + bytes(32), lambda file: read_header(file)),
     ],

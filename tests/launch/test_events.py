@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlx_empire.launch.events import Account, Death, Failure, Listener, read_announcement
+from mlx_empire.launch.events import Events, Failure, Listener, RankExit, read_announcement
 from mlx_empire.progress import MARK
 
 DASHES = "-" * 60 + "\n"
@@ -66,22 +66,22 @@ def place(rank: int, phase: str, step: int, thread: str = "MainThread") -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "death"),
+    ("text", "ended"),
     [
-        (KILLED, Death("was killed by SIGKILL", 1, "vm", signal=9)),
-        (SEGMENT, Death("was killed by SIGSEGV", 2, "soldier-1", signal=11)),
-        (IMPROPER, Death("left before the run was complete (exit code 0)", 1, "vm", code=0)),
-        (NON_ZERO, Death("left before the run was complete (exit code 3)", 1, code=3)),
-        (ABORTED, Death("ended all ranks (exit code 75)", 1, code=75)),
+        (KILLED, RankExit("was killed by SIGKILL", 1, "vm", signal=9)),
+        (SEGMENT, RankExit("was killed by SIGSEGV", 2, "soldier-1", signal=11)),
+        (IMPROPER, RankExit("left before the run was complete (exit code 0)", 1, "vm", code=0)),
+        (NON_ZERO, RankExit("left before the run was complete (exit code 3)", 1, code=3)),
+        (ABORTED, RankExit("ended all ranks (exit code 75)", 1, code=75)),
         (
             DAEMON,
-            Death("is out of reach: Open MPI's daemon there is gone or could not start", host="soldier-1"),
+            RankExit("is out of reach: Open MPI's daemon there is gone or could not start", host="soldier-1"),
         ),
         (OTHER, None),
     ],
 )
-def test_open_mpis_announcements(text: str, death: Death | None) -> None:
-    assert read_announcement(text) == death
+def test_open_mpis_announcements(text: str, ended: RankExit | None) -> None:
+    assert read_announcement(text) == ended
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])
@@ -102,45 +102,45 @@ def test_what_is_understood_is_taken_out_and_the_rest_is_shown(size: int) -> Non
         + event("failure", 1, code=65, message="the loss is nan")
         + "no line end"
     )
-    account = Account()
-    listener = Listener(account)
+    events = Events()
+    listener = Listener(events)
     raw = said.encode()
     shown = "".join(listener.feed(raw[at : at + size]) for at in range(0, len(raw), size)) + listener.close()
     assert shown == "a warning\nTraceback\n" + DASHES + OTHER + DASHES + "mlx_empire: gone\nno line end"
-    assert account.deaths == [Death("was killed by SIGKILL", 1, "vm", signal=9)]
-    assert account.failures == [Failure(65, "the loss is nan", 1, "mac-1")]
-    assert account.place_of(0) == ("forward", 4)
-    assert account.place_of(1) == ("backward, reduce beside it", 4)
-    assert account.place_of(2) is None
-    assert account.hosts == {0: "mac-0", 1: "mac-1"}
-    assert account.pids == {0: 100, 1: 101}
-    assert account.step == 4
-    assert account.failing
+    assert events.exits == [RankExit("was killed by SIGKILL", 1, "vm", signal=9)]
+    assert events.failures == [Failure(65, "the loss is nan", 1, "mac-1")]
+    assert events.place_of(0) == ("forward", 4)
+    assert events.place_of(1) == ("backward, reduce beside it", 4)
+    assert events.place_of(2) is None
+    assert events.hosts == {0: "mac-0", 1: "mac-1"}
+    assert events.pids == {0: 100, 1: 101}
+    assert events.step == 4
+    assert events.failing
 
 
 def test_lines_that_ran_into_one_another_are_dropped() -> None:
-    account = Account()
-    listener = Listener(account)
+    events = Events()
+    listener = Listener(events)
     assert listener.feed(f'{MARK}{{"event": "pla{MARK}{{"event"\n'.encode()) == ""
     assert listener.feed(f'{MARK}[1]\n{MARK}{{"event": "place"}}\n'.encode()) == ""
     assert listener.feed(place(0, "data", 2).encode()) == ""
-    assert account.place_of(0) == ("data", 2)
+    assert events.place_of(0) == ("data", 2)
 
 
 def test_an_announcement_without_an_end_is_shown_at_the_end() -> None:
-    account = Account()
-    listener = Listener(account)
+    events = Events()
+    listener = Listener(events)
     assert listener.feed((DASHES + OTHER).encode()) == ""
     assert listener.close() == DASHES + OTHER
-    listener = Listener(account)
+    listener = Listener(events)
     listener.feed((DASHES + KILLED).encode())
     assert listener.close() == ""
-    assert account.deaths[0].signal == 9
+    assert events.exits[0].signal == 9
 
 
 def test_where_a_rank_was_is_not_what_it_does_after_the_failure() -> None:
-    account = Account()
-    listener = Listener(account)
+    events = Events()
+    listener = Listener(events)
     listener.feed((place(1, "forward", 2) + event("failure", 1, code=75, message="silent")).encode())
     listener.feed(place(1, "backward", 2).encode())
-    assert account.place_of(1) == ("forward", 2)
+    assert events.place_of(1) == ("forward", 2)

@@ -13,18 +13,18 @@ import tty
 
 import pytest
 
-from mlx_empire.launch.output import Outlet
+from mlx_empire.launch.output import PassedOn
 
 LOOK = "import os; print(os.isatty(1), *(os.get_terminal_size(1) if os.isatty(1) else ()), sep=' ', end='\\r\\n')"
 
 
 def look(ours: int, heard: list[bytes]) -> None:
     """Run a command that says what its output is."""
-    outlet = Outlet(ours, heard.append)
-    process = subprocess.Popen([sys.executable, "-c", LOOK], stdout=outlet.theirs)
-    outlet.start()
+    output = PassedOn(ours, heard.append)
+    process = subprocess.Popen([sys.executable, "-c", LOOK], stdout=output.theirs)
+    output.start()
     assert process.wait(30) == 0
-    outlet.finish(10)
+    output.finish(10)
 
 
 def test_a_pipe_stays_a_pipe() -> None:

@@ -12,13 +12,13 @@ import pytest
 from mlx.utils import tree_map
 from support.every_module import UNBUILT, names, reader, small_config
 
-from mlx_empire.engine.streamable import verify_twin
+from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.errors import UserError
 from mlx_empire.model import catalog
 from mlx_empire.model.build import build_model
 from mlx_empire.model.config import complete, reader_of
 from mlx_empire.model.rope import LOCAL_THETA_NAMES, PARTIAL_NAMES, SCALINGS, SHARED, THETA_NAMES
-from mlx_empire.model.scaled_down import twin_config
+from mlx_empire.model.scaled_down import scaled_down_config
 
 TOKENS = mx.arange(1, 33)[None]
 MODULES = [n for n in names() if any(key in reader(n) for key in THETA_NAMES) and n not in UNBUILT]
@@ -226,10 +226,12 @@ def test_the_scaled_down_model_keeps_a_scaling_with_one_factor_for_each_dimensio
     long["original_max_position_embeddings"] = 64
     published = {**small_config("phi3"), "head_dim": 96, "rope_theta": 5e5, "rope_parameters": long}
     if layers:
-        small = twin_config({**published, "rope_parameters": {"full_attention": long}})["rope_parameters"]
+        small = scaled_down_config({**published, "rope_parameters": {"full_attention": long}})[
+            "rope_parameters"
+        ]
         assert small == {"full_attention": {**long, "short_factor": 1.0, "long_factor": 3.0}}
         return
-    small = twin_config(complete(published, "phi3"))
+    small = scaled_down_config(complete(published, "phi3"))
     assert small["rope_scaling"]["rope_type"] == "longrope"
     assert small["rope_scaling"]["long_factor"] == 3.0
-    verify_twin(complete(published, "phi3"), "phi3")
+    verify_scaled_down(complete(published, "phi3"), "phi3")

@@ -109,7 +109,7 @@ def test_a_whole_copy_is_kept_whole_beside_the_same_weights_as_exact() -> None:
 @pytest.mark.parametrize("kind", master.KINDS)
 def test_every_kind_starts_as_the_bf16_checkpoint(kind: str) -> None:
     weights = mx.array(np.random.default_rng(2).normal(size=(8, 64))).astype(mx.bfloat16)
-    kept = master.begin(weights, kind)
+    kept = master.first_state(weights, kind)
     assert mx.array_equal(master.joined(weights, kept), weights.astype(mx.float32)).item()
     again, kept_again = master.parted(master.joined(weights, kept), kind, rounding.row_keys(8, *KEY))
     assert mx.array_equal(again, weights).item()

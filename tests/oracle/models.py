@@ -61,7 +61,7 @@ def scout() -> dict[str, Any]:
         "stage": plan.shards.zero_stage,
         "shares": list(plan.shards.shares),
         "gradient_dtype": plan.work.gradient_dtype,
-        "tail": plan.work.tail,
+        "tail": plan.work.unrecomputed,
         "traffic": step_traffic(plan.shards, plan.work),
         "ledgers": [summary(one) for one in plan.ledgers],
     }

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from support.stepping import Case, optimizer_of, trainer_of, weights_of
 
-from mlx_empire.checkpoint.find import Found
-from mlx_empire.checkpoint.identity import Origin, base_digest, config_digest
+from mlx_empire.checkpoint.find import FoundCheckpoint
+from mlx_empire.checkpoint.identity import Origin, config_digest, sampled_digest
 from mlx_empire.checkpoint.manifest import Manifest, Resolved, digest_of
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.shard import live_pieces, write_shard
@@ -51,7 +51,7 @@ def recipe(*overrides: str) -> Recipe:
     return parse_recipe(TEXT, "x.yaml", overrides)
 
 
-def found_one() -> Found:
+def found_one() -> FoundCheckpoint:
     """A checkpoint of a run that resolved `batch.cells` and `memory.gradient_dtype` itself."""
     manifest = Manifest(
         format=1,
@@ -69,14 +69,16 @@ def found_one() -> Found:
         shares=(1.0,),
         shards=(),
     )
-    return Found(Path("c/step-000007"), manifest, (), ())
+    return FoundCheckpoint(Path("c/step-000007"), manifest, (), ())
 
 
 def origin(*overrides: str, **fields: str | None) -> Origin:
     return replace(Origin(dump_recipe(recipe(*overrides)), "rows", "base", "config"), **fields)
 
 
-def begin(monkeypatch: pytest.MonkeyPatch, found: Found, *overrides: str, rows: str = "rows") -> Start:
+def begin(
+    monkeypatch: pytest.MonkeyPatch, found: FoundCheckpoint, *overrides: str, rows: str = "rows"
+) -> Start:
     """Where a run of 10 steps that trains all weights on `rows` begins, if `found` is what it finds."""
     monkeypatch.setattr(resume, "find_checkpoint", lambda comm, recipe: (found, ["said"]))
     target, splits = SimpleNamespace(adapters=None), SimpleNamespace(digest=rows)
@@ -175,12 +177,12 @@ def test_a_run_that_is_shorter_than_its_checkpoint_is_refused() -> None:
 def test_a_base_is_known_by_its_bytes(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(MODEL, copy)
-    assert base_digest(copy) == base_digest(MODEL)
+    assert sampled_digest(copy) == sampled_digest(MODEL)
     weights = copy / "model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1 - len(raw) // 128] ^= 1  # inside the last sample
     weights.write_bytes(bytes(raw))
-    assert base_digest(copy) != base_digest(MODEL)
+    assert sampled_digest(copy) != sampled_digest(MODEL)
 
 
 def test_every_node_may_keep_its_checkpoints_where_it_likes() -> None:
@@ -267,7 +269,7 @@ def test_a_reader_holds_no_more_than_one_unit_for_others(tmp_path: Path, stage: 
             by_unit[piece.unit] = by_unit.get(piece.unit, 0) + piece.nbytes
         shard = write_shard(folder / "shard-00000-of-00001.safetensors", pieces, 0, "here", lambda u, n: None)
         manifest = found_one().manifest.model_copy(update={"shards": (shard,)})
-        found = Found(folder, manifest, (0,), ())
+        found = FoundCheckpoint(folder, manifest, (0,), ())
         units = [
             UnitSpec(u.name, tuple(p.tensor for s in u.segments for p in s.placements))
             for u in trainer.store.plan.units
@@ -298,4 +300,4 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match="has the state v_step, which this version of mlx_empire does not know"
         ):
-            Restore(Found(tmp_path, manifest, (0,), ()), trainer.store, comm)
+            Restore(FoundCheckpoint(tmp_path, manifest, (0,), ()), trainer.store, comm)

@@ -5,7 +5,7 @@ PYTHONPATH=tests python -m support.model_table
 
 from __future__ import annotations
 
-from mlx_empire.engine.streamable import verify_twin
+from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.errors import UserError
 from support.every_model import models, small_config
 
@@ -15,7 +15,7 @@ def refusal(name: str, **changes: object) -> str | None:
     config = small_config(name)
     config.get("text_config", config).update(changes)
     try:
-        verify_twin(config, name)
+        verify_scaled_down(config, name)
     except UserError as error:
         return str(error)
     return None

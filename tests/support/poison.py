@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_empire import progress
 from mlx_empire.data.batches import MicroBatch
-from mlx_empire.engine.gradients import CellSum, GradientStore
+from mlx_empire.engine.gradients import GradientStore, MicroBatchSum
 from mlx_empire.engine.passes import Passes, Running
 
 
@@ -58,7 +58,7 @@ def _forward(due: Callable[[], bool]) -> Callable[[], None]:
 def _backward(due: Callable[[], bool]) -> Callable[[], None]:
     original = GradientStore.inspect
 
-    def inspect(self: GradientStore, index: int, cell: CellSum) -> None:
+    def inspect(self: GradientStore, index: int, cell: MicroBatchSum) -> None:
         if index > 0 and due():  # the root's sum comes last
             cell.arrays[0] = cell.arrays[0] * mx.nan
         original(self, index, cell)

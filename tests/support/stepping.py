@@ -160,7 +160,7 @@ def whole_weights(trainer: Trainer) -> dict[str, np.ndarray]:
         trainer.store.bind(unit.index)
         for name, array in trainer.store.tensors(unit.index).items():
             found[name] = host_view(mx.contiguous(array)).copy()
-        trainer.store.release(unit.index)
+        trainer.store.free(unit.index)
     return found
 
 

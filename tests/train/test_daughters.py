@@ -19,8 +19,8 @@ from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, m
 from train.test_result import TRAIN, VALID
 
 from mlx_empire.cluster.hostfile import Node
-from mlx_empire.daughters.machine import room_for
-from mlx_empire.daughters.saved import bookmark_of
+from mlx_empire.daughters.machine import capacity_for
+from mlx_empire.daughters.saved import resume_point_of
 from mlx_empire.recipe.load import load_recipe
 
 RECIPE = f"""\
@@ -54,9 +54,9 @@ def limit(place: Workspace) -> int:
     recipe = load_recipe(place.folder / "recipe.yaml")
     peaks = {}
     for count in (2, 3):
-        room = room_for(recipe, Node("here", 1, None, 1 << 40, 1 << 40), count)
-        assert room.places == count
-        peaks[count] = room.plan.ledgers[0].peak
+        capacity = capacity_for(recipe, Node("here", 1, None, 1 << 40, 1 << 40), count)
+        assert capacity.places == count
+        peaks[count] = capacity.plan.ledgers[0].peak
     assert peaks[2] < peaks[3]
     return (peaks[2] + peaks[3]) // 2
 
@@ -226,8 +226,8 @@ def test_unfinished_daughters_go_on_where_they_were_saved(place: Workspace) -> N
 
 def steps_kept(folder: Path) -> dict[str, int]:
     """The step of each daughter who has a file to go on from."""
-    found = {run.name: bookmark_of(run) for run in sorted(folder.iterdir()) if run.is_dir()}
-    return {name: bookmark.step for name, bookmark in found.items() if bookmark is not None}
+    found = {run.name: resume_point_of(run) for run in sorted(folder.iterdir()) if run.is_dir()}
+    return {name: point.step for name, point in found.items() if point is not None}
 
 
 def test_what_is_not_hers_any_more_is_not_gone_on_from(place: Workspace) -> None:

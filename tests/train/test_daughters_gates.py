@@ -13,7 +13,7 @@ from train.launching import MODEL, Workspace, jsonl, metrics, raw_tensors, succe
 from train.test_daughters import worker
 from train.test_evaluation import FACTS, FORMS, QUIZ
 
-from mlx_empire.formats.seal import verify
+from mlx_empire.formats.seal import check_sealed
 
 RECIPE = f"""\
 model: {{path: {MODEL}, dtype: float32}}
@@ -73,7 +73,7 @@ def test_she_is_scored_stopped_and_frozen_as_if_alone(name: str, place: Workspac
         values, should = (np.frombuffer(data, np.float32) for data in (found[tensor][2], raw))
         assert np.abs(values - should).max() < 2e-3, tensor
     base = json.loads((run / "BASE.json").read_text())
-    verify(run / "final", base["digest"])
+    check_sealed(run / "final", base["digest"])
     assert base["path"] == f"runs/{name}/final"
     assert (run / "COMPLETE").exists()
     said = (place.folder / "many.txt").read_text()
@@ -89,7 +89,7 @@ def test_killed_when_one_is_frozen_and_not_complete(place: Workspace) -> None:
         killed, whole = (place.folder / folder / name for folder in ("killed", "runs"))
         assert evaluations(killed) == evaluations(whole)
         assert raw_tensors(killed / "final") == raw_tensors(whole / "final")
-        verify(killed / "final", json.loads((killed / "BASE.json").read_text())["digest"])
+        check_sealed(killed / "final", json.loads((killed / "BASE.json").read_text())["digest"])
         assert (killed / "COMPLETE").exists()
 
 

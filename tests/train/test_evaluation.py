@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from train.launching import MODEL, Workspace, curve, jsonl, metrics, raw_tensors, succeeded
 
-from mlx_empire.formats.seal import verify
+from mlx_empire.formats.seal import check_sealed
 
 RECIPE = f"""\
 model: {{path: {MODEL}, dtype: float32}}
@@ -144,7 +144,7 @@ def test_a_gate_that_is_reached_ends_and_freezes_the_run(alone: Workspace) -> No
     assert f"the gate is reached at step {last}" in said
     base = json.loads((run / "BASE.json").read_text())
     assert base["digest"] in said
-    verify(run / "final", base["digest"])
+    check_sealed(run / "final", base["digest"])
     assert (run / "final").stat().st_mode & 0o222 == 0
     assert (run / "COMPLETE").exists()
 
@@ -169,7 +169,7 @@ def test_a_killed_run_freezes_at_the_same_step(alone: Workspace, monkeypatch: py
     assert evaluations(killed) == evaluations(full)
     assert curve(killed) == curve(full)
     assert raw_tensors(killed / "final") == raw_tensors(full / "final")
-    verify(killed / "final", json.loads((killed / "BASE.json").read_text())["digest"])
+    check_sealed(killed / "final", json.loads((killed / "BASE.json").read_text())["digest"])
     assert (killed / "COMPLETE").exists()
 
 

@@ -1,4 +1,4 @@
-"""`python -m mlx_empire.verify` on a small recipe, alone on the model itself and on two ranks with its twin."""
+"""`python -m mlx_empire.verify` on a small recipe, alone on the model itself and on two ranks with it scaled down."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Every sub-folder of DIR holds one person's data (train.jsonl, perhaps valid.jsonl) and becomes `run.dir`/NAME with a
 `final/` of its own. People are spread over the machines of the hostfile by what each has room for; those on one
-machine share one resident base and pass each layer together. The command may be killed and given again: who is
-finished is never trained again, who is not goes on from where she was last saved (`run.save_every`).
+machine share one resident base and pass each layer together. The command may be killed and given again: what is
+finished is never trained again, what is not goes on from where it was last saved (`run.save_every`).
 
 This process shows the table; workers do the work: one on this machine, or under mpirun one on each machine.
 """
@@ -136,7 +136,7 @@ def work(
     hosts: Path | None,
     most: int,
 ) -> int:
-    """A worker: find out who is left and whose they are, and train one's own."""
+    """A worker: find out which daughters are left and on which worker, and train its own."""
     arm_faults(comm.rank)
     recipe = share_recipe(comm, recipe_path, overrides)
     nodes = share_nodes(comm, recipe, hosts)
@@ -150,7 +150,7 @@ def work(
     left = [name for name in names if name not in done]
     begun = {n: place_of(recipe_for(recipe, people, n), node.name) for n in left}
     kept = {name: place for name, place in begun.items() if place is not None}
-    # Whoever was interrupted needs her own place, also where fewer are left: rows stand in the order of places.
+    # An interrupted daughter needs its own place, also where fewer are left: rows stand in the order of places.
     wanted = max(len(left), 1, *(place + 1 for place in kept.values()))
     with together(comm):
         capacity = machine.capacity_for(recipe, node, min(most, wanted))

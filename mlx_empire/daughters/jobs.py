@@ -1,4 +1,4 @@
-"""Many daughters as names: whose data lies in which folder, who is on which machine, and what state each is in.
+"""Many daughters as names: which folder holds the data of each, on which machine it is, and in which state.
 
 Workers tell what happens in lines of JSON on their standard output; `Jobs` is what the lines add up to.
 """
@@ -24,7 +24,7 @@ MOST_PEOPLE = 100_000
 
 @dataclass
 class JobState:
-    """What is known of one daughter. `left`: seconds, as far as her steps so far tell."""
+    """What is known of one daughter. `left`: seconds, as far as its steps so far tell."""
 
     name: str
     machine: str = "-"
@@ -39,7 +39,7 @@ class JobState:
 
     @property
     def left(self) -> float | None:
-        """Seconds until her last step; None while that is not known."""
+        """Seconds until its last step; None while that is not known."""
         done = self.step - self.first_step
         if self.state != TRAINING or done <= 0:
             return None
@@ -101,7 +101,7 @@ def people_of(folder: Path) -> list[str]:
 
 
 def recipe_for(recipe: Recipe, people: Path, name: str) -> Recipe:
-    """The recipe of one daughter: her data, her questions, and a folder of her own inside run.dir."""
+    """The recipe of one daughter: its own data and questions, and a folder of its own inside run.dir."""
     data = recipe.data.model_copy(update={"path": people / name})
     run = recipe.run.model_copy(update={"dir": recipe.run.dir / name})
     evaluation = recipe.evaluation.of_person(name)
@@ -114,7 +114,7 @@ def is_finished(recipe: Recipe, name: str) -> bool:
 
 
 def homes_of(kept: Sequence[Sequence[str]]) -> dict[str, int]:
-    """Which worker an unfinished daughter returns to; `kept`: by worker, those whom its machine had. Several workers
+    """Which worker an unfinished daughter returns to; `kept`: by worker, those that its machine had. Several workers
     on one machine share them out.
     """
     seen: dict[str, list[int]] = {}
@@ -130,7 +130,7 @@ def deal(
     places: Sequence[int],
     homes: Mapping[str, int] | None = None,
 ) -> list[list[str]]:
-    """Who is trained on which machine: the heaviest first, each to the machine that would be done with her soonest.
+    """Which daughter is trained on which machine: the heaviest first, each to the machine that would be done soonest.
 
     weights: bytes of data by name. places: how many daughters each machine trains together; a machine with none gets
     nobody. homes: the machine that has what a daughter needs to go on. UserError where no machine has a place.

@@ -102,11 +102,11 @@ def refuse_unbuilt(recipe: Recipe) -> None:
         raise UserError("tuning.type: full: daughters are adapters; use lora, dora or qlora")
     if recipe.optimizer.in_backward:
         raise UserError(
-            "optimizer.in_backward: true: every daughter is clipped by her own norm; leave it out"
+            "optimizer.in_backward: true: every daughter is clipped by its own norm; leave it out"
         )
     if recipe.run.resume not in ("auto", "never"):
         raise UserError(
-            f"run.resume: {recipe.run.resume}: each daughter goes on from her own last step; use auto or never"
+            f"run.resume: {recipe.run.resume}: each daughter goes on from its own last step; use auto or never"
         )
     if recipe.model.init == "random":
         raise UserError("model.init: random: daughters build on a trained base; use pretrained")

@@ -1,9 +1,9 @@
-"""The daughters whom one machine trains together: who has which place, what a step leaves behind, who goes on.
+"""The daughters that one machine trains together: which has which place, what a step leaves behind, which go on.
 
-Whoever is done leaves her place to the next. A daughter whose data cannot be used, whose loss is no longer finite, or
-whose files cannot be written fails alone; so does one who was interrupted and may not go on as things are by now, and
-what she has is kept. Where a disk has no room for a result, all wait until it has. When one is to be saved
-(`run.save_every`) or is done, all who are present are saved: a command that was killed goes on with the same daughters
+A daughter that is done leaves its place to the next. One whose data cannot be used, whose loss is no longer finite, or
+whose files cannot be written fails alone; so does one that was interrupted and may not go on as things are by now, and
+its files are kept. Where a disk has no room for a result, all wait until it has. When one is to be saved
+(`run.save_every`) or is done, all that are present are saved: a command that was killed goes on with the same daughters
 side by side, and comes to the same bits.
 """
 
@@ -79,17 +79,17 @@ class AdapterJob:
 
     @property
     def done(self) -> bool:
-        """Whether no step is left, or she has learnt enough."""
+        """Whether no step is left, or it has learnt enough."""
         return self.job.ends(self.step) or self.gate.reached
 
     @property
     def to_be_scored(self) -> bool:
-        """Whether she is evaluated now: so often, and at the end."""
+        """Whether it is evaluated now: so often, and at the end."""
         return self.done or self.job.evaluates(self.step)
 
     @property
     def to_be_saved(self) -> bool:
-        """Whether so many steps would be lost, or she is done."""
+        """Whether so many steps would be lost, or it is done."""
         every = self.job.save_every
         return every > 0 and (self.done or self.step - self.saved >= every)
 
@@ -116,7 +116,7 @@ class AdapterJobs:
         self._passes = 0
 
     def run(self, waiting: list[str]) -> list[str]:
-        """Until nobody waits and every place is empty; who failed. Whoever had a place takes it again first."""
+        """Until none waits and every place is empty; those that failed. What had a place takes it again first."""
         places = {name: place_of(recipe_for(self._recipe, self._people, name)) for name in waiting}
         waiting.sort(key=lambda name: places[name] is None)
         for name, place in places.items():
@@ -167,9 +167,9 @@ class AdapterJobs:
                 self._graduate(place, job)
 
     def _resumed(self, place: int, recipe: Recipe, origin: Origin, steps: int) -> tuple[int, str]:
-        """Put a daughter who was interrupted into her place as she was; her step (0: she begins) and what to say.
+        """Put an interrupted daughter into its place as it was; its step (0: it begins) and what to say.
 
-        Only a damaged file makes her begin anew. UserError or OSError where it is whole and she may not go on from it.
+        Only a damaged file makes it begin anew. UserError or OSError where a whole file is not one to go on from.
         """
         folder = recipe.run.dir
         if recipe.run.resume == "never" or not (folder / unfinished.FILE_NAME).exists():
@@ -202,7 +202,9 @@ class AdapterJobs:
             with self._alone(place, job):
                 if not math.isfinite(outcome.norm):
                     unfinished.forget(job.recipe.run.dir)  # it would lead here again
-                    raise NumericsError(f"step {job.step}: her gradient is not finite; look at her data")
+                    raise NumericsError(
+                        f"step {job.step}: its gradient is not finite; look at this daughter's data"
+                    )
                 self._record(job, inputs[place], outcome, seconds)
                 if job.to_be_scored:
                     self._evaluate(place, job)
@@ -258,7 +260,7 @@ class AdapterJobs:
     # ---- going
 
     def _save(self) -> None:
-        """Everybody as she is now. A disk that refuses ends nobody's training: what was saved before stays."""
+        """All as they are now. A disk that refuses ends no training: what was saved before stays."""
         pieces = live_pieces(self._adapters.store, 0)
         saved = {place: job for place, job in self._jobs.items() if job.job.save_every}
         try:
@@ -276,7 +278,7 @@ class AdapterJobs:
                 self._tell(job.name, note=f"step {job.step} could not be saved: {error.strerror}")
 
     def _graduate(self, place: int, job: AdapterJob) -> None:
-        """Write her result, which waits for room on the disk, and leave the place."""
+        """Write the result, which waits for room on the disk, and leave the place."""
         job.metrics.close()
         del self._jobs[place]
         progress.reach("finish")
@@ -293,7 +295,7 @@ class AdapterJobs:
 
     @contextmanager
     def _alone(self, place: int, job: AdapterJob) -> Iterator[None]:
-        """What fails in here for one daughter, such as her disk, ends her training and nobody else's."""
+        """What fails in here for one daughter, such as its disk, ends its training and no other."""
         try:
             yield
         except (EmpireError, OSError) as error:

@@ -1,8 +1,8 @@
-"""What a daughter who is not finished needs to go on, as one file in her folder.
+"""What a daughter that is not finished needs to go on, as one file in its folder.
 
-`unfinished.safetensors` holds her adapter and its optimizer states, bit for bit as they are in memory (`NAME/weights`,
-`NAME/STATE`, as in a shard, by mlx-lm's names), and in its header the step, her place, a digest of all data, and what
-she is trained on. Files are written aside, and put in place together once all of them are on the disk: those who are
+`unfinished.safetensors` holds its adapter and its optimizer states, bit for bit as they are in memory (`NAME/weights`,
+`NAME/STATE`, as in a shard, by mlx-lm's names), and in its header the step, the place, a digest of all data, and what
+it is trained on. Files are written aside, and put in place together once all of them are on the disk: those that are
 trained together go on from one moment.
 """
 
@@ -32,7 +32,7 @@ from mlx_empire.private_files import draft_of, sync_folder
 
 FILE_NAME, DRAFT_NAME = "unfinished.safetensors", ".unfinished.partial"
 FORMAT = "mlx_empire unfinished 1"
-KEPT_FILES = ("metrics.jsonl", FILE_NAME)  # of a daughter who goes on
+KEPT_FILES = ("metrics.jsonl", FILE_NAME)  # of a daughter that goes on
 OWN_FILES = (
     *KEPT_FILES,
     DRAFT_NAME,
@@ -50,7 +50,7 @@ OWN_FILES = (
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where she is: steps that are done, her place among those who train together, and on which machine."""
+    """Where a daughter is: steps that are done, its place among those that train together, and on which machine."""
 
     step: int
     place: int
@@ -59,7 +59,7 @@ class ResumePoint:
 
 
 def write_draft(folder: Path, point: ResumePoint, pieces: Iterable[LivePiece]) -> None:
-    """Write her `pieces` beside what lies there and make sure that they are on the disk. OSError."""
+    """Write its `pieces` beside what lies there and make sure that they are on the disk. OSError."""
     mine = list(pieces)
     views = [view for piece in mine for view in piece.views]
     digest = hashlib.sha256()
@@ -87,7 +87,7 @@ def put_in_place(folder: Path) -> None:
 
 
 def resume_point_of(folder: Path) -> ResumePoint | None:
-    """Where a daughter is by the header of her file; None where there is none. UserError for a damaged one,
+    """Where a daughter is by the header of its file; None where there is none. UserError for a damaged one,
     UnreadableError for one that the system does not let us read.
     """
     path = folder / FILE_NAME
@@ -160,7 +160,7 @@ def forget(folder: Path) -> None:
 
 
 def clear(folder: Path, *, goes_on: bool) -> None:
-    """What an interrupted run left of a daughter goes, but for what one who goes on needs. UserError where others have
+    """What an interrupted run left of a daughter goes, but for what one that goes on needs. UserError where others have
     files there.
     """
     if not folder.exists():

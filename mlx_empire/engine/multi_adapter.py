@@ -1,8 +1,8 @@
-"""Steps of several daughters together: one streamed pass over the base, and for each her own loss, norm and update.
+"""Steps of several daughters together: one streamed pass over the base, and for each its own loss, norm and update.
 
-There are places; a daughter takes one, trains with her own data, schedule and step count, and leaves it to the next.
-Rows of a step are every present daughter's micro-batches side by side, her counted tokens weighted by 1 / their number
-in her step, so the sum of all losses has each one's own gradient. Norm, clipping and AdamW's step count are hers alone.
+There are places; a daughter takes one, trains with its own data, schedule and step count, and leaves it to the next.
+Rows of a step are every present daughter's micro-batches side by side, its counted tokens weighted by 1 / their number
+in its step, so the sum of all losses has each one's own gradient. Norm, clipping and AdamW's step count are each one's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlx_empire.optim.protocol import StepScalars
 
 @dataclass(frozen=True)
 class StepInput:
-    """What one daughter brings to a step: her micro-batches, their counted tokens, her step (from 1) and its rate."""
+    """What one daughter brings to a step: micro-batches, their counted tokens, its own step (from 1) and the rate."""
 
     micro_batches: Sequence[MicroBatch]
     tokens: int
@@ -36,7 +36,7 @@ class StepInput:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step came to for one daughter: the mean loss over her counted tokens, and her gradient's norm."""
+    """What a step came to for one daughter: the mean loss over its counted tokens, and its gradient's norm."""
 
     loss: float
     norm: float
@@ -63,7 +63,7 @@ class MultiAdapterSteps:
         return self._trainer.store
 
     def begin(self, place: int) -> None:
-        """Put a daughter who has learnt nothing into a place: first values, fresh states."""
+        """Put a daughter that has learnt nothing into a place: first values, fresh states."""
         trainer, store = self._trainer, self._trainer.store
         store.put(
             {
@@ -85,13 +85,13 @@ class MultiAdapterSteps:
     def step(self, inputs: Mapping[int, StepInput]) -> dict[int, StepOutput]:
         """One step of the daughters in these places; what it came to, by place.
 
-        A daughter whose norm is not finite is not updated: what became of her is the caller's business.
+        A daughter whose norm is not finite is not updated: what becomes of it is the caller's business.
         """
         trainer, places = self._trainer, sorted(inputs)
         self._present.places = places
         count = max(len(inputs[p].micro_batches) for p in places)
         joined = [_joined([_weighted(inputs[p], j) for p in places]) for j in range(count)]
-        # Dropout's masks are those of the one who is furthest, so of a daughter alone they are her own.
+        # Dropout's masks are those of the one that is furthest, so of a daughter alone they are its own.
         rows = trainer.gather_gradients(joined, max(given.step for given in inputs.values()))
         losses = _shared_out(rows, [len(inputs[p].micro_batches[0].inputs) for p in places])
         norms = self._norms(places)
@@ -120,7 +120,7 @@ class MultiAdapterSteps:
         return self._trainer
 
     def adapter(self, place: int) -> dict[str, mx.array]:
-        """The adapter of the daughter in `place`, by mlx-lm's names, as copies that outlive her place."""
+        """The adapter of the daughter in `place`, by mlx-lm's names, as copies that outlive its place."""
         found = self._read(set(self._tensors[place]))
         return {own_name(name)[1]: array for name, array in found.items()}
 
@@ -153,7 +153,7 @@ class MultiAdapterSteps:
         }
 
     def _drop_others(self, scalars: Mapping[int, StepScalars]) -> None:
-        """Zero the gradients of everybody who is not updated: NaN times zero would be NaN."""
+        """Zero the gradients of every daughter that is not updated: NaN times zero would be NaN."""
         store, totals = self._trainer.store, self._trainer.gradients.totals
         for name, (unit, s, placement) in store.plan.tensors.items():
             if placement.tensor.trainable and own_name(name)[0] not in scalars:
@@ -174,7 +174,7 @@ def _weighted(given: StepInput, index: int) -> MicroBatch:
 
 
 def _shared_out(by_row: Sequence[np.ndarray], rows: Sequence[int]) -> list[float]:
-    """Each daughter's loss of a step: `by_row` of its joined micro-batches, in each of which she has so many `rows`."""
+    """Each daughter's loss of a step: `by_row` of its joined micro-batches, in each of which it has so many `rows`."""
     edges = np.cumsum(rows)
     sums = [[own.sum(dtype=np.float64) for own in np.split(losses, edges[:-1])] for losses in by_row]
     return [math.fsum(own) for own in zip(*sums, strict=True)]

@@ -1,7 +1,7 @@
 """Adapters of several daughters on one base, in one model: a layer runs once for all of them.
 
 A micro-batch holds the rows of every daughter, one after the other and equally many each. What all share (the base's
-products, norms, attention) does not mix rows; each LoRA module adds to the rows of a daughter what her own matrices
+products, norms, attention) does not mix rows; each LoRA module adds to the rows of a daughter what its own matrices
 make of them, by products batched over the daughters (as mLoRA does, arXiv:2312.02515). So every daughter's loss and
 gradients are what they would be alone, and the base lies in memory once and is read once a layer.
 
@@ -55,7 +55,7 @@ def may_share(model: nn.Module) -> bool:
 
 
 def put_together(model: nn.Module, count: int) -> Present:
-    """Replace every LoRA module of a lazily built model by one for `count` daughters; who is present is up to you."""
+    """Replace every LoRA module of a lazily built model for `count` daughters; the caller says which are present."""
     present = Present([0])
     assert count == 1 or may_share(model)
     for layer in model.layers:
@@ -71,6 +71,6 @@ def put_together(model: nn.Module, count: int) -> Present:
 
 
 def own_name(name: str) -> tuple[int, str]:
-    """(a daughter's place, what mlx-lm calls the tensor in a model with her alone)."""
+    """(a daughter's place, what mlx-lm calls the tensor in a model with that one alone)."""
     found = _OWN.search(name)
     return (int(found[1]), _OWN.sub(".", name)) if found else (0, name)

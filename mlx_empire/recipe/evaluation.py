@@ -95,7 +95,7 @@ class EvaluationSection(Section):
         return any(one.generates for one in self.sets)
 
     def of_person(self, name: str) -> Self:
-        """The section of one daughter among many: in the sets' paths `{person}` is her name."""
+        """The section of one daughter among many: in the sets' paths `{person}` is its name."""
 
         def own(path: Path) -> Path:
             return Path(str(path).replace("{person}", name))

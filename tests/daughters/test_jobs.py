@@ -27,7 +27,7 @@ def test_the_heaviest_come_first_and_places_count():
     king, soldier = deal(sorted(weights), weights, [3, 1])
     assert "a" in king
     assert sorted(king + soldier) == sorted(weights)
-    # 100 bytes are as much to the king's three places as 33 to the soldier's one: three tens fit before she is later.
+    # 100 bytes are as much to the king's three places as 33 to the soldier's one: three tens fit before it is later.
     assert sorted(soldier) == ["b", "c", "d"]
 
 
@@ -50,7 +50,7 @@ def test_whoever_began_on_a_machine_returns_to_it():
     dealt = deal(list("abcdefgh"), {}, [1, 1, 1], homes)
     assert [set(names) & homes.keys() for names in dealt] == [{"a", "b"}, {"d"}, {"c"}]
     assert sorted(len(names) for names in dealt) == [2, 3, 3]
-    assert deal(["a"], {}, [0, 1, 0], {"a": 0}) == [[], ["a"], []]  # there is no place for her any more
+    assert deal(["a"], {}, [0, 1, 0], {"a": 0}) == [[], ["a"], []]  # there is no place for it any more
 
 
 def test_a_board_adds_lines_up():
@@ -65,7 +65,7 @@ def test_a_board_adds_lines_up():
     assert (anna.machine, anna.step, anna.steps) == ("king", 4, 10)
     assert anna.left > 0
     jobs.take(event("dora", state=TRAINING, step=6, steps=8))
-    assert jobs.states.pop("dora").left is None  # she goes on, and has done no step yet
+    assert jobs.states.pop("dora").left is None  # it goes on, and has done no step yet
     assert jobs.finished == 1
     jobs.end()
     assert [s.state for s in jobs.states.values()] == [LOST, DONE, FAILED]

@@ -63,7 +63,7 @@ def given(case, daughter, step):
 
 
 def alone(case, daughter):
-    """The textbook's adapter of one daughter after her steps, the one before, and her losses."""
+    """The textbook's adapter of one daughter after its steps, the one before, and its losses."""
     import support.tuning as tuning
 
     model = reference_model(case)
@@ -92,7 +92,7 @@ def check(found, expected, start):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_each_learns_what_she_learns_alone(case):
+def test_each_learns_what_it_learns_alone(case):
     """Three in three places; the second begins two steps later, and the third one's place was another's before."""
     with CommThread() as thread:
         adapters = cohort_of(case, 3, thread)

@@ -134,5 +134,5 @@ def test_one_persons_recipe_is_written_and_read_again(file: str) -> None:
     asked = [f'evaluation.sets=[{{path: "people/{file}.jsonl", metrics: [loss]}}]', "run.eval_every=10%"]
     recipe = parse_recipe(text, "daughter.yaml", asked)
     own = recipe.model_copy(update={"evaluation": recipe.evaluation.of_person("anna")})
-    assert parse_recipe(dump_recipe(own), "hers") == own
+    assert parse_recipe(dump_recipe(own), "theirs") == own
     assert own.evaluation.scores == recipe.evaluation.scores

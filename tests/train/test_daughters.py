@@ -277,7 +277,7 @@ def test_two_machines_share_the_work(place: Workspace, limit: int) -> None:
 
 def test_one_persons_bad_data_or_disk_fails_alone(place: Workspace) -> None:
     """One cannot be evaluated at the end, another's result cannot be written: nobody else has held-out rows, and
-    nobody is done before her.
+    none is done before it.
     """
     for name in ("good", "scored", "written"):
         place.write(
@@ -306,7 +306,7 @@ def test_a_gradient_that_is_not_finite_leaves_nothing_to_go_on_from(place: Works
     at = line.index("-m")
     ended = started(place, [*line[:at], POISON, "forward", "3", *line[at + 1 :]], environment)
     assert ended.code == 65
-    assert "step 3: her gradient is not finite" in ended.stdout
+    assert "step 3: its gradient is not finite" in ended.stdout
     assert steps_kept(place.folder / "odd-runs") == {}
 
 
@@ -316,7 +316,7 @@ def test_a_gradient_that_is_not_finite_leaves_nothing_to_go_on_from(place: Works
         (["--people", "nowhere"], 64, "--people: nowhere: no such folder"),
         (["tuning.type=full", "tuning.rank=null"], 64, "tuning.type: full: daughters are adapters"),
         (["--together", "0"], 64, "at least one at a time"),
-        (["run.resume=4"], 64, "run.resume: 4: each daughter goes on from her own last step"),
+        (["run.resume=4"], 64, "run.resume: 4: each daughter goes on from its own last step"),
         (["--hosts", "small.txt"], 3, "needs"),
     ],
 )

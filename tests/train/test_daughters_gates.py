@@ -65,8 +65,8 @@ def test_she_is_scored_stopped_and_frozen_as_if_alone(name: str, place: Workspac
     ours, theirs = evaluations(run), evaluations(alone)
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     assert ours[-1]["step"] < 40
-    for mine, hers in zip(ours, theirs, strict=True):
-        assert mine["scores"] == pytest.approx(hers["scores"], rel=2e-3, abs=1e-5)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["scores"] == pytest.approx(other["scores"], rel=2e-3, abs=1e-5)
     assert [one["scores"]["facts.exact_match"] for one in ours[-2:]] == [1.0, 1.0]
     found, expected = (raw_tensors(where / "final") for where in (run, alone))
     for tensor, (_, _, raw) in expected.items():

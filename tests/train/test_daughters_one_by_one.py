@@ -1,4 +1,4 @@
-"""Daughters whose adapters cannot be put together: one at a time on one base, each what she would be alone."""
+"""Daughters whose adapters cannot be put together: one at a time on one base, each what it would be alone."""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@ Decides when a message may be sent, how a late peer is waited for without burnin
 
 A stream from rank a to rank b goes through these phases:
 
-1. grant    b posts its receives, as many as the stream's window has room for, and tells a their number (a credit, eight
-            bytes). Credits go before b's own messages;
-2. send     a posts the messages that are granted. The first needs no credit, so that a stream of one message (all of the
-            control plane's short values) costs none;
+1. grant    b posts its receives, as many as the stream's window has room for, and tells a their number (a credit of
+            eight bytes). Credits go before b's own messages;
+2. send     a posts the messages that are granted. The first needs no credit, so that a stream of one message (all of
+            the control plane's short values) costs none;
 3. go on    whenever messages have landed, b posts more receives and grants those.
 
 MPI has a handshake of its own for large messages, and it makes a wire with two directions half duplex. A sender asks;

@@ -13,7 +13,7 @@ from mlx_empire.checkpoint.identity import sampled_digest
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.daughters.many import AdapterJobs, Capacity, Tell
+from mlx_empire.daughters.many import Capacity, Daughters, Tell
 from mlx_empire.engine.multi_adapter import MultiAdapterSteps
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import open_folder
@@ -87,7 +87,7 @@ def train_adapters(
         trainer.prepare(packing=recipe.data.packing)
         adapters = MultiAdapterSteps(trainer, present, recipe.optimizer.clip_norm, recipe.run.seed)
         base = sampled_digest(recipe.model.path)
-        jobs = AdapterJobs(recipe, people, node, capacity, _single(recipe), base, adapters, tell)
+        jobs = Daughters(recipe, people, node, capacity, _single(recipe), base, adapters, tell)
         return jobs.run(list(names))
 
 

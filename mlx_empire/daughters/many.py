@@ -27,7 +27,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.data.batches import validation_micro_batches
 from mlx_empire.data.splits import Splits
-from mlx_empire.daughters import saved as unfinished
+from mlx_empire.daughters import saved
 from mlx_empire.daughters.jobs import DONE, FAILED, TRAINING, recipe_for
 from mlx_empire.daughters.saved import ResumePoint
 from mlx_empire.engine.multi_adapter import MultiAdapterSteps, StepInput, StepOutput
@@ -59,7 +59,7 @@ class Capacity:
 
 
 @dataclass
-class AdapterJob:
+class Daughter:
     """A daughter in a place, after `step` steps of the job; `saved`: the step of the file."""
 
     recipe: Recipe
@@ -94,7 +94,7 @@ class AdapterJob:
         return every > 0 and (self.done or self.step - self.saved >= every)
 
 
-class AdapterJobs:
+class Daughters:
     """The places and who is in them. `base`: the digest of the base's weights; `single`: the model with one adapter."""
 
     def __init__(
@@ -111,7 +111,7 @@ class AdapterJobs:
         self._recipe, self._people, self._node, self._capacity = recipe, people, node, capacity
         self._single, self._base, self._adapters, self._tell = single, base, adapters, tell
         self._comm = SoloCommunicator(node.name)
-        self._jobs: dict[int, AdapterJob] = {}
+        self._daughters: dict[int, Daughter] = {}
         self._failed: list[str] = []
         self._passes = 0
 
@@ -120,14 +120,14 @@ class AdapterJobs:
         places = {name: place_of(recipe_for(self._recipe, self._people, name)) for name in waiting}
         waiting.sort(key=lambda name: places[name] is None)
         for name, place in places.items():
-            if place is not None and place < self._capacity.places and place not in self._jobs:
+            if place is not None and place < self._capacity.places and place not in self._daughters:
                 waiting.remove(name)
                 self._admit(place, name)
-        while waiting or self._jobs:
+        while waiting or self._daughters:
             for place in range(self._capacity.places):
-                while place not in self._jobs and waiting:
+                while place not in self._daughters and waiting:
                     self._admit(place, waiting.pop(0))
-            if self._jobs:
+            if self._daughters:
                 self._step()
         return self._failed
 
@@ -150,21 +150,21 @@ class AdapterJobs:
             self._adapters.begin(place)
             step, note = self._resumed(place, recipe, origin, job.steps)
             note = "; ".join(filter(None, (note, *splits.warnings)))
-            unfinished.clear(recipe.run.dir, goes_on=step > 0)
+            saved.clear(recipe.run.dir, goes_on=step > 0)
             write_plan(recipe, plan, [self._node], spec, splits, resumed=step > 0)
             metrics = MetricsWriter(recipe.run.dir, step)
             gate = share_gate(self._comm, recipe.run.dir, job.gate)
         except (EmpireError, OSError) as error:
             self._fail(name, str(error))
             return
-        job = AdapterJob(recipe, splits, origin, job, evaluator, gate, metrics, step, saved=step)
-        self._jobs[place] = job
+        daughter = Daughter(recipe, splits, origin, job, evaluator, gate, metrics, step, saved=step)
+        self._daughters[place] = daughter
         self._tell(name, state=TRAINING, machine=self._node.name, step=step, steps=job.steps, note=note)
-        with self._alone(place, job):
+        with self._alone(place, daughter):
             if not step:
-                self._evaluate(place, job)
-            if job.done:
-                self._graduate(place, job)
+                self._evaluate(place, daughter)
+            if daughter.done:
+                self._graduate(place, daughter)
 
     def _resumed(self, place: int, recipe: Recipe, origin: Origin, steps: int) -> tuple[int, str]:
         """Put an interrupted daughter into its place as it was; its step (0: it begins) and what to say.
@@ -172,19 +172,19 @@ class AdapterJobs:
         Only a damaged file makes it begin anew. UserError or OSError where a whole file is not one to go on from.
         """
         folder = recipe.run.dir
-        if recipe.run.resume == "never" or not (folder / unfinished.FILE_NAME).exists():
+        if recipe.run.resume == "never" or not (folder / saved.FILE_NAME).exists():
             return 0, ""
         try:
-            found, arrays = unfinished.resume_point_of(folder), unfinished.read_arrays(folder)
+            found, arrays = saved.resume_point_of(folder), saved.read_arrays(folder)
         except UnreadableError:
             raise
         except UserError as error:
             return 0, f"begins anew: {error}"
         assert found is not None
-        where = str(folder / unfinished.FILE_NAME)
+        where = str(folder / saved.FILE_NAME)
         require_same(found.origin, origin, where)
         require_steps_left(found.step, steps, where)
-        unfinished.restore(arrays, self._adapters.store, place, folder)
+        saved.restore(arrays, self._adapters.store, place, folder)
         return found.step, f"goes on after step {found.step}"
 
     # ---- learning
@@ -193,36 +193,38 @@ class AdapterJobs:
         self._passes += 1
         progress.begin_step(self._passes)
         began = time.perf_counter()
-        inputs = {place: self._input(job) for place, job in self._jobs.items()}
+        inputs = {place: self._input(daughter) for place, daughter in self._daughters.items()}
         outcomes = self._adapters.step(inputs)
         seconds = time.perf_counter() - began
         for place, outcome in outcomes.items():
-            job = self._jobs[place]
-            job.step += 1
-            with self._alone(place, job):
+            daughter = self._daughters[place]
+            daughter.step += 1
+            with self._alone(place, daughter):
                 if not math.isfinite(outcome.norm):
-                    unfinished.forget(job.recipe.run.dir)  # it would lead here again
+                    saved.forget(daughter.recipe.run.dir)  # it would lead here again
                     raise NumericsError(
-                        f"step {job.step}: its gradient is not finite; look at this daughter's data"
+                        f"step {daughter.step}: its gradient is not finite; look at this daughter's data"
                     )
-                self._record(job, inputs[place], outcome, seconds)
-                if job.to_be_scored:
-                    self._evaluate(place, job)
-        if any(job.to_be_saved for job in self._jobs.values()):
+                self._record(daughter, inputs[place], outcome, seconds)
+                if daughter.to_be_scored:
+                    self._evaluate(place, daughter)
+        if any(daughter.to_be_saved for daughter in self._daughters.values()):
             self._save()
-        for place, job in [(place, job) for place, job in self._jobs.items() if job.done]:
-            with self._alone(place, job):
-                self._graduate(place, job)
+        for place, daughter in [
+            (place, daughter) for place, daughter in self._daughters.items() if daughter.done
+        ]:
+            with self._alone(place, daughter):
+                self._graduate(place, daughter)
 
-    def _input(self, job: AdapterJob) -> StepInput:
-        job, step = job.job, job.step + 1
+    def _input(self, daughter: Daughter) -> StepInput:
+        job, step = daughter.job, daughter.step + 1
         return StepInput(job.batches(step), job.targets(step), step, job.rates(step))
 
-    def _record(self, job: AdapterJob, given: StepInput, outcome: StepOutput, seconds: float) -> None:
-        positions = job.job.positions(job.step)
-        job.metrics.write(
+    def _record(self, daughter: Daughter, given: StepInput, outcome: StepOutput, seconds: float) -> None:
+        positions = daughter.job.positions(daughter.step)
+        daughter.metrics.write(
             {
-                "step": job.step,
+                "step": daughter.step,
                 "loss": outcome.loss,
                 "learning_rate": given.learning_rate,
                 "grad_norm": outcome.norm,
@@ -232,76 +234,76 @@ class AdapterJobs:
                 "positions_per_second": positions / seconds,
                 "step_seconds": seconds,
                 "comm_wait_seconds": 0.0,
-                "together": len(self._jobs),
+                "together": len(self._daughters),
                 "peak_bytes": [mx.get_peak_memory()],
                 "predicted_peak_bytes": [self._capacity.plan.ledgers[0].peak],
                 "bytes_sent": [0],
                 "bytes_received": [0],
             }
         )
-        self._tell(job.name, step=job.step)
+        self._tell(daughter.name, step=daughter.step)
 
-    def _evaluate(self, place: int, job: AdapterJob) -> None:
-        valid, run = job.splits.valid, job.recipe.run
-        if valid is None and job.evaluator is None:
+    def _evaluate(self, place: int, daughter: Daughter) -> None:
+        valid, run = daughter.splits.valid, daughter.recipe.run
+        if valid is None and daughter.evaluator is None:
             return
         progress.reach("evaluate")
-        found: dict[str, Any] = {"step": job.step, "eval_loss": None}
+        found: dict[str, Any] = {"step": daughter.step, "eval_loss": None}
         if valid is not None:
-            batches = validation_micro_batches(valid, job.recipe.batch.micro_size, run.eval_batches)
+            batches = validation_micro_batches(valid, daughter.recipe.batch.micro_size, run.eval_batches)
             found["eval_loss"] = self._adapters.held_out(place, list(batches), 1)
-            before = {"before": found["eval_loss"]} if job.step == 0 else {}
-            self._tell(job.name, held_out=found["eval_loss"], **before)
-        if job.evaluator is not None:
-            found["scores"] = job.evaluator.scores(self._adapters.with_only(place), self._comm, 1)
-        job.metrics.write(found)
-        job.gate.observe(found)
+            before = {"before": found["eval_loss"]} if daughter.step == 0 else {}
+            self._tell(daughter.name, held_out=found["eval_loss"], **before)
+        if daughter.evaluator is not None:
+            found["scores"] = daughter.evaluator.scores(self._adapters.with_only(place), self._comm, 1)
+        daughter.metrics.write(found)
+        daughter.gate.observe(found)
 
     # ---- going
 
     def _save(self) -> None:
         """All as they are now. A disk that refuses ends no training: what was saved before stays."""
         pieces = live_pieces(self._adapters.store, 0)
-        saved = {place: job for place, job in self._jobs.items() if job.job.save_every}
+        kept = {place: daughter for place, daughter in self._daughters.items() if daughter.job.save_every}
         try:
-            for place, job in kept.items():
-                job.saved = job.step
+            for place, daughter in kept.items():
+                daughter.saved = daughter.step
                 progress.reach("save-write")
-                point = ResumePoint(job.step, place, self._node.name, job.origin)
+                point = ResumePoint(daughter.step, place, self._node.name, daughter.origin)
                 mine = [piece for piece in pieces if own_name(piece.tensor)[0] == place]
-                unfinished.write_draft(job.recipe.run.dir, point, mine)
+                saved.write_draft(daughter.recipe.run.dir, point, mine)
             progress.reach("save-rename")
-            for job in kept.values():
-                unfinished.put_in_place(job.recipe.run.dir)
+            for daughter in kept.values():
+                saved.put_in_place(daughter.recipe.run.dir)
         except OSError as error:
-            for job in kept.values():
-                self._tell(job.name, note=f"step {job.step} could not be saved: {error.strerror}")
+            for daughter in kept.values():
+                self._tell(daughter.name, note=f"step {daughter.step} could not be saved: {error.strerror}")
 
-    def _graduate(self, place: int, job: AdapterJob) -> None:
+    def _graduate(self, place: int, daughter: Daughter) -> None:
         """Write the result, which waits for room on the disk, and leave the place."""
-        job.metrics.close()
-        del self._jobs[place]
+        daughter.metrics.close()
+        del self._daughters[place]
         progress.reach("finish")
-        writer = result.result_writer(job.recipe, self._single)
+        writer = result.result_writer(daughter.recipe, self._single)
         assert isinstance(writer, AdapterWriter)
         adapter = self._adapters.adapter(place)
         for index, unit in enumerate(self._single.spec.units):
             writer.write_unit(index, {t.name: adapter[t.name] for t in unit.tensors if t.trainable})
-        for write in (writer.close, partial(result.seal, job.recipe, job.gate)):
-            result.until_there_is_room(write, lambda note: self._tell(job.name, note=note))
-        unfinished.forget(job.recipe.run.dir)
-        note = job.gate.sentence() if job.gate.asks else ""
-        self._tell(job.name, state=DONE, step=job.step, note=note)
+        for write in (writer.close, partial(result.seal, daughter.recipe, daughter.gate)):
+            result.until_there_is_room(write, lambda note: self._tell(daughter.name, note=note))
+        saved.forget(daughter.recipe.run.dir)
+        note = daughter.gate.sentence() if daughter.gate.asks else ""
+        self._tell(daughter.name, state=DONE, step=daughter.step, note=note)
 
     @contextmanager
-    def _alone(self, place: int, job: AdapterJob) -> Iterator[None]:
+    def _alone(self, place: int, daughter: Daughter) -> Iterator[None]:
         """What fails in here for one daughter, such as its disk, ends its training and no other."""
         try:
             yield
         except (EmpireError, OSError) as error:
-            job.metrics.close()
-            self._jobs.pop(place, None)
-            self._fail(job.name, str(error))
+            daughter.metrics.close()
+            self._daughters.pop(place, None)
+            self._fail(daughter.name, str(error))
 
     def _fail(self, name: str, why: str) -> None:
         self._failed.append(name)
@@ -311,7 +313,7 @@ class AdapterJobs:
 def place_of(recipe: Recipe, machine: str | None = None) -> int | None:
     """The place in which a daughter was interrupted (on `machine`, if one is named); None where nothing was kept."""
     try:
-        found = unfinished.resume_point_of(recipe.run.dir)
+        found = saved.resume_point_of(recipe.run.dir)
     except (UserError, OSError):
         return None
     return found.place if found is not None and machine in (None, found.machine) else None

@@ -29,8 +29,8 @@ FLOORS = (
     "recipe",
     "arguments",
     "disk",
-    "progress",
     "faults",
+    "progress",
     "private_files",
     "errors",
 )

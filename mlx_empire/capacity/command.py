@@ -163,18 +163,18 @@ def present(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> int:
         page = capacity_page(report(), matrix(), ladder(), daughters(), command())
         write_file("--html", wanted.page, page)
     if wanted.part == "matrix":
-        say(matrix(), wanted, matrix_document, print_matrix)
+        show_part(matrix(), wanted, matrix_document, print_matrix)
     elif wanted.part == "ladder":
-        say(ladder(), wanted, ladder_document, print_ladder)
+        show_part(ladder(), wanted, ladder_document, print_ladder)
     elif wanted.part == "daughters":
-        say(daughters(), wanted, daughters_document, print_daughters)
+        show_part(daughters(), wanted, daughters_document, print_daughters)
     else:
-        say(report(), wanted, report_document, print_report)
+        show_part(report(), wanted, report_document, print_report)
         return DoesNotFitError.exit_code if report().assessment.verdict == "no" else 0
     return 0
 
 
-def say(
+def show_part(
     found: Found,
     wanted: Wanted,
     document: Callable[[Found], Document],

@@ -40,8 +40,8 @@ from mlx_empire.daughters.table import DaughterTable
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.agree import share_nodes, share_recipe
+from mlx_empire.run.lock import RunLock
 from mlx_empire.run.mpirun import clean_environment, worker_line
-from mlx_empire.run_lock import RunLock
 
 MOST_TOGETHER = 16
 SOME_FAILED = 65

@@ -13,8 +13,8 @@ from pathlib import Path
 from mlx_empire.errors import LostRankError, UserError
 from mlx_empire.launch.run_folder import LOG, RunFolder, read_state, supervised
 from mlx_empire.private_files import append_private
+from mlx_empire.run.lock import LAUNCHER, in_use
 from mlx_empire.run.stop import request_stop
-from mlx_empire.run_lock import LAUNCHER, in_use
 
 START_SECONDS = 30.0
 POLL_SECONDS = 0.2

@@ -1,7 +1,7 @@
 """What a launcher leaves in the run's folder, and what it and others read there.
 
 `launch.json`: who supervises the run and how it goes. `launch.lock`: held for as long as the launcher lives
-(`run_lock`), so a dead one is told from a living one whatever its process id is today. `launch.log`: the output of a
+(`run.lock`), so a dead one is told from a living one whatever its process id is today. `launch.log`: the output of a
 detached run.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Self
 from mlx_empire.errors import UserError
 from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.run_lock import LAUNCHER, RunLock, is_held
+from mlx_empire.run.lock import LAUNCHER, RunLock, is_held
 
 STATE, LOG, COMPLETE = "launch.json", "launch.log", "COMPLETE"
 _STEP = re.compile(r"step-(\d{6,})")

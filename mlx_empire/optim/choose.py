@@ -7,11 +7,11 @@ from collections.abc import Callable
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.momentum import Lion, Sgd
-from mlx_empire.optim.updating import StateBytes
+from mlx_empire.optim.updating import StateCost
 from mlx_empire.recipe.sections import OptimizerSection
 
 
-def state_bytes_of(section: OptimizerSection) -> Callable[..., StateBytes]:
+def state_bytes_of(section: OptimizerSection) -> Callable[..., StateCost]:
     """What the optimizer of a recipe's section answers a plan that asks for the bytes of its state."""
     return make_optimizer(section).state_bytes
 

@@ -23,7 +23,7 @@ from mlx_empire.optim import codec, master
 from mlx_empire.optim.compile import compiling_alone
 from mlx_empire.optim.protocol import ChunkId, State, StepScalars
 from mlx_empire.optim.rounding import row_keys
-from mlx_empire.optim.updating import StateBytes
+from mlx_empire.optim.updating import StateCost
 
 STATES = frozenset(  # the name of everything that a state may hold
     [
@@ -119,7 +119,7 @@ class FlatOptimizer(ABC):
         lossy = weights.dtype == mx.bfloat16 and self.master_weights in ("diet", "none")
         return lossy or "m_codes" in state
 
-    def state_bytes(self, elements: int, weight_dtype: str, *, quantised: bool) -> StateBytes:
+    def state_bytes(self, elements: int, weight_dtype: str, *, quantised: bool) -> StateCost:
         """Bytes by name of the arrays that `init` makes for `elements` weights of a plan's dtype."""
         assert elements % BLOCK == 0
         codes = quantised and self.state_bits == 8
@@ -131,7 +131,7 @@ class FlatOptimizer(ABC):
             name, dtype = master.KEPT[self.master_weights]
             sizes[name] = dtype.size * elements
         completed = self.master_weights if weight_dtype == "bfloat16" else "float32"
-        return StateBytes(sizes, self.moments, completed, codes=codes)
+        return StateCost(sizes, self.moments, completed, codes=codes)
 
     def convert(self, state: State, chunk: ChunkId, scalars: StepScalars, *, quantised: bool) -> State:
         """`state` from a run with other `state_bits`, decoded or encoded; any other is returned as it is."""

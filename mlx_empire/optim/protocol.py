@@ -14,7 +14,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_empire.optim.updating import StateBytes
+from mlx_empire.optim.updating import StateCost
 
 State = dict[str, mx.array]
 
@@ -63,6 +63,6 @@ class ShardOptimizer(Protocol):
         """`state` from a run with other `state_bits`, decoded or encoded; any other is returned as it is."""
         ...
 
-    def state_bytes(self, elements: int, weight_dtype: str, *, quantised: bool) -> StateBytes:
+    def state_bytes(self, elements: int, weight_dtype: str, *, quantised: bool) -> StateCost:
         """Exact bytes of each state array of `elements` (a multiple of 64) weights; what an update needs besides."""
         ...

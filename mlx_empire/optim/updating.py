@@ -13,7 +13,7 @@ _UPDATE: dict[tuple[bool, bool], dict[str, int]] = {
 _SMALL_CHUNKS = 0.83  # of that with 8-bit states for chunks evaluated together: they are freed one by one
 
 
-class StateBytes(dict[str, int]):
+class StateCost(dict[str, int]):
     """Bytes of each array of a state, by name; and what an update needs besides, in bytes per element.
 
     `alone`: of a large chunk, which is evaluated alone; `together`: of small ones that are evaluated at once.

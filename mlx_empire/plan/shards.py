@@ -55,7 +55,7 @@ class Chunk:
     rows: int
 
 
-class Run(NamedTuple):
+class RowRun(NamedTuple):
     """`times` chunks of `rows` rows, one behind the other in one tensor; `row`: the first, from the segment's start."""
 
     placement: Placement
@@ -90,7 +90,7 @@ class Segment:
             for row in range(run.row, run.row + run.rows * run.times, run.rows):
                 yield Chunk(name, zlib.crc32(name.encode()), row, row - first, run.rows)
 
-    def runs(self, start: int, stop: int) -> Iterator[Run]:
+    def runs(self, start: int, stop: int) -> Iterator[RowRun]:
         """The chunks of [start, stop) in order, those of one size in a tensor together.
 
         Cuts are counted from a tensor's first row, so a chunk's borders inside a tensor do not depend on the shares
@@ -107,7 +107,7 @@ class Segment:
             whole, rest = divmod(end - row - begun, full)
             for rows, times in ((begun, 1), (full, whole), (rest, 1)):
                 if rows and times:
-                    yield Run(placement, row, rows, times)
+                    yield RowRun(placement, row, rows, times)
                     row += rows * times
 
 

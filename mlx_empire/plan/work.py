@@ -123,7 +123,7 @@ def whole_weights(assessment: Assessment) -> int:
     return sum(u.gathered_bytes for u in assessment.plan.shards.units)
 
 
-def update_bytes(assessment: Assessment, rank: int) -> list[float]:
+def update_memory_traffic(assessment: Assessment, rank: int) -> list[float]:
     """By unit, bytes that the optimizer of `rank` moves: weights and states read and written, gradients read."""
     plan = assessment.plan
     item = ITEM_BYTES[plan.work.gradient_dtype]
@@ -150,7 +150,7 @@ class ChipCosts:
         self._flops, self._memory_rate, self._adding = flops, memory_rate, adding
         self._tokens, self._units = work.tokens, unit_flops(assessment.spec, work.width)
         self._bytes = [u.gathered_bytes for u in plan.shards.units]
-        self._updates = update_bytes(assessment, rank)
+        self._updates = update_memory_traffic(assessment, rank)
         shape = step_shape(plan.shards, work, rank)
         self._head = head_flops(self._units, shape)
         kept = range(shape.boundary + 1, shape.layers + 1)

@@ -11,7 +11,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.selftest import self_test
 from mlx_empire.comm.watchdog import Watchdog
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.run_lock import RunLock
+from mlx_empire.run.lock import RunLock
 
 
 class Safeguards:

@@ -31,7 +31,7 @@ from mlx_empire.formats.safetensors import read_header
 from mlx_empire.launch.events import Events, Listener
 from mlx_empire.model.config import read_config
 from mlx_empire.recipe.load import load_recipe
-from mlx_empire.run_lock import Holder, read_holder
+from mlx_empire.run.lock import Holder, read_holder
 
 EXAMPLES = int(os.environ.get("MLX_EMPIRE_FUZZ_EXAMPLES", "40"))
 FUZZ = settings(

@@ -17,7 +17,7 @@ from mlx_empire.plan.work import (
     attention_layers,
     flops_per_token,
     trained_bytes,
-    update_bytes,
+    update_memory_traffic,
 )
 
 GIB = 2**30
@@ -123,7 +123,7 @@ def test_two_equal_nodes_by_hand():
         assert pace.parts["adding"][1 - i] == pytest.approx(reduced / ADDING_RATE[i], rel=1e-3)
     states = 1 + 1 + 2 + 5 / 64  # codes, remainder, five bytes per block
     moved = spec.base_parameters / 2 * (2 * 2 + 2 + 2 * states)
-    assert sum(update_bytes(found, 0)) == pytest.approx(moved, rel=1e-6)
+    assert sum(update_memory_traffic(found, 0)) == pytest.approx(moved, rel=1e-6)
     assert pace.parts["optimizer"][0] == pytest.approx(moved / CPU.memory_rate[1], rel=1e-6)
     tokens = 4 * 2048  # of each node: half of the 8 rows
     compute = tokens * flops_per_token(spec, found.plan.work) / (CPU.tflops[1] * 1e12)

@@ -15,7 +15,7 @@ from pathlib import Path
 from support.mpi import mpirun, rank_environment
 from train.launching import RECIPE, Workspace, step_records, succeeded
 
-from mlx_empire.run_lock import RunLock
+from mlx_empire.run.lock import RunLock
 
 
 def fake_package(folder: Path, name: str, version: str) -> None:

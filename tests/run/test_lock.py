@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlx_empire.errors import UserError
-from mlx_empire.run_lock import LAUNCHER, RUN, RunLock, is_held, read_holder
+from mlx_empire.run.lock import LAUNCHER, RUN, RunLock, is_held, read_holder
 
 
 def left_behind(folder: Path, text: str, age: float = 0.0) -> Path:
@@ -45,7 +45,7 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
 
 def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
     program = (
-        "import os, pathlib; from mlx_empire.run_lock import RunLock;"
+        "import os, pathlib; from mlx_empire.run.lock import RunLock;"
         f"lock = RunLock(pathlib.Path({str(tmp_path)!r})); print(os.getpid()); os._exit(9)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -352,7 +352,7 @@ def test_a_disk_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device", "model-00001")
 
-    monkeypatch.setattr(export_folder, "write_file", full)
+    monkeypatch.setattr(export_folder, "write_tensors", full)
     with pytest.raises(UserError, match="No space left"):
         writer.write_unit(0, {t.name: mx.zeros(t.shape) for t in spec.units[0].tensors})
 

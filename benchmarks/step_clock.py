@@ -2,10 +2,12 @@
 
 `python benchmarks/step_clock.py` (root, `ip` and `tc`) makes two or three machines from network namespaces, limits each
 card to some megabits per second, and runs the trainer's own steps with its own messages. Computation is replaced by
-sleeping, so that two cores are enough for three machines; the wire's rate is measured in the same run by gathers of a
-known size. A row is the median of five steps; its ratio is predicted over measured. Settings marked `*` were added
-after the clock was finished. `--check` ends with 1 where a ratio misses 10 % (15 % with a mark). With slower cards
-(`--mbit`) computation is slower by the same factor, so that other work of this machine's cores matters less.
+sleeping, so that two cores are enough for three machines. What the clock asks its caller for is measured in the same
+run: the wire's rate and latency, by gathers of known sizes, and the seconds of each kind of pass, which are its sleep
+and what Python and a busy machine add to it. A row is the median of five steps; its ratio is predicted over measured.
+Settings marked `*` were added after the clock was finished. `--check` ends with 1 where a ratio misses 10 % (15 % with
+a mark). With slower cards (`--mbit`) computation is slower by the same factor, so that other work of this machine
+matters less.
 
 The emulation is not what once made ratios of 0.5 to 0.8: two plain sockets over the same cards use both directions
 fully. It was the handshake of Open MPI's large messages (`comm/exchange.py`).

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import mlx.core as mx
@@ -20,9 +20,10 @@ from mlx_empire.comm.failure import guard
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.passes import Passes, Running
+from mlx_empire.engine.trace import StepTrace
 from mlx_empire.engine.update import Updater
 from mlx_empire.plan.schedule import Action
-from mlx_empire.plan.step_time import Link, step_timeline
+from mlx_empire.plan.step_time import COMPUTE, Event, Link, step_timeline
 from mlx_empire.plan.traffic import DEFAULT_BUCKET_BYTES
 
 LAYERS, HIDDEN, WIDTH = 6, 192, 8
@@ -52,16 +53,20 @@ class Sleeping(Passes):
 
 
 class Costs:
-    """The same for the clock."""
+    """A rank's calibration for the clock: what each kind of pass took in the steps that were measured.
 
-    def __init__(self, seconds: float, tail: int) -> None:
-        self._seconds, self._tail = seconds, tail
+    That is its sleep, and what Python, the sums of gradients and a core's other work add to it; no message is in it.
+    """
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        took: dict[str, list[float]] = {}
+        for event in events:
+            if event.lane == COMPUTE and event.what in (*TIMES, "embed", "update"):
+                took.setdefault(event.what, []).append(event.end - event.start)
+        self._seconds = {kind: mean(seconds) for kind, seconds in took.items()}
 
     def compute(self, action: Action) -> float:
-        times = TIMES.get(action.kind, 0.0) + (
-            TIMES["backward"] * self._tail if action.kind == "head" else 0.0
-        )
-        return action.times * times * self._seconds
+        return action.times * self._seconds.get(action.kind, 0.0)
 
     def add(self, nbytes: int) -> float:
         return 0.0
@@ -78,21 +83,24 @@ def zeros(like: mx.array) -> mx.array:
     return _ZEROS[like.shape]
 
 
-def wire_rate(comm: Communicator) -> float:
-    """Bytes per second of a card in one direction, by the median of some gathers of a known size."""
-    each = 1 << 19
-    buffer = np.zeros(each * comm.size, np.float32)
-    edges = [each * r for r in range(comm.size + 1)]
-    seconds = []
-    for _ in range(8):
+def link_of(comm: Communicator) -> Link:
+    """The wire as gathers show it: seconds of one that moves next to nothing, and a card's bytes per second beyond."""
+
+    def seconds(each: int, times: int) -> float:
+        buffer, edges = np.zeros(each * comm.size, np.float32), [each * r for r in range(comm.size + 1)]
         comm.barrier(600)
         start = time.perf_counter()
-        comm.all_gather(buffer, edges)
-        seconds.append(max(comm.gather_json(time.perf_counter() - start)))
-    return 4 * each * (comm.size - 1) / median(seconds)
+        for _ in range(times):
+            comm.all_gather(buffer, edges)
+        return max(comm.gather_json(time.perf_counter() - start)) / times
+
+    latency = median(seconds(16, 10) for _ in range(10))
+    each = 1 << 19
+    gather = median(seconds(each, 1) for _ in range(10))
+    return Link(4 * each * (comm.size - 1) / (gather - latency), latency=latency)
 
 
-def run(setting: dict[str, Any], comm: Communicator, rate: float, steps: int) -> dict[str, Any]:
+def run(setting: dict[str, Any], comm: Communicator, link: Link, steps: int) -> dict[str, Any]:
     """Seconds of each step on the slowest rank, and what the clock says."""
     tail = setting.get("tail", 0)
     config = {
@@ -118,15 +126,17 @@ def run(setting: dict[str, Any], comm: Communicator, rate: float, steps: int) ->
         trainer.streamed._passes.seconds = setting["forward"]
         batches = batches_of(case)
         own, total, seconds = own_batches(trainer, batches, comm.rank), counted_tokens(batches), []
+        trace = StepTrace(comm.rank)
         for step in range(steps + 1):
+            trainer.observe(trace if step else None)
             comm.barrier(600)
             start = time.perf_counter()
             trainer.train_step(own, total, step + 1, 1e-4)
             seconds.append(max(comm.gather_json(time.perf_counter() - start)))
-        costs = [Costs(setting["forward"], tail)] * comm.size
+        costs = [Costs([Event(*e) for e in events]) for events in comm.gather_json(trace.events)]
         work = replace(trainer.work, bucket_bytes=DEFAULT_BUCKET_BYTES)  # those of the communicator
-        timeline = step_timeline(trainer.store.plan, work, costs, Link(rate))
-    return {"seconds": seconds[1:], "predicted": timeline.seconds, "rate": rate}
+        timeline = step_timeline(trainer.store.plan, work, costs, link)
+    return {"seconds": seconds[1:], "predicted": timeline.seconds}
 
 
 def main() -> None:
@@ -134,8 +144,8 @@ def main() -> None:
     comm = connect()
     with guard(comm):
         Updater._update_segment = lambda *_: None  # type: ignore[method-assign]
-        rate = wire_rate(comm)
-        found = [run(one, comm, rate, int(sys.argv[2])) for one in json.loads(sys.argv[3])]
+        link = link_of(comm)
+        found = [run(one, comm, link, int(sys.argv[2])) for one in json.loads(sys.argv[3])]
         if comm.rank == 0:
             Path(sys.argv[1]).write_text(json.dumps(found))
 

@@ -11,7 +11,7 @@ directions. The rules:
              all are done when the slowest link is, and the last piece has gone round. Contributions are added on the
              host when they have come, before the next exchange;
 4. wait      bind, settle and adopt stop the compute lane until their exchange is done; the norm until all ranks are
-             there.
+             there and have swapped two small messages.
 
 So forward hides its gathers only behind forward, and gathers and reductions take turns. Nothing here depends on the
 machine it runs on: the seconds of an action are the caller's (`Costs`).
@@ -159,7 +159,7 @@ def step_timeline(
         for rank in ranks:
             rank.advance()
         wires.time(ranks)
-        _meet(ranks)
+        _meet(ranks, 2 * link.latency)
         stuck = before == [(rank.now, len(rank.done), len(rank.met)) for rank in ranks]
         assert not stuck or all(rank.finished for rank in ranks), "ranks wait for one another"
     events = [event for rank in ranks for event in rank.events] + wires.events
@@ -167,10 +167,10 @@ def step_timeline(
     return Timeline(tuple(events), seconds, wires.busiest() / link.rate)
 
 
-def _meet(ranks: Sequence[RankLanes]) -> None:
-    """Time the norms to which every rank has come."""
+def _meet(ranks: Sequence[RankLanes], seconds: float) -> None:
+    """Time the norms to which every rank has come; `seconds`: of swapping them."""
     for number in range(len(ranks[0].met), min(len(rank.arrived) for rank in ranks)):
-        last = max(rank.arrived[number] for rank in ranks)
+        last = max(rank.arrived[number] for rank in ranks) + (seconds if len(ranks) > 1 else 0.0)
         for rank in ranks:
             rank.met.append(last)
 
@@ -245,7 +245,8 @@ class _Wires:
 
     def _round_the_ring(self, sent: np.ndarray, starts: list[float]) -> list[float]:
         """Every rank passes on to the next what that one does not own; the last piece goes round once."""
-        hops = max(len(starts) - 2, 0) * (self._piece / self._link.rate)
+        further = max(len(starts) - 2, 0)  # after the first hop
         slowest = float(sent.max()) / self._link.rate
-        end = max(starts) + self._link.latency + slowest + min(hops, slowest)
+        hops = min(further * (self._piece / self._link.rate), slowest)
+        end = max(starts) + (1 + further) * self._link.latency + slowest + hops
         return [end] * len(starts)

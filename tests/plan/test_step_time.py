@@ -80,6 +80,19 @@ def test_forward_cannot_hide_what_belongs_to_the_backward():
     assert timeline.seconds > compute + 2.0  # forward waits for three layers of one second each
 
 
+@pytest.mark.parametrize(("ranks", "route", "hops"), [(2, "direct", 1), (3, "direct", 1), (3, "relay", 2)])
+def test_every_exchange_and_the_norm_s_two_messages_cost_the_wire_s_latency(ranks, route, hops):
+    """Stage 3 without computation: six gathers and four reductions, segment by segment, and one norm."""
+    plan = make_plan(SUBJECT.spec.units, [1] * ranks, 3)
+    work = work_of(ranks, micro_batches=ranks)
+    quick, slow = (
+        step_timeline(plan, work, [Fixed({})] * ranks, Link(1e12, latency=late), route) for late in (0.0, 0.5)
+    )
+    root, *layers = [len(unit.segments) for unit in plan.units]
+    gathers, reductions = root + 2 * sum(layers) - layers[-1], root + sum(layers)
+    assert slow.seconds - quick.seconds == pytest.approx(0.5 * (hops * gathers + reductions + 2), rel=1e-3)
+
+
 def test_the_hub_of_a_reduction_holds_up_everybody():
     """Shares 2:1:1: the first rank receives half of a layer from each of two ranks, a whole layer past its card."""
     plan = make_plan(SPEC.units, [2, 1, 1], 2)

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_empire import progress
 from mlx_empire.arguments import UserArguments
-from mlx_empire.capacity import command as capacity
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
@@ -41,7 +40,6 @@ from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.run import RunReport
-from mlx_empire.report.trace import RunTrace, predicted_events
 from mlx_empire.run import result
 from mlx_empire.run.agree import (
     agree_on_model,
@@ -63,6 +61,9 @@ from mlx_empire.run.stop import StopRequest
 from mlx_empire.run.trainer import limit_memory, make_trainer
 from mlx_empire.run.weights import go_back, load_state
 
+if TYPE_CHECKING:
+    from mlx_empire.report.trace import RunTrace
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
@@ -83,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_awake()
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:
+            # What draws reports is not part of a run.
+            from mlx_empire.capacity import command as capacity
+
             wanted = capacity.Wanted(hosts=options.hosts)
             return capacity.answer(comm, options.recipe, options.overrides, wanted)
         run_recipe(comm, options.recipe, options.overrides, options.hosts)
@@ -243,6 +247,8 @@ def take_step(run: Run, step: int) -> None:
 
 def traced(run: Run) -> RunTrace:
     """What notes a few steps for a trace, beside what the plan predicts of them."""
+    from mlx_empire.report.trace import RunTrace, predicted_events
+
     predicted = partial(predicted_events, run.recipe, run.target.spec, run.nodes, run.trainer.optimizer)
     return RunTrace(run.comm, run.recipe.run.dir, run.trainer, run.saver, predicted)
 

@@ -83,7 +83,7 @@ def test_forward_cannot_hide_what_belongs_to_the_backward():
 @pytest.mark.parametrize(("ranks", "route", "hops"), [(2, "direct", 1), (3, "direct", 1), (3, "relay", 2)])
 def test_every_exchange_and_the_norm_s_two_messages_cost_the_wire_s_latency(ranks, route, hops):
     """Stage 3 without computation: six gathers and four reductions, segment by segment, and one norm."""
-    plan = make_plan(SUBJECT.spec.units, [1] * ranks, 3)
+    plan = make_plan(SPEC.units, [1] * ranks, 3)
     work = work_of(ranks, micro_batches=ranks)
     quick, slow = (
         step_timeline(plan, work, [Fixed({})] * ranks, Link(1e12, latency=late), route) for late in (0.0, 0.5)

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.spikes import SpikeWatch
+from mlx_empire.engine.numerics import SpikeWatch
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer

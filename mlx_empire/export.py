@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_empire.arguments import UserArguments
 from mlx_empire.comm.failure import guard
-from mlx_empire.errors import UserError
+from mlx_empire.errors import UserArguments, UserError
 from mlx_empire.formats.adapter_folder import (
     CARD_NAME,
     WEIGHTS_NAME,

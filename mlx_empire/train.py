@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_empire import progress
-from mlx_empire.arguments import UserArguments
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
@@ -29,6 +28,7 @@ from mlx_empire.data.splits import Splits
 from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.engine.trainer import StepResult, Trainer
+from mlx_empire.errors import UserArguments
 from mlx_empire.evaluation.evaluator import Evaluator
 from mlx_empire.evaluation.gate import GateKeeper
 from mlx_empire.evaluation.held_out import held_out_loss

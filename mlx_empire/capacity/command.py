@@ -21,7 +21,6 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from mlx_empire.arguments import UserArguments
 from mlx_empire.capacity.advice import advise
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughters_document
 from mlx_empire.capacity.daughters import LORA, WAYS, daughter_runs, serving, tuned_in
@@ -39,7 +38,7 @@ from mlx_empire.cluster.match import find_hostfile, planned_nodes
 from mlx_empire.comm.connect import connect, under_mpirun
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.errors import DoesNotFitError, UserError
+from mlx_empire.errors import DoesNotFitError, UserArguments, UserError
 from mlx_empire.model import catalog
 from mlx_empire.model.target import Target, catalog_target, planned_target
 from mlx_empire.optim.choose import state_bytes_of

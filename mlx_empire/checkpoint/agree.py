@@ -10,9 +10,8 @@ from uuid import uuid4
 
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.disk import disk_of
+from mlx_empire.disk import create_private, disk_of
 from mlx_empire.errors import UserError
-from mlx_empire.private_files import create_private
 
 
 class SaveFailed(Exception):

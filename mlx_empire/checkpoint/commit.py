@@ -42,8 +42,7 @@ from mlx_empire.checkpoint.retention import make_room
 from mlx_empire.checkpoint.shard import LivePiece, write_shard
 from mlx_empire.checkpoint.shortage import give_up
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.disk import with_headroom
-from mlx_empire.private_files import create_private, replace_private, sync_file, sync_folder
+from mlx_empire.disk import create_private, replace_private, sync_file, sync_folder, with_headroom
 
 Describe = Callable[[Sequence[Shard]], Manifest]
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mlx_empire.comm.buffers import DTYPES, host_view
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.comm.views import DTYPES, host_view
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.formats.source import WeightSource
 from mlx_empire.model.spec import ModelSpec

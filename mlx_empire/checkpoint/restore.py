@@ -15,13 +15,13 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from mlx_empire import progress
 from mlx_empire.checkpoint.find import FoundCheckpoint
 from mlx_empire.checkpoint.manifest import Piece
 from mlx_empire.checkpoint.paths import open_own
 from mlx_empire.checkpoint.shard import CODES, WEIGHTS, piece_offsets
-from mlx_empire.comm import liveness
+from mlx_empire.comm.buffers import DTYPES, host_view
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.comm.views import DTYPES, host_view
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.model.spec import BLOCK
@@ -127,7 +127,7 @@ class Restore:
                             elif reader != self._comm.rank:
                                 receives.append((reader, own))
         self._comm.transfer(sends, receives)
-        liveness.moved()
+        progress.moved()
 
     def _read(
         self, file: BinaryIO, place: _Place, segment: Segment, placement: Placement

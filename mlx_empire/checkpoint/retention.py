@@ -18,8 +18,8 @@ from mlx_empire.checkpoint.agree import Folders, agreed, in_words
 from mlx_empire.checkpoint.paths import COMMIT, PIN, drafts_in, remove_checkpoint, step_name, steps_in
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.disk import sync_folder
 from mlx_empire.errors import UserError
-from mlx_empire.private_files import sync_folder
 
 
 def retain(comm: Communicator, folders: Folders, newest: int, keep_last: int | None) -> None:

@@ -27,7 +27,7 @@ from functools import partial
 import numpy as np
 from mpi4py import MPI
 
-from mlx_empire.comm import liveness
+from mlx_empire import progress
 from mlx_empire.comm.messages import Stream
 from mlx_empire.comm.protocol import Traffic
 from mlx_empire.errors import LostRankError
@@ -119,10 +119,10 @@ class Exchange:
                 flights = [flight for index, flight in enumerate(flights) if index not in landed]
                 flights += [flight for flight in posted if flight is not None]
                 moved = time.monotonic()
-                liveness.moved()
+                progress.moved()
                 continue
             now = time.monotonic()
-            patient = liveness.watched() or now - moved <= self._deadline
+            patient = progress.watched() or now - moved <= self._deadline
             if not patient if within is None else now - start > within:
                 raise LostRankError(self._lost(name, streams, self._deadline if within is None else within))
             pause(now - moved)

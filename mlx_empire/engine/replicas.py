@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from mlx_empire import progress
+from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.comm.views import host_view
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import NumericsError, on_all_ranks
 

@@ -21,9 +21,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.comm.views import host_view
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.layers import LayerArguments, SlottedModel, refuse_sharing, separable

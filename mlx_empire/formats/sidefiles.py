@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_empire.disk import create_private, sync_file
 from mlx_empire.formats.safetensors import open_plain
-from mlx_empire.private_files import create_private, sync_file
 
 SIDE_FILES = (
     "tokenizer.json",

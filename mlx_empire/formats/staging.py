@@ -15,10 +15,9 @@ from types import TracebackType
 from typing import Any
 
 from mlx_empire import __version__
-from mlx_empire.disk import free_bytes, is_full
+from mlx_empire.disk import free_bytes, is_full, sync_folder
 from mlx_empire.errors import NoRoomError, UserError
 from mlx_empire.formats.sidefiles import write_json
-from mlx_empire.private_files import sync_folder
 
 RECORD_NAME = "EXPORT.json"  # says that a folder is ours: which files were written, in which layout
 

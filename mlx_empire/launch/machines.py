@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlx_empire.cluster.hostfile import Cluster, Host
-from mlx_empire.private_files import replace_private
+from mlx_empire.disk import replace_private
 
 PROBE_SECONDS = 20.0
 SMALLER = "hosts-that-answer.txt"

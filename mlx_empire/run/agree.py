@@ -15,8 +15,8 @@ from typing import Any
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, match_ranks
+from mlx_empire.comm.checks import Facts, environment, shake_hands
 from mlx_empire.comm.failure import together
-from mlx_empire.comm.handshake import Facts, environment, shake_hands
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.encode import load_tokenizer
 from mlx_empire.data.share import shared_splits

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from mlx_empire.comm.checks import self_test
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.comm.selftest import self_test
 from mlx_empire.comm.watchdog import Watchdog
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.lock import RunLock

@@ -20,7 +20,7 @@ from mlx_empire.checkpoint.paths import step_name
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.disk import disk_of, free_bytes, is_full
+from mlx_empire.disk import disk_of, free_bytes, is_full, replace_private
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import NoRoomError, UserError
 from mlx_empire.evaluation.gate import GateKeeper
@@ -33,7 +33,6 @@ from mlx_empire.formats.seal import is_sealed, seal_folder, sealed_digest, unsea
 from mlx_empire.formats.sidefiles import write_json
 from mlx_empire.formats.staging import refuse_foreign, remove
 from mlx_empire.model.target import Target
-from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
 from mlx_empire.report.run import RunReport

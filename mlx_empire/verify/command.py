@@ -21,17 +21,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlx_empire.arguments import UserArguments
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.comm.views import host_view
 from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch, validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
+from mlx_empire.errors import UserArguments
 from mlx_empire.evaluation.held_out import held_out_loss
 from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.model.spec import ModelSpec

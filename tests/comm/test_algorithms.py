@@ -7,9 +7,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.comm.accumulate import Adder
-from mlx_empire.comm.messages import UNASKED, Stream, cut_into_buckets, direct_streams, relay_streams
-from mlx_empire.comm.reduce import ReduceScatter, Staging
+from mlx_empire.comm.buffers import Adder
+from mlx_empire.comm.messages import (
+    UNASKED,
+    ReduceScatter,
+    Staging,
+    Stream,
+    cut_into_buckets,
+    direct_streams,
+    relay_streams,
+)
 from mlx_empire.plan.traffic import all_gather_bytes, staging_bytes
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=5)

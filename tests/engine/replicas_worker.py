@@ -5,9 +5,9 @@ import numpy as np
 from support.mpi import report
 from support.stepping import Case, batches_of, counted_tokens, trainer_of
 
+from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.comm.views import host_view
 from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.errors import NumericsError
 

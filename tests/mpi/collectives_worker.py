@@ -10,10 +10,10 @@ import numpy as np
 from mpi4py import MPI
 from support.mpi import report
 
+from mlx_empire.comm.checks import self_test
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.eager import LIMIT
 from mlx_empire.comm.mpi import MpiCommunicator
-from mlx_empire.comm.selftest import self_test
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.errors import NumericsError
 from mlx_empire.plan.traffic import all_gather_bytes, reduce_scatter_bytes, scatter_bytes

@@ -17,9 +17,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.comm.views import host_view
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.model.build import build_model, describe

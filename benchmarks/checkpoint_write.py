@@ -41,9 +41,8 @@ from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.formats.source import RandomSource
 from mlx_empire.model.target import make_target
 from mlx_empire.optim.choose import make_optimizer
-from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import Workload, cell_layout
 from mlx_empire.recipe.sections import OptimizerSection, TuningSection
 
 ROOT = Path(__file__).resolve().parents[1]

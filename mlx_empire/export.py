@@ -41,8 +41,7 @@ from mlx_empire.formats.source import FolderSource
 from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refuse_foreign
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
-from mlx_empire.model.quant_format import QUANT_FORMATS, QuantFormat, quant_format_of
-from mlx_empire.model.quantize import unpacked
+from mlx_empire.model.quantize import QUANT_FORMATS, QuantFormat, quant_format_of, unpacked
 from mlx_empire.model.target import Target, make_target, with_adapter
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.sections import TuningSection

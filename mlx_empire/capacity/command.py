@@ -45,7 +45,7 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
 from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, timeline_of
-from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
 from mlx_empire.report.trace import trace_document

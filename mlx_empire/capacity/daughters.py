@@ -27,8 +27,8 @@ from mlx_empire.plan.hardware import (
 )
 from mlx_empire.plan.optimizer_bytes import StatesOf
 from mlx_empire.plan.pace import Pace, pace_of
-from mlx_empire.plan.variants import variant
 from mlx_empire.plan.work import attention_layers
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 
 DEFAULT_RANK = 16

@@ -25,9 +25,8 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.optim.decay import decays
 from mlx_empire.optim.flat import STATES
-from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars
+from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars, decays
 from mlx_empire.plan.shards import Placement, Segment, ShardPlan, Unit
 
 ARRAY_TYPES = {code: dtype for dtype, code in CODES.items()}

@@ -14,8 +14,8 @@ MPI has a handshake of its own for large messages, and it makes a wire with two 
 the answer travels on the same TCP connection as the receiver's own data, behind megabytes that it has been allowed to
 send; when it is there the roles are changed. Measured over cards of 80 Mbit/s, exchanges took between 1.0 and 2.1 times
 their time at random. A credit is given before there is anything to wait behind, and for a whole window at once; and a
-message that MPI sends without asking (`eager`) has no handshake. Unasked messages without credits would
-pile up in the memory of a rank that is late.
+message that MPI sends without asking (`plan.traffic.unasked_bytes`) has no handshake. Unasked messages without credits
+would pile up in the memory of a rank that is late.
 """
 
 import threading

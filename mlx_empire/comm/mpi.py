@@ -15,7 +15,6 @@ from mpi4py import MPI
 
 from mlx_empire import progress
 from mlx_empire.comm.buffers import Adder, check_buffer, check_reduction
-from mlx_empire.comm.eager import unasked_bytes
 from mlx_empire.comm.exchange import Exchange
 from mlx_empire.comm.messages import (
     SLOTS,
@@ -30,7 +29,7 @@ from mlx_empire.comm.messages import (
     relay_streams,
 )
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
-from mlx_empire.plan.traffic import PIECE_BYTES, Route, resolve_route
+from mlx_empire.plan.traffic import PIECE_BYTES, Route, resolve_route, unasked_bytes
 
 HEARTBEAT_TAG = 6
 MAX_HEARTBEAT_BYTES = 4096

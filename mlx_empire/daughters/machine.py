@@ -23,7 +23,7 @@ from mlx_empire.model.lora_many import Present, may_share, put_together
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
-from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_target
 from mlx_empire.run.trainer import limit_memory, make_trainer

@@ -32,14 +32,12 @@ from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
-from mlx_empire.model.build import build_model, describe
-from mlx_empire.model.foreign import foreign
+from mlx_empire.model.build import build_model, describe, foreign
 from mlx_empire.model.scaled_down import VOCABULARY, scaled_down_config
 from mlx_empire.model.spec import RootNames, base_name
-from mlx_empire.plan.cells import CellLayout
 from mlx_empire.plan.schedule import StepShape
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.workload import chunk_tokens
+from mlx_empire.plan.workload import CellLayout, chunk_tokens
 
 WIDTH = 8
 

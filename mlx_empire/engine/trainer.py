@@ -30,7 +30,7 @@ from mlx_empire.engine.streamable import check_packing, probe_root
 from mlx_empire.engine.trace import StepTrace
 from mlx_empire.engine.update import OptimizerInBackward, Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
-from mlx_empire.model.foreign import foreign
+from mlx_empire.model.build import foreign
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.protocol import StepScalars

@@ -38,9 +38,8 @@ from mlx_empire.engine.numerics import GradientError, bad_totals
 from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.optim.decay import decays
 from mlx_empire.optim.norm import NormLayout, NormPartials, block_sums, clip_scale
-from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars
+from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars, decays
 from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, Unit
 
 

@@ -13,8 +13,7 @@ import mlx.core as mx
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import Adapter
 from mlx_empire.formats.source import WeightSource
-from mlx_empire.model.quant_format import QuantFormat
-from mlx_empire.model.quantize import quantize
+from mlx_empire.model.quantize import QuantFormat, quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec, is_embedding
 
 

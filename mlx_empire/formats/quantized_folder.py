@@ -18,8 +18,7 @@ from mlx_empire.formats.safetensors import Entry, array_bytes, read_header, writ
 from mlx_empire.formats.sidefiles import copy_side_files, stored_config, write_json, write_text
 from mlx_empire.formats.source import WeightSource
 from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refuse_foreign
-from mlx_empire.model.quant_format import QuantFormat
-from mlx_empire.model.quantize import quantize
+from mlx_empire.model.quantize import QuantFormat, quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32", "uint8": "U8"}

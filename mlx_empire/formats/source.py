@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten
 
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import Build, open_folder
+from mlx_empire.model.build import sanitize
 from mlx_empire.model.spec import ModelSpec, TensorSpec
-from mlx_empire.model.stored import sanitize
 
 READABLE = (mx.float32, mx.bfloat16, mx.float16)
 PACKED = ("uint32", "uint8")  # codes, and the scales of MLX's floating-point formats

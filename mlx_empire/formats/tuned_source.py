@@ -11,9 +11,8 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from mlx_empire.formats.source import WeightSource
-from mlx_empire.model.initial import initial_adapter, magnitude
-from mlx_empire.model.quant_format import Choice
-from mlx_empire.model.quantize import quantize
+from mlx_empire.model.lora import initial_adapter, magnitude
+from mlx_empire.model.quantize import Choice, quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
 

@@ -4,21 +4,29 @@ Decides which modules get an adapter: linear ones of the decoder layers (never a
 those that `tuning.targets` names; `experts` stands for the stacked matrices of a mixture's experts; embedding and
 head only where they are named, and without dropout. mlx-lm's own function makes the layers from the very settings
 that `adapter_config.json` will hold, so what was trained is what `mlx_lm.load(..., adapter_path=...)` builds.
+
+The values that adapters start from are a function of the run's seed and the tensor's name, or of the base's weights:
+`lora_a` is uniform in +-1 / sqrt(inputs), as mlx-lm draws it, from a key of its own, so neither the number of ranks
+nor the other tensors matter; `lora_b` is zero, so training starts from the base's own output; DoRA's magnitude is the
+norm of each of the base's rows.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import find_layers
-from mlx_empire.model.spec import is_router
+from mlx_empire.model.lora_many import own_name
+from mlx_empire.model.spec import TensorSpec, is_router
 from mlx_empire.recipe.sections import TuningSection
 
 DEFAULT_RANK = 8
@@ -133,3 +141,21 @@ def _in_root(model: nn.Module) -> dict[str, nn.Module]:
 def _refuse_dora(tuning: TuningSection, target: str, what: str) -> None:
     if tuning.type == "dora":
         raise UserError(f"tuning.targets: {target}: mlx-lm has no DoRA for {what}; use type lora")
+
+
+def initial_adapter(tensor: TensorSpec, seed: int) -> mx.array:
+    """`lora_a` or `lora_b` before the first step, in float32. Stacked experts have their inputs last."""
+    if tensor.name.endswith(".lora_b"):
+        return mx.zeros(tensor.shape)
+    assert tensor.name.endswith(".lora_a"), tensor.name
+    inputs = tensor.shape[-1] if len(tensor.shape) == 3 else tensor.shape[0]
+    bound = 1 / math.sqrt(inputs)
+    _, name = own_name(tensor.name)  # trained together or alone, a daughter begins alike
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    key = mx.random.key(int.from_bytes(digest[:8], "little"))
+    return mx.random.uniform(-bound, bound, tensor.shape, key=key)
+
+
+def magnitude(weight: mx.array) -> mx.array:
+    """DoRA's `m` of a matrix (outputs, inputs): the norm of each row, in float32."""
+    return mx.linalg.norm(weight.astype(mx.float32), axis=1)

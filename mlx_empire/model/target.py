@@ -18,21 +18,22 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_empire.errors import UserError
 from mlx_empire.model import catalog
-from mlx_empire.model.build import build_model, compute_dtype, describe
-from mlx_empire.model.closed_form import module_of
-from mlx_empire.model.closed_forms import active_parameters, counted_spec, has_closed_form
+from mlx_empire.model.build import Stored, build_model, compute_dtype, describe, refuse_dropped_head, settle
+from mlx_empire.model.closed_forms import active_parameters, counted_spec, has_closed_form, module_of
 from mlx_empire.model.config import read_config
 from mlx_empire.model.lora import AdapterSettings, adapt
-from mlx_empire.model.quant_format import Choice, as_stored, quant_format_of, uniformly
 from mlx_empire.model.quantize import (
+    Choice,
+    as_stored,
+    quant_format_of,
     quantize_as_stored,
     quantize_modules,
     refuse_other_packing,
     stored_quantization,
+    uniformly,
     unpacked,
 )
 from mlx_empire.model.spec import ModelSpec
-from mlx_empire.model.stored import Stored, refuse_dropped_head, settle
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
 

@@ -14,7 +14,7 @@ from mlx_empire.data.batches import MicroBatch, micro_batch, positions, valid_to
 from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
-from mlx_empire.optim.learning_rate import LearningRate
+from mlx_empire.optim.choose import LearningRate
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, Gate
 from mlx_empire.recipe.schema import Recipe

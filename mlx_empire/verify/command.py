@@ -39,7 +39,7 @@ from mlx_empire.model.target import Target, in_dtype
 from mlx_empire.optim.choose import make_optimizer, state_bytes_of
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.resolve import RunPlan, resolve
-from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_config, share_data, share_nodes, share_recipe, share_target

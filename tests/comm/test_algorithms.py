@@ -38,7 +38,7 @@ def deliver(world: list[list[Stream]], random: Random) -> list[list[int]]:
     ends = {
         (rank, stream.peer, stream.sends): stream for rank, streams in enumerate(world) for stream in streams
     }
-    streams = [(stream, ends[to, rank, False]) for (rank, to, sends), stream in ends.items() if sends]
+    links = [(stream, ends[to, rank, False]) for (rank, to, sends), stream in ends.items() if sends]
     while True:
         for rank, streams in enumerate(world):
             for stream in streams:
@@ -50,7 +50,7 @@ def deliver(world: list[list[Stream]], random: Random) -> list[list[int]]:
                     pair = (rank, stream.peer) if stream.sends else (stream.peer, rank)
                     posted[(*pair, stream.sends, index)] = stream, stream.message(index)
                     stream.posted += 1
-        behind = [(sender, receiver) for sender, receiver in streams if receiver.posted > sender.granted]
+        behind = [(sender, receiver) for sender, receiver in links if receiver.posted > sender.granted]
         for sender, receiver in random.sample(behind, random.randint(min(1, len(behind)), len(behind))):
             sender.granted = receiver.posted
         pairs = [key for key in posted if key[2] and (key[0], key[1], False, key[3]) in posted]

@@ -26,9 +26,8 @@ from mlx_empire.model.build import build_model, describe
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
-from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import Workload, cell_layout
 from mlx_empire.recipe.sections import OptimizerSection
 from support.tiny_models import tiny_config
 

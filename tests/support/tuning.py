@@ -25,9 +25,8 @@ from mlx_empire.model.build import build_model
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 from mlx_empire.model.target import Target, make_target
 from mlx_empire.optim.adamw import AdamW
-from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import Workload, cell_layout
 from mlx_empire.recipe.sections import TuningSection
 from support.stepping import (
     Case,

@@ -28,8 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlx_empire.checkpoint.identity import Identity, Origin
-from mlx_empire.checkpoint.manifest import Resolved
+from mlx_empire.checkpoint.manifest import Identity, Origin, Resolved
 from mlx_empire.checkpoint.paths import remove_checkpoint, step_name
 from mlx_empire.checkpoint.save import Policy, Saver
 from mlx_empire.checkpoint.shard import live_pieces

@@ -29,9 +29,8 @@ from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.errors import UserArguments
-from mlx_empire.evaluation.evaluator import Evaluator
+from mlx_empire.evaluation.evaluator import Evaluator, held_out_loss
 from mlx_empire.evaluation.gate import GateKeeper
-from mlx_empire.evaluation.held_out import held_out_loss
 from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer

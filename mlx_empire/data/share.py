@@ -11,8 +11,7 @@ import numpy as np
 
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.data.dataset import Dataset
-from mlx_empire.data.rows import Table
+from mlx_empire.data.rows import Dataset, Table
 from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError, on_all_ranks
 

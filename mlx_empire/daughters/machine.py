@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_empire.checkpoint.identity import sampled_digest
+from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_empire import progress
-from mlx_empire.checkpoint.identity import Origin, config_digest
+from mlx_empire.checkpoint.manifest import Origin, config_digest
 from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator

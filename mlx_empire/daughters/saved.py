@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire.checkpoint.identity import Origin
+from mlx_empire.checkpoint.manifest import Origin
 from mlx_empire.checkpoint.shard import WEIGHTS, LivePiece
 from mlx_empire.disk import draft_of, sync_folder
 from mlx_empire.engine.store import ShardStore

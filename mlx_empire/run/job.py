@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from mlx_empire.data.batches import MicroBatch, micro_batch, positions, valid_tokens
-from mlx_empire.data.dataset import Dataset
+from mlx_empire.data.rows import Dataset
 from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
 from mlx_empire.optim.choose import LearningRate

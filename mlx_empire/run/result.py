@@ -30,8 +30,7 @@ from mlx_empire.formats.hf_folder import has_weights, open_folder
 from mlx_empire.formats.hf_names import huggingface_names
 from mlx_empire.formats.model_card import model_card
 from mlx_empire.formats.seal import is_sealed, seal_folder, sealed_digest, unseal
-from mlx_empire.formats.sidefiles import write_json
-from mlx_empire.formats.staging import refuse_foreign, remove
+from mlx_empire.formats.staging import refuse_foreign, remove, write_json
 from mlx_empire.model.target import Target
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics

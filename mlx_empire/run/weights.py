@@ -12,8 +12,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.formats.hf_folder import has_weights
-from mlx_empire.formats.source import FolderSource, RandomSource, WeightSource
-from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.formats.source import FolderSource, RandomSource, TunedSource, WeightSource
 from mlx_empire.model.target import Target
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import Start, folder_of

@@ -9,7 +9,7 @@ import pytest
 from engine.test_multi_adapter import COMMON, cohort_of, given
 from support.tuning import TunedCase
 
-from mlx_empire.checkpoint.identity import Origin
+from mlx_empire.checkpoint.manifest import Origin
 from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.daughters.saved import (

@@ -10,7 +10,7 @@ from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.multi_adapter import MultiAdapterSteps, StepInput
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
-from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.formats.source import TunedSource
 from mlx_empire.model.build import describe
 from mlx_empire.model.lora import initial_adapter
 from mlx_empire.model.lora_many import own_name, put_together

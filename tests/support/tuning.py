@@ -20,7 +20,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
-from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.formats.source import TunedSource
 from mlx_empire.model.build import build_model
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 from mlx_empire.model.target import Target, make_target

@@ -41,6 +41,7 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.run import RunReport
 from mlx_empire.run import result
 from mlx_empire.run.agree import (
+    Safeguards,
     agree_on_model,
     greet,
     share_config,
@@ -50,15 +51,14 @@ from mlx_empire.run.agree import (
     share_nodes,
     share_recipe,
     share_target,
+    standing,
 )
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
-from mlx_empire.run.guards import Safeguards, standing
 from mlx_empire.run.job import Job, refuse_idle_keys
 from mlx_empire.run.resume import open_saver, stopped, where_to_begin
 from mlx_empire.run.stop import StopRequest
-from mlx_empire.run.trainer import limit_memory, make_trainer
-from mlx_empire.run.weights import go_back, load_state
+from mlx_empire.run.trainer import go_back, limit_memory, load_state, make_trainer
 
 if TYPE_CHECKING:
     from mlx_empire.report.trace import RunTrace

@@ -24,13 +24,25 @@ from rich.console import Console
 from mlx_empire.capacity.advice import advise
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughters_document
 from mlx_empire.capacity.daughters import LORA, WAYS, daughter_runs, serving, tuned_in
-from mlx_empire.capacity.document import CapacityReport, Document, report_document
+from mlx_empire.capacity.document import (
+    CapacityReport,
+    Document,
+    LadderSurvey,
+    MatrixSurvey,
+    ladder_document,
+    matrix_document,
+    report_document,
+)
 from mlx_empire.capacity.ladder import UNLOCKED, ladder
 from mlx_empire.capacity.matrix import compare, matrix, read_rows
 from mlx_empire.capacity.page import capacity_page
-from mlx_empire.capacity.survey_document import LadderSurvey, MatrixSurvey, ladder_document, matrix_document
-from mlx_empire.capacity.survey_text import print_daughters, print_ladder, print_matrix
-from mlx_empire.capacity.text import capacity_console, print_report
+from mlx_empire.capacity.text import (
+    capacity_console,
+    print_daughters,
+    print_ladder,
+    print_matrix,
+    print_report,
+)
 from mlx_empire.cluster.calibrate import Calibration, calibrate
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine

@@ -26,8 +26,7 @@ from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_target
-from mlx_empire.run.trainer import limit_memory, make_trainer
-from mlx_empire.run.weights import load_weights
+from mlx_empire.run.trainer import limit_memory, load_weights, make_trainer
 
 
 def capacity_for(recipe: Recipe, node: Node, most: int) -> Capacity:

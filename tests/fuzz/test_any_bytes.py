@@ -27,7 +27,7 @@ from mlx_empire.data.files import KEYS, Source, check_row, detect_format
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import INDEX_NAME, open_folder
 from mlx_empire.formats.safetensors import read_header
-from mlx_empire.launch.events import Events, Listener
+from mlx_empire.launch.ending import Events, Listener
 from mlx_empire.model.config import read_config
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.lock import Holder, read_holder

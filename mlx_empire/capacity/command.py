@@ -43,9 +43,8 @@ from mlx_empire.capacity.text import (
     print_matrix,
     print_report,
 )
-from mlx_empire.cluster.calibrate import Calibration, calibrate
 from mlx_empire.cluster.hostfile import Node, load_hostfile
-from mlx_empire.cluster.machine import measure_this_machine
+from mlx_empire.cluster.machine import Calibration, calibrate, measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, planned_nodes
 from mlx_empire.comm.connect import connect, under_mpirun
 from mlx_empire.comm.failure import guard, together

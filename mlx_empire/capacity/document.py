@@ -12,7 +12,7 @@ from datetime import datetime
 
 from mlx_empire.capacity.charts import timeline_document
 from mlx_empire.capacity.ladder import Rung
-from mlx_empire.capacity.ledger_groups import entries
+from mlx_empire.capacity.ledger_groups import entries, term
 from mlx_empire.capacity.matrix import Comparison, Matrix, MatrixRow
 from mlx_empire.capacity.whatif import Advice
 from mlx_empire.model.closed_forms import active_parameters
@@ -20,7 +20,6 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import Assessment, NodeAssessment
 from mlx_empire.plan.hardware import Chip
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
-from mlx_empire.plan.terms import term
 
 Document = dict[str, object]
 

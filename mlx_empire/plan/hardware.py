@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mlx_empire.cluster.calibrate import Calibration
 from mlx_empire.cluster.hostfile import GIB, Node, default_limit
+from mlx_empire.cluster.machine import Calibration
 from mlx_empire.errors import UserError
 
 Range = tuple[float, float]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_empire import progress
+from mlx_empire.checkpoint.agree import replicas_agree
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
@@ -25,7 +26,6 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import validation_micro_batches
 from mlx_empire.data.splits import Splits
-from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.errors import UserArguments

@@ -19,7 +19,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.model.build import describe
 from mlx_empire.model.config import read_config
-from mlx_empire.model.lora_many import Present, may_share, put_together
+from mlx_empire.model.lora import Present, may_share, put_together
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve

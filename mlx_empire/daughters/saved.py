@@ -28,7 +28,7 @@ from mlx_empire.formats.adapter_folder import read_tensors
 from mlx_empire.formats.safetensors import COPY_BYTES, Entry, file_bytes, read_header, write_tensors
 from mlx_empire.formats.seal import unseal
 from mlx_empire.formats.staging import remove
-from mlx_empire.model.lora_many import own_name
+from mlx_empire.model.lora import own_name
 
 FILE_NAME, DRAFT_NAME = "unfinished.safetensors", ".unfinished.partial"
 FORMAT = "mlx_empire unfinished 1"

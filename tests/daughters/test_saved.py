@@ -23,7 +23,7 @@ from mlx_empire.daughters.saved import (
 )
 from mlx_empire.errors import UnreadableError, UserError
 from mlx_empire.formats import safetensors
-from mlx_empire.model.lora_many import own_name
+from mlx_empire.model.lora import own_name
 
 CASES = {
     bits: TunedCase("llama", state_bits=bits, tuning={"type": "lora", "rank": 16}, **COMMON)

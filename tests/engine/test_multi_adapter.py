@@ -12,8 +12,7 @@ from mlx_empire.engine.multi_adapter import MultiAdapterSteps, StepInput
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.formats.source import TunedSource
 from mlx_empire.model.build import describe
-from mlx_empire.model.lora import initial_adapter
-from mlx_empire.model.lora_many import own_name, put_together
+from mlx_empire.model.lora import initial_adapter, own_name, put_together
 from mlx_empire.model.spec import TensorSpec
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.shards import make_plan

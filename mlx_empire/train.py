@@ -29,8 +29,7 @@ from mlx_empire.data.splits import Splits
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.engine.trainer import StepResult, Trainer
 from mlx_empire.errors import UserArguments
-from mlx_empire.evaluation.evaluator import Evaluator, held_out_loss
-from mlx_empire.evaluation.gate import GateKeeper
+from mlx_empire.evaluation.gate import GateKeeper, held_out_loss
 from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
@@ -53,7 +52,6 @@ from mlx_empire.run.agree import (
     share_target,
     standing,
 )
-from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.run.job import Job, refuse_idle_keys
 from mlx_empire.run.resume import open_saver, stopped, where_to_begin
@@ -61,6 +59,7 @@ from mlx_empire.run.stop import StopRequest
 from mlx_empire.run.trainer import go_back, limit_memory, load_state, make_trainer
 
 if TYPE_CHECKING:
+    from mlx_empire.evaluation.evaluator import Evaluator
     from mlx_empire.report.trace import RunTrace
 
 
@@ -80,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guard(comm):
         arm_faults(comm.rank)
         if progress.launched():
+            # Without a launcher the terminal, or whoever works at it, decides when the machine sleeps.
+            from mlx_empire.run.caffeinate import keep_awake
+
             keep_awake()
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 import numpy as np
@@ -27,7 +28,6 @@ from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.streamable import check_packing, probe_root
-from mlx_empire.engine.trace import StepTrace
 from mlx_empire.engine.update import OptimizerInBackward, Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 from mlx_empire.model.build import foreign
@@ -37,6 +37,9 @@ from mlx_empire.optim.protocol import StepScalars
 from mlx_empire.plan.schedule import global_norm, updates
 from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.workload import Workload, chunk_tokens, step_shape
+
+if TYPE_CHECKING:
+    from mlx_empire.engine.trace import StepTrace
 
 
 @dataclass(frozen=True)

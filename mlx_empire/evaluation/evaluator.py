@@ -1,11 +1,9 @@
-"""All scores of a model at one moment of a run: the held-out loss and the metrics of every evaluation set.
+"""All scores of a model at one moment of a run but the held-out loss (`gate`): the metrics of every evaluation set.
 
-Micro-batches are streamed like a step's. They are dealt to the ranks in order, a group at a time, and losses are
-summed in the order of the micro-batches in fp64, so no figure depends on the number of ranks.
+Micro-batches are streamed like a step's and dealt to the ranks in order, so no score depends on the number of ranks.
 
-Known answers are scored by one streamed forward pass, exact also for a model that no machine holds whole. An answer
-is right where each of its tokens is the likeliest after the ones before it: that is what greedy generation would
-write.
+Known answers are scored by one streamed forward pass, exact also for a model that no machine holds whole. An answer is
+right where each of its tokens is the likeliest after the ones before it: that is what greedy generation would write.
 
 Rank 0 reads the sets and sends them to the others; every rank gets the same scores, so all decide alike.
 """
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.data.batches import MicroBatch, counted, validation_micro_batches
+from mlx_empire.data.batches import MicroBatch, validation_micro_batches
 from mlx_empire.data.encode import Document
 from mlx_empire.data.rows import Dataset, build_table
 from mlx_empire.engine.step import StreamedStep
@@ -35,25 +33,6 @@ from mlx_empire.evaluation.questions import (
     is_json,
     matches,
 )
-
-
-def held_out_loss(
-    step: StreamedStep, comm: Communicator, batches: Sequence[MicroBatch], per_rank: int
-) -> float:
-    """Mean loss over all counted tokens of `batches`; collective.
-
-    At most `per_rank` micro-batches pass a rank at once, so that evaluation needs no more memory than a step. A rank
-    whose share of the last group is empty still joins the gathers.
-    """
-    total = sum(counted(b) for b in batches)
-    group = comm.size * per_rank
-    losses: list[float] = []
-    for first in range(0, len(batches), group):
-        start = first + comm.rank * per_rank
-        own = step.losses(batches[start : min(start + per_rank, len(batches))], total)
-        for values in comm.gather_arrays(np.array(own, np.float64)):
-            losses += values.tolist()
-    return math.fsum(losses)
 
 
 def micro_batches(answers: Sequence[Answer], sequence_length: int, micro_size: int) -> list[MicroBatch]:

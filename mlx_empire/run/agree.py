@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,13 +29,9 @@ from mlx_empire.data.encode import load_tokenizer
 from mlx_empire.data.rows import Dataset, Table
 from mlx_empire.data.splits import Splits, load_splits
 from mlx_empire.errors import EmpireError, UserError, on_all_ranks
-from mlx_empire.evaluation.evaluator import Decode, Evaluator, from_json, to_json
 from mlx_empire.evaluation.gate import GateKeeper
-from mlx_empire.evaluation.generation import refuse_too_large
-from mlx_empire.evaluation.questions import Questions, load_questions
 from mlx_empire.formats.hf_folder import has_weights, model_digest, open_folder
 from mlx_empire.formats.seal import check_sealed
-from mlx_empire.model import catalog
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
 from mlx_empire.model.spec import ModelSpec
@@ -48,6 +44,10 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
 from mlx_empire.report.metrics import read_metrics
 from mlx_empire.run.lock import RunLock
+
+if TYPE_CHECKING:
+    from mlx_empire.evaluation.evaluator import Decode, Evaluator
+    from mlx_empire.evaluation.questions import Questions
 
 
 class Safeguards:
@@ -176,6 +176,9 @@ def share_config(comm: Communicator, recipe: Recipe) -> dict[str, Any]:
         if comm.rank == 0:
             name = recipe.model.architecture
             if name is not None and recipe.model.init == "random" and not recipe.model.path.exists():
+                # Nearly all models come from a folder.
+                from mlx_empire.model import catalog
+
                 config, _ = catalog.load(name)
             else:
                 config = read_config(recipe.model.path)
@@ -228,6 +231,10 @@ def share_evaluator(comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: R
     length = recipe.data.sequence_length
     if not recipe.evaluation.sets:
         return None
+    # Here and below: only a run with evaluation sets loads what reads, generates and scores their answers.
+    from mlx_empire.evaluation.evaluator import Evaluator, from_json, to_json
+    from mlx_empire.evaluation.generation import refuse_too_large
+
     raw, decode, ends = None, None, None
     with together(comm):
         if recipe.evaluation.generates:
@@ -244,6 +251,9 @@ def load_evaluator(recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator 
     length = recipe.data.sequence_length
     if not recipe.evaluation.sets:
         return None
+    from mlx_empire.evaluation.evaluator import Evaluator
+    from mlx_empire.evaluation.generation import refuse_too_large
+
     if recipe.evaluation.generates:
         refuse_too_large(plan, spec, length)
     sets, decode, ends = _read_sets(recipe, spec)
@@ -252,6 +262,8 @@ def load_evaluator(recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator 
 
 def _read_sets(recipe: Recipe, spec: ModelSpec) -> tuple[list[Questions], Decode | None, list[int]]:
     """The evaluation sets, and where answers are generated what makes text of tokens and which tokens end an answer."""
+    from mlx_empire.evaluation.questions import load_questions
+
     folder, vocabulary = recipe.model.path, int(spec.text_config["vocab_size"])
     sets = [
         load_questions(one, folder, recipe.data.sequence_length, vocabulary) for one in recipe.evaluation.sets

@@ -32,7 +32,7 @@ from mlx_empire.data.splits import Splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserArguments
-from mlx_empire.evaluation.evaluator import held_out_loss
+from mlx_empire.evaluation.gate import held_out_loss
 from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, in_dtype

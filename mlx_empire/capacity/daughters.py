@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.cluster.machine import Calibration
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.hardware import (
     DOLLARS_PER_KWH,
     WIRES,
     YEARS_OF_USE,
-    Calibration,
     Chip,
     Range,
     calibrated,

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from support.namespaces import Machines, why_not  # noqa: E402
 
-from mlx_empire.comm.eager import eager_words  # noqa: E402
+from mlx_empire.plan.traffic import eager_words  # noqa: E402
 
 NAMES = ("king", "soldier1", "soldier2")
 EQUAL, UNEQUAL = (1.0, 1.0, 1.0), (2.0, 1.0, 1.0)

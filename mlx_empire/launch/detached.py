@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_empire.disk import append_private
 from mlx_empire.errors import LostRankError, UserError
 from mlx_empire.launch.run_folder import LOG, RunFolder, read_state, supervised
-from mlx_empire.private_files import append_private
 from mlx_empire.run.lock import LAUNCHER, in_use
 from mlx_empire.run.stop import request_stop
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fractions import Fraction
 
+from mlx_empire.cluster.machine import Calibration
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.hardware import (
     ADDING_RATE,
@@ -23,7 +24,6 @@ from mlx_empire.plan.hardware import (
     H100_USABLE,
     TERA,
     WIRES,
-    Calibration,
     Chip,
     Range,
     Wire,

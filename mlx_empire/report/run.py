@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
 
@@ -18,7 +18,9 @@ from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.console import NodeRow, RunDisplay
 from mlx_empire.report.metrics import MetricsWriter
-from mlx_empire.report.tensorboard import TensorBoardWriter
+
+if TYPE_CHECKING:
+    from mlx_empire.report.tensorboard import TensorBoardWriter
 
 
 class RunReport:
@@ -42,9 +44,11 @@ class RunReport:
         self._writers: list[MetricsWriter | TensorBoardWriter] = []
         if comm.rank == 0:
             self._metrics = MetricsWriter(recipe.run.dir, resumed)
-            self._tensorboard = (
-                TensorBoardWriter(recipe.run.dir, resumed) if recipe.report.tensorboard else None
-            )
+            self._tensorboard: TensorBoardWriter | None = None
+            if recipe.report.tensorboard:  # off unless asked for, and a package that need not be there
+                from mlx_empire.report.tensorboard import TensorBoardWriter
+
+                self._tensorboard = TensorBoardWriter(recipe.run.dir, resumed)
             rows = [
                 NodeRow(node.name, node.role or "-", share, ledger.peak, limit)
                 for node, share, ledger, limit in zip(

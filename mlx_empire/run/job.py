@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from mlx_empire.data.batches import MicroBatch, micro_batch, positions, valid_tokens
-from mlx_empire.data.dataset import Dataset
+from mlx_empire.data.rows import Dataset
 from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
-from mlx_empire.optim.learning_rate import LearningRate
+from mlx_empire.optim.choose import LearningRate
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, Gate
 from mlx_empire.recipe.schema import Recipe

@@ -17,7 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.private_files import append_private
+from mlx_empire.disk import append_private
 
 STOP_FILE = "stop"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)

@@ -11,13 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.planning import catalog_spec, llama_like, recipe_of
 
-from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.schedule import Action, training_step
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, WAIT, Link, RankLanes, _Wires, step_timeline
 from mlx_empire.plan.step_traffic import step_matrices
 from mlx_empire.plan.traffic import PIECE_BYTES
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import Workload, cell_layout
 
 SPEC = llama_like(layers=3, dtype="float32")
 ROOT, LAYER = (4 * unit.parameters for unit in SPEC.units[:2])  # bytes

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
-from mlx_empire.plan.cells import cell_layout
+from mlx_empire.plan.workload import cell_layout
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.job import Job, refuse_idle_keys

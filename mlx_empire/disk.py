@@ -82,12 +82,13 @@ def sync_folder(folder: Path) -> None:
 def _open(path: Path, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, _MODE)
     try:
-        os.fchmod(
-            descriptor, _MODE
-        )  # the umask may have taken bits away; a file that was there may have had more
+        # The umask may have taken bits away; a file that was there may have had more.
+        os.fchmod(descriptor, _MODE)
     except OSError:
-        os.close(descriptor)
-        raise
+        # Some network disks know no modes. A file that is new has none that others could use.
+        if not flags & os.O_EXCL:
+            os.close(descriptor)
+            raise
     return descriptor
 
 

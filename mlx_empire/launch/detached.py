@@ -29,7 +29,11 @@ def detach(folder: Path, arguments: Sequence[str]) -> int:
     with RunFolder(folder) as own:
         own.make()
         own.take()
-    with append_private(folder / LOG) as log:
+    try:
+        opened = append_private(folder / LOG)
+    except OSError as error:
+        raise UserError(f"{folder / LOG}: {error.strerror}; remove it, it must be a file of this user") from None
+    with opened as log:
         start = log.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", "mlx_empire.launch", *arguments],

@@ -113,7 +113,9 @@ HEADER_BYTES = 1024  # more than what Open MPI adds to a message
 
 def unasked_bytes(environment: Mapping[str, str]) -> int:
     """The largest message that is sent unasked by a rank with this environment, in which mpirun puts its settings."""
-    limit = int(environment.get(f"OMPI_MCA_{EAGER_LIMIT}", DEFAULT_EAGER_LIMIT))
+    said = environment.get(f"OMPI_MCA_{EAGER_LIMIT}", "").strip().lower()
+    number, scale = said.rstrip("kmgb"), {"k": 10, "m": 20, "g": 30}.get(said.rstrip("b")[-1:], 0)
+    limit = int(number) << scale if number.isascii() and number.isdigit() else DEFAULT_EAGER_LIMIT
     return max(limit - HEADER_BYTES, HEADER_BYTES)
 
 

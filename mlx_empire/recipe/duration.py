@@ -58,7 +58,7 @@ class Duration:
         return f"{Decimal(str(self.value)):f}{suffix}"
 
     def to_steps(
-        self, total_steps: int | None, tokens_per_step: float, steps_per_epoch: float | Fraction
+        self, total_steps: int | None, tokens_per_step: float, steps_per_epoch: float
     ) -> int:
         """This duration in optimizer steps.
 

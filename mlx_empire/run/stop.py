@@ -107,5 +107,8 @@ def stop_requested(folder: Path, since: float) -> bool:
 
 def request_stop(folder: Path) -> None:
     """Ask the run in `folder` to stop, by its file `stop`."""
-    append_private(folder / STOP_FILE).close()
-    os.utime(folder / STOP_FILE)
+    try:
+        append_private(folder / STOP_FILE).close()
+        os.utime(folder / STOP_FILE)
+    except OSError as error:
+        raise UserError(f"{folder / STOP_FILE}: {error.strerror}; make it possible to write there") from None

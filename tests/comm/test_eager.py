@@ -6,6 +6,8 @@ from mlx_empire.plan.traffic import EAGER_LIMIT, PIECE_BYTES, eager_words, unask
 def test_without_a_setting_messages_of_64_kib_less_a_header_are_unasked() -> None:
     assert unasked_bytes({}) == 65536 - 1024
     assert unasked_bytes({f"OMPI_MCA_{EAGER_LIMIT}": "1"}) > 0
+    assert unasked_bytes({f"OMPI_MCA_{EAGER_LIMIT}": "much"}) == unasked_bytes({})
+    assert unasked_bytes({f"OMPI_MCA_{EAGER_LIMIT}": "128K"}) == 128 * 1024 - 1024
 
 
 def test_a_launch_has_pieces_sent_unasked() -> None:

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.disk import append_private
+from mlx_empire.errors import UserError
 
 STOP_FILE = "stop"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)

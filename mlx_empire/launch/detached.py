@@ -32,7 +32,9 @@ def detach(folder: Path, arguments: Sequence[str]) -> int:
     try:
         opened = append_private(folder / LOG)
     except OSError as error:
-        raise UserError(f"{folder / LOG}: {error.strerror}; remove it, it must be a file of this user") from None
+        raise UserError(
+            f"{folder / LOG}: {error.strerror}; remove it, it must be a file of this user"
+        ) from None
     with opened as log:
         start = log.tell()
         process = subprocess.Popen(

@@ -236,6 +236,7 @@ class Daughters:
                 "comm_wait_seconds": 0.0,
                 "together": len(self._daughters),
                 "peak_bytes": [mx.get_peak_memory()],
+                "cache_bytes": [mx.get_cache_memory()],
                 "predicted_peak_bytes": [self._capacity.plan.ledgers[0].peak],
                 "bytes_sent": [0],
                 "bytes_received": [0],

@@ -64,8 +64,10 @@ class RunReport:
         wait_seconds: comm_wait_seconds by rank; a straggler is the one that waits least.
         """
         peak = mx.get_peak_memory() + self._comm.staging_bytes
-        by_rank = self._comm.gather_json([peak, sent, received, record["comm_wait_seconds"]])
-        names = ("peak_bytes", "bytes_sent", "bytes_received", "wait_seconds")
+        by_rank = self._comm.gather_json(
+            [peak, mx.get_cache_memory(), sent, received, record["comm_wait_seconds"]]
+        )
+        names = ("peak_bytes", "cache_bytes", "bytes_sent", "bytes_received", "wait_seconds")
         record |= {name: list(values) for name, values in zip(names, zip(*by_rank, strict=True), strict=True)}
         record["predicted_peak_bytes"] = self._predicted
         self._last = record

@@ -33,6 +33,9 @@ from mlx_empire.plan.shards import Placement, Segment, Unit
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import Start, folder_of
 
+# Where a plan leaves less over: without a cache every buffer is asked of the system.
+LEAST_CACHE_BYTES = 1 << 28
+
 
 def fill_from_own(store: ShardStore, source: WeightSource) -> None:
     """Each rank reads what it keeps from its own source."""
@@ -109,11 +112,19 @@ def trainer_settings(recipe: Recipe) -> TrainerSettings:
 
 
 def limit_memory(plan: RunPlan, rank: int) -> None:
-    """Hold MLX to the node's limit: freed buffers are kept for reuse only in what the plan leaves over."""
+    """Hold MLX to the node's limit, and its cache to `cache_bound`."""
     limit, peak = plan.limits[rank], plan.ledgers[rank].peak
     mx.set_memory_limit(limit)
-    mx.set_cache_limit(max(limit - peak, 1 << 28))
+    mx.set_cache_limit(cache_bound(limit, peak))
     mx.reset_peak_memory()
+
+
+def cache_bound(limit: int, peak: int) -> int:
+    """Bytes of freed buffers that MLX keeps for reuse: what the plan leaves over, and never more than the peak.
+
+    Rows of many lengths leave buffers of many sizes, which nothing takes up again; without a bound they fill the limit.
+    """
+    return min(max(limit - peak, LEAST_CACHE_BYTES), peak)
 
 
 def load_weights(comm: Communicator, recipe: Recipe, target: Target, store: ShardStore) -> bool:

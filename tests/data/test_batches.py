@@ -118,6 +118,13 @@ def test_padding_is_zero_masked_and_a_document_of_its_own():
     assert types == [np.int32, np.int32, np.float32, np.int32]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_mask_is_that_of_the_target_at_its_place(packing):
+    batch = micro_batch(make_dataset([9, 5, 7], 40, packing), 0, 0, 0, global_size=1, micro_size=1)
+    for target, mask in zip(batch.targets[0], batch.mask[0], strict=True):
+        assert mask == (target > 0 and target % 1000 % 3 != 2)
+
+
 def test_rows_that_are_not_packed_have_no_document_ids():
     dataset = make_dataset([6, 4], 40, packing=False)
     assert micro_batch(dataset, 0, 0, 0, global_size=2, micro_size=2).documents is None

@@ -8,23 +8,36 @@ in characters:
 - A target is all that the assistant writes in a turn, with what ends it: the turn's closing or, where that holds
   no end-of-sequence token, such a token at the head of what follows. After the last turn it is appended. Turns
   for which neither is found are counted, and the user is told (`Remarks`).
-- Tool calls and results must be printed, or the row is refused (`data/tools.py`). Rows whose `tools` are not
-  printed are counted, and the user is told.
+- A turn that the row says is not to be learnt (`weight: 0`) is read like any other, and is no target.
+- What the template reads, and under which names, is seen (`data/messages.py`, `forms.py`, `tools.py`); contents, tool
+  calls and results that it does not print are refused. Rows whose `tools` are not printed, thoughts that it drops and
+  keys that nothing reads are counted, and the user is told.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_empire.data.files import RawRow
+from mlx_empire.data.forms import as_parts, knows_role, printed_thoughts, settled_roles
+from mlx_empire.data.messages import Conversation, Messages, read_conversation
 from mlx_empire.data.stops import Stops
-from mlx_empire.data.tools import PROBE, Messages, has_calls, printable_calls, probed
+from mlx_empire.data.tools import PROBE, has_calls, printable, probed
 from mlx_empire.errors import UserError
 
 Render = Callable[[Messages, bool], str]
 Span = tuple[int, int]
 
 NEXT = "\ue001"  # as PROBE, for the message that is put after a conversation
+READ_KEYS = (
+    "role",
+    "content",
+    "tool_calls",
+    "tool_call_id",
+    "name",
+    "id",
+)  # by most templates or by none; no text
 
 # Some templates print today's date (strftime_now). Then the tokens would depend on the day, and a run that
 # resumes tomorrow would read other data, so their clock is stopped; a macro, because transformers passes no
@@ -40,12 +53,15 @@ FIXED_CLOCK = (
 
 @dataclass
 class Remarks:
-    """What the user is told about the conversations of a set: assistant turns, those of them that nothing ends, and
-    rows whose `tools` the template does not print."""
+    """What the user is told about the conversations of a set: assistant turns that are learnt, those of them that
+    nothing ends, rows whose `tools` the template does not print, thoughts that it drops, keys that nothing reads.
+    """
 
     turns: int = 0
     endless: int = 0
     tools_unseen: int = 0
+    thoughts_unseen: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
 
     def sentences(self, tokenizer: Any) -> list[str]:
         """One line for each thing that is not as it should be."""
@@ -64,6 +80,14 @@ class Remarks:
                 f"{self.tools_unseen} rows, so their answers are learnt without them; describe them in a system "
                 "message, or use a template that prints them"
             )
+        if self.thoughts_unseen:
+            told.append(
+                f"WARNING: the chat template of {tokenizer.name_or_path} drops {self.thoughts_unseen} thoughts (most "
+                "print none before the last question), so they are not learnt; give each such turn a row of its own"
+            )
+        if self.unread:
+            keys = ", ".join(f"{key!r} ({count})" for key, count in self.unread.most_common(8))
+            told.append(f"WARNING: keys of messages that nothing reads, the chat template included: {keys}")
         return told
 
 
@@ -75,12 +99,20 @@ class ChatReader:
         self._tokenizer, self._stops = tokenizer, Stops.of(tokenizer)
 
     def render(self, row: RawRow, messages: Messages, mask_prompt: bool) -> tuple[str, list[Span] | None]:
-        """The text of a conversation and the character spans that are training targets: each assistant turn with
-        what ends it, or None (everything) without `mask_prompt`. Errors: UserError when the template refuses the
-        conversation, or does not print a part of it."""
-        render, messages, full = self._full(row, messages, False)
-        ends_it = messages[-1]["role"] == "assistant"
-        spans = _assistant_spans(render, row, messages, full) if mask_prompt else [(0, len(full))][:ends_it]
+        """The text of a conversation and the character spans that are training targets: each assistant turn that is
+        to be learnt with what ends it, or None (everything) without `mask_prompt`. Errors: UserError when the template
+        refuses the conversation, or does not print a part of it."""
+        conversation = read_conversation(row, messages)
+        if conversation.flagged and not mask_prompt:
+            raise UserError(
+                f"{row.where}: messages that are not to be learnt (weight 0) need data.mask_prompt: true"
+            )
+        render, messages, full = self._full(row, conversation, False)
+        ends_it = conversation.learnt[-1]
+        if mask_prompt:
+            spans = _assistant_spans(render, row, messages, conversation.learnt, full)
+        else:
+            spans = [(0, len(full))][:ends_it]
         for number, (start, end) in enumerate(spans):
             end, stop = self._stops.whole(full, end), ""
             if not self._stops.close(full[start:end]):
@@ -96,14 +128,16 @@ class ChatReader:
 
     def prompt(self, row: RawRow, messages: Messages) -> str:
         """The text after which the assistant answers. Errors: as `render`."""
-        return self._full(row, messages, True)[2]
+        return self._full(row, read_conversation(row, messages), True)[2]
 
-    def _full(self, row: RawRow, messages: Messages, generation_prompt: bool) -> tuple[Render, Messages, str]:
-        """The function that renders, the messages with calls as the template prints them, and their rendering."""
-        tools = row.value.get("tools")
-        template = _template(self._tokenizer, row)
+    def _full(
+        self, row: RawRow, conversation: Conversation, generation_prompt: bool
+    ) -> tuple[Render, Messages, str]:
+        """The function that renders, the messages in the form that the template prints, and their rendering."""
+        tools = conversation.tools
+        template = _template(self._tokenizer, row, tools)
         render = _renderer(self._tokenizer, template, tools)
-        messages = printable_calls(lambda some: _attempt(render, some, False), messages, row.where)
+        messages = self._in_its_form(row, render, template, conversation.messages)
         try:
             full = render(messages, generation_prompt)
         except Exception as error:  # a template may raise anything, its own messages included
@@ -112,12 +146,42 @@ class ChatReader:
                 f"{row.where}: the tokenizer's chat template refuses this conversation ({reason}); "
                 "correct the row"
             ) from error
-        _refuse_hidden(render, row, messages, full)
+        hidden = _hidden(render, messages, full)
+        if hidden is not None:
+            parts = as_parts(messages)
+            other = _attempt(render, parts, generation_prompt)
+            if other is None or _hidden(render, parts, other, as_parts) is not None:
+                raise UserError(
+                    f"{row.where}: message {hidden + 1}: the chat template does not print this content; write it as "
+                    "the template wants it, or into another message"
+                )
+            messages, full = parts, other
         if tools and full == _attempt(
             _renderer(self._tokenizer, template, None), messages, generation_prompt
         ):
             self.remarks.tools_unseen += 1
         return render, messages, full
+
+    def _in_its_form(self, row: RawRow, render: Render, template: str, messages: Messages) -> Messages:
+        """`messages` with the roles, names and forms that the template reads. Errors: UserError."""
+
+        def attempt(some: Messages) -> str | None:
+            return _attempt(render, some, False)
+
+        messages = settled_roles(attempt, messages, row.where)
+        messages = printable(attempt, messages, row.where)
+        messages, unseen = printed_thoughts(attempt, messages, row.where)
+        self.remarks.thoughts_unseen += unseen
+        if template:
+            keys = (key for message in messages for key in message if key not in READ_KEYS)
+            self.remarks.unread.update(key for key in keys if key not in template)
+        results = any(message["role"] == "tool" for message in messages)
+        if results and "tool_responses" in template and not knows_role(attempt, messages, "tool"):
+            raise UserError(
+                f"{row.where}: the chat template knows results of tools only inside the assistant's message "
+                "(tool_responses), where they would be learnt; take this model's newer template, which knows role tool"
+            )
+        return messages
 
     def _next_opening(self, render: Render, messages: Messages) -> str:
         """The end-of-sequence token that the next turn's rendering puts after the last one, or ""."""
@@ -145,13 +209,13 @@ def _next_messages(last: dict[str, Any]) -> Messages:
     return [{"role": "tool", "content": NEXT, "name": name, "tool_call_id": call.get("id")}, user]
 
 
-def _template(tokenizer: Any, row: RawRow) -> str:
+def _template(tokenizer: Any, row: RawRow, tools: list[dict[str, Any]] | None) -> str:
     """The source of the template for `row`, or "" where mlx-lm brings one in Python. Errors: UserError for several
     named ones and none for this row."""
     if tokenizer.chat_template is None:
         return ""
     try:
-        return str(tokenizer.get_chat_template(tools=row.value.get("tools")))
+        return str(tokenizer.get_chat_template(tools=tools))
     except ValueError as error:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise UserError(
@@ -175,33 +239,38 @@ def _renderer(tokenizer: Any, template: str, tools: list[dict[str, Any]] | None)
     return render
 
 
-def _refuse_hidden(render: Render, row: RawRow, messages: Messages, full: str) -> None:
-    """Raise UserError where `full`, the rendering, shows nothing of a text of the user or the assistant.
+def _hidden(
+    render: Render, messages: Messages, full: str, form: Callable[[Messages], Messages] = list
+) -> int | None:
+    """The first message of which `full`, the rendering, shows nothing, or None. `form`: how a text is written.
 
-    Templates that want a list of parts print nothing of a string: its answer would be learnt as an empty one.
+    Templates that want a list of parts print nothing of a string, and some have no place for a system message: the
+    answers would be learnt as empty ones, or without what they follow from.
     """
     for turn, message in enumerate(messages):
         content = message.get("content")
+        text = content[0]["text"] if form is as_parts and isinstance(content, list) else content
         if (
-            message["role"] not in ("user", "assistant")
-            or not isinstance(content, str)
-            or content.strip() in full
+            message["role"] not in ("system", "user", "assistant")
+            or not isinstance(text, str)
+            or text.strip() in full
         ):
             continue
-        changed = {**message, "content": PROBE}
-        other = _attempt(render, [*messages[:turn], changed, *messages[turn + 1 :]], False)
+        changed = form([{**message, "content": PROBE}])
+        other = _attempt(render, [*messages[:turn], *changed, *messages[turn + 1 :]], False)
         if other is not None and PROBE not in other:
-            raise UserError(
-                f"{row.where}: message {turn + 1}: the chat template does not print this content; write it as "
-                "the template wants it, perhaps as a list of {type: text, text: ...} parts"
-            )
+            return turn
+    return None
 
 
-def _assistant_spans(render: Render, row: RawRow, messages: Messages, full: str) -> list[Span]:
-    """The characters of `full` that are the assistant's, turn by turn. Errors: UserError where they are hidden."""
+def _assistant_spans(
+    render: Render, row: RawRow, messages: Messages, learnt: Sequence[bool], full: str
+) -> list[Span]:
+    """The characters of `full` that the assistant wrote in the turns that are `learnt`, turn by turn. Errors: UserError
+    where they are hidden."""
     spans: list[Span] = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
+    for turn, wanted in enumerate(learnt):
+        if wanted:
             span = _assistant_span(render, messages, turn, full)
             if span is None or (spans and span[0] < spans[-1][1]):
                 raise UserError(

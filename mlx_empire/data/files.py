@@ -108,14 +108,25 @@ def _json_lines(file: Path) -> Iterator[RawRow]:
             except UnicodeDecodeError as error:
                 raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
             except json.JSONDecodeError as error:
+                if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[") and number == 1:
+                    raise _array(where, file) from error
                 reason = f"{error.msg} at column {error.colno}"
                 raise UserError(f"{where}: not JSON ({reason}); write one JSON object a line") from error
             except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 nested brackets
                 raise UserError(f"{where}: not usable JSON ({error}); simplify the row") from error
+            if isinstance(value, list) and number == 1:
+                raise _array(where, file)
             if not isinstance(value, dict):
                 kind = type(value).__name__
                 raise UserError(f"{where}: a JSON {kind}, not an object; write one JSON object a line")
             yield RawRow(where, value)
+
+
+def _array(where: str, file: Path) -> UserError:
+    lines = file.with_suffix(".jsonl").name if file.suffix != ".jsonl" else f"{file.stem}-lines.jsonl"
+    return UserError(
+        f"{where}: a JSON array; write one JSON object a line: jq -c '.[]' {file.name} > {lines} does that"
+    )
 
 
 def _text_document(file: Path) -> RawRow:

@@ -1,4 +1,7 @@
-"""Decides what kind of row a data file has (`data.format`) and refuses rows that are not of that kind."""
+"""Decides what kind of row a data file has (`data.format`) and refuses rows that are not of that kind.
+
+What is inside a conversation is read in `data/messages.py`.
+"""
 
 from typing import Any
 
@@ -10,6 +13,17 @@ KEYS = {
     "completions": ("prompt", "completion"),
     "text": ("text",),
     "tokens": ("tokens",),
+}
+# A key that gives another tool's format away, and what to do about it.
+FOREIGN = {
+    "conversations": "'conversations' is ShareGPT's format; rename it to messages, and in it from and value to "
+    "role and content",
+    "instruction": "'instruction' is Alpaca's format; write its instruction (and input below it) as prompt, and its "
+    "output as completion",
+    "chosen": "'chosen' is a format of preferences; this learns answers: keep the chosen one, as messages or as prompt "
+    "and completion",
+    "input_ids": "'input_ids' are tokens that another tool made; rename them to tokens (all count), or give the "
+    "conversation as messages",
 }
 
 
@@ -24,6 +38,9 @@ def detect_format(row: RawRow) -> str:
         return found[0]
     if found:
         raise UserError(f"{row.where}: could be {' or '.join(found)}; say which with data.format")
+    for key, remedy in FOREIGN.items():
+        if key in row.value:
+            raise UserError(f"{row.where}: {remedy}")
     wanted = ", ".join("+".join(keys) for keys in KEYS.values())
     has = ", ".join(row.value) or "none"
     raise UserError(f"{row.where}: no known keys (it has {has}); a row needs one of {wanted}")
@@ -37,11 +54,9 @@ def check_row(row: RawRow, data_format: str) -> None:
                 f"{row.where}: no {key!r} in a file of format {data_format}; "
                 "give every row the same keys or split the file"
             )
-    if data_format == "chat":
-        _check_messages(row.where, row.value["messages"], row.value.get("tools"))
-    elif data_format == "tokens":
+    if data_format == "tokens":
         _check_tokens(row.where, row.value["tokens"])
-    else:
+    elif data_format != "chat":  # conversations are checked as they are read (data/messages.py)
         for key in KEYS[data_format]:
             if not isinstance(row.value[key], str):
                 kind = type(row.value[key]).__name__
@@ -56,23 +71,3 @@ def _check_tokens(where: str, tokens: Any) -> None:
             raise UserError(
                 f"{where}: token {position} is {token!r:.40}; token ids are integers from 0 to 2^31-1"
             )
-
-
-def _check_messages(where: str, messages: Any, tools: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        remedy = "write a list of {role, content} objects"
-        raise UserError(f"{where}: 'messages' is not a list of one message or more; {remedy}")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise UserError(f"{where}: 'tools' must be a list of JSON schemas; remove it or correct it")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            kind = type(message).__name__
-            raise UserError(
-                f"{where}: message {number} is a {kind}; it must be an object with role and content"
-            )
-        role = message.get("role")
-        if not isinstance(role, str) or not role:
-            raise UserError(f"{where}: message {number} has no role; use system, user, assistant or tool")
-        content = message.get("content")
-        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
-            raise UserError(f"{where}: message {number} ({role}) has no text; 'content' must be a string")

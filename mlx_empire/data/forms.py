@@ -63,13 +63,10 @@ def printed_thoughts(attempt: Attempt, messages: Messages, where: str) -> tuple[
         for turn in reversed(turns):
             text = attempt([*named[:turn], _with_thought(named[turn], key, lambda _: PROBE)])
             if text is not None and PROBE in text:
-                marks = [f"{PROBE}{number}{PROBE}" for number in range(len(named))]
-                marked = [
-                    _with_thought(m, key, lambda _, mark=mark: mark)
-                    for m, mark in zip(named, marks, strict=True)
-                ]
+                marks = {number: f"{PROBE}{number}{PROBE}" for number in turns}
+                marked = [{**m, key: marks[n]} if n in marks else m for n, m in enumerate(named)]
                 whole = attempt(marked) or ""
-                return named, sum(marks[turn] not in whole for turn in turns)
+                return named, sum(mark not in whole for mark in marks.values())
     raise UserError(
         f"{where}: message {turns[-1] + 1}: the chat template does not print {given!r}, so the answer would be learnt "
         "without it; write the thought into content as the model expects it, or remove it"

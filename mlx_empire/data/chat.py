@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_empire.data.files import RawRow
-from mlx_empire.data.forms import as_parts, knows_role, printed_thoughts, settled_roles
+from mlx_empire.data.forms import knows_role, printed_thoughts, settled_roles
 from mlx_empire.data.messages import Conversation, Messages, read_conversation
 from mlx_empire.data.stops import Stops
-from mlx_empire.data.tools import PROBE, has_calls, printable, probed
+from mlx_empire.data.tools import PROBE, as_parts, has_calls, printable, probed, rewritten, uses_tools
 from mlx_empire.errors import UserError
 
 Render = Callable[[Messages, bool], str]
@@ -108,14 +108,20 @@ class ChatReader:
                 f"{row.where}: messages that are not to be learnt (weight 0) need data.mask_prompt: true"
             )
         render, messages, full = self._full(row, conversation, False)
+        turns = [turn for turn, wanted in enumerate(conversation.learnt) if wanted]
         ends_it = conversation.learnt[-1]
         if mask_prompt:
-            spans = _assistant_spans(render, row, messages, conversation.learnt, full)
+            spans = _assistant_spans(render, row, messages, turns, full)
         else:
-            spans = [(0, len(full))][:ends_it]
+            spans, turns = [(0, len(full))][:ends_it], turns[-1:]
         for number, (start, end) in enumerate(spans):
             end, stop = self._stops.whole(full, end), ""
-            if not self._stops.close(full[start:end]):
+            closed = self._stops.closed(full[start:end])
+            if closed is None:
+                closed = self._closed_before_a_header(render, messages, turns[number], full, start, end)
+            if closed is not None:
+                end = start + closed if mask_prompt else end
+            else:
                 if ends_it and number + 1 == len(spans):
                     stop = self._next_opening(render, messages)
                     full += stop
@@ -125,6 +131,16 @@ class ChatReader:
             spans[number] = start, end + len(stop)
         self.remarks.turns += len(spans)
         return full, spans if mask_prompt else None
+
+    def _closed_before_a_header(
+        self, render: Render, messages: Messages, turn: int, full: str, start: int, end: int
+    ) -> int | None:
+        """As `Stops.closed`, where text comes after the end: some templates open the next turn without being asked."""
+        said = _moving_part(render, messages, turn, full)
+        if said is None or not start <= said[1] <= end:
+            return None
+        ended = self._stops.ended(full[said[1] : end])
+        return None if ended is None else said[1] - start + ended
 
     def prompt(self, row: RawRow, messages: Messages) -> str:
         """The text after which the assistant answers. Errors: as `render`."""
@@ -138,29 +154,42 @@ class ChatReader:
         template = _template(self._tokenizer, row, tools)
         render = _renderer(self._tokenizer, template, tools)
         messages = self._in_its_form(row, render, template, conversation.messages)
-        try:
-            full = render(messages, generation_prompt)
-        except Exception as error:  # a template may raise anything, its own messages included
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"{row.where}: the tokenizer's chat template refuses this conversation ({reason}); "
-                "correct the row"
-            ) from error
-        hidden = _hidden(render, messages, full)
-        if hidden is not None:
-            parts = as_parts(messages)
-            other = _attempt(render, parts, generation_prompt)
-            if other is None or _hidden(render, parts, other, as_parts) is not None:
-                raise UserError(
-                    f"{row.where}: message {hidden + 1}: the chat template does not print this content; write it as "
-                    "the template wants it, or into another message"
-                )
-            messages, full = parts, other
+        messages, full = self._rendered(row, render, messages, generation_prompt)
         if tools and full == _attempt(
             _renderer(self._tokenizer, template, None), messages, generation_prompt
         ):
             self.remarks.tools_unseen += 1
         return render, messages, full
+
+    def _rendered(
+        self, row: RawRow, render: Render, messages: Messages, generation_prompt: bool
+    ) -> tuple[Messages, str]:
+        """`messages` and their rendering, as lists of parts where the template reads no strings. Errors: UserError."""
+        refusal = None
+        try:
+            full = render(messages, generation_prompt)
+        except Exception as error:  # a template may raise anything, its own messages included
+            refusal = error
+        hidden = None if refusal else _hidden(render, messages, full)
+        if (refusal or hidden is not None) and not uses_tools(
+            messages
+        ):  # for tools, `printable` has tried it
+            parts = as_parts(messages)
+            other = _attempt(render, parts, generation_prompt)
+            if other is not None and _hidden(render, parts, other) is None:
+                return parts, other
+        if refusal:
+            reason = str(refusal).splitlines()[0] if str(refusal) else type(refusal).__name__
+            raise UserError(
+                f"{row.where}: the tokenizer's chat template refuses this conversation ({reason}); "
+                "correct the row"
+            ) from refusal
+        if hidden is not None:
+            raise UserError(
+                f"{row.where}: message {hidden + 1}: the chat template does not print this content; write it as "
+                "the template wants it, or into another message"
+            )
+        return messages, full
 
     def _in_its_form(self, row: RawRow, render: Render, template: str, messages: Messages) -> Messages:
         """`messages` with the roles, names and forms that the template reads. Errors: UserError."""
@@ -239,45 +268,38 @@ def _renderer(tokenizer: Any, template: str, tools: list[dict[str, Any]] | None)
     return render
 
 
-def _hidden(
-    render: Render, messages: Messages, full: str, form: Callable[[Messages], Messages] = list
-) -> int | None:
-    """The first message of which `full`, the rendering, shows nothing, or None. `form`: how a text is written.
+def _hidden(render: Render, messages: Messages, full: str) -> int | None:
+    """The first message of which `full`, the rendering, shows nothing, or None.
 
     Templates that want a list of parts print nothing of a string, and some have no place for a system message: the
     answers would be learnt as empty ones, or without what they follow from.
     """
     for turn, message in enumerate(messages):
         content = message.get("content")
-        text = content[0]["text"] if form is as_parts and isinstance(content, list) else content
-        if (
-            message["role"] not in ("system", "user", "assistant")
-            or not isinstance(text, str)
-            or text.strip() in full
-        ):
+        if message["role"] not in ("system", "user", "assistant") or not content:
             continue
-        changed = form([{**message, "content": PROBE}])
-        other = _attempt(render, [*messages[:turn], *changed, *messages[turn + 1 :]], False)
+        if isinstance(content, str) and content.strip() in full:
+            continue
+        changed = {**message, "content": rewritten(content, lambda: PROBE)}
+        other = _attempt(render, [*messages[:turn], changed, *messages[turn + 1 :]], False)
         if other is not None and PROBE not in other:
             return turn
     return None
 
 
 def _assistant_spans(
-    render: Render, row: RawRow, messages: Messages, learnt: Sequence[bool], full: str
+    render: Render, row: RawRow, messages: Messages, turns: Sequence[int], full: str
 ) -> list[Span]:
-    """The characters of `full` that the assistant wrote in the turns that are `learnt`, turn by turn. Errors: UserError
-    where they are hidden."""
+    """The characters of `full` that the assistant wrote in each of `turns`. Errors: UserError where they are hidden."""
     spans: list[Span] = []
-    for turn, wanted in enumerate(learnt):
-        if wanted:
-            span = _assistant_span(render, messages, turn, full)
-            if span is None or (spans and span[0] < spans[-1][1]):
-                raise UserError(
-                    f"{row.where}: message {turn + 1}: the chat template does not show where this assistant "
-                    "turn begins and ends; set data.mask_prompt: false or give each turn a row of its own"
-                )
-            spans.append(span)
+    for turn in turns:
+        span = _assistant_span(render, messages, turn, full)
+        if span is None or (spans and span[0] < spans[-1][1]):
+            raise UserError(
+                f"{row.where}: message {turn + 1}: the chat template does not show where this assistant "
+                "turn begins and ends; set data.mask_prompt: false or give each turn a row of its own"
+            )
+        spans.append(span)
     return spans
 
 
@@ -299,8 +321,11 @@ def _assistant_span(render: Render, messages: Messages, turn: int, full: str) ->
     if content is None or alone is None or through is None:
         return None
     start, end = content
+    header = _header_end(render, messages, turn, full, start)
     if before is not None and full.startswith(before):
         start = min(start, len(before))
+    elif header is not None:
+        start = header
     elif has_calls(messages[turn]):
         # What moves begins at the function's name; what opens the call is the model's too.
         plain = _attempt(render, [*messages[:turn], {"role": "assistant", "content": PROBE}], False)
@@ -310,6 +335,17 @@ def _assistant_span(render: Render, messages: Messages, turn: int, full: str) ->
         start -= len(opening)
     closing = shared_prefix(through[alone[1] :], full[end:])
     return start, end + closing
+
+
+def _header_end(render: Render, messages: Messages, turn: int, full: str, start: int) -> int | None:
+    """Where the generation prompt ends between the message before `turn` and `start`, if it stands there."""
+    bare, before = (_attempt(render, messages[:turn], prompts) for prompts in (False, True))
+    if turn == 0 or bare is None or before is None or not before.startswith(bare):
+        return None
+    header = before[len(bare) :]
+    earlier = _moving_part(render, messages, turn - 1, full)
+    found = full.rfind(header, earlier[1], start) if header and earlier else -1
+    return None if found < 0 else found + len(header)
 
 
 def _moving_part(render: Render, messages: Messages, turn: int, text: str) -> Span | None:

@@ -79,11 +79,3 @@ def _with_thought(message: Message, key: str, change: Callable[[str], str]) -> M
     if had is None:
         return message
     return {**{name: value for name, value in message.items() if name != had}, key: change(message[had])}
-
-
-def as_parts(messages: Messages) -> Messages:
-    """`messages` with each content that is a string as a list of one part, which is what some templates read."""
-    return [
-        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
-        for m in messages
-    ]

@@ -25,15 +25,21 @@ class Stops:
         # A token outside the vocabulary has no text, and every text ends with "".
         return cls(tuple(filter(str.strip, ends)), tuple(filter(str.strip, specials)))
 
-    def close(self, turn: str) -> bool:
-        """Whether the closing of `turn` (the white space and special tokens that it ends with) holds an end."""
+    def closed(self, turn: str) -> int | None:
+        """How long `turn` is up to the last end in its closing (the white space and special tokens that it ends with)
+        and the white space after that; None where the closing holds no end. What follows is the next role's."""
         rest = turn.rstrip()
         while not rest.endswith(self.ends):
             last = max((s for s in self.specials if rest.endswith(s)), key=len, default="")
             if not last:
-                return False
+                return None
             rest = rest[: -len(last)].rstrip()
-        return True
+        return len(rest) + _white(turn[len(rest) :])
+
+    def ended(self, after: str) -> int | None:
+        """How much of `after`, which follows what a turn says, is up to its last end and the white space after that."""
+        last = max((after.rfind(end) + len(end) for end in self.ends if end in after), default=None)
+        return None if last is None else last + _white(after[last:])
 
     def opening(self, following: str) -> str:
         """The end that `following` begins with, with the white space before it; "" where there is none."""
@@ -57,3 +63,8 @@ class Stops:
         """The special tokens, their first letters and the length of the longest: some tokenizers have thousands."""
         letters = frozenset(token[0] for token in self.specials)
         return frozenset(self.specials), letters, max(map(len, self.specials), default=0)
+
+
+def _white(text: str) -> int:
+    """How many characters of white space `text` begins with."""
+    return len(text) - len(text.lstrip())

@@ -28,6 +28,11 @@ def has_calls(message: Message) -> bool:
     return bool(message.get("tool_calls"))
 
 
+def uses_tools(messages: Messages) -> bool:
+    """Whether a message calls functions or has a result of one."""
+    return any(has_calls(message) or message["role"] in RESULT_ROLES for message in messages)
+
+
 def printable(attempt: Callable[[Messages], str | None], messages: Messages, where: str) -> Messages:
     """`messages` with the arguments of their calls, and contents that are lists, in the form that the template prints.
 
@@ -35,7 +40,7 @@ def printable(attempt: Callable[[Messages], str | None], messages: Messages, whe
     message, for a call that is no call and for what the template does not print.
     """
     lists = any(isinstance(message.get("content"), list) for message in messages)
-    if not lists and not any(has_calls(message) or message["role"] in RESULT_ROLES for message in messages):
+    if not lists and not uses_tools(messages):
         return messages
     try:
         objects = [_with_objects(message, f"{where}: message {n}") for n, message in enumerate(messages, 1)]
@@ -44,8 +49,10 @@ def printable(attempt: Callable[[Messages], str | None], messages: Messages, whe
         if any(map(has_calls, messages)):
             forms += [strings, [_nested(message) for message in objects]]
         forms += [[{**m, "content": m.get("content") or ""} for m in form] for form in forms]
+        if lists:
+            forms += [[_joined(message) for message in form] for form in forms]
         lost = []
-        for form in forms + ([[_joined(message) for message in form] for form in forms] if lists else []):
+        for form in forms + [as_parts(form) for form in forms]:
             marks = _Marks()
             marked = [marks.put_in(message, number) for number, message in enumerate(form, 1)]
             text = attempt(marked)
@@ -57,20 +64,29 @@ def printable(attempt: Callable[[Messages], str | None], messages: Messages, whe
         raise UserError(f"{where}: tool call arguments are nested too deeply; simplify the row") from None
     if lost:
         raise UserError(f"{where}: {lost[0]}")
-    return objects  # refused in every form: the rendering of the row itself says why
+    return forms[-1]  # refused in every form: the rendering of the row itself says why
 
 
 def probed(message: Message) -> Message:
-    """The message with PROBE for all that its author wrote: content, thought, names, arguments."""
+    """The message with PROBE for what its author wrote: content, thought, arguments. Names of functions stay: some
+    templates print them once more, above the result."""
 
     def change(function: dict[str, Any]) -> dict[str, Any]:
-        return {**function, "name": PROBE, "arguments": _like(function["arguments"], {PROBE: PROBE})}
+        return {**function, "arguments": _like(function["arguments"], {PROBE: PROBE})}
 
     changed = map_calls(message, change)
     if not has_calls(message) or _text(message):
-        changed["content"] = _rewritten(message.get("content"), lambda: PROBE)
+        changed["content"] = rewritten(message.get("content"), lambda: PROBE)
     changed.update((key, PROBE) for key in THOUGHTS if message.get(key))
     return changed
+
+
+def as_parts(messages: Messages) -> Messages:
+    """`messages` with each content that is a string as a list of one part, which is what some templates read."""
+    return [
+        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
+        for m in messages
+    ]
 
 
 def map_calls(message: Message, change: Change) -> Message:
@@ -154,14 +170,14 @@ def _text(message: Message) -> bool:
     return bool(content.strip() if isinstance(content, str) else content)
 
 
-def _rewritten(content: Any, new: Callable[[], str]) -> Any:
+def rewritten(content: Any, new: Callable[[], str]) -> Any:
     """A new text in place of `content`, or of each text in its list of parts."""
     if not isinstance(content, list):
         return new()
     changed = []
     for part in content:
         key = "text" if part.get("text") is not None else "thinking"
-        changed.append({**part, key: _rewritten(part[key], new)})
+        changed.append({**part, key: rewritten(part[key], new)})
     return changed
 
 
@@ -186,19 +202,19 @@ class _Marks:
                     f"message {number}: the chat template prints the tool call and drops the content beside it; "
                     "remove the content or give it a message of its own"
                 )
-                changed["content"] = _rewritten(message["content"], lambda: self._mark(sentence))
+                changed["content"] = rewritten(message["content"], lambda: self._mark(sentence))
             return changed
         if message["role"] in RESULT_ROLES:
             sentence = (
                 f"message {number}: the chat template does not print this result (role {message['role']}); "
                 "use the role that the template knows, or a model whose template knows tools"
             )
-            return {**message, "content": _rewritten(message.get("content"), lambda: self._mark(sentence))}
+            return {**message, "content": rewritten(message.get("content"), lambda: self._mark(sentence))}
         if isinstance(message.get("content"), list):
             sentence = (
                 f"message {number}: the chat template does not print this list of parts; write it as a string"
             )
-            return {**message, "content": _rewritten(message["content"], lambda: self._mark(sentence))}
+            return {**message, "content": rewritten(message["content"], lambda: self._mark(sentence))}
         return message
 
     def lost_in(self, text: str) -> str | None:

@@ -1,10 +1,5 @@
 """Decides which characters of a rendered conversation are the assistant's; only here are templates read.
 
-mlx-lm's ChatDataset gives one offset per row, measured in tokens of a shorter rendering: it masks every
-assistant turn but the last, and is wrong where a template renders earlier turns differently or where tokens
-merge across the boundary. So the template is used through mlx-lm's tokenizer, but the spans are found here,
-in characters:
-
 - A target is all that the assistant writes in a turn, with what ends it: the turn's closing or, where that holds
   no end-of-sequence token, such a token at the head of what follows. After the last turn it is appended. Turns
   for which neither is found are counted, and the user is told (`Remarks`).
@@ -15,29 +10,20 @@ in characters:
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_empire.data.files import RawRow
 from mlx_empire.data.forms import knows_role, printed_thoughts, settled_roles
 from mlx_empire.data.messages import Conversation, Messages, read_conversation
+from mlx_empire.data.spans import Render, Span, assistant_spans, attempt, moving_part, shared_prefix
 from mlx_empire.data.stops import Stops
-from mlx_empire.data.tools import PROBE, as_parts, has_calls, printable, probed, rewritten, uses_tools
+from mlx_empire.data.tools import PROBE, as_parts, printable, probed, rewritten, uses_tools
 from mlx_empire.errors import UserError
 
-Render = Callable[[Messages, bool], str]
-Span = tuple[int, int]
-
 NEXT = "\ue001"  # as PROBE, for the message that is put after a conversation
-READ_KEYS = (
-    "role",
-    "content",
-    "tool_calls",
-    "tool_call_id",
-    "name",
-    "id",
-)  # by most templates or by none; no text
+# Keys of messages that most templates read or that are no text: nothing is lost where one does not.
+READ_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "id")
 
 # Some templates print today's date (strftime_now). Then the tokens would depend on the day, and a run that
 # resumes tomorrow would read other data, so their clock is stopped; a macro, because transformers passes no
@@ -111,7 +97,7 @@ class ChatReader:
         turns = [turn for turn, wanted in enumerate(conversation.learnt) if wanted]
         ends_it = conversation.learnt[-1]
         if mask_prompt:
-            spans = _assistant_spans(render, row, messages, turns, full)
+            spans = assistant_spans(render, row, messages, turns, full)
         else:
             spans, turns = [(0, len(full))][:ends_it], turns[-1:]
         for number, (start, end) in enumerate(spans):
@@ -136,7 +122,7 @@ class ChatReader:
         self, render: Render, messages: Messages, turn: int, full: str, start: int, end: int
     ) -> int | None:
         """As `Stops.closed`, where text comes after the end: some templates open the next turn without being asked."""
-        said = _moving_part(render, messages, turn, full)
+        said = moving_part(render, messages, turn, full)
         if said is None or not start <= said[1] <= end:
             return None
         ended = self._stops.ended(full[said[1] : end])
@@ -155,9 +141,7 @@ class ChatReader:
         render = _renderer(self._tokenizer, template, tools)
         messages = self._in_its_form(row, render, template, conversation.messages)
         messages, full = self._rendered(row, render, messages, generation_prompt)
-        if tools and full == _attempt(
-            _renderer(self._tokenizer, template, None), messages, generation_prompt
-        ):
+        if tools and full == attempt(_renderer(self._tokenizer, template, None), messages, generation_prompt):
             self.remarks.tools_unseen += 1
         return render, messages, full
 
@@ -175,7 +159,7 @@ class ChatReader:
             messages
         ):  # for tools, `printable` has tried it
             parts = as_parts(messages)
-            other = _attempt(render, parts, generation_prompt)
+            other = attempt(render, parts, generation_prompt)
             if other is not None and _hidden(render, parts, other) is None:
                 return parts, other
         if refusal:
@@ -194,18 +178,18 @@ class ChatReader:
     def _in_its_form(self, row: RawRow, render: Render, template: str, messages: Messages) -> Messages:
         """`messages` with the roles, names and forms that the template reads. Errors: UserError."""
 
-        def attempt(some: Messages) -> str | None:
-            return _attempt(render, some, False)
+        def shown(some: Messages) -> str | None:
+            return attempt(render, some, False)
 
-        messages = settled_roles(attempt, messages, row.where)
-        messages = printable(attempt, messages, row.where)
-        messages, unseen = printed_thoughts(attempt, messages, row.where)
+        messages = settled_roles(shown, messages, row.where)
+        messages = printable(shown, messages, row.where)
+        messages, unseen = printed_thoughts(shown, messages, row.where)
         self.remarks.thoughts_unseen += unseen
         if template:
             keys = (key for message in messages for key in message if key not in READ_KEYS)
             self.remarks.unread.update(key for key in keys if key not in template)
         results = any(message["role"] == "tool" for message in messages)
-        if results and "tool_responses" in template and not knows_role(attempt, messages, "tool"):
+        if results and "tool_responses" in template and not knows_role(shown, messages, "tool"):
             raise UserError(
                 f"{row.where}: the chat template knows results of tools only inside the assistant's message "
                 "(tool_responses), where they would be learnt; take this model's newer template, which knows role tool"
@@ -215,9 +199,9 @@ class ChatReader:
     def _next_opening(self, render: Render, messages: Messages) -> str:
         """The end-of-sequence token that the next turn's rendering puts after the last one, or ""."""
         last = probed(messages[-1])
-        alone = _attempt(render, [*messages[:-1], last], False)
+        alone = attempt(render, [*messages[:-1], last], False)
         for message in _next_messages(messages[-1]):
-            longer = _attempt(render, [*messages[:-1], last, message], False)
+            longer = attempt(render, [*messages[:-1], last, message], False)
             if alone is not None and longer is not None and PROBE in alone and NEXT in longer:
                 closing = alone.rpartition(PROBE)[2]
                 following = longer.partition(NEXT)[0].rpartition(PROBE)[2]
@@ -281,94 +265,7 @@ def _hidden(render: Render, messages: Messages, full: str) -> int | None:
         if isinstance(content, str) and content.strip() in full:
             continue
         changed = {**message, "content": rewritten(content, lambda: PROBE)}
-        other = _attempt(render, [*messages[:turn], changed, *messages[turn + 1 :]], False)
+        other = attempt(render, [*messages[:turn], changed, *messages[turn + 1 :]], False)
         if other is not None and PROBE not in other:
             return turn
     return None
-
-
-def _assistant_spans(
-    render: Render, row: RawRow, messages: Messages, turns: Sequence[int], full: str
-) -> list[Span]:
-    """The characters of `full` that the assistant wrote in each of `turns`. Errors: UserError where they are hidden."""
-    spans: list[Span] = []
-    for turn in turns:
-        span = _assistant_span(render, messages, turn, full)
-        if span is None or (spans and span[0] < spans[-1][1]):
-            raise UserError(
-                f"{row.where}: message {turn + 1}: the chat template does not show where this assistant "
-                "turn begins and ends; set data.mask_prompt: false or give each turn a row of its own"
-            )
-        spans.append(span)
-    return spans
-
-
-def _assistant_span(render: Render, messages: Messages, turn: int, full: str) -> Span | None:
-    """The characters of `full` that the model writes in `turn`, or None where they cannot be found.
-
-    Usually the rendering up to the turn, with the generation prompt, is a prefix of the rendering through the
-    turn, which is a prefix of the whole. Where a template renders the past differently (it drops earlier
-    reasoning, or its generation prompt opens a thought), the turn is found by changing its content and
-    looking at what moves.
-    """
-    before = _attempt(render, messages[:turn], True)
-    through = full if turn + 1 == len(messages) else _attempt(render, messages[: turn + 1], False)
-    if before is not None and through is not None and through.startswith(before) and full.startswith(through):
-        return len(before), len(through)
-
-    content = _moving_part(render, messages, turn, full)
-    alone = None if through is None else _moving_part(render, messages[: turn + 1], turn, through)
-    if content is None or alone is None or through is None:
-        return None
-    start, end = content
-    header = _header_end(render, messages, turn, full, start)
-    if before is not None and full.startswith(before):
-        start = min(start, len(before))
-    elif header is not None:
-        start = header
-    elif has_calls(messages[turn]):
-        # What moves begins at the function's name; what opens the call is the model's too.
-        plain = _attempt(render, [*messages[:turn], {"role": "assistant", "content": PROBE}], False)
-        opening = through[shared_prefix(through, plain or "") : alone[0]]
-        if plain is None or not full[:start].endswith(opening):
-            return None
-        start -= len(opening)
-    closing = shared_prefix(through[alone[1] :], full[end:])
-    return start, end + closing
-
-
-def _header_end(render: Render, messages: Messages, turn: int, full: str, start: int) -> int | None:
-    """Where the generation prompt ends between the message before `turn` and `start`, if it stands there."""
-    bare, before = (_attempt(render, messages[:turn], prompts) for prompts in (False, True))
-    if turn == 0 or bare is None or before is None or not before.startswith(bare):
-        return None
-    header = before[len(bare) :]
-    earlier = _moving_part(render, messages, turn - 1, full)
-    found = full.rfind(header, earlier[1], start) if header and earlier else -1
-    return None if found < 0 else found + len(header)
-
-
-def _moving_part(render: Render, messages: Messages, turn: int, text: str) -> Span | None:
-    """The part of `text`, the rendering of `messages`, that depends on what the author of `turn` wrote."""
-    changed = [*messages[:turn], probed(messages[turn]), *messages[turn + 1 :]]
-    other = _attempt(render, changed, False)
-    if other is None or PROBE not in other:
-        return None
-    start = shared_prefix(text, other)
-    shorter = min(len(text), len(other)) - start
-    tail = shared_prefix(text[::-1][:shorter], other[::-1][:shorter])
-    return start, len(text) - tail
-
-
-def shared_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many leading items two sequences have in common."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _attempt(render: Render, messages: Messages, generation_prompt: bool) -> str | None:
-    """A rendering of a part of a conversation, or None: templates may refuse parts (no message at all)."""
-    try:
-        return render(messages, generation_prompt)
-    except Exception:
-        return None

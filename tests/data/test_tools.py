@@ -52,7 +52,7 @@ INSTEAD = (
 # The generation prompt opens a thought that calls do not have; what opens the call is the model's.
 THINKING = JSON.replace(PROMPT, PROMPT.replace("assistant\n", "assistant\n<think>\n"))
 NO_RESULTS = JSON.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
-HIDDEN = "{% for m in messages %}" + OPEN + "{% for part in m.content %}{{ part.text }}{% endfor %}" + CLOSE
+HIDDEN = "{% for m in messages %}" + OPEN + "{% for part in m.parts %}{{ part.text }}{% endfor %}" + CLOSE
 
 SCHEMA = [{"type": "function", "function": {"name": "get_tide", "parameters": {"type": "object"}}}]
 QUESTION = {"role": "user", "content": "Tide?"}
@@ -161,6 +161,7 @@ def test_any_arguments_can_be_read_back_from_the_targets(tokenizer, template, ar
         ),
         (NO_RESULTS, [QUESTION, calling({}), RESULT, ANSWER], r"message 3: .*this result \(role tool\)"),
         (HIDDEN, [QUESTION, ANSWER], "message 1: the chat template does not print this content"),
+        (HIDDEN, [QUESTION, calling({}), RESULT], "message 2: .* does not print the call"),
         (JSON, [QUESTION, calling('{"harbour": ')], "message 2: the arguments of 'get_tide' are not JSON"),
         (
             JSON,

@@ -233,7 +233,7 @@ def _template(tokenizer: Any, row: RawRow, tools: list[dict[str, Any]] | None) -
         names = ", ".join(sorted(tokenizer.chat_template))
         raise UserError(
             f"{row.where}: none of the tokenizer's chat templates ({names}) is named default; "
-            "name one so in tokenizer_config.json"
+            "name one so in tokenizer_config.json, or write it into chat_template.jinja"
         ) from error
 
 

@@ -27,7 +27,7 @@ def refuse_foreign(out: Path) -> None:
     """UserError unless `out` is absent, an empty folder, or holds only an earlier export of ours."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"{out}: exists and is not a folder; move it away or choose another place")
-    names = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    names = _names(out) if out.exists() else set()
     if not names:
         return
     try:
@@ -39,6 +39,11 @@ def refuse_foreign(out: Path) -> None:
         raise UserError(
             f"{out}: exists and holds files that mlx_empire did not write; move them or export elsewhere"
         )
+
+
+def _names(folder: Path) -> set[str]:
+    """Of all that lies in a folder, also in the folders in it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def require_room(out: Path, needed: int) -> None:
@@ -64,7 +69,7 @@ def publish(temporary: Path, out: Path, layout: str, notes: Sequence[str]) -> No
         "written_by": f"mlx_empire {__version__}",
         "layout": layout,
         "notes": list(notes),
-        "files": sorted([RECORD_NAME, *(entry.name for entry in temporary.iterdir())]),
+        "files": sorted({RECORD_NAME} | _names(temporary)),
     }
     write_json(temporary / RECORD_NAME, record)
     sync_folder(temporary)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.byte_tokenizer import byte_tokenizer
 
 from mlx_empire.data.chat import Remarks
-from mlx_empire.data.encode import encode_prompt, encode_rows
+from mlx_empire.data.encode import encode_prompt, encode_rows, load_tokenizer
 from mlx_empire.data.files import RawRow
 from mlx_empire.data.splits import load_splits
 from mlx_empire.errors import UserError
@@ -232,6 +232,25 @@ def test_of_named_templates_default_is_used_and_with_tools_tool_use(tmp_path):
         (expected,) = encode_rows([row], "chat", alone, True, None)
         assert found.tokens.tolist() == expected.tokens.tolist()
         assert found.counted.tolist() == expected.counted.tolist()
+
+
+def test_a_folder_of_named_templates_is_read_beside_the_default(tmp_path):
+    """Beside additional_chat_templates/, transformers reads the default from chat_template.jinja alone."""
+    specials, folder = ("<|im_start|>", "<|im_end|>"), tmp_path / "model"
+    byte_tokenizer(folder, PLAIN, specials, specials[1:], specials[1])
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(JSON)
+    rows = [RawRow("here:1", {"messages": [QUESTION, ANSWER], "tools": tools}) for tools in (SCHEMA, None)]
+    with pytest.raises(
+        UserError, match=r"\(tool_use\) is named default; .* write it into chat_template\.jinja"
+    ):
+        list(encode_rows(rows[1:], "chat", load_tokenizer(folder), True, None))
+    (folder / "chat_template.jinja").write_text(PLAIN)
+    found = load_tokenizer(folder)
+    with_tools, without = (
+        found.decode(d.tokens.tolist()) for d in encode_rows(rows, "chat", found, True, None)
+    )
+    assert with_tools == json.dumps(SCHEMA) + without
 
 
 @pytest.mark.parametrize("names", [("rag", "tool"), ()])

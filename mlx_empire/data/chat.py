@@ -18,7 +18,7 @@ from mlx_empire.data.forms import knows_role, printed_thoughts, settled_roles
 from mlx_empire.data.messages import Conversation, Messages, read_conversation
 from mlx_empire.data.spans import Render, Span, assistant_spans, attempt, moving_part, shared_prefix
 from mlx_empire.data.stops import Stops
-from mlx_empire.data.tools import PROBE, as_parts, printable, probed, rewritten, uses_tools
+from mlx_empire.data.tools import PROBE, as_parts, in_printed_form, probed, rewritten, uses_tools
 from mlx_empire.errors import UserError
 
 NEXT = "\ue001"  # as PROBE, for the message that is put after a conversation
@@ -157,7 +157,7 @@ class ChatReader:
         hidden = None if refusal else _hidden(render, messages, full)
         if (refusal or hidden is not None) and not uses_tools(
             messages
-        ):  # for tools, `printable` has tried it
+        ):  # for tools, `in_printed_form` has tried it
             parts = as_parts(messages)
             other = attempt(render, parts, generation_prompt)
             if other is not None and _hidden(render, parts, other) is None:
@@ -182,7 +182,7 @@ class ChatReader:
             return attempt(render, some, False)
 
         messages = settled_roles(shown, messages, row.where)
-        messages = printable(shown, messages, row.where)
+        messages = in_printed_form(shown, messages, row.where)
         messages, unseen = printed_thoughts(shown, messages, row.where)
         self.remarks.thoughts_unseen += unseen
         if template:

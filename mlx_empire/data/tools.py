@@ -33,7 +33,7 @@ def uses_tools(messages: Messages) -> bool:
     return any(has_calls(message) or message["role"] in RESULT_ROLES for message in messages)
 
 
-def printable(attempt: Callable[[Messages], str | None], messages: Messages, where: str) -> Messages:
+def in_printed_form(attempt: Callable[[Messages], str | None], messages: Messages, where: str) -> Messages:
     """`messages` with the arguments of their calls, and contents that are lists, in the form that the template prints.
 
     attempt: renders messages, or gives None where the template refuses them. Errors: UserError naming `where` and the
@@ -197,6 +197,10 @@ class _Marks:
         """The message with marks; `number` is its place, from 1."""
         if has_calls(message):
             changed = map_calls(message, lambda function: self._function(function, number))
+            for call, given in zip(changed["tool_calls"], message["tool_calls"], strict=True):
+                name, mark = ((c.get("function") or c)["name"] for c in (given, call))
+                if name in str(given.get("id")):  # Kimi K2 prints this alone: functions.NAME:0
+                    call["id"] = given["id"].replace(name, mark)
             if _text(message):
                 sentence = (
                     f"message {number}: the chat template prints the tool call and drops the content beside it; "

@@ -115,6 +115,17 @@ def test_flat_calls_and_content_beside_a_call_are_learnt(tokenizer):
     assert learnt(tokenizer, JSON, [QUESTION, two]) == [call * 2]
 
 
+def test_a_name_that_stands_in_the_calls_id_alone_is_printed_there(tokenizer):
+    """Kimi K2 prints ids such as functions.get_tide:0, and no name."""
+    by_id = JSON.replace('"name": "{{ f.name }}"', '"id": "{{ c.id }}"')
+    named, other = calling(ARGUMENTS), calling(ARGUMENTS)
+    named["tool_calls"][0]["id"] = "functions.get_tide:0"
+    expected = '<call>{"id": "functions.get_tide:0", "arguments": ' + AS_JSON + "}</call>"
+    assert learnt(tokenizer, by_id, [QUESTION, named]) == [expected]
+    with pytest.raises(UserError, match="does not print the call of 'get_tide'"):
+        learnt(tokenizer, by_id, [QUESTION, other])
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=("Cs", "Co"))),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_é"), inner, max_size=3),

@@ -30,15 +30,19 @@ from mlx_empire.formats.safetensors import (
     read_header,
     write_tensors,
 )
-from mlx_empire.formats.sidefiles import copy_side_files, side_files, stored_config, write_json, write_text
 from mlx_empire.formats.source import FolderSource
 from mlx_empire.formats.staging import (
+    copy_side_files,
     disk_errors,
     fresh_folder,
     publish,
     refuse_foreign,
     remove,
     require_room,
+    side_files,
+    stored_config,
+    write_json,
+    write_text,
 )
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 

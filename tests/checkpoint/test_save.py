@@ -14,8 +14,7 @@ from support.stepping import Case, batches_of, counted_tokens, trainer_of
 
 from mlx_empire import progress
 from mlx_empire.checkpoint import commit, save
-from mlx_empire.checkpoint.identity import Identity, Origin
-from mlx_empire.checkpoint.manifest import Resolved, decode_manifest, digest_of
+from mlx_empire.checkpoint.manifest import Identity, Origin, Resolved, decode_manifest, digest_of
 from mlx_empire.checkpoint.save import Policy, Saver
 from mlx_empire.checkpoint.shard import LivePiece, problem_with
 from mlx_empire.comm.solo import SoloCommunicator

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_empire.data.batches import micro_batch, positions, valid_tokens, validation_micro_batches
-from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.encode import Document
-from mlx_empire.data.rows import build_table
+from mlx_empire.data.rows import Dataset, build_table
 
 
 def make_dataset(lengths: list[int], width: int, packing: bool) -> Dataset:

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_empire.errors import UserError
-from mlx_empire.evaluation.answers import fits_schema, is_json, matches, schema_checker
+from mlx_empire.evaluation.questions import fits_schema, is_json, matches, schema_checker
 
 SCHEMA = {
     "type": "object",

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 from mlx_empire.errors import NoRoomError, NumericsError, UserError
 from mlx_empire.formats import export_folder
 from mlx_empire.formats.export_folder import FolderWriter, refuse_foreign
-from mlx_empire.formats.sidefiles import refuse_uncopied
 from mlx_empire.formats.source import FolderSource, RandomSource, WeightSource
+from mlx_empire.formats.staging import refuse_uncopied
 from mlx_empire.model.spec import ModelSpec
 
 Write = Callable[..., Path]

@@ -26,6 +26,7 @@ import jsonschema
 
 from mlx_empire.data.encode import Document, check_tokenizer, encode_prompt, encode_rows, load_tokenizer
 from mlx_empire.data.files import RawRow, detect_format, locate
+from mlx_empire.data.messages import standard_role
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.evaluation import EvaluationSet
 
@@ -169,7 +170,7 @@ class _Reader:
             messages = [{"role": "user", "content": value["prompt"]}]
         if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
             raise UserError(f"{row.where}: a row that is to be continued needs prompt or messages")
-        if messages[-1].get("role") == "assistant":
+        if standard_role(str(messages[-1].get("role"))) == "assistant":
             messages = messages[:-1]
         pattern, schema = value.get("pattern", self._asked.pattern), value.get("schema", self._schema)
         self._check(row, pattern, schema)

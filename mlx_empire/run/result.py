@@ -30,7 +30,7 @@ from mlx_empire.formats.hf_folder import has_weights, open_folder
 from mlx_empire.formats.hf_names import huggingface_names
 from mlx_empire.formats.model_card import model_card
 from mlx_empire.formats.seal import is_sealed, seal_folder, sealed_digest, unseal
-from mlx_empire.formats.staging import refuse_foreign, remove, write_json
+from mlx_empire.formats.staging import refuse_foreign, refuse_uncopied, remove, write_json
 from mlx_empire.model.target import Target
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
@@ -56,7 +56,9 @@ def refuse_result(recipe: Recipe, target: Target) -> None:
     """UserError where the result could not be written however much room there is, from names and shapes alone."""
     sealed_digest(recipe.model.path)
     if target.adapters is None:
-        plan_export(final_of(recipe), target.spec, target.rebuild, _source_folder(recipe))
+        if (folder := _source_folder(recipe)) is not None:
+            refuse_uncopied(folder)
+        plan_export(final_of(recipe), target.spec, target.rebuild, folder)
 
 
 # ---- writing

@@ -1,8 +1,8 @@
 """One result on any number of ranks, at any stage, with any shares; and that result is the whole model's.
 
 Real mpirun with 1 and 2 ranks; in `make test-slow` with 3 and 4 too, and with families at stages 1 and 2 (every day the
-oracle's settings run on 3). Every case has the same four cells everywhere, so the reference (whole-model gradients added
-in cell order) is the same too, and all comparisons are ==.
+oracle's settings run on 3). Every case has the same four cells everywhere, so the reference (whole-model gradients
+added in cell order) is the same too, and all comparisons are ==.
 """
 
 from __future__ import annotations

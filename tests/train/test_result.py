@@ -30,7 +30,7 @@ LENGTHS = (
 SETTINGS = [
     "data.path=rows",
     "data.format=tokens",
-    "schedule.type=constant",
+    "schedule.type=linear",
     "schedule.final=0",
     f"optimizer.learning_rate={RATE}",
     f"optimizer.betas=[{BETAS[0]},{BETAS[1]}]",
@@ -75,6 +75,7 @@ def textbook() -> tuple[list[tuple[int, float, float]], dict[str, np.ndarray]]:
             loss += value.item() / count
             for name, g in tree_flatten(tree):
                 gradient[name] += np.array(g, np.float64) / count
+        rate = RATE * (1 - (step - 1) / STEPS)  # of the linear schedule
         norm = float(np.sqrt(sum((g**2).sum() for g in gradient.values())))
         told.append((step, loss, norm))
         for name, w in weights.items():
@@ -83,7 +84,7 @@ def textbook() -> tuple[list[tuple[int, float, float]], dict[str, np.ndarray]]:
             second[name] = BETAS[1] * second[name] + (1 - BETAS[1]) * g**2
             m, v = first[name] / (1 - BETAS[0] ** step), second[name] / (1 - BETAS[1] ** step)
             decay = DECAY * w if w.ndim > 1 else 0.0
-            weights[name] = w - RATE * (m / (np.sqrt(v) + EPS) + decay)
+            weights[name] = w - rate * (m / (np.sqrt(v) + EPS) + decay)
         model.update(tree_unflatten([(name, mx.array(w.astype(np.float32))) for name, w in weights.items()]))
     return told, weights
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_empire.model.packing_config import keeps_plain
 from mlx_empire.model.spec import TensorSpec, is_router
 from mlx_empire.recipe.sections import TuningSection
 
@@ -88,15 +89,20 @@ def uniformly(packing: QuantFormat | None) -> Choice:
     return choose
 
 
-def as_stored(quantization: Mapping[str, Any]) -> Choice:
-    """What a folder's `quantization` says: settings for all, and by a module's path its own or false."""
+def as_stored(config: Mapping[str, Any]) -> Choice:
+    """What a folder's `quantization` says: settings for all, and by a module's path its own or false.
+
+    Where another tool packed, the modules that it left out stay plain.
+    """
+    quantization: Mapping[str, Any] = config["quantization"]
     otherwise = uniformly(stored_quant_format(quantization))
 
     def choose(matrix: TensorSpec, root: bool) -> QuantFormat | None:
-        own = quantization.get(matrix.name.removesuffix(".weight"))
+        path = matrix.name.removesuffix(".weight")
+        own = quantization.get(path)
         if isinstance(own, Mapping):
             return stored_quant_format(own)
-        return None if own is False else otherwise(matrix, root)
+        return None if own is False or keeps_plain(config, path) else otherwise(matrix, root)
 
     return choose
 

@@ -37,14 +37,14 @@ def stand_ins(stored: Stored) -> dict[str, mx.array]:
     return {name: mx.zeros(tuple(shape), getattr(mx, dtype)) for name, (dtype, shape) in stored.items()}
 
 
-def settle(model: nn.Module, stored: Stored, where: Path | str) -> frozenset[str]:
-    """Let the model that will be described and trained see a folder's tensor names; returns mlx-lm's for them.
+def settle(model: nn.Module, stored: Stored, where: Path | str) -> dict[str, mx.array]:
+    """Let the model that will be described and trained see a folder's tensors; returns stand-ins by mlx-lm's names.
 
     A few families (gemma3) tie their head only when `sanitize` finds none among the weights, and can do so
     once: the sources and the writer take the plain `build`. Works on names and shapes alone and on lazy zeros,
     so it costs nothing and opens no file.
     """
-    return frozenset(sanitize(model, stand_ins(stored), where))
+    return sanitize(model, stand_ins(stored), where)
 
 
 def refuse_dropped_head(spec: ModelSpec, stored: Stored, where: Path | str) -> None:

@@ -34,14 +34,14 @@ from mlx_empire.formats.adapter_folder import (
 from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.hf_names import huggingface_names
-from mlx_empire.formats.merge import MergedSource
+from mlx_empire.formats.merge import MergedSource, plain_weights
 from mlx_empire.formats.peft import PEFT_WEIGHTS, from_peft, no_peft_form
 from mlx_empire.formats.quantized_folder import write_packed
 from mlx_empire.formats.sidefiles import write_text
-from mlx_empire.formats.source import FolderSource
 from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refuse_foreign
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
+from mlx_empire.model.packing_config import refuse_foreign_packing
 from mlx_empire.model.quant_format import QUANT_FORMATS, QuantFormat, quant_format_of
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.target import Target, make_target, with_adapter
@@ -86,7 +86,7 @@ def export(options: argparse.Namespace) -> list[str]:
         if packing is None:
             raise UserError(f"--bits: say how the base is packed: {', '.join(map(str, QUANT_FORMATS))}")
         plain = _plain(options.source)
-        source = FolderSource(options.source, plain.rebuild, plain.spec)
+        source = plain_weights(options.source, plain)
         return write_packed(options.out, source, plain.spec, packing, options.source)
     found = _source(options.source, options.model, packing)
     if options.way == "merge":
@@ -121,11 +121,11 @@ def _source(folder: Path, model: Path | None, packing: QuantFormat | None) -> Ex
 
 
 def _plain(folder: Path) -> Target:
-    """The model of a folder without adapters, lazily; a packed one as the plain model it was made from."""
+    """The model of a folder without adapters, lazily; a packed one as the plain model it was made from. UserError."""
     config = read_config(folder)
-    packed = "quantization" in config
-    stored = None if packed else open_folder(folder).stored()
-    plain: dict[str, Any] = unpacked(config) if packed else dict(config)
+    refuse_foreign_packing(config, str(folder))
+    plain: dict[str, Any] = unpacked(config) if config.get("quantization") else config
+    stored = open_folder(folder).stored()
     return make_target(plain, TuningSection(), str(folder), compute_dtype(config, None), stored)
 
 
@@ -176,13 +176,12 @@ def _publish(out: Path, fill: Callable[[Path], None], layout: str, card: str) ->
 
 def _merge(source: ExportSource, out: Path) -> list[str]:
     base = _base_of(source)
-    if "quantization" in read_config(base):
-        raise UserError(
-            f"{base}: stored quantised: mlx_lm.fuse --model {base} --adapter-path ... merges into such a base"
-        )
     plain = _plain(base)
-    weights = FolderSource(base, plain.rebuild, plain.spec)
-    merged = MergedSource(weights, plain.spec, _adapter(source, plain), source.packing, str(source.adapter))
+    packing = (
+        None if read_config(base).get("quantization") else source.packing
+    )  # stored packed, as it was trained on
+    weights = plain_weights(base, plain)
+    merged = MergedSource(weights, plain.spec, _adapter(source, plain), packing, str(source.adapter))
     with FolderWriter(out, plain.spec, plain.rebuild, base) as writer:
         writer.card = source.card
         for index in range(len(plain.spec.units)):

@@ -1,21 +1,27 @@
 """A base with its adapter added in: plain weights that give the same logits without any adapter.
 
 Decides that a base which was packed while it was loaded is packed and unpacked here too, because the adapter was
-trained on those values, and that sums are rounded once, to the base's dtype. One tensor at a time.
+trained on those values; that one which is stored packed is unpacked, because most of an adapter is smaller than a step
+of its codes and would be lost in them; and that sums are rounded once, to the base's dtype. One tensor at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import Adapter
-from mlx_empire.formats.source import WeightSource
-from mlx_empire.model.quant_format import QuantFormat
+from mlx_empire.formats.hf_folder import open_folder
+from mlx_empire.formats.source import FolderSource, WeightSource
+from mlx_empire.model.config import read_config
+from mlx_empire.model.quant_format import QuantFormat, quant_format_with
 from mlx_empire.model.quantize import quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec, is_embedding
+from mlx_empire.model.target import Target, make_target
+from mlx_empire.recipe.sections import TuningSection
 
 
 class MergedSource:
@@ -53,6 +59,60 @@ class MergedSource:
         array = array.astype(dtype)
         mx.eval(array)
         return array
+
+
+class UnpackedSource:
+    """A `WeightSource` of the plain model `spec` over `base`, a source of the same model stored packed.
+
+    What was packed comes in float32, which holds every value exactly.
+    """
+
+    def __init__(self, base: WeightSource, spec: ModelSpec) -> None:
+        self._base, self._spec = base, spec
+
+    def unit(self, index: int) -> Iterator[tuple[TensorSpec, mx.array]]:
+        """See `WeightSource.unit`; the packed unit is held, and one tensor beside it."""
+        packed = {tensor.name: (tensor, array) for tensor, array in self._base.unit(index)}
+        for wanted in self._spec.units[index].tensors:
+            tensor, array = packed.pop(wanted.name)
+            if tensor.bits:
+                stem = wanted.name.removesuffix(".weight")
+                parts = {
+                    leaf: packed.pop(f"{stem}.{leaf}", None) for leaf in ("scales", "biases", "global_scale")
+                }
+                array = _unpacked(
+                    tensor, array, {leaf: part for leaf, part in parts.items() if part is not None}
+                )
+            yield wanted, array
+
+
+def plain_weights(folder: Path, plain: Target) -> WeightSource:
+    """The weights of a folder as those of the plain model, however they are stored. UserError."""
+    config = read_config(folder)
+    if not config.get("quantization"):
+        return FolderSource(folder, plain.rebuild, plain.spec)
+    stored, how = open_folder(folder).stored(), TuningSection(type="lora")
+    packed = make_target(config, how, str(folder), plain.spec.dtype, stored)
+    return UnpackedSource(FolderSource(folder, packed.rebuild, packed.base), plain.spec)
+
+
+def _unpacked(
+    codes: TensorSpec, array: mx.array, parts: Mapping[str, tuple[TensorSpec, mx.array]]
+) -> mx.array:
+    packing = quant_format_with(codes.bits, parts["scales"][0].group, has_biases="biases" in parts)
+    exact = {leaf: a.astype(mx.float32) if packing.has_biases else a for leaf, (_, a) in parts.items()}
+    found = mx.dequantize(
+        array,
+        exact["scales"],
+        exact.get("biases"),
+        group_size=packing.group,
+        bits=packing.bits,
+        mode=packing.mode,
+        global_scale=exact.get("global_scale"),
+        dtype=mx.float32,
+    )
+    mx.eval(found)
+    return found
 
 
 def unpack(packed: tuple[mx.array, ...], packing: QuantFormat) -> mx.array:

@@ -103,7 +103,7 @@ def keeps_plain(config: Mapping[str, Any], path: str) -> bool:
     if not isinstance(found, Mapping) or not (METHOD in found or _algorithm(found)):
         return False
     settings = nested if isinstance(nested := found.get("quantization"), Mapping) else found
-    listed = next((settings[key] for key in KEPT_KEYS if isinstance(settings.get(key), list)), [])
+    listed: list[str] = next((settings[key] for key in KEPT_KEYS if isinstance(settings.get(key), list)), [])
     patterns = [str(p).removeprefix("re:").replace(".*", "*").replace("\\.", ".") for p in listed]
     # transformers packs linear modules alone, never an embedding
     return "embed" in path or any(fnmatchcase(path, q) for p in patterns for q in (p, f"{p}.*", f"*.{p}"))

@@ -107,6 +107,13 @@ def as_stored(config: Mapping[str, Any]) -> Choice:
     return choose
 
 
+def quant_format_with(bits: int, group: int, *, has_biases: bool) -> QuantFormat:
+    """The format of a packed tensor by its numbers: of MLX's floating-point ones each has its own."""
+    if has_biases:
+        return QuantFormat(AFFINE, bits, group)
+    return next(f for f in QUANT_FORMATS.values() if (f.bits, f.group, f.has_biases) == (bits, group, False))
+
+
 def stored_quant_format(settings: Mapping[str, Any]) -> QuantFormat:
     """The packing of a folder's `settings`, or of a module's own: what is left out is as MLX has it, hence affine."""
     mode = str(settings.get("mode", AFFINE))

@@ -155,7 +155,7 @@ def _convert(source: ExportSource, out: Path, way: str) -> list[str]:
     if way == "mlx-lm":
         return _publish(out, lambda folder: write_mlx_lm(folder, adapter), "mlx-lm adapters", source.card)
     spec = with_adapter(plain, adapter.settings)
-    why = no_peft_form(spec, huggingface=huggingface_names(plain.spec, open_folder(base)))
+    why = no_peft_form(spec, huggingface=huggingface_names(plain.spec, open_folder(base), spec.adapted))
     if why is not None:
         raise UserError(f"{source.adapter}: PEFT cannot take it: {why}")
     return _publish(

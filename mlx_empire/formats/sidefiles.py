@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_empire.formats.safetensors import open_plain
+from mlx_empire.model.quantize import unpacked
 from mlx_empire.private_files import create_private, sync_file
 
 SIDE_FILES = (
@@ -65,8 +66,8 @@ def copy_side_files(source: Path, target: Path) -> tuple[list[str], list[str]]:
 
 
 def stored_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The original configuration with the dtype that is now stored, also in its language model's part."""
-    result = dict(config)
+    """The original configuration with the dtype that is now stored, also in its language model's part, unpacked."""
+    result = unpacked(config)
     text = result.get("text_config")
     if isinstance(text, Mapping):
         result["text_config"] = {key: dtype if key in DTYPE_KEYS else value for key, value in text.items()}

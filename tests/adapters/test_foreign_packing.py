@@ -10,6 +10,7 @@ from mlx_lm.utils import load_model
 from support.stepping import Case, config_of, weights_of
 
 from mlx_empire.errors import UserError
+from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder, stored_if_whole
 from mlx_empire.formats.source import FolderSource
 from mlx_empire.formats.tuned_source import TunedSource
@@ -224,3 +225,11 @@ def test_fp8_that_mlx_lm_takes_back_is_no_packed_base(tmp_path):
         stored = open_folder(folder).stored()
         built = make_target(read_config(folder), TuningSection(type=tuning), str(folder), "float32", stored)
         assert not any(t.bits for u in built.spec.units for t in u.tensors)
+    trained = make_target(read_config(folder), TuningSection(), str(folder), "float32", stored)
+    source = FolderSource(folder, trained.rebuild, trained.spec)
+    with FolderWriter(tmp_path / "out", trained.spec, trained.rebuild, folder) as writer:
+        for index in range(len(trained.spec.units)):
+            writer.write_unit(index, {tensor.name: array for tensor, array in source.unit(index)})
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    before, after = load_model(folder)[0], load_model(tmp_path / "out")[0]
+    assert mx.allclose(before(TOKENS), after(TOKENS), atol=1e-5)

@@ -6,12 +6,14 @@ known beforehand. Measured on one machine that holds the model, which the plan o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.utils import load_model
 
 from mlx_empire.cluster.machine import measure_this_machine
@@ -88,9 +90,9 @@ def _loaded(target: Target, base: Path, seed: int) -> nn.Module:
 def _mean_loss(model: nn.Module, batches: Sequence[MicroBatch]) -> float:
     """Mean cross-entropy per counted token, by mlx-lm's own forward pass."""
     model.eval()
-    total = 0.0
+    losses: list[float] = []
     for batch in batches:
         logits = model(mx.array(batch.inputs)).astype(mx.float32)
-        losses = nn.losses.cross_entropy(logits, mx.array(batch.targets)) * mx.array(batch.mask)
-        total += float(mx.sum(losses).item())
-    return total / max(sum(map(counted, batches)), 1)
+        each = nn.losses.cross_entropy(logits, mx.array(batch.targets)) * mx.array(batch.mask)
+        losses.append(float(np.array(mx.sum(each))))
+    return math.fsum(losses) / max(sum(map(counted, batches)), 1)

@@ -6,18 +6,22 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model
+from mlx_lm.utils import dequantize_model, load_model
 from support.stepping import Case, config_of, weights_of
 
+from mlx_empire.capacity import command as capacity
 from mlx_empire.errors import UserError
 from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder, stored_if_whole
+from mlx_empire.formats.merge import plain_weights
 from mlx_empire.formats.source import FolderSource
 from mlx_empire.formats.tuned_source import TunedSource
 from mlx_empire.model.config import read_config
+from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.target import make_target, planned_target
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.sections import TuningSection
+from mlx_empire.verify import command as verify
 
 TOKENS = mx.array([[1, 7, 200, 31, 4, 90]])
 
@@ -123,6 +127,18 @@ def test_adapters_start_at_the_logits_of_mlx_lms_own_loading(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
+def test_unpacked_its_weights_are_those_of_mlx_lms_own_unpacking(kind, tmp_path):
+    folder = FOLDERS[kind](tmp_path / "base")
+    theirs = dict(tree_flatten(dequantize_model(load_model(folder)[0]).parameters()))
+    config = unpacked(read_config(folder))
+    plain = make_target(config, TuningSection(), str(folder), "float32", open_folder(folder).stored())
+    source = plain_weights(folder, plain)
+    ours = {t.name: a for i in range(len(plain.spec.units)) for t, a in source.unit(i)}
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], array.astype(mx.float32)) for name, array in theirs.items())
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
 def test_the_plan_counts_what_the_run_packs(kind, tmp_path):
     folder = FOLDERS[kind](tmp_path / "base")
     stored = open_folder(folder).stored()
@@ -138,15 +154,18 @@ def test_without_its_weights_the_plan_packs_what_the_publisher_says(tmp_path):
     assert planned_target(recipe(folder, "tuning.type=lora"), stored_if_whole).spec == run.spec
 
 
-def recipe(folder, *overrides):
-    text = f"""
+def text_of(folder):
+    return f"""
 model: {{path: {folder}, dtype: float32}}
 data: {{path: rows.jsonl, sequence_length: 64}}
 batch: {{global_size: 1}}
 optimizer: {{learning_rate: 1.0e-3}}
 run: {{dir: run, steps: 1}}
 """
-    return parse_recipe(text, "a test's", list(overrides))
+
+
+def recipe(folder, *overrides):
+    return parse_recipe(text_of(folder), "a test's", list(overrides))
 
 
 Z = mx.zeros
@@ -160,6 +179,10 @@ REFUSED = {
     "HQQ": ({"quant_method": "hqq"}, {".W_q": (Z, mx.uint8)}),
     "torchao": ({"quant_method": "torchao"}, {".weight": (Z, mx.int8)}),
     "FP8": ({"quant_method": "fp8"}, {".weight": (Z, mx.uint8), ".weight_scale_inv": (Z, mx.float32)}),
+    "modelopt": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {".weight": (Z, mx.uint8), ".weight_scale": (Z, mx.uint8), ".weight_scale_2": (Z, mx.float32)},
+    ),
     "compressed-tensors": (
         {"quant_method": "compressed-tensors", "format": "pack-quantized"},
         {".weight_packed": (Z, mx.int32), ".weight_scale": (Z, mx.float32), ".weight_shape": (Z, mx.int64)},
@@ -198,6 +221,17 @@ def test_other_methods_are_named_in_one_line_to_the_run_and_to_the_plan(method, 
     assert f"quantised by {method}" in line or f"quantised ({method})" in line
     assert "the folder that it was made from" in line or "the one it was made from" in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("command", [capacity.main, verify.main], ids=["capacity", "verify"])
+def test_commands_say_it_in_one_line(command, tmp_path, capsys):
+    folder = foreign_folder(tmp_path / "base", *REFUSED["AWQ"])
+    (tmp_path / "recipe.yaml").write_text(text_of(folder) + "tuning: {type: lora}\n")
+    with pytest.raises(SystemExit) as ended:
+        command([str(tmp_path / "recipe.yaml")])
+    assert ended.value.code == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "quantised by AWQ" in line
 
 
 @pytest.mark.parametrize("method", ["AWQ", "GPTQ", "bitsandbytes", "FP8", "compressed-tensors"])

@@ -35,7 +35,7 @@ from mlx_empire.formats.adapter_folder import (
 from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.hf_names import huggingface_names
-from mlx_empire.formats.merge import MergedSource, plain_weights
+from mlx_empire.formats.merge import MergedSource, packed_as_stored, plain_weights
 from mlx_empire.formats.peft import PEFT_WEIGHTS, from_peft, no_peft_form
 from mlx_empire.formats.quantized_folder import write_packed
 from mlx_empire.formats.sidefiles import write_text
@@ -43,7 +43,7 @@ from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refus
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
 from mlx_empire.model.packing_config import refuse_foreign_packing
-from mlx_empire.model.quant_format import QUANT_FORMATS, QuantFormat, quant_format_of
+from mlx_empire.model.quant_format import QUANT_FORMATS, QuantFormat, quant_format_of, uniformly
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.target import Target, make_target, with_adapter
 from mlx_empire.recipe.load import load_recipe
@@ -52,6 +52,7 @@ from mlx_empire.recipe.sections import TuningSection
 from mlx_empire.run.packing_loss import packing_loss
 
 WAYS = ("merge", "peft", "mlx-lm", "base")
+STORED = "stored"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="the base, where FROM does not name it")
     parser.add_argument("--bits", help=f"how the base is packed: {', '.join(map(str, QUANT_FORMATS))}")
     parser.add_argument(
-        "--pack", help="merge: pack the result again, as one of these; what it costs is measured"
+        "--pack", help=f"merge: pack the result again, as one of these or as the base: {STORED}"
     )
     with guard(None):
         options = parser.parse_intermixed_args(arguments)
@@ -88,18 +89,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(options: argparse.Namespace) -> list[str]:
     """Do what the command line asks; returns notes for the user. UserError."""
     refuse_foreign(options.out)
-    packing, again = _packing(options.bits, "--bits"), _packing(options.pack, "--pack")
-    if again is not None and options.way != "merge":
+    packing = _packing(options.bits, "--bits")
+    again = None if options.pack == STORED else _packing(options.pack, "--pack")
+    if options.pack is not None and options.way != "merge":
         raise UserError(f"--pack: only merge packs its result again; for {options.way} leave it out")
     if options.way == "base":
         if packing is None:
             raise UserError(f"--bits: say how the base is packed: {', '.join(map(str, QUANT_FORMATS))}")
         plain = _plain(options.source)
         source = plain_weights(options.source, plain)
-        return write_packed(options.out, source, plain.spec, packing, options.source)
+        return write_packed(options.out, source, plain.spec, uniformly(packing), options.source)
     found = _source(options.source, options.model, packing)
     if options.way == "merge":
-        return _merge(found, options.out, again)
+        return _merge(found, options.out, again, as_stored=options.pack == STORED)
     return _convert(found, options.out, options.way)
 
 
@@ -184,26 +186,26 @@ def _publish(out: Path, fill: Callable[[Path], None], layout: str, card: str) ->
     return []
 
 
-def _merge(source: ExportSource, out: Path, again: QuantFormat | None) -> list[str]:
+def _merge(source: ExportSource, out: Path, again: QuantFormat | None, *, as_stored: bool) -> list[str]:
     base = _base_of(source)
     plain = _plain(base)
-    packing = (
-        None if read_config(base).get("quantization") else source.packing
-    )  # stored packed, as it was trained on
+    stored = bool(read_config(base).get("quantization"))
+    packing = None if stored else source.packing  # what is stored packed is what the adapter was trained on
     weights = plain_weights(base, plain)
     adapter = _adapter(source, plain)
     merged = MergedSource(weights, plain.spec, adapter, packing, str(source.adapter))
-    if again is not None:
-        notes = write_packed(out, merged, plain.spec, again, base, source.card)
+    if again is not None or as_stored:
+        choose = packed_as_stored(base, plain) if as_stored else uniformly(again)
+        notes = write_packed(out, merged, plain.spec, choose, base, source.card)
         return [*notes, _cost(source, base, adapter, out)]
     with FolderWriter(out, plain.spec, plain.rebuild, base) as writer:
         writer.card = source.card
         for index in range(len(plain.spec.units)):
             writer.write_unit(index, {tensor.name: array for tensor, array in merged.unit(index)})
-    if read_config(base).get("quantization"):
+    if stored:
         writer.notes.append(
             f"{base} is stored packed, the merged weights are plain {plain.spec.dtype}: most of an adapter is smaller "
-            "than a step of packed weights (--pack 8, or another, packs them and measures what is left)"
+            "than a step of packed weights (--pack stored, 8 or another packs them and measures what is left)"
         )
     return writer.notes
 

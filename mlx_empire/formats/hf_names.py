@@ -78,11 +78,8 @@ TOWERS = (
 # What a folder may call the parts of a language model that mlx-lm wraps: as mlx-lm, as transformers 5, as Qwen2-VL.
 Naming = tuple[tuple[str, str], ...]
 AS_MLX_LM: Naming = ()
-NAMINGS: tuple[Naming, ...] = (
-    AS_MLX_LM,
-    (("language_model.model.", "model.language_model."), ("language_model.", "")),
-    (("language_model.", ""),),
-)
+AS_TRANSFORMERS: Naming = (("language_model.model.", "model.language_model."), ("language_model.", ""))
+NAMINGS: tuple[Naming, ...] = (AS_MLX_LM, AS_TRANSFORMERS, (("language_model.", ""),))
 
 
 @dataclass(frozen=True)
@@ -194,11 +191,7 @@ def huggingface_names(spec: ModelSpec, folder: ModelFolder | None, adapted: Coll
     reader, naming = reader_of(spec.config), _naming_of(spec, folder)
     if _is_wrapped(spec) and reader is not None and reader[0] in KEPT:
         return True
-    if (
-        folder
-        and not _is_by_mlx(folder)
-        and all(_renamed(name, naming) in folder.tensors for name in adapted)
-    ):
+    if folder and not _is_by_mlx(folder) and all(renamed(name, naming) in folder.tensors for name in adapted):
         return True
     return _is_huggingface(spec, _laid_out(spec, _inverse), folder)
 
@@ -228,10 +221,11 @@ def _naming_of(spec: ModelSpec, folder: ModelFolder | None) -> Naming:
     if folder is None or not _is_wrapped(spec):
         return AS_MLX_LM
     own = [t.name for unit in spec.units for t in unit.tensors]
-    return max(NAMINGS, key=lambda naming: sum(_renamed(name, naming) in folder.tensors for name in own))
+    return max(NAMINGS, key=lambda naming: sum(renamed(name, naming) in folder.tensors for name in own))
 
 
-def _renamed(name: str, naming: Naming) -> str:
+def renamed(name: str, naming: Naming) -> str:
+    """A name of mlx-lm's, of a tensor or a module, under another naming."""
     before, after = next(((b, a) for b, a in naming if name.startswith(b)), ("", ""))
     return after + name.removeprefix(before)
 
@@ -242,7 +236,7 @@ def _named(way: Way, naming: Naming) -> Way:
         return way
 
     def named(tensors: tuple[TensorSpec, ...]) -> Iterator[HfPiece]:
-        return (replace(piece, name=_renamed(piece.name, naming)) for piece in way(tensors))
+        return (replace(piece, name=renamed(piece.name, naming)) for piece in way(tensors))
 
     return named
 
@@ -318,8 +312,8 @@ def _sample(tensor: TensorSpec) -> mx.array:
 
 def _is_huggingface(spec: ModelSpec, units: Units, folder: ModelFolder | None) -> bool:
     pieces = [p for unit in units for p in unit]
-    renamed = _is_wrapped(spec) and not any(p.name == p.takes[0] for p in pieces)
-    if spec.family in KEPT or (not renamed and any(p.takes != (p.name,) for p in pieces)):
+    another = _is_wrapped(spec) and not any(p.name == p.takes[0] for p in pieces)
+    if spec.family in KEPT or (not another and any(p.takes != (p.name,) for p in pieces)):
         return True  # what was undone, mlx-lm's sanitize does for Hugging Face names only
     if folder is None or _is_by_mlx(folder):
         return False

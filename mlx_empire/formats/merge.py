@@ -17,7 +17,7 @@ from mlx_empire.formats.adapter_folder import Adapter
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.source import FolderSource, WeightSource
 from mlx_empire.model.config import read_config
-from mlx_empire.model.quant_format import QuantFormat, quant_format_with
+from mlx_empire.model.quant_format import Choice, QuantFormat, quant_format_with
 from mlx_empire.model.quantize import quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec, is_embedding
 from mlx_empire.model.target import Target, make_target
@@ -88,12 +88,35 @@ class UnpackedSource:
 
 def plain_weights(folder: Path, plain: Target) -> WeightSource:
     """The weights of a folder as those of the plain model, however they are stored. UserError."""
-    config = read_config(folder)
-    if not config.get("quantization"):
+    if not read_config(folder).get("quantization"):
         return FolderSource(folder, plain.rebuild, plain.spec)
-    stored, how = open_folder(folder).stored(), TuningSection(type="lora")
-    packed = make_target(config, how, str(folder), plain.spec.dtype, stored)
+    packed = _as_stored(folder, plain)
     return UnpackedSource(FolderSource(folder, packed.rebuild, packed.base), plain.spec)
+
+
+def packed_as_stored(folder: Path, plain: Target) -> Choice:
+    """The packing of a packed folder's own matrices. UserError where it is not packed."""
+    if not read_config(folder).get("quantization"):
+        raise UserError(f"--pack: stored: {folder} is not stored packed; say a number of bits or a format")
+    groups: dict[str, dict[str, int]] = {}
+    codes: dict[str, int] = {}
+    for tensor in (t for unit in _as_stored(folder, plain).base.units for t in unit.tensors):
+        stem, _, leaf = tensor.name.rpartition(".")
+        if tensor.bits:
+            codes[stem] = tensor.bits
+        elif leaf in ("scales", "biases"):
+            groups.setdefault(stem, {})[leaf] = tensor.group
+    found = {
+        f"{stem}.weight": quant_format_with(bits, groups[stem]["scales"], has_biases="biases" in groups[stem])
+        for stem, bits in codes.items()
+    }
+    return lambda matrix, _root: found.get(matrix.name)
+
+
+def _as_stored(folder: Path, plain: Target) -> Target:
+    """The model of a packed folder as adapters are trained on it."""
+    stored, how = open_folder(folder).stored(), TuningSection(type="lora")
+    return make_target(read_config(folder), how, str(folder), plain.spec.dtype, stored)
 
 
 def _unpacked(

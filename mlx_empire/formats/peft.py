@@ -10,8 +10,8 @@
 | num_layers, keys inside a layer            | target_modules                                                   |
 
 Modules are called as in mlx-lm, but for the language model inside a vision-language one: mlx-lm's
-`language_model.model` is `model.language_model` in transformers' classes, whose head stands at the top. Both spellings
-are read.
+`language_model.model` is `model.language_model` in transformers' classes, whose head stands at the top. All spellings
+of hf_names.py are read.
 
 mlx-lm's settings say the same of each of the last layers; where a PEFT adapter leaves some out, they get matrices of
 zeros, which add nothing. What has no counterpart is refused by name.
@@ -27,6 +27,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_empire.errors import UserError
+from mlx_empire.formats.hf_names import AS_MLX_LM, AS_TRANSFORMERS, NAMINGS, renamed
 from mlx_empire.model.lora import AdapterSettings
 from mlx_empire.model.spec import ModelSpec, TensorSpec, is_embedding
 
@@ -41,9 +42,7 @@ ENDINGS = {
     "lora_magnitude_vector": "m",
     "lora_magnitude_vector.weight": "m",
 }
-# mlx-lm's names of a wrapped language model, and transformers' (its live modules', whatever older folders store).
-WRAPPED = (("language_model.model", "model.language_model"), ("language_model.lm_head", "lm_head"))
-WRAPPED_ALIKE = frozenset({"llama4", "kimi_vl"})  # whose classes wrap it as mlx-lm does
+WRAPPED_ALIKE = frozenset({"llama4", "kimi_vl"})  # whose classes wrap a language model as mlx-lm does
 # Settings of PEFT's that change the function and have no counterpart, and the values that mean "not used".
 UNUSED: tuple[object, ...] = (None, False, [], {}, 0)
 FOREIGN = (
@@ -77,11 +76,8 @@ def no_peft_form(spec: ModelSpec, *, huggingface: bool) -> str | None:
 
 
 def transformers_path(stem: str, spec: ModelSpec) -> str:
-    """What transformers calls a module of mlx-lm's, once its class is built."""
-    if spec.family in WRAPPED_ALIKE:
-        return stem
-    before, after = next((pair for pair in WRAPPED if stem.startswith(pair[0])), ("", ""))
-    return after + stem.removeprefix(before)
+    """What transformers calls a module of mlx-lm's, once its class is built: whatever spelling older folders have."""
+    return renamed(stem, AS_MLX_LM if spec.family in WRAPPED_ALIKE else AS_TRANSFORMERS)
 
 
 def peft_weights(weights: Mapping[str, mx.array], spec: ModelSpec) -> dict[str, mx.array]:
@@ -143,7 +139,7 @@ def from_peft(
         for t in u.tensors
         if t.name.endswith(".weight") and len(t.shape) == 2
     }
-    found = _named(tensors, {transformers_path(stem, base): stem for stem in matrices}, where)
+    found = _named(tensors, {renamed(stem, naming): stem for naming in NAMINGS for stem in matrices}, where)
     stems = {name.rpartition(".")[0] for name in found}
     for stem in sorted(stems - matrices.keys()):
         raise UserError(f"{where}: it adapts {stem}, which {base.name} does not have")
@@ -190,7 +186,7 @@ def _rank_and_scale(config: Mapping[str, Any], where: str) -> tuple[int, float]:
 def _named(tensors: Mapping[str, mx.array], modules: Mapping[str, str], where: str) -> dict[str, mx.array]:
     """Tensors by mlx-lm's names and orientation; the base's own weights that PEFT saves beside them are passed over.
 
-    `modules`: mlx-lm's names by transformers'.
+    `modules`: mlx-lm's names by all that PEFT may use.
     """
     found = {}
     for name, array in tensors.items():

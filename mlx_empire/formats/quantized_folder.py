@@ -6,6 +6,7 @@ was loaded: they belong to these values. One unit's file at a time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from mlx_empire.formats.safetensors import Entry, array_bytes, read_header, writ
 from mlx_empire.formats.sidefiles import copy_side_files, stored_config, write_json, write_text
 from mlx_empire.formats.source import WeightSource
 from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refuse_foreign
-from mlx_empire.model.quant_format import QuantFormat
+from mlx_empire.model.quant_format import Choice, QuantFormat
 from mlx_empire.model.quantize import quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
@@ -26,25 +27,29 @@ CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32"
 
 
 def write_packed(
-    out: Path, source: WeightSource, spec: ModelSpec, packing: QuantFormat, side_files: Path, card: str = ""
+    out: Path, source: WeightSource, spec: ModelSpec, choose: Choice, side_files: Path, card: str = ""
 ) -> list[str]:
-    """Write `out` from a source of the plain model `spec`; returns notes for the user. UserError."""
+    """Write `out` from a source of the plain model `spec`; returns notes for the user. UserError.
+
+    `choose`: how each matrix is packed, if it is.
+    """
     refuse_foreign(out)
     temporary = out.parent / f".{out.name}.partial"
     weight_map: dict[str, str] = {}
+    chosen: dict[str, QuantFormat] = {}
     with disk_errors(out):
         fresh_folder(temporary)
         for index in range(len(spec.units)):
             name = f"model-{index + 1:05d}-of-{len(spec.units):05d}.safetensors"
             entries = [
                 Entry(tensor.name, CODES[tensor.dtype], tuple(array.shape), partial(array_bytes, array))
-                for tensor, array in _packed_unit(source, index, packing)
+                for tensor, array in _packed_unit(source, index, choose, chosen)
             ]
             size = write_tensors(temporary / name, entries, {"format": "mlx"})
             assert read_header(temporary / name).file_bytes == size
             weight_map |= {entry.name: name for entry in entries}
         write_json(temporary / INDEX_NAME, {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))})
-        write_json(temporary / "config.json", packed_config(spec.config, spec.dtype, packing))
+        write_json(temporary / "config.json", packed_config(spec.config, spec.dtype, chosen))
         _, notes = copy_side_files(side_files, temporary)
         if card:
             write_text(temporary / "README.md", card)
@@ -52,17 +57,25 @@ def write_packed(
     return notes
 
 
-def packed_config(config: Mapping[str, Any], dtype: str, packing: QuantFormat) -> dict[str, Any]:
-    """The configuration as mlx-lm writes it for packed weights; it says nothing of ternary: the codes do."""
-    how = {"group_size": packing.group, "bits": packing.bits, "mode": packing.mode}
+def packed_config(config: Mapping[str, Any], dtype: str, chosen: Mapping[str, QuantFormat]) -> dict[str, Any]:
+    """The configuration as mlx-lm writes it for packed weights; it says nothing of ternary: the codes do.
+
+    `chosen`: the packing of each packed module; that of most is said once, and of the others by their names.
+    """
+    settings = {p: {"group_size": f.group, "bits": f.bits, "mode": f.mode} for p, f in chosen.items()}
+    usual = Counter(tuple(found.items()) for found in settings.values()).most_common(1)
+    how: dict[str, Any] = dict(usual[0][0]) if usual else {}
+    how |= {path: found for path, found in settings.items() if found != how}
     return {**stored_config(config, dtype), "quantization": how, "quantization_config": how}
 
 
 def _packed_unit(
-    source: WeightSource, index: int, packing: QuantFormat
+    source: WeightSource, index: int, choose: Choice, chosen: dict[str, QuantFormat]
 ) -> Iterator[tuple[TensorSpec, mx.array]]:
     for tensor, array in source.unit(index):
-        if tensor.name.endswith(".weight") and packing.packs(tensor.name, tensor.shape, root=index == 0):
+        packing = choose(tensor, index == 0) if tensor.name.endswith(".weight") else None
+        if packing is not None:
+            chosen[tensor.name.removesuffix(".weight")] = packing
             yield from zip(packing.tensors(tensor), quantize(array, packing), strict=True)
         else:
             yield tensor, array.astype(getattr(mx, tensor.dtype))

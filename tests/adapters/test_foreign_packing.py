@@ -13,7 +13,8 @@ from mlx_empire.capacity import command as capacity
 from mlx_empire.errors import UserError
 from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder, stored_if_whole
-from mlx_empire.formats.merge import plain_weights
+from mlx_empire.formats.merge import packed_as_stored, plain_weights
+from mlx_empire.formats.quantized_folder import write_packed
 from mlx_empire.formats.source import FolderSource
 from mlx_empire.formats.tuned_source import TunedSource
 from mlx_empire.model.config import read_config
@@ -136,6 +137,12 @@ def test_unpacked_its_weights_are_those_of_mlx_lms_own_unpacking(kind, tmp_path)
     ours = {t.name: a for i in range(len(plain.spec.units)) for t, a in source.unit(i)}
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], array.astype(mx.float32)) for name, array in theirs.items())
+    write_packed(tmp_path / "again", source, plain.spec, packed_as_stored(folder, plain), folder)
+    before, after = (
+        {n: (a.shape, a.dtype) for n, a in tree_flatten(load_model(path)[0].parameters())}
+        for path in (folder, tmp_path / "again")
+    )
+    assert after == before
 
 
 @pytest.mark.parametrize("kind", FOLDERS)

@@ -107,6 +107,8 @@ def test_a_peft_adapter_names_transformers_own_modules_and_no_towers(
     tensors = peft_weights(weights, built.spec)
     assert set(config["target_modules"]) == modules
     assert {n.removeprefix("base_model.model.").partition(".lora_")[0] for n in tensors} == modules
-    _, found = from_peft(config, tensors, built.base, "here")
-    assert found.keys() == weights.keys()
-    assert all(mx.array_equal(found[name], array) for name, array in weights.items())
+    older = {n.replace("model.language_model.", "language_model.model."): a for n, a in tensors.items()}
+    for spelled in (tensors, older):
+        _, found = from_peft(config, spelled, built.base, "here")
+        assert found.keys() == weights.keys()
+        assert all(mx.array_equal(found[name], array) for name, array in weights.items())

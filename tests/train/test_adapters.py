@@ -230,17 +230,19 @@ def test_merged_into_a_floating_point_base_it_has_the_same_logits(
     assert mx.allclose(merged(tokens), adapted(tokens), atol=1e-4)
 
 
+@pytest.mark.parametrize("pack", ["4", "stored"])
 def test_packed_again_it_says_what_is_left_of_the_adapter(
-    alone: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pack: str, alone: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The three losses are those that mlx-lm's own models have on the held-out rows."""
     monkeypatch.chdir(alone.folder)
-    assert export.main(["merge", "stored", "packed again", "--pack", "4"]) == 0
+    out = f"packed again as {pack}"
+    assert export.main(["merge", "stored", out, "--pack", pack]) == 0
     said = capsys.readouterr().out
     models = [
         mlx_lm.load("packed")[0],
         mlx_lm.load("packed", adapter_path="stored/final")[0],
-        mlx_lm.load("packed again")[0],
+        mlx_lm.load(out)[0],
     ]
     before, adapted, after = (mean_loss(model, VALID) for model in models)
     assert [float(x) for x in re.findall(r"\d+\.\d{4}", said)] == pytest.approx(
@@ -249,12 +251,15 @@ def test_packed_again_it_says_what_is_left_of_the_adapter(
     assert f"{(before - after) / (before - adapted):.0%} of the adapter's gain is left" in said
     packed = {n for n, a in tree_flatten(models[2].parameters()) if a.dtype == mx.uint32}
     assert packed == {n for n, a in tree_flatten(models[0].parameters()) if a.dtype == mx.uint32}
-    (alone.folder / "stored/recipe.yaml").rename(alone.folder / "hidden.yaml")
-    try:
-        assert export.main(["merge", "stored/final", "unasked", "--model", "packed", "--pack", "8"]) == 0
-    finally:
-        (alone.folder / "hidden.yaml").rename(alone.folder / "stored/recipe.yaml")
-    assert "was not measured: stored/final is no run's folder" in capsys.readouterr().out
+
+
+def test_without_a_run_it_says_that_packing_was_not_measured(
+    alone: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(alone.folder)
+    shutil.copytree("stored/final", "apart/adapter")
+    assert export.main(["merge", "apart/adapter", "unmeasured", "--model", "packed", "--pack", "8"]) == 0
+    assert "was not measured: apart/adapter is no run's folder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["lora", "stored"])

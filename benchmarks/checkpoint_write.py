@@ -28,22 +28,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlx_empire.checkpoint.identity import Identity, Origin
-from mlx_empire.checkpoint.manifest import Resolved
+from mlx_empire.checkpoint.manifest import Identity, Origin, Resolved
 from mlx_empire.checkpoint.paths import remove_checkpoint, step_name
 from mlx_empire.checkpoint.save import Policy, Saver
 from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
+from mlx_empire.disk import create_private, sync_file
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.formats.source import RandomSource
 from mlx_empire.model.target import make_target
 from mlx_empire.optim.choose import make_optimizer
-from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.workload import Workload
-from mlx_empire.private_files import create_private, sync_file
+from mlx_empire.plan.workload import Workload, cell_layout
 from mlx_empire.recipe.sections import OptimizerSection, TuningSection
 
 ROOT = Path(__file__).resolve().parents[1]

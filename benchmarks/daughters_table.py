@@ -18,13 +18,12 @@ from typing import Any
 
 from launching import ROOT, launch
 
+from mlx_empire.formats.convert import unpack
 from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder
-from mlx_empire.formats.merge import unpack
 from mlx_empire.formats.source import FolderSource
 from mlx_empire.model.config import read_config
-from mlx_empire.model.quant_format import QUANT_FORMATS
-from mlx_empire.model.quantize import quantize
+from mlx_empire.model.quantize import QUANT_FORMATS, quantize
 from mlx_empire.model.target import make_target
 from mlx_empire.recipe.schema import TuningSection
 

@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
 from mlx_lm_peer import train_recorded
 
-from mlx_empire.model.initial import initial_adapter
+from mlx_empire.model.lora import initial_adapter
 from mlx_empire.model.spec import TensorSpec
 
 

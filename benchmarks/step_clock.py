@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from support.namespaces import Machines, why_not  # noqa: E402
 
-from mlx_empire.comm.eager import eager_words  # noqa: E402
+from mlx_empire.plan.traffic import eager_words  # noqa: E402
 
 NAMES = ("king", "soldier1", "soldier2")
 EQUAL, UNEQUAL = (1.0, 1.0, 1.0), (2.0, 1.0, 1.0)
@@ -73,6 +73,7 @@ UNTUNED = [
     setting(3, UNEQUAL, 0, WIRE_BOUND, 1),
     setting(3, (3.0, 2.0, 1.0), 3, 0.05, 2, tail=2),
     setting(2, (1.0, 3.0), 3, 0.03, 4, cells=4),
+    setting(2, UNEQUAL, 3, 0.0, 2, width=384),  # computes, one rank a core
 ]
 
 
@@ -106,7 +107,7 @@ def main() -> int:
             ratio = predicted / median(seconds)
             missed += abs(ratio - 1) > (0.15 if mark else 0.10)
             shares = ":".join(f"{x:g}" for x in one["shares"][:machines])
-            extra = "".join(f" {k}={v}" for k, v in one.items() if k in ("tail", "cells"))
+            extra = "".join(f" {k}={v}" for k, v in one.items() if k in ("tail", "cells", "width"))
             print(
                 f"{machines:>8} {shares:>10} {one['stage']:>5} {one['each']:>5} {one['forward'] * one['each']:>7.3f} "
                 f"{median(seconds):>10.3f} {predicted:>9.3f} {ratio:>6.3f}{mark}{extra}",

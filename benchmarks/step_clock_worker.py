@@ -117,13 +117,14 @@ def run(setting: dict[str, Any], comm: Communicator, link: Link, steps: int) -> 
         cells=setting.get("cells", comm.size),
         tail=tail,
         rows=1,
-        width=WIDTH,
+        width=setting.get("width", WIDTH),
         config=config,
     )
     with CommThread() as thread:
         trainer = trainer_of(case, comm, thread)
-        trainer.streamed._passes.__class__ = Sleeping
-        trainer.streamed._passes.seconds = setting["forward"]
+        if setting["forward"]:  # else the passes compute
+            trainer.streamed._passes.__class__ = Sleeping
+            trainer.streamed._passes.seconds = setting["forward"]
         batches = batches_of(case)
         own, total, seconds = own_batches(trainer, batches, comm.rank), counted_tokens(batches), []
         trace = StepTrace(comm.rank)

@@ -24,8 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_empire.cluster.hostfile import Cluster, Host, load_hostfile
-from mlx_empire.launch.machines import ask
-from mlx_empire.launch.memory_pressure import read_vm_stat
+from mlx_empire.launch.machines import ask, read_vm_stat
 from mlx_empire.run.mpirun import clean_environment
 
 MAC = sys.platform == "darwin"

@@ -1,10 +1,96 @@
-"""What a disk has room for, which folders share one, and how its being full is told from every other error."""
+"""Decides how a run writes on a disk: files that only their owner can read, and what is said of a disk that is full.
+
+The one writer of such files: what a run writes, all of it goes through here. Decides that such a file has mode 0600
+whatever the umask and whatever mode it had, that a symbolic link in its place is never followed, and what a crash
+leaves: a file that is replaced is whole, the old one or the new one, at any moment; with `durable` also after a power
+cut. All functions raise OSError.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import shutil
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
+
+_MODE = 0o600
+
+
+def create_private(path: Path) -> BinaryIO:
+    """Create a file for writing that must not exist, not even as a link."""
+    return os.fdopen(_open(path, os.O_WRONLY | os.O_EXCL), "wb")
+
+
+def append_private(path: Path) -> FileIO:
+    """Open a file to write at its end, made if need be; unbuffered: what `write` took survives our end."""
+    return FileIO(_open(path, os.O_WRONLY | os.O_APPEND), "ab")
+
+
+def open_private(path: Path) -> int:
+    """A descriptor of a file for reading and writing, made if need be: what a lock is held on."""
+    return _open(path, os.O_RDWR)
+
+
+def replace_private(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Put a file in its place at once, by a draft beside it. `durable`: it is on the disk when this returns.
+
+    One process at a time may do so. A draft that an earlier one left is removed; after an error none is left.
+    """
+    draft = path.with_name(draft_of(path.name))
+    draft.unlink(missing_ok=True)
+    try:
+        with create_private(draft) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                sync_file(file)
+        os.replace(draft, path)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def draft_of(name: str) -> str:
+    """The name of the draft by which the file `name` is replaced; a crash may leave it behind."""
+    return f".{name}"
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Make sure that a file's bytes are on the disk (macOS: F_FULLFSYNC; fsync leaves them in the drive)."""
+    file.flush()
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make sure that a folder's entries (created or renamed files) are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, _MODE)
+    try:
+        # The umask may have taken bits away; a file that was there may have had more.
+        os.fchmod(descriptor, _MODE)
+    except OSError:
+        # Some network disks know no modes. A file that is new has none that others could use.
+        if not flags & os.O_EXCL:
+            os.close(descriptor)
+            raise
+    return descriptor
+
 
 HEADROOM = 1.02  # rounding to the file system's blocks
 SLACK_BYTES = 1 << 17  # folders, and what is small beside the weights

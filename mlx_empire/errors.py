@@ -2,7 +2,14 @@
 
 Exit codes: 0 complete, 3 does not fit, 64 bad input, 65 damaged data or numerics, 70 internal error,
 75 temporary (a lost rank, a hang: a restart makes sense), 143 stopped on request.
+
+Wrong usage of a command is bad input like any other.
 """
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
 
 
 class EmpireError(ValueError):
@@ -14,7 +21,7 @@ class EmpireError(ValueError):
     )
 
 
-def on_all_ranks(error: "EmpireError") -> "EmpireError":
+def on_all_ranks(error: EmpireError) -> EmpireError:
     """Mark an error that every rank finds at the same place from the same numbers."""
     error.shared = True
     return error
@@ -72,3 +79,11 @@ class LostRankError(EmpireError):
     """A rank died, hung or missed a deadline; starting again makes sense."""
 
     exit_code = 75
+
+
+class UserArguments(argparse.ArgumentParser):
+    """One line and exit code 64 for wrong usage, said once whatever the number of ranks."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        raise on_all_ranks(UserError(f"{message}; see {self.prog} --help"))

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_empire.arguments import UserArguments
 from mlx_empire.comm.failure import guard
-from mlx_empire.errors import UserError
+from mlx_empire.errors import UserArguments, UserError
 from mlx_empire.formats.adapter_folder import (
     CARD_NAME,
     WEIGHTS_NAME,
@@ -32,19 +31,16 @@ from mlx_empire.formats.adapter_folder import (
     write_mlx_lm,
     write_peft,
 )
+from mlx_empire.formats.convert import MergedSource, packed_as_stored, plain_weights, write_packed
 from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.hf_names import huggingface_names
-from mlx_empire.formats.merge import MergedSource, packed_as_stored, plain_weights
 from mlx_empire.formats.peft import PEFT_WEIGHTS, from_peft, no_peft_form
-from mlx_empire.formats.quantized_folder import write_packed
-from mlx_empire.formats.sidefiles import write_text
-from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refuse_foreign
+from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refuse_foreign, write_text
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
 from mlx_empire.model.packing_config import refuse_foreign_packing
-from mlx_empire.model.quant_format import QUANT_FORMATS, QuantFormat, quant_format_of, uniformly
-from mlx_empire.model.quantize import unpacked
+from mlx_empire.model.quantize import QUANT_FORMATS, QuantFormat, quant_format_of, uniformly, unpacked
 from mlx_empire.model.target import Target, make_target, with_adapter
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe

@@ -3,9 +3,12 @@
 `reach("forward")` marks that a thread begins a phase. The watchdog and the failure report read the marks (`places`).
 
 A launcher (`mlx_empire.launch`) hears of them as well, and of how the process ends. Machines share no disk, so that
-goes the way that mpirun has laid already: a line on stderr with a mark in front, which the launcher reads and does not
-show. Nothing is told unless the launcher set MLX_EMPIRE_BEACON=1. The lines hold ranks, host names, phases, steps and
-our own messages, nothing from the environment.
+goes the way that mpirun has laid already: a line on stderr with a mark in front, which the launcher reads and does
+not show. Nothing is told unless the launcher set MLX_EMPIRE_BEACON=1. The lines hold ranks, host names, phases, steps
+and our own messages, nothing from the environment.
+
+The watchdog is also told which threads wait for other ranks, and when a message moved last. Waiting is not hanging: a
+rank that waits is as healthy as the one it waits for.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,3 +134,47 @@ def _tell_place(thread: str, phase: str, step: int) -> None:
     if _told.get(thread) != (phase, step):
         _told[thread] = (phase, step)
         tell("place", thread=thread, phase=phase, step=step)
+
+
+_waiting: dict[str, float] = {}  # thread name -> since when (time.monotonic)
+_moved = 0.0
+_watched = False
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Around everything in which this thread can only go on when another rank does something."""
+    name = threading.current_thread().name
+    _waiting[name] = time.monotonic()
+    try:
+        yield
+    finally:
+        _waiting.pop(name, None)
+        moved()
+
+
+def moved() -> None:
+    """A message has come or gone."""
+    global _moved
+    _moved = time.monotonic()
+
+
+def last_moved() -> float:
+    """When that was (time.monotonic); 0 if never."""
+    return _moved
+
+
+def waits(thread: str) -> bool:
+    """Whether a thread waits for other ranks."""
+    return thread in _waiting
+
+
+def watch(running: bool) -> None:
+    """A watchdog decides from now on, or no more, when a silent peer counts as lost."""
+    global _watched
+    _watched = running
+
+
+def watched() -> bool:
+    """Whether a watchdog decides that."""
+    return _watched

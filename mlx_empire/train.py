@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_empire import progress
-from mlx_empire.arguments import UserArguments
+from mlx_empire.checkpoint.agree import replicas_agree
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.connect import connect
@@ -26,12 +26,10 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import validation_micro_batches
 from mlx_empire.data.splits import Splits
-from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.engine.trainer import StepResult, Trainer
-from mlx_empire.evaluation.evaluator import Evaluator
-from mlx_empire.evaluation.gate import GateKeeper
-from mlx_empire.evaluation.held_out import held_out_loss
+from mlx_empire.errors import UserArguments
+from mlx_empire.evaluation.gate import GateKeeper, held_out_loss
 from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
@@ -42,6 +40,7 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.run import RunReport
 from mlx_empire.run import result
 from mlx_empire.run.agree import (
+    Safeguards,
     agree_on_model,
     greet,
     share_config,
@@ -51,17 +50,16 @@ from mlx_empire.run.agree import (
     share_nodes,
     share_recipe,
     share_target,
+    standing,
 )
-from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
-from mlx_empire.run.guards import Safeguards, standing
 from mlx_empire.run.job import Job, refuse_idle_keys
 from mlx_empire.run.resume import open_saver, stopped, where_to_begin
 from mlx_empire.run.stop import StopRequest
-from mlx_empire.run.trainer import limit_memory, make_trainer
-from mlx_empire.run.weights import go_back, load_state
+from mlx_empire.run.trainer import go_back, limit_memory, load_state, make_trainer
 
 if TYPE_CHECKING:
+    from mlx_empire.evaluation.evaluator import Evaluator
     from mlx_empire.report.trace import RunTrace
 
 
@@ -81,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guard(comm):
         arm_faults(comm.rank)
         if progress.launched():
+            # Without a launcher the terminal, or whoever works at it, decides when the machine sleeps.
+            from mlx_empire.run.caffeinate import keep_awake
+
             keep_awake()
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:

@@ -27,11 +27,9 @@ FLOORS = (
     "model",
     "cluster",
     "recipe",
-    "arguments",
-    "disk",
     "faults",
     "progress",
-    "private_files",
+    "disk",
     "errors",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

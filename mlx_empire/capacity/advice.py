@@ -16,10 +16,11 @@ from mlx_empire.capacity.improve import PaceOf, faster, larger
 from mlx_empire.capacity.whatif import Advice as Advice
 from mlx_empire.capacity.whatif import Settings, fits, fullest_node, with_least_memory, with_settings
 from mlx_empire.cluster.hostfile import GIB, Node
+from mlx_empire.cluster.machine import Calibration
 from mlx_empire.plan.assess import Assessment
-from mlx_empire.plan.hardware import KING, SOLDIER, Calibration, Chip, Machine, Wire, chip_of, wire_of
+from mlx_empire.plan.hardware import KING, SOLDIER, Chip, Machine, Wire, chip_of, wire_of
 from mlx_empire.plan.pace import Pace, cloud_of, pace_of, spell
-from mlx_empire.plan.variants import typed, value, variant
+from mlx_empire.recipe.changes import typed, value, variant
 from mlx_empire.recipe.schema import Recipe
 
 KEPT_FOR_MACOS = 16 * GIB  # what a raised limit leaves to the system

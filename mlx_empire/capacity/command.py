@@ -21,25 +21,35 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from mlx_empire.arguments import UserArguments
 from mlx_empire.capacity.advice import advise
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughters_document
 from mlx_empire.capacity.daughters import LORA, WAYS, daughter_runs, serving, tuned_in
-from mlx_empire.capacity.document import CapacityReport, Document, report_document
+from mlx_empire.capacity.document import (
+    CapacityReport,
+    Document,
+    LadderSurvey,
+    MatrixSurvey,
+    ladder_document,
+    matrix_document,
+    report_document,
+)
 from mlx_empire.capacity.ladder import UNLOCKED, ladder
 from mlx_empire.capacity.matrix import compare, matrix, read_rows
 from mlx_empire.capacity.page import capacity_page
-from mlx_empire.capacity.survey_document import LadderSurvey, MatrixSurvey, ladder_document, matrix_document
-from mlx_empire.capacity.survey_text import print_daughters, print_ladder, print_matrix
-from mlx_empire.capacity.text import capacity_console, print_report
-from mlx_empire.cluster.calibrate import Calibration, calibrate
+from mlx_empire.capacity.text import (
+    capacity_console,
+    print_daughters,
+    print_ladder,
+    print_matrix,
+    print_report,
+)
 from mlx_empire.cluster.hostfile import Node, load_hostfile
-from mlx_empire.cluster.machine import measure_this_machine
+from mlx_empire.cluster.machine import Calibration, calibrate, measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, planned_nodes
 from mlx_empire.comm.connect import connect, under_mpirun
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.errors import DoesNotFitError, UserError
+from mlx_empire.errors import DoesNotFitError, UserArguments, UserError
 from mlx_empire.formats.hf_folder import stored_if_whole
 from mlx_empire.model import catalog
 from mlx_empire.model.target import Target, catalog_target, planned_target
@@ -47,7 +57,7 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
 from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, timeline_of
-from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
 from mlx_empire.report.trace import trace_document

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.cluster.machine import Calibration
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.hardware import (
     DOLLARS_PER_KWH,
     WIRES,
     YEARS_OF_USE,
-    Calibration,
     Chip,
     Range,
     calibrated,
@@ -27,8 +27,8 @@ from mlx_empire.plan.hardware import (
 )
 from mlx_empire.plan.optimizer_bytes import StatesOf
 from mlx_empire.plan.pace import Pace, pace_of
-from mlx_empire.plan.variants import variant
 from mlx_empire.plan.work import attention_layers
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 
 DEFAULT_RANK = 16

@@ -1,7 +1,7 @@
-"""Decides what a capacity report says, and how it is written as JSON (`--json`).
+"""Decides what a capacity report, the matrix and the ladder say, and how they are written as JSON (`--json`).
 
-Terminal, page and JSON are made from one `CapacityReport`, so the three cannot say different things. In the JSON sizes
-are bytes, times seconds or hours as the key says, pairs are [low, high].
+Terminal, page and JSON are made from one `CapacityReport`, so the three cannot say different things. In the JSON
+sizes are bytes, times seconds or hours as the key says, pairs are [low, high].
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from mlx_empire.capacity.ledger_groups import entries
-from mlx_empire.capacity.timeline import timeline_document
+from mlx_empire.capacity.charts import timeline_document
+from mlx_empire.capacity.ladder import Rung
+from mlx_empire.capacity.ledger_groups import entries, term
+from mlx_empire.capacity.matrix import Comparison, Matrix, MatrixRow
 from mlx_empire.capacity.whatif import Advice
 from mlx_empire.model.closed_forms import active_parameters
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import Assessment, NodeAssessment
 from mlx_empire.plan.hardware import Chip
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
-from mlx_empire.plan.terms import term
 
 Document = dict[str, object]
 
@@ -180,3 +181,89 @@ def _formulas(nodes: Sequence[NodeAssessment]) -> Document:
     """Formula in words and mark (exact, fitted, unmeasured) of every name in the nodes' ledgers."""
     names = dict.fromkeys(name for node in nodes for name in node.ledger.items())
     return {name: {"formula": term(name).formula, "mark": term(name).known} for name in names}
+
+
+@dataclass(frozen=True)
+class MatrixSurvey:
+    """Every model of the catalog on every cluster, and what somebody's file says instead, if there is one."""
+
+    matrix: Matrix
+    comparison: Comparison | None = None
+
+    @property
+    def by_size(self) -> list[MatrixRow]:
+        """The matrix's rows, small models first."""
+        return sorted(self.matrix.rows, key=lambda row: row.parameters)
+
+
+@dataclass(frozen=True)
+class LadderSurvey:
+    """One model under one technique after the other."""
+
+    model: str
+    rungs: Sequence[Rung]
+
+
+def matrix_document(survey: MatrixSurvey) -> Document:
+    """The matrix as JSON; `headroom` is a fraction of the worst node's limit."""
+    matrix, comparison = survey.matrix, survey.comparison
+    document: Document = {
+        "clusters": list(matrix.clusters),
+        "pooled_bytes": dict(matrix.pooled_bytes),
+        "rows": [
+            {
+                "model": row.model,
+                "parameters": row.parameters,
+                "active_parameters": row.active_parameters,
+                "not_trainable": row.not_trainable,
+                "cells": {
+                    name: {
+                        "verdict": cell.verdict,
+                        "zero_stage": cell.zero_stage,
+                        "headroom": cell.headroom,
+                        "headroom_bytes": cell.headroom_bytes,
+                        "pooled_says": cell.pooled_says,
+                        "worst_node": cell.worst,
+                        "reason": cell.reason,
+                    }
+                    for name, cell in row.cells.items()
+                },
+            }
+            for row in matrix.rows
+        ],
+    }
+    if comparison is not None:
+        document["same"] = comparison.same
+        document["unknown"] = list(comparison.unknown)
+        document["differences"] = [asdict(difference) for difference in comparison.differences]
+    return document
+
+
+def ladder_document(ladder: LadderSurvey) -> Document:
+    """The ladder as JSON; `dense` and `moe` are the largest models that a rung unlocks."""
+    return {
+        "model": ladder.model,
+        "rungs": [
+            {
+                "name": rung.name,
+                "verdict": rung.assessment.verdict,
+                "zero_stage": rung.assessment.zero_stage,
+                "nodes": [
+                    {
+                        "name": node.node.name,
+                        "peak_bytes": node.peak_bytes,
+                        "limit_bytes": node.limit_bytes,
+                        "verdict": node.verdict,
+                    }
+                    for node in rung.assessment.nodes
+                ],
+                "dense": _model(rung.dense),
+                "moe": _model(rung.moe),
+            }
+            for rung in ladder.rungs
+        ],
+    }
+
+
+def _model(found: tuple[str, int] | None) -> Document | None:
+    return None if found is None else {"model": found[0], "parameters": found[1]}

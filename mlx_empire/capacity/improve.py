@@ -20,7 +20,7 @@ from mlx_empire.capacity.whatif import (
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.hardware import wire_named
 from mlx_empire.plan.pace import Pace, spell
-from mlx_empire.plan.variants import typed, value
+from mlx_empire.recipe.changes import typed, value
 
 LONGEST_SEQUENCE = 1 << 20
 SEQUENCE_STEP = 256

@@ -16,7 +16,7 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import in_dtype
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.optimizer_bytes import StatesOf
-from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 
 RUNGS: tuple[tuple[str, Mapping[str, Any]], ...] = (

@@ -2,16 +2,106 @@
 
 Names are matched by the words in them, first rule first, so a name that a ledger gains later falls into a fitting
 group, or into the last one, and never out of the sum.
+
+And what every name stands for: its formula in words, and how well it is known. `exact` follows from the plan and from
+the engine's order of events; `fitted` was fitted to measured peaks on a CPU; `unmeasured` is an estimate that nothing
+has confirmed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mlx_empire.plan.assess import NodeAssessment
-from mlx_empire.plan.terms import term
 from mlx_empire.report.text import GIB, MIB
+
+
+class Term(NamedTuple):
+    """One name of the ledger."""
+
+    formula: str
+    known: str  # exact | fitted | unmeasured
+
+
+_TERMS = {
+    "weights": Term("bytes of the weights that stay: the share at stage 3, all of them below", "exact"),
+    "adapters": Term("4 bytes for each element of the adapters that stay", "exact"),
+    "optimizer m": Term("4 bytes for each element of the share: first moment in fp32", "exact"),
+    "optimizer v": Term("4 bytes for each element of the share: second moment in fp32", "exact"),
+    "optimizer m_codes": Term("1 byte for each element of the share: first moment in 8 bits", "exact"),
+    "optimizer m_scale": Term("2 bytes for each 64 elements: scale of the first moment", "exact"),
+    "optimizer v_codes": Term("1 byte for each element of the share: second moment in 8 bits", "exact"),
+    "optimizer v_floor": Term("2 bytes for each 64 elements: floor of the second moment", "exact"),
+    "optimizer v_levels": Term(
+        "1 byte for each 64 elements: levels in an octave of the second moment", "exact"
+    ),
+    "optimizer remainder": Term(
+        "2 bytes for each bfloat16 element of the share: the rest of its fp32 master weight", "exact"
+    ),
+    "optimizer short_remainder": Term(
+        "1 byte for each bfloat16 element of the share: 8 more bits of its master weight (diet)", "exact"
+    ),
+    "optimizer master": Term(
+        "4 bytes for each bfloat16 element of the share: master weights in fp32", "exact"
+    ),
+    "exchange buffers": Term("two buckets in flight from and for every peer", "exact"),
+    "MLX base": Term("512 KiB: rotary tables, scalars, compiled kernels' constants", "fitted"),
+    "allocator margin": Term(
+        "half a page of 16 KiB for every buffer and for every tensor that is small", "unmeasured"
+    ),
+    "gathered root": Term(
+        "embedding, final norm and head, whole from the first phase to the last but one", "exact"
+    ),
+    "gathered units": Term(
+        "the layer in work and the next one on its way, whole, at stage 3; with the tail", "exact"
+    ),
+    "gradients": Term("4 or 2 bytes for each element of the share of the units that are complete", "exact"),
+    "unit gradient sums": Term(
+        "4 bytes for each element of a layer, where a cell has several micro-batches", "exact"
+    ),
+    "one unit's gradients": Term("one micro-batch's gradients of a layer", "exact"),
+    "contributions in flight": Term("the layer before in the wire's dtype, being reduced", "exact"),
+    "contributions kept whole": Term(
+        "all layers in the wire's dtype until the backward's end, at stage 1", "exact"
+    ),
+    "root gradients": Term("sums and parts of head and embedding, in fp32 where they are added up", "exact"),
+    "layer inputs": Term(
+        "one hidden state for each layer that the backward reaches and each micro-batch, and the current ones",
+        "exact",
+    ),
+    "one layer's forward": Term(
+        "forward x what its products read and write + scores x attention scores", "fitted"
+    ),
+    "one layer's recompute": Term(
+        "factor x what the layer's products read and write for a micro-batch", "fitted"
+    ),
+    "attention": Term(
+        "factor x heads x rows x width^2: quadratic on a CPU and wherever a mask is an array", "fitted"
+    ),
+    "state-space scan": Term("3.6 x heads x tokens x 256 decays + the states between chunks", "fitted"),
+    "DoRA norms": Term("two fp32 copies of the largest adapted matrix", "fitted"),
+    "logits chunk": Term("three fp32 arrays of a chunk of tokens x vocabulary", "fitted"),
+    "un-recomputed tail": Term("what the layers that are not recomputed keep for their backward", "fitted"),
+    "tail gradients": Term("gradients of all un-recomputed layers for one micro-batch", "exact"),
+    "tail sums": Term(
+        "4 bytes for each element of the un-recomputed layers, over a cell's micro-batches", "exact"
+    ),
+    "tail totals before rounding": Term(
+        "2 more bytes for each element of the tail's share until the last round", "exact"
+    ),
+    "optimizer chunk": Term("new states and temporaries of a chunk of at most 2^21 elements", "fitted"),
+    "new weights of a unit": Term(
+        "new weights until the old buffer goes, or the whole unit has been renewed", "exact"
+    ),
+}
+UNKNOWN = Term("not described", "unmeasured")
+
+
+def term(name: str) -> Term:
+    """What `name` stands for in a ledger."""
+    return _TERMS.get(name, UNKNOWN)
 
 
 @dataclass(frozen=True)

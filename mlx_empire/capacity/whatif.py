@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.plan.assess import VERDICTS, Assessment, assess
-from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 
 Settings = dict[str, Any]

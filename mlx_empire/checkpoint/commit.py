@@ -1,7 +1,7 @@
 """One checkpoint, from shards in memory to a committed folder on every node: the protocol, run by all ranks.
 
 1. agree     on the step and the room, disk by disk: where copies of shards do not fit, there are none; where shards
-             do not, older copies and then the oldest checkpoints are given up (`shortage`); where that would not do,
+             do not, older copies and then the oldest checkpoints are given up (`retention`); where that would not do,
              this save is; leaders make `.tmp-STEP-ATTEMPT`
 2. write     every rank its shard, hashing beside it, until it is on the disk
 3. copy      every shard to the next node
@@ -38,12 +38,10 @@ from mlx_empire.checkpoint.paths import (
     shard_name,
     step_name,
 )
-from mlx_empire.checkpoint.retention import make_room
+from mlx_empire.checkpoint.retention import give_up, make_room
 from mlx_empire.checkpoint.shard import LivePiece, write_shard
-from mlx_empire.checkpoint.shortage import give_up
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.disk import with_headroom
-from mlx_empire.private_files import create_private, replace_private, sync_file, sync_folder
+from mlx_empire.disk import create_private, replace_private, sync_file, sync_folder, with_headroom
 
 Describe = Callable[[Sequence[Shard]], Manifest]
 

@@ -19,7 +19,7 @@ from mlx_empire.checkpoint.manifest import Shard
 from mlx_empire.checkpoint.paths import open_own
 from mlx_empire.checkpoint.shard import problem_with
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.private_files import create_private, sync_file
+from mlx_empire.disk import create_private, sync_file
 
 PIECE_BYTES = 8 << 20
 SIGN_OF_LIFE = 64  # pieces

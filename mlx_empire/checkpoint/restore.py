@@ -15,19 +15,18 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from mlx_empire import progress
 from mlx_empire.checkpoint.find import FoundCheckpoint
 from mlx_empire.checkpoint.manifest import Piece
 from mlx_empire.checkpoint.paths import open_own
 from mlx_empire.checkpoint.shard import CODES, WEIGHTS, piece_offsets
-from mlx_empire.comm import liveness
+from mlx_empire.comm.buffers import DTYPES, host_view
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.comm.views import DTYPES, host_view
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.optim.decay import decays
 from mlx_empire.optim.flat import STATES
-from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars
+from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars, decays
 from mlx_empire.plan.shards import Placement, Segment, ShardPlan, Unit
 
 ARRAY_TYPES = {code: dtype for dtype, code in CODES.items()}
@@ -127,7 +126,7 @@ class Restore:
                             elif reader != self._comm.rank:
                                 receives.append((reader, own))
         self._comm.transfer(sends, receives)
-        liveness.moved()
+        progress.moved()
 
     def _read(
         self, file: BinaryIO, place: _Place, segment: Segment, placement: Placement

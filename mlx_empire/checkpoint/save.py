@@ -24,11 +24,10 @@ from typing import Literal, Self
 from mlx_empire import progress
 from mlx_empire.checkpoint.agree import Folders, SaveFailed, find_folders
 from mlx_empire.checkpoint.commit import Commit, Describe
-from mlx_empire.checkpoint.identity import Identity
+from mlx_empire.checkpoint.manifest import Identity
 from mlx_empire.checkpoint.paths import step_name
-from mlx_empire.checkpoint.retention import clear_the_way, retain
+from mlx_empire.checkpoint.retention import clear_the_way, give_up, retain
 from mlx_empire.checkpoint.shard import LivePiece, live_pieces
-from mlx_empire.checkpoint.shortage import give_up
 from mlx_empire.comm.failure import AgreedExit
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread

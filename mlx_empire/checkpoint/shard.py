@@ -21,12 +21,11 @@ import numpy as np
 from mlx_empire import progress
 from mlx_empire.checkpoint.manifest import Piece, Shard, digest_of
 from mlx_empire.checkpoint.paths import open_own
-from mlx_empire.comm import liveness
-from mlx_empire.comm.views import host_view
+from mlx_empire.comm.buffers import host_view
+from mlx_empire.disk import create_private, sync_file
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.formats.safetensors import COPY_BYTES, encode_header
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.private_files import create_private, sync_file
 
 WEIGHTS = "weights"
 HASHING_THREADS = 4
@@ -219,7 +218,7 @@ def _first_damage(path: Path, shard: Shard) -> str | None:
                 return None
             piece, future = waiting.pop(0)
             found = future.result()
-            liveness.moved()  # hours of reading are no hang
+            progress.moved()  # hours of reading are no hang
             if found != piece.digest:
                 for _, later in waiting:
                     later.cancel()

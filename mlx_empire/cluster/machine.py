@@ -3,12 +3,22 @@
 The limit is the one that the GPU reports (Metal's recommended working set); without a GPU it is three
 quarters of the memory. On Linux the memory is what the control group allows, where that is less than what is
 installed.
+
+And how fast it is, measured shortly in the place of the figures that are planned with. Decides what is measured: the
+speed of a decoder layer's forward and backward (attention and a gated feed-forward block, grown until one pass takes
+a tenth of a second), and the rate at which large arrays are read and written. Disk and network are not measured: a
+file just written is read from the cache, and one process sees no network.
 """
+
+from __future__ import annotations
 
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -65,3 +75,78 @@ def _read_limit(path: Path) -> int:
         return int(path.read_text())
     except (OSError, ValueError):  # not there, or "max"
         return 2**63
+
+
+LONG_ENOUGH = 0.1  # seconds of one pass
+REPEATS = 3
+LARGEST_WIDTH = 4096
+COPY_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured: executed TFLOP/s of a layer, bytes per second of memory; `chip` None for a CPU."""
+
+    machine: str
+    chip: str | None
+    dtype: str
+    tflops: float
+    memory_rate: float
+
+
+def calibrate(dtype: str) -> Calibration:
+    """Measure this machine in `dtype` (float32 or bfloat16); a second or two, at most 0.6 GB."""
+    chip = str(mx.device_info()["device_name"]) if mx.metal.is_available() else None
+    width = 256
+    speed = _layer_speed(width, dtype)
+    while speed[1] < LONG_ENOUGH and width < LARGEST_WIDTH:
+        width *= 2
+        speed = _layer_speed(width, dtype)
+    return Calibration(socket.gethostname(), chip, dtype, speed[0] / speed[1] / 1e12, _memory_rate())
+
+
+def layer_flops(tokens: int, width: int) -> int:
+    """Operations of forward and backward of the measured layer: 6 per weight and token, 12 per score and channel."""
+    weights = 4 * width * width + 3 * width * 3 * width
+    return 6 * weights * tokens + 12 * tokens * tokens * width
+
+
+def _layer_speed(width: int, dtype: str) -> tuple[int, float]:
+    """(operations, seconds) of one forward and backward pass of a layer of this width over `width` tokens."""
+    kind, tokens, heads = getattr(mx, dtype), width, width // 64
+    keys = mx.random.split(mx.random.key(0), 8)
+    shapes = [(width, width)] * 4 + [(width, 3 * width)] * 2 + [(3 * width, width)]
+    weights = [
+        (mx.random.normal(s, key=k) / s[0] ** 0.5).astype(kind) for s, k in zip(shapes, keys, strict=False)
+    ]
+    hidden = mx.random.normal((tokens, width), key=keys[7]).astype(kind)
+
+    def layer(w: list[mx.array], x: mx.array) -> mx.array:
+        q, k, v = ((x @ m).reshape(1, tokens, heads, 64).transpose(0, 2, 1, 3) for m in w[:3])
+        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.125, mask="causal")
+        x = x + mixed.transpose(0, 2, 1, 3).reshape(tokens, width) @ w[3]
+        gate = x @ w[4]
+        x = x + (gate * mx.sigmoid(gate) * (x @ w[5])) @ w[6]
+        return x.astype(mx.float32).sum()
+
+    step = mx.grad(layer, argnums=(0, 1))
+    mx.eval(weights, hidden)
+    return layer_flops(tokens, width), _best(lambda: mx.eval(step(weights, hidden)))
+
+
+def _memory_rate() -> float:
+    """Bytes per second of an element-wise sum: two arrays read, one written."""
+    a, b = mx.ones(COPY_ELEMENTS), mx.ones(COPY_ELEMENTS)
+    mx.eval(a, b)
+    return 3 * 4 * COPY_ELEMENTS / _best(lambda: mx.eval(a + b))
+
+
+def _best(work: Callable[[], object]) -> float:
+    """Seconds of the quickest of a few calls; the first, which may compile, is not counted."""
+    work()
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

@@ -14,8 +14,8 @@ MPI has a handshake of its own for large messages, and it makes a wire with two 
 the answer travels on the same TCP connection as the receiver's own data, behind megabytes that it has been allowed to
 send; when it is there the roles are changed. Measured over cards of 80 Mbit/s, exchanges took between 1.0 and 2.1 times
 their time at random. A credit is given before there is anything to wait behind, and for a whole window at once; and a
-message that MPI sends without asking (`eager`) has no handshake. Unasked messages without credits would
-pile up in the memory of a rank that is late.
+message that MPI sends without asking (`plan.traffic.unasked_bytes`) has no handshake. Unasked messages without credits
+would pile up in the memory of a rank that is late.
 """
 
 import threading
@@ -27,7 +27,7 @@ from functools import partial
 import numpy as np
 from mpi4py import MPI
 
-from mlx_empire.comm import liveness
+from mlx_empire import progress
 from mlx_empire.comm.messages import Stream
 from mlx_empire.comm.protocol import Traffic
 from mlx_empire.errors import LostRankError
@@ -119,10 +119,10 @@ class Exchange:
                 flights = [flight for index, flight in enumerate(flights) if index not in landed]
                 flights += [flight for flight in posted if flight is not None]
                 moved = time.monotonic()
-                liveness.moved()
+                progress.moved()
                 continue
             now = time.monotonic()
-            patient = liveness.watched() or now - moved <= self._deadline
+            patient = progress.watched() or now - moved <= self._deadline
             if not patient if within is None else now - start > within:
                 raise LostRankError(self._lost(name, streams, self._deadline if within is None else within))
             pause(now - moved)

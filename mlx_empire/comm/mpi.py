@@ -1,5 +1,7 @@
 """The protocol over MPI: hands the streams of each operation to the exchange of its plane (see `protocol`)."""
 
+from __future__ import annotations
+
 import json
 import os
 import sys
@@ -11,12 +13,14 @@ from typing import Any, NoReturn
 import numpy as np
 from mpi4py import MPI
 
-from mlx_empire.comm import liveness
-from mlx_empire.comm.accumulate import Adder, check_buffer, check_reduction
-from mlx_empire.comm.eager import unasked_bytes
+from mlx_empire import progress
+from mlx_empire.comm.buffers import Adder, check_buffer, check_reduction
 from mlx_empire.comm.exchange import Exchange
 from mlx_empire.comm.messages import (
+    SLOTS,
     Bucket,
+    ReduceScatter,
+    Staging,
     Stream,
     cut_into_buckets,
     direct_streams,
@@ -24,10 +28,41 @@ from mlx_empire.comm.messages import (
     queue_stream,
     relay_streams,
 )
-from mlx_empire.comm.mpi_heartbeat import MpiHeartbeat
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
-from mlx_empire.comm.reduce import SLOTS, ReduceScatter, Staging
-from mlx_empire.plan.traffic import PIECE_BYTES, Route, resolve_route
+from mlx_empire.errors import UserError
+from mlx_empire.plan.traffic import PIECE_BYTES, Route, resolve_route, unasked_bytes
+
+HEARTBEAT_TAG = 6
+MAX_HEARTBEAT_BYTES = 4096
+
+
+class MpiHeartbeat:
+    """`Heartbeat` over a duplicate of the world's communicator."""
+
+    def __init__(self, communicator: MPI.Intracomm) -> None:
+        self._communicator = communicator
+        self._peers = [rank for rank in range(communicator.size) if rank != communicator.rank]
+        self._flights: dict[int, list[tuple[MPI.Request, Any]]] = {}  # with the data, which must live as long
+
+    def send(self, message: Any, *, last: bool = False) -> None:
+        """See `Heartbeat`."""
+        data = np.frombuffer(json.dumps(message).encode(), np.uint8)
+        assert data.size <= MAX_HEARTBEAT_BYTES
+        for peer in self._peers:
+            if last or all(request.Test() for request, _ in self._flights.get(peer, [])):
+                request = self._communicator.Isend([data, MPI.BYTE], peer, HEARTBEAT_TAG)
+                self._flights[peer] = [*(self._flights.get(peer, []) if last else []), (request, data)]
+
+    def receive(self) -> list[tuple[int, Any]]:
+        """See `Heartbeat`."""
+        found = []
+        status = MPI.Status()
+        while self._communicator.Iprobe(MPI.ANY_SOURCE, HEARTBEAT_TAG, status):
+            data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            self._communicator.Recv([data, MPI.BYTE], status.Get_source(), HEARTBEAT_TAG)
+            found.append((status.Get_source(), json.loads(data.tobytes())))
+        return found
+
 
 GATHER, REDUCE, SCATTER, CONTROL, TRANSFER = 1, 2, 3, 4, 5  # message tags
 ABORT_SECONDS = 10.0
@@ -55,11 +90,19 @@ class MpiCommunicator:
         self._control = Exchange(world.Dup(), self.hostnames, deadline_seconds)
         self._data = Exchange(world.Dup(), self.hostnames, deadline_seconds, self.traffic)
         self._slots, self._piece_bytes = SLOTS, bucket_bytes
-        ranks = self.gather_json([hostname, unasked_bytes(os.environ)])
-        self.hostnames[:] = [name for name, _ in ranks]
+        self.hostnames[:] = self.gather_json(hostname)
         if len(set(self.hostnames)) > 1:
-            self._piece_bytes = min(bucket_bytes, PIECE_BYTES, *(unasked for _, unasked in ranks))
+            self._piece_bytes = min(bucket_bytes, PIECE_BYTES, self._agreed_unasked_bytes())
             self._slots = SLOTS * bucket_bytes // self._piece_bytes
+
+    def _agreed_unasked_bytes(self) -> int:
+        """The largest message that no rank's MPI asks about. A rank of version 0.1 says what it runs instead."""
+        answers = self.gather_json({"unasked bytes": unasked_bytes(os.environ)})
+        if any(set(answer) != {"unasked bytes"} for answer in answers):
+            raise UserError(
+                "the ranks run different versions of mlx_empire; install the same version on every machine"
+            )
+        return min(int(answer["unasked bytes"]) for answer in answers)
 
     @property
     def staging_bytes(self) -> int:
@@ -155,7 +198,7 @@ class MpiCommunicator:
     def heartbeat(self) -> MpiHeartbeat:
         return MpiHeartbeat(self._world.Dup())
 
-    def duplicate(self, deadline_seconds: float) -> "MpiCommunicator":
+    def duplicate(self, deadline_seconds: float) -> MpiCommunicator:
         other = MpiCommunicator(self._world, self.hostname, self._route, self._bucket_bytes, deadline_seconds)
         other._control_thread = None
         return other
@@ -173,7 +216,7 @@ class MpiCommunicator:
         if self._control_thread is None:  # a duplicate belongs to the thread that uses it first
             self._control_thread = threading.get_ident()
         assert threading.get_ident() == self._control_thread, f"{name}: only for the thread that connected"
-        with liveness.waiting():
+        with progress.waiting():
             return self._swap_waiting(name, own, within_seconds)
 
     def _swap_waiting(self, name: str, own: bytes, within_seconds: float | None) -> list[bytes]:

@@ -22,10 +22,14 @@ Buffers hold the concatenation of all ranks' intervals. `edges` are the N + 1 bo
   scatter         the root sends each owner its interval.
   transfer        any buffers from any rank to any other; both sides name them in the same order.
 
-bfloat16 is unknown to numpy: it travels as uint16 and is named by `wire`. Every operation raises
-`LostRankError` when nothing has moved for the deadline, unless a watchdog (`watchdog`) runs, which knows more about the
-others than that; the job cannot go on after that.
+bfloat16 is unknown to numpy: it travels as uint16 and is named by `wire`. Every operation raises `LostRankError` when
+nothing has moved for the deadline, unless a watchdog (`watchdog`) runs, which knows more about the others than that;
+the job cannot go on after that.
+
+Beside them a watchdog has a way of its own to the other ranks: `Heartbeat`.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +37,27 @@ from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 
-from mlx_empire.comm.heartbeat import Heartbeat
+
+class Heartbeat(Protocol):
+    """Sends to, and receives from, all other ranks; for one thread."""
+
+    def send(self, message: Any, *, last: bool = False) -> None:
+        """JSON to everyone; a peer that has not taken the one before gets none, unless it is the last."""
+
+    def receive(self) -> list[tuple[int, Any]]:
+        """(rank, message) of all that has come."""
+
+
+class SoloHeartbeat:
+    """`Heartbeat` of the only rank."""
+
+    def send(self, message: Any, *, last: bool = False) -> None:
+        """Nobody listens."""
+
+    def receive(self) -> list[tuple[int, Any]]:
+        """Nobody talks."""
+        return []
+
 
 Wire = Literal["float32", "bfloat16", "float16"]
 Array = np.ndarray[Any, Any]
@@ -50,13 +74,13 @@ class Traffic:
     received: list[int] = field(default_factory=list)
 
     @classmethod
-    def between(cls, size: int) -> "Traffic":
+    def between(cls, size: int) -> Traffic:
         return cls([0] * size, [0] * size)
 
-    def snapshot(self) -> "Traffic":
+    def snapshot(self) -> Traffic:
         return Traffic(list(self.sent), list(self.received))
 
-    def since(self, earlier: "Traffic") -> "Traffic":
+    def since(self, earlier: Traffic) -> Traffic:
         """What was moved after `earlier`, a snapshot."""
         return Traffic(
             [now - then for now, then in zip(self.sent, earlier.sent, strict=True)],
@@ -128,7 +152,7 @@ class Communicator(Protocol):
     def heartbeat(self) -> Heartbeat:
         """Messages between the watchdogs, on a communicator of their own. Collective, control plane."""
 
-    def duplicate(self, deadline_seconds: float) -> "Communicator":
+    def duplicate(self, deadline_seconds: float) -> Communicator:
         """The same ranks with planes of their own, for one other thread. Collective, control plane."""
 
     def abort(self, code: int) -> NoReturn:

@@ -9,9 +9,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from mlx_empire.comm.accumulate import Adder, check_buffer, check_reduction
-from mlx_empire.comm.heartbeat import SoloHeartbeat
-from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
+from mlx_empire.comm.buffers import Adder, check_buffer, check_reduction
+from mlx_empire.comm.protocol import Array, Pieces, SoloHeartbeat, Traffic, Wire
 
 
 class SoloCommunicator:

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
-from mlx_empire.comm import liveness
+from mlx_empire import progress
 
 T = TypeVar("T")
 Name = tuple[str, int]  # of an operation: what it does, and to which unit
@@ -50,7 +50,7 @@ class CommThread:
         """The future's result, its exception raised; the time spent here counts as waited, for `what`."""
         start = time.perf_counter()
         try:
-            with liveness.waiting():
+            with progress.waiting():
                 return future.result()
         finally:
             seconds = time.perf_counter() - start

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_empire.data.dataset import Dataset
-from mlx_empire.data.order import fixed_permutation, rows_at
+from mlx_empire.data.rows import Dataset, fixed_permutation, rows_at
 
 PAD_TO = 32  # widths are multiples of this, so that few shapes occur (each new one costs a compilation)
 PADDING_DOCUMENT = -1

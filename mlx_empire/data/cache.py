@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlx_empire.data.rows import Table
-from mlx_empire.private_files import create_private
+from mlx_empire.disk import create_private
 
 TOKENIZER_FILES = (
     "*token*",

@@ -1,30 +1,95 @@
 """Decides which characters of a rendered conversation are the assistant's; only here are templates read.
 
-mlx-lm's ChatDataset gives one offset per row, measured in tokens of a shorter rendering: it masks every
-assistant turn but the last, and is wrong where a template renders earlier turns differently or where tokens
-merge across the boundary. So the template is used through mlx-lm's tokenizer, but the spans are found here,
-in characters:
-
 - A target is all that the assistant writes in a turn, with what ends it: the turn's closing or, where that holds
   no end-of-sequence token, such a token at the head of what follows. After the last turn it is appended. Turns
   for which neither is found are counted, and the user is told (`Remarks`).
-- Tool calls and results must be printed, or the row is refused (`data/tools.py`). Rows whose `tools` are not
-  printed are counted, and the user is told.
+- A turn that the row says is not to be learnt (`weight: 0`) is read like any other, and is no target.
+- What the template reads, and under which names, is seen (`data/messages.py`, `forms.py`, `tools.py`); contents, tool
+  calls and results that it does not print are refused. Rows whose `tools` are not printed, thoughts that it drops and
+  keys that nothing reads are counted, and the user is told.
+
+Which token ends a turn is decided here too (`Stops`). Most templates close a turn (`<|im_end|>`, `<|eot_id|>`,
+`</s>`). Some close nothing (GLM 4.5): there the next role's marker is what ends an answer in generation, so it is
+taught like a closing. Generation stops at the same tokens: both read `eos_token_ids` of one tokenizer
+(`encode.load_tokenizer`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mlx_empire.data.files import RawRow
-from mlx_empire.data.stops import Stops
-from mlx_empire.data.tools import PROBE, Messages, has_calls, printable_calls, probed
+from mlx_empire.data.forms import knows_role, printed_thoughts, settled_roles
+from mlx_empire.data.messages import Conversation, Messages, read_conversation
+from mlx_empire.data.spans import Render, Span, assistant_spans, attempt, moving_part, shared_prefix
+from mlx_empire.data.tools import PROBE, as_parts, in_printed_form, probed, rewritten, uses_tools
 from mlx_empire.errors import UserError
 
-Render = Callable[[Messages, bool], str]
-Span = tuple[int, int]
+
+@dataclass(frozen=True)
+class Stops:
+    """The texts of the end-of-sequence tokens, and of all special tokens."""
+
+    ends: tuple[str, ...]
+    specials: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Stops":
+        """Those of mlx-lm's tokenizer."""
+        ends = (tokenizer.decode([number]) for number in sorted(tokenizer.eos_token_ids))
+        specials = (str(token) for token in tokenizer.added_tokens_decoder.values())
+        # A token outside the vocabulary has no text, and every text ends with "".
+        return cls(tuple(filter(str.strip, ends)), tuple(filter(str.strip, specials)))
+
+    def closed(self, turn: str) -> int | None:
+        """How long `turn` is up to the last end in its closing (the white space and special tokens that it ends with)
+        and the white space after that; None where the closing holds no end. What follows is the next role's."""
+        rest = turn.rstrip()
+        while not rest.endswith(self.ends):
+            last = max((s for s in self.specials if rest.endswith(s)), key=len, default="")
+            if not last:
+                return None
+            rest = rest[: -len(last)].rstrip()
+        return len(rest) + _white(turn[len(rest) :])
+
+    def ended(self, after: str) -> int | None:
+        """How much of `after`, which follows what a turn says, is up to its last end and the white space after that."""
+        last = max((after.rfind(end) + len(end) for end in self.ends if end in after), default=None)
+        return None if last is None else last + _white(after[last:])
+
+    def opening(self, following: str) -> str:
+        """The end that `following` begins with, with the white space before it; "" where there is none."""
+        rest = following.lstrip()
+        end = max((e for e in self.ends if rest.startswith(e)), key=len, default="")
+        return following[: len(following) - len(rest)] + end if end else ""
+
+    def whole(self, text: str, end: int) -> int:
+        """`end`, moved to the beginning of the special token of `text` that it cuts in two, if it does."""
+        names, first_letters, longest = self._index
+        for start in range(max(0, end - longest + 1), end):
+            if text[start] in first_letters and any(
+                text[start : start + length] in names
+                for length in range(end - start + 1, min(longest, len(text) - start) + 1)
+            ):
+                return start
+        return end
+
+    @cached_property
+    def _index(self) -> tuple[frozenset[str], frozenset[str], int]:
+        """The special tokens, their first letters and the length of the longest: some tokenizers have thousands."""
+        letters = frozenset(token[0] for token in self.specials)
+        return frozenset(self.specials), letters, max(map(len, self.specials), default=0)
+
+
+def _white(text: str) -> int:
+    """How many characters of white space `text` begins with."""
+    return len(text) - len(text.lstrip())
+
 
 NEXT = "\ue001"  # as PROBE, for the message that is put after a conversation
+# Keys of messages that most templates read or that are no text: nothing is lost where one does not.
+READ_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "id")
 
 # Some templates print today's date (strftime_now). Then the tokens would depend on the day, and a run that
 # resumes tomorrow would read other data, so their clock is stopped; a macro, because transformers passes no
@@ -40,12 +105,15 @@ FIXED_CLOCK = (
 
 @dataclass
 class Remarks:
-    """What the user is told about the conversations of a set: assistant turns, those of them that nothing ends, and
-    rows whose `tools` the template does not print."""
+    """What the user is told about the conversations of a set: assistant turns that are learnt, those of them that
+    nothing ends, rows whose `tools` the template does not print, thoughts that it drops, keys that nothing reads.
+    """
 
     turns: int = 0
     endless: int = 0
     tools_unseen: int = 0
+    thoughts_unseen: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
 
     def sentences(self, tokenizer: Any) -> list[str]:
         """One line for each thing that is not as it should be."""
@@ -64,6 +132,14 @@ class Remarks:
                 f"{self.tools_unseen} rows, so their answers are learnt without them; describe them in a system "
                 "message, or use a template that prints them"
             )
+        if self.thoughts_unseen:
+            told.append(
+                f"WARNING: the chat template of {tokenizer.name_or_path} drops {self.thoughts_unseen} thoughts (most "
+                "print none before the last question), so they are not learnt; give each such turn a row of its own"
+            )
+        if self.unread:
+            keys = ", ".join(f"{key!r} ({count})" for key, count in self.unread.most_common(8))
+            told.append(f"WARNING: keys of messages that nothing reads, the chat template included: {keys}")
         return told
 
 
@@ -75,15 +151,29 @@ class ChatReader:
         self._tokenizer, self._stops = tokenizer, Stops.of(tokenizer)
 
     def render(self, row: RawRow, messages: Messages, mask_prompt: bool) -> tuple[str, list[Span] | None]:
-        """The text of a conversation and the character spans that are training targets: each assistant turn with
-        what ends it, or None (everything) without `mask_prompt`. Errors: UserError when the template refuses the
-        conversation, or does not print a part of it."""
-        render, messages, full = self._full(row, messages, False)
-        ends_it = messages[-1]["role"] == "assistant"
-        spans = _assistant_spans(render, row, messages, full) if mask_prompt else [(0, len(full))][:ends_it]
+        """The text of a conversation and the character spans that are training targets: each assistant turn that is
+        to be learnt with what ends it, or None (everything) without `mask_prompt`. Errors: UserError when the template
+        refuses the conversation, or does not print a part of it."""
+        conversation = read_conversation(row, messages)
+        if conversation.flagged and not mask_prompt:
+            raise UserError(
+                f"{row.where}: messages that are not to be learnt (weight 0) need data.mask_prompt: true"
+            )
+        render, messages, full = self._full(row, conversation, False)
+        turns = [turn for turn, wanted in enumerate(conversation.learnt) if wanted]
+        ends_it = conversation.learnt[-1]
+        if mask_prompt:
+            spans = assistant_spans(render, row, messages, turns, full)
+        else:
+            spans, turns = [(0, len(full))][:ends_it], turns[-1:]
         for number, (start, end) in enumerate(spans):
             end, stop = self._stops.whole(full, end), ""
-            if not self._stops.close(full[start:end]):
+            closed = self._stops.closed(full[start:end])
+            if closed is None:
+                closed = self._closed_before_a_header(render, messages, turns[number], full, start, end)
+            if closed is not None:
+                end = start + closed if mask_prompt else end
+            else:
                 if ends_it and number + 1 == len(spans):
                     stop = self._next_opening(render, messages)
                     full += stop
@@ -94,37 +184,90 @@ class ChatReader:
         self.remarks.turns += len(spans)
         return full, spans if mask_prompt else None
 
+    def _closed_before_a_header(
+        self, render: Render, messages: Messages, turn: int, full: str, start: int, end: int
+    ) -> int | None:
+        """As `Stops.closed`, where text comes after the end: some templates open the next turn without being asked."""
+        said = moving_part(render, messages, turn, full)
+        if said is None or not start <= said[1] <= end:
+            return None
+        ended = self._stops.ended(full[said[1] : end])
+        return None if ended is None else said[1] - start + ended
+
     def prompt(self, row: RawRow, messages: Messages) -> str:
         """The text after which the assistant answers. Errors: as `render`."""
-        return self._full(row, messages, True)[2]
+        return self._full(row, read_conversation(row, messages), True)[2]
 
-    def _full(self, row: RawRow, messages: Messages, generation_prompt: bool) -> tuple[Render, Messages, str]:
-        """The function that renders, the messages with calls as the template prints them, and their rendering."""
-        tools = row.value.get("tools")
-        template = _template(self._tokenizer, row)
+    def _full(
+        self, row: RawRow, conversation: Conversation, generation_prompt: bool
+    ) -> tuple[Render, Messages, str]:
+        """The function that renders, the messages in the form that the template prints, and their rendering."""
+        tools = conversation.tools
+        template = _template(self._tokenizer, row, tools)
         render = _renderer(self._tokenizer, template, tools)
-        messages = printable_calls(lambda some: _attempt(render, some, False), messages, row.where)
+        messages = self._in_its_form(row, render, template, conversation.messages)
+        messages, full = self._rendered(row, render, messages, generation_prompt)
+        if tools and full == attempt(_renderer(self._tokenizer, template, None), messages, generation_prompt):
+            self.remarks.tools_unseen += 1
+        return render, messages, full
+
+    def _rendered(
+        self, row: RawRow, render: Render, messages: Messages, generation_prompt: bool
+    ) -> tuple[Messages, str]:
+        """`messages` and their rendering, as lists of parts where the template reads no strings. Errors: UserError."""
+        refusal = None
         try:
             full = render(messages, generation_prompt)
         except Exception as error:  # a template may raise anything, its own messages included
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            refusal = error
+        hidden = None if refusal else _hidden(render, messages, full)
+        if (refusal or hidden is not None) and not uses_tools(
+            messages
+        ):  # for tools, `in_printed_form` has tried it
+            parts = as_parts(messages)
+            other = attempt(render, parts, generation_prompt)
+            if other is not None and _hidden(render, parts, other) is None:
+                return parts, other
+        if refusal:
+            reason = str(refusal).splitlines()[0] if str(refusal) else type(refusal).__name__
             raise UserError(
                 f"{row.where}: the tokenizer's chat template refuses this conversation ({reason}); "
                 "correct the row"
-            ) from error
-        _refuse_hidden(render, row, messages, full)
-        if tools and full == _attempt(
-            _renderer(self._tokenizer, template, None), messages, generation_prompt
-        ):
-            self.remarks.tools_unseen += 1
-        return render, messages, full
+            ) from refusal
+        if hidden is not None:
+            raise UserError(
+                f"{row.where}: message {hidden + 1}: the chat template does not print this content; write it as "
+                "the template wants it, or into another message"
+            )
+        return messages, full
+
+    def _in_its_form(self, row: RawRow, render: Render, template: str, messages: Messages) -> Messages:
+        """`messages` with the roles, names and forms that the template reads. Errors: UserError."""
+
+        def shown(some: Messages) -> str | None:
+            return attempt(render, some, False)
+
+        messages = settled_roles(shown, messages, row.where)
+        messages = in_printed_form(shown, messages, row.where)
+        messages, unseen = printed_thoughts(shown, messages, row.where)
+        self.remarks.thoughts_unseen += unseen
+        if template:
+            keys = (key for message in messages for key in message if key not in READ_KEYS)
+            self.remarks.unread.update(key for key in keys if key not in template)
+        results = any(message["role"] == "tool" for message in messages)
+        if results and "tool_responses" in template and not knows_role(shown, messages, "tool"):
+            raise UserError(
+                f"{row.where}: the chat template knows results of tools only inside the assistant's message "
+                "(tool_responses), where they would be learnt; take this model's newer template, which knows role tool"
+            )
+        return messages
 
     def _next_opening(self, render: Render, messages: Messages) -> str:
         """The end-of-sequence token that the next turn's rendering puts after the last one, or ""."""
         last = probed(messages[-1])
-        alone = _attempt(render, [*messages[:-1], last], False)
+        alone = attempt(render, [*messages[:-1], last], False)
         for message in _next_messages(messages[-1]):
-            longer = _attempt(render, [*messages[:-1], last, message], False)
+            longer = attempt(render, [*messages[:-1], last, message], False)
             if alone is not None and longer is not None and PROBE in alone and NEXT in longer:
                 closing = alone.rpartition(PROBE)[2]
                 following = longer.partition(NEXT)[0].rpartition(PROBE)[2]
@@ -145,18 +288,18 @@ def _next_messages(last: dict[str, Any]) -> Messages:
     return [{"role": "tool", "content": NEXT, "name": name, "tool_call_id": call.get("id")}, user]
 
 
-def _template(tokenizer: Any, row: RawRow) -> str:
+def _template(tokenizer: Any, row: RawRow, tools: list[dict[str, Any]] | None) -> str:
     """The source of the template for `row`, or "" where mlx-lm brings one in Python. Errors: UserError for several
     named ones and none for this row."""
     if tokenizer.chat_template is None:
         return ""
     try:
-        return str(tokenizer.get_chat_template(tools=row.value.get("tools")))
+        return str(tokenizer.get_chat_template(tools=tools))
     except ValueError as error:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise UserError(
             f"{row.where}: none of the tokenizer's chat templates ({names}) is named default; "
-            "name one so in tokenizer_config.json"
+            "name one so in tokenizer_config.json, or write it into chat_template.jinja"
         ) from error
 
 
@@ -175,95 +318,20 @@ def _renderer(tokenizer: Any, template: str, tools: list[dict[str, Any]] | None)
     return render
 
 
-def _refuse_hidden(render: Render, row: RawRow, messages: Messages, full: str) -> None:
-    """Raise UserError where `full`, the rendering, shows nothing of a text of the user or the assistant.
+def _hidden(render: Render, messages: Messages, full: str) -> int | None:
+    """The first message of which `full`, the rendering, shows nothing, or None.
 
-    Templates that want a list of parts print nothing of a string: its answer would be learnt as an empty one.
+    Templates that want a list of parts print nothing of a string, and some have no place for a system message: the
+    answers would be learnt as empty ones, or without what they follow from.
     """
     for turn, message in enumerate(messages):
         content = message.get("content")
-        if (
-            message["role"] not in ("user", "assistant")
-            or not isinstance(content, str)
-            or content.strip() in full
-        ):
+        if message["role"] not in ("system", "user", "assistant") or not content:
             continue
-        changed = {**message, "content": PROBE}
-        other = _attempt(render, [*messages[:turn], changed, *messages[turn + 1 :]], False)
+        if isinstance(content, str) and content.strip() in full:
+            continue
+        changed = {**message, "content": rewritten(content, lambda: PROBE)}
+        other = attempt(render, [*messages[:turn], changed, *messages[turn + 1 :]], False)
         if other is not None and PROBE not in other:
-            raise UserError(
-                f"{row.where}: message {turn + 1}: the chat template does not print this content; write it as "
-                "the template wants it, perhaps as a list of {type: text, text: ...} parts"
-            )
-
-
-def _assistant_spans(render: Render, row: RawRow, messages: Messages, full: str) -> list[Span]:
-    """The characters of `full` that are the assistant's, turn by turn. Errors: UserError where they are hidden."""
-    spans: list[Span] = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            span = _assistant_span(render, messages, turn, full)
-            if span is None or (spans and span[0] < spans[-1][1]):
-                raise UserError(
-                    f"{row.where}: message {turn + 1}: the chat template does not show where this assistant "
-                    "turn begins and ends; set data.mask_prompt: false or give each turn a row of its own"
-                )
-            spans.append(span)
-    return spans
-
-
-def _assistant_span(render: Render, messages: Messages, turn: int, full: str) -> Span | None:
-    """The characters of `full` that the model writes in `turn`, or None where they cannot be found.
-
-    Usually the rendering up to the turn, with the generation prompt, is a prefix of the rendering through the
-    turn, which is a prefix of the whole. Where a template renders the past differently (it drops earlier
-    reasoning, or its generation prompt opens a thought), the turn is found by changing its content and
-    looking at what moves.
-    """
-    before = _attempt(render, messages[:turn], True)
-    through = full if turn + 1 == len(messages) else _attempt(render, messages[: turn + 1], False)
-    if before is not None and through is not None and through.startswith(before) and full.startswith(through):
-        return len(before), len(through)
-
-    content = _moving_part(render, messages, turn, full)
-    alone = None if through is None else _moving_part(render, messages[: turn + 1], turn, through)
-    if content is None or alone is None or through is None:
-        return None
-    start, end = content
-    if before is not None and full.startswith(before):
-        start = min(start, len(before))
-    elif has_calls(messages[turn]):
-        # What moves begins at the function's name; what opens the call is the model's too.
-        plain = _attempt(render, [*messages[:turn], {"role": "assistant", "content": PROBE}], False)
-        opening = through[shared_prefix(through, plain or "") : alone[0]]
-        if plain is None or not full[:start].endswith(opening):
-            return None
-        start -= len(opening)
-    closing = shared_prefix(through[alone[1] :], full[end:])
-    return start, end + closing
-
-
-def _moving_part(render: Render, messages: Messages, turn: int, text: str) -> Span | None:
-    """The part of `text`, the rendering of `messages`, that depends on what the author of `turn` wrote."""
-    changed = [*messages[:turn], probed(messages[turn]), *messages[turn + 1 :]]
-    other = _attempt(render, changed, False)
-    if other is None or PROBE not in other:
-        return None
-    start = shared_prefix(text, other)
-    shorter = min(len(text), len(other)) - start
-    tail = shared_prefix(text[::-1][:shorter], other[::-1][:shorter])
-    return start, len(text) - tail
-
-
-def shared_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many leading items two sequences have in common."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _attempt(render: Render, messages: Messages, generation_prompt: bool) -> str | None:
-    """A rendering of a part of a conversation, or None: templates may refuse parts (no message at all)."""
-    try:
-        return render(messages, generation_prompt)
-    except Exception:
-        return None
+            return turn
+    return None

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from mlx_empire import progress
-from mlx_empire.data.chat import ChatReader, Remarks, Span, shared_prefix
-from mlx_empire.data.files import RawRow
-from mlx_empire.data.row_formats import check_row
-from mlx_empire.data.tools import Messages
+from mlx_empire.data.chat import ChatReader, Remarks
+from mlx_empire.data.files import RawRow, check_row
+from mlx_empire.data.messages import Messages
+from mlx_empire.data.spans import Span, shared_prefix
 from mlx_empire.errors import UserError
 
 BATCH = 256  # rows tokenised together: the tokenizer's own threads share them

@@ -1,8 +1,9 @@
-"""Decides which files of `data.path` are the training and the validation split, and reads them row by row.
+"""Decides which files of `data.path` are the training and the validation split, reads them row by row, and refuses rows
+that are not of the file's kind (`data.format`).
 
 A path is one file, a folder with `train.*` (and `valid.*`), a folder of `.txt` documents, or a Hugging Face
 datasets folder written by `save_to_disk`. Reading is strict: a line that cannot be used is named by file and
-line.
+line. What is inside a conversation is read in `data/messages.py`.
 """
 
 import json
@@ -108,14 +109,25 @@ def _json_lines(file: Path) -> Iterator[RawRow]:
             except UnicodeDecodeError as error:
                 raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
             except json.JSONDecodeError as error:
+                if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[") and number == 1:
+                    raise _array(where, file) from error
                 reason = f"{error.msg} at column {error.colno}"
                 raise UserError(f"{where}: not JSON ({reason}); write one JSON object a line") from error
             except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 nested brackets
                 raise UserError(f"{where}: not usable JSON ({error}); simplify the row") from error
+            if isinstance(value, list) and number == 1:
+                raise _array(where, file)
             if not isinstance(value, dict):
                 kind = type(value).__name__
                 raise UserError(f"{where}: a JSON {kind}, not an object; write one JSON object a line")
             yield RawRow(where, value)
+
+
+def _array(where: str, file: Path) -> UserError:
+    lines = file.with_suffix(".jsonl").name if file.suffix != ".jsonl" else f"{file.stem}-lines.jsonl"
+    return UserError(
+        f"{where}: a JSON array; write one JSON object a line: jq -c '.[]' {file.name} > {lines} does that"
+    )
 
 
 def _text_document(file: Path) -> RawRow:
@@ -159,3 +171,68 @@ def _parquet_rows(file: Path) -> Iterator[RawRow]:
         for value in batch.to_pylist():
             number += 1
             yield RawRow(f"{file}:{number}", value)
+
+
+KEYS = {
+    "chat": ("messages",),
+    "completions": ("prompt", "completion"),
+    "text": ("text",),
+    "tokens": ("tokens",),
+}
+# A key that gives another tool's format away, and what to do about it.
+FOREIGN = {
+    "conversations": "'conversations' is ShareGPT's format; rename it to messages, and in it from and value to "
+    "role and content",
+    "instruction": "'instruction' is Alpaca's format; write its instruction (and input below it) as prompt, and its "
+    "output as completion",
+    "chosen": "'chosen' is a format of preferences; this learns answers: keep the chosen one, as messages or as prompt "
+    "and completion",
+    "input_ids": "'input_ids' are tokens that another tool made; rename them to tokens (all count), or give the "
+    "conversation as messages",
+}
+
+
+def detect_format(row: RawRow) -> str:
+    """Name the format of a file from the keys of its first row. Errors: UserError for none or several.
+
+    Several matches are refused, not ranked: a row with both `messages` and a pre-rendered `text` trains
+    differently according to which one is read, and only the user knows which is meant.
+    """
+    found = [name for name, keys in KEYS.items() if all(row.value.get(key) is not None for key in keys)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{row.where}: could be {' or '.join(found)}; say which with data.format")
+    for key, remedy in FOREIGN.items():
+        if key in row.value:
+            raise UserError(f"{row.where}: {remedy}")
+    wanted = ", ".join("+".join(keys) for keys in KEYS.values())
+    has = ", ".join(row.value) or "none"
+    raise UserError(f"{row.where}: no known keys (it has {has}); a row needs one of {wanted}")
+
+
+def check_row(row: RawRow, data_format: str) -> None:
+    """Raise UserError unless `row` is a well-formed row of `data_format` (keys there, types right)."""
+    for key in KEYS[data_format]:
+        if row.value.get(key) is None:
+            raise UserError(
+                f"{row.where}: no {key!r} in a file of format {data_format}; "
+                "give every row the same keys or split the file"
+            )
+    if data_format == "tokens":
+        _check_tokens(row.where, row.value["tokens"])
+    elif data_format != "chat":  # conversations are checked as they are read (data/messages.py)
+        for key in KEYS[data_format]:
+            if not isinstance(row.value[key], str):
+                kind = type(row.value[key]).__name__
+                raise UserError(f"{row.where}: {key!r} is a {kind}; it must be a string")
+
+
+def _check_tokens(where: str, tokens: Any) -> None:
+    if not isinstance(tokens, list):
+        raise UserError(f"{where}: 'tokens' is a {type(tokens).__name__}; it must be a list of integers")
+    for position, token in enumerate(tokens):
+        if type(token) is not int or not 0 <= token < 2**31:  # a bool is an int to isinstance
+            raise UserError(
+                f"{where}: token {position} is {token!r:.40}; token ids are integers from 0 to 2^31-1"
+            )

@@ -1,17 +1,54 @@
-"""Decides how documents become rows: long ones are split or cut, short ones may share a row (packing).
+"""Decides what a row is, how documents become rows, and in which order rows are read.
 
-A *piece* is a document or a part of one. A row is one piece, or with packing several that stay apart: each
-piece of n tokens fills n - 1 input positions, so a target never lies in another document and no position is
-wasted between two documents.
+A row is inputs, targets one token ahead, the targets that count, and their documents. Long documents are split or
+cut, short ones may share a row (packing). A *piece* is a document or a part of one. A row is one piece, or with
+packing several that stay apart: each piece of n tokens fills n - 1 input positions, so a target never lies in another
+document and no position is wasted between two documents.
+
+The order is a pure function of seed and step, blind to the number of ranks. Epoch e is a permutation of the rows;
+position p = step * global_size + k reads row p mod n of epoch p div n. So any step can be computed alone, and a run
+resumes anywhere on any number of machines.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from mlx_empire.data.encode import Document
-from mlx_empire.data.order import fixed_permutation
+
+FIXED_SEED = 0x656D70697265  # for shuffles that belong to the data and must not follow run.seed
+
+
+@lru_cache(maxsize=4)
+def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation (rows,) int64 of an epoch, from Philox-4x64-10 keyed with (seed, epoch).
+
+    Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011.
+
+    The raw 64-bit stream is sorted rather than handed to `Generator.permutation`: numpy promises that raw
+    streams stay the same from version to version, but not what its Generator makes of them (NEP 19).
+    """
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    order = np.argsort(np.random.Philox(key=key).random_raw(rows), kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def fixed_permutation(count: int) -> np.ndarray:
+    """A permutation (count,) int64 that is the same in every run, whatever its seed."""
+    return epoch_order(count, FIXED_SEED, 0)
+
+
+def rows_at(rows: int, seed: int, first: int, count: int) -> np.ndarray:
+    """The row indices (count,) int64 at positions first, first + 1, ... of the endless sequence of epochs."""
+    positions = np.arange(first, first + count)
+    epochs, places = positions // rows, positions % rows
+    return np.concatenate(
+        [epoch_order(rows, seed, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,3 +143,60 @@ def _pack(
             open_rows.setdefault(left, []).append(row)
             spaces |= 1 << left
     return [pieces[index] for row in rows for index in row], [len(row) for row in rows]
+
+
+class Row(NamedTuple):
+    """One row: four arrays (n,) with n input positions; int32, int32, uint8 (1: the target counts), int32."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    mask: np.ndarray
+    documents: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The rows of one split. The table's arrays may be memory maps of the cache."""
+
+    table: Table
+    sequence_length: int
+    packed: bool
+
+    def __len__(self) -> int:
+        return len(self.table.rows) - 1
+
+    @cached_property
+    def targets_per_row(self) -> np.ndarray:
+        """(rows,) int64: how many targets of each row count."""
+        starts = self.table.pieces[self.table.rows[:-1]]
+        return np.add.reduceat(self.table.counted, starts, dtype=np.int64)
+
+    @cached_property
+    def positions_per_row(self) -> np.ndarray:
+        """(rows,) int64: how many input positions each row has, without padding."""
+        tokens: np.ndarray = np.diff(self.table.pieces[self.table.rows])
+        return tokens - np.diff(self.table.rows)
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Targets that count in one pass over all rows."""
+        return int(self.targets_per_row.sum())
+
+    @property
+    def positions_per_epoch(self) -> int:
+        """Input positions of one pass over all rows, without padding."""
+        return len(self.table.tokens) - (len(self.table.pieces) - 1)
+
+    def row(self, index: int) -> Row:
+        """Row `index`: of each piece, all tokens but the last are inputs, all but the first targets."""
+        first, last = self.table.rows[index], self.table.rows[index + 1]
+        bounds = self.table.pieces[first : last + 1]
+        start, end = bounds[0], bounds[-1]
+        tokens = self.table.tokens[start:end]
+        starts, ends = bounds[:-1] - start, bounds[1:] - start
+        return Row(
+            np.delete(tokens, ends - 1),
+            np.delete(tokens, starts),
+            np.delete(self.table.counted[start:end], starts),
+            np.repeat(np.arange(len(starts), dtype=np.int32), ends - starts - 1),
+        )

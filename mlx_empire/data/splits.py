@@ -6,12 +6,9 @@ from typing import Any
 
 from mlx_empire.data.cache import CacheEntry, cache_folder, cache_key, load_entry, make_entry, store_entry
 from mlx_empire.data.chat import Remarks
-from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
-from mlx_empire.data.files import Source, locate
-from mlx_empire.data.order import fixed_permutation
-from mlx_empire.data.row_formats import detect_format
-from mlx_empire.data.rows import Counts, Table, build_table
+from mlx_empire.data.files import Source, detect_format, locate
+from mlx_empire.data.rows import Counts, Dataset, Table, build_table, fixed_permutation
 from mlx_empire.errors import UserError
 
 SPLITTABLE = ("text", "tokens")

@@ -1,8 +1,10 @@
-"""Decides in which form tool calls reach a chat template, and refuses calls and results that it does not print.
+"""Decides in which form tool calls and lists of parts reach a chat template, and refuses what it does not print.
 
 OpenAI's `arguments` are a JSON string. Most templates print an object with `tojson`, which would escape a string a
-second time; a few join a string as it is. What a template does is seen, not guessed: every name, argument and result
-is replaced by a mark, and the marks must come out of the rendering. Each form is tried: objects first, then strings.
+second time; a few join a string as it is. A content that is a list of parts
+comes out as Python writes it where a template wants a string. What a template does is seen, not guessed: every name,
+argument, result and part is replaced by a mark, and the marks must come out of the rendering. Each form is tried:
+objects first, then strings; lists first, then their texts joined.
 """
 
 import json
@@ -10,37 +12,47 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
+from mlx_empire.data.messages import ROLE_UNLESS_KNOWN, THOUGHTS, Message, Messages
 from mlx_empire.errors import UserError
 
-Message = dict[str, Any]
-Messages = list[Message]
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 # A private-use character: no conversation begins or ends with it, JSON keeps it, and Python's repr, which a template
 # prints for an object that it does not convert, escapes it.
 PROBE = "\ue000"
-RESULT_ROLES = ("tool", "function", "ipython", "observation")
+RESULT_ROLES = ("tool", *(role for role, standard in ROLE_UNLESS_KNOWN.items() if standard == "tool"))
 
 
 def has_calls(message: Message) -> bool:
-    """Whether the message calls functions (`tool_calls`, or OpenAI's older `function_call`)."""
-    return bool(message.get("tool_calls") or message.get("function_call"))
+    """Whether the message calls functions."""
+    return bool(message.get("tool_calls"))
 
 
-def printable_calls(attempt: Callable[[Messages], str | None], messages: Messages, where: str) -> Messages:
-    """`messages` with the arguments of their calls in the form that the template prints.
+def uses_tools(messages: Messages) -> bool:
+    """Whether a message calls functions or has a result of one."""
+    return any(has_calls(message) or message["role"] in RESULT_ROLES for message in messages)
+
+
+def in_printed_form(attempt: Callable[[Messages], str | None], messages: Messages, where: str) -> Messages:
+    """`messages` with the arguments of their calls, and contents that are lists, in the form that the template prints.
 
     attempt: renders messages, or gives None where the template refuses them. Errors: UserError naming `where` and the
     message, for a call that is no call and for what the template does not print.
     """
-    if not any(has_calls(message) or message["role"] in RESULT_ROLES for message in messages):
+    lists = any(isinstance(message.get("content"), list) for message in messages)
+    if not lists and not uses_tools(messages):
         return messages
     try:
         objects = [_with_objects(message, f"{where}: message {n}") for n, message in enumerate(messages, 1)]
         strings = [map_calls(message, _with_string) for message in messages]
-        forms = [objects, strings] if any(map(has_calls, messages)) else [objects]
+        forms = [objects]
+        if any(map(has_calls, messages)):
+            forms += [strings, [_nested(message) for message in objects]]
+        forms += [[{**m, "content": m.get("content") or ""} for m in form] for form in forms]
+        if lists:
+            forms += [[_joined(message) for message in form] for form in forms]
         lost = []
-        for form in forms + [[{**m, "content": m.get("content") or ""} for m in form] for form in forms]:
+        for form in forms + [as_parts(form) for form in forms]:
             marks = _Marks()
             marked = [marks.put_in(message, number) for number, message in enumerate(form, 1)]
             text = attempt(marked)
@@ -52,32 +64,62 @@ def printable_calls(attempt: Callable[[Messages], str | None], messages: Message
         raise UserError(f"{where}: tool call arguments are nested too deeply; simplify the row") from None
     if lost:
         raise UserError(f"{where}: {lost[0]}")
-    return objects  # refused in every form: the rendering of the row itself says why
+    return forms[-1]  # refused in every form: the rendering of the row itself says why
 
 
 def probed(message: Message) -> Message:
-    """The message with PROBE for all that its author wrote: content, names, arguments."""
+    """The message with PROBE for what its author wrote: content, thought, arguments. Names of functions stay: some
+    templates print them once more, above the result."""
 
     def change(function: dict[str, Any]) -> dict[str, Any]:
-        return {**function, "name": PROBE, "arguments": _like(function["arguments"], {PROBE: PROBE})}
+        return {**function, "arguments": _like(function["arguments"], {PROBE: PROBE})}
 
     changed = map_calls(message, change)
     if not has_calls(message) or _text(message):
-        changed["content"] = _rewritten(message.get("content"), lambda: PROBE)
+        changed["content"] = rewritten(message.get("content"), lambda: PROBE)
+    changed.update((key, PROBE) for key in THOUGHTS if message.get(key))
     return changed
 
 
+def as_parts(messages: Messages) -> Messages:
+    """`messages` with each content that is a string as a list of one part, which is what some templates read."""
+    return [
+        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
+        for m in messages
+    ]
+
+
 def map_calls(message: Message, change: Change) -> Message:
-    """A copy whose functions {name, arguments} went through `change`: nested in a call, flat, or `function_call`."""
+    """A copy whose functions {name, arguments} went through `change`: nested in a call, or flat."""
     changed = dict(message)
     if message.get("tool_calls"):
         changed["tool_calls"] = [
             {**call, "function": change(call["function"])} if call.get("function") else change(call)
             for call in message["tool_calls"]
         ]
-    if message.get("function_call"):
-        changed["function_call"] = change(message["function_call"])
     return changed
+
+
+def _nested(message: Message) -> Message:
+    """A copy whose flat calls are nested, as OpenAI has them."""
+    if not has_calls(message):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        if not call.get("function"):
+            function = {key: call[key] for key in ("name", "arguments")}
+            rest = {key: value for key, value in call.items() if key not in function}
+            call = {**rest, "type": "function", "function": function}
+        calls.append(call)
+    return {**message, "tool_calls": calls}
+
+
+def _joined(message: Message) -> Message:
+    """A copy whose content, where it is a list of texts, is one string."""
+    content = message.get("content")
+    if not isinstance(content, list) or not all(isinstance(part.get("text"), str) for part in content):
+        return message
+    return {**message, "content": "".join(part["text"] for part in content)}
 
 
 def _with_objects(message: Message, where: str) -> Message:
@@ -128,13 +170,15 @@ def _text(message: Message) -> bool:
     return bool(content.strip() if isinstance(content, str) else content)
 
 
-def _rewritten(content: Any, new: Callable[[], str]) -> Any:
+def rewritten(content: Any, new: Callable[[], str]) -> Any:
     """A new text in place of `content`, or of each text in its list of parts."""
     if not isinstance(content, list):
         return new()
-    return [
-        {**part, "text": new()} if isinstance(part, dict) and "text" in part else part for part in content
-    ]
+    changed = []
+    for part in content:
+        key = "text" if part.get("text") is not None else "thinking"
+        changed.append({**part, key: rewritten(part[key], new)})
+    return changed
 
 
 class _Marks:
@@ -153,19 +197,28 @@ class _Marks:
         """The message with marks; `number` is its place, from 1."""
         if has_calls(message):
             changed = map_calls(message, lambda function: self._function(function, number))
+            for call, given in zip(changed["tool_calls"], message["tool_calls"], strict=True):
+                name, mark = ((c.get("function") or c)["name"] for c in (given, call))
+                if name in str(given.get("id")):  # Kimi K2 prints this alone: functions.NAME:0
+                    call["id"] = given["id"].replace(name, mark)
             if _text(message):
                 sentence = (
                     f"message {number}: the chat template prints the tool call and drops the content beside it; "
                     "remove the content or give it a message of its own"
                 )
-                changed["content"] = _rewritten(message["content"], lambda: self._mark(sentence))
+                changed["content"] = rewritten(message["content"], lambda: self._mark(sentence))
             return changed
         if message["role"] in RESULT_ROLES:
             sentence = (
                 f"message {number}: the chat template does not print this result (role {message['role']}); "
                 "use the role that the template knows, or a model whose template knows tools"
             )
-            return {**message, "content": _rewritten(message.get("content"), lambda: self._mark(sentence))}
+            return {**message, "content": rewritten(message.get("content"), lambda: self._mark(sentence))}
+        if isinstance(message.get("content"), list):
+            sentence = (
+                f"message {number}: the chat template does not print this list of parts; write it as a string"
+            )
+            return {**message, "content": rewritten(message["content"], lambda: self._mark(sentence))}
         return message
 
     def lost_in(self, text: str) -> str | None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlx_empire import progress
-from mlx_empire.arguments import UserArguments
 from mlx_empire.cluster.hostfile import load_hostfile
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import arm_faults, guard, together
@@ -37,7 +36,7 @@ from mlx_empire.daughters.jobs import (
 )
 from mlx_empire.daughters.many import place_of
 from mlx_empire.daughters.table import DaughterTable
-from mlx_empire.errors import UserError
+from mlx_empire.errors import UserArguments, UserError
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.agree import share_nodes, share_recipe
 from mlx_empire.run.lock import RunLock

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_empire.checkpoint.identity import sampled_digest
+from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
@@ -19,15 +19,14 @@ from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.model.build import describe
 from mlx_empire.model.config import read_config
-from mlx_empire.model.lora_many import Present, may_share, put_together
+from mlx_empire.model.lora import Present, may_share, put_together
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
-from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_target
-from mlx_empire.run.trainer import limit_memory, make_trainer
-from mlx_empire.run.weights import load_weights
+from mlx_empire.run.trainer import limit_memory, load_weights, make_trainer
 
 
 def capacity_for(recipe: Recipe, node: Node, most: int) -> Capacity:

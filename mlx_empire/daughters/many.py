@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_empire import progress
-from mlx_empire.checkpoint.identity import Origin, config_digest
+from mlx_empire.checkpoint.manifest import Origin, config_digest
 from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
@@ -35,7 +35,7 @@ from mlx_empire.errors import EmpireError, NumericsError, UnreadableError, UserE
 from mlx_empire.evaluation.evaluator import Evaluator
 from mlx_empire.evaluation.gate import GateKeeper
 from mlx_empire.formats.adapter_folder import AdapterWriter
-from mlx_empire.model.lora_many import own_name
+from mlx_empire.model.lora import own_name
 from mlx_empire.model.target import Target
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
@@ -236,6 +236,7 @@ class Daughters:
                 "comm_wait_seconds": 0.0,
                 "together": len(self._daughters),
                 "peak_bytes": [mx.get_peak_memory()],
+                "cache_bytes": [mx.get_cache_memory()],
                 "predicted_peak_bytes": [self._capacity.plan.ledgers[0].peak],
                 "bytes_sent": [0],
                 "bytes_received": [0],

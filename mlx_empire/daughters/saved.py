@@ -19,16 +19,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire.checkpoint.identity import Origin
+from mlx_empire.checkpoint.manifest import Origin
 from mlx_empire.checkpoint.shard import WEIGHTS, LivePiece
+from mlx_empire.disk import draft_of, sync_folder
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import read_tensors
 from mlx_empire.formats.safetensors import COPY_BYTES, Entry, file_bytes, read_header, write_tensors
 from mlx_empire.formats.seal import unseal
 from mlx_empire.formats.staging import remove
-from mlx_empire.model.lora_many import own_name
-from mlx_empire.private_files import draft_of, sync_folder
+from mlx_empire.model.lora import own_name
 
 FILE_NAME, DRAFT_NAME = "unfinished.safetensors", ".unfinished.partial"
 FORMAT = "mlx_empire unfinished 1"

@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_empire.daughters.jobs import BEFORE, DONE, FAILED, LOST, TRAINING, WAITING, Jobs, JobState
-from mlx_empire.report.terminal import terminal_size
-from mlx_empire.report.text import duration, number
+from mlx_empire.report.text import duration, number, terminal_size
 
 COLOURS = {
     DONE: "green",

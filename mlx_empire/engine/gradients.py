@@ -22,12 +22,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_empire import progress
+from mlx_empire.comm.buffers import DTYPES, empty_rows, host_view
 from mlx_empire.comm.protocol import Communicator, Pieces, Wire
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.comm.views import DTYPES, empty_rows, host_view
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.plan.cells import CellLayout
 from mlx_empire.plan.shards import Segment
+from mlx_empire.plan.workload import CellLayout
 
 
 class MicroBatchSum:

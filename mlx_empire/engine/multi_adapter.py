@@ -17,8 +17,7 @@ import numpy as np
 from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
-from mlx_empire.model.initial import initial_adapter
-from mlx_empire.model.lora_many import Present, own_name
+from mlx_empire.model.lora import Present, initial_adapter, own_name
 from mlx_empire.model.spec import BLOCK
 from mlx_empire.optim.norm import clip_scale
 from mlx_empire.optim.protocol import StepScalars

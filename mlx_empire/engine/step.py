@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -18,9 +19,11 @@ from mlx_empire.engine.gradients import GradientStore, MicroBatchSum
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.engine.trace import StepTrace
 from mlx_empire.engine.update import Updater
 from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, StepShape, evaluation, gradients
+
+if TYPE_CHECKING:
+    from mlx_empire.engine.trace import StepTrace
 
 Measure = Callable[[Running], mx.array]
 

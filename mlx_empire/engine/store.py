@@ -26,9 +26,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_empire import progress
+from mlx_empire.comm.buffers import DTYPES, empty_rows, host_view
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.comm.views import DTYPES, empty_rows, host_view
 from mlx_empire.model.spec import BLOCK, TensorSpec
 from mlx_empire.plan.shards import Chunk, Placement, Segment, ShardPlan, Unit
 

@@ -1,12 +1,19 @@
-"""The proof before training: the model scaled down and streamed, against its own whole-model gradients.
+"""Can this model be streamed? Asked of the real model, and shown by the model scaled down, before training.
 
-It is mlx-lm's model of the same family and pattern of layers with small numbers, so the check takes a second
-and no memory even for a model that no machine holds. If loss or any gradient differs, the model is refused.
+The probe evaluates no layer. A layer may depend on the rest of the model by its hidden state alone. So what the model
+passes to its layers besides (masks) must not change when the slots return something else, nor when the tokens change:
+otherwise layers share more than the hidden state (shared keys and values, per-layer inputs), gradients would get
+lost, and the model is refused.
+
+The proof is mlx-lm's model of the same family and pattern of layers with small numbers, streamed against its own
+whole-model gradients, so it takes a second and no memory even for a model that no machine holds. If loss or any
+gradient differs, the model is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -14,27 +21,105 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.comm.views import host_view
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore
+from mlx_empire.engine.layers import LayerArguments, SlottedModel, refuse_sharing, separable
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.passes import Passes
-from mlx_empire.engine.probe import probe_root
-from mlx_empire.engine.slots import SlottedModel
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
-from mlx_empire.model.build import build_model, describe
-from mlx_empire.model.foreign import foreign
+from mlx_empire.model.build import build_model, describe, foreign
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.scaled_down import VOCABULARY, scaled_down_config
 from mlx_empire.model.spec import RootNames, base_name
-from mlx_empire.plan.cells import CellLayout
 from mlx_empire.plan.schedule import StepShape
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.workload import chunk_tokens
+from mlx_empire.plan.workload import CellLayout, chunk_tokens
+
+WIDTH = 8
+
+
+@dataclass(frozen=True)
+class RootUse:
+    """Positions among the root's trainable tensors that head and embedding depend on, and what packing needs."""
+
+    head: tuple[int, ...]
+    embed: tuple[int, ...]
+    absolute_positions: bool
+    separable: bool
+
+
+def probe_root(slotted: SlottedModel, store: ShardStore, vocabulary: int) -> RootUse:
+    """Check that layers are tied by the hidden state alone (UserError if not) and find out how the root is used.
+
+    A tensor's use is found by binding NaN in its place and looking whether NaN comes out.
+    """
+    root = store.bind(0)
+    tokens = (mx.arange(WIDTH) % vocabulary)[None]
+    hidden, arguments = slotted.capture(tokens)
+    noise = [0.5 * (i + 1) for i in range(len(slotted.layers))]
+    _, disturbed = slotted.capture(tokens, noise)
+    _, others = slotted.capture((tokens * 7 + 3) % vocabulary)
+    if not (_same(arguments, disturbed) and _same(arguments, others)):
+        raise refuse_sharing(slotted.name)
+    boundary = mx.random.normal(hidden.shape, key=mx.random.key(0)).astype(hidden.dtype)
+    head, embed = [], []
+    for i, tensor in enumerate(root):
+        poisoned = list(root)
+        poisoned[i] = mx.broadcast_to(mx.array(mx.nan, tensor.dtype), tensor.shape)
+        store.rebind(0, poisoned)
+        if _has_nan(slotted.head(tokens, boundary)):
+            head.append(i)
+        if _has_nan(slotted.embed(tokens)):
+            embed.append(i)
+    store.rebind(0, root)
+    repeated = slotted.embed(mx.zeros((1, WIDTH), mx.int32))
+    absolute = not bool(mx.array_equal(repeated[:, 0], repeated[:, -1]).item())
+    store.free(0)
+    apart = all(
+        separable(layer, given, WIDTH) for layer, given in zip(slotted.layers, arguments, strict=True)
+    )
+    return RootUse(tuple(head), tuple(embed), absolute, apart)
+
+
+def check_packing(slotted: SlottedModel, use: RootUse) -> None:
+    """UserError where packed documents could not be kept apart."""
+    if use.absolute_positions:
+        raise UserError(f"data.packing: true: {slotted.name} has absolute positions; set data.packing: false")
+    if not use.separable:
+        raise UserError(
+            f"data.packing: true: {slotted.name} has layers without a mask; set data.packing: false"
+        )
+
+
+def _same(first: Iterable[LayerArguments], second: Iterable[LayerArguments]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(_equal((a.positional, a.keywords), (b.positional, b.keywords)) for a, b in pairs)
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, mx.array) or isinstance(second, mx.array):
+        both = isinstance(first, mx.array) and isinstance(second, mx.array)
+        return (
+            both
+            and first.shape == second.shape
+            and bool(mx.array_equal(first, second, equal_nan=True).item())
+        )
+    if isinstance(first, tuple | list):
+        return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
+    if isinstance(first, dict):
+        a, b = dict(tree_flatten(first)), dict(tree_flatten(second))
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return bool(first is second or first == second)
+
+
+def _has_nan(array: mx.array) -> bool:
+    return bool(mx.any(mx.isnan(array)).item())
+
 
 TOLERANCE = 1e-4
 MOST_PARAMETERS = 1 << 27

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 import numpy as np
@@ -18,28 +19,27 @@ import numpy as np
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
-from mlx_empire.engine.diagnose import GradientError, bad_weights, some_of
 from mlx_empire.engine.gradients import GradientStore
+from mlx_empire.engine.layers import LayerNoise, SlottedModel
 from mlx_empire.engine.loss import of_all_rows
-from mlx_empire.engine.noise import LayerNoise
-from mlx_empire.engine.optimizer_in_backward import OptimizerInBackward
+from mlx_empire.engine.numerics import GradientError, SpikeWatch, bad_weights, some_of
 from mlx_empire.engine.passes import Passes
-from mlx_empire.engine.probe import check_packing, probe_root
-from mlx_empire.engine.slots import SlottedModel
-from mlx_empire.engine.spikes import SpikeWatch
 from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.engine.trace import StepTrace
-from mlx_empire.engine.update import Updater
+from mlx_empire.engine.streamable import check_packing, probe_root
+from mlx_empire.engine.update import OptimizerInBackward, Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
-from mlx_empire.model.foreign import foreign
+from mlx_empire.model.build import foreign
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.protocol import StepScalars
 from mlx_empire.plan.schedule import global_norm, updates
 from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.workload import Workload, chunk_tokens, step_shape
+
+if TYPE_CHECKING:
+    from mlx_empire.engine.trace import StepTrace
 
 
 @dataclass(frozen=True)

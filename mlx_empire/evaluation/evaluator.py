@@ -1,4 +1,9 @@
-"""All scores of a model at one moment of a run: the held-out loss and the metrics of every evaluation set.
+"""All scores of a model at one moment of a run but the held-out loss (`gate`): the metrics of every evaluation set.
+
+Micro-batches are streamed like a step's and dealt to the ranks in order, so no score depends on the number of ranks.
+
+Known answers are scored by one streamed forward pass, exact also for a model that no machine holds whole. An answer is
+right where each of its tokens is the likeliest after the ones before it: that is what greedy generation would write.
 
 Rank 0 reads the sets and sends them to the others; every rank gets the same scores, so all decide alike.
 """
@@ -13,11 +18,52 @@ from typing import Any
 import numpy as np
 
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.data.batches import MicroBatch, validation_micro_batches
+from mlx_empire.data.encode import Document
+from mlx_empire.data.rows import Dataset, build_table
+from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.trainer import Trainer
-from mlx_empire.evaluation.answers import fits_schema, is_json, matches
 from mlx_empire.evaluation.generation import generate
-from mlx_empire.evaluation.questions import Answer, Prompt, Questions, every_answer
-from mlx_empire.evaluation.teacher_forced import micro_batches, score_answers
+from mlx_empire.evaluation.questions import (
+    Answer,
+    Prompt,
+    Questions,
+    every_answer,
+    fits_schema,
+    is_json,
+    matches,
+)
+
+
+def micro_batches(answers: Sequence[Answer], sequence_length: int, micro_size: int) -> list[MicroBatch]:
+    """Answers as micro-batches, one row each; `rows_read` says which answer a row is."""
+    documents = (Document("", np.array(a.tokens, np.int32), np.array(a.counted, np.uint8)) for a in answers)
+    table, counts = build_table(documents, sequence_length, splittable=False, packing=False)
+    assert table is not None
+    assert counts.cut == counts.dropped == 0, "questions are checked when they are read"
+    return list(validation_micro_batches(Dataset(table, sequence_length, False), micro_size))
+
+
+def score_answers(
+    step: StreamedStep, comm: Communicator, batches: Sequence[MicroBatch], per_rank: int
+) -> np.ndarray:
+    """(answers, 3) float64: sum of log-probabilities, likeliest tokens, counted tokens. The same on every rank.
+
+    Collective. At most `per_rank` micro-batches pass a rank at once, so evaluation needs no more memory than a step.
+    """
+    group = comm.size * per_rank
+    found = np.zeros((sum(len(b.rows_read) for b in batches), 3))
+    for first in range(0, len(batches), group):
+        start = first + comm.rank * per_rank
+        own = step.scores(batches[start : min(start + per_rank, len(batches))])
+        flat = np.concatenate([np.empty((0, 2)), *own]).astype(np.float64).reshape(-1)
+        rows = np.concatenate([part.reshape(-1, 2) for part in comm.gather_arrays(flat)])
+        read = batches[first : first + group]
+        places = np.array([row for b in read for row in b.rows_read], np.int64)
+        found[places, :2] = rows
+        found[places, 2] = np.concatenate([b.mask.sum(axis=1) for b in read])
+    return found
+
 
 Decode = Callable[[Sequence[int]], str]
 

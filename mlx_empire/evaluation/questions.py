@@ -1,4 +1,4 @@
-"""Decides what the rows of an evaluation set must hold for its metrics, and turns them into tokens.
+"""Decides what the rows of an evaluation set must hold for its metrics, turns them into tokens, judges answers.
 
 | metric                                          | a row has                                                       |
 |-------------------------------------------------|-----------------------------------------------------------------|
@@ -8,23 +8,69 @@
 
 Questions are plain numbers and texts, so that rank 0 can read them for all. A row that is longer than
 `data.sequence_length` is refused: half an answer has no score.
+
+A regular expression must be found in the text (anchor it with ^ and $ for the whole). JSON is the whole text, blanks
+around it aside. Schemas are checked by `jsonschema`, without fetching anything.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import jsonschema
+
 from mlx_empire.data.encode import Document, check_tokenizer, encode_prompt, encode_rows, load_tokenizer
-from mlx_empire.data.files import RawRow, locate
-from mlx_empire.data.row_formats import detect_format
+from mlx_empire.data.files import RawRow, detect_format, locate
+from mlx_empire.data.messages import standard_role
 from mlx_empire.errors import UserError
-from mlx_empire.evaluation.answers import schema_checker
 from mlx_empire.recipe.evaluation import EvaluationSet
+
+
+def matches(text: str, pattern: str) -> bool:
+    """Whether `pattern` is found in `text`."""
+    return re.search(pattern, text) is not None
+
+
+def is_json(text: str) -> bool:
+    """Whether the whole text is one JSON value."""
+    return _parsed(text) is not _BROKEN
+
+
+def fits_schema(text: str, schema: Any) -> bool:
+    """Whether the whole text is one JSON value that the schema allows."""
+    value = _parsed(text)
+    return value is not _BROKEN and schema_checker(schema, "schema")(value)
+
+
+def schema_checker(schema: Any, where: str) -> Callable[[Any], bool]:
+    """What says whether a value fits `schema`. UserError for a schema that is none."""
+    try:
+        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        kind.check_schema(schema)
+    except (jsonschema.SchemaError, AttributeError, TypeError) as error:
+        reason = getattr(error, "message", str(error))
+        raise UserError(f"{where}: not a JSON schema: {str(reason)[:120]}") from None
+    return lambda value: bool(kind(schema).is_valid(value))
+
+
+_BROKEN = object()
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return _BROKEN
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
 
 CHOICE = "multiple_choice"
 
@@ -124,7 +170,7 @@ class _Reader:
             messages = [{"role": "user", "content": value["prompt"]}]
         if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
             raise UserError(f"{row.where}: a row that is to be continued needs prompt or messages")
-        if messages[-1].get("role") == "assistant":
+        if standard_role(str(messages[-1].get("role"))) == "assistant":
             messages = messages[:-1]
         pattern, schema = value.get("pattern", self._asked.pattern), value.get("schema", self._schema)
         self._check(row, pattern, schema)

@@ -23,7 +23,6 @@ from mlx_empire.disk import with_headroom
 from mlx_empire.errors import UserError
 from mlx_empire.formats.peft import PEFT_NAME, PEFT_WEIGHTS, no_peft_form, peft_config, peft_weights
 from mlx_empire.formats.safetensors import Entry, array_bytes, read_header, write_tensors
-from mlx_empire.formats.sidefiles import write_json, write_text
 from mlx_empire.formats.staging import (
     disk_errors,
     fresh_folder,
@@ -31,6 +30,8 @@ from mlx_empire.formats.staging import (
     refuse_foreign,
     remove,
     require_room,
+    write_json,
+    write_text,
 )
 from mlx_empire.model.lora import AdapterSettings
 from mlx_empire.model.spec import ModelSpec

@@ -30,15 +30,19 @@ from mlx_empire.formats.safetensors import (
     read_header,
     write_tensors,
 )
-from mlx_empire.formats.sidefiles import SIDE_FILES, copy_side_files, stored_config, write_json, write_text
 from mlx_empire.formats.source import FolderSource
 from mlx_empire.formats.staging import (
+    copy_side_files,
     disk_errors,
     fresh_folder,
     publish,
     refuse_foreign,
     remove,
     require_room,
+    side_files,
+    stored_config,
+    write_json,
+    write_text,
 )
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
@@ -172,7 +176,7 @@ class FolderWriter:
         pieces = (p for unit in self._layout.units for p in unit)
         needed = sum(ITEM_BYTES[CODES[p.dtype]] * math.prod(p.shape) for p in pieces)
         needed += _carried_bytes(self._source, self.not_trained)
-        files = [self._side_files / name for name in SIDE_FILES] if self._side_files else []
+        files = side_files(self._side_files) if self._side_files else []
         return needed + sum(file.stat().st_size for file in files if file.is_file())
 
 

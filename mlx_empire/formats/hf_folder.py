@@ -54,7 +54,7 @@ class ModelFolder:
         return arrays
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (dtype, shape) of every tensor, as `model.stored.Stored` wants them, and fit for JSON."""
+        """Name -> (dtype, shape) of every tensor, as `model.build.Stored` wants them, and fit for JSON."""
         return {name: (MLX_DTYPES[info.code], info.shape) for name, info in self.tensors.items()}
 
 

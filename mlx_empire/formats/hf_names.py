@@ -32,11 +32,10 @@ from mlx.utils import tree_flatten
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import Build, ModelFolder
 from mlx_empire.formats.safetensors import DTYPES
-from mlx_empire.model.build import build_model, describe
+from mlx_empire.model.build import build_model, describe, sanitize, stand_ins
 from mlx_empire.model.config import reader_of
 from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.model.spec import ModelSpec, TensorSpec
-from mlx_empire.model.stored import sanitize, stand_ins
 
 PROOF_ELEMENTS = 1 << 16  # tensors up to this size are compared by value in the proof
 CHANGED = "comes back with other values"

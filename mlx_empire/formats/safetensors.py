@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_empire.comm.views import host_view
+from mlx_empire.comm.buffers import host_view
+from mlx_empire.disk import create_private, sync_file
 from mlx_empire.errors import UnreadableError, UserError
-from mlx_empire.private_files import create_private, sync_file
 
 MAX_HEADER_BYTES = 4 << 20  # some 30,000 tensors in one file; a hostile header is read within a second
 MAX_DIMENSION = 2**31 - 1  # MLX shapes are 32-bit

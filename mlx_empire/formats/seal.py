@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_empire.disk import sync_folder
 from mlx_empire.errors import UserError
 from mlx_empire.formats.safetensors import open_plain
-from mlx_empire.formats.sidefiles import write_json
-from mlx_empire.formats.staging import disk_errors
-from mlx_empire.private_files import sync_folder
+from mlx_empire.formats.staging import disk_errors, write_json
 
 MANIFEST_NAME = "FROZEN.json"
 PIECE_BYTES = 16 << 20

@@ -2,6 +2,10 @@
 
 Decides whose folders may be replaced (ours, by their record) and that an interrupted export never looks like a
 finished one. Folders get mode 0700 whatever the umask.
+
+Decides also which files besides the weights it gets: an allow-list of names, plain files only. Nothing that is or
+carries code (`*.py`, pickles) is on the list. A symbolic link is followed only where Hugging Face's own cache has
+one: from a snapshot to a blob of the same repository.
 """
 
 from __future__ import annotations
@@ -9,16 +13,134 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mlx_empire import __version__
-from mlx_empire.disk import free_bytes, is_full
+from mlx_empire.disk import create_private, free_bytes, is_full, sync_file, sync_folder
 from mlx_empire.errors import NoRoomError, UserError
-from mlx_empire.formats.sidefiles import write_json
-from mlx_empire.private_files import sync_folder
+from mlx_empire.formats.safetensors import open_plain
+from mlx_empire.model.quantize import unpacked
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "qwen.tiktoken",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+)
+NAMED_TEMPLATES = (
+    "additional_chat_templates"  # a folder of NAME.jinja, which transformers reads beside the default
+)
+CODE = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl")
+OPTIONAL = (
+    "LICENSE",
+    "NOTICE",
+    "preprocessor",
+    "processor",
+    "video_preprocessor",
+)  # a text model opens without
+DTYPE_KEYS = ("torch_dtype", "dtype")
+
+
+def copy_side_files(source: Path, target: Path) -> tuple[list[str], list[str]]:
+    """Copy the allowed files that are there; returns their names, and a note for each thing left behind."""
+    copied, notes = [], []
+    for file in side_files(source):
+        if not _is_plain(file, source):
+            notes.append(f"{file} was not copied: it is not a plain file of this folder")
+            continue
+        name = file.relative_to(source)
+        (target / name).parent.mkdir(mode=0o700, exist_ok=True)
+        with open_plain(file) as reader, create_private(target / name) as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+            sync_file(writer)
+        copied.append(str(name))
+    if (target / NAMED_TEMPLATES).is_dir():
+        sync_folder(target / NAMED_TEMPLATES)
+    code = sorted(f.name for pattern in CODE for f in source.glob(pattern))
+    if code:
+        notes.append(f"code and pickles of {source} were not copied: {', '.join(code[:5])}")
+    return copied, notes
+
+
+def side_files(source: Path) -> list[Path]:
+    """What lies in the folder under an allowed name, plain or not; named templates only in a folder of its own."""
+    templates = source / NAMED_TEMPLATES
+    named = [] if templates.is_symlink() else sorted(templates.glob("*.jinja"))
+    return [
+        file
+        for file in [*(source / name for name in SIDE_FILES), *named]
+        if file.exists() or file.is_symlink()
+    ]
+
+
+def refuse_uncopied(source: Path) -> None:
+    """UserError where a file of the tokenizer could not be carried into a result, which would then not open."""
+    templates = source / NAMED_TEMPLATES
+    if templates.is_symlink():
+        raise UserError(f"{templates}: a link, which results do not follow; put the folder itself there")
+    for file in side_files(source):
+        if not file.name.startswith(OPTIONAL) and not _is_plain(file, source):
+            raise UserError(
+                f"{file}: not a plain file of this folder, so the result would lack it; put a copy of it there"
+            )
+        if _is_plain(file, source) and not os.access(file, os.R_OK):
+            raise UserError(
+                f"{file}: cannot be read, and the result gets a copy of it; give yourself the right to"
+            )
+
+
+def stored_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The original configuration with the dtype that is now stored, also in its language model's part, unpacked."""
+    result = unpacked(config)
+    text = result.get("text_config")
+    if isinstance(text, Mapping):
+        result["text_config"] = {key: dtype if key in DTYPE_KEYS else value for key, value in text.items()}
+    result.update(dict.fromkeys([key for key in DTYPE_KEYS if key in result] or ["torch_dtype"], dtype))
+    return result
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a new JSON file (mode 0600, fsynced)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new text file (mode 0600, fsynced)."""
+    with create_private(path) as file:
+        file.write(text.encode("utf-8", "surrogatepass"))
+        sync_file(file)
+
+
+def _is_plain(file: Path, source: Path) -> bool:
+    if file.is_symlink():
+        blobs = source.parent.parent / "blobs"
+        resolved = file.resolve()
+        inside = source.parent.name == "snapshots" and resolved.parent == blobs.resolve()
+        return inside and resolved.is_file()
+    return stat.S_ISREG(file.lstat().st_mode)
+
 
 RECORD_NAME = "EXPORT.json"  # says that a folder is ours: which files were written, in which layout
 
@@ -27,7 +149,7 @@ def refuse_foreign(out: Path) -> None:
     """UserError unless `out` is absent, an empty folder, or holds only an earlier export of ours."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"{out}: exists and is not a folder; move it away or choose another place")
-    names = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    names = _names(out) if out.exists() else set()
     if not names:
         return
     try:
@@ -39,6 +161,11 @@ def refuse_foreign(out: Path) -> None:
         raise UserError(
             f"{out}: exists and holds files that mlx_empire did not write; move them or export elsewhere"
         )
+
+
+def _names(folder: Path) -> set[str]:
+    """Of all that lies in a folder, also in the folders in it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def require_room(out: Path, needed: int) -> None:
@@ -64,7 +191,7 @@ def publish(temporary: Path, out: Path, layout: str, notes: Sequence[str]) -> No
         "written_by": f"mlx_empire {__version__}",
         "layout": layout,
         "notes": list(notes),
-        "files": sorted([RECORD_NAME, *(entry.name for entry in temporary.iterdir())]),
+        "files": sorted({RECORD_NAME} | _names(temporary)),
     }
     write_json(temporary / RECORD_NAME, record)
     sync_folder(temporary)

@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_empire.disk import append_private
 from mlx_empire.errors import LostRankError, UserError
 from mlx_empire.launch.run_folder import LOG, RunFolder, read_state, supervised
-from mlx_empire.private_files import append_private
 from mlx_empire.run.lock import LAUNCHER, in_use
 from mlx_empire.run.stop import request_stop
 
@@ -29,7 +29,13 @@ def detach(folder: Path, arguments: Sequence[str]) -> int:
     with RunFolder(folder) as own:
         own.make()
         own.take()
-    with append_private(folder / LOG) as log:
+    try:
+        opened = append_private(folder / LOG)
+    except OSError as error:
+        raise UserError(
+            f"{folder / LOG}: {error.strerror}; remove it, it must be a file of this user"
+        ) from None
+    with opened as log:
         start = log.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", "mlx_empire.launch", *arguments],

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from mlx_empire.disk import replace_private
 from mlx_empire.errors import UserError
-from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.lock import LAUNCHER, RunLock, is_held
 

@@ -12,10 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mlx_empire.errors import LostRankError
-from mlx_empire.launch.ending import LOST, Ending, ending_of
-from mlx_empire.launch.events import Events
-from mlx_empire.launch.machines import Probe, away, without
-from mlx_empire.launch.memory_pressure import Memory, NothingWired, wait_until_free
+from mlx_empire.launch.ending import LOST, Ending, Events, ending_of
+from mlx_empire.launch.machines import Memory, NothingWired, Probe, away, wait_until_free, without
 from mlx_empire.launch.process import GRACE_SECONDS, Asked, LaunchProcess, say
 from mlx_empire.launch.run_folder import LaunchState, RunFolder
 from mlx_empire.run.mpirun import Launch, mpirun_line, printed

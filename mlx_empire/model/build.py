@@ -2,13 +2,23 @@
 
 Decides which tensors form the root and the layers, the dtype each computes in, and which folders are refused because
 mlx-lm cannot build them.
+
+A model sees the names of the tensors stored in its folder before it is described (`settle`), and a folder whose head
+mlx-lm would drop is refused. No file is opened here.
+
+What goes wrong in mlx-lm's code before training becomes one line that names the model (`foreign`); a fault of ours
+keeps its traceback.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
@@ -16,10 +26,97 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
-from mlx_empire.errors import UserError
-from mlx_empire.model.foreign import foreign
+from mlx_empire.errors import EmpireError, UserError
+from mlx_empire.model.config import HEADS, TIE
 from mlx_empire.model.packing_config import is_packed, packing_method
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter
+
+MOST_CHARACTERS = 160
+
+
+@contextlib.contextmanager
+def foreign(place: str, *, mixed: bool = False) -> Iterator[None]:
+    """Run mlx-lm's code; `place` begins the UserError's line: the model, and what mlx-lm's code was asked to do.
+
+    `mixed`: our code runs inside as well, and an error whose innermost frame is ours is raised as it is; else what
+    is printed is kept from the terminal, for a module that ends the program says there why.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.nullcontext() if mixed else contextlib.redirect_stdout(said):
+            yield
+    except EmpireError:
+        raise
+    except SystemExit as error:
+        raise UserError(f"{place}: {first_line(said.getvalue()) or f'it exits ({error})'}") from None
+    except Exception as error:
+        if mixed and _is_ours(error.__traceback__):
+            raise
+        raise UserError(f"{place}: {reason_of(error)}") from None
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line; its kind where its text alone would not be understood."""
+    kind, text = type(error).__name__, first_line(str(error))
+    if not text:
+        return kind
+    return text if isinstance(error, ValueError | RuntimeError) else f"{kind}: {text}"
+
+
+def first_line(text: str) -> str:
+    """The first line of a text, cut to a length that a terminal shows."""
+    return (text.strip().splitlines() or [""])[0][:MOST_CHARACTERS]
+
+
+def _is_ours(traceback: TracebackType | None) -> bool:
+    """Whether the innermost frame runs our code."""
+    assert traceback is not None
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return str(traceback.tb_frame.f_globals.get("__name__", "")).startswith("mlx_empire.")
+
+
+Stored = Mapping[str, tuple[str, Sequence[int]]]  # a folder's tensors: name -> (dtype as MLX calls it, shape)
+
+
+def sanitize(model: nn.Module, weights: dict[str, mx.array], where: Path | str) -> dict[str, mx.array]:
+    """The model's own renaming of stored tensors to mlx-lm's, on lazy arrays; its failure is a UserError."""
+    if not hasattr(model, "sanitize"):
+        return weights
+    try:
+        return dict(model.sanitize(weights))
+    except Exception as error:  # foreign code on foreign names: usually a KeyError for a missing tensor
+        raise UserError(
+            f"{where}: mlx-lm cannot map its tensors to the model ({reason_of(error)}); is it complete?"
+        ) from None
+
+
+def stand_ins(stored: Stored) -> dict[str, mx.array]:
+    """Lazy zeros with the names, shapes and dtypes of tensors."""
+    return {name: mx.zeros(tuple(shape), getattr(mx, dtype)) for name, (dtype, shape) in stored.items()}
+
+
+def settle(model: nn.Module, stored: Stored, where: Path | str) -> dict[str, mx.array]:
+    """Let the model that will be described and trained see a folder's tensors; returns stand-ins by mlx-lm's names.
+
+    A few families (gemma3) tie their head only when `sanitize` finds none among the weights, and can do so
+    once: the sources and the writer take the plain `build`. Works on names and shapes alone and on lazy zeros,
+    so it costs nothing and opens no file.
+    """
+    return sanitize(model, stand_ins(stored), where)
+
+
+def refuse_dropped_head(spec: ModelSpec, stored: Stored, where: Path | str) -> None:
+    """UserError where the folder has a head of its own, says that it is one, and mlx-lm's model has none for it."""
+    head = next((name for name in stored if name.endswith(HEADS)), None)
+    vocabulary = spec.text_config.get("vocab_size")
+    matrices = [t for t in spec.units[0].tensors if len(t.shape) == 2 and t.shape[0] == vocabulary]
+    if head is not None and spec.text_config.get(TIE) is False and len(matrices) == 1:
+        raise UserError(
+            f"{where}: {head} is stored and {TIE} is false, but mlx-lm's {spec.family} has no head of its own; "
+            f"it would be dropped (if it only repeats the embedding, write {TIE}: true into config.json)"
+        )
+
 
 LAYER_LIST_NAMES = ("layers", "h", "blocks")
 COMPUTE_DTYPES = ("bfloat16", "float32")

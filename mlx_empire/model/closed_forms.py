@@ -2,12 +2,18 @@
 
 Decides which families have a closed form (Falcon, OLMo 1), which share of a mixture's parameters one token uses, and
 which of the root's tensors head and embedding use where the model itself has not been asked.
+
+Of such a family's model `module_of` makes a module with its tensors, so that adapters and packing do to it what they
+do to others. It has shapes and names only, and cannot be called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, base_name, is_adapter, is_embedding
@@ -147,3 +153,43 @@ _LAYERS: Mapping[str, Callable[[Mapping[str, Any]], tuple[Shapes, Shapes]]] = {
     "falcon": _falcon,
     "olmo": _olmo,
 }
+
+
+class _Counted(nn.Module):
+    """The root of such a model, with its layers where describing looks for them."""
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers."""
+        found: list[nn.Module] = self.model.layers
+        return found
+
+
+def module_of(spec: ModelSpec) -> nn.Module:
+    """mlx's own modules for the tensors of `spec` (`<path>.weight`, `<path>.bias`), lazily.
+
+    A matrix belongs to an embedding (by its name, in the root alone) or a linear module; a vector is only held.
+    """
+    model = _Counted()
+    for unit in spec.units:
+        for tensor in unit.tensors:
+            stem, _, leaf = tensor.name.rpartition(".")
+            *path, last = stem.split(".")
+            owner: nn.Module = model
+            for i, part in enumerate(path):
+                if part.isdigit():
+                    continue
+                if i + 1 < len(path) and path[i + 1].isdigit():
+                    row = owner.setdefault(part, [])
+                    while len(row) <= int(path[i + 1]):
+                        row.append(nn.Module())
+                    owner = row[int(path[i + 1])]
+                else:
+                    owner = owner.setdefault(part, nn.Module())
+            if leaf == "weight" and len(tensor.shape) == 2:
+                root = unit is spec.units[0] and is_embedding(stem)
+                kind = nn.Embedding(*tensor.shape) if root else nn.Linear(*tensor.shape[::-1], bias=False)
+                owner[last] = kind
+            else:
+                owner.setdefault(last, nn.Module())[leaf] = mx.zeros(tensor.shape)
+    return model

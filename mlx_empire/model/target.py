@@ -18,24 +18,24 @@ import mlx.nn as nn
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_empire.errors import UserError
-from mlx_empire.model import catalog
-from mlx_empire.model.build import build_model, compute_dtype, describe
-from mlx_empire.model.closed_form import module_of
-from mlx_empire.model.closed_forms import active_parameters, counted_spec, has_closed_form
+from mlx_empire.model.build import Stored, build_model, compute_dtype, describe, refuse_dropped_head, settle
+from mlx_empire.model.closed_forms import active_parameters, counted_spec, has_closed_form, module_of
 from mlx_empire.model.config import read_config
 from mlx_empire.model.lora import AdapterSettings, adapt
 from mlx_empire.model.packing_config import QUANTISATION_KEYS, refuse_foreign_packing
-from mlx_empire.model.quant_format import Choice, as_stored, quant_format_of, uniformly
 from mlx_empire.model.quantize import (
+    Choice,
+    as_stored,
+    quant_format_of,
     quantize_as_stored,
     quantize_modules,
     refuse_other_packing,
     refuse_unread,
     stored_quantization,
+    uniformly,
     unpacked,
 )
 from mlx_empire.model.spec import ModelSpec
-from mlx_empire.model.stored import Stored, refuse_dropped_head, settle
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
 
@@ -92,6 +92,9 @@ def planned_target(recipe: Recipe, tensors: Callable[[Path], Stored | None] = la
         config = read_config(path)
         packed = any(config.get(key) for key in QUANTISATION_KEYS)
         return _planned(config, str(path), recipe, tensors(path) if packed else None)
+    # A run has a folder; only plans ask the catalog.
+    from mlx_empire.model import catalog
+
     if str(path) in catalog.names():
         return catalog_target(str(path), recipe)
     if architecture is not None:
@@ -104,6 +107,8 @@ def planned_target(recipe: Recipe, tensors: Callable[[Path], Stored | None] = la
 
 def catalog_target(name: str, recipe: Recipe) -> Target:
     """The target that `recipe` would have with the catalog model `name` in the place of its own. UserError."""
+    from mlx_empire.model import catalog
+
     config, _ = catalog.load(name)
     return _planned(config, name, recipe)
 

@@ -58,7 +58,7 @@ def code_bytes(rows: int, moments: Sequence[str] = ("m", "v")) -> dict[str, int]
 
 
 def encode(m: mx.array, v: mx.array, keys: mx.array) -> State:
-    """Codes of float32 moments (rows, 64), v >= 0; `keys` (rows, 1) from `noise.row_keys`."""
+    """Codes of float32 moments (rows, 64), v >= 0; `keys` (rows, 1) from `rounding.row_keys`."""
     return {**encode_first(m), **encode_second(v, keys)}
 
 
@@ -83,7 +83,7 @@ def encode_first(m: mx.array) -> State:
 
 
 def encode_lone_first(m: mx.array, keys: mx.array) -> State:
-    """As `encode_first`, rounded at random with the same mean; `keys` (rows, 1) from `noise.row_keys`."""
+    """As `encode_first`, rounded at random with the same mean; `keys` (rows, 1) from `rounding.row_keys`."""
     scale = _scale_of(m)
     return {"m_codes": _lone_first_codes(m, _inverse(scale), draw_halves(keys)), "m_scale": scale}
 
@@ -151,7 +151,7 @@ def _lone_first_codes(m: mx.array, inverse: mx.array, noise: mx.array) -> mx.arr
 
 
 def encode_second(v: mx.array, keys: mx.array) -> State:
-    """`v_codes`, `v_floor` and `v_levels` of float32 v (rows, 64); `keys` (rows, 1) from `noise.row_keys`."""
+    """`v_codes`, `v_floor` and `v_levels` of float32 v (rows, 64); `keys` (rows, 1) from `rounding.row_keys`."""
     bits = v.view(mx.int32)
     lowest = mx.min(_or_infinity(bits), axis=1, keepdims=True)
     highest = mx.max(bits, axis=1, keepdims=True)

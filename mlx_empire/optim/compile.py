@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire.private_files import open_private
+from mlx_empire.disk import open_private
 
 
 def may_compile() -> bool:

@@ -21,9 +21,8 @@ import mlx.core as mx
 from mlx_empire.model.spec import BLOCK
 from mlx_empire.optim import codec, master
 from mlx_empire.optim.compile import compiling_alone
-from mlx_empire.optim.protocol import ChunkId, State, StepScalars
+from mlx_empire.optim.protocol import ChunkId, State, StateCost, StepScalars
 from mlx_empire.optim.rounding import row_keys
-from mlx_empire.optim.updating import StateCost
 
 STATES = frozenset(  # the name of everything that a state may hold
     [

@@ -5,16 +5,56 @@ update needs no layout: it sees `(rows, 64)` arrays, the tensor's id, the chunk'
 tensor and whether weight decay applies. Rows are independent of one another; that is why results do not
 depend on how a tensor is cut, hence not on the number of ranks. A rule that needs whole matrices (Muon)
 gets another protocol beside this one.
+
+Also which tensors decay (matrices and embeddings; not norms, biases or router corrections), and what one call needs
+beside states, gradients and new weights: measured, by its states' form.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_empire.optim.updating import StateCost
+# A part of a parameter's name that stands for a normalisation: norm, q_norm, input_layernorm, norm1, ln_f ...
+_NORM = re.compile(r"(?:^|_)(?:layer|rms|group)?norm\d*(?:_|$)|^ln(?:_|\d|$)")
+_BIAS = re.compile(r"(?:^|_)bias(?:es)?$")  # also e_score_correction_bias, DeepSeek V3's router correction
+
+
+def decays(name: str, shape: Sequence[int]) -> bool:
+    """True if weight decay applies to parameter `name` (dotted, as in an mlx-lm model) of `shape`."""
+    parts = name.split(".")
+    if len(shape) < 2 or _BIAS.search(parts[-1]):
+        return False
+    return not any(_NORM.search(part) for part in parts)
+
+
+# Bytes per element of a large chunk, which is evaluated alone: by (8 bits, two moments), then by what is kept beside
+# the weights (`float32`: nothing is, nor needed).
+_UPDATE: dict[tuple[bool, bool], dict[str, int]] = {
+    (False, True): {"float32": 8, "exact": 18, "diet": 25, "fp32": 12, "none": 24},
+    (False, False): {"float32": 8, "exact": 14, "diet": 21, "fp32": 12, "none": 20},
+    (True, True): {"float32": 21, "exact": 35, "diet": 38, "fp32": 25, "none": 37},
+    (True, False): {"float32": 23, "exact": 29, "diet": 36, "fp32": 27, "none": 35},
+}
+_SMALL_CHUNKS = 0.83  # of that with 8-bit states for chunks evaluated together: they are freed one by one
+
+
+class StateCost(dict[str, int]):
+    """Bytes of each array of a state, by name; and what an update needs besides, in bytes per element.
+
+    `alone`: of a large chunk, which is evaluated alone; `together`: of small ones that are evaluated at once.
+    """
+
+    def __init__(self, sizes: dict[str, int], moments: tuple[str, ...], master: str, *, codes: bool) -> None:
+        """`master`: what completes the weights, or `float32` where they need nothing; `codes`: moments in 8 bits."""
+        super().__init__(sizes)
+        self.alone: float = _UPDATE[codes, "v" in moments][master]
+        self.together = _SMALL_CHUNKS * self.alone if codes else self.alone
+
 
 State = dict[str, mx.array]
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from mlx_empire.cluster.calibrate import Calibration
 from mlx_empire.cluster.hostfile import GIB, Node, default_limit
 from mlx_empire.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_empire.cluster.machine import Calibration
 
 Range = tuple[float, float]
 TERA, GIGA = 1e12, 1e9

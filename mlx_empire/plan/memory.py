@@ -3,7 +3,7 @@
 `resident` is there for the whole step; each phase adds what is alive in it alone, at its worst moment. The peak is
 resident + the largest phase. `StepBytes` plays the step's actions (`schedule`), so sizes of buffers follow from the
 plan and the order of events and are exact; what layers need while they are differentiated is fitted (`activations`).
-`terms` says both of every name.
+`capacity.ledger_groups` says both of every name.
 """
 
 from __future__ import annotations

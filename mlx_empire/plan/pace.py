@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from fractions import Fraction
 
+from mlx_empire.cluster.machine import Calibration
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.hardware import (
     ADDING_RATE,
@@ -23,7 +23,6 @@ from mlx_empire.plan.hardware import (
     H100_USABLE,
     TERA,
     WIRES,
-    Calibration,
     Chip,
     Range,
     Wire,
@@ -129,7 +128,7 @@ def run_steps(recipe: Recipe, rows: int | None) -> tuple[int, bool]:
     if recipe.run.steps.unit == "epochs":
         if rows is None:
             return ASSUMED_STEPS, False
-        return max(1, recipe.run.steps.to_steps(None, tokens, Fraction(rows, recipe.batch.global_size))), True
+        return max(1, recipe.run.steps.to_steps(None, tokens, rows / recipe.batch.global_size)), True
     return max(1, recipe.run.steps.to_steps(None, tokens, 1.0)), True
 
 

@@ -8,8 +8,8 @@ directions. The rules:
 3. exchange  an exchange begins on a rank when the one before has ended there. A card sends and receives at the wire's
              rate, each rank's bytes in each direction one after the other; a rank is done when it has sent and received
              its own, so the rank with most bytes (the hub of reductions) holds up who sends to it. Relayed in a ring,
-             all are done when the slowest link is, and the last piece has gone round. Contributions are added on the
-             host when they have come, before the next exchange;
+             pieces are passed on as they come. Contributions are added on the host when they have come, before the
+             next exchange;
 4. wait      bind, settle and adopt stop the compute lane until their exchange is done; the norm until all ranks are
              there and have swapped two small messages.
 
@@ -244,9 +244,23 @@ class _Wires:
         return done
 
     def _round_the_ring(self, sent: np.ndarray, starts: list[float]) -> list[float]:
-        """Every rank passes on to the next what that one does not own; the last piece goes round once."""
-        further = max(len(starts) - 2, 0)  # after the first hop
-        slowest = float(sent.max()) / self._link.rate
-        hops = min(further * (self._piece / self._link.rate), slowest)
-        end = max(starts) + (1 + further) * self._link.latency + slowest + hops
-        return [end] * len(starts)
+        """Every rank sends its own interval to the next one, then passes on the others', nearest owner first, piece by
+        piece as they come. A link stands still only where its next piece is not there yet."""
+        size, rate, latency = len(starts), self._link.rate, self._link.latency
+        total = sent.sum() / (size - 1)
+        own = [float(total - sent[r - 1][r]) for r in range(size)]
+        free = [max(starts[r], starts[(r + 1) % size]) for r in range(size)]  # when the link to the next is
+        there = [(0.0, 0.0)] * size  # by rank, when first and last piece of what it passes on next had come
+        for distance in range(size - 1):
+            came = []
+            for r in range(size):
+                nbytes = own[r - distance]
+                if not nbytes:
+                    came.append((0.0, 0.0))
+                    continue
+                piece = min(nbytes, self._piece) / rate
+                begin = max(free[r], there[r][0])
+                free[r] = max(begin + nbytes / rate, there[r][1] + piece)
+                came.append((begin + piece + latency, free[r] + latency))
+            there = [came[r - 1] for r in range(size)]
+        return [max(free[r], there[r][1]) for r in range(size)]

@@ -4,9 +4,11 @@ These are the plan's counts: the time model prices them, `comm/` must reproduce 
 payload only (no headers, no control messages). `edges` are the N + 1 borders, in elements, of the intervals
 that N ranks own in one flat buffer: rank r owns [edges[r], edges[r + 1]), possibly nothing. A matrix is
 indexed [source][destination].
+
+The launcher asks here which messages Open MPI's TCP sends without asking the receiver first; that needs no MPI.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -102,3 +104,22 @@ def staging_bytes(edges: Sequence[int], itemsize: int, rank: int, bucket_bytes: 
 
 def _zeros(size: int) -> Matrix:
     return [[0] * size for _ in range(size)]
+
+
+EAGER_LIMIT = "btl_tcp_eager_limit"  # Open MPI's name for it; with the header
+DEFAULT_EAGER_LIMIT = 65536
+HEADER_BYTES = 1024  # more than what Open MPI adds to a message
+
+
+def unasked_bytes(environment: Mapping[str, str]) -> int:
+    """The largest message that is sent unasked by a rank with this environment, in which mpirun puts its settings."""
+    said = environment.get(f"OMPI_MCA_{EAGER_LIMIT}", "").strip().lower()
+    number, scale = said.rstrip("kmgb"), {"k": 10, "m": 20, "g": 30}.get(said.rstrip("b")[-1:], 0)
+    limit = int(number) << scale if number.isascii() and number.isdigit() else DEFAULT_EAGER_LIMIT
+    return max(limit - HEADER_BYTES, HEADER_BYTES)
+
+
+def eager_words() -> list[str]:
+    """Words of the mpirun line with which a piece is sent unasked. The second limit may not be below the first."""
+    size = str(PIECE_BYTES + HEADER_BYTES)
+    return ["--mca", EAGER_LIMIT, size, "--mca", "btl_tcp_max_send_size", size]

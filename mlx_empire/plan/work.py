@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_empire.model.closed_forms import experts, is_stacked
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
-from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.hardware import Wire
 from mlx_empire.plan.schedule import Action, Reader, StepShape, training_step
 from mlx_empire.plan.traffic import Route
 from mlx_empire.plan.workload import Workload, step_shape
+
+if TYPE_CHECKING:
+    from mlx_empire.plan.assess import Assessment
 
 
 def flops_per_token(spec: ModelSpec, work: Workload) -> float:

@@ -1,8 +1,13 @@
-"""What differs between two recipes, and which differences a run may have when it goes on from a checkpoint."""
+"""What differs between two recipes: what a run may change when it goes on from a checkpoint, and what-if questions.
+
+A variant's values are set without the loader's checks, so that what is only planned can be asked about too; what is
+advised to a person must be loadable and is written as they would type it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.explain import leaf_fields
@@ -64,3 +69,31 @@ def _relative(before: Recipe, now: Recipe) -> bool:
 
 def _show(value: object) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+Changes = Mapping[str, Any]
+
+
+def variant(recipe: Recipe, changes: Changes) -> Recipe:
+    """`recipe` with `section.key` set for every item of `changes`."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, key = name.split(".")
+        sections.setdefault(section, {})[key] = value
+    copies = {s: getattr(recipe, s).model_copy(update=values) for s, values in sections.items()}
+    return recipe.model_copy(update=copies)
+
+
+def value(recipe: Recipe, name: str) -> Any:
+    """The value of `section.key`."""
+    section, key = name.split(".")
+    return getattr(getattr(recipe, section), key)
+
+
+def typed(changes: Changes) -> str:
+    """The changes as overrides on a command line: `memory.zero_stage=3 optimizer.state_bits=8`."""
+    return " ".join(f"{name}={_written(v)}" for name, v in changes.items())
+
+
+def _written(v: Any) -> str:
+    return str(v).lower() if isinstance(v, bool) else str(v)

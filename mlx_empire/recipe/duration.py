@@ -57,9 +57,7 @@ class Duration:
         suffix = {"steps": "", "percent": "%", "tokens": "tok", "epochs": "ep"}[self.unit]
         return f"{Decimal(str(self.value)):f}{suffix}"
 
-    def to_steps(
-        self, total_steps: int | None, tokens_per_step: float, steps_per_epoch: float | Fraction
-    ) -> int:
+    def to_steps(self, total_steps: int | None, tokens_per_step: float, steps_per_epoch: float) -> int:
         """This duration in optimizer steps.
 
         `total_steps` is `run.steps` in steps (None only while that itself is being resolved). Tokens and

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from mlx_empire.recipe.section import Count, RecipePath, Section, as_tuple
+from mlx_empire.recipe.sections import Count, RecipePath, Section, as_tuple
 
 # By one streamed forward pass, exact also for a model that no machine holds whole ...
 TEACHER_FORCED = ("loss", "perplexity", "token_accuracy", "exact_match", "multiple_choice")

@@ -15,8 +15,7 @@ from pydantic_core import ErrorDetails
 
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.recipe.strict_yaml import KeyPath
-from mlx_empire.recipe.text import one_line, quote
+from mlx_empire.recipe.text import KeyPath, one_line, quote
 
 _COMPARED = 60  # characters of a mistyped word that are compared with the known ones
 

@@ -17,8 +17,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.explain import KeyPlace, explain, sections
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.recipe.strict_yaml import KeyPath, parse_yaml, scalar
-from mlx_empire.recipe.text import one_line, quote, read_small_text
+from mlx_empire.recipe.text import KeyPath, one_line, parse_yaml, quote, read_small_text, scalar
 
 MAX_BYTES = 64 * 1024  # a long recipe has 3 KiB; PyYAML reads about 100 KiB a second
 

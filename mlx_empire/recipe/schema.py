@@ -11,7 +11,6 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from mlx_empire.recipe.evaluation import EvaluationSection
-from mlx_empire.recipe.section import Section
 from mlx_empire.recipe.sections import (
     BatchSection,
     CommSection,
@@ -23,6 +22,7 @@ from mlx_empire.recipe.sections import (
     ReportSection,
     RunSection,
     ScheduleSection,
+    Section,
     TuningSection,
 )
 

@@ -4,12 +4,41 @@ Every field's description says what it accepts; messages and documentation are m
 sentence "expected ...".
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mlx_empire.recipe.duration import Duration
-from mlx_empire.recipe.section import Count, RecipePath, Section, as_tuple
+from mlx_empire.recipe.text import printable
+
+MAX_COUNT = 2**31 - 1
+
+
+def _path(written: object) -> object:
+    if isinstance(written, Path):
+        written = str(written)
+    if not isinstance(written, str) or not printable(written) or not 0 < len(written) <= 4096:
+        raise ValueError("not a path")
+    try:
+        return Path(written).expanduser()
+    except RuntimeError:
+        raise ValueError("no such home directory") from None
+
+
+def as_tuple(value: object) -> object:
+    """YAML's lists as tuples, which do not change."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+RecipePath = Annotated[Path, BeforeValidator(_path)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+
+
+class Section(BaseModel):
+    """What all sections share: no unknown keys, no silent conversion of types, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def _exact_number(value: object) -> object:

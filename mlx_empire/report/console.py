@@ -16,8 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mlx_empire.report.terminal import terminal_size
-from mlx_empire.report.text import NodeRow, amount, bar, duration, fraction, level, number
+from mlx_empire.report.text import NodeRow, amount, bar, duration, fraction, level, number, terminal_size
 
 PLAIN_WIDTH = 110
 BAR_WIDTH = 12
@@ -225,7 +224,7 @@ class _Clock:
 def _console(stream: TextIO, mode: str) -> tuple[Console, bool]:
     """A rich console on `stream`, and whether to redraw in place.
 
-    What rich finds out holds for the descriptor, which is not the terminal under mpirun: `terminal`.
+    What rich finds out holds for the descriptor, which is not the terminal under mpirun: `terminal_size`.
     """
     size = terminal_size(stream)
     if mode == "always" or (mode == "auto" and size is not None):

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from mlx_empire.disk import append_private, replace_private
 from mlx_empire.errors import UserError
-from mlx_empire.private_files import append_private, replace_private
 
 FILE_NAME = "metrics.jsonl"
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from mlx_empire.arguments import UserArguments
-from mlx_empire.errors import UserError
+from mlx_empire.errors import UserArguments, UserError
 from mlx_empire.report.metrics import read_metrics
 
 WIDTH, HEIGHT = 720, 360

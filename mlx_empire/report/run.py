@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
 
@@ -18,7 +18,9 @@ from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.console import NodeRow, RunDisplay
 from mlx_empire.report.metrics import MetricsWriter
-from mlx_empire.report.tensorboard import TensorBoardWriter
+
+if TYPE_CHECKING:
+    from mlx_empire.report.tensorboard import TensorBoardWriter
 
 
 class RunReport:
@@ -42,9 +44,11 @@ class RunReport:
         self._writers: list[MetricsWriter | TensorBoardWriter] = []
         if comm.rank == 0:
             self._metrics = MetricsWriter(recipe.run.dir, resumed)
-            self._tensorboard = (
-                TensorBoardWriter(recipe.run.dir, resumed) if recipe.report.tensorboard else None
-            )
+            self._tensorboard: TensorBoardWriter | None = None
+            if recipe.report.tensorboard:  # off unless asked for, and a package that need not be there
+                from mlx_empire.report.tensorboard import TensorBoardWriter
+
+                self._tensorboard = TensorBoardWriter(recipe.run.dir, resumed)
             rows = [
                 NodeRow(node.name, node.role or "-", share, ledger.peak, limit)
                 for node, share, ledger, limit in zip(
@@ -60,8 +64,10 @@ class RunReport:
         wait_seconds: comm_wait_seconds by rank; a straggler is the one that waits least.
         """
         peak = mx.get_peak_memory() + self._comm.staging_bytes
-        by_rank = self._comm.gather_json([peak, sent, received, record["comm_wait_seconds"]])
-        names = ("peak_bytes", "bytes_sent", "bytes_received", "wait_seconds")
+        by_rank = self._comm.gather_json(
+            [peak, mx.get_cache_memory(), sent, received, record["comm_wait_seconds"]]
+        )
+        names = ("peak_bytes", "cache_bytes", "bytes_sent", "bytes_received", "wait_seconds")
         record |= {name: list(values) for name, values in zip(names, zip(*by_rank, strict=True), strict=True)}
         record["predicted_peak_bytes"] = self._predicted
         self._last = record

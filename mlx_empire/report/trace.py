@@ -16,6 +16,7 @@ from pathlib import Path
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.disk import replace_private
 from mlx_empire.engine.trace import TRACED_STEPS, StepTrace
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.model.spec import ModelSpec
@@ -24,7 +25,6 @@ from mlx_empire.plan.assess import assess
 from mlx_empire.plan.hardware import wire_of
 from mlx_empire.plan.pace import chips_of, timeline_of
 from mlx_empire.plan.step_time import ADD, EXCHANGE, WAIT, Event
-from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.schema import Recipe
 
 FILE_NAME = "trace.json"

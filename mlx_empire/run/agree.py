@@ -2,33 +2,36 @@
 
 Rank 0 reads what only it may have (recipe, hostfile, the model's configuration, evaluation sets) and broadcasts it;
 errors that a user can mend are agreed on, said once, and end all ranks with the same exit code.
+
+All ranks must train on the same tokens: digests are compared, and ranks whose data differ are named. What stands guard
+over a run until it ends (`standing`): the watchdog, collectives that give right answers, one run per folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, match_ranks
+from mlx_empire.comm.checks import Facts, environment, self_test, shake_hands
 from mlx_empire.comm.failure import together
-from mlx_empire.comm.handshake import Facts, environment, shake_hands
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.comm.watchdog import Watchdog
 from mlx_empire.data.encode import load_tokenizer
-from mlx_empire.data.share import shared_splits
+from mlx_empire.data.rows import Dataset, Table
 from mlx_empire.data.splits import Splits, load_splits
-from mlx_empire.errors import EmpireError
-from mlx_empire.evaluation.evaluator import Decode, Evaluator, from_json, to_json
+from mlx_empire.errors import EmpireError, UserError, on_all_ranks
 from mlx_empire.evaluation.gate import GateKeeper
-from mlx_empire.evaluation.generation import refuse_too_large
-from mlx_empire.evaluation.questions import Questions, load_questions
 from mlx_empire.formats.hf_folder import has_weights, model_digest, open_folder
 from mlx_empire.formats.seal import check_sealed
-from mlx_empire.model import catalog
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
 from mlx_empire.model.spec import ModelSpec
@@ -40,6 +43,85 @@ from mlx_empire.recipe.load import MAX_BYTES, dump_recipe, load_recipe, parse_re
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
 from mlx_empire.report.metrics import read_metrics
+from mlx_empire.run.lock import RunLock
+
+if TYPE_CHECKING:
+    from mlx_empire.evaluation.evaluator import Decode, Evaluator
+    from mlx_empire.evaluation.questions import Questions
+
+
+class Safeguards:
+    """What stands guard until the run ends; `notes` are for the user once there is a report."""
+
+    def __init__(self, comm: Communicator, stack: ExitStack) -> None:
+        self._comm, self._stack = comm, stack
+        self.notes: list[str] = []
+
+    def lock(self, folder: Path) -> None:
+        """Hold the run's folder from here on. UserError naming the holder if another run does. Collective."""
+        with together(self._comm):
+            if self._comm.rank == 0:
+                held = self._stack.enter_context(RunLock(folder))
+                self.notes += [held.note] if held.note else []
+
+
+@contextmanager
+def standing(comm: Communicator, recipe: Recipe) -> Iterator[Safeguards]:
+    """The safeguards of a run, from its first collective to its end. Collective."""
+    with ExitStack() as stack:
+        stack.enter_context(Watchdog(comm, recipe.comm.deadline_seconds, recipe.comm.deadline_floor_seconds))
+        self_test(comm)
+        yield Safeguards(comm, stack)
+
+
+def shared_splits(comm: Communicator, load: Callable[[], Splits], available: bool) -> Splits:
+    """The splits on every rank; `available`: whether this node has data and tokenizer. Collective."""
+    everywhere = all(comm.gather_json(available))
+    splits: Splits | None = None
+    with together(comm):
+        if everywhere or comm.rank == 0:
+            splits = load()
+    if not everywhere:
+        return _sent(comm, splits)
+    assert splits is not None
+    digests = comm.gather_json(splits.digest)
+    if len(set(digests)) > 1:
+        odd = [comm.hostnames[r] for r, digest in enumerate(digests) if digest != digests[0]]
+        raise on_all_ranks(
+            UserError(
+                f"data.path: {', '.join(odd)} and {comm.hostnames[0]} have different data; copy it anew"
+            )
+        )
+    return splits
+
+
+def _sent(comm: Communicator, splits: Splits | None) -> Splits:
+    """Rank 0's splits on every rank."""
+    about = comm.broadcast_json(
+        None
+        if splits is None
+        else {
+            "length": splits.train.sequence_length,
+            "packed": splits.train.packed,
+            "valid": splits.valid is not None,
+            "report": [*splits.report, "data read by rank 0 and sent to the other ranks"],
+            "digest": splits.digest,
+        }
+    )
+    train = _dataset(comm, splits.train if splits else None, about["length"], about["packed"])
+    valid = None
+    if about["valid"]:
+        valid = _dataset(comm, splits.valid if splits else None, about["length"], about["packed"])
+    return Splits(train, valid, about["report"], about["digest"])
+
+
+def _dataset(comm: Communicator, own: Dataset | None, length: int, packed: bool) -> Dataset:
+    kinds = {"tokens": np.int32, "counted": np.uint8, "pieces": np.int64, "rows": np.int64}
+    arrays = {}
+    for name, dtype in kinds.items():
+        values = np.array(getattr(own.table, name)) if own is not None else np.empty(0, dtype)
+        arrays[name] = comm.gather_arrays(values)[0]
+    return Dataset(Table(**arrays), length, packed)
 
 
 def greet(comm: Communicator, recipe_path: Path, overrides: Sequence[str]) -> None:
@@ -94,6 +176,9 @@ def share_config(comm: Communicator, recipe: Recipe) -> dict[str, Any]:
         if comm.rank == 0:
             name = recipe.model.architecture
             if name is not None and recipe.model.init == "random" and not recipe.model.path.exists():
+                # Nearly all models come from a folder.
+                from mlx_empire.model import catalog
+
                 config, _ = catalog.load(name)
             else:
                 config = read_config(recipe.model.path)
@@ -146,6 +231,10 @@ def share_evaluator(comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: R
     length = recipe.data.sequence_length
     if not recipe.evaluation.sets:
         return None
+    # Here and below: only a run with evaluation sets loads what reads, generates and scores their answers.
+    from mlx_empire.evaluation.evaluator import Evaluator, from_json, to_json
+    from mlx_empire.evaluation.generation import refuse_too_large
+
     raw, decode, ends = None, None, None
     with together(comm):
         if recipe.evaluation.generates:
@@ -162,6 +251,9 @@ def load_evaluator(recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator 
     length = recipe.data.sequence_length
     if not recipe.evaluation.sets:
         return None
+    from mlx_empire.evaluation.evaluator import Evaluator
+    from mlx_empire.evaluation.generation import refuse_too_large
+
     if recipe.evaluation.generates:
         refuse_too_large(plan, spec, length)
     sets, decode, ends = _read_sets(recipe, spec)
@@ -170,6 +262,8 @@ def load_evaluator(recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator 
 
 def _read_sets(recipe: Recipe, spec: ModelSpec) -> tuple[list[Questions], Decode | None, list[int]]:
     """The evaluation sets, and where answers are generated what makes text of tokens and which tokens end an answer."""
+    from mlx_empire.evaluation.questions import load_questions
+
     folder, vocabulary = recipe.model.path, int(spec.text_config["vocab_size"])
     sets = [
         load_questions(one, folder, recipe.data.sequence_length, vocabulary) for one in recipe.evaluation.sets

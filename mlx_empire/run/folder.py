@@ -14,10 +14,10 @@ from pathlib import Path
 from mlx_empire.checkpoint.paths import broken_link
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.data.splits import Splits
+from mlx_empire.disk import replace_private
 from mlx_empire.errors import UserError
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.resolve import RunPlan
-from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 from mlx_empire.data.batches import MicroBatch, micro_batch, positions, valid_tokens
-from mlx_empire.data.dataset import Dataset
+from mlx_empire.data.rows import Dataset
 from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
-from mlx_empire.optim.learning_rate import LearningRate
+from mlx_empire.optim.choose import LearningRate
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, Gate
 from mlx_empire.recipe.schema import Recipe
@@ -44,7 +43,9 @@ class Job:
     def of(cls, recipe: Recipe, data: Dataset) -> Job:
         """The job of one rank alone, which computes all micro-batches of a step."""
         batch, run, schedule = recipe.batch, recipe.run, recipe.schedule
-        steps_per_epoch = Fraction(len(data), batch.global_size)
+        # In floating point, which may round up to one step more than the exact count: runs that are resumed were
+        # begun so, and another length would be another schedule of rates.
+        steps_per_epoch = len(data) / batch.global_size
         tokens_per_step = max(round(data.tokens_per_epoch / steps_per_epoch), 1)  # counted, on average
         steps = run.steps.to_steps(None, tokens_per_step, steps_per_epoch)
 

@@ -28,8 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from mlx_empire.disk import open_private
 from mlx_empire.errors import UserError
-from mlx_empire.private_files import open_private
 
 LockName = Literal["LOCK", "launch.lock"]
 RUN: LockName = "LOCK"

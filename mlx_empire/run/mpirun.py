@@ -16,9 +16,9 @@ from pathlib import Path
 
 from mlx_empire import progress
 from mlx_empire.cluster.hostfile import Cluster
-from mlx_empire.comm.eager import eager_words
 from mlx_empire.comm.failure import FAULT_VARIABLE
 from mlx_empire.errors import UserError
+from mlx_empire.plan.traffic import eager_words
 
 # What mpirun and ssh need of a shell.
 # fmt: off

@@ -20,8 +20,7 @@ from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.data.batches import MicroBatch, counted, validation_micro_batches
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import open_folder
-from mlx_empire.formats.source import FolderSource
-from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.formats.source import FolderSource, TunedSource
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
 from mlx_empire.model.spec import ITEM_BYTES

@@ -20,7 +20,7 @@ from mlx_empire.checkpoint.paths import step_name
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.disk import disk_of, free_bytes, is_full
+from mlx_empire.disk import disk_of, free_bytes, is_full, replace_private
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import NoRoomError, UserError
 from mlx_empire.evaluation.gate import GateKeeper
@@ -30,10 +30,8 @@ from mlx_empire.formats.hf_folder import has_weights, open_folder
 from mlx_empire.formats.hf_names import huggingface_names
 from mlx_empire.formats.model_card import model_card
 from mlx_empire.formats.seal import is_sealed, seal_folder, sealed_digest, unseal
-from mlx_empire.formats.sidefiles import write_json
-from mlx_empire.formats.staging import refuse_foreign, remove
+from mlx_empire.formats.staging import refuse_foreign, refuse_uncopied, remove, write_json
 from mlx_empire.model.target import Target
-from mlx_empire.private_files import replace_private
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
 from mlx_empire.report.run import RunReport
@@ -58,7 +56,9 @@ def refuse_result(recipe: Recipe, target: Target) -> None:
     """UserError where the result could not be written however much room there is, from names and shapes alone."""
     sealed_digest(recipe.model.path)
     if target.adapters is None:
-        plan_export(final_of(recipe), target.spec, target.rebuild, _source_folder(recipe))
+        if (folder := _source_folder(recipe)) is not None:
+            refuse_uncopied(folder)
+        plan_export(final_of(recipe), target.spec, target.rebuild, folder)
 
 
 # ---- writing

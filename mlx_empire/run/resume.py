@@ -12,8 +12,7 @@ from glob import escape
 from pathlib import Path
 
 from mlx_empire.checkpoint.find import CheckpointSearch, FoundCheckpoint
-from mlx_empire.checkpoint.identity import Identity, Origin, config_digest, sampled_digest
-from mlx_empire.checkpoint.manifest import Resolved
+from mlx_empire.checkpoint.manifest import Identity, Origin, Resolved, config_digest, sampled_digest
 from mlx_empire.checkpoint.paths import broken_link, step_name, step_of, steps_in
 from mlx_empire.checkpoint.save import Policy, Saver
 from mlx_empire.comm.failure import together

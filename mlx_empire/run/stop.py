@@ -17,7 +17,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.private_files import append_private
+from mlx_empire.disk import append_private
+from mlx_empire.errors import UserError
 
 STOP_FILE = "stop"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -107,5 +108,8 @@ def stop_requested(folder: Path, since: float) -> bool:
 
 def request_stop(folder: Path) -> None:
     """Ask the run in `folder` to stop, by its file `stop`."""
-    append_private(folder / STOP_FILE).close()
-    os.utime(folder / STOP_FILE)
+    try:
+        append_private(folder / STOP_FILE).close()
+        os.utime(folder / STOP_FILE)
+    except OSError as error:
+        raise UserError(f"{folder / STOP_FILE}: {error.strerror}; make it possible to write there") from None

@@ -1,17 +1,95 @@
-"""The trainer that a recipe asks for: how its keys become the settings of a step, and what MLX may keep of memory."""
+"""The trainer that a recipe asks for, what MLX may keep of memory, and where weights and states come from.
+
+They come from the model's folder, chance, or a checkpoint, and from that again after a leap. Every rank reads the
+model's folder, or rank 0 alone has it and sends each rank its part. Either way tensors pass one at a time, so no rank
+holds more than its shard plus one unit.
+"""
 
 from __future__ import annotations
 
-import mlx.core as mx
+from collections.abc import Sequence
 
+import mlx.core as mx
+import numpy as np
+
+from mlx_empire import progress
+from mlx_empire.checkpoint.find import CheckpointSearch
+from mlx_empire.checkpoint.restore import Restore
+from mlx_empire.checkpoint.save import Saver
+from mlx_empire.comm.buffers import DTYPES, host_view
+from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.spikes import SpikeWatch
+from mlx_empire.engine.numerics import SpikeWatch
+from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
+from mlx_empire.formats.hf_folder import has_weights
+from mlx_empire.formats.source import FolderSource, RandomSource, TunedSource, WeightSource
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.shards import Placement, Segment, Unit
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.run.resume import Start, folder_of
+
+# Where a plan leaves less over: without a cache every buffer is asked of the system.
+LEAST_CACHE_BYTES = 1 << 28
+
+
+def fill_from_own(store: ShardStore, source: WeightSource) -> None:
+    """Each rank reads what it keeps from its own source."""
+    for unit in store.plan.units:
+        store.load(unit.index, source.unit(unit.index))
+
+
+def fill_from_root(
+    store: ShardStore, spec: ModelSpec, source: WeightSource | None, comm: Communicator
+) -> None:
+    """Rank 0 reads; every tensor is scattered to its owners, and gathered where weights stay whole. Collective."""
+    assert (source is not None) == (comm.rank == 0), "rank 0 alone has a source"
+    for unit in store.plan.units:
+        with store.loading(unit):
+            _fill_unit(store, spec, unit, source, comm)
+
+
+def _fill_unit(
+    store: ShardStore, spec: ModelSpec, unit: Unit, source: WeightSource | None, comm: Communicator
+) -> None:
+    buffers, views, starts = store.landing(unit)
+    tensors = source.unit(unit.index) if source is not None else None
+    for tensor in spec.units[unit.index].tensors:
+        _, s, placement = store.plan.tensors[tensor.name]
+        flat = None
+        if tensors is not None:
+            found, array = next(tensors)
+            assert found.name == tensor.name, "a source yields tensors in the spec's order"
+            flat = host_view(array.astype(DTYPES[unit.segments[s].dtype]))
+        _scatter(comm, unit.segments[s], placement, flat, views[s], starts[s])
+    if store.keeps_whole:
+        for view, segment in zip(views, unit.segments, strict=True):
+            comm.all_gather(view, segment.edges)
+    store.landed(unit, buffers)
+
+
+def _scatter(
+    comm: Communicator,
+    segment: Segment,
+    placement: Placement,
+    flat: np.ndarray | None,
+    view: np.ndarray,
+    start: int,
+) -> None:
+    """Send one tensor's elements to their owners; `view` is what this rank keeps, from element `start` on."""
+    edges = _within(segment.edges, placement)
+    a, b = edges[comm.rank] + placement.start, edges[comm.rank + 1] + placement.start
+    comm.scatter(flat, edges, view[a - start : b - start], 0)
+
+
+def _within(edges: Sequence[int], placement: Placement) -> list[int]:
+    """The segment's edges as seen from inside one tensor."""
+    size = placement.tensor.size
+    return [min(max(edge - placement.start, 0), size) for edge in edges]
 
 
 def make_trainer(
@@ -34,8 +112,68 @@ def trainer_settings(recipe: Recipe) -> TrainerSettings:
 
 
 def limit_memory(plan: RunPlan, rank: int) -> None:
-    """Hold MLX to the node's limit: freed buffers are kept for reuse only in what the plan leaves over."""
+    """Hold MLX to the node's limit, and its cache to `cache_bound`."""
     limit, peak = plan.limits[rank], plan.ledgers[rank].peak
     mx.set_memory_limit(limit)
-    mx.set_cache_limit(max(limit - peak, 1 << 28))
+    mx.set_cache_limit(cache_bound(limit, peak))
     mx.reset_peak_memory()
+
+
+def cache_bound(limit: int, peak: int) -> int:
+    """Bytes of freed buffers that MLX keeps for reuse: what the plan leaves over, and never more than the peak.
+
+    Rows of many lengths leave buffers of many sizes, which nothing takes up again; without a bound they fill the limit.
+    """
+    return min(max(limit - peak, LEAST_CACHE_BYTES), peak)
+
+
+def load_weights(comm: Communicator, recipe: Recipe, target: Target, store: ShardStore) -> bool:
+    """Fill the shards from the model's folder, or at random; True if rank 0 alone had the folder. Collective."""
+    folder, seed = recipe.model.path, recipe.run.seed
+
+    def tuned(base: WeightSource) -> WeightSource:
+        return base if target.adapters is None else TunedSource(base, target.spec, seed, target.packing)
+
+    if recipe.model.init == "random":
+        fill_from_own(store, tuned(RandomSource(target.rebuild, target.base, seed)))
+        return False
+    everywhere = all(comm.gather_json(has_weights(folder)))
+    source = None
+    with together(comm):
+        if everywhere or comm.rank == 0:
+            source = tuned(FolderSource(folder, target.rebuild, target.base))
+    if everywhere:
+        assert source is not None
+        fill_from_own(store, source)
+    else:
+        fill_from_root(store, target.spec, source, comm)
+    return not everywhere
+
+
+def load_state(comm: Communicator, target: Target, trainer: Trainer, start: Start) -> bool:
+    """Weights from the model's folder or, with the optimizer's states, from a checkpoint. Collective.
+
+    Frozen weights are not in a checkpoint, so with adapters the folder is read as well. True if rank 0 alone had it.
+    """
+    recipe = start.recipe
+    if start.found is None:
+        return load_weights(comm, recipe, target, trainer.store)
+    with together(comm):
+        restore = Restore(start.found, trainer.store, comm)
+    sent = target.adapters is not None and load_weights(comm, recipe, target, trainer.store)
+    restore.run(trainer.optimizer, recipe.optimizer.learning_rate)
+    trainer.carry_on(start.found.manifest.numerics)
+    return sent
+
+
+def go_back(comm: Communicator, recipe: Recipe, trainer: Trainer, saver: Saver) -> str:
+    """Put weights and states of the newest checkpoint into a run that goes on; what there is to say. Collective."""
+    saver.finish()
+    found = CheckpointSearch(comm, folder_of(recipe, comm)).newest() if saver.newest else None
+    if found is None:
+        return "there is no checkpoint to go back to: only this step's update is left out"
+    progress.reach("load")
+    with together(comm):
+        restore = Restore(found, trainer.store, comm)
+    restore.run(trainer.optimizer, recipe.optimizer.learning_rate)
+    return f"weights and states are those after step {found.step} again, from {found.folder}"

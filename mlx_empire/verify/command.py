@@ -21,18 +21,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlx_empire.arguments import UserArguments
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.comm.views import host_view
 from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch, validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
-from mlx_empire.evaluation.held_out import held_out_loss
+from mlx_empire.errors import UserArguments
+from mlx_empire.evaluation.gate import held_out_loss
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.model.spec import ModelSpec
@@ -40,13 +40,12 @@ from mlx_empire.model.target import Target, in_dtype
 from mlx_empire.optim.choose import make_optimizer, state_bytes_of
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.resolve import RunPlan, resolve
-from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_config, share_data, share_nodes, share_recipe, share_target
 from mlx_empire.run.job import Job
-from mlx_empire.run.trainer import make_trainer
-from mlx_empire.run.weights import load_weights
+from mlx_empire.run.trainer import load_weights, make_trainer
 from mlx_empire.verify.fidelity import NOISE_FLOOR, PLAIN, Finding, Outcome, Pair, audit, pairs_of
 from mlx_empire.verify.page import HEAD, FidelityReport, fidelity_document, fidelity_page, rows
 

@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from mlx_empire.plan.resolve import RunPlan
-from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 
 PLAIN: dict[str, Any] = {

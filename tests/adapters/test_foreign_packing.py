@@ -11,12 +11,10 @@ from support.stepping import Case, config_of, weights_of
 
 from mlx_empire.capacity import command as capacity
 from mlx_empire.errors import UserError
+from mlx_empire.formats.convert import packed_as_stored, plain_weights, write_packed
 from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder, stored_if_whole
-from mlx_empire.formats.merge import packed_as_stored, plain_weights
-from mlx_empire.formats.quantized_folder import write_packed
-from mlx_empire.formats.source import FolderSource
-from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.formats.source import FolderSource, TunedSource
 from mlx_empire.model.config import read_config
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.target import make_target, planned_target

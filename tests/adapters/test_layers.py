@@ -8,10 +8,10 @@ from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 from support.tuning import EXPERTS, LINEAR, SEED, HeldWeights, TunedCase, built_of, reference_model
 
 from mlx_empire.errors import UserError
-from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.formats.source import TunedSource
 from mlx_empire.model.build import build_model, describe
-from mlx_empire.model.initial import initial_adapter
-from mlx_empire.model.quant_format import QUANT_FORMATS
+from mlx_empire.model.lora import initial_adapter
+from mlx_empire.model.quantize import QUANT_FORMATS
 from mlx_empire.model.spec import TensorSpec
 from mlx_empire.model.target import make_target
 from mlx_empire.recipe.sections import TuningSection

@@ -12,8 +12,7 @@ from support.tuning import TunedCase
 
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import open_folder
-from mlx_empire.formats.source import FolderSource
-from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.formats.source import FolderSource, TunedSource
 from mlx_empire.model.target import make_target, planned_target
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.sections import TuningSection

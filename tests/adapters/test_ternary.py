@@ -4,8 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_empire.model.quant_format import QUANT_FORMATS
-from mlx_empire.model.quantize import quantize, ternary
+from mlx_empire.model.quantize import QUANT_FORMATS, quantize, ternary
 
 
 def unpacked(codes, scales, biases, group):

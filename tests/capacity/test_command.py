@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mlx_empire.capacity import command as capacity
-from mlx_empire.cluster import calibrate as measuring
-from mlx_empire.cluster.calibrate import Calibration
+from mlx_empire.cluster import machine as measuring
+from mlx_empire.cluster.machine import Calibration
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "fixtures" / "tiny-llama-260k"

@@ -7,7 +7,7 @@ from mlx_empire.capacity.ladder import RUNGS, UNLOCKED, ladder
 from mlx_empire.model.target import catalog_target, in_dtype
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.hardware import standard_clusters
-from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.changes import variant
 
 RECIPE = recipe_of("batch.global_size=4")
 NAMES = ["llama-3.2-1b", "llama-3.1-8b", "mixtral-8x7b", "llama-4-scout-109b", "qwen2.5-32b", "falcon-40b"]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from mlx_empire.capacity import ledger_groups
 from mlx_empire.capacity.ledger_groups import GROUPS, group_of, grouped
-from mlx_empire.plan import terms
 
 EXPECTED = {
     "weights": {"weights"},
@@ -35,11 +35,11 @@ def test_a_name_stands_in_its_group(group, name):
 
 
 def test_every_name_of_the_ledger_has_a_group_of_its_kind():
-    assert {name for name in terms._TERMS if group_of(name) == "other"} == EXPECTED["other"]
+    assert {name for name in ledger_groups._TERMS if group_of(name) == "other"} == EXPECTED["other"]
 
 
 def test_the_groups_add_up_to_the_ledger():
-    ledger = {name: 3**i for i, name in enumerate(terms._TERMS)} | {"something new": 5}
+    ledger = {name: 3**i for i, name in enumerate(ledger_groups._TERMS)} | {"something new": 5}
     sums = grouped(ledger)
     assert sum(sums.values()) == sum(ledger.values())
     assert list(sums) == [group.key for group in GROUPS if group.key in sums]

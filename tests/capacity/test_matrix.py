@@ -18,7 +18,7 @@ from mlx_empire.model import catalog
 from mlx_empire.model.target import catalog_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.hardware import standard_clusters
-from mlx_empire.plan.variants import variant
+from mlx_empire.recipe.changes import variant
 
 GB = 10**9
 KING, SOLDIER = 464 * 2**30, 208 * 2**30

@@ -10,8 +10,14 @@ from capacity import made_up
 from rich.console import Console
 
 from mlx_empire.capacity.ledger_groups import alike
-from mlx_empire.capacity.survey_text import print_daughters, print_ladder, print_matrix
-from mlx_empire.capacity.text import capacity_console, print_report, stacked_bar
+from mlx_empire.capacity.text import (
+    capacity_console,
+    print_daughters,
+    print_ladder,
+    print_matrix,
+    print_report,
+    stacked_bar,
+)
 from mlx_empire.report.text import energy, run_length, span
 
 LIMITS = (("a", 100), ("b", 100), ("c", 90))

@@ -9,7 +9,7 @@ import re
 import pytest
 from support.planning import assess, llama_like, nodes_of, recipe_of
 
-from mlx_empire.capacity.timeline import CLOSE, KINDS, lanes_of, timeline_chart, timeline_document
+from mlx_empire.capacity.charts import CLOSE, KINDS, lanes_of, timeline_chart, timeline_document
 from mlx_empire.plan.hardware import wire_named
 from mlx_empire.plan.pace import pace_of
 from mlx_empire.plan.step_time import ADD, COMPUTE, EXCHANGE, WAIT, Event, Timeline

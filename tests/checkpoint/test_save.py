@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -12,10 +13,9 @@ import mlx.core as mx
 import pytest
 from support.stepping import Case, batches_of, counted_tokens, trainer_of
 
-from mlx_empire import progress
-from mlx_empire.checkpoint import commit, save
-from mlx_empire.checkpoint.identity import Identity, Origin
-from mlx_empire.checkpoint.manifest import Resolved, decode_manifest, digest_of
+from mlx_empire import disk, progress
+from mlx_empire.checkpoint import commit, save, shard
+from mlx_empire.checkpoint.manifest import Identity, Origin, Resolved, decode_manifest, digest_of
 from mlx_empire.checkpoint.save import Policy, Saver
 from mlx_empire.checkpoint.shard import LivePiece, problem_with
 from mlx_empire.comm.solo import SoloCommunicator
@@ -175,3 +175,30 @@ def test_views_are_dropped_as_units_are_written(trainer: Trainer, tmp_path: Path
 
     commit.write_shard(tmp_path / "shard-00000-of-00001.safetensors", pieces, 0, "here", passed)
     assert seen == [True] * len(trainer.store.plan.units)
+
+
+def test_everything_is_on_the_disk_before_what_makes_it_count(
+    trainer: Trainer, saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shard, manifest and the draft's entries before the rename, that before COMMIT: a power cut leaves no half."""
+    happened: list[int | str] = []
+    rename = os.rename
+
+    def renamed(source: Path, target: Path) -> None:
+        happened.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    for module in (disk, shard, commit):
+        monkeypatch.setattr(module, "sync_file", lambda file: happened.append(os.fstat(file.fileno()).st_ino))
+    for module in (disk, commit):
+        monkeypatch.setattr(module, "sync_folder", lambda folder: happened.append(folder.stat().st_ino))
+    saver.request(1, {})
+    saver.finish()
+    root = tmp_path / "checkpoints"
+    names = {path.stat().st_ino: path.name for path in (root, *root.rglob("*"))}
+    folder, file = "step-000001", "shard-00000-of-00001.safetensors"
+    assert [names.get(one, one) if isinstance(one, int) else one for one in happened] == [
+        *(file, "MANIFEST.json", folder, "rename", "checkpoints"),
+        *("COMMIT", folder, "LATEST", "checkpoints"),
+    ]

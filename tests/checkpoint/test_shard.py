@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from safetensors import safe_open
 from support.stepping import Case, trainer_of
 
+from mlx_empire.checkpoint.agree import Folders
+from mlx_empire.checkpoint.copies import exchange_copies
 from mlx_empire.checkpoint.manifest import Shard
 from mlx_empire.checkpoint.shard import live_pieces, piece_offsets, problem_with, write_shard
 from mlx_empire.comm.solo import SoloCommunicator
@@ -188,3 +191,34 @@ def test_units_are_written_in_the_order_in_which_they_are_updated(store: ShardSt
     (tmp_path / "straight").mkdir()
     straight = write_shard(tmp_path / "straight" / FILE, live_pieces(store, 0), 0, "here", lambda u, n: None)
     assert {p.name: p.digest for p in shard.pieces} == {p.name: p.digest for p in straight.pieces}
+
+
+@pytest.mark.parametrize("flipped", [None, 0, -1])
+def test_a_copy_is_read_back(
+    written: tuple[Path, Shard, list[tuple[int, int]]], tmp_path: Path, flipped: int | None
+) -> None:
+    """Rank 1 keeps rank 0's shard: a bit that changes on the way or on the disk is an error of the save."""
+    path, shard, _ = written
+    other, own = (
+        shard.model_copy(update={"file": f"shard-{r:05}-of-00002.safetensors", "rank": r}) for r in (0, 1)
+    )
+    path.rename(tmp_path / own.file)
+    sent = np.fromfile(tmp_path / own.file, np.uint8)
+    raw = sent.tobytes()
+    if flipped is not None:
+        sent[flipped] ^= 1
+    rest = [sent]
+
+    def transfer(sends: list[tuple[int, np.ndarray]], receives: list[tuple[int, np.ndarray]]) -> None:
+        assert [peer for peer, _ in (*sends, *receives)] == [0, 0]
+        buffer = receives[0][1]
+        buffer[:], rest[0] = rest[0][: buffer.size], rest[0][buffer.size :]
+
+    comm = SimpleNamespace(rank=1, size=2, transfer=transfer)
+    folders = Folders(tmp_path, 1, (0, 1), ("one", "two"))
+    if flipped is None:
+        exchange_copies(comm, folders, tmp_path, [other, own])
+        assert (tmp_path / other.file).read_bytes() == raw
+    else:
+        with pytest.raises(OSError, match=f"{other.file}.*digest"):
+            exchange_copies(comm, folders, tmp_path, [other, own])

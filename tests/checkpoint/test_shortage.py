@@ -9,7 +9,7 @@ import pytest
 
 from mlx_empire.checkpoint.agree import find_folders
 from mlx_empire.checkpoint.paths import COMMIT, PIN, steps_in
-from mlx_empire.checkpoint.shortage import Candidate, candidates, give_up, to_be_given_up
+from mlx_empire.checkpoint.retention import Candidate, candidates, give_up, to_be_given_up
 from mlx_empire.comm.solo import SoloCommunicator
 
 OWN, OTHER = "shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from mlx_empire.cluster import calibrate as module
-from mlx_empire.cluster.calibrate import calibrate, layer_flops
+from mlx_empire.cluster import machine as module
+from mlx_empire.cluster.machine import calibrate, layer_flops
 
 
 def test_operations_of_the_measured_layer():

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_empire.comm.accumulate import BLOCK, Adder, check_reduction, copy_interval, window
+from mlx_empire.comm.buffers import ADDED_AT_ONCE, Adder, check_reduction, copy_interval, window
 
 
 def test_bfloat16_converts_exactly_as_mlx_does() -> None:
@@ -20,13 +20,13 @@ def test_bfloat16_converts_exactly_as_mlx_does() -> None:
 
 def test_blocks_leave_no_seams() -> None:
     random = np.random.default_rng(1)
-    length = 2 * BLOCK + 77
+    length = 2 * ADDED_AT_ONCE + 77
     parts = [random.standard_normal(length).astype(np.float32) for _ in range(3)]
     expected = parts[0].copy()
     expected[5:] += parts[1][5:]
     expected += parts[2]
     total = parts[0].copy()
-    cut = BLOCK + 3
+    cut = ADDED_AT_ONCE + 3
     Adder().add(total, [[(5, parts[1][5:cut]), (cut, parts[1][cut:])], [(0, parts[2])]], "float32")
     assert total.tobytes() == expected.tobytes()
 

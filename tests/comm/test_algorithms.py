@@ -7,9 +7,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.comm.accumulate import Adder
-from mlx_empire.comm.messages import UNASKED, Stream, cut_into_buckets, direct_streams, relay_streams
-from mlx_empire.comm.reduce import ReduceScatter, Staging
+from mlx_empire.comm.buffers import Adder
+from mlx_empire.comm.messages import (
+    UNASKED,
+    ReduceScatter,
+    Staging,
+    Stream,
+    cut_into_buckets,
+    direct_streams,
+    relay_streams,
+)
 from mlx_empire.plan.traffic import all_gather_bytes, staging_bytes
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=5)
@@ -31,7 +38,7 @@ def deliver(world: list[list[Stream]], random: Random) -> list[list[int]]:
     ends = {
         (rank, stream.peer, stream.sends): stream for rank, streams in enumerate(world) for stream in streams
     }
-    streams = [(stream, ends[to, rank, False]) for (rank, to, sends), stream in ends.items() if sends]
+    links = [(stream, ends[to, rank, False]) for (rank, to, sends), stream in ends.items() if sends]
     while True:
         for rank, streams in enumerate(world):
             for stream in streams:
@@ -43,7 +50,7 @@ def deliver(world: list[list[Stream]], random: Random) -> list[list[int]]:
                     pair = (rank, stream.peer) if stream.sends else (stream.peer, rank)
                     posted[(*pair, stream.sends, index)] = stream, stream.message(index)
                     stream.posted += 1
-        behind = [(sender, receiver) for sender, receiver in streams if receiver.posted > sender.granted]
+        behind = [(sender, receiver) for sender, receiver in links if receiver.posted > sender.granted]
         for sender, receiver in random.sample(behind, random.randint(min(1, len(behind)), len(behind))):
             sender.granted = receiver.posted
         pairs = [key for key in posted if key[2] and (key[0], key[1], False, key[3]) in posted]

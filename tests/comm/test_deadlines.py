@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_empire.comm.deadlines import FACTOR, LEARNING_STEPS, Deadlines, PeerStatus, Status, late, lost_ranks
+from mlx_empire.comm.watchdog import FACTOR, LEARNING_STEPS, Deadlines, PeerStatus, Status, late, lost_ranks
 
 WORKS = Status("forward", 5, stalled=1.0, deadline=10.0)
 WAITS = Status("forward", 5, stalled=9000.0, waits=True, deadline=10.0)

@@ -1,17 +1,18 @@
 """What Open MPI sends without a handshake, by its settings."""
 
-from mlx_empire.comm.eager import LIMIT, eager_words, unasked_bytes
-from mlx_empire.plan.traffic import PIECE_BYTES
+from mlx_empire.plan.traffic import EAGER_LIMIT, PIECE_BYTES, eager_words, unasked_bytes
 
 
 def test_without_a_setting_messages_of_64_kib_less_a_header_are_unasked() -> None:
     assert unasked_bytes({}) == 65536 - 1024
-    assert unasked_bytes({f"OMPI_MCA_{LIMIT}": "1"}) > 0
+    assert unasked_bytes({f"OMPI_MCA_{EAGER_LIMIT}": "1"}) > 0
+    assert unasked_bytes({f"OMPI_MCA_{EAGER_LIMIT}": "much"}) == unasked_bytes({})
+    assert unasked_bytes({f"OMPI_MCA_{EAGER_LIMIT}": "128K"}) == 128 * 1024 - 1024
 
 
 def test_a_launch_has_pieces_sent_unasked() -> None:
     words = eager_words()
     settings = dict(zip(words[1::3], words[2::3], strict=True))
     assert unasked_bytes({f"OMPI_MCA_{name}": value for name, value in settings.items()}) == PIECE_BYTES
-    assert int(settings["btl_tcp_max_send_size"]) >= int(settings[LIMIT])
+    assert int(settings["btl_tcp_max_send_size"]) >= int(settings[EAGER_LIMIT])
     assert words[0::3] == ["--mca"] * 2

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_empire.comm.handshake import environment, shake_hands
-from mlx_empire.comm.selftest import self_test
+from mlx_empire.comm.checks import environment, self_test, shake_hands
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.errors import NumericsError, UserError
 

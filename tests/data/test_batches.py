@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_empire.data.batches import micro_batch, positions, valid_tokens, validation_micro_batches
-from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.encode import Document
-from mlx_empire.data.rows import build_table
+from mlx_empire.data.rows import Dataset, build_table
 
 
 def make_dataset(lengths: list[int], width: int, packing: bool) -> Dataset:
@@ -117,6 +116,13 @@ def test_padding_is_zero_masked_and_a_document_of_its_own():
         assert not array[0, filled:].any()
     types = [array.dtype for array in (batch.inputs, batch.targets, batch.mask, batch.documents)]
     assert types == [np.int32, np.int32, np.float32, np.int32]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_mask_is_that_of_the_target_at_its_place(packing):
+    batch = micro_batch(make_dataset([9, 5, 7], 40, packing), 0, 0, 0, global_size=1, micro_size=1)
+    for target, mask in zip(batch.targets[0], batch.mask[0], strict=True):
+        assert mask == (target > 0 and target % 1000 % 3 != 2)
 
 
 def test_rows_that_are_not_packed_have_no_document_ids():

@@ -137,6 +137,13 @@ def test_completions_without_a_template_are_joined_and_end(adds, tokenizer_folde
     assert unmasked == [0] + [1] * (len(unmasked) - 1)
 
 
+def test_a_completion_of_one_character_is_learned(tokenizer_folder, tmp_path):
+    tokenizer = load_tokenizer(changed_tokenizer(tokenizer_folder, tmp_path / "base", chat_template=None))
+    tokens, counted = encode({"prompt": "We thank the people", "completion": "."}, "completions", tokenizer)
+    targets = [token for token, count in zip(tokens, counted, strict=True) if count]
+    assert tokenizer.decode(targets) == ".<|im_end|>"
+
+
 def test_a_word_that_begins_with_the_prompts_last_space_is_learned(tokenizer_folder, tmp_path):
     tokenizer = load_tokenizer(changed_tokenizer(tokenizer_folder, tmp_path / "base", chat_template=None))
     tokens, counted = encode({"prompt": "We thank ", "completion": "the people"}, "completions", tokenizer)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.data.order import epoch_order, rows_at
+from mlx_empire.data.rows import epoch_order, rows_at
 
 
 def philox_4x64(counter: int, key: tuple[int, int]) -> list[int]:

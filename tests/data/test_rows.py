@@ -6,9 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.data.dataset import Dataset
 from mlx_empire.data.encode import Document
-from mlx_empire.data.rows import build_table
+from mlx_empire.data.rows import Dataset, build_table
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.byte_tokenizer import byte_tokenizer
 
 from mlx_empire.data.chat import Remarks
-from mlx_empire.data.encode import encode_prompt, encode_rows
+from mlx_empire.data.encode import encode_prompt, encode_rows, load_tokenizer
 from mlx_empire.data.files import RawRow
 from mlx_empire.data.splits import load_splits
 from mlx_empire.errors import UserError
@@ -52,7 +52,7 @@ INSTEAD = (
 # The generation prompt opens a thought that calls do not have; what opens the call is the model's.
 THINKING = JSON.replace(PROMPT, PROMPT.replace("assistant\n", "assistant\n<think>\n"))
 NO_RESULTS = JSON.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
-HIDDEN = "{% for m in messages %}" + OPEN + "{% for part in m.content %}{{ part.text }}{% endfor %}" + CLOSE
+HIDDEN = "{% for m in messages %}" + OPEN + "{% for part in m.parts %}{{ part.text }}{% endfor %}" + CLOSE
 
 SCHEMA = [{"type": "function", "function": {"name": "get_tide", "parameters": {"type": "object"}}}]
 QUESTION = {"role": "user", "content": "Tide?"}
@@ -115,6 +115,17 @@ def test_flat_calls_and_content_beside_a_call_are_learnt(tokenizer):
     assert learnt(tokenizer, JSON, [QUESTION, two]) == [call * 2]
 
 
+def test_a_name_that_stands_in_the_calls_id_alone_is_printed_there(tokenizer):
+    """Kimi K2 prints ids such as functions.get_tide:0, and no name."""
+    by_id = JSON.replace('"name": "{{ f.name }}"', '"id": "{{ c.id }}"')
+    named, other = calling(ARGUMENTS), calling(ARGUMENTS)
+    named["tool_calls"][0]["id"] = "functions.get_tide:0"
+    expected = '<call>{"id": "functions.get_tide:0", "arguments": ' + AS_JSON + "}</call>"
+    assert learnt(tokenizer, by_id, [QUESTION, named]) == [expected]
+    with pytest.raises(UserError, match="does not print the call of 'get_tide'"):
+        learnt(tokenizer, by_id, [QUESTION, other])
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=("Cs", "Co"))),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_é"), inner, max_size=3),
@@ -161,6 +172,7 @@ def test_any_arguments_can_be_read_back_from_the_targets(tokenizer, template, ar
         ),
         (NO_RESULTS, [QUESTION, calling({}), RESULT, ANSWER], r"message 3: .*this result \(role tool\)"),
         (HIDDEN, [QUESTION, ANSWER], "message 1: the chat template does not print this content"),
+        (HIDDEN, [QUESTION, calling({}), RESULT], "message 2: .* does not print the call"),
         (JSON, [QUESTION, calling('{"harbour": ')], "message 2: the arguments of 'get_tide' are not JSON"),
         (
             JSON,
@@ -231,6 +243,25 @@ def test_of_named_templates_default_is_used_and_with_tools_tool_use(tmp_path):
         (expected,) = encode_rows([row], "chat", alone, True, None)
         assert found.tokens.tolist() == expected.tokens.tolist()
         assert found.counted.tolist() == expected.counted.tolist()
+
+
+def test_a_folder_of_named_templates_is_read_beside_the_default(tmp_path):
+    """Beside additional_chat_templates/, transformers reads the default from chat_template.jinja alone."""
+    specials, folder = ("<|im_start|>", "<|im_end|>"), tmp_path / "model"
+    byte_tokenizer(folder, PLAIN, specials, specials[1:], specials[1])
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(JSON)
+    rows = [RawRow("here:1", {"messages": [QUESTION, ANSWER], "tools": tools}) for tools in (SCHEMA, None)]
+    with pytest.raises(
+        UserError, match=r"\(tool_use\) is named default; .* write it into chat_template\.jinja"
+    ):
+        list(encode_rows(rows[1:], "chat", load_tokenizer(folder), True, None))
+    (folder / "chat_template.jinja").write_text(PLAIN)
+    found = load_tokenizer(folder)
+    with_tools, without = (
+        found.decode(d.tokens.tolist()) for d in encode_rows(rows, "chat", found, True, None)
+    )
+    assert with_tools == json.dumps(SCHEMA) + without
 
 
 @pytest.mark.parametrize("names", [("rag", "tool"), ()])

@@ -9,7 +9,7 @@ import pytest
 from engine.test_multi_adapter import COMMON, cohort_of, given
 from support.tuning import TunedCase
 
-from mlx_empire.checkpoint.identity import Origin
+from mlx_empire.checkpoint.manifest import Origin
 from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.daughters.saved import (
@@ -23,7 +23,7 @@ from mlx_empire.daughters.saved import (
 )
 from mlx_empire.errors import UnreadableError, UserError
 from mlx_empire.formats import safetensors
-from mlx_empire.model.lora_many import own_name
+from mlx_empire.model.lora import own_name
 
 CASES = {
     bits: TunedCase("llama", state_bits=bits, tuning={"type": "lora", "rank": 16}, **COMMON)

@@ -5,10 +5,10 @@ import numpy as np
 from support.mpi import report
 from support.stepping import Case, batches_of, counted_tokens, trainer_of
 
+from mlx_empire.checkpoint.agree import replicas_agree
+from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.comm.views import host_view
-from mlx_empire.engine.replicas import replicas_agree
 from mlx_empire.errors import NumericsError
 
 comm = connect(deadline_seconds=60.0)

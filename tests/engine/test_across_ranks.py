@@ -1,8 +1,8 @@
 """One result on any number of ranks, at any stage, with any shares; and that result is the whole model's.
 
-Real mpirun with 1 and 2 ranks, in `make test-slow` with 3 and 4 too, one launch each (every day the oracle's settings
-run on 3). Every case has the same four cells everywhere, so the reference (whole-model gradients added in cell order)
-is the same too, and all comparisons are ==.
+Real mpirun with 1 and 2 ranks; in `make test-slow` with 3 and 4 too, and with families at stages 1 and 2 (every day the
+oracle's settings run on 3). Every case has the same four cells everywhere, so the reference (whole-model gradients
+added in cell order) is the same too, and all comparisons are ==.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import pytest
 from support.mpi import run_ranks
 from support.tiny_models import FAMILIES
 
-RANKS = (1, 2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4)))
 SHARES = {1: [1], 2: [2, 1], 3: [1, 3, 2], 4: [2, 1, 1, 1]}
 EQUAL_SHARES = [1]
 
@@ -95,23 +94,37 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
     return made
 
 
-@cache
-def reports(ranks: int) -> list[dict[str, Any]]:
-    """All ranks' reports of one launch with `ranks` ranks."""
-    return run_ranks(ranks, "tests/engine/worker.py", [json.dumps(cases(ranks))], timeout=400)
-
-
 NAMES = list(cases(1))
 GROUPS = sorted({name.split(":")[0] for name in NAMES})
+DAILY = [name for name in NAMES if not name.endswith((":stage 1", ":stage 2")) or name.startswith("llama")]
+# How many ranks, and with which cases: some every day, all of them now and then.
+LAUNCHES = [(1, "daily"), (2, "daily"), *((ranks, "all") for ranks in (1, 2, 3, 4))]
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((1, 3, 4), marks=pytest.mark.slow)])
+@cache
+def reports(ranks: int, which: str) -> list[dict[str, Any]]:
+    """All ranks' reports of one launch with `ranks` ranks."""
+    wanted = {name: case for name, case in cases(ranks).items() if name in names(which)}
+    return run_ranks(ranks, "tests/engine/worker.py", [json.dumps(wanted)], timeout=600)
+
+
+def names(which: str) -> list[str]:
+    """The cases of a launch."""
+    return DAILY if which == "daily" else NAMES
+
+
+def marked(which: str, *values: Any) -> Any:
+    """A test's parameters, with the mark of what is too long for every day."""
+    return pytest.param(*values, which, marks=() if which == "daily" else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("sizes", "which"), [marked("daily", (1, 2)), marked("all", (1, 2, 3, 4))])
 @pytest.mark.parametrize("group", GROUPS)
-def test_same_bits_on_any_number_of_ranks_at_any_stage(group, sizes):
+def test_same_bits_on_any_number_of_ranks_at_any_stage(group, sizes, which):
     found: dict[str, set[Any]] = {"gradients": set(), "weights": set(), "losses": set(), "norms": set()}
     for ranks in sizes:
-        for one in reports(ranks):
-            for name in NAMES:
+        for one in reports(ranks, which):
+            for name in names(which):
                 if name.split(":")[0] == group:
                     found["gradients"].add(one[name]["gradients"])
                     found["weights"].add(one[name]["weights"])
@@ -120,20 +133,27 @@ def test_same_bits_on_any_number_of_ranks_at_any_stage(group, sizes):
     assert {key: len(values) for key, values in found.items()} == dict.fromkeys(found, 1)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("name", [n for n in NAMES if cases(1)[n]["compare"]])
-def test_gradients_are_those_of_the_whole_model(ranks, name):
-    one = reports(ranks)[0][name]
+@pytest.mark.parametrize(
+    ("ranks", "name", "which"),
+    [
+        marked(which, ranks, name)
+        for ranks, which in LAUNCHES
+        for name in names(which)
+        if cases(1)[name]["compare"]
+    ],
+)
+def test_gradients_are_those_of_the_whole_model(ranks, name, which):
+    one = reports(ranks, which)[0][name]
     assert one["loss_error"] <= 1e-6
     assert one["gradient_error"] <= 1e-5
     if not name.startswith("packed"):  # the packed reference runs documents one by one: other matrix shapes
         assert one["unequal"] == []
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_bytes_moved_are_the_planned_ones(ranks):
-    for name in NAMES:
-        for rank, one in enumerate(reports(ranks)):
+@pytest.mark.parametrize(("ranks", "which"), [marked(which, ranks) for ranks, which in LAUNCHES])
+def test_bytes_moved_are_the_planned_ones(ranks, which):
+    for name in names(which):
+        for rank, one in enumerate(reports(ranks, which)):
             assert one[name]["moved"] == one[name]["planned"], (name, rank)
             assert (ranks == 1) == (sum(one[name]["moved"]) == 0), (name, rank)
 

@@ -10,15 +10,13 @@ from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.multi_adapter import MultiAdapterSteps, StepInput
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
-from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.formats.source import TunedSource
 from mlx_empire.model.build import describe
-from mlx_empire.model.initial import initial_adapter
-from mlx_empire.model.lora_many import own_name, put_together
+from mlx_empire.model.lora import initial_adapter, own_name, put_together
 from mlx_empire.model.spec import TensorSpec
 from mlx_empire.optim.adamw import AdamW
-from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import Workload, cell_layout
 
 STEPS = 5
 COMMON = {

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from mlx_empire.engine.spikes import SpikeWatch, Verdict, spike_score
+from mlx_empire.engine.numerics import SpikeWatch, Verdict, spike_score
 from mlx_empire.errors import NumericsError
 
 

@@ -23,7 +23,7 @@ from support.tiny_models import FAMILIES
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
-from mlx_empire.engine.spikes import SpikeWatch
+from mlx_empire.engine.numerics import SpikeWatch
 from mlx_empire.errors import NumericsError
 
 

@@ -1,9 +1,11 @@
 """Texts against regular expressions, JSON and JSON schemas."""
 
+import numpy as np
 import pytest
 
 from mlx_empire.errors import UserError
-from mlx_empire.evaluation.answers import fits_schema, is_json, matches, schema_checker
+from mlx_empire.evaluation.evaluator import _of_answers
+from mlx_empire.evaluation.questions import fits_schema, is_json, matches, schema_checker
 
 SCHEMA = {
     "type": "object",
@@ -49,3 +51,12 @@ def test_schemas(text, expected):
 def test_what_is_no_schema_is_refused():
     with pytest.raises(UserError, match="here: not a JSON schema"):
         schema_checker({"type": "objekt"}, "here")
+
+
+def test_an_answer_with_one_wrong_token_is_not_exact():
+    """Sums by answer: log-probability, likeliest tokens, counted tokens."""
+    found = _of_answers(np.array([[-1.0, 2, 2], [-3.0, 1, 2], [-0.5, 0, 1], [-0.5, 5, 5]]))
+    assert found["exact_match"] == 2 / 4
+    assert found["token_accuracy"] == 8 / 10
+    assert found["loss"] == 0.5
+    assert found["perplexity"] == pytest.approx(1.6487212707)

@@ -15,14 +15,17 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 from safetensors import safe_open
 from support.tiny_models import FAMILIES, MIXTURES, OTHER_FAMILIES, tiny_config, tiny_model
+from transformers import AutoTokenizer
 
 from mlx_empire.errors import NoRoomError, NumericsError, UserError
 from mlx_empire.formats import export_folder
 from mlx_empire.formats.export_folder import FolderWriter, refuse_foreign
 from mlx_empire.formats.source import FolderSource, RandomSource, WeightSource
+from mlx_empire.formats.staging import refuse_uncopied
 from mlx_empire.model.spec import ModelSpec
 
 Write = Callable[..., Path]
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 DENSE = [f for f in FAMILIES if f not in MIXTURES]
 TOKENS = [[5, 9, 250, 17, 3, 3, 0, 88]]
 
@@ -232,10 +235,65 @@ def test_tokenizer_of_a_hugging_face_cache_is_copied(write_folder: Write, tmp_pa
     for file in list(plain.iterdir()):
         (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
         file.rename(blobs / file.name)
+    (blobs / "a0").write_text("{{ tools }}")
+    (snapshot / TEMPLATES).mkdir()
+    (snapshot / TEMPLATES / "tool_use.jinja").symlink_to("../../../blobs/a0")
+    refuse_uncopied(snapshot)
     export_llama(snapshot, tmp_path / "out")
+    assert (tmp_path / "out" / TEMPLATES / "tool_use.jinja").read_text() == "{{ tools }}"
     copy = tmp_path / "out" / "tokenizer.json"
     assert copy.read_text() == '{"a": 1}'
     assert not copy.is_symlink()
+
+
+TEMPLATES = Path("additional_chat_templates")
+
+
+def test_named_chat_templates_are_carried_and_replaced_with_the_rest(
+    write_folder: Write, tmp_path: Path
+) -> None:
+    folder = llama_folder(write_folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(FIXTURES / "tiny-llama-260k" / name, folder / name)
+    (folder / TEMPLATES).mkdir()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / TEMPLATES / "tool_use.jinja").write_text("{{ tools }}")
+    (folder / TEMPLATES / "evil.py").write_text("")
+    (folder / TEMPLATES / "away.jinja").symlink_to(tmp_path / "secret")
+    out = tmp_path / "out"
+    for _ in range(2):  # ours may be replaced
+        writer = export_llama(folder, out)
+    assert sorted(path.name for path in (out / TEMPLATES).iterdir()) == ["tool_use.jinja"]
+    assert any("away.jinja was not copied" in note for note in writer.notes)
+    assert (out / TEMPLATES).stat().st_mode & 0o777 == 0o700
+    read = AutoTokenizer.from_pretrained(out).chat_template
+    assert read == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    (out / TEMPLATES / "mine.jinja").write_text("mine")
+    with pytest.raises(UserError, match="holds files that mlx_empire did not write"):
+        export_llama(folder, out)
+
+
+def test_a_tokenizer_that_would_be_missing_from_the_result_is_refused_before_training(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    (folder / TEMPLATES).mkdir(parents=True)
+    elsewhere.mkdir()
+    for name in ("tokenizer.json", "LICENSE"):
+        (elsewhere / name).write_text("{}")
+    (folder / "LICENSE").symlink_to(elsewhere / "LICENSE")  # a model opens without it
+    refuse_uncopied(folder)
+    (folder / "tokenizer.json").symlink_to(elsewhere / "tokenizer.json")
+    with pytest.raises(
+        UserError, match=r"model/tokenizer\.json: not a plain file .* put a copy of it there$"
+    ):
+        refuse_uncopied(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / TEMPLATES / "rag.jinja").symlink_to(elsewhere / "tokenizer.json")
+    with pytest.raises(UserError, match=r"additional_chat_templates/rag\.jinja: not a plain file"):
+        refuse_uncopied(folder)
+    shutil.rmtree(folder / TEMPLATES)
+    (folder / TEMPLATES).symlink_to(elsewhere)
+    with pytest.raises(UserError, match=r"additional_chat_templates: a link"):
+        refuse_uncopied(folder)
 
 
 def test_files_and_folder_are_private_whatever_the_umask(write_folder: Write, tmp_path: Path) -> None:

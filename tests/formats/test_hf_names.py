@@ -15,8 +15,7 @@ from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config, tiny_mode
 
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_names import HUGGING_FACE, MLX_LM, choose_layout, naming_problem
-from mlx_empire.model.build import build_model, describe
-from mlx_empire.model.stored import sanitize
+from mlx_empire.model.build import build_model, describe, sanitize
 
 OWN = {"gpt_oss", "gpt2", "mamba2"}
 

@@ -20,9 +20,8 @@ from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import model_digest, open_folder
 from mlx_empire.formats.hf_names import choose_layout
 from mlx_empire.formats.source import FolderSource, RandomSource, WeightSource, stored_dtype
-from mlx_empire.model.build import build_model, describe
+from mlx_empire.model.build import build_model, describe, settle
 from mlx_empire.model.spec import ModelSpec
-from mlx_empire.model.stored import settle
 
 Write = Callable[..., Path]
 

@@ -23,12 +23,11 @@ from mlx_empire.checkpoint.manifest import Manifest, Piece, Resolved, Shard, dec
 from mlx_empire.checkpoint.paths import shard_name
 from mlx_empire.cluster.hostfile import load_hostfile
 from mlx_empire.data.encode import encode_rows
-from mlx_empire.data.files import Source
-from mlx_empire.data.row_formats import KEYS, check_row, detect_format
+from mlx_empire.data.files import KEYS, Source, check_row, detect_format
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import INDEX_NAME, open_folder
 from mlx_empire.formats.safetensors import read_header
-from mlx_empire.launch.events import Events, Listener
+from mlx_empire.launch.ending import Events, Listener
 from mlx_empire.model.config import read_config
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.lock import Holder, read_holder

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_empire.launch.ending import ending_of
-from mlx_empire.launch.events import Events, Failure, RankExit
+from mlx_empire.launch.ending import Events, Failure, RankExit, ending_of
 
 NAN = Failure(65, "the loss is nan", 1, "soldier-1")
 SILENT = Failure(75, "rank 1 on soldier-1 has been silent for 60 s", 0, "king")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlx_empire.launch.events import Events, Failure, Listener, RankExit, read_announcement
+from mlx_empire.launch.ending import Events, Failure, Listener, RankExit, read_announcement
 from mlx_empire.progress import MARK
 
 DASHES = "-" * 60 + "\n"

@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 
 from mlx_empire.cluster.hostfile import Host, load_hostfile, parse_hostfile
-from mlx_empire.launch.machines import ask, away, is_here, probe_with, without
-from mlx_empire.launch.memory_pressure import memory_of, read_vm_stat, wait_until_free
+from mlx_empire.launch.machines import (
+    ask,
+    away,
+    is_here,
+    memory_of,
+    probe_with,
+    read_vm_stat,
+    wait_until_free,
+    without,
+)
 
 AGENT = """\
 #!/bin/sh

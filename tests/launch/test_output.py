@@ -13,7 +13,7 @@ import tty
 
 import pytest
 
-from mlx_empire.launch.output import PassedOn
+from mlx_empire.launch.process import PassedOn
 
 LOOK = "import os; print(os.isatty(1), *(os.get_terminal_size(1) if os.isatty(1) else ()), sep=' ', end='\\r\\n')"
 

@@ -14,7 +14,7 @@ import pytest
 from mlx_empire.cluster.hostfile import Host, load_hostfile
 from mlx_empire.errors import LostRankError
 from mlx_empire.launch import supervisor as supervisor_module
-from mlx_empire.launch.memory_pressure import NothingWired
+from mlx_empire.launch.machines import NothingWired
 from mlx_empire.launch.process import Asked
 from mlx_empire.launch.run_folder import RunFolder
 from mlx_empire.launch.supervisor import Supervisor
@@ -209,7 +209,7 @@ def test_an_mpirun_that_cannot_end_after_a_failure_is_ended(
 def test_memory_that_is_not_given_back_prevents_a_restart(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_empire.launch.memory_pressure.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("mlx_empire.launch.machines.WAIT_SECONDS", 0.0)
 
     class Stranded:
         held = 10 << 30

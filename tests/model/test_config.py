@@ -17,12 +17,11 @@ from transformers import CONFIG_MAPPING
 from mlx_empire.errors import UserError
 from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder
-from mlx_empire.formats.sidefiles import stored_config
 from mlx_empire.formats.source import FolderSource
-from mlx_empire.model.build import build_model, describe
+from mlx_empire.formats.staging import stored_config
+from mlx_empire.model.build import build_model, describe, refuse_dropped_head
 from mlx_empire.model.config import TIE, complete, read_config
 from mlx_empire.model.family_defaults import ROPE, TIED, UNTIED
-from mlx_empire.model.stored import refuse_dropped_head
 
 FAMILIES = sorted(TIED | UNTIED | ROPE.keys())
 ROPES = [name for name in FAMILIES if name in ROPE and name not in ("glm", "olmo")]

@@ -10,13 +10,12 @@ import numpy as np
 from mpi4py import MPI
 from support.mpi import report
 
+from mlx_empire.comm.checks import self_test
 from mlx_empire.comm.connect import connect
-from mlx_empire.comm.eager import LIMIT
 from mlx_empire.comm.mpi import MpiCommunicator
-from mlx_empire.comm.selftest import self_test
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.errors import NumericsError
-from mlx_empire.plan.traffic import all_gather_bytes, reduce_scatter_bytes, scatter_bytes
+from mlx_empire.plan.traffic import EAGER_LIMIT, all_gather_bytes, reduce_scatter_bytes, scatter_bytes
 
 SIZE = MPI.COMM_WORLD.size
 INTERVALS = {  # unequal, odd, empty at the start, in the middle and at the end, nothing at all, equal
@@ -261,7 +260,7 @@ def idle_share(comm):
 
 def check_pieces_between_machines():
     """Buckets of 4,096 bytes in pieces of 1,024, which every rank cuts alike though its own limit may be another."""
-    os.environ[f"OMPI_MCA_{LIMIT}"] = "2048" if MPI.COMM_WORLD.rank == 0 else "4096"
+    os.environ[f"OMPI_MCA_{EAGER_LIMIT}"] = "2048" if MPI.COMM_WORLD.rank == 0 else "4096"
     for route in ("direct", "relay"):
         comm = MpiCommunicator(MPI.COMM_WORLD, f"host{MPI.COMM_WORLD.rank}", route, 4096, 60.0)
         assert comm.hostnames == [f"host{rank}" for rank in range(SIZE)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_empire.optim.decay import decays
+from mlx_empire.optim.protocol import decays
 
 
 @pytest.mark.parametrize(

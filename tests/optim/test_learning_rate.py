@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_empire.optim.learning_rate import LearningRate
+from mlx_empire.optim.choose import LearningRate
 
 TYPES = st.sampled_from(["constant", "cosine", "linear"])
 FRACTION = st.floats(0, 1)

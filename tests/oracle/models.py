@@ -11,12 +11,11 @@ from mlx_empire.cluster.hostfile import load_hostfile
 from mlx_empire.model import catalog
 from mlx_empire.model.build import build_model, describe
 from mlx_empire.optim.adamw import AdamW
-from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.memory import ledger
 from mlx_empire.plan.resolve import resolve
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.step_traffic import step_traffic
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import Workload, cell_layout
 from mlx_empire.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,11 +10,10 @@ from support.tuning import TunedCase, built_of
 from mlx_empire.model.build import build_model, describe
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.adamw import AdamW
-from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.memory import Ledger, StateBytes, ledger
 from mlx_empire.plan.shards import ShardPlan, make_plan
 from mlx_empire.plan.step_traffic import step_traffic
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import Workload, cell_layout
 
 
 def case_of(fields: dict[str, Any], ranks: int) -> Case:

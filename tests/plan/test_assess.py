@@ -6,8 +6,7 @@ import pytest
 from support.planning import assess, catalog_spec
 
 from mlx_empire.cluster.hostfile import Node, load_hostfile
-from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, Assessment
-from mlx_empire.plan.limits import chunk_count
+from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, Assessment, chunk_count
 from mlx_empire.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlx_empire.cluster.calibrate import Calibration
 from mlx_empire.cluster.hostfile import GIB, Node, parse_hostfile
+from mlx_empire.cluster.machine import Calibration
 from mlx_empire.errors import UserError
 from mlx_empire.plan.hardware import (
     CHIPS,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.planning import assess, catalog_spec, llama_like, node_of, nodes_of, recipe_of
 
-from mlx_empire.cluster.calibrate import Calibration
+from mlx_empire.cluster.machine import Calibration
 from mlx_empire.plan.hardware import ADDING_RATE, CPU, M3_ULTRA, WIRES, standard_clusters, wire_named
 from mlx_empire.plan.pace import chips_of, cloud_of, ends, pace_of, paces, run_steps, spell
 from mlx_empire.plan.step_traffic import step_matrices, step_traffic

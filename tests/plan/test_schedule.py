@@ -12,7 +12,6 @@ from support.planning import llama_like
 
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.optim.adamw import AdamW
-from mlx_empire.plan.cells import CellLayout
 from mlx_empire.plan.memory import StepBytes
 from mlx_empire.plan.schedule import (
     ALL_UNITS,
@@ -25,7 +24,7 @@ from mlx_empire.plan.schedule import (
 )
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.step_traffic import StepTraffic
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import CellLayout, Workload
 
 COLLECTIVES = {"gather", "reduce", "replicate", "renew", "norm"}
 

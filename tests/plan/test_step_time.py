@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.planning import catalog_spec, llama_like, recipe_of
 
-from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.schedule import Action, training_step
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, WAIT, Link, RankLanes, step_timeline
+from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, WAIT, Link, RankLanes, _Wires, step_timeline
 from mlx_empire.plan.step_traffic import step_matrices
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.traffic import PIECE_BYTES
+from mlx_empire.plan.workload import Workload, cell_layout
 
 SPEC = llama_like(layers=3, dtype="float32")
 ROOT, LAYER = (4 * unit.parameters for unit in SPEC.units[:2])  # bytes
@@ -91,6 +92,31 @@ def test_every_exchange_and_the_norm_s_two_messages_cost_the_wire_s_latency(rank
     root, *layers = [len(unit.segments) for unit in plan.units]
     gathers, reductions = root + 2 * sum(layers) - layers[-1], root + sum(layers)
     assert slow.seconds - quick.seconds == pytest.approx(0.5 * (hops * gathers + reductions + 2), rel=1e-3)
+
+
+@given(st.lists(st.integers(0, 30), min_size=3, max_size=5).filter(any), st.floats(0.0, 0.5))
+@example([1, 0, 0, 0, 0], 0.5)
+@settings(max_examples=60)
+def test_a_relay_takes_as_long_as_its_pieces_one_by_one(sizes, latency):
+    """Against every piece's own way from rank to rank; a piece takes a second, an interval whole pieces."""
+    size, total = len(sizes), sum(sizes)
+    sent = np.zeros((size, size))
+    for r in range(size):
+        sent[r][(r + 1) % size] = PIECE_BYTES * (total - sizes[(r + 1) % size])
+    free, done = [0.0] * size, [0.0] * size
+    here = [[0.0] * sizes[r] for r in range(size)]  # when the pieces came that a rank sends next
+    for _ in range(size - 1):
+        came = []
+        for r in range(size):
+            came.append([])
+            for piece in here[r]:
+                free[r] = max(free[r], piece) + 1.0
+                came[r].append(free[r] + latency)
+        here = [came[r - 1] for r in range(size)]
+        done = [max([done[r], free[r], *here[r]]) for r in range(size)]
+    plan = make_plan(SPEC.units, [1] * size, 3)
+    wires = _Wires(plan, work_of(size), [Fixed({})] * size, Link(PIECE_BYTES, latency=latency), "relay")
+    assert wires._round_the_ring(sent, [0.0] * size) == pytest.approx(done)
 
 
 def test_the_hub_of_a_reduction_holds_up_everybody():

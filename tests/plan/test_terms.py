@@ -3,7 +3,7 @@
 import pytest
 from support.planning import assess, llama_like, nodes_of, recipe_of
 
-from mlx_empire.plan.terms import UNKNOWN, term
+from mlx_empire.capacity.ledger_groups import UNKNOWN, term
 
 
 @pytest.mark.parametrize(

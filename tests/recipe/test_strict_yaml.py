@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mlx_empire.errors import UserError
-from mlx_empire.recipe.strict_yaml import parse_yaml
+from mlx_empire.recipe.text import parse_yaml
 
 SCALARS = {
     "1e-5": 1e-5,

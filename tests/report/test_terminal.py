@@ -12,8 +12,8 @@ import termios
 import pytest
 from support.mpi import mpirun, rank_environment
 
-from mlx_empire.report import terminal
-from mlx_empire.report.terminal import terminal_size
+from mlx_empire.report import text
+from mlx_empire.report.text import terminal_size
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_under_a_launcher_its_output_counts(screen, tmp_path, monkeypatch):
     log.touch()
     with open(rank, "w") as stream:
         for output, expected in [(launcher, (120, 31)), (str(log), None), (rank, None), ("/dev/null", None)]:
-            monkeypatch.setattr(terminal, "_output_path", lambda process, output=output: output)
+            monkeypatch.setattr(text, "_output_path", lambda process, output=output: output)
             assert terminal_size(stream) == expected, output
 
 
@@ -71,14 +71,14 @@ def test_on_macos_lsof_names_the_launchers_output(screen, tmp_path, monkeypatch)
     lsof.chmod(0o700)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert terminal._output_path(4321) == name
+    assert text._output_path(4321) == name
     with pytest.raises(OSError, match="1234"):
-        terminal._output_path(1234)
+        text._output_path(1234)
 
 
 PROGRAM = """
 import sys
-from mlx_empire.report.terminal import terminal_size
+from mlx_empire.report.text import terminal_size
 size = terminal_size(sys.stdout)
 print(sys.stdout.isatty(), size.columns if size else None, flush=True)
 """

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
-from mlx_empire.plan.cells import cell_layout
+from mlx_empire.plan.workload import cell_layout
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.job import Job, refuse_idle_keys
@@ -41,18 +41,18 @@ def job(*overrides: str) -> Job:
 
 @pytest.mark.parametrize("unit", ["steps", "tok", "ep", "%"])
 @given(amount=st.integers(1, 300), steps=st.integers(1, 200), size=st.sampled_from([1, 2, 3, 5, 10, 20]))
-@example(amount=33, steps=110, size=3)  # 110 steps to the row; 10 / 3 in floating point makes 111 of them
+@example(amount=33, steps=110, size=3)  # 110 steps to the row, and 111 in floating point: runs were begun so
 @settings(max_examples=25)
 def test_durations_are_steps_of_this_data(unit: str, amount: int, steps: int, size: int) -> None:
     """2.5 steps of 4 rows are an epoch of 10: never fewer steps than were asked for, and percent to the nearest."""
-    tokens_per_step = max(round(Fraction(sum(COUNTED) * size, 10)), 1)
+    tokens_per_step = max(round(sum(COUNTED) / (10 / size)), 1)
     amount = min(
         amount, {"%": 100, "steps": steps}.get(unit, amount)
     )  # a warm-up may not be longer than the run
     by_hand = {
         "steps": amount,
         "tok": ceil(Fraction(amount, tokens_per_step)),
-        "ep": ceil(Fraction(amount * 10, size)),
+        "ep": ceil(amount * Fraction(10 / size)),
         "%": max(floor(Fraction(amount * steps, 100) + Fraction(1, 2)), 1),
     }[unit]
     written = str(amount) if unit == "steps" else f"{amount}{unit}"

@@ -12,8 +12,14 @@ import pytest
 from support.stepping import Case, optimizer_of, trainer_of, weights_of
 
 from mlx_empire.checkpoint.find import FoundCheckpoint
-from mlx_empire.checkpoint.identity import Origin, config_digest, sampled_digest
-from mlx_empire.checkpoint.manifest import Manifest, Resolved, digest_of
+from mlx_empire.checkpoint.manifest import (
+    Manifest,
+    Origin,
+    Resolved,
+    config_digest,
+    digest_of,
+    sampled_digest,
+)
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.shard import live_pieces, write_shard
 from mlx_empire.comm.failure import AgreedExit

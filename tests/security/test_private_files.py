@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_empire import private_files
-from mlx_empire.private_files import append_private, create_private, open_private, replace_private
+from mlx_empire import disk
+from mlx_empire.disk import append_private, create_private, open_private, replace_private
 
 
 def append(path: Path) -> None:
@@ -87,7 +87,7 @@ def test_no_link_is_followed(name: str, there: bool, tmp_path: Path) -> None:
 def test_a_link_in_the_draft_s_place_is_not_followed_either(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("keep")
-    (tmp_path / private_files.draft_of("file")).symlink_to(target)
+    (tmp_path / disk.draft_of("file")).symlink_to(target)
     replace_private(tmp_path / "file", "new")
     assert target.read_text() == "keep"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "target"]
@@ -123,7 +123,7 @@ def test_a_replacement_that_fails_leaves_the_old_file_and_no_draft(
     if failing == "write":
         monkeypatch.setattr(os, "fdopen", Full)
     elif failing == "sync":
-        monkeypatch.setattr(private_files, "sync_file", full)
+        monkeypatch.setattr(disk, "sync_file", full)
     else:
         monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
@@ -141,15 +141,15 @@ def test_what_is_durable_is_synced_before_it_takes_its_name_and_the_folder_after
         seen.append("rename")
         rename(source, target)
 
-    monkeypatch.setattr(private_files, "sync_file", lambda file: seen.append("file"))
-    monkeypatch.setattr(private_files, "sync_folder", lambda folder: seen.append(f"folder {folder.name}"))
+    monkeypatch.setattr(disk, "sync_file", lambda file: seen.append("file"))
+    monkeypatch.setattr(disk, "sync_folder", lambda folder: seen.append(f"folder {folder.name}"))
     monkeypatch.setattr(os, "replace", renamed)
     replace_private(tmp_path / "file", "new", durable=True)
     assert seen == ["file", "rename", f"folder {tmp_path.name}"]
 
 
 def test_nothing_else_makes_private_files() -> None:
-    package = Path(private_files.__file__).parent
+    package = Path(disk.__file__).parent
     words = ("os.O_CREAT", "os.O_WRONLY", "mkstemp")
     users = {path.name for path in package.rglob("*.py") if any(word in path.read_text() for word in words)}
-    assert users == {"private_files.py"}
+    assert users == {"disk.py"}

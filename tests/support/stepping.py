@@ -17,18 +17,17 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.comm.views import host_view
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.model.build import build_model, describe
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
-from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import Workload, cell_layout
 from mlx_empire.recipe.sections import OptimizerSection
 from support.tiny_models import tiny_config
 

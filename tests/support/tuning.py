@@ -20,14 +20,13 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
-from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.formats.source import TunedSource
 from mlx_empire.model.build import build_model
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 from mlx_empire.model.target import Target, make_target
 from mlx_empire.optim.adamw import AdamW
-from mlx_empire.plan.cells import cell_layout
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.workload import Workload, cell_layout
 from mlx_empire.recipe.sections import TuningSection
 from support.stepping import (
     Case,

@@ -21,8 +21,7 @@ from train.test_result import TRAIN, VALID, mean_loss
 
 from mlx_empire import export
 from mlx_empire.formats.hf_folder import open_folder
-from mlx_empire.formats.source import FolderSource
-from mlx_empire.formats.tuned_source import TunedSource
+from mlx_empire.formats.source import FolderSource, TunedSource
 from mlx_empire.model.config import read_config
 from mlx_empire.model.target import make_target
 from mlx_empire.recipe.sections import TuningSection

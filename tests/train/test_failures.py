@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from train.launching import MODEL, Outcome, Workspace, jsonl, metrics, raw_tensors, succeeded
 
-from mlx_empire.data.order import rows_at
-from mlx_empire.plan.cells import cell_layout
+from mlx_empire.data.rows import rows_at
+from mlx_empire.plan.workload import cell_layout
 
 ROWS, POISON, FAILING_STEP, FAILING_RANK = 12, 300, 2, 1
 

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from train.launching import MODEL, Outcome, Workspace, held_out, metrics, raw_tensors, step_records
+from train.launching import MODEL, Outcome, Workspace, held_out, metrics, raw_tensors, step_records, succeeded
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.recipe.load import load_recipe
@@ -29,6 +29,7 @@ FIELDS = {
     "time": float,
     "executed_tflops": float,
     "peak_bytes": list,
+    "cache_bytes": list,
     "predicted_peak_bytes": list,
     "bytes_sent": list,
     "bytes_received": list,
@@ -104,6 +105,18 @@ def test_memory_is_measured_beside_its_prediction(alone_dir: Path) -> None:
         assert (
             3 * 4 * 279_232 < record["peak_bytes"][0] <= 1.1 * planned["peak_bytes"]
         )  # weights, m and v at least
+
+
+def test_rows_of_many_lengths_leave_no_more_freed_memory_than_the_peak(workspace: Workspace) -> None:
+    """Every length leaves buffers of another size, which the next row does not take up."""
+    rows = [{"tokens": [1 + j % 250 for j in range(2 + 97 * i % 600)]} for i in range(60)]
+    workspace.write("lengths/train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.path={workspace.folder / 'lengths'}", "data.format=tokens", "data.sequence_length=600"]
+    succeeded(workspace.train("recipe.yaml", "run.dir=lengths-run", *data, "run.steps=8"))
+    records = step_records(workspace.folder / "lengths-run")
+    held = [record["cache_bytes"][0] for record in records]
+    assert max(held) <= records[-1]["predicted_peak_bytes"][0]
+    assert max(held) > 0.5 * records[-1]["peak_bytes"][0]  # or the rows were no test
 
 
 def test_evaluations_come_before_the_first_and_after_the_last_step(alone_dir: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_empire.plan.variants import value
+from mlx_empire.recipe.changes import value
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.verify.fidelity import PLAIN, Finding, Outcome, Pair, audit
 from mlx_empire.verify.page import FidelityReport, fidelity_document, fidelity_page, rows

@@ -1,14 +1,46 @@
-"""Local arithmetic of a reduce-scatter: views, packing and fp32 additions over flat buffers with gaps.
+"""Flat buffers: evaluated MLX arrays seen as numpy arrays without copying, and a reduce-scatter's arithmetic on them.
 
-Decides the order of additions within an element (that of the ranks) and nothing else; no communication here.
+Views are the form in which bytes cross the network. numpy has no bfloat16, so those are seen as uint16. The views are
+writable: MPI receives straight into MLX memory. They must be made on the main thread (MLX streams belong to threads)
+and may be used anywhere.
+
+The arithmetic (packing and fp32 additions over buffers with gaps) decides the order of additions within an element
+(that of the ranks) and nothing else; no communication here.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_empire.comm.protocol import Array, Pieces, Wire
+from mlx_empire.model.spec import BLOCK
+
+DTYPES = {
+    "bfloat16": mx.bfloat16,
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "uint32": mx.uint32,
+    "uint8": mx.uint8,
+}
+
+
+def empty_rows(elements: int, dtype: str) -> mx.array:
+    """An evaluated, uninitialised buffer of shape (elements / 64, 64): rows, so that no dimension passes 32 bits."""
+    buffer = mx.empty((elements // BLOCK, BLOCK), DTYPES[dtype])
+    mx.eval(buffer)
+    return buffer
+
+
+def host_view(array: mx.array) -> np.ndarray:
+    """The flat numpy view of an array's memory; bfloat16 is seen as uint16. Evaluates the array."""
+    bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    mx.eval(bits)
+    return np.array(bits, copy=False).reshape(-1)
+
 
 WIRE_DTYPES: dict[Wire, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -16,7 +48,7 @@ WIRE_DTYPES: dict[Wire, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
 }
 # Elements added at once: the total (256 KiB) and the converted values stay in the second-level cache.
-BLOCK = 1 << 16
+ADDED_AT_ONCE = 1 << 16
 
 
 def check_buffer(buffer: Array, edges: Sequence[int], size: int) -> None:
@@ -87,7 +119,7 @@ class Adder:
     """
 
     def __init__(self) -> None:
-        self._bits = np.empty(BLOCK, np.uint32)
+        self._bits = np.empty(ADDED_AT_ONCE, np.uint32)
 
     @property
     def nbytes(self) -> int:
@@ -100,8 +132,8 @@ class Adder:
         Overflow and NaN pass silently: whoever looks at the gradient's norm finds them.
         """
         with np.errstate(all="ignore"):
-            for low in range(0, total.size, BLOCK):
-                block = total[low : low + BLOCK]
+            for low in range(0, total.size, ADDED_AT_ONCE):
+                block = total[low : low + ADDED_AT_ONCE]
                 for pieces in contributions:
                     for offset, part in overlaps(pieces, low, low + block.size):
                         self._add_part(block[offset : offset + part.size], part, wire)

@@ -1,17 +1,26 @@
-"""Slots: what stands in the model's list of layers while we train, so that its own `__call__` can be run in parts.
+"""What stands in the model's list of layers while we train, what those layers are given, and what seeds them.
 
 The model's code is never edited. Each layer is replaced by a `Slot` that forwards attribute reads to the layer and
-hands calls to the `SlottedModel`, which decides by mode what the call does:
+hands calls to the `SlottedModel`, so that the model's own `__call__` can be run in parts. By mode a call does this:
 
 - capture: no layer runs; the input of layer 0 and every layer's other arguments (masks) are noted. Only the first
            layer of each class is called once, lazily: whether it returns more than the hidden state shows in no other
            way. What it returns besides must not reach another layer;
 - head:    every slot returns its input, the last one the boundary activation: final norm, head and softcaps run;
 - embed:   slot 0 stops the call; what it was given is the embedding's output.
+
+Masks keep packed documents apart. A layer's mask is `"causal"`, a boolean array (True: may attend), an additive array
+or None, for (.., width, width). A token may attend to tokens of its own document only; sliding and chunked masks are
+kept. Layers without a `mask` parameter, and models whose positions are absolute, cannot be packed: they are refused
+before training.
+
+Noise (dropout) is seeded by a hash of seed, step, micro-batch and layer, never of the rank. So a recomputed layer sees
+the noise of its first run, and a result depends neither on the number of ranks nor on which layers are recomputed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -199,3 +208,75 @@ class SlottedModel:
         hidden, self._hidden = self._hidden, None
         assert hidden is not None
         return hidden
+
+
+def mask_position(layer: nn.Module) -> int | None:
+    """The index of `mask` among a layer's arguments after the hidden state; None if it takes none."""
+    names = list(inspect.signature(type(layer).__call__).parameters)[2:]
+    return names.index("mask") if "mask" in names else None
+
+
+def given_mask(layer: nn.Module, arguments: LayerArguments) -> Any:
+    """The mask that the model gave a layer; None if it gave none or the layer takes none."""
+    position = mask_position(layer)
+    if position is not None and position < len(arguments.positional):
+        return arguments.positional[position]
+    return arguments.keywords.get("mask")
+
+
+def separable(layer: nn.Module, arguments: LayerArguments, width: int) -> bool:
+    """Whether a layer's mask is one over pairs of positions, so that documents can be kept apart by it."""
+    mask = given_mask(layer, arguments)
+    if (
+        mask_position(layer) is None or mask is None
+    ):  # a state-space layer takes a mask of another kind, or none
+        return False
+    return isinstance(mask, str) or tuple(mask.shape[-2:]) == (width, width)
+
+
+def same_document(documents: mx.array) -> mx.array:
+    """(rows, width) document ids -> (rows, 1, width, width) booleans: query and key are of one document."""
+    return documents[:, None, :, None] == documents[:, None, None, :]
+
+
+def combine(mask: Any, same: mx.array) -> mx.array:
+    """Restrict `mask` to pairs of one document; `same` is (rows, 1, width, width)."""
+    if mask is None or isinstance(mask, str):
+        width = same.shape[-1]
+        positions = mx.arange(width)
+        mask = positions[:, None] >= positions[None]
+    if mask.dtype == mx.bool_:
+        return mx.logical_and(mask, same)
+    return mx.where(same, mask, mx.array(-mx.inf, mask.dtype))
+
+
+def separate(layer: nn.Module, given: LayerArguments, documents: mx.array) -> LayerArguments:
+    """A layer's arguments with the mask combined with `documents` (rows, width).
+
+    Made anew for each call of a layer: a mask of width x width booleans is cheap to compute and dear to keep.
+    """
+    position = mask_position(layer)
+    assert position is not None, "checked before training"
+    mask = combine(given_mask(layer, given), same_document(documents))
+    if position < len(given.positional):
+        positional = (*given.positional[:position], mask, *given.positional[position + 1 :])
+        return LayerArguments(positional, given.keywords)
+    return LayerArguments(given.positional, {**given.keywords, "mask": mask})
+
+
+class LayerNoise:
+    """Seeds MLX's generator before each call of a layer in training."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._step = 0
+        self._micro_batches: list[int] = []
+
+    def begin(self, step: int, micro_batches: Sequence[int]) -> None:
+        """A new step; `micro_batches`: this rank's, numbered over all ranks, in the order in which it runs them."""
+        self._step, self._micro_batches = step, list(micro_batches)
+
+    def seed(self, position: int, layer: int) -> None:
+        """Before `layer` runs the micro-batch at `position` among this rank's."""
+        key = f"{self._seed}:{self._step}:{self._micro_batches[position]}:{layer}"
+        mx.random.seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))

@@ -1,19 +1,23 @@
 """Decides which token ids a row becomes and which of them are training targets (BOS, EOS, prompt masks)."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlx_empire import progress
-from mlx_empire.data.chat import ChatReader, Remarks
 from mlx_empire.data.files import RawRow, check_row
-from mlx_empire.data.messages import Messages
 from mlx_empire.data.spans import Span, shared_prefix
 from mlx_empire.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_empire.data.chat import ChatReader, Remarks
+    from mlx_empire.data.messages import Messages
 
 BATCH = 256  # rows tokenised together: the tokenizer's own threads share them
 
@@ -82,6 +86,9 @@ def encode_rows(
     vocabulary.
     """
     remaining = iter(rows)
+    # A run whose tokens are in the cache renders nothing.
+    from mlx_empire.data.chat import ChatReader
+
     reader = ChatReader(tokenizer, remarks) if data_format != "tokens" else None
     while batch := list(islice(remaining, BATCH)):
         progress.advance()
@@ -168,6 +175,8 @@ def encode_prompt(tokenizer: Any, row: RawRow, messages: Messages) -> list[int]:
     """The tokens after which the assistant answers `messages`, as in training. Errors: UserError, and what a
     template raises."""
     if tokenizer.has_chat_template:
+        from mlx_empire.data.chat import ChatReader  # see `encode_rows`
+
         text = ChatReader(tokenizer).prompt(row, messages)
         return [int(t) for t in tokenizer.encode(text, add_special_tokens=False)]
     ids = [int(t) for t in tokenizer.encode(str(messages[-1]["content"]), add_special_tokens=False)]

@@ -1,15 +1,19 @@
 """Decides how `data:` in the recipe becomes a training and a validation set; the way into this package."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_empire.data.cache import CacheEntry, cache_folder, cache_key, load_entry, make_entry, store_entry
-from mlx_empire.data.chat import Remarks
 from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
 from mlx_empire.data.files import Source, detect_format, locate
 from mlx_empire.data.rows import Counts, Dataset, Table, build_table, fixed_permutation
 from mlx_empire.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_empire.data.chat import Remarks
 
 SPLITTABLE = ("text", "tokens")
 
@@ -110,6 +114,8 @@ def _build(
         check_tokenizer(settings.format, tokenizer, tokenizer_folder)
         if settings.format == "completions" and not uses_template(settings.format, tokenizer):
             notes = ["the tokenizer has no chat template: prompt and completion are joined as they stand"]
+    from mlx_empire.data.chat import Remarks  # only where rows are read: see `encode_rows`
+
     remarks = Remarks()
     documents = _documents(train, settings, tokenizer, remarks)
     held_out = _documents(valid, settings, tokenizer, remarks) if valid else None

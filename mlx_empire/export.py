@@ -1,12 +1,13 @@
 """Turn results into what other tools open: `python -m mlx_empire.export merge | peft | mlx-lm | base FROM OUT`.
 
-    merge   an adapter added into its base: a whole model folder
+    merge   an adapter added into its base: a whole model folder of plain weights, or packed as --pack says
     peft    an adapter in PEFT's format, for torch
     mlx-lm  an adapter in mlx-lm's format
     base    a model folder packed as --bits says, ternary included: a whole model folder for mlx-lm
 
 FROM is a run's folder, or a folder with an adapter in either format (then --model names its base); for `base` it is a
-model's folder. A run's model card goes along. Nothing of FROM is changed.
+model's folder. A run's model card goes along. Nothing of FROM is changed. What --pack loses of an adapter is measured
+on the run's own rows and said.
 """
 
 from __future__ import annotations
@@ -30,31 +31,35 @@ from mlx_empire.formats.adapter_folder import (
     write_mlx_lm,
     write_peft,
 )
-from mlx_empire.formats.convert import MergedSource, write_packed
+from mlx_empire.formats.convert import MergedSource, packed_as_stored, plain_weights, write_packed
 from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.hf_names import huggingface_names
 from mlx_empire.formats.peft import PEFT_WEIGHTS, from_peft, no_peft_form
-from mlx_empire.formats.source import FolderSource
 from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refuse_foreign, write_text
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
-from mlx_empire.model.quantize import QUANT_FORMATS, QuantFormat, quant_format_of, unpacked
+from mlx_empire.model.packing_config import refuse_foreign_packing
+from mlx_empire.model.quantize import QUANT_FORMATS, QuantFormat, quant_format_of, uniformly, unpacked
 from mlx_empire.model.target import Target, make_target, with_adapter
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
+from mlx_empire.run.packing_loss import packing_loss
 
 WAYS = ("merge", "peft", "mlx-lm", "base")
+STORED = "stored"
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What is exported: the adapter's folder, its base's, how that was packed, and the model card of its run."""
+    """What is exported: the adapter's folder, its base's, how that was packed, and of its run model card and recipe."""
 
     adapter: Path
     model: Path | None
     packing: QuantFormat | None
     card: str
+    recipe: Recipe | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to be written")
     parser.add_argument("--model", type=Path, help="the base, where FROM does not name it")
     parser.add_argument("--bits", help=f"how the base is packed: {', '.join(map(str, QUANT_FORMATS))}")
+    parser.add_argument(
+        "--pack", help=f"merge: pack the result again, as one of these or as the base: {STORED}"
+    )
     with guard(None):
         options = parser.parse_intermixed_args(arguments)
         notes = export(options)
@@ -77,25 +85,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(options: argparse.Namespace) -> list[str]:
     """Do what the command line asks; returns notes for the user. UserError."""
     refuse_foreign(options.out)
-    packing = _packing(options.bits)
+    packing = _packing(options.bits, "--bits")
+    again = None if options.pack == STORED else _packing(options.pack, "--pack")
+    if options.pack is not None and options.way != "merge":
+        raise UserError(f"--pack: only merge packs its result again; for {options.way} leave it out")
     if options.way == "base":
         if packing is None:
             raise UserError(f"--bits: say how the base is packed: {', '.join(map(str, QUANT_FORMATS))}")
         plain = _plain(options.source)
-        source = FolderSource(options.source, plain.rebuild, plain.spec)
-        return write_packed(options.out, source, plain.spec, packing, options.source)
+        source = plain_weights(options.source, plain)
+        return write_packed(options.out, source, plain.spec, uniformly(packing), options.source)
     found = _source(options.source, options.model, packing)
     if options.way == "merge":
-        return _merge(found, options.out)
+        return _merge(found, options.out, again, as_stored=options.pack == STORED)
     return _convert(found, options.out, options.way)
 
 
-def _packing(bits: str | None) -> QuantFormat | None:
+def _packing(bits: str | None, option: str) -> QuantFormat | None:
     if bits is None:
         return None
     found = {str(name): packing for name, packing in QUANT_FORMATS.items()}.get(bits)
     if found is None:
-        raise UserError(f"--bits: {bits}: expected one of {', '.join(map(str, QUANT_FORMATS))}")
+        raise UserError(f"{option}: {bits}: expected one of {', '.join(map(str, QUANT_FORMATS))}")
     return found
 
 
@@ -104,7 +115,7 @@ def _source(folder: Path, model: Path | None, packing: QuantFormat | None) -> Ex
         (f / "recipe.yaml" for f in (folder, folder.parent) if (f / "recipe.yaml").exists()), None
     )
     if recipe_file is None:
-        return ExportSource(folder, model, packing, "")
+        return ExportSource(folder, model, packing, "", None)
     recipe = load_recipe(recipe_file)
     if recipe.tuning.type == "full":
         raise UserError(f"{folder}: a run of full fine-tuning: its final/ is a whole model already")
@@ -113,15 +124,16 @@ def _source(folder: Path, model: Path | None, packing: QuantFormat | None) -> Ex
         raise UserError(f"{recipe_file.parent}: this run has no final/ yet")
     card = final / CARD_NAME
     text = card.read_text() if card.exists() else ""
-    return ExportSource(final, model or recipe.model.path, packing or quant_format_of(recipe.tuning), text)
+    packing = packing or quant_format_of(recipe.tuning)
+    return ExportSource(final, model or recipe.model.path, packing, text, recipe)
 
 
 def _plain(folder: Path) -> Target:
-    """The model of a folder without adapters, lazily; a packed one as the plain model it was made from."""
+    """The model of a folder without adapters, lazily; a packed one as the plain model it was made from. UserError."""
     config = read_config(folder)
-    packed = "quantization" in config
-    stored = None if packed else open_folder(folder).stored()
-    plain: dict[str, Any] = unpacked(config) if packed else dict(config)
+    refuse_foreign_packing(config, str(folder))
+    plain: dict[str, Any] = unpacked(config) if config.get("quantization") else config
+    stored = open_folder(folder).stored()
     return make_target(plain, TuningSection(), str(folder), compute_dtype(config, None), stored)
 
 
@@ -151,7 +163,7 @@ def _convert(source: ExportSource, out: Path, way: str) -> list[str]:
     if way == "mlx-lm":
         return _publish(out, lambda folder: write_mlx_lm(folder, adapter), "mlx-lm adapters", source.card)
     spec = with_adapter(plain, adapter.settings)
-    why = no_peft_form(spec, huggingface=huggingface_names(plain.spec, open_folder(base)))
+    why = no_peft_form(spec, huggingface=huggingface_names(plain.spec, open_folder(base), spec.adapted))
     if why is not None:
         raise UserError(f"{source.adapter}: PEFT cannot take it: {why}")
     return _publish(
@@ -170,20 +182,40 @@ def _publish(out: Path, fill: Callable[[Path], None], layout: str, card: str) ->
     return []
 
 
-def _merge(source: ExportSource, out: Path) -> list[str]:
+def _merge(source: ExportSource, out: Path, again: QuantFormat | None, *, as_stored: bool) -> list[str]:
     base = _base_of(source)
-    if "quantization" in read_config(base):
-        raise UserError(
-            f"{base}: stored quantised: mlx_lm.fuse --model {base} --adapter-path ... merges into such a base"
-        )
     plain = _plain(base)
-    weights = FolderSource(base, plain.rebuild, plain.spec)
-    merged = MergedSource(weights, plain.spec, _adapter(source, plain), source.packing, str(source.adapter))
+    stored = bool(read_config(base).get("quantization"))
+    packing = None if stored else source.packing  # what is stored packed is what the adapter was trained on
+    weights = plain_weights(base, plain)
+    adapter = _adapter(source, plain)
+    merged = MergedSource(weights, plain.spec, adapter, packing, str(source.adapter))
+    if again is not None or as_stored:
+        choose = packed_as_stored(base, plain) if as_stored else uniformly(again)
+        notes = write_packed(out, merged, plain.spec, choose, base, source.card)
+        return [*notes, _cost(source, base, adapter, out)]
     with FolderWriter(out, plain.spec, plain.rebuild, base) as writer:
         writer.card = source.card
         for index in range(len(plain.spec.units)):
             writer.write_unit(index, {tensor.name: array for tensor, array in merged.unit(index)})
+    if stored:
+        writer.notes.append(
+            f"{base} is stored packed, the merged weights are plain {plain.spec.dtype}: most of an adapter is smaller "
+            "than a step of packed weights (--pack stored, 8 or another packs them and measures what is left)"
+        )
     return writer.notes
+
+
+def _cost(source: ExportSource, base: Path, adapter: Adapter, out: Path) -> str:
+    """What is left of the adapter after packing, in a sentence."""
+    if source.recipe is None:
+        return (
+            f"what packing costs was not measured: {source.adapter} is no run's folder, so there are no rows"
+        )
+    try:
+        return packing_loss(source.recipe, base, adapter.weights, out).sentence()
+    except UserError as error:
+        return f"what packing costs was not measured: {error}"
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from mlx_empire.comm.connect import connect, under_mpirun
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import DoesNotFitError, UserArguments, UserError
+from mlx_empire.formats.hf_folder import stored_if_whole
 from mlx_empire.model import catalog
 from mlx_empire.model.target import Target, catalog_target, planned_target
 from mlx_empire.optim.choose import state_bytes_of
@@ -199,7 +200,7 @@ def show_part(
 
 def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> CapacityReport:
     """The report of the recipe on the nodes."""
-    target = planned_target(recipe)
+    target = planned_target(recipe, stored_if_whole)
     assessment = assess(recipe, target.spec, nodes, state_bytes_of)
     measured = calibration_of(target, wanted)
     wire = wire_named(wanted.wire) if wanted.wire else wire_of(nodes)
@@ -226,7 +227,7 @@ def matrix_of(recipe: Recipe, wanted: Wanted) -> MatrixSurvey:
 
 def ladder_of(recipe: Recipe, nodes: Sequence[Node]) -> LadderSurvey:
     """The recipe's model on the nodes, one technique after the other."""
-    target, unlocked = planned_target(recipe), variant(recipe, UNLOCKED)
+    target, unlocked = planned_target(recipe, stored_if_whole), variant(recipe, UNLOCKED)
     others = (catalog_target(name, unlocked) for name in catalog.names())
     trainable = (other.spec for other in others if other.not_trainable is None)
     return LadderSurvey(target.spec.name, ladder(recipe, target.spec, nodes, trainable, state_bytes_of))
@@ -235,7 +236,7 @@ def ladder_of(recipe: Recipe, nodes: Sequence[Node]) -> LadderSurvey:
 def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> DaughterSurvey:
     """Small models of the recipe's one: training, serving and placing them."""
     alone = for_any_nodes(recipe)
-    targets = {way: planned_target(tuned_in(alone, way)) for way in WAYS}
+    targets = {way: planned_target(tuned_in(alone, way), stored_if_whole) for way in WAYS}
     specs, first = {way: target.spec for way, target in targets.items()}, targets[LORA]
     measured = calibration_of(first, wanted)
     runs = daughter_runs(alone, specs, nodes, state_bytes_of, calibration=measured)

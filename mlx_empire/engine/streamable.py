@@ -33,6 +33,7 @@ from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import build_model, describe, foreign
+from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.scaled_down import VOCABULARY, scaled_down_config
 from mlx_empire.model.spec import RootNames, base_name
 from mlx_empire.plan.schedule import StepShape
@@ -131,11 +132,7 @@ def verify_scaled_down(config: Mapping[str, Any], name: str) -> RootNames:
     Returns which parameters of the root its head and embedding depend on: the model's own, by their names.
     """
     small = scaled_down_config(config)
-    for key in (
-        "quantization",
-        "quantization_config",
-    ):  # how weights are stored, not what the layers do with them
-        small.pop(key, None)
+    small = unpacked(small)  # how weights are stored is not what the layers do with them
     mx.random.seed(0)
     model = build_model(small, f"{name} (scaled down to verify streaming)")
     parameters = sum(array.size for _, array in tree_flatten(model.parameters()))

@@ -104,7 +104,7 @@ def write_mlx_lm(folder: Path, adapter: Adapter) -> None:
 
 def write_peft(folder: Path, adapter: Adapter, spec: ModelSpec, base: str) -> None:
     """Write PEFT's two files into an empty folder; `spec` is the tuned model."""
-    _write_tensors(folder / PEFT_WEIGHTS, peft_weights(adapter.weights), "pt")
+    _write_tensors(folder / PEFT_WEIGHTS, peft_weights(adapter.weights, spec), "pt")
     write_json(folder / CONFIG_NAME, peft_config(adapter.settings, adapter.weights, spec, base))
 
 

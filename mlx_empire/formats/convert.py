@@ -1,8 +1,9 @@
 """A base converted: with its adapter added in, or packed once and for all.
 
 Added in, plain weights give the same logits without any adapter. Decides that a base which was packed while it was
-loaded is packed and unpacked here too, because the adapter was trained on those values, and that sums are rounded
-once, to the base's dtype. One tensor at a time.
+loaded is packed and unpacked here too, because the adapter was trained on those values; that one which is stored packed
+is unpacked, because most of an adapter is smaller than a step of its codes and would be lost in them; and that sums are
+rounded once, to the base's dtype. One tensor at a time.
 
 Packed, it is a folder in mlx-lm's own layout that `mlx_lm.load` opens. For bases that mlx-lm's converter does not
 make (ternary), and for adapters that were trained on a base packed while it was loaded: they belong to these values.
@@ -11,6 +12,7 @@ One unit's file at a time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,9 +22,9 @@ import mlx.core as mx
 
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import Adapter
-from mlx_empire.formats.hf_folder import INDEX_NAME
+from mlx_empire.formats.hf_folder import INDEX_NAME, open_folder
 from mlx_empire.formats.safetensors import Entry, array_bytes, read_header, write_tensors
-from mlx_empire.formats.source import WeightSource
+from mlx_empire.formats.source import FolderSource, WeightSource
 from mlx_empire.formats.staging import (
     copy_side_files,
     disk_errors,
@@ -33,8 +35,11 @@ from mlx_empire.formats.staging import (
     write_json,
     write_text,
 )
-from mlx_empire.model.quantize import QuantFormat, quantize
+from mlx_empire.model.config import read_config
+from mlx_empire.model.quantize import Choice, QuantFormat, quant_format_with, quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec, is_embedding
+from mlx_empire.model.target import Target, make_target
+from mlx_empire.recipe.sections import TuningSection
 
 
 class MergedSource:
@@ -74,6 +79,83 @@ class MergedSource:
         return array
 
 
+class UnpackedSource:
+    """A `WeightSource` of the plain model `spec` over `base`, a source of the same model stored packed.
+
+    What was packed comes in float32, which holds every value exactly.
+    """
+
+    def __init__(self, base: WeightSource, spec: ModelSpec) -> None:
+        self._base, self._spec = base, spec
+
+    def unit(self, index: int) -> Iterator[tuple[TensorSpec, mx.array]]:
+        """See `WeightSource.unit`; the packed unit is held, and one tensor beside it."""
+        packed = {tensor.name: (tensor, array) for tensor, array in self._base.unit(index)}
+        for wanted in self._spec.units[index].tensors:
+            tensor, array = packed.pop(wanted.name)
+            if tensor.bits:
+                stem = wanted.name.removesuffix(".weight")
+                parts = {
+                    leaf: packed.pop(f"{stem}.{leaf}", None) for leaf in ("scales", "biases", "global_scale")
+                }
+                array = _unpacked(
+                    tensor, array, {leaf: part for leaf, part in parts.items() if part is not None}
+                )
+            yield wanted, array
+
+
+def plain_weights(folder: Path, plain: Target) -> WeightSource:
+    """The weights of a folder as those of the plain model, however they are stored. UserError."""
+    if not read_config(folder).get("quantization"):
+        return FolderSource(folder, plain.rebuild, plain.spec)
+    packed = _as_stored(folder, plain)
+    return UnpackedSource(FolderSource(folder, packed.rebuild, packed.base), plain.spec)
+
+
+def packed_as_stored(folder: Path, plain: Target) -> Choice:
+    """The packing of a packed folder's own matrices. UserError where it is not packed."""
+    if not read_config(folder).get("quantization"):
+        raise UserError(f"--pack: stored: {folder} is not stored packed; say a number of bits or a format")
+    groups: dict[str, dict[str, int]] = {}
+    codes: dict[str, int] = {}
+    for tensor in (t for unit in _as_stored(folder, plain).base.units for t in unit.tensors):
+        stem, _, leaf = tensor.name.rpartition(".")
+        if tensor.bits:
+            codes[stem] = tensor.bits
+        elif leaf in ("scales", "biases"):
+            groups.setdefault(stem, {})[leaf] = tensor.group
+    found = {
+        f"{stem}.weight": quant_format_with(bits, groups[stem]["scales"], has_biases="biases" in groups[stem])
+        for stem, bits in codes.items()
+    }
+    return lambda matrix, _root: found.get(matrix.name)
+
+
+def _as_stored(folder: Path, plain: Target) -> Target:
+    """The model of a packed folder as adapters are trained on it."""
+    stored, how = open_folder(folder).stored(), TuningSection(type="lora")
+    return make_target(read_config(folder), how, str(folder), plain.spec.dtype, stored)
+
+
+def _unpacked(
+    codes: TensorSpec, array: mx.array, parts: Mapping[str, tuple[TensorSpec, mx.array]]
+) -> mx.array:
+    packing = quant_format_with(codes.bits, parts["scales"][0].group, has_biases="biases" in parts)
+    exact = {leaf: a.astype(mx.float32) if packing.has_biases else a for leaf, (_, a) in parts.items()}
+    found = mx.dequantize(
+        array,
+        exact["scales"],
+        exact.get("biases"),
+        group_size=packing.group,
+        bits=packing.bits,
+        mode=packing.mode,
+        global_scale=exact.get("global_scale"),
+        dtype=mx.float32,
+    )
+    mx.eval(found)
+    return found
+
+
 def unpack(packed: tuple[mx.array, ...], packing: QuantFormat) -> mx.array:
     """The values that `pack`'s result stands for."""
     codes, scales, *biases = packed
@@ -100,25 +182,29 @@ CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32"
 
 
 def write_packed(
-    out: Path, source: WeightSource, spec: ModelSpec, packing: QuantFormat, side_files: Path, card: str = ""
+    out: Path, source: WeightSource, spec: ModelSpec, choose: Choice, side_files: Path, card: str = ""
 ) -> list[str]:
-    """Write `out` from a source of the plain model `spec`; returns notes for the user. UserError."""
+    """Write `out` from a source of the plain model `spec`; returns notes for the user. UserError.
+
+    `choose`: how each matrix is packed, if it is.
+    """
     refuse_foreign(out)
     temporary = out.parent / f".{out.name}.partial"
     weight_map: dict[str, str] = {}
+    chosen: dict[str, QuantFormat] = {}
     with disk_errors(out):
         fresh_folder(temporary)
         for index in range(len(spec.units)):
             name = f"model-{index + 1:05d}-of-{len(spec.units):05d}.safetensors"
             entries = [
                 Entry(tensor.name, CODES[tensor.dtype], tuple(array.shape), partial(array_bytes, array))
-                for tensor, array in _packed_unit(source, index, packing)
+                for tensor, array in _packed_unit(source, index, choose, chosen)
             ]
             size = write_tensors(temporary / name, entries, {"format": "mlx"})
             assert read_header(temporary / name).file_bytes == size
             weight_map |= {entry.name: name for entry in entries}
         write_json(temporary / INDEX_NAME, {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))})
-        write_json(temporary / "config.json", packed_config(spec.config, spec.dtype, packing))
+        write_json(temporary / "config.json", packed_config(spec.config, spec.dtype, chosen))
         _, notes = copy_side_files(side_files, temporary)
         if card:
             write_text(temporary / "README.md", card)
@@ -126,17 +212,25 @@ def write_packed(
     return notes
 
 
-def packed_config(config: Mapping[str, Any], dtype: str, packing: QuantFormat) -> dict[str, Any]:
-    """The configuration as mlx-lm writes it for packed weights; it says nothing of ternary: the codes do."""
-    how = {"group_size": packing.group, "bits": packing.bits, "mode": packing.mode}
+def packed_config(config: Mapping[str, Any], dtype: str, chosen: Mapping[str, QuantFormat]) -> dict[str, Any]:
+    """The configuration as mlx-lm writes it for packed weights; it says nothing of ternary: the codes do.
+
+    `chosen`: the packing of each packed module; that of most is said once, and of the others by their names.
+    """
+    settings = {p: {"group_size": f.group, "bits": f.bits, "mode": f.mode} for p, f in chosen.items()}
+    usual = Counter(tuple(found.items()) for found in settings.values()).most_common(1)
+    how: dict[str, Any] = dict(usual[0][0]) if usual else {}
+    how |= {path: found for path, found in settings.items() if found != how}
     return {**stored_config(config, dtype), "quantization": how, "quantization_config": how}
 
 
 def _packed_unit(
-    source: WeightSource, index: int, packing: QuantFormat
+    source: WeightSource, index: int, choose: Choice, chosen: dict[str, QuantFormat]
 ) -> Iterator[tuple[TensorSpec, mx.array]]:
     for tensor, array in source.unit(index):
-        if tensor.name.endswith(".weight") and packing.packs(tensor.name, tensor.shape, root=index == 0):
+        packing = choose(tensor, index == 0) if tensor.name.endswith(".weight") else None
+        if packing is not None:
+            chosen[tensor.name.removesuffix(".weight")] = packing
             yield from zip(packing.tensors(tensor), quantize(array, packing), strict=True)
         else:
             yield tensor, array.astype(getattr(mx, tensor.dtype))

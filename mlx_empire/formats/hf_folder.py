@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_empire.errors import UserError
-from mlx_empire.formats.safetensors import COPY_BYTES, DTYPES, Header, TensorInfo, open_plain, read_header
+from mlx_empire.formats.safetensors import COPY_BYTES, MLX_DTYPES, Header, TensorInfo, open_plain, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 32 << 20  # some 200,000 tensors
@@ -54,11 +54,8 @@ class ModelFolder:
         return arrays
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (dtype, shape) of every tensor, as `model.build.Stored` wants them, and fit for JSON.
-
-        What is no bfloat16, float16 or float32 counts as uint8: only names and shapes of it matter.
-        """
-        return {name: (DTYPES.get(info.code, "uint8"), info.shape) for name, info in self.tensors.items()}
+        """Name -> (dtype, shape) of every tensor, as `model.build.Stored` wants them, and fit for JSON."""
+        return {name: (MLX_DTYPES[info.code], info.shape) for name, info in self.tensors.items()}
 
 
 def has_weights(path: Path) -> bool:
@@ -95,6 +92,14 @@ def open_folder(path: Path) -> ModelFolder:
         if tensor not in tensors:
             raise UserError(f"{path / INDEX_NAME}: tensor {tensor!a} is not in {file}; fetch the model again")
     return ModelFolder(path, files, tensors)
+
+
+def stored_if_whole(path: Path) -> dict[str, tuple[str, tuple[int, ...]]] | None:
+    """`ModelFolder.stored` of a folder that has all its weights; None for one that is not there yet, or damaged."""
+    try:
+        return open_folder(path).stored() if has_weights(path) else None
+    except UserError:
+        return None
 
 
 def model_digest(path: Path, *, contents: bool = False) -> str:

@@ -9,6 +9,10 @@
 | scale                                      | lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora          |
 | num_layers, keys inside a layer            | target_modules                                                   |
 
+Modules are called as in mlx-lm, but for the language model inside a vision-language one: mlx-lm's
+`language_model.model` is `model.language_model` in transformers' classes, whose head stands at the top. All spellings
+of hf_names.py are read.
+
 mlx-lm's settings say the same of each of the last layers; where a PEFT adapter leaves some out, they get matrices of
 zeros, which add nothing. What has no counterpart is refused by name.
 """
@@ -23,6 +27,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_empire.errors import UserError
+from mlx_empire.formats.hf_names import AS_MLX_LM, AS_TRANSFORMERS, NAMINGS, renamed
 from mlx_empire.model.lora import AdapterSettings
 from mlx_empire.model.spec import ModelSpec, TensorSpec, is_embedding
 
@@ -37,6 +42,7 @@ ENDINGS = {
     "lora_magnitude_vector": "m",
     "lora_magnitude_vector.weight": "m",
 }
+WRAPPED_ALIKE = frozenset({"llama4", "kimi_vl"})  # whose classes wrap a language model as mlx-lm does
 # Settings of PEFT's that change the function and have no counterpart, and the values that mean "not used".
 UNUSED: tuple[object, ...] = (None, False, [], {}, 0)
 FOREIGN = (
@@ -69,14 +75,19 @@ def no_peft_form(spec: ModelSpec, *, huggingface: bool) -> str | None:
     return None
 
 
-def peft_weights(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """mlx-lm's tensors under PEFT's names, in PEFT's orientation."""
+def transformers_path(stem: str, spec: ModelSpec) -> str:
+    """What transformers calls a module of mlx-lm's, once its class is built: whatever spelling older folders have."""
+    return renamed(stem, AS_MLX_LM if spec.family in WRAPPED_ALIKE else AS_TRANSFORMERS)
+
+
+def peft_weights(weights: Mapping[str, mx.array], spec: ModelSpec) -> dict[str, mx.array]:
+    """mlx-lm's tensors of the model `spec` under PEFT's names, in PEFT's orientation."""
     found = {}
     for name, array in weights.items():
         stem, _, leaf = name.rpartition(".")
         kind = "lora_embedding_{}" if is_embedding(stem) else "lora_{}.weight"
         ending = "lora_magnitude_vector" if leaf == "m" else kind.format(leaf[-1].upper())
-        found[f"{PREFIX}{stem}.{ending}"] = mx.contiguous(array.T)
+        found[f"{PREFIX}{transformers_path(stem, spec)}.{ending}"] = mx.contiguous(array.T)
     return found
 
 
@@ -103,7 +114,9 @@ def peft_config(
 
 
 def _target_modules(adapted: set[str], spec: ModelSpec) -> list[str]:
-    """Last names where these mean exactly the adapted modules, else whole paths."""
+    """Last names where these mean exactly the adapted modules, else whole paths: towers beside it may use the same."""
+    if any(stem.startswith("language_model.") for stem in adapted):
+        return sorted(transformers_path(stem, spec) for stem in adapted)
     modules = {
         re.sub(r"\.(linear|embedding)$", "", t.name.removesuffix(".weight"))
         for u in spec.units
@@ -120,13 +133,13 @@ def from_peft(
 ) -> tuple[AdapterSettings, dict[str, mx.array]]:
     """An adapter of PEFT's in mlx-lm's terms, float32; `base` is the model without adapters. UserError."""
     rank, scale = _rank_and_scale(config, where)
-    found = _named(tensors, where)
     matrices = {
         t.name.removesuffix(".weight"): (i, t)
         for i, u in enumerate(base.units)
         for t in u.tensors
         if t.name.endswith(".weight") and len(t.shape) == 2
     }
+    found = _named(tensors, {renamed(stem, naming): stem for naming in NAMINGS for stem in matrices}, where)
     stems = {name.rpartition(".")[0] for name in found}
     for stem in sorted(stems - matrices.keys()):
         raise UserError(f"{where}: it adapts {stem}, which {base.name} does not have")
@@ -170,8 +183,11 @@ def _rank_and_scale(config: Mapping[str, Any], where: str) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _named(tensors: Mapping[str, mx.array], where: str) -> dict[str, mx.array]:
-    """Tensors by mlx-lm's names and orientation; the base's own weights that PEFT saves beside them are passed over."""
+def _named(tensors: Mapping[str, mx.array], modules: Mapping[str, str], where: str) -> dict[str, mx.array]:
+    """Tensors by mlx-lm's names and orientation; the base's own weights that PEFT saves beside them are passed over.
+
+    `modules`: mlx-lm's names by all that PEFT may use.
+    """
     found = {}
     for name, array in tensors.items():
         if ".base_layer." in name:
@@ -180,6 +196,7 @@ def _named(tensors: Mapping[str, mx.array], where: str) -> dict[str, mx.array]:
         if ending is None or not name.startswith(PREFIX):
             raise UserError(f"{where}: tensor {name!a} is no part of a LoRA adapter that can be converted")
         stem = name.removeprefix(PREFIX).removesuffix(f".{ending}")
+        stem = modules.get(stem, stem)
         found[f"{stem}.{ENDINGS[ending]}"] = array.reshape(-1) if ENDINGS[ending] == "m" else array.T
     if not found:
         raise UserError(f"{where}: no adapter's tensors are in it")

@@ -36,6 +36,12 @@ ITEM_BYTES = {
 }
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DTYPES = {code: name for name, code in CODES.items()}
+MLX_DTYPES = {  # what mlx loads each of them as
+    **DTYPES,
+    **{"BOOL": "bool_", "U8": "uint8", "I8": "int8", "F8_E4M3": "uint8", "F8_E5M2": "uint8"},
+    **{"U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64"},
+    "F64": "float32",
+}
 
 
 @dataclass(frozen=True)

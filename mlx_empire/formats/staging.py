@@ -23,6 +23,7 @@ from mlx_empire import __version__
 from mlx_empire.disk import create_private, free_bytes, is_full, sync_file, sync_folder
 from mlx_empire.errors import NoRoomError, UserError
 from mlx_empire.formats.safetensors import open_plain
+from mlx_empire.model.quantize import unpacked
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -111,8 +112,8 @@ def refuse_uncopied(source: Path) -> None:
 
 
 def stored_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The original configuration with the dtype that is now stored, also in its language model's part."""
-    result = dict(config)
+    """The original configuration with the dtype that is now stored, also in its language model's part, unpacked."""
+    result = unpacked(config)
     text = result.get("text_config")
     if isinstance(text, Mapping):
         result["text_config"] = {key: dtype if key in DTYPE_KEYS else value for key, value in text.items()}

@@ -28,6 +28,7 @@ from mlx_lm.utils import _get_classes
 
 from mlx_empire.errors import EmpireError, UserError
 from mlx_empire.model.config import HEADS, TIE
+from mlx_empire.model.packing_config import is_packed, packing_method
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter
 
 MOST_CHARACTERS = 160
@@ -95,14 +96,14 @@ def stand_ins(stored: Stored) -> dict[str, mx.array]:
     return {name: mx.zeros(tuple(shape), getattr(mx, dtype)) for name, (dtype, shape) in stored.items()}
 
 
-def settle(model: nn.Module, stored: Stored, where: Path | str) -> frozenset[str]:
-    """Let the model that will be described and trained see a folder's tensor names; returns mlx-lm's for them.
+def settle(model: nn.Module, stored: Stored, where: Path | str) -> dict[str, mx.array]:
+    """Let the model that will be described and trained see a folder's tensors; returns stand-ins by mlx-lm's names.
 
     A few families (gemma3) tie their head only when `sanitize` finds none among the weights, and can do so
     once: the sources and the writer take the plain `build`. Works on names and shapes alone and on lazy zeros,
     so it costs nothing and opens no file.
     """
-    return frozenset(sanitize(model, stand_ins(stored), where))
+    return sanitize(model, stand_ins(stored), where)
 
 
 def refuse_dropped_head(spec: ModelSpec, stored: Stored, where: Path | str) -> None:
@@ -127,9 +128,10 @@ def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
         raise UserError(
             f"{name}: config.json asks to run model_file={config['model_file']!r}; code is never run"
         )
-    if config.get("quantization") or _packed(config.get("quantization_config")):
+    if is_packed(config):
         raise UserError(
-            f"{name}: its weights are quantised; full fine-tuning needs a bfloat16 or float32 folder"
+            f"{name}: its weights are quantised ({packing_method(config)}); full fine-tuning needs a bfloat16 or "
+            "float32 folder, the one it was made from or mlx_lm.convert -d's; adapters do not (tuning.type: lora)"
         )
     with foreign(f"{name}: mlx-lm cannot build model_type {config.get('model_type')!r}"):
         model_class, args_class = _get_classes(dict(config))
@@ -148,13 +150,6 @@ def default_numbers(config: Mapping[str, Any]) -> dict[str, int | float]:
     except UserError:  # whoever builds the model will say it
         return {}
     return {k: v for k, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-
-
-def _packed(quantization: object) -> bool:
-    """Whether weights stay packed; mlx-lm takes published fp8 checkpoints back to bfloat16 while loading."""
-    return bool(quantization) and not (
-        isinstance(quantization, Mapping) and quantization.get("quant_method") == "fp8"
-    )
 
 
 def find_layers(model: nn.Module, name: str) -> tuple[nn.Module, str, str]:
@@ -201,7 +196,8 @@ def describe(model: nn.Module, config: Mapping[str, Any], name: str, dtype: str)
             raise UserError(f"{name}: {path} is {array.dtype}; only floating-point weights can be trained")
         rest = path.removeprefix(prefix + ".") if path.startswith(prefix + ".") else ""
         unit = int(rest.split(".", 1)[0]) + 1 if rest else 0
-        computes = "float32" if path in kept or is_adapter(path) else dtype
+        exact = path in kept or is_adapter(path) or path.endswith(".global_scale")
+        computes = "float32" if exact else dtype
         if packed:
             computes = str(array.dtype).removeprefix("mlx.core.")
         bits, group = _packing(modules.get(path.rpartition(".")[0]), path)
@@ -217,5 +213,5 @@ def _packing(module: nn.Module | None, path: str) -> tuple[int, int]:
         return 0, 0
     leaf = path.rpartition(".")[2]
     return (module.bits if leaf == "weight" else 0), (
-        module.group_size if leaf in ("scales", "biases") else 0
+        module.group_size if leaf in ("scales", "biases", "global_scale") else 0
     )

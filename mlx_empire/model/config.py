@@ -1,8 +1,9 @@
 """Reading a model's configuration: the one place where `config.json` (and the catalog's) is opened and completed.
 
-Decides what every reader after it may rely on: RoPE stands in the spelling of mlx-lm's module, and tie_word_embeddings
-is explicit wherever it can be known. What the file leaves open, the folder's tensors and then transformers' defaults
-decide, because mlx-lm's own defaults are often others. Keys are only added; the file itself is never touched.
+Decides what every reader after it may rely on: RoPE stands in the spelling of mlx-lm's module, packed weights in MLX's
+own (packing_config.py), and tie_word_embeddings is explicit wherever it can be known. What the file leaves open, the
+folder's tensors and then transformers' defaults decide, because mlx-lm's own defaults are often others. Keys are only
+added; the file itself is never touched.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from mlx_lm.utils import _get_classes
 from mlx_empire.errors import UserError
 from mlx_empire.model.closed_forms import has_closed_form
 from mlx_empire.model.family_defaults import TIED, UNTIED
+from mlx_empire.model.packing_config import QUANTISATION_KEYS, spell_packing
 from mlx_empire.model.rope import spell_rope
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_HEADER_BYTES = 100 << 20
 TIE = "tie_word_embeddings"
 FULL = "full_attention"
+BESIDE = "hf_quant_config.json"  # where NVIDIA's ModelOpt says how it packed
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 # Where mlx-lm's module hands text_config (or all of it) to another dataclass than its own ModelArgs.
@@ -65,6 +68,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({str(error)[:80]}); fetch the model again") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{path}: model_type is missing; this is no language model's configuration")
+    beside = folder / BESIDE
+    if not any(config.get(key) for key in QUANTISATION_KEYS) and beside.exists():
+        try:
+            config["quantization_config"] = json.loads(beside.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{beside}: not valid JSON ({str(error)[:80]}); fetch the model again") from None
     try:
         return complete(config, str(path), _stored_names(folder))
     except RecursionError:
@@ -78,6 +87,7 @@ def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()
     mlx-lm's module cannot do. A family that mlx-lm lacks comes back without its RoPE looked at.
     """
     done = copy.deepcopy(dict(config))
+    spell_packing(done, stored)
     kind, text = str(done["model_type"]), done.get("text_config")
     reader = None if has_closed_form(done) else reader_of(done)
     section = text if isinstance(text, dict) else done

@@ -17,15 +17,19 @@ Bases stored packed in MLX's own formats are taken as they are. Nothing is evalu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.utils import infer_quant_config
 
 from mlx_empire.errors import UserError
-from mlx_empire.model.build import find_layers
+from mlx_empire.model.build import find_layers, foreign
+from mlx_empire.model.packing_config import QUANTISATION_KEYS, foreign_packing, keeps_plain
 from mlx_empire.model.spec import TensorSpec, is_router
 from mlx_empire.recipe.sections import TuningSection
 
@@ -95,17 +99,29 @@ def uniformly(packing: QuantFormat | None) -> Choice:
     return choose
 
 
-def as_stored(quantization: Mapping[str, Any]) -> Choice:
-    """What a folder's `quantization` says: settings for all, and by a module's path its own or false."""
+def as_stored(config: Mapping[str, Any]) -> Choice:
+    """What a folder's `quantization` says: settings for all, and by a module's path its own or false.
+
+    Where another tool packed, the modules that it left out stay plain.
+    """
+    quantization: Mapping[str, Any] = config["quantization"]
     otherwise = uniformly(stored_quant_format(quantization))
 
     def choose(matrix: TensorSpec, root: bool) -> QuantFormat | None:
-        own = quantization.get(matrix.name.removesuffix(".weight"))
+        path = matrix.name.removesuffix(".weight")
+        own = quantization.get(path)
         if isinstance(own, Mapping):
             return stored_quant_format(own)
-        return None if own is False else otherwise(matrix, root)
+        return None if own is False or keeps_plain(config, path) else otherwise(matrix, root)
 
     return choose
+
+
+def quant_format_with(bits: int, group: int, *, has_biases: bool) -> QuantFormat:
+    """The format of a packed tensor by its numbers: of MLX's floating-point ones each has its own."""
+    if has_biases:
+        return QuantFormat(AFFINE, bits, group)
+    return next(f for f in QUANT_FORMATS.values() if (f.bits, f.group, f.has_biases) == (bits, group, False))
 
 
 def stored_quant_format(settings: Mapping[str, Any]) -> QuantFormat:
@@ -117,7 +133,6 @@ def stored_quant_format(settings: Mapping[str, Any]) -> QuantFormat:
     )
 
 
-QUANTISATION_KEYS = ("quantization", "quantization_config")
 CODES_PER_WORD = 16  # ternary codes, of two bits each, in one uint32
 
 
@@ -126,7 +141,7 @@ def stored_quantization(
 ) -> Mapping[str, Any] | None:
     """How a folder's configuration says its weights are packed, where adapters can be trained on them; else None.
 
-    UserError for a format that is not MLX's.
+    UserError for a mode that is not MLX's.
     """
     found = config.get("quantization")
     if tuning.type == "full" or not isinstance(found, Mapping):
@@ -157,20 +172,50 @@ def refuse_other_packing(config: Mapping[str, Any], tuning: TuningSection, name:
 
 def unpacked(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of the same model with plain weights."""
-    return {key: value for key, value in config.items() if key not in QUANTISATION_KEYS}
+    plain = {key: value for key, value in config.items() if key not in QUANTISATION_KEYS}
+    if isinstance(text := plain.get("text_config"), Mapping):
+        plain["text_config"] = {key: value for key, value in text.items() if key not in QUANTISATION_KEYS}
+    return plain
 
 
-def quantize_as_stored(model: nn.Module, quantisation: Mapping[str, Any], names: Collection[str]) -> None:
-    """Put mlx-lm's quantised modules where the folder (tensor `names`) has scales, with each module's own settings."""
+def quantize_as_stored(
+    model: nn.Module, quantisation: Mapping[str, Any], tensors: dict[str, mx.array], name: str
+) -> None:
+    """Put mlx-lm's quantised modules where the folder has scales: a module's own settings, else what its tensors show.
+
+    `tensors`: the folder's, by mlx-lm's names; only shapes and dtypes are looked at. UserError for a packing that
+    cannot be told from them.
+    """
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized") or f"{path}.scales" not in names:
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in tensors:
             return False
         own = quantisation.get(path)
-        return dict(own) if isinstance(own, Mapping) else True
+        if isinstance(own, Mapping):
+            return dict(own)
+        found: dict[str, Any] = infer_quant_config(path, module, tensors)
+        if f"{path}.global_scale" in tensors and isinstance(module, SwitchLinear):
+            found["global_scale"] = True
+        return found
 
     packing = stored_quant_format(quantisation)
-    nn.quantize(model, packing.group, packing.bits, mode=packing.mode, class_predicate=settings)
+    with foreign(f"{name}: mlx-lm cannot put its packed weights into the model"):
+        nn.quantize(model, packing.group, packing.bits, mode=packing.mode, class_predicate=settings)
+
+
+def refuse_unread(
+    model: nn.Module, tensors: Mapping[str, mx.array], config: Mapping[str, Any], name: str
+) -> None:
+    """UserError where another tool packed the weights and mlx-lm's `sanitize` left them so: the family's does not know
+    this method. `tensors`: as in `quantize_as_stored`; `config`: with what it says of packing.
+    """
+    if not config.get("quantization_config"):
+        return
+    for path, array in tree_flatten(model.parameters()):
+        found = tensors.get(path)
+        floating = found is not None and mx.issubdtype(found.dtype, mx.floating)
+        if found is None or (mx.issubdtype(array.dtype, mx.floating) and not floating):
+            raise UserError(foreign_packing(config, name))
 
 
 def quantize_modules(model: nn.Module, choose: Choice, name: str) -> None:

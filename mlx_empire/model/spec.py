@@ -121,6 +121,11 @@ class ModelSpec:
         return sum(t.size for u in self.units for t in u.tensors if t.trainable)
 
     @cached_property
+    def adapted(self) -> frozenset[str]:
+        """The plain model's parameters that training changes or adapts."""
+        return frozenset(base_name(t.name) for u in self.units for t in u.tensors if t.trainable)
+
+    @cached_property
     def frozen_root(self) -> bool:
         """Whether nothing of embedding, final norm and head trains."""
         return not any(t.trainable for t in self.units[0].tensors)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlx_empire.model.build import Stored, build_model, compute_dtype, describe,
 from mlx_empire.model.closed_forms import active_parameters, counted_spec, has_closed_form, module_of
 from mlx_empire.model.config import read_config
 from mlx_empire.model.lora import AdapterSettings, adapt
+from mlx_empire.model.packing_config import QUANTISATION_KEYS, refuse_foreign_packing
 from mlx_empire.model.quantize import (
     Choice,
     as_stored,
@@ -28,6 +30,7 @@ from mlx_empire.model.quantize import (
     quantize_as_stored,
     quantize_modules,
     refuse_other_packing,
+    refuse_unread,
     stored_quantization,
     uniformly,
     unpacked,
@@ -73,18 +76,22 @@ def make_target(
 
     UserError for what cannot be trained here.
     """
+    refuse_foreign_packing(config, name)
     refuse_other_packing(config, tuning, name)
     return _tuned(config, tuning, name, dtype, stored)
 
 
-def planned_target(recipe: Recipe) -> Target:
+def planned_target(recipe: Recipe, tensors: Callable[[Path], Stored | None] = lambda _: None) -> Target:
     """What a plan is made for: `model.path` is a folder or a catalog name; else `model.architecture`. UserError.
 
-    No weights are needed, and none are looked at.
+    No weights are needed. `tensors`: describes those of a folder, if it has any; of a packed one they say what is
+    packed and how, as they do to the run.
     """
     path, architecture = recipe.model.path, recipe.model.architecture
     if path.exists():
-        return _planned(read_config(path), str(path), recipe)
+        config = read_config(path)
+        packed = any(config.get(key) for key in QUANTISATION_KEYS)
+        return _planned(config, str(path), recipe, tensors(path) if packed else None)
     # A run has a folder; only plans ask the catalog.
     from mlx_empire.model import catalog
 
@@ -118,29 +125,33 @@ def with_adapter(plain: Target, settings: AdapterSettings) -> ModelSpec:
 
 
 def refuse_impossible(spec: ModelSpec) -> None:
-    """UserError for stacked experts in bfloat16 on a CPU, which MLX cannot multiply there."""
+    """UserError for what MLX cannot multiply on a CPU: stacked experts in bfloat16, NVFP4 with global scales."""
     plain = (t for u in spec.units for t in u.tensors if t.name.endswith(".weight"))
     stacked = any(len(t.shape) == 3 and t.dtype == "bfloat16" for t in plain)
-    if stacked and mx.default_device().type == mx.DeviceType.cpu:
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    if on_cpu and any(t.name.endswith(".global_scale") for u in spec.units for t in u.tensors):
+        raise UserError(f"{spec.name}: MLX on a CPU has no NVFP4 with global scales; train on a GPU")
+    if stacked and on_cpu:
         raise UserError(
             f"model.dtype: bfloat16: MLX on a CPU multiplies the experts of {spec.family} in float32 only; "
             "set model.dtype: float32, or train on a GPU"
         )
 
 
-def _planned(config: Mapping[str, Any], name: str, recipe: Recipe) -> Target:
+def _planned(config: Mapping[str, Any], name: str, recipe: Recipe, stored: Stored | None = None) -> Target:
     """A target that may be counted though it cannot be trained."""
     tuning, dtype = recipe.tuning, compute_dtype(config, recipe.model.dtype)
     if has_closed_form(config):
         why = f"mlx-lm has no {config['model_type']}, so this model can be counted but not trained here"
         counting = partial(module_of, counted_spec(config, name, dtype))
         return replace(_tuned(config, tuning, name, dtype, None, counting), not_trainable=why)
+    refuse_foreign_packing(config, name)
     refused = None
     try:
         refuse_other_packing(config, tuning, name)
     except UserError as error:
         refused = str(error)
-    return replace(_tuned(config, tuning, name, dtype), not_trainable=refused)
+    return replace(_tuned(config, tuning, name, dtype, stored), not_trainable=refused)
 
 
 def _tuned(
@@ -155,9 +166,11 @@ def _tuned(
     plain = config if tuning.type == "full" else unpacked(config)
     rebuild = build or partial(build_model, plain, name)
     model = rebuild()
-    names = settle(model, stored, name) if stored is not None else frozenset()
-    if packed is not None and stored is not None:
-        quantize_as_stored(model, packed, names)
+    if stored is not None:
+        tensors = settle(model, stored, name)
+        if packed is not None:
+            quantize_as_stored(model, packed, tensors, name)
+        refuse_unread(model, tensors, config, name)
     if tuning.type != "full":
         model.freeze()
     base = describe(model, plain, name, dtype)
@@ -165,10 +178,8 @@ def _tuned(
     if tuning.type == "full":
         return Target(model, base, base, rebuild)
     choose = None
-    if (
-        packed is not None and stored is None
-    ):  # a model of a packed folder's kind, whose weights are not there
-        choose = as_stored(packed)
+    if packed is not None and stored is None:  # a model of a packed folder's kind, without its weights
+        choose = as_stored(config)
     elif packed is None and (packing := quant_format_of(tuning)) is not None:
         choose = uniformly(packing)
     if choose is not None:

@@ -76,7 +76,7 @@ def result_writer(recipe: Recipe, target: Target) -> FolderWriter | AdapterWrite
     writer: FolderWriter | AdapterWriter
     if target.adapters is not None:
         stored = open_folder(folder) if has_weights(folder) else None
-        names = huggingface_names(target.base, stored)
+        names = huggingface_names(target.base, stored, target.spec.adapted)
         writer = AdapterWriter(out, target.spec, target.adapters, str(folder), huggingface=names)
     else:
         writer = FolderWriter(out, target.spec, target.rebuild, _source_folder(recipe))

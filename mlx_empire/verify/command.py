@@ -33,6 +33,7 @@ from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserArguments
 from mlx_empire.evaluation.gate import held_out_loss
+from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, in_dtype
@@ -132,9 +133,7 @@ def small_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for small, whole in ((scaled, config), (scaled.get("text_config"), config.get("text_config"))):
         if isinstance(small, dict) and isinstance(whole, Mapping) and "vocab_size" in whole:
             small["vocab_size"] = whole["vocab_size"]
-    for key in ("quantization", "quantization_config"):
-        scaled.pop(key, None)
-    return scaled
+    return unpacked(scaled)
 
 
 def target_and_plan(

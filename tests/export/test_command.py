@@ -16,6 +16,8 @@ MODEL = Path(__file__).parents[1] / "fixtures/tiny-llama-260k"
         (["fuse", "x", "out"], "invalid choice: 'fuse'"),
         (["base", str(MODEL), "out"], "--bits: say how the base is packed: 2, 3"),
         (["base", str(MODEL), "out", "--bits", "5"], "--bits: 5: expected one of"),
+        (["merge", "x", "out", "--pack", "5"], "--pack: 5: expected one of"),
+        (["peft", "x", "out", "--pack", "4"], "--pack: only merge packs its result again"),
         (["merge", "nowhere", "out"], "nowhere/adapter_config.json: No such file"),
         (["peft", "empty", "out", "--model", str(MODEL)], "neither adapters.safetensors nor"),
         (["peft", "unnamed", "out"], "--model: unnamed does not name its base's folder"),

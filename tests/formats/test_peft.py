@@ -45,7 +45,7 @@ def test_there_and_back_again():
     built = built_of(case)
     weights = weights_of(built)
     config = peft_config(built.adapters, weights, built.spec, "base")
-    settings, found = from_peft(config, peft_weights(weights), built.base, "here")
+    settings, found = from_peft(config, peft_weights(weights, built.spec), built.base, "here")
     assert (settings.rank, settings.scale, settings.dora, settings.layers) == (4, 2.0, True, 4)
     assert set(settings.keys) == {"self_attn.q_proj", "mlp.down_proj", "lm_head"}
     assert found.keys() == weights.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -12,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm import fuse
 from mlx_lm.utils import quantize_model, save, save_model
 from train.launching import MODEL, Workspace, curve, held_out, jsonl, raw_tensors, step_records, succeeded
@@ -195,17 +197,68 @@ def test_quantising_while_loading_is_a_quantised_folder(alone: Workspace) -> Non
     assert result(alone.folder / "qlora") == result(alone.folder / "stored")
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "qlora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "qlora", "stored"])
 def test_merged_it_has_the_same_logits(kind: str, alone: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By our export; QLoRA's on the values that its base was packed to, which mlx-lm's packed folder has too."""
+    """By our export; QLoRA's on the values that its base was packed to, which mlx-lm's packed folder has too.
+
+    Merged into that one, the weights are plain.
+    """
     monkeypatch.chdir(alone.folder)
     assert export.main(["merge", kind, f"{kind} merged"]) == 0
     merged, _ = mlx_lm.load(str(alone.folder / f"{kind} merged"))
-    base = "packed" if kind == "qlora" else "dense"
+    base = "packed" if kind in ("qlora", "stored") else "dense"
     adapted, _ = mlx_lm.load(base, adapter_path=f"{kind}/final")
     tokens = mx.array([TRAIN[0]])
     assert mx.allclose(merged(tokens), adapted(tokens), atol=1e-4)
-    assert (alone.folder / f"{kind} merged/README.md").read_text().startswith("---\nbase_model: dense")
+    assert (
+        (alone.folder / f"{kind} merged/README.md")
+        .read_text()
+        .startswith(f"---\nbase_model: {'packed' if kind == 'stored' else 'dense'}")
+    )
+
+
+@pytest.mark.parametrize("mode", FLOATING)
+def test_merged_into_a_floating_point_base_it_has_the_same_logits(
+    mode: str, floating: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(floating.folder)
+    assert export.main(["merge", f"stored {mode}", f"{mode} merged"]) == 0
+    merged, _ = mlx_lm.load(f"{mode} merged")
+    adapted, _ = mlx_lm.load(mode, adapter_path=f"stored {mode}/final")
+    tokens = mx.array([TRAIN[0]])
+    assert mx.allclose(merged(tokens), adapted(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("pack", ["4", "stored"])
+def test_packed_again_it_says_what_is_left_of_the_adapter(
+    pack: str, alone: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The three losses are those that mlx-lm's own models have on the held-out rows."""
+    monkeypatch.chdir(alone.folder)
+    out = f"packed again as {pack}"
+    assert export.main(["merge", "stored", out, "--pack", pack]) == 0
+    said = capsys.readouterr().out
+    models = [
+        mlx_lm.load("packed")[0],
+        mlx_lm.load("packed", adapter_path="stored/final")[0],
+        mlx_lm.load(out)[0],
+    ]
+    before, adapted, after = (mean_loss(model, VALID) for model in models)
+    assert [float(x) for x in re.findall(r"\d+\.\d{4}", said)] == pytest.approx(
+        [before, adapted, after], abs=1e-3
+    )
+    assert f"{(before - after) / (before - adapted):.0%} of the adapter's gain is left" in said
+    packed = {n for n, a in tree_flatten(models[2].parameters()) if a.dtype == mx.uint32}
+    assert packed == {n for n, a in tree_flatten(models[0].parameters()) if a.dtype == mx.uint32}
+
+
+def test_without_a_run_it_says_that_packing_was_not_measured(
+    alone: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(alone.folder)
+    shutil.copytree("stored/final", "apart/adapter")
+    assert export.main(["merge", "apart/adapter", "unmeasured", "--model", "packed", "--pack", "8"]) == 0
+    assert "was not measured: apart/adapter is no run's folder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["lora", "stored"])

@@ -12,12 +12,12 @@ import numpy as np
 
 from mlx_empire import progress
 from mlx_empire.data.files import RawRow, check_row
-from mlx_empire.data.spans import Span, shared_prefix
 from mlx_empire.errors import UserError
 
 if TYPE_CHECKING:
     from mlx_empire.data.chat import ChatReader, Remarks
     from mlx_empire.data.messages import Messages
+    from mlx_empire.data.spans import Span
 
 BATCH = 256  # rows tokenised together: the tokenizer's own threads share them
 
@@ -247,6 +247,7 @@ def _flags_by_offset(offsets: list[tuple[int, int]], spans: list[Span]) -> np.nd
 
 def _flags_by_prefix(tokenizer: Any, row: _Rendered, ids: list[int]) -> np.ndarray:
     """The same without offsets (tokenizers written in Python): count the tokens that a prefix shares."""
+    from mlx_empire.data.spans import shared_prefix  # see `encode_rows`
 
     def shared(end: int) -> int:
         prefix = tokenizer.encode(row.text[:end], add_special_tokens=False)

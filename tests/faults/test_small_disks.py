@@ -169,7 +169,7 @@ def test_a_disk_that_fills_up_while_the_result_is_written(lab: Lab, roomy: Resul
     settings = (*SETTINGS[:3], "run.eval_every=null")
     run = lab.begin("torn", *settings, ranks=1)
     filler = folder / "filler"
-    for _ in range(2000):  # from the moment at which the result is begun another program fills the disk
+    while run.poll() is None:  # from the moment at which the result is begun another program fills the disk
         if (folder / ".final.partial").exists():
             with filler.open("wb", buffering=0) as file:
                 try:

@@ -20,6 +20,7 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import Assessment, NodeAssessment
 from mlx_empire.plan.hardware import Chip
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
+from mlx_empire.report.text import energy, run_length, span
 
 Document = dict[str, object]
 
@@ -108,6 +109,20 @@ class CapacityReport:
     def last_days(self, pace: Pace) -> str:
         """The day or the days between which the run would end."""
         return " to ".join(dict.fromkeys(moment.date().isoformat() for moment in ends(pace, self.start)))
+
+
+TIME_COLUMNS = ("seconds a step", "positions/s", "whole run", "energy", "ends")
+
+
+def time_cells(report: CapacityReport, pace: Pace) -> list[str]:
+    """What `TIME_COLUMNS` say of a wire, for people."""
+    return [
+        span(pace.step_seconds),
+        span(pace.positions_per_second),
+        run_length(pace.run_hours),
+        energy(pace.energy_kwh),
+        report.last_days(pace),
+    ]
 
 
 def report_document(report: CapacityReport) -> Document:

@@ -11,14 +11,14 @@ from html import escape
 
 from mlx_empire.capacity.charts import SIGNS, WORDS, badge, node_bars, thin_bars, timeline_chart
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughter_tables
-from mlx_empire.capacity.document import CapacityReport, LadderSurvey, MatrixSurvey
+from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSurvey, MatrixSurvey, time_cells
 from mlx_empire.capacity.ladder import Rung
 from mlx_empire.capacity.ledger_groups import alike, ledger_lines
 from mlx_empire.capacity.matrix import Cell, Comparison, MatrixRow
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS
 from mlx_empire.plan.pace import Pace
 from mlx_empire.report.html import STYLE, table
-from mlx_empire.report.text import amount, billions, energy, room, run_length, span
+from mlx_empire.report.text import amount, billions, room, run_length, span
 
 MOST_LIMITS = 3  # bars of the ladder are cut off at so many times the largest limit
 
@@ -183,15 +183,11 @@ def _memory(report: CapacityReport) -> str:
 
 
 def _time(report: CapacityReport) -> str:
-    head = ["wire", "seconds a step", "positions/s", "whole run", "energy", "ends", "bound by"]
+    head = ["wire", *TIME_COLUMNS, "bound by"]
     rows = [
         [
             _wire(report, pace),
-            span(pace.step_seconds),
-            span(pace.positions_per_second),
-            run_length(pace.run_hours),
-            energy(pace.energy_kwh),
-            report.last_days(pace),
+            *time_cells(report, pace),
             escape(pace.bound),
         ]
         for pace in report.paces

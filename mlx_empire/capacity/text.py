@@ -15,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughter_tables
-from mlx_empire.capacity.document import CapacityReport, LadderSurvey, MatrixSurvey
+from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSurvey, MatrixSurvey, time_cells
 from mlx_empire.capacity.ledger_groups import GROUPS, alike, entries, grouped, ledger_lines
 from mlx_empire.capacity.matrix import Cell, Comparison
 from mlx_empire.capacity.whatif import Advice
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, NodeAssessment
-from mlx_empire.report.text import amount, bar, billions, energy, room, run_length, span, terminal_size
+from mlx_empire.report.text import amount, bar, billions, room, terminal_size
 
 PLAIN_WIDTH = 120
 BAR_WIDTH = 40
@@ -155,17 +155,13 @@ def time_table(report: CapacityReport) -> Table:
     """How long a step and the run take over each wire, and what bounds them."""
     table = plain_table("time: low and high over what the chips are known to execute")
     table.add_column("wire")
-    for title in ("seconds a step", "positions/s", "whole run", "energy", "ends"):
+    for title in TIME_COLUMNS:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("bound by")
     for pace in report.paces:
         table.add_row(
             escape(report.wire(pace)) + ("" if pace.wire.built else " (planned)"),
-            span(pace.step_seconds),
-            span(pace.positions_per_second),
-            run_length(pace.run_hours),
-            energy(pace.energy_kwh),
-            report.last_days(pace),
+            *time_cells(report, pace),
             escape(pace.bound),
             style="bold" if pace is report.paces[0] else None,
         )

@@ -22,6 +22,8 @@ from collections.abc import Container
 from pathlib import Path
 from typing import BinaryIO
 
+from mlx_empire.errors import UserError
+
 MANIFEST, COMMIT, PIN, LATEST = "MANIFEST.json", "COMMIT", "KEEP", "LATEST"
 SHARD_PATTERN = r"^shard-[0-9]{5}-of-[0-9]{5}\.safetensors$"
 _STEP = re.compile(r"step-([0-9]{6,12})")
@@ -70,6 +72,16 @@ def broken_link(path: Path) -> Path | None:
         if os.path.islink(one):
             return one
     return None
+
+
+def refuse_broken_link(key: str, folder: Path) -> None:
+    """UserError where the folder that the recipe's `key` names is behind a link that leads nowhere."""
+    link = broken_link(folder)
+    if link is not None:
+        raise UserError(
+            f"{key}: {folder}: {link} is a link to {link.readlink()}, which is not there; bring it back "
+            "(is its disk mounted?), or remove the link"
+        )
 
 
 def drafts_in(root: Path) -> list[Path]:

@@ -29,8 +29,14 @@ from mlx_empire.comm.messages import (
     relay_streams,
 )
 from mlx_empire.comm.protocol import Array, Pieces, Traffic, Wire
-from mlx_empire.errors import UserError
-from mlx_empire.plan.traffic import PIECE_BYTES, Route, resolve_route, unasked_bytes
+from mlx_empire.plan.traffic import (
+    PIECE_BYTES,
+    UNASKED_FACT,
+    Route,
+    agreed_unasked_bytes,
+    resolve_route,
+    unasked_bytes,
+)
 
 HEARTBEAT_TAG = 6
 MAX_HEARTBEAT_BYTES = 4096
@@ -92,17 +98,9 @@ class MpiCommunicator:
         self._slots, self._piece_bytes = SLOTS, bucket_bytes
         self.hostnames[:] = self.gather_json(hostname)
         if len(set(self.hostnames)) > 1:
-            self._piece_bytes = min(bucket_bytes, PIECE_BYTES, self._agreed_unasked_bytes())
+            answers = self.gather_json({UNASKED_FACT: unasked_bytes(os.environ)})
+            self._piece_bytes = min(bucket_bytes, PIECE_BYTES, agreed_unasked_bytes(answers))
             self._slots = SLOTS * bucket_bytes // self._piece_bytes
-
-    def _agreed_unasked_bytes(self) -> int:
-        """The largest message that no rank's MPI asks about. A rank of version 0.1 says what it runs instead."""
-        answers = self.gather_json({"unasked bytes": unasked_bytes(os.environ)})
-        if any(set(answer) != {"unasked bytes"} for answer in answers):
-            raise UserError(
-                "the ranks run different versions of mlx_empire; install the same version on every machine"
-            )
-        return min(int(answer["unasked bytes"]) for answer in answers)
 
     @property
     def staging_bytes(self) -> int:

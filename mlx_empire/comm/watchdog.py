@@ -93,7 +93,7 @@ class Deadlines:
 
 
 def lost_ranks(peers: Sequence[PeerStatus]) -> dict[int, str]:
-    """The ranks that are lost, and why; empty while all is well. `sights`: by rank."""
+    """The ranks that are lost, and why; empty while all is well. `peers`: by rank."""
     lost = {}
     for rank, peer in enumerate(peers):
         status = peer.status

@@ -10,7 +10,9 @@ The launcher asks here which messages Open MPI's TCP sends without asking the re
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
+
+from mlx_empire.errors import UserError
 
 Route = Literal["auto", "direct", "relay"]
 Matrix = list[list[int]]
@@ -108,6 +110,7 @@ def _zeros(size: int) -> Matrix:
 
 EAGER_LIMIT = "btl_tcp_eager_limit"  # Open MPI's name for it; with the header
 DEFAULT_EAGER_LIMIT = 65536
+UNASKED_FACT = "unasked bytes"
 HEADER_BYTES = 1024  # more than what Open MPI adds to a message
 
 
@@ -117,6 +120,18 @@ def unasked_bytes(environment: Mapping[str, str]) -> int:
     number, scale = said.rstrip("kmgb"), {"k": 10, "m": 20, "g": 30}.get(said.rstrip("b")[-1:], 0)
     limit = int(number) << scale if number.isascii() and number.isdigit() else DEFAULT_EAGER_LIMIT
     return max(limit - HEADER_BYTES, HEADER_BYTES)
+
+
+def agreed_unasked_bytes(answers: Sequence[Mapping[str, Any]]) -> int:
+    """The largest message that no rank's MPI asks about, by what each rank said under `UNASKED_FACT`.
+
+    A rank of version 0.1, which knows no such message, says what it runs instead: UserError.
+    """
+    if any(set(answer) != {UNASKED_FACT} for answer in answers):
+        raise UserError(
+            "the ranks run different versions of mlx_empire; install the same version on every machine"
+        )
+    return min(int(answer[UNASKED_FACT]) for answer in answers)
 
 
 def eager_words() -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mlx_empire.checkpoint.paths import broken_link
+from mlx_empire.checkpoint.paths import refuse_broken_link
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.data.splits import Splits
 from mlx_empire.disk import replace_private
@@ -37,12 +37,7 @@ def refuse_finished(folder: Path) -> None:
 
 def refuse_unwritable(folder: Path) -> None:
     """UserError where the run's folder could not be made, said before hours of work; nothing is written."""
-    link = broken_link(folder)
-    if link is not None:
-        raise UserError(
-            f"run.dir: {folder}: {link} is a link to {link.readlink()}, which is not there; bring it back (is its disk "
-            "mounted?), or remove the link"
-        )
+    refuse_broken_link("run.dir", folder)
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir():
         raise UserError(f"run.dir: {folder}: {nearest} is a file; choose a folder that can be written")

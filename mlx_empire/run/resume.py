@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlx_empire.checkpoint.find import CheckpointSearch, FoundCheckpoint
 from mlx_empire.checkpoint.manifest import Identity, Origin, Resolved, config_digest, sampled_digest
-from mlx_empire.checkpoint.paths import broken_link, step_name, step_of, steps_in
+from mlx_empire.checkpoint.paths import refuse_broken_link, step_name, step_of, steps_in
 from mlx_empire.checkpoint.save import Policy, Saver
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
@@ -179,7 +179,7 @@ def _survey(comm: Communicator, recipe: Recipe) -> tuple[CheckpointSearch, list[
     """
     root = folder_of(recipe, comm)
     with together(comm):
-        _refuse_broken_link(root)
+        refuse_broken_link("run.checkpoints", root)
     survey = CheckpointSearch(comm, root)
     pattern = str(recipe.run.checkpoints)
     begun = comm.broadcast_json(os.path.exists(recipe.run.dir / "metrics.jsonl"))
@@ -199,15 +199,6 @@ def _of_any_host(pattern: str, rank: int) -> list[Path]:
     fixed = next(parent for parent in filled.parents if "{host}" not in str(parent))
     rest = escape(str(filled.relative_to(fixed))).replace("{host}", "*")
     return sorted(path for path in fixed.glob(rest) if path.is_dir())
-
-
-def _refuse_broken_link(folder: Path) -> None:
-    link = broken_link(folder)
-    if link is not None:
-        raise UserError(
-            f"run.checkpoints: {folder}: {link} is a link to {link.readlink()}, which is not there; bring it back "
-            "(is its disk mounted?), or remove the link"
-        )
 
 
 def _named(comm: Communicator, recipe: Recipe, asked: str) -> tuple[FoundCheckpoint, list[str]]:

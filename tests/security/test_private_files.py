@@ -13,6 +13,9 @@ import pytest
 
 from mlx_empire import disk
 from mlx_empire.disk import append_private, create_private, open_private, replace_private
+from mlx_empire.errors import UserError
+from mlx_empire.launch.detached import LOG, detach
+from mlx_empire.run.stop import request_stop
 
 
 def append(path: Path) -> None:
@@ -153,3 +156,32 @@ def test_nothing_else_makes_private_files() -> None:
     words = ("os.O_CREAT", "os.O_WRONLY", "mkstemp")
     users = {path.name for path in package.rglob("*.py") if any(word in path.read_text() for word in words)}
     assert users == {"disk.py"}
+
+
+def test_a_disk_without_modes_takes_new_files_and_no_old_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file that is made anew was never open to others; one that was there may be."""
+
+    def refused(descriptor: int, mode: int) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "fchmod", refused)
+    create(tmp_path / "new")
+    assert (tmp_path / "new").read_bytes() == b"new"
+    with pytest.raises(PermissionError):
+        append(tmp_path / "new")
+
+
+def test_a_link_where_a_stop_is_asked_for_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "stop").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"stop: .*make it possible to write there"):
+        request_stop(tmp_path)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_link_where_the_launcher_s_log_goes_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / LOG).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{LOG}: .*remove it"):
+        detach(tmp_path, [])
+    assert not (tmp_path / "elsewhere").exists()

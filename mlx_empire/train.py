@@ -32,7 +32,7 @@ from mlx_empire.errors import UserArguments
 from mlx_empire.evaluation.gate import GateKeeper, held_out_loss
 from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
-from mlx_empire.optim.choose import make_optimizer
+from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.hardware import known_speed
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.plan.work import executed_flops
@@ -139,7 +139,7 @@ def carry_out(
     # ---------------------------------------------------------------- the plan, before anything is allocated
     with together(comm):
         refuse_idle_keys(recipe, splits)
-        plan = resolve(recipe, target.spec, nodes, make_optimizer(recipe.optimizer).state_bytes)
+        plan = resolve(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
         require_fit(plan, nodes)
     job = job.part(plan.work.layout.of_rank(comm.rank))
     guards.lock(recipe.run.dir)

@@ -21,7 +21,7 @@ from mlx_empire.model.build import describe
 from mlx_empire.model.config import read_config
 from mlx_empire.model.lora import Present, may_share, put_together
 from mlx_empire.model.target import Target
-from mlx_empire.optim.choose import make_optimizer
+from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
@@ -69,7 +69,7 @@ def _planned(recipe: Recipe, node: Node, count: int) -> RunPlan:
         }
     )
     target, _ = _together(recipe, count)
-    return resolve(several, target.spec, [node], make_optimizer(recipe.optimizer).state_bytes)
+    return resolve(several, target.spec, [node], state_bytes_of(recipe.optimizer))
 
 
 def train_adapters(

@@ -37,7 +37,7 @@ from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, in_dtype
-from mlx_empire.optim.choose import make_optimizer, state_bytes_of
+from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import assess
 from mlx_empire.plan.resolve import RunPlan, resolve
 from mlx_empire.recipe.changes import variant
@@ -90,7 +90,7 @@ def verify(
     original = share_target(comm, recipe, config)
     splits = share_data(comm, recipe, original.spec)
     with together(comm):
-        plan = resolve(recipe, original.spec, nodes, make_optimizer(recipe.optimizer).state_bytes)
+        plan = resolve(recipe, original.spec, nodes, state_bytes_of(recipe.optimizer))
     pairs = pairs_of(recipe, plan, original.spec.dtype)
     fixed = variant(recipe, {"batch.cells": plan.work.layout.cells, **plain_run(steps)})
     if not own:
@@ -141,7 +141,7 @@ def target_and_plan(
 ) -> tuple[Target, RunPlan]:
     """The model of `config` that a run trains, and the plan for it; collective."""
     target = share_target(comm, recipe, config)
-    return target, resolve(recipe, target.spec, nodes, make_optimizer(recipe.optimizer).state_bytes)
+    return target, resolve(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
 
 
 def train_once(

@@ -5,10 +5,6 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-# What replaces which line of the minimal recipe -> place and words that the message must have.
-# Lines: 1 model, 2 path, 3 data, 4 path, 5 sequence_length, 6 batch, 7 global_size, 8 optimizer,
-# 9 learning_rate, 10 run, 11 dir, 12 steps.
 from recipe.test_load import assert_one_line
 
 from mlx_empire.errors import UserError

@@ -47,6 +47,47 @@ class MicroBatchSum:
             ]
 
 
+class RowSum:
+    """The running fp32 sum of a table's gradient over the micro-batches of one cell: of the rows that were looked up.
+
+    A vocabulary's other rows have no gradient, so the sum is as large as the tokens, and not as the table. `rows`
+    (n,) ascend; `values` (n, width) float32.
+    """
+
+    def __init__(self) -> None:
+        self.rows: np.ndarray = np.empty(0, np.int64)
+        self.values: np.ndarray = np.empty((0, 0), np.float32)
+
+    def add(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Add one micro-batch's: distinct ascending `rows` and their `values`."""
+        both = np.union1d(self.rows, rows)
+        total = np.zeros((both.size, values.shape[1]), np.float32)
+        total[np.searchsorted(both, self.rows)] = self.values.reshape(-1, values.shape[1])
+        total[np.searchsorted(both, rows)] += values
+        self.rows, self.values = both, total
+
+    def whole(self, rows: int, dtype: mx.Dtype) -> mx.array:
+        """The table's gradient (rows, width) in `dtype`, each element rounded to it once; evaluated."""
+        table = mx.zeros((rows, self.values.shape[1]), dtype)
+        rounded = mx.array(self.values).astype(dtype)
+        mx.eval(table, rounded)
+        host_view(table).reshape(table.shape)[self.rows] = host_view(rounded).reshape(self.values.shape)
+        return table
+
+    def added_to(self, table: mx.array) -> mx.array:
+        """`table` (rows, width) in fp32, with this added; evaluated. The memory may be that of `table`."""
+        table = mx.contiguous(table.astype(mx.float32))
+        host_view(table).reshape(table.shape)[self.rows] += self.values
+        return table
+
+
+class EmbeddingSum:
+    """A cell's sum of the embedding's gradients over its micro-batches: the table's rows, other tensors whole."""
+
+    def __init__(self) -> None:
+        self.rows, self.dense = RowSum(), MicroBatchSum()
+
+
 class GradientStore:
     """The gradient totals of this rank: by unit and segment a (rows, 64) array over the rank's state interval."""
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_empire.data.batches import MicroBatch
-from mlx_empire.engine.gradients import MicroBatchSum
+from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
 from mlx_empire.engine.layers import LayerArguments, LayerNoise, SlottedModel, hidden_of, separate
 from mlx_empire.engine.loss import head_chunks, head_gradients, head_loss, head_scores, joined_chunks
 from mlx_empire.engine.store import ShardStore
@@ -41,7 +42,8 @@ class Passes:
 
     `head_tensors` and `embed_tensors` are positions among the root's trainable tensors that the head and the embedding
     depend on (a tied matrix stands in both); `tokens`: of a chunk of the loss; `noise` is there where layers have
-    dropout. Layers are counted from 0.
+    dropout; `table` is the position of the matrix in which tokens are looked up, where nothing else of the root goes by
+    tokens. Layers are counted from 0.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class Passes:
         embed_tensors: Sequence[int],
         tokens: int,
         noise: LayerNoise | None = None,
+        table: int | None = None,
     ) -> None:
         self._slotted, self._store, self._noise, self._tokens = slotted, store, noise, tokens
+        self._table = table
         self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
         self._shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
 
@@ -183,36 +187,60 @@ class Passes:
 
     # ---- embed
 
-    def embed(self, r: Running) -> list[mx.array]:
-        """Gradients in fp32 by the embedding's tensors, from the cotangent of layer 0's input, lazily."""
-        root = self._store.bound(0)
+    def embed(self, r: Running, cell: EmbeddingSum) -> None:
+        """Add to `cell` the fp32 gradients by the embedding's tensors, from the cotangent of layer 0's input.
+
+        Of the table in which tokens are looked up only the rows that were looked up take part: the embedding runs on
+        those, with tokens counted anew.
+        """
+        root, tokens = self._store.bound(0), r.batch[0]
+        given = {i: root[i] for i in self.embed_tensors}
+        if self._table is not None:
+            rows, places = np.unique(np.array(tokens), return_inverse=True)
+            tokens = mx.array(places.reshape(tokens.shape).astype(np.int32))
+            given[self._table] = root[self._table][mx.array(rows)]
 
         def run(*arrays: mx.array) -> mx.array:
             bound = list(root)
-            for position, array in zip(self.embed_tensors, arrays, strict=True):
+            for position, array in zip(given, arrays, strict=True):
                 bound[position] = array
             self._store.rebind(0, bound)
-            return self._slotted.embed(r.batch[0]).astype(mx.float32)
+            return self._slotted.embed(tokens).astype(mx.float32)
 
-        # A frequent token's row is a sum over many positions: in fp32, or bfloat16 would swallow most of it. (The
-        # wide copies of the tensors are never evaluated; the gradient does not need them.)
-        wide = [root[i].astype(mx.float32) for i in self.embed_tensors]
-        # On Metal a scatter-add uses atomics, in any order; the CPU's is sequential, so the sum is reproducible.
+        # On Metal a scatter-add uses atomics, in any order; the CPU's is sequential, so the sum is reproducible. What
+        # the CPU does is evaluated by itself: the GPU must not wait for it within one evaluation.
         with mx.stream(mx.cpu):
+            # A frequent token's row is a sum over many positions: in fp32, or bfloat16 would swallow most of it.
+            wide = [array.astype(mx.float32) for array in given.values()]
             _, gradients = mx.vjp(run, wide, [r.hidden.astype(mx.float32)])
-        return list(gradients)
+            mx.eval(gradients)
+        by_position = dict(zip(given, gradients, strict=True))
+        if self._table is not None:
+            cell.rows.add(rows, np.array(by_position.pop(self._table), copy=False))
+        cell.dense.add(list(by_position.values()))
 
-    def whole_root(self, head: MicroBatchSum, embed: MicroBatchSum) -> MicroBatchSum:
+    def whole_root(self, head: MicroBatchSum, embed: EmbeddingSum) -> MicroBatchSum:
         """Head and embedding sums of a cell, by the root's tensors; a tied matrix gets the sum of both."""
+        root = self._store.bound(0)
         by_position: dict[int, mx.array] = dict(zip(self.head_tensors, head.arrays, strict=True))
-        for position, array in zip(self.embed_tensors, embed.arrays, strict=True):
-            if position in by_position:
-                array = by_position[position].astype(mx.float32) + array.astype(mx.float32)
+        head.arrays = []
+        dense = iter(embed.dense.arrays)
+        for position in self.embed_tensors:
+            held = by_position.pop(position, None)
+            if position == self._table:
+                table = root[position]
+                array = (
+                    embed.rows.whole(table.shape[0], table.dtype)
+                    if held is None
+                    else embed.rows.added_to(held)
+                )
+            else:
+                array = next(dense)
+                array = array if held is None else held.astype(mx.float32) + array.astype(mx.float32)
+            del held
             by_position[position] = array
-        head.arrays, embed.arrays = [], []
         cell = MicroBatchSum()
-        root = enumerate(self._store.bound(0))
-        cell.arrays = [by_position.get(i, mx.zeros_like(tensor)) for i, tensor in root]
+        cell.arrays = [by_position.get(i, mx.zeros_like(tensor)) for i, tensor in enumerate(root)]
         by_position.clear()
         mx.eval(cell.arrays)
         return cell

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_empire import progress
 from mlx_empire.data.batches import MicroBatch
-from mlx_empire.engine.gradients import GradientStore, MicroBatchSum
+from mlx_empire.engine.gradients import EmbeddingSum, GradientStore, MicroBatchSum
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.store import ShardStore
@@ -48,7 +48,7 @@ class StreamedStep(Reader):
         self._running: dict[int, Running] = {}
         self._losses: list[np.ndarray] = []
         self._cells: dict[tuple[int, int], MicroBatchSum] = {}  # by unit and round
-        self._embeds: dict[int, MicroBatchSum] = {}  # the embedding's part of the root, by round
+        self._embeds: dict[int, EmbeddingSum] = {}  # the embedding's part of the root, by round
         self._weights: dict[int, list[mx.array]] = {}  # of the units that are bound
         self._total = mx.array(1.0)
         self._measure: Measure | None = None
@@ -153,9 +153,9 @@ class StreamedStep(Reader):
 
     def embed(self, action: Action) -> None:
         if self._passes.embed_tensors:
-            cell = self._embeds.setdefault(action.round, MicroBatchSum())
-            cell.add(self._passes.embed(self._running[action.micro]))
-            mx.eval(cell.arrays)
+            cell = self._embeds.setdefault(action.round, EmbeddingSum())
+            self._passes.embed(self._running[action.micro], cell)
+            mx.eval(cell.dense.arrays)
             self._store.rebind(0, self._store.bound(0))
 
     # ---- sums
@@ -185,7 +185,7 @@ class StreamedStep(Reader):
         """A round's sum of a unit, which is forgotten here; None where this rank has no cell."""
         cell = self._cells.pop((action.unit, action.round), None)
         if action.unit == 0 and cell is not None:
-            cell = self._passes.whole_root(cell, self._embeds.pop(action.round, MicroBatchSum()))
+            cell = self._passes.whole_root(cell, self._embeds.pop(action.round, EmbeddingSum()))
         if cell is not None:
             self._sums.inspect(action.unit, cell)
         return cell

@@ -45,10 +45,14 @@ WIDTH = 8
 
 @dataclass(frozen=True)
 class RootUse:
-    """Positions among the root's trainable tensors that head and embedding depend on, and what packing needs."""
+    """Positions among the root's trainable tensors that head and embedding depend on, and what packing needs.
+
+    `table`: the one in which tokens are looked up, where it is enough to have its rows; None where it is not.
+    """
 
     head: tuple[int, ...]
     embed: tuple[int, ...]
+    table: int | None
     absolute_positions: bool
     separable: bool
 
@@ -77,13 +81,36 @@ def probe_root(slotted: SlottedModel, store: ShardStore, vocabulary: int) -> Roo
         if _has_nan(slotted.embed(tokens)):
             embed.append(i)
     store.rebind(0, root)
+    table = _looked_up(slotted, store, embed, vocabulary)
     repeated = slotted.embed(mx.zeros((1, WIDTH), mx.int32))
     absolute = not bool(mx.array_equal(repeated[:, 0], repeated[:, -1]).item())
     store.free(0)
     apart = all(
         separable(layer, given, WIDTH) for layer, given in zip(slotted.layers, arguments, strict=True)
     )
-    return RootUse(tuple(head), tuple(embed), absolute, apart)
+    return RootUse(tuple(head), tuple(embed), table, absolute, apart)
+
+
+def _looked_up(slotted: SlottedModel, store: ShardStore, embed: Iterable[int], vocabulary: int) -> int | None:
+    """The position of the root's tensor that gives the same embedding when only the tokens' rows of it are there, and
+    tokens are counted anew; None if there is none, for instance where a frozen table is looked up beside it.
+    """
+    root = store.bound(0)
+    tokens = np.array([[vocabulary - 1 - i for i in range(min(WIDTH, vocabulary))]])
+    rows, places = np.unique(tokens, return_inverse=True)
+    expected = slotted.embed(mx.array(tokens))
+    for i in embed:
+        if len(root[i].shape) == 2 and root[i].shape[0] >= vocabulary > WIDTH:
+            fewer = list(root)
+            fewer[i] = root[i][mx.array(rows)]
+            store.rebind(0, fewer)
+            same = bool(
+                mx.array_equal(slotted.embed(mx.array(places.reshape(tokens.shape))), expected).item()
+            )
+            store.rebind(0, root)
+            if same:
+                return i
+    return None
 
 
 def check_packing(slotted: SlottedModel, use: RootUse) -> None:
@@ -199,7 +226,7 @@ def _streamed(
         use = probe_root(slotted, store, VOCABULARY)
         layout = CellLayout(1, 1, 1)
         sums = GradientStore(store, comm, thread, layout, "float32")
-        passes = Passes(slotted, store, use.head, use.embed, chunk_tokens(VOCABULARY))
+        passes = Passes(slotted, store, use.head, use.embed, chunk_tokens(VOCABULARY), table=use.table)
         step = StreamedStep(passes, store, sums, StepShape(3, plan.trained, (1,)))
         (rows,) = step.gradients([[batch]], int(batch.mask.sum()))
     finally:

@@ -114,7 +114,7 @@ class Trainer:
         except UserError as error:  # the same model on every rank, so the same verdict
             raise on_all_ranks(error) from None
         tokens = chunk_tokens(vocabulary, frozen=not self.store.trainable(0))
-        passes = Passes(self._slotted, self.store, use.head, use.embed, tokens, self._noise)
+        passes = Passes(self._slotted, self.store, use.head, use.embed, tokens, self._noise, use.table)
         self._shape = step_shape(self.store.plan, self.work, self._comm.rank)
         self.streamed = StreamedStep(passes, self.store, self._sums, self._shape, self._updater)
         if fresh:

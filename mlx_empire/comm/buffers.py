@@ -36,10 +36,17 @@ def empty_rows(elements: int, dtype: str) -> mx.array:
 
 
 def host_view(array: mx.array) -> np.ndarray:
-    """The flat numpy view of an array's memory; bfloat16 is seen as uint16. Evaluates the array."""
-    bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    mx.eval(bits)
-    return np.array(bits, copy=False).reshape(-1)
+    """The flat numpy view of a contiguous array's memory; bfloat16 is seen as uint16. Evaluates the array.
+
+    No node is added to a graph, so an array that is evaluated costs no evaluation. BufferError for one whose elements
+    do not follow one another.
+    """
+    mx.eval(array)
+    if array.dtype != mx.bfloat16:
+        return np.array(array, copy=False).reshape(-1)
+    memory: Any = array  # numpy does not know bfloat16: it is given the bytes, through the buffer protocol
+    view: np.ndarray = np.frombuffer(memory, np.uint16)
+    return view
 
 
 WIRE_DTYPES: dict[Wire, np.dtype[Any]] = {

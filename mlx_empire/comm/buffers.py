@@ -28,11 +28,14 @@ DTYPES = {
 }
 
 
-def empty_rows(elements: int, dtype: str) -> mx.array:
-    """An evaluated, uninitialised buffer of shape (elements / 64, 64): rows, so that no dimension passes 32 bits."""
-    buffer = mx.empty((elements // BLOCK, BLOCK), DTYPES[dtype])
-    mx.eval(buffer)
-    return buffer
+def empty_rows(wanted: Sequence[tuple[int, str]]) -> list[mx.array]:
+    """For each (elements, dtype) an uninitialised buffer of shape (elements / 64, 64), evaluated together.
+
+    Rows, so that no dimension passes 32 bits.
+    """
+    buffers = [mx.empty((elements // BLOCK, BLOCK), DTYPES[dtype]) for elements, dtype in wanted]
+    mx.eval(buffers)
+    return buffers
 
 
 def host_view(array: mx.array) -> np.ndarray:

@@ -3,7 +3,7 @@
 For each unit and round (cell of this rank):
 
 1. accumulate: a cell's micro-batches add up in fp32, in order (`MicroBatchSum`);
-2. contribute: each tensor's sum is rounded once to the wire's dtype, also where it stays local;
+2. round off:  each tensor's sum is rounded once to the wire's dtype, also where it stays local;
 3. reduce-scatter, on the communication thread: every owner receives its interval of each rank's contribution and
    adds them in rank order, in fp32, to its total. Rounds follow one another, so the order is that of the cells.
 
@@ -118,10 +118,15 @@ class GradientStore:
         if self.suspects is not None:
             self._suspect(self.suspects, index, cell)
 
-    def keep(self, index: int, cell: MicroBatchSum) -> None:
-        """Round a cell's sum to the wire's dtype, in place: it waits for the backward's end (stage 1)."""
-        cell.arrays = self._rounded(index, cell)
-        mx.eval(cell.arrays)
+    def round_off(self, index: int, cell: MicroBatchSum) -> None:
+        """A cell's sum is complete: each tensor is rounded to its segment's wire dtype, and made contiguous.
+
+        Lazily, to be evaluated with the backward that it comes from: vjp gives transposed gradients, and a tensor's
+        copy is made while its own gradient is all that is there of it.
+        """
+        segments = self._plan.units[index].segments
+        wires = [DTYPES[segments[s].dtype] for s, _ in self._store.trainable(index)]
+        cell.arrays = [mx.contiguous(a.astype(w)) for a, w in zip(cell.arrays, wires, strict=True)]
 
     def reduce(self, index: int, round_index: int, cell: MicroBatchSum | None) -> None:
         """Begin to reduce unit `index`'s sum of this rank's cell in this round; None where the rank has no cell."""
@@ -170,12 +175,10 @@ class GradientStore:
 
     def _totals(self, index: int) -> list[mx.array]:
         if index not in self.totals:
-            fresh = []
-            for segment in self._trained(index):
-                a, b = self._plan.state_interval(segment, self._comm.rank)
-                fresh.append(empty_rows(b - a, "float32"))
-                host_view(fresh[-1])[:] = 0
-            self.totals[index] = fresh
+            spans = [self._plan.state_interval(s, self._comm.rank) for s in self._trained(index)]
+            self.totals[index] = empty_rows([(b - a, "float32") for a, b in spans])
+            for total in self.totals[index]:
+                host_view(total)[:] = 0
         return self.totals[index]
 
     def _suspect(self, suspects: set[str], index: int, cell: MicroBatchSum) -> None:
@@ -183,18 +186,11 @@ class GradientStore:
             if not mx.isfinite(array).all().item():
                 suspects.add(placement.tensor.name)
 
-    def _rounded(self, index: int, cell: MicroBatchSum) -> list[mx.array]:
-        """Each tensor's sum in its segment's wire dtype."""
-        segments = self._plan.units[index].segments
-        wires = [DTYPES[segments[s].dtype] for s, _ in self._store.trainable(index)]
-        return [a.astype(w) for a, w in zip(cell.arrays, wires, strict=True)]
-
     def _pieces(self, index: int, cell: MicroBatchSum | None) -> list[Pieces]:
         """The contribution by segment: tensors at their places, without copying them into one buffer."""
         parts: list[list[tuple[int, np.ndarray]]] = [[] for _ in self._trained(index)]
         if cell is not None:
-            rounded, cell.arrays = self._rounded(index, cell), []
-            for s, placement in self._store.trainable(index):
-                contiguous = mx.contiguous(rounded.pop(0))  # one at a time: vjp gives transposed gradients
-                parts[s].append((placement.start, host_view(contiguous)))
+            for (s, placement), array in zip(self._store.trainable(index), cell.arrays, strict=True):
+                parts[s].append((placement.start, host_view(array)))
+            cell.arrays = []
         return list(parts)

@@ -144,14 +144,14 @@ def bad_totals(
         first = store.plan.state_interval(segment, comm.rank)[0] // BLOCK
         for chunk in store.chunks[unit][trained[position]]:
             a = chunk.spec.start_row - first
-            if chunk.spec.name not in own and not _finite(block_sums(total[a : a + chunk.spec.rows])):
+            if chunk.spec.name not in own and not _finite(*block_sums(total[a : a + chunk.spec.rows])):
                 own.add(chunk.spec.name)
     return _in_order(store, [name for names in comm.gather_json(sorted(own)) for name in names])
 
 
 def bad_weights(store: ShardStore, comm: Communicator) -> list[tuple[str, int]]:
     """(tensor, lowest rank that holds such a part of it) of all weights that are not finite. Collective."""
-    own = {c.spec.name for c in _chunks(store) if not _finite(block_sums(c.weights))}
+    own = {c.spec.name for c in _chunks(store) if not _finite(*block_sums(c.weights))}
     ranks: dict[str, int] = {}
     for rank, names in enumerate(comm.gather_json(sorted(own))):
         for name in names:

@@ -220,7 +220,7 @@ class Passes:
         cell.dense.add(list(by_position.values()))
 
     def whole_root(self, head: MicroBatchSum, embed: EmbeddingSum) -> MicroBatchSum:
-        """Head and embedding sums of a cell, by the root's tensors; a tied matrix gets the sum of both."""
+        """Head and embedding sums of a cell, by the root's tensors, lazily; a tied matrix gets the sum of both."""
         root = self._store.bound(0)
         by_position: dict[int, mx.array] = dict(zip(self.head_tensors, head.arrays, strict=True))
         head.arrays = []
@@ -241,6 +241,4 @@ class Passes:
             by_position[position] = array
         cell = MicroBatchSum()
         cell.arrays = [by_position.get(i, mx.zeros_like(tensor)) for i, tensor in enumerate(root)]
-        by_position.clear()
-        mx.eval(cell.arrays)
         return cell

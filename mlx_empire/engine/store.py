@@ -99,7 +99,7 @@ class ShardStore:
     def landing(self, unit: Unit) -> tuple[list[mx.array], list[np.ndarray], list[int]]:
         """Zeroed buffers for what this rank keeps of `unit`, their numpy views and first elements, by segment."""
         spans = [self.plan.weights_interval(s, self._comm.rank) for s in unit.segments]
-        buffers = [empty_rows(b - a, s.dtype) for s, (a, b) in zip(unit.segments, spans, strict=True)]
+        buffers = empty_rows([(b - a, s.dtype) for s, (a, b) in zip(unit.segments, spans, strict=True)])
         views = [host_view(buffer) for buffer in buffers]
         for view in views:
             view[:] = 0  # gaps between tensors stay zero for good
@@ -137,13 +137,16 @@ class ShardStore:
 
     def _start_gather(self, index: int, what: str, kept: list[mx.array] | None = None) -> None:
         """Allocate and queue; of a `kept` whole unit the frozen segments are taken over as they are."""
-        unit = self.plan.units[index]
+        segments = self.plan.units[index].segments
+        taken = [kept is not None and segment.kind == "frozen" for segment in segments]
+        asked = [(g.size, g.dtype) for g, old in zip(segments, taken, strict=True) if not old]
+        fresh = iter(empty_rows(asked))
         buffers, jobs = [], []
-        for s, segment in enumerate(unit.segments):
-            if kept is not None and segment.kind == "frozen":
+        for s, segment in enumerate(segments):
+            if kept is not None and taken[s]:
                 buffers.append(kept[s])
                 continue
-            buffers.append(empty_rows(segment.size, segment.dtype))
+            buffers.append(next(fresh))
             own = [(c.spec.start_row * BLOCK, host_view(c.weights)) for c in self.chunks[index][s]]
             jobs.append((host_view(buffers[s]), own, segment.edges))
         self._whole[index] = buffers
@@ -160,7 +163,8 @@ class ShardStore:
     def bind(self, index: int) -> list[mx.array]:
         """Wait for unit `index`, put its tensors into the model and return the trainable ones, segment by segment.
 
-        Small tensors, fp32 in their segment, are bound in the dtype they compute in.
+        Small tensors, fp32 in their segment, are bound in the dtype they compute in. All are lazy views: they are
+        evaluated with what first uses them.
         """
         self.gather(index)
         self._settle(index)
@@ -174,7 +178,6 @@ class ShardStore:
                 binding.container[binding.key] = array
                 if segment.kind != "frozen":
                     trainable.append(array)
-        mx.eval(trainable)
         self._bound[index] = trainable
         return trainable
 

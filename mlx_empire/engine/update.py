@@ -141,16 +141,15 @@ class Updater:
     def _norm_of(self, layout: NormLayout, units: list[Unit]) -> float:
         """The norm over the trained segments of `units`, which are those of `layout`. As `norm`."""
         partials = NormPartials(layout, self._comm.rank)
-        segments = [
-            (unit.index, s)
-            for unit in units
-            for s, segment in enumerate(seg for seg in unit.segments if seg.kind != "frozen")
-        ]
-        for index, (unit, s) in enumerate(segments):
-            a, b = layout.interval(index, self._comm.rank)
-            total = self._sums.totals[unit][s]
-            own = total[a:b] if self._store.plan.zero_stage == 0 else total
-            partials.add(index, block_sums(own))
+        segments: list[tuple[int, int]] = []  # unit, and which of its totals
+        for unit in units:
+            totals, first = self._sums.totals.get(unit.index, []), len(segments)
+            segments += [(unit.index, s) for s in range(len(totals))]
+            if self._store.plan.zero_stage == 0:
+                spans = [layout.interval(first + s, self._comm.rank) for s in range(len(totals))]
+                totals = [total[a:b] for total, (a, b) in zip(totals, spans, strict=True)]
+            for s, sums in enumerate(block_sums(*totals)):
+                partials.add(first + s, sums)
         sums, blocks = partials.packed()
         packed = list(zip(self._comm.gather_arrays(sums), self._comm.gather_arrays(blocks), strict=True))
         norm = layout.combine(packed)

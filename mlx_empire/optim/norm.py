@@ -37,14 +37,15 @@ class GradientNorm:
     bad_segments: tuple[int, ...]
 
 
-def block_sums(gradient: mx.array) -> np.ndarray:
-    """Float32 (rows,): sums of squares of the rows of `gradient` (rows, 64), float32 or bfloat16."""
-    rows = gradient.shape[0]
-    pieces = [_piece_sums(gradient[row : row + _PIECE_ROWS]) for row in range(0, rows, _PIECE_ROWS)]
-    if not pieces:
-        return np.zeros(0, np.float32)
+def block_sums(*gradients: mx.array) -> list[np.ndarray]:
+    """For each of `gradients` (rows, 64), float32 or bfloat16: float32 (rows,), the sums of squares of its rows."""
+    pieces = [
+        [_piece_sums(gradient[row : row + _PIECE_ROWS]) for row in range(0, gradient.shape[0], _PIECE_ROWS)]
+        for gradient in gradients
+    ]
     mx.eval(pieces)
-    return np.concatenate([np.array(piece, copy=False)[:, 0] for piece in pieces])
+    nothing = np.zeros(0, np.float32)
+    return [np.concatenate([nothing, *(np.array(p, copy=False)[:, 0] for p in own)]) for own in pieces]
 
 
 def clip_scale(norm: float, clip_norm: float | None) -> float:

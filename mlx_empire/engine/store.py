@@ -6,10 +6,11 @@ while, the *whole* buffer of a unit. A whole buffer passes through these phases:
 1. ask:     `gather(i)` allocates it and queues, on the communication thread, the copy of this rank's own interval and
             the all-gather of the others'. The main thread goes on computing.
 2. bind:    `bind(i)` waits for it, cuts it into tensors (views, no copies) and puts them into the model's modules.
-3. free:    `free(i)` puts placeholders back and drops the buffer, unless the stage keeps weights whole.
+3. free:    `free(i)` puts placeholders back and gives the buffer to the next unit, unless the stage keeps weights
+            whole.
 
-At ZeRO stages 0-2 whole buffers live from step to step, chunks' weights are views of them, and `refresh(i)` replaces
-one after its chunks were updated. Stage 3 has the same calls with shorter lives; world size 1 has the same path.
+At ZeRO stages 0-2 whole buffers live from step to step, chunks' weights are views of them, and `refresh(i)` fills one
+anew after its chunks were updated. Stage 3 has the same calls with shorter lives; world size 1 has the same path.
 """
 
 from __future__ import annotations
@@ -51,6 +52,40 @@ class _Binding:
     placement: Placement
 
 
+class _Spares:
+    """Buffers of units that are no longer whole, handed out again to the next unit of the same sizes.
+
+    So memory of a unit's size is asked for in the first step alone: on a Mac the system would clear and map it anew
+    each time. With those in use they take no more than were ever in use at once: the oldest make room.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[list[mx.array]] = []
+        self._used = self._most = 0  # bytes
+
+    def take(self, wanted: list[tuple[int, str]]) -> list[mx.array]:
+        """Uninitialised buffers for (elements, dtype), as `empty_rows` gives them."""
+        for i, buffers in enumerate(self._free):
+            if [(b.size, b.dtype) for b in buffers] == [(size, DTYPES[dtype]) for size, dtype in wanted]:
+                self._used += _bytes(buffers)
+                return self._free.pop(i)
+        asked = sum(size * DTYPES[dtype].size for size, dtype in wanted)
+        self._used += asked
+        self._most = max(self._most, self._used)
+        while self._free and self._used + sum(map(_bytes, self._free)) > self._most:
+            self._free.pop(0)
+        return empty_rows(wanted)
+
+    def give(self, buffers: list[mx.array]) -> None:
+        """What nothing reads any more."""
+        self._used -= _bytes(buffers)
+        self._free.append(buffers)
+
+    def drop(self) -> None:
+        """Give back what is not in use."""
+        self._free, self._most = [], self._used
+
+
 class ShardStore:
     """This rank's shards of one model, and the whole units that are at hand."""
 
@@ -60,6 +95,7 @@ class ShardStore:
         self.chunks: list[list[list[LiveChunk]]] = [[[] for _ in u.segments] for u in plan.units]
         self.loads: list[tuple[int, float, float]] = []  # unit, beginning and end by `time.perf_counter`
         self._whole: dict[int, list[mx.array]] = {}
+        self._spares = _Spares()
         self._pending: dict[int, Future[None]] = {}
         self._bound: dict[int, list[mx.array]] = {}
         self._bindings = [[[_locate(model, p) for p in s.placements] for s in u.segments] for u in plan.units]
@@ -131,25 +167,20 @@ class ShardStore:
         self._start_gather(index, "gather")
 
     def refresh(self, index: int) -> None:
-        """After an update: start to build the new whole buffer of a unit that stays whole (stages 0-2)."""
+        """After an update: start to fill a whole unit that stays whole (stages 0-2) with its new weights, in place."""
         assert self.keeps_whole
-        self._start_gather(index, "renew", kept=self._whole.pop(index))
+        self._start_gather(index, "renew")
 
-    def _start_gather(self, index: int, what: str, kept: list[mx.array] | None = None) -> None:
-        """Allocate and queue; of a `kept` whole unit the frozen segments are taken over as they are."""
+    def _start_gather(self, index: int, what: str) -> None:
+        """Find buffers, where the unit has none, and queue the exchange; frozen weights are never renewed."""
         segments = self.plan.units[index].segments
-        taken = [kept is not None and segment.kind == "frozen" for segment in segments]
-        asked = [(g.size, g.dtype) for g, old in zip(segments, taken, strict=True) if not old]
-        fresh = iter(empty_rows(asked))
-        buffers, jobs = [], []
+        if index not in self._whole:
+            self._whole[index] = self._spares.take([(s.size, s.dtype) for s in segments])
+        jobs = []
         for s, segment in enumerate(segments):
-            if kept is not None and taken[s]:
-                buffers.append(kept[s])
-                continue
-            buffers.append(next(fresh))
-            own = [(c.spec.start_row * BLOCK, host_view(c.weights)) for c in self.chunks[index][s]]
-            jobs.append((host_view(buffers[s]), own, segment.edges))
-        self._whole[index] = buffers
+            if what == "gather" or segment.kind != "frozen":
+                own = [(c.spec.start_row * BLOCK, host_view(c.weights)) for c in self.chunks[index][s]]
+                jobs.append((host_view(self._whole[index][s]), own, segment.edges))
         self._pending[index] = self._thread.submit(self._exchange, jobs, name=(what, index))
 
     def _exchange(self, jobs: list[tuple[np.ndarray, list[tuple[int, np.ndarray]], tuple[int, ...]]]) -> None:
@@ -208,8 +239,12 @@ class ShardStore:
         self._settle(index)
         self._bound.pop(index, None)
         self._unbind(self.plan.units[index])
-        if not self.keeps_whole:
-            self._whole.pop(index, None)
+        if not self.keeps_whole and index in self._whole:
+            self._spares.give(self._whole.pop(index))
+
+    def drop_spares(self) -> None:
+        """After more units were whole at once than a step needs: keep no buffers for the next ones."""
+        self._spares.drop()
 
     def adopt_views(self, index: int) -> None:
         """After `refresh`: let the chunks' weights be views of the new whole buffer, so nothing is held twice."""
@@ -254,6 +289,10 @@ class ShardStore:
                 tensor = binding.placement.tensor
                 # Lazy and never evaluated: code that reads a shape or dtype still can, and nothing is allocated.
                 binding.container[binding.key] = mx.zeros(tensor.shape, DTYPES[tensor.dtype])
+
+
+def _bytes(buffers: list[mx.array]) -> int:
+    return sum(buffer.nbytes for buffer in buffers)
 
 
 def _view(buffer: mx.array, placement: Placement) -> mx.array:

@@ -135,6 +135,7 @@ class Trainer:
             yield model
         for index in units:
             self.store.free(index)
+        self.store.drop_spares()
 
     @property
     def gradients(self) -> GradientStore:

@@ -5,8 +5,9 @@
 PYTHON ?= python3.13 python3.12 python3.11 python3
 # `make test` passes this on to pytest: make test PYTEST_ARGS="-k plan -x"
 PYTEST_ARGS ?=
-# Two processes share the test files, for most of a test is one process's work; `make test PARALLEL=` goes one by one.
-PARALLEL ?= -n 2 --dist loadfile
+# Two processes share the test files, the heaviest first (tests/conftest.py), for most of a test is one process's work;
+# `make test PARALLEL=` goes one by one.
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 # Torch from the package index is gigabytes of CUDA on Linux. Where pip knows a smaller build, name its place here:
 # make test-interop TORCH="torch==2.13.0 --index-url ADDRESS"
 TORCH ?= torch==2.13.0

@@ -1,10 +1,44 @@
-"""Makes `support` importable (pytest's importlib mode leaves sys.path alone); property tests have no deadline."""
+"""Makes `support` importable (pytest's importlib mode leaves sys.path alone); property tests have no deadline; the
+files that need most time are begun first.
+"""
 
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))
 settings.register_profile("loaded machine", deadline=None)
 settings.load_profile("loaded machine")
+
+# Ten seconds to some minutes of a core each: begun last, one would run while the other processes have nothing to do.
+HEAVY = (
+    "engine/test_predicted_peaks.py",
+    "engine/test_across_ranks.py",
+    "engine/test_memory.py",
+    "train/test_daughters.py",
+    "train/test_adapters.py",
+    "faults/test_resume.py",
+    "adapters/test_steps.py",
+    "train/test_ranks.py",
+    "oracle/test_oracle.py",
+    "faults/test_kills.py",
+    "train/test_evaluation.py",
+    "capacity/test_matrix.py",
+    "adapters/test_across_ranks.py",
+    "capacity/test_advice.py",
+    "verify/test_command.py",
+    "train/test_daughters_gates.py",
+    "faults/test_damage.py",
+    "reliability/test_start.py",
+    "launch/test_stopping.py",
+    "reliability/test_rollback.py",
+)
+PLACES = {TESTS / name: place for place, name in enumerate(HEAVY)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file stay together, in their order; the other files keep theirs."""
+    items.sort(key=lambda item: PLACES.get(item.path, len(PLACES)))

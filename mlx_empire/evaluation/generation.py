@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_lm.generate import batch_generate
-
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserError
@@ -40,6 +38,8 @@ def generate(
     ends: Sequence[int],
 ) -> list[list[int]]:
     """The tokens that follow each prompt, the end token aside; equal on every rank. Collective."""
+    from mlx_lm import batch_generate  # imports transformers
+
     own: dict[int, list[int]] = {}
     with trainer.whole_model() as model:
         for number, first in enumerate(range(0, len(prompts), BATCH)):

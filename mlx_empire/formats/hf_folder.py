@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from mlx_empire.formats.safetensors import COPY_BYTES, MLX_DTYPES, Header, Tenso
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 32 << 20  # some 200,000 tensors
+FEW_FILES = 256  # what a process opens beside a model's files
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 Build = Callable[[], nn.Module]  # builds mlx-lm's model lazily; called anew whenever a pristine one is needed
@@ -37,6 +39,7 @@ class ModelFolder:
 
     def load(self) -> dict[str, mx.array]:
         """All tensors as lazy arrays, named and shaped as stored; to be evaluated by the same thread only."""
+        _allow_open(len(self.files) + FEW_FILES)
         arrays: dict[str, mx.array] = {}
         for name in self.files:
             file = self.path / name
@@ -56,6 +59,14 @@ class ModelFolder:
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor, as `model.build.Stored` wants them, and fit for JSON."""
         return {name: (MLX_DTYPES[info.code], info.shape) for name, info in self.tensors.items()}
+
+
+def _allow_open(count: int) -> None:
+    """Raise how many files this process may open: MLX keeps one open until its arrays are read, macOS allows 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < count:
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def has_weights(path: Path) -> bool:

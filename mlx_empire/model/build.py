@@ -24,10 +24,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
 
 from mlx_empire.errors import EmpireError, UserError
 from mlx_empire.model.config import HEADS, TIE
+from mlx_empire.model.mlx_lm_modules import classes_of
 from mlx_empire.model.packing_config import is_packed, packing_method
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter
 
@@ -134,7 +134,7 @@ def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
             "float32 folder, the one it was made from or mlx_lm.convert -d's; adapters do not (tuning.type: lora)"
         )
     with foreign(f"{name}: mlx-lm cannot build model_type {config.get('model_type')!r}"):
-        model_class, args_class = _get_classes(dict(config))
+        model_class, args_class = classes_of(config)
         given = copy.deepcopy(dict(config))  # some write into it
         model: nn.Module = model_class(args_class.from_dict(given))
         model.train().trainable_parameters()  # a few classes are no whole modules, which shows only here
@@ -145,7 +145,7 @@ def default_numbers(config: Mapping[str, Any]) -> dict[str, int | float]:
     """The numbers that mlx-lm assumes where a configuration is silent; none for a kind that it does not have."""
     try:
         with foreign("its default numbers"):
-            _, args_class = _get_classes(dict(config))
+            _, args_class = classes_of(config)
             numbers = {f.name: f.default for f in dataclasses.fields(args_class)}
     except UserError:  # whoever builds the model will say it
         return {}

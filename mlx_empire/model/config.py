@@ -16,11 +16,10 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lm.utils import _get_classes
-
 from mlx_empire.errors import UserError
 from mlx_empire.model.closed_forms import has_closed_form
 from mlx_empire.model.family_defaults import TIED, UNTIED
+from mlx_empire.model.mlx_lm_modules import classes_of
 from mlx_empire.model.packing_config import QUANTISATION_KEYS, spell_packing
 from mlx_empire.model.rope import spell_rope
 
@@ -133,7 +132,7 @@ def _spell_layers(section: dict[str, Any], read: Mapping[str, Field[Any]], where
 def reader_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Field[Any]]] | None:
     """(mlx-lm's module, the fields into which it reads the language model's part); None where it has none."""
     try:
-        model, arguments = _get_classes(dict(config))
+        model, arguments = classes_of(config)
         module = model.__module__.rpartition(".")[2]
         text = config.get("text_config")
         nested = f"{module}/{text.get('model_type')}" if isinstance(text, Mapping) else module

@@ -32,7 +32,6 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import find_layers
@@ -138,11 +137,18 @@ def adapt(model: nn.Module, tuning: TuningSection) -> AdapterSettings:
     keys = _keys(model, layers, tuning)
     settings = AdapterSettings(tuning.type == "dora", layers, rank, scale, tuning.dropout or 0.0, keys)
     model.freeze()
-    linear_to_lora_layers(model, layers, settings.parameters(), use_dora=settings.dora)
+    put_in(model, settings)
     for path, module in model.named_modules():
         if path in keys:  # by its whole path: it belongs to no layer
             module.dropout = nn.Dropout(0.0)
     return settings
+
+
+def put_in(model: nn.Module, settings: AdapterSettings) -> None:
+    """Put mlx-lm's layers into a model; KeyError or ValueError where they do not fit."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers  # imports transformers: only for adapters
+
+    linear_to_lora_layers(model, settings.layers, settings.parameters(), use_dora=settings.dora)
 
 
 def targets_of(tuning: TuningSection) -> tuple[str, ...]:

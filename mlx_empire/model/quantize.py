@@ -25,7 +25,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import infer_quant_config
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import find_layers, foreign
@@ -197,6 +196,8 @@ def quantize_as_stored(
         if f"{path}.global_scale" in tensors and isinstance(module, SwitchLinear):
             found["global_scale"] = True
         return found
+
+    from mlx_lm.utils import infer_quant_config  # imports transformers: only for stored packed weights
 
     packing = stored_quant_format(quantisation)
     with foreign(f"{name}: mlx-lm cannot put its packed weights into the model"):

@@ -15,13 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import Stored, build_model, compute_dtype, describe, refuse_dropped_head, settle
 from mlx_empire.model.closed_forms import active_parameters, counted_spec, has_closed_form, module_of
 from mlx_empire.model.config import read_config
-from mlx_empire.model.lora import AdapterSettings, adapt
+from mlx_empire.model.lora import AdapterSettings, adapt, put_in
 from mlx_empire.model.packing_config import QUANTISATION_KEYS, refuse_foreign_packing
 from mlx_empire.model.quantize import (
     Choice,
@@ -118,7 +117,7 @@ def with_adapter(plain: Target, settings: AdapterSettings) -> ModelSpec:
     model = plain.rebuild()
     model.freeze()
     try:
-        linear_to_lora_layers(model, settings.layers, settings.parameters(), use_dora=settings.dora)
+        put_in(model, settings)
     except (KeyError, ValueError) as error:
         raise UserError(f"{plain.spec.name}: mlx-lm cannot put such an adapter into it: {error}") from None
     return describe(model, plain.spec.config, plain.spec.name, plain.spec.dtype)

@@ -7,10 +7,11 @@ at once follows from the plan's chunks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Protocol
 
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, ShardPlan
+from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, ShardPlan, runs_of
 from mlx_empire.recipe.sections import OptimizerSection
 
 
@@ -56,16 +57,20 @@ def state_sizes(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> dict[str
 def update_bytes(segment: Segment, start: int, stop: int, state_bytes: StateBytes) -> int:
     """What updating [start, stop) of a segment needs at the worst moment beside state, gradients and new weights."""
     sizes = state_bytes(BLOCK, segment.dtype, quantised=segment.kind == "trainable")
-    together, largest = largest_update(segment, start, stop)
+    together, largest = largest_update(segment.rows, start, stop)
     return int(max(sizes.together * together, sizes.alone * largest))
 
 
-def largest_update(segment: Segment, start: int, stop: int) -> tuple[int, int]:
-    """Elements of small chunks of [start, stop) that the update evaluates at once, and of the largest chunk."""
+@lru_cache(maxsize=4096)  # most layers of a model have the same rows and intervals
+def largest_update(rows: tuple[int, ...], start: int, stop: int) -> tuple[int, int]:
+    """Elements of small chunks of [start, stop) that the update evaluates at once, and of the largest chunk.
+
+    `rows`: of each tensor of the segment.
+    """
     waiting = together = largest = 0
-    for run in segment.runs(start, stop):
-        largest = max(largest, run.rows)
-        for _ in range(min(run.times, 2)):  # more are like the second
-            waiting = waiting + run.rows if (waiting + run.rows) * BLOCK <= SHARED_ELEMENTS else run.rows
+    for _, _, size, times in runs_of(rows, start, stop):
+        largest = max(largest, size)
+        for _ in range(min(times, 2)):  # more are like the second
+            waiting = waiting + size if (waiting + size) * BLOCK <= SHARED_ELEMENTS else size
             together = max(together, waiting)
     return together * BLOCK, largest * BLOCK

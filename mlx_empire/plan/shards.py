@@ -79,6 +79,21 @@ class Segment:
         """Bytes of one element as stored and as gathered."""
         return ITEM_BYTES[self.dtype]
 
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        """Of each tensor, with its padding; one lies behind the other."""
+        return tuple(p.tensor.padded_size // BLOCK for p in self.placements)
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+        return max(p.tensor.size for p in self.placements) * self.itemsize
+
+    @cached_property
+    def has_adapters(self) -> bool:
+        """Whether adapters are among its tensors."""
+        return any(".lora_" in p.tensor.name for p in self.placements)
+
     def interval(self, rank: int) -> tuple[int, int]:
         """The elements that `rank` owns, half open."""
         return self.edges[rank], self.edges[rank + 1]
@@ -96,19 +111,23 @@ class Segment:
         Cuts are counted from a tensor's first row, so a chunk's borders inside a tensor do not depend on the shares
         except where an interval ends.
         """
-        full = CHUNK_ELEMENTS // BLOCK
-        for placement in self.placements:
-            first = placement.start // BLOCK
-            row = max(first, start // BLOCK)
-            end = min(first + placement.tensor.padded_size // BLOCK, stop // BLOCK)
-            if row >= end:
-                continue
+        for index, row, rows, times in runs_of(self.rows, start, stop):
+            yield RowRun(self.placements[index], row, rows, times)
+
+
+def runs_of(rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """(tensor's index, first row, rows of a chunk, chunks) of `Segment.runs`, where tensors have so many `rows`."""
+    full, first = CHUNK_ELEMENTS // BLOCK, 0
+    for index, count in enumerate(rows):
+        row, end = max(first, start // BLOCK), min(first + count, stop // BLOCK)
+        if row < end:
             begun = min(-(row - first) % full, end - row)  # up to the next cut
             whole, rest = divmod(end - row - begun, full)
-            for rows, times in ((begun, 1), (full, whole), (rest, 1)):
-                if rows and times:
-                    yield RowRun(placement, row, rows, times)
-                    row += rows * times
+            for size, times in ((begun, 1), (full, whole), (rest, 1)):
+                if size and times:
+                    yield index, row, size, times
+                    row += size * times
+        first += count
 
 
 @dataclass(frozen=True)
@@ -182,8 +201,8 @@ class ShardPlan:
             if segment.kind == "frozen":
                 continue
             gradient += segment.size * segment.itemsize
-            largest = max(largest, *(p.tensor.size * segment.itemsize for p in segment.placements))
-            if any(".lora_" in p.tensor.name for p in segment.placements):
+            largest = max(largest, segment.largest)
+            if segment.has_adapters:
                 adapters += (b - a) * segment.itemsize
             a, b = self.state_interval(segment, rank)
             trained += b - a

@@ -14,7 +14,6 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.utils import load_model
 
 from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.data.batches import MicroBatch, counted, validation_micro_batches
@@ -74,6 +73,8 @@ def packing_loss(recipe: Recipe, base: Path, adapter: Mapping[str, mx.array], pa
     after = _mean_loss(tuned, batches)
     del tuned, target
     mx.clear_cache()
+    from mlx_lm.utils import load_model  # imports transformers
+
     again, _ = load_model(packed)
     return PackingLoss(before, after, _mean_loss(again, batches), len(batches), splits.valid is not None)
 

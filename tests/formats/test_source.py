@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -56,6 +58,23 @@ def test_folder_gives_what_mlx_lm_loads(family: str, write_folder: Write) -> Non
         for tensor, array in found:
             assert mx.array_equal(array, expected.pop(tensor.name)), tensor.name
     assert not expected
+
+
+def test_a_folder_may_have_more_files_than_a_process_may_open_by_default(write_folder: Write) -> None:
+    """macOS allows 256; here there are fewer left than the folder has."""
+    tensors = huggingface_tensors("llama")
+    files = {
+        f"model-{i:05d}-of-{len(tensors):05d}.safetensors": {n: t} for i, (n, t) in enumerate(tensors.items())
+    }
+    folder = write_folder(tiny_config("llama"), files=files)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + len(files) // 2, before[1]))
+    try:
+        found = open_folder(folder).load()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert all(mx.array_equal(found.pop(name), tensor) for name, tensor in tensors.items())
+    assert not found
 
 
 @pytest.mark.parametrize("stored", [mx.float16, mx.bfloat16, mx.float32])

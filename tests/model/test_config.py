@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.utils import MODEL_REMAPPING, load_model
+from mlx_lm.utils import load_model
 from support.every_module import names, small_config
 from support.tiny_models import tiny_config
 from transformers import CONFIG_MAPPING
@@ -22,6 +22,7 @@ from mlx_empire.formats.staging import stored_config
 from mlx_empire.model.build import build_model, describe, refuse_dropped_head
 from mlx_empire.model.config import TIE, complete, read_config
 from mlx_empire.model.family_defaults import ROPE, TIED, UNTIED
+from mlx_empire.model.mlx_lm_modules import REMAPPED
 
 FAMILIES = sorted(TIED | UNTIED | ROPE.keys())
 ROPES = [name for name in FAMILIES if name in ROPE and name not in ("glm", "olmo")]
@@ -40,7 +41,7 @@ def test_defaults_are_those_of_transformers(name: str) -> None:
 
 def test_every_family_of_mlx_lm_that_transformers_has_stands_in_the_defaults() -> None:
     known = set(CONFIG_MAPPING.keys())
-    wanted = {*names(), *MODEL_REMAPPING} & known - {"pixtral"}  # there a name of the vision tower alone
+    wanted = {*names(), *REMAPPED} & known - {"pixtral"}  # there a name of the vision tower alone
     for kind in sorted(wanted):
         text = getattr(CONFIG_MAPPING[kind](), "text_config", None)
         wanted |= {text.model_type} & known if text is not None else set()

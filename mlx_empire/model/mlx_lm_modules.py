@@ -1,0 +1,71 @@
+"""How mlx-lm's modules are found: its packages without what they import first, and the classes of a model_type.
+
+`import mlx_lm` imports generation and tokenizers, hence transformers, which reads 1,600 source files twice: most of a
+command's start, and 45 MB of every process. A model's module needs none of it. So packages of mlx-lm are entered into
+`sys.modules` with their files still to be run, which happens when somebody asks for a name of theirs (`mlx_lm.load`).
+`mlx_lm.utils` is imported only where text is read or adapters are put in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
+from typing import Any
+
+# As in mlx_lm.utils, where tests look whether it still is so: a model_type whose module has another name ...
+REMAPPED: Mapping[str, str] = {
+    "mistral": "llama",
+    "llava": "mistral3",
+    "phi-msft": "phixtral",
+    "falcon_mamba": "mamba",
+    "joyai_llm_flash": "deepseek_v3",
+    "kimi_k2": "deepseek_v3",
+    "qwen2_5_vl": "qwen2_vl",
+    "minimax_m2": "minimax",
+    "iquestcoder": "llama",
+    "xverse": "llama",
+    "gemma4_unified": "gemma4",
+    "deepseek_v41_text": "deepseek_v41",
+}
+# ... and one whose architecture decides.
+BY_ARCHITECTURE: Mapping[tuple[str, str], str] = {
+    ("bailing_hybrid", "BailingMoeV3ForCausalLM"): "bailing_moe_v3",
+}
+
+
+class _Package(ModuleType):
+    """A package whose `__init__` runs when a name is asked for that is not there yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        assert self.__spec__ is not None
+        assert self.__spec__.loader is not None
+        self.__spec__.loader.exec_module(self)
+        return getattr(self, name)
+
+
+def enter_packages() -> None:
+    """Enter mlx-lm's packages into `sys.modules`; what is imported already stays."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # as mlx-lm's __init__ does
+    for name in ("mlx_lm", "mlx_lm.tuner"):
+        if name not in sys.modules and (spec := find_spec(name)) is not None:
+            module = module_from_spec(spec)
+            module.__class__ = _Package
+            sys.modules[name] = module
+
+
+def classes_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """mlx-lm's model and its arguments' dataclass, as `mlx_lm.utils` finds them; ValueError where it has none."""
+    kind, given = config["model_type"], config.get("architectures") or ()
+    architectures = [given] if isinstance(given, str) else given
+    chosen = (BY_ARCHITECTURE[kind, one] for one in architectures if (kind, one) in BY_ARCHITECTURE)
+    name = next(chosen, REMAPPED.get(kind, kind))
+    try:
+        module = importlib.import_module(f"mlx_lm.models.{name}")
+    except ImportError as error:
+        raise ValueError(f"Model type {name} not supported.") from error
+    return module.Model, module.ModelArgs

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlx_empire.plan.assess import NodeAssessment
-from mlx_empire.report.text import GIB, MIB
+from mlx_empire.sizes import GIB, MIB
 
 
 class Term(NamedTuple):

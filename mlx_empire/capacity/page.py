@@ -18,7 +18,8 @@ from mlx_empire.capacity.matrix import Cell, Comparison, MatrixRow
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS
 from mlx_empire.plan.pace import Pace
 from mlx_empire.report.html import STYLE, table
-from mlx_empire.report.text import amount, billions, room, run_length, span
+from mlx_empire.report.text import billions, room, run_length, span
+from mlx_empire.sizes import amount
 
 MOST_LIMITS = 3  # bars of the ladder are cut off at so many times the largest limit
 

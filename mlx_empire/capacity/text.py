@@ -20,7 +20,8 @@ from mlx_empire.capacity.ledger_groups import GROUPS, alike, entries, grouped, l
 from mlx_empire.capacity.matrix import Cell, Comparison
 from mlx_empire.capacity.whatif import Advice
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, NodeAssessment
-from mlx_empire.report.text import amount, bar, billions, room, terminal_size
+from mlx_empire.report.text import bar, billions, room, terminal_size
+from mlx_empire.sizes import amount
 
 PLAIN_WIDTH = 120
 BAR_WIDTH = 40

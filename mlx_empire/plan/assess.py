@@ -22,6 +22,7 @@ from mlx_empire.plan.resolve import TIGHT_HEADROOM, RunPlan, resolve
 from mlx_empire.plan.shards import Segment, ShardPlan
 from mlx_empire.plan.workload import Workload, chunk_tokens
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.sizes import amount
 
 _IN_FLIGHT = 2000  # arrays of one layer's graph and of the model's own making
 
@@ -147,20 +148,19 @@ def _node(spec: ModelSpec, plan: RunPlan, rank: int, node: Node, sizes: StateByt
     verdict, reason = "fits", ""
     if ledger.peak > limit:
         name, size = max(ledger.items().items(), key=lambda kv: kv[1])
-        need = f"needs {_gib(ledger.peak)} and may use {_gib(limit)}"
-        verdict, reason = "no", f"{need}; {name} alone take {_gib(size)}"
+        need = f"needs {amount(ledger.peak)} and may use {amount(limit)}"
+        verdict, reason = "no", f"{need}; {name} alone take {amount(size)}"
     elif array > buffer_limit:
         verdict = "no"
-        reason = f"{what} takes {_gib(array)}, and no array may pass {_gib(buffer_limit)}"
+        reason = f"{what} takes {amount(array)}, and no array may pass {amount(buffer_limit)}"
     elif buffers > MOST_LIVE_BUFFERS:
         verdict, reason = "no", f"{buffers:,} arrays are alive at once, and {MOST_LIVE_BUFFERS:,} may be"
     elif limit - ledger.peak < TIGHT_HEADROOM * limit:
         left = limit - ledger.peak
-        verdict, reason = "tight", f"only {100 * left / limit:.1f} % ({_gib(left)}) of {_gib(limit)} is left"
+        verdict, reason = (
+            "tight",
+            f"only {100 * left / limit:.1f} % ({amount(left)}) of {amount(limit)} is left",
+        )
     return NodeAssessment(
         node, plan.shards.shares[rank], ledger, limit, array, buffer_limit, buffers, verdict, reason
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -16,7 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mlx_empire.report.text import NodeRow, amount, bar, duration, fraction, level, number, terminal_size
+from mlx_empire.report.text import NodeRow, bar, duration, fraction, level, number, terminal_size
+from mlx_empire.sizes import amount
 
 PLAIN_WIDTH = 110
 BAR_WIDTH = 12

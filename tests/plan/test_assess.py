@@ -133,7 +133,7 @@ def test_bfloat16_gradients_with_headroom_come_before_float32_ones_without():
 
 
 def test_where_nothing_fits_the_least_overfull_plan_is_reported():
-    """A giant and a dwarf: at stage 2 the bytes that lack are fewest, and the dwarf needs 21 times what it has."""
+    """A giant and a dwarf: at stage 1 the bytes that lack are fewest, at stage 3 the dwarf is least too full."""
     tiny, nodes = llama_like(layers=4, hidden=512, vocabulary=4096), nodes_of([120 * MIB, 8 * MIB])
     found = assess(recipe_of(), tiny, nodes)
     by_stage = {stage: assess(recipe_of(f"memory.zero_stage={stage}"), tiny, nodes) for stage in range(4)}

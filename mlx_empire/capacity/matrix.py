@@ -107,7 +107,7 @@ def matrix(
     states_of: StatesOf,
     clusters: Mapping[str, Sequence[Node]] | None = None,
 ) -> Matrix:
-    """`recipe` with each of `models` in the place of its own, on each cluster (default: the four of the empire).
+    """`recipe` with each of `models` in the place of its own, on each cluster (None: the four of the empire).
 
     `models`: each described as the recipe tunes it, and why it cannot be trained here, or None.
     """

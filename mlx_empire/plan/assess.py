@@ -66,12 +66,23 @@ def live_buffers(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, st
     return count
 
 
+def cache_bound(limit: int, peak: int) -> int:
+    """Bytes of freed buffers that MLX keeps for reuse: what the plan leaves over, and never more than the peak.
+
+    Rows of many lengths leave buffers of many sizes, which nothing takes up again; without a bound they fill the limit.
+    """
+    return min(max(limit - peak, LEAST_CACHE_BYTES), peak)
+
+
 def chunk_count(segment: Segment, start: int, stop: int) -> int:
     """The number of chunks of [start, stop)."""
     return sum(run.times for run in segment.runs(start, stop))
 
 
 MOST_LIVE_BUFFERS = 499_000  # Metal's; MLX stops there
+LEAST_CACHE_BYTES = (
+    1 << 28
+)  # where a plan leaves less over: without a cache every buffer is asked of the system
 BUFFER_FRACTION = 0.75  # largest buffer, of the GPU's working set
 VERDICTS = ("fits", "tight", "no")  # best first
 
@@ -94,6 +105,11 @@ class NodeAssessment:
     def peak_bytes(self) -> int:
         """What the node needs at the worst moment of a step."""
         return self.ledger.peak
+
+    @property
+    def cache_bound_bytes(self) -> int:
+        """What MLX may keep of freed buffers besides."""
+        return cache_bound(self.limit_bytes, self.ledger.peak)
 
     @property
     def headroom_bytes(self) -> int:

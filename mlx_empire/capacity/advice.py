@@ -219,20 +219,29 @@ def _more_machines(assessment: Assessment, free: Settings) -> list[Advice]:
 
 
 def _more_memory(assessment: Assessment, free: Settings) -> list[Advice]:
-    """How many times the memory these machines would need; nothing where the plan itself needs another form."""
-    nodes = [n.node for n in assessment.nodes]
+    """How many times the memory these machines would need; nothing where memory is not what is missing."""
+
+    def attempt(tenths: int) -> Assessment:
+        grown = [_times(n.node, tenths / 10) for n in assessment.nodes]
+        return with_least_memory(assessment, free, grown)
+
     now = with_least_memory(assessment, free)
-    times = max(n.peak_bytes / max(n.limit_bytes, 1) for n in now.nodes)
-    times = math.ceil(10 * times) / 10
-    more = [
-        replace(n, memory_bytes=int(n.memory_bytes * times), limit_bytes=int(n.limit_bytes * times))
-        for n in nodes
-    ]
-    better = with_least_memory(assessment, free, more)
-    if not fits(better):
+    low, high = 10, math.ceil(10 * max(n.peak_bytes / max(n.limit_bytes, 1) for n in now.nodes))
+    if not fits(attempt(high)):
         return []
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(attempt(middle)) else (middle, high)
+    better = attempt(high)
     settings = f"; {_resolved(free, better)}" if free else ""
-    return [Advice(f"machines with {times:.1f} x the memory{settings}", fullest_node(better), better.verdict)]
+    return [
+        Advice(f"machines with {high / 10:.1f} x the memory{settings}", fullest_node(better), better.verdict)
+    ]
+
+
+def _times(node: Node, factor: float) -> Node:
+    memory, limit = int(node.memory_bytes * factor), int(node.limit_bytes * factor)
+    return replace(node, memory_bytes=memory, limit_bytes=limit)
 
 
 def _maker(machine: Machine) -> Callable[[int], Node]:

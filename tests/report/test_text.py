@@ -12,7 +12,7 @@ from mlx_empire.sizes import GIB, amount
         (0, "0 KiB"),
         (100_000, "98 KiB"),
         (2**20 - 1, "1024 KiB"),
-        (2**20, "1 MiB"),
+        (2**20, "1.00 MiB"),
         (-3 * GIB, "-3.00 GiB"),
         (9.996 * GIB, "10.0 GiB"),
         (99.96 * GIB, "100 GiB"),

@@ -52,6 +52,7 @@ from mlx_empire.run.agree import (
     share_target,
     standing,
 )
+from mlx_empire.run.disks import require_disks
 from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.run.job import Job, refuse_idle_keys
 from mlx_empire.run.resume import open_saver, stopped, where_to_begin
@@ -144,6 +145,7 @@ def carry_out(
     job = job.part(plan.work.layout.of_rank(comm.rank))
     guards.lock(recipe.run.dir)
     evaluator = share_evaluator(comm, recipe, target.spec, plan)
+    short = require_disks(comm, recipe, target, plan, nodes, job.steps, resumed=start.found is not None)
 
     # ---------------------------------------------------------------- the weights
     progress.reach("load")
@@ -164,7 +166,7 @@ def carry_out(
         ):
             stop.watch(recipe.run.dir)
             report.show_status(lambda: saver.status)
-            report.messages([*guards.notes, *splits.report, *start.told(started_over)])
+            report.messages([*guards.notes, *short, *splits.report, *start.told(started_over)])
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             run = Run(comm, recipe, plan, nodes, target, trainer, job, splits, evaluator, report, saver, stop)

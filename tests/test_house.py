@@ -31,6 +31,7 @@ FLOORS = (
     "progress",
     "disk",
     "errors",
+    "sizes",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
 SHARED_NAMES = {"main"}  # every command's

@@ -1,13 +1,15 @@
 """What to change: the cheapest change that makes a plan fit, or what a plan that fits could do better.
 
 Decides the order in which changes are tried, cheapest first: settings that cost nothing (weighted shares, ZeRO stage,
-checkpointing, 8-bit states, smaller micro-batches), settings that change the training (shorter sequences with
-accumulation, fewer sequences a step), a raised GPU limit, another machine, a rented one. Only what the trainer can do
+checkpointing, 8-bit states, smaller micro-batches), settings that change the training (shorter masters, released
+gradients, shorter sequences with accumulation, fewer sequences a step, adapters alone), a raised GPU limit, another
+machine, more memory in each, a rented one. Only what the trainer can do
 today is advised, and every setting is written so that it can be typed. Whatever is advised was assessed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +19,8 @@ from mlx_empire.capacity.whatif import Advice as Advice
 from mlx_empire.capacity.whatif import Settings, fits, fullest_node, with_least_memory, with_settings
 from mlx_empire.cluster.hostfile import GIB, Node
 from mlx_empire.cluster.machine import Calibration
-from mlx_empire.plan.assess import Assessment
+from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.hardware import KING, SOLDIER, Chip, Machine, Wire, chip_of, wire_of
 from mlx_empire.plan.pace import Pace, cloud_of, pace_of, spell
 from mlx_empire.recipe.changes import typed, value, variant
@@ -26,7 +29,10 @@ from mlx_empire.recipe.schema import Recipe
 KEPT_FOR_MACOS = 16 * GIB  # what a raised limit leaves to the system
 MOST_NEW_MACHINES = 4
 SHORTEST_SEQUENCE = 256
+ADAPTERS: Sequence[Settings] = ({"tuning.type": "lora"}, {"tuning.type": "qlora", "tuning.bits": 4})
 SYSTEM = "sudo sysctl iogpu.wired_limit_mb"
+
+Retuned = Callable[[Recipe], ModelSpec]
 
 
 def advise(
@@ -34,11 +40,12 @@ def advise(
     wire: Wire | None = None,
     chips: Sequence[Chip] | None = None,
     calibration: Calibration | None = None,
+    retuned: Retuned | None = None,
 ) -> list[Advice]:
     """Advice, best first. `wire` None: what the hostfile says; `chips`, one per node, None: what the nodes are.
 
-    With a verdict `no`: what makes it fit, cheapest first. Else: what is faster, what is larger, and for `tight` what
-    gives room.
+    `retuned`: describes the model as a changed recipe tunes it; without it nothing is said of adapters. With a verdict
+    `no`: what makes it fit, cheapest first. Else: what is faster, what is larger, and for `tight` what gives room.
     """
     wire = wire_of([n.node for n in assessment.nodes]) if wire is None else wire
 
@@ -46,26 +53,28 @@ def advise(
         return pace_of(one, over, chips, calibration)
 
     if assessment.verdict == "no":
-        return _until_it_fits(assessment, pace)
+        return _until_it_fits(assessment, pace, retuned)
     found = [*faster(assessment, pace), *larger(assessment)]
     return [*found, *_raised(assessment, {})] if assessment.verdict == "tight" else found
 
 
-def _until_it_fits(assessment: Assessment, pace: PaceOf) -> list[Advice]:
-    """The cheapest settings that suffice; unless they are free, also each kind of hardware that does."""
+def _until_it_fits(assessment: Assessment, pace: PaceOf, retuned: Retuned | None) -> list[Advice]:
+    """The cheapest settings that suffice; unless they are free, also adapters and each kind of hardware that does."""
     free = dict(_free_settings(assessment.recipe))
     each = [{name: setting} for name, setting in free.items()]
     settings = _fewest(assessment, each)
     if settings:
         return [_by_settings(assessment, settings)]
-    diet = _diet(assessment)
-    settings = _fewest(assessment, [*each, diet]) if diet else None
-    if settings is None and (costly := _costly_settings(assessment, {**free, **diet})):
-        settings = _fewest(assessment, [*each, diet, costly] if diet else [*each, costly])
-    found = [_by_settings(assessment, settings)] if settings else []
+    each += [settings for settings in (_diet(assessment), _release(assessment.recipe)) if settings]
+    settings = _fewest(assessment, each)
+    if settings is None and (costly := _costly_settings(assessment, _together(each))):
+        settings = _fewest(assessment, [*each, costly])
+    found = [_by_settings(assessment, settings)] if settings else _adapters_alone(assessment, free, retuned)
     found += _raised(assessment, free)
-    found += _more_machines(assessment, free)
+    machines = _more_machines(assessment, free)
+    found += machines
     if not settings:
+        found += [] if machines else _more_memory(assessment, free)
         found.append(_cloud(assessment, pace))
     return found
 
@@ -91,6 +100,25 @@ def _diet(assessment: Assessment) -> Settings:
     """A master weight of 24 bits where it has 32: a byte per parameter less, and a little less exact."""
     full = assessment.recipe.optimizer.master_weights in ("exact", "fp32")
     return {"optimizer.master_weights": "diet"} if full and assessment.spec.dtype == "bfloat16" else {}
+
+
+def _release(recipe: Recipe) -> Settings:
+    """Gradients that are not kept: a unit is updated in the backward, clipped by the norm of the step before."""
+    possible = not recipe.optimizer.in_backward and recipe.numerics.spikes not in ("skip", "rollback")
+    return {"optimizer.in_backward": True} if possible else {}
+
+
+def _adapters_alone(assessment: Assessment, free: Settings, retuned: Retuned | None) -> list[Advice]:
+    """Adapters in the place of the whole model, on its own weights or on packed ones; nothing where none fit."""
+    if retuned is None or assessment.recipe.tuning.type != "full":
+        return []
+    for settings in ADAPTERS:
+        changed = variant(assessment.recipe, {**settings, **free})
+        other = assess(changed, retuned(changed), [n.node for n in assessment.nodes], assessment.states_of)
+        if fits(other):
+            effect = f"adapters only, the model itself stays as it is; {fullest_node(other)}"
+            return [Advice(_resolved({**settings, **free}, other), effect, other.verdict)]
+    return []
 
 
 def _costly_settings(assessment: Assessment, free: Settings) -> Settings:
@@ -188,6 +216,32 @@ def _more_machines(assessment: Assessment, free: Settings) -> list[Advice]:
         name = f"{machine.role} ({machine.memory_bytes // GIB} GB)"
         found += _added(assessment, free, _maker(machine), name, machine.dollars)
     return found
+
+
+def _more_memory(assessment: Assessment, free: Settings) -> list[Advice]:
+    """How many times the memory these machines would need; nothing where memory is not what is missing."""
+
+    def attempt(tenths: int) -> Assessment:
+        grown = [_times(n.node, tenths / 10) for n in assessment.nodes]
+        return with_least_memory(assessment, free, grown)
+
+    now = with_least_memory(assessment, free)
+    low, high = 10, math.ceil(10 * max(n.peak_bytes / max(n.limit_bytes, 1) for n in now.nodes))
+    if not fits(attempt(high)):
+        return []
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(attempt(middle)) else (middle, high)
+    better = attempt(high)
+    settings = f"; {_resolved(free, better)}" if free else ""
+    return [
+        Advice(f"machines with {high / 10:.1f} x the memory{settings}", fullest_node(better), better.verdict)
+    ]
+
+
+def _times(node: Node, factor: float) -> Node:
+    memory, limit = int(node.memory_bytes * factor), int(node.limit_bytes * factor)
+    return replace(node, memory_bytes=memory, limit_bytes=limit)
 
 
 def _maker(machine: Machine) -> Callable[[int], Node]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from mlx_empire.capacity.ledger_groups import GROUPS, entries, grouped
 from mlx_empire.plan.assess import NodeAssessment
 from mlx_empire.plan.step_time import ADD, EXCHANGE, WAIT, Event, Timeline
-from mlx_empire.report.text import amount
+from mlx_empire.sizes import amount
 
 TITLES = {group.key: group.title for group in GROUPS}
 WORDS = {"fits": "fits", "tight": "tight", "no": "does not fit"}

@@ -3,6 +3,8 @@
 python -m mlx_empire.capacity RECIPE [--hosts FILE] [--json] [--html FILE] [--trace FILE] [key=value ...]
                               [--matrix [--compare FILE] | --ladder | --daughters] [--wire NAME] [--calibrate]
 
+`--matrix` is of four standard clusters; with `--hosts` of those machines.
+
 Exit code 0 where it fits (also tightly), 3 where it does not, 64 for bad input. Under mpirun every node reports its
 own limits; otherwise the hostfile's are taken, and without a hostfile those of this machine.
 """
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from socket import gethostname
 from typing import TypeVar
 
 from rich.console import Console
@@ -24,6 +27,7 @@ from rich.console import Console
 from mlx_empire.capacity.advice import advise
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughters_document
 from mlx_empire.capacity.daughters import LORA, WAYS, daughter_runs, serving, tuned_in
+from mlx_empire.capacity.disks import disk_advice
 from mlx_empire.capacity.document import (
     CapacityReport,
     Document,
@@ -54,14 +58,16 @@ from mlx_empire.formats.hf_folder import stored_if_whole
 from mlx_empire.model import catalog
 from mlx_empire.model.target import Target, catalog_target, planned_target
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan.assess import assess
+from mlx_empire.plan.assess import Assessment, assess
+from mlx_empire.plan.disk import DiskLedger, Places
 from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
-from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, timeline_of
+from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, run_steps, timeline_of
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
 from mlx_empire.report.trace import trace_document
 from mlx_empire.run.agree import share_nodes, share_recipe
+from mlx_empire.run.disks import ledgers_of, planned_places, seen_places, what_else
 
 Found = TypeVar("Found")
 DAUGHTERS = 8  # placed where nobody says how many
@@ -146,10 +152,13 @@ def answer(comm: Communicator, recipe_path: Path, overrides: Sequence[str], want
     """Print what is wanted, on rank 0; the exit code, on every rank."""
     recipe = share_recipe(comm, recipe_path, overrides)
     nodes = nodes_of(comm, recipe, wanted.hosts)
+    places = (
+        seen_places(comm, recipe, nodes) if under_mpirun() else planned_places(recipe, nodes, gethostname())
+    )
     code = None
     with together(comm):
         if comm.rank == 0:
-            code = present(recipe, nodes, wanted)
+            code = present(recipe, nodes, places, wanted)
     return int(comm.broadcast_json(code))
 
 
@@ -162,10 +171,12 @@ def nodes_of(comm: Communicator, recipe: Recipe, hosts: Path | None) -> list[Nod
     return planned_nodes(load_hostfile(file), own) if file is not None else [own]
 
 
-def present(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> int:
+def present(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wanted) -> int:
     """Print what is wanted and write the page; the exit code."""
-    report = cache(lambda: report_of(recipe, nodes, wanted))  # each part is made once, where it is asked for
-    matrix = cache(lambda: matrix_of(recipe, wanted))
+    report = cache(
+        lambda: report_of(recipe, nodes, places, wanted)
+    )  # a part is made once, where it is asked for
+    matrix = cache(lambda: matrix_of(recipe, nodes, wanted))
     ladder = cache(lambda: ladder_of(recipe, nodes))
     daughters = cache(lambda: daughters_of(recipe, nodes, wanted))
     if wanted.page is not None:
@@ -181,7 +192,7 @@ def present(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> int:
         show_part(daughters(), wanted, daughters_document, print_daughters)
     else:
         show_part(report(), wanted, report_document, print_report)
-        return DoesNotFitError.exit_code if report().assessment.verdict == "no" else 0
+        return DoesNotFitError.exit_code if report().verdict == "no" else 0
     return 0
 
 
@@ -198,30 +209,52 @@ def show_part(
         show(found, capacity_console(sys.stdout))
 
 
-def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> CapacityReport:
+def report_of(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wanted) -> CapacityReport:
     """The report of the recipe on the nodes."""
     target = planned_target(recipe, stored_if_whole)
     assessment = assess(recipe, target.spec, nodes, state_bytes_of)
+    steps, known = run_steps(recipe, None)
+
+    def retuned(changed: Recipe) -> Target:
+        same = changed.tuning == recipe.tuning
+        return target if same else planned_target(changed, stored_if_whole)
+
+    def disks_of(one: Assessment, tuned: Target) -> tuple[DiskLedger, ...]:
+        beside = what_else(one.recipe, tuned)
+        return ledgers_of(one.recipe, tuned, one.plan, places, steps if known else None, beside)
+
+    def again(changed: Recipe) -> tuple[str, tuple[DiskLedger, ...]]:
+        tuned = retuned(changed)
+        other = assess(changed, tuned.spec, nodes, state_bytes_of)
+        return other.verdict, disks_of(other, tuned)
+
+    disks = disks_of(assessment, target)
     measured = calibration_of(target, wanted)
     wire = wire_named(wanted.wire) if wanted.wire else wire_of(nodes)
     others = [other for other in WIRES if other.name != wire.name and len(nodes) > 1]
     paces = tuple(pace_of(assessment, one, None, measured) for one in (wire, *others))
-    advice = advise(assessment, wire, calibration=measured)
+    advice = advise(assessment, wire, calibration=measured, retuned=lambda changed: retuned(changed).spec)
+    if assessment.verdict != "no":
+        advice = [*disk_advice(recipe, disks, again), *advice]
     cloud = cloud_of(assessment, paces[0])
     chips = chips_of(assessment, None, measured)
     if wanted.trace is not None:
         events = timeline_of(assessment, wire, chips, 1).events
         names = [node.name for node in nodes]
         write_file("--trace", wanted.trace, json.dumps(trace_document({"predicted": events}, names)))
-    return CapacityReport(assessment, target.not_trainable, paces, advice, cloud, chips, datetime.now())
+    now = datetime.now()
+    return CapacityReport(assessment, target.not_trainable, paces, advice, cloud, chips, now, disks)
 
 
-def matrix_of(recipe: Recipe, wanted: Wanted) -> MatrixSurvey:
-    """The recipe with every model of the catalog, on the four clusters."""
+def matrix_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> MatrixSurvey:
+    """The recipe with every model of the catalog, on the four clusters; of --hosts where that is asked for."""
     theirs = read_rows(*text_of(wanted.compare)) if wanted.compare is not None else None
     everywhere = for_any_nodes(recipe)
     targets = (in_matrix(name, everywhere) for name in catalog.names())
-    found = matrix(everywhere, ((target.spec, target.not_trainable) for target in targets), state_bytes_of)
+    models = ((target.spec, target.not_trainable) for target in targets)
+    own = wanted.part == "matrix" and wanted.hosts is not None
+    clusters = {wanted.hosts.stem: nodes} if own and wanted.hosts is not None else None
+    found = matrix(everywhere, models, state_bytes_of, clusters)
     return MatrixSurvey(found, compare(found, theirs) if theirs is not None else None)
 
 

@@ -9,7 +9,8 @@ from functools import cached_property
 from mlx_empire.capacity.daughters import DaughterPlacement, DaughterRun, Model, Serving, place_daughters
 from mlx_empire.capacity.document import Document
 from mlx_empire.cluster.hostfile import Node
-from mlx_empire.report.text import amount, run_length, span
+from mlx_empire.report.text import run_length, span
+from mlx_empire.sizes import amount
 
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 

@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from mlx_empire.capacity.charts import timeline_document
+from mlx_empire.capacity.disks import disk_documents
 from mlx_empire.capacity.ladder import Rung
 from mlx_empire.capacity.ledger_groups import entries, term
 from mlx_empire.capacity.matrix import Comparison, Matrix, MatrixRow
 from mlx_empire.capacity.whatif import Advice
 from mlx_empire.model.closed_forms import active_parameters
 from mlx_empire.model.spec import ModelSpec
-from mlx_empire.plan.assess import Assessment, NodeAssessment
+from mlx_empire.plan.assess import VERDICTS, Assessment, NodeAssessment
+from mlx_empire.plan.disk import DiskLedger, disk_verdict
 from mlx_empire.plan.hardware import Chip
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
 from mlx_empire.report.text import energy, run_length, span
@@ -32,7 +34,7 @@ class CapacityReport:
     """A recipe on nodes: whether it fits, how long it takes, what could be changed.
 
     `not_trainable`: one sentence why the trainer here cannot train the model, or None. `paces`: one for each wire, the
-    first for the wire that is there. `chips`: of the nodes. `start`: of the run.
+    first for the wire that is there. `chips`: of the nodes. `start`: of the run. `disks`: of every file system.
     """
 
     assessment: Assessment
@@ -42,6 +44,12 @@ class CapacityReport:
     cloud: Cloud
     chips: Sequence[Chip]
     start: datetime
+    disks: Sequence[DiskLedger] = ()
+
+    @property
+    def verdict(self) -> str:
+        """That of the worst machine, of its memory and of its disk."""
+        return max(self.assessment.verdict, disk_verdict(self.disks), key=VERDICTS.index)
 
     @property
     def spec(self) -> ModelSpec:
@@ -65,11 +73,11 @@ class CapacityReport:
 
     @property
     def reason(self) -> str:
-        """Why the worst node does not simply fit; empty where it does."""
+        """Why the worst node or disk does not simply fit; empty where all do."""
         worst = self.assessment.worst
-        if self.assessment.verdict == "fits" or not worst.reason:
-            return ""
-        return f"{worst.node.name}: {worst.reason}"
+        memory = [f"{worst.node.name}: {worst.reason}"] if worst.reason else []
+        disk = disk_verdict(self.disks)
+        return "; ".join([*memory, *(one.reason for one in self.disks if one.reason and one.verdict == disk)])
 
     @property
     def setting(self) -> str:
@@ -140,7 +148,7 @@ def report_document(report: CapacityReport) -> Document:
             "not_trainable": report.not_trainable,
         },
         "setting": report.setting,
-        "verdict": assessment.verdict,
+        "verdict": report.verdict,
         "reason": report.reason,
         "zero_stage": assessment.zero_stage,
         "nodes": [_node(node) for node in report.nodes],
@@ -150,6 +158,7 @@ def report_document(report: CapacityReport) -> Document:
         "advice": [asdict(advice) for advice in report.advice],
         "formulas": _formulas(report.nodes),
         "notes": report.notes,
+        "disks": disk_documents(report.disks),
     }
 
 
@@ -167,6 +176,7 @@ def _node(node: NodeAssessment) -> Document:
         "largest_array_bytes": node.largest_array_bytes,
         "buffer_limit_bytes": node.buffer_limit_bytes,
         "live_buffers": node.live_buffers,
+        "cache_bound_bytes": node.cache_bound_bytes,
         "verdict": node.verdict,
         "reason": node.reason,
     }

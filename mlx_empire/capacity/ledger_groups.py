@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlx_empire.plan.assess import NodeAssessment
-from mlx_empire.report.text import GIB, MIB
+from mlx_empire.sizes import GIB, MIB, amount
 
 
 class Term(NamedTuple):
@@ -183,10 +183,15 @@ def ledger_lines(nodes: Sequence[NodeAssessment]) -> tuple[str, list[tuple[str, 
     ledgers = [entries(node) for _, node in kinds]
     lines = []
     for entry in dict.fromkeys(entry for ledger in ledgers for entry in ledger):
-        sizes = tuple(f"{ledger.get(entry, 0) / unit:.2f}" for ledger in ledgers)
+        sizes = tuple(_figure(ledger.get(entry, 0), unit) for ledger in ledgers)
         lines.append(Line(entry, sizes, term(entry).known, term(entry).formula))
-    peaks = tuple(f"{node.peak_bytes / unit:.2f}" for _, node in kinds)
+    peaks = tuple(_figure(node.peak_bytes, unit) for _, node in kinds)
     return name, kinds, [*lines, Line("peak", peaks, "", "")]
+
+
+def _figure(size: int, unit: int) -> str:
+    """Bytes in the table's unit; with a smaller one of their own where that would show a zero."""
+    return amount(size) if 0 < size < unit / 100 else f"{size / unit:.2f}"
 
 
 def alike(nodes: Sequence[NodeAssessment]) -> list[tuple[str, NodeAssessment]]:

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlx_empire.capacity.whatif import gb
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import UserError
 from mlx_empire.model import catalog
@@ -108,7 +107,7 @@ def matrix(
     states_of: StatesOf,
     clusters: Mapping[str, Sequence[Node]] | None = None,
 ) -> Matrix:
-    """`recipe` with each of `models` in the place of its own, on each cluster (default: the four of the empire).
+    """`recipe` with each of `models` in the place of its own, on each cluster (None: the four of the empire).
 
     `models`: each described as the recipe tunes it, and why it cannot be trained here, or None.
     """
@@ -227,23 +226,28 @@ def compare(found: Matrix, rows: Sequence[FileRow]) -> Comparison:
 
 def _why(row: MatrixRow, cell: Cell, said: str, pooled: int, usable: int) -> str:
     """One sentence: what the sum overlooks, or what it did not know."""
-    room = f"{cell.worst} needs {gb(cell.peak_bytes)} of the {gb(cell.limit_bytes)} GB that its GPU may use"
+    room = f"{cell.worst} needs {_gb(cell.peak_bytes)} of the {_gb(cell.limit_bytes)} GB that its GPU may use"
     size = cell.bytes_per_parameter * row.parameters
-    whole = f"{gb(size)} GB at {cell.bytes_per_parameter:.1f} bytes per parameter"
+    whole = f"{_gb(size)} GB at {cell.bytes_per_parameter:.1f} bytes per parameter"
     if row.not_trainable is not None:
         memory = {"fits": "its memory would do", "tight": "its memory would just do", "no": f"and {room}"}
         return f"{row.not_trainable}; {memory[cell.verdict]}"
     if cell.verdict == "no" and size >= usable:
-        return f"{whole} are more than the {gb(usable)} GB that the GPUs may use of {gb(pooled)} installed"
+        return f"{whole} are more than the {_gb(usable)} GB that the GPUs may use of {_gb(pooled)} installed"
     if cell.verdict == "no":
-        beside = f"every machine needs about {gb(cell.beside_bytes)} GB beside its share of them"
-        return f"{whole} would go into the {gb(usable)} GB that the GPUs may use, but {beside}, so {room}"
+        beside = f"every machine needs about {_gb(cell.beside_bytes)} GB beside its share of them"
+        return f"{whole} would go into the {_gb(usable)} GB that the GPUs may use, but {beside}, so {room}"
     if said == "no":
         divided = f"divided by each machine's free memory (ZeRO-{cell.zero_stage})"
         return f"it fits: {divided}, {whole} leave {100 * cell.headroom:.0f} % on the fullest machine"
     if cell.verdict == "tight":
         return f"it fits, but {100 * cell.headroom:.1f} % left is less than the 5 % of a careful plan: {room}"
     return f"it fits with {100 * cell.headroom:.0f} % left: {room}"
+
+
+def _gb(size: float) -> str:
+    """Bytes in units of 10^9, as machines are sold, in three digits or fewer."""
+    return f"{size / 1e9:,.0f}" if abs(size) >= 10e9 else f"{size / 1e9:.2g}"
 
 
 def _plain(name: str) -> str:

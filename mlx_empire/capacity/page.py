@@ -11,6 +11,7 @@ from html import escape
 
 from mlx_empire.capacity.charts import SIGNS, WORDS, badge, node_bars, thin_bars, timeline_chart
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughter_tables
+from mlx_empire.capacity.disks import DISK_COLUMNS, disk_notes, disk_rows
 from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSurvey, MatrixSurvey, time_cells
 from mlx_empire.capacity.ladder import Rung
 from mlx_empire.capacity.ledger_groups import alike, ledger_lines
@@ -18,17 +19,20 @@ from mlx_empire.capacity.matrix import Cell, Comparison, MatrixRow
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS
 from mlx_empire.plan.pace import Pace
 from mlx_empire.report.html import STYLE, table
-from mlx_empire.report.text import amount, billions, room, run_length, span
+from mlx_empire.report.text import billions, room, run_length, span
+from mlx_empire.sizes import amount
 
 MOST_LIMITS = 3  # bars of the ladder are cut off at so many times the largest limit
 
 
 def matrix_section(survey: MatrixSurvey) -> str:
     """Every model against every cluster; a dashed frame where pooled memory would have said otherwise."""
-    heads = "".join(f'<th class="cluster">{escape(name)}</th>' for name in survey.matrix.clusters)
-    rows = "".join(_matrix_row(row, survey.matrix.clusters) for row in survey.by_size)
+    clusters = survey.matrix.clusters
+    title = "four clusters" if len(clusters) > 1 else escape(clusters[0])
+    heads = "".join(f'<th class="cluster">{escape(name)}</th>' for name in clusters)
+    rows = "".join(_matrix_row(row, clusters) for row in survey.by_size)
     return (
-        "<section><h2>Every model on four clusters</h2>"
+        f"<section><h2>Every model on {title}</h2>"
         '<p class="muted small">With the settings of this recipe: verdict, what is left on the fullest machine, '
         "and the ZeRO stage. A dashed frame: "
         "adding up the memory of all machines would have said something else.</p>"
@@ -128,6 +132,7 @@ def capacity_page(
     parts = (
         _header(report),
         _memory(report),
+        _disks(report),
         _advice(report),
         _time(report),
         ladder_section(ladder),
@@ -135,7 +140,7 @@ def capacity_page(
         daughters_section(daughters),
         _ledger(report),
     )
-    title = f"{escape(report.spec.name)}: {report.assessment.verdict}"
+    title = f"{escape(report.spec.name)}: {report.verdict}"
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -146,7 +151,7 @@ def capacity_page(
 
 
 def _header(report: CapacityReport) -> str:
-    spec, verdict, pace = report.spec, report.assessment.verdict, report.paces[0]
+    spec, verdict, pace = report.spec, report.verdict, report.paces[0]
     figures = [(f"{spec.base_parameters:,}", "parameters")]
     if report.active_parameters != spec.base_parameters:
         figures.append((f"{report.active_parameters:,}", "active per token"))
@@ -179,6 +184,19 @@ def _memory(report: CapacityReport) -> str:
         '<p class="muted small">What each machine holds at the worst moment of a step. A box is a machine; '
         "the line is what its GPU may use.</p>"
         f"{node_bars(report.nodes)}</section>"
+    )
+
+
+def _disks(report: CapacityReport) -> str:
+    if not report.disks:
+        return ""
+    rows = [[_word(cell) for cell in row] for row in disk_rows(report.disks)]
+    notes = "".join(f'<p class="muted small">{escape(note)}</p>' for note in disk_notes(report.disks))
+    return (
+        "<section><h2>Disk</h2>"
+        '<p class="muted small">What lies on each disk at the worst moment of the run: all that is asked for, and the '
+        "least that the run cannot do without.</p>"
+        f"{table(DISK_COLUMNS, rows, range(1, len(DISK_COLUMNS) - 1))}{notes}</section>"
     )
 
 
@@ -257,6 +275,7 @@ def _ledger(report: CapacityReport) -> str:
             escape(names),
             f"{amount(node.largest_array_bytes)} of {amount(node.buffer_limit_bytes)}",
             f"{node.live_buffers:,} of {MOST_LIVE_BUFFERS:,}",
+            f"at most {amount(node.cache_bound_bytes)}",
         ]
         for names, node in kinds
     ]
@@ -266,6 +285,6 @@ def _ledger(report: CapacityReport) -> str:
         '<p class="muted small">Exact: counted from the shapes. Fitted: measured on a CPU and fitted. '
         "Unmeasured: by reasoning alone.</p>"
         f"{table(head, rows, range(1, len(kinds) + 1))}"
-        f"<details><summary>The other two limits</summary>"
-        f"{table(['node', 'largest array', 'live buffers'], limits, (1, 2))}</details></section>"
+        f"<details><summary>The other limits, and the cache</summary>"
+        f"{table(['node', 'largest array', 'live buffers', 'MLX’s cache'], limits, (1, 2, 3))}</details></section>"
     )

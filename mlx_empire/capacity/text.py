@@ -15,16 +15,20 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughter_tables
+from mlx_empire.capacity.disks import DISK_COLUMNS, disk_notes, disk_rows
 from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSurvey, MatrixSurvey, time_cells
 from mlx_empire.capacity.ledger_groups import GROUPS, alike, entries, grouped, ledger_lines
 from mlx_empire.capacity.matrix import Cell, Comparison
 from mlx_empire.capacity.whatif import Advice
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, NodeAssessment
-from mlx_empire.report.text import amount, bar, billions, room, terminal_size
+from mlx_empire.plan.disk import DiskLedger
+from mlx_empire.report.text import bar, billions, room, terminal_size
+from mlx_empire.sizes import amount
 
 PLAIN_WIDTH = 120
 BAR_WIDTH = 40
 NAME_WIDTH, MARK_WIDTH, SIZE_WIDTH = 29, 12, 21  # of the ledger's columns; what is left says how
+LEFT = ("way", "machine", "weights", "as", "verdict", "disk")  # columns of words
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "no": "bold red"}
 
 
@@ -44,6 +48,11 @@ def print_report(report: CapacityReport, console: Console) -> None:
     console.print()
     console.print(ledger_table(report.nodes, console))
     console.print()
+    if report.disks:
+        console.print(disk_table(report.disks))
+        for note in disk_notes(report.disks):
+            console.print(Text(note, "dim"))
+        console.print()
     console.print(time_table(report))
     if report.advice:
         console.print()
@@ -54,7 +63,7 @@ def print_report(report: CapacityReport, console: Console) -> None:
 
 def heading(report: CapacityReport) -> Group:
     """Verdict, model and setting in three lines."""
-    spec, verdict = report.spec, report.assessment.verdict
+    spec, verdict = report.spec, report.verdict
     counts = f"{spec.base_parameters:,} parameters"
     if report.active_parameters != spec.base_parameters:
         counts += f", {report.active_parameters:,} active per token"
@@ -144,10 +153,22 @@ def ledger_table(nodes: Sequence[NodeAssessment], console: Console) -> Table:
     for line in lines:
         style = "bold" if line is lines[-1] else None
         table.add_row(escape(line.name), *line.sizes, line.mark, escape(line.formula), style=style)
+    caches = [amount(n.cache_bound_bytes) for _, n in kinds]
     arrays = [f"{amount(n.largest_array_bytes)} of {amount(n.buffer_limit_bytes)}" for _, n in kinds]
     table.add_row("largest array", *arrays, "", "against the largest buffer that Metal gives")
+    table.add_row("MLX's cache", *caches, "", "freed memory kept for reuse: at most this, beside the peak")
     live = [f"{n.live_buffers:,} of {MOST_LIVE_BUFFERS:,}" for _, n in kinds]
     table.add_row("live buffers", *live, "", "a count, not bytes")
+    return table
+
+
+def disk_table(disks: Sequence[DiskLedger]) -> Table:
+    """A row per file system: what lies on it at the worst moment of the run, against what is free."""
+    table = plain_table("disk: what is asked for, and what the run cannot do without")
+    for name in DISK_COLUMNS:
+        table.add_column(name, overflow="fold", justify="left" if name in LEFT else "right")
+    for row in disk_rows(disks):
+        table.add_row(*(verdict_text(cell) if cell in VERDICT_STYLES else escape(cell) for cell in row))
     return table
 
 
@@ -190,9 +211,6 @@ def plain_table(title: str | None = None) -> Table:
         header_style="dim",
         padding=(0, 2, 0, 0),
     )
-
-
-LEFT = ("way", "machine", "weights", "as", "verdict")
 
 
 def print_matrix(survey: MatrixSurvey, console: Console) -> None:

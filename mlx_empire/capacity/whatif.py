@@ -10,6 +10,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.plan.assess import VERDICTS, Assessment, assess
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.sizes import amount
 
 Settings = dict[str, Any]
 
@@ -64,16 +65,11 @@ def as_good(other: Assessment, than: Assessment) -> bool:
 
 
 def fullest_node(assessment: Assessment) -> str:
-    """`soldier-1 is fullest: 196 of 223 GB, 12 % left`."""
+    """`soldier-1 is fullest: 183 GiB of 208 GiB, 12 % left`."""
     worst = assessment.worst
     left = 100 * worst.headroom_bytes / max(worst.limit_bytes, 1)
     where = f"{worst.node.name} is fullest: " if len(assessment.nodes) > 1 else ""
-    return f"{where}{gb(worst.peak_bytes)} of {gb(worst.limit_bytes)} GB, {left:.0f} % left"
-
-
-def gb(size: float) -> str:
-    """Bytes in units of 10^9, in three digits or fewer."""
-    return f"{size / 1e9:,.0f}" if abs(size) >= 10e9 else f"{size / 1e9:.2g}"
+    return f"{where}{amount(worst.peak_bytes)} of {amount(worst.limit_bytes)}, {left:.0f} % left"
 
 
 def _consistent(recipe: Recipe, settings: Settings) -> Settings:

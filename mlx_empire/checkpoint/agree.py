@@ -24,6 +24,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.disk import create_private, disk_of
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
+from mlx_empire.plan.disk import keeper_of
 
 
 class SaveFailed(Exception):
@@ -68,10 +69,8 @@ class Folders:
         return self.leaders[self.rank] == self.rank
 
     def keeper_of(self, rank: int) -> int | None:
-        """The next rank with another folder, which keeps a copy of this rank's shard; None where there is none."""
-        size = len(self.leaders)
-        following = ((rank + k) % size for k in range(1, size))
-        return next((r for r in following if self.leaders[r] != self.leaders[rank]), None)
+        """The rank that keeps a copy of this rank's shard; None where there is none."""
+        return keeper_of(rank, self.leaders)
 
 
 def find_folders(comm: Communicator, root: Path) -> Folders:

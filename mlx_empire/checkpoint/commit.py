@@ -42,6 +42,7 @@ from mlx_empire.checkpoint.retention import give_up, make_room
 from mlx_empire.checkpoint.shard import LivePiece, write_shard
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.disk import create_private, replace_private, sync_file, sync_folder, with_headroom
+from mlx_empire.sizes import amount
 
 Describe = Callable[[Sequence[Shard]], Manifest]
 
@@ -97,11 +98,11 @@ class Commit:
             host = comm.hostnames[folders.disks.index(disk)]
             if needed[disk] > room:
                 raise SaveFailed(
-                    f"rank {folders.disks.index(disk)} on {host}: {own[disk]:,} bytes are needed and {room:,} are free"
+                    f"rank {folders.disks.index(disk)} on {host}: {amount(needed[disk])} needed, {amount(room)} free"
                 )
             if copies and with_headroom(own[disk] + others[disk]) > room:
                 copies = False
-                self.notes.append(f"no room for copies on {host} ({room:,} bytes free)")
+                self.notes.append(f"no room for copies on {host} ({amount(room)} free)")
         self.draft = folders.root / draft_name(self.step, comm.broadcast_json(uuid4().hex[:8]))
         with agreed(comm):
             if folders.leads:

@@ -7,7 +7,7 @@
         COMMIT                the manifest's digest; without it (on all nodes) the checkpoint does not count
         KEEP                  made by a person: retention leaves this checkpoint alone
       .tmp-6-1a2b3c4d/        a checkpoint being written
-      superseded-000009-../   set aside, because the run went on from an earlier one
+      superseded-000009-../   set aside, because the run went on from an earlier one; goes first where room is short
       LATEST                  a hint for people
 
 Folders have mode 0700, files 0600, whatever the umask. Symbolic links are never followed.
@@ -27,6 +27,7 @@ from mlx_empire.errors import UserError
 MANIFEST, COMMIT, PIN, LATEST = "MANIFEST.json", "COMMIT", "KEEP", "LATEST"
 SHARD_PATTERN = r"^shard-[0-9]{5}-of-[0-9]{5}\.safetensors$"
 _STEP = re.compile(r"step-([0-9]{6,12})")
+_ASIDE = re.compile(r"superseded-([0-9]{6,12})-[0-9a-f]{8}")
 _DRAFT = re.compile(r"\.tmp-[0-9]{1,12}-[0-9a-f]{8}")
 _OURS = re.compile(rf"{SHARD_PATTERN[1:-1]}|MANIFEST\.json|COMMIT|\.COMMIT")
 
@@ -56,6 +57,15 @@ def steps_in(root: Path) -> dict[int, Path]:
     """The checkpoint folders in `root` by step, ascending; real folders only."""
     found = {step: path for path in _entries(root) if (step := step_of(path.name)) is not None}
     return {step: found[step] for step in sorted(found) if is_folder(found[step])}
+
+
+def set_aside_in(root: Path) -> dict[int, list[Path]]:
+    """The checkpoints in `root` that were set aside, by step, ascending; real folders only."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted(_entries(root)):
+        if (name := _ASIDE.fullmatch(path.name)) is not None and is_folder(path):
+            found.setdefault(int(name[1]), []).append(path)
+    return dict(sorted(found.items()))
 
 
 def links_in(root: Path) -> dict[int, Path]:

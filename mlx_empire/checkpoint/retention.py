@@ -4,9 +4,10 @@ Only folders with exactly a checkpoint's name are removed, of those only our own
 the start of a run what interrupted saves left is removed, and checkpoints later than the one from which the run goes
 on are set aside: they belong to another course of events.
 
-Where a disk has too little room, what is given up is copies of shards that lie on another node too, oldest first;
-then the oldest checkpoints, on all nodes. The newest checkpoint stays, and those that are pinned. What would go in
-vain stays: files on other disks, and everything where all of it together would not do.
+Where a disk has too little room, what is given up is checkpoints that were set aside, oldest first; then copies of
+shards that lie on another node too; then the oldest checkpoints, on all nodes. The newest checkpoint stays, and those
+that are pinned. What would go in vain stays: files on other disks, and everything where all of it together would not
+do.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mlx_empire.checkpoint.paths import (
     held_bytes,
     remove_checkpoint,
     remove_own,
+    set_aside_in,
     step_name,
     steps_in,
 )
@@ -88,7 +90,7 @@ def remove_all(paths: list[Path]) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint so that it is never loaded nor removed."""
+    """Rename a checkpoint so that it is never loaded, and removed only where room is short."""
     target = path.with_name(f"superseded-{path.name.removeprefix('step-')}-{uuid4().hex[:8]}")
     os.rename(path, target)
     sync_folder(target.parent)
@@ -110,13 +112,24 @@ _SHARD = re.compile(r"shard-([0-9]{5})-of-([0-9]{5})\.safetensors")
 
 @dataclass(frozen=True)
 class Candidate:
-    """What may go: a checkpoint, or only `copies` in it; `files`: by the rank that leads their folder, with bytes."""
+    """What may go: a checkpoint, or only `copies` in it; `files`: by the rank that leads their folder, with bytes.
+
+    `aside`: those of a step that were set aside; `files` are then their folders.
+    """
 
     step: int
     copies: bool
     files: Mapping[int, Mapping[str, int]]
+    aside: bool = False
+
+    @property
+    def key(self) -> tuple[int, bool, bool]:
+        """What tells it from the others."""
+        return self.step, self.copies, self.aside
 
     def __str__(self) -> str:
+        if self.aside:
+            return f"what was set aside of {step_name(self.step)}"
         return f"copies of {step_name(self.step)}" if self.copies else step_name(self.step)
 
     def held(self, disk: str, disks: Sequence[str]) -> int:
@@ -132,18 +145,23 @@ def give_up(
     Collective; SaveFailed where a disk cannot be looked at. Returns the bytes that are free by disk then, and a line
     for each thing that was given up.
     """
-    disks, told, gone = folders.disks, list[str](), set[tuple[int, bool]]()
+    disks, told, gone = folders.disks, list[str](), set[tuple[int, bool, bool]]()
     while True:
         mine = {step: path for step, path in steps_in(folders.root).items() if step <= newest}
         pinned = [step for step, path in mine.items() if (path / PIN).exists()]
         with agreed(comm):
             room = free_bytes(folders.root)
             own = [[step, held_bytes(path)] for step, path in mine.items()] if folders.leads else []
-        seen = comm.gather_json([room, pinned, own])
+            aside = _set_aside_bytes(folders.root) if folders.leads else {}
+        seen = comm.gather_json([room, pinned, own, list(aside.items())])
         free = {disk: min(seen[r][0] for r, other in enumerate(disks) if other == disk) for disk in disks}
-        kept = {step for _, pins, _ in seen for step in pins}
-        listings: list[Listing] = [{s: files for s, files in rows if s not in kept} for _, _, rows in seen]
-        order = [c for c in candidates(listings, folders.leaders, newest) if (c.step, c.copies) not in gone]
+        kept = {step for _, pins, _, _ in seen for step in pins}
+        listings: list[Listing] = [{s: files for s, files in rows if s not in kept} for _, _, rows, _ in seen]
+        order = [
+            *_aside([dict(rows) for _, _, _, rows in seen]),
+            *candidates(listings, folders.leaders, newest),
+        ]
+        order = [candidate for candidate in order if candidate.key not in gone]
         chosen = to_be_given_up(free, needed, order, disks)
         if not chosen:
             return free, told
@@ -151,15 +169,46 @@ def give_up(
         try:
             progress.reach("retention")
             for candidate in chosen:
-                if candidate.step in mine and candidate.copies:
+                if candidate.aside:
+                    remove_all([folders.root / name for name in candidate.files.get(comm.rank, {})])
+                elif candidate.step in mine and candidate.copies:
                     remove_own(mine[candidate.step], candidate.files.get(comm.rank, {}))
                 elif candidate.step in mine and folders.leads:
                     remove_checkpoint(mine[candidate.step])
         except OSError as error:
             problem = in_words(error)
         said = [f" ({comm.hostnames[r]}: {p})" for r, p in enumerate(comm.gather_json(problem)) if p]
-        gone |= {(candidate.step, candidate.copies) for candidate in chosen}
+        gone |= {candidate.key for candidate in chosen}
         told += [f"gave up {candidate} for room{''.join(said)}" for candidate in chosen]
+
+
+def reclaimable_bytes(root: Path) -> int:
+    """Bytes in a checkpoint folder that a run which begins or goes on there may give up or removes itself.
+
+    Drafts, what is set aside, and checkpoints that nobody pinned, also the newest: a plan counts that too.
+    """
+    whole = [path for path in steps_in(root).values() if not (path / PIN).exists()]
+    held = sum(sum(held_bytes(path).values()) for path in [*whole, *drafts_in(root)])
+    return held + sum(sum(names.values()) for names in _set_aside_bytes(root).values())
+
+
+def _set_aside_bytes(root: Path) -> dict[int, dict[str, int]]:
+    """By step, the folders in `root` that were set aside and hold bytes of ours; none of a step that is pinned."""
+    found = {}
+    for step, paths in set_aside_in(root).items():
+        held = {path.name: sum(held_bytes(path).values()) for path in paths}
+        if any(held.values()) and not any((path / PIN).exists() for path in paths):
+            found[step] = held
+    return found
+
+
+def _aside(by_rank: Sequence[Listing]) -> list[Candidate]:
+    """What was set aside, by step; `by_rank`: `_set_aside_bytes` of the folder that each rank leads."""
+    steps = sorted({step for listing in by_rank for step in listing})
+    return [
+        Candidate(s, False, {rank: listing[s] for rank, listing in enumerate(by_rank) if s in listing}, True)
+        for s in steps
+    ]
 
 
 def candidates(listings: Sequence[Listing], leaders: Sequence[int], newest: int) -> list[Candidate]:

@@ -33,6 +33,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import EmpireError
+from mlx_empire.sizes import amount
 
 NOBODY_WAITS_SECONDS = 86400.0  # a slow disk is no lost rank: hangs are the watchdog's business
 
@@ -147,7 +148,9 @@ class Saver:
         if self._future is None or self._future.done():
             return None
         written, total = self._bytes
-        return f"saving {step_name(self._asked)}  {written / max(total, 1):.0%} of this rank's {total / 1e9:.1f} GB"
+        return (
+            f"saving {step_name(self._asked)}  {written / max(total, 1):.0%} of this rank's {amount(total)}"
+        )
 
     def give_up_for(self, disk: str, nbytes: int) -> list[str]:
         """Older copies and checkpoints go, if that makes so many bytes free on `disk`; a line for each.
@@ -193,7 +196,7 @@ class Saver:
             self.failed = [other for other in self.failed if other != step]
             total = sum(shard.nbytes for shard in shards)
             seconds = time.monotonic() - start
-            self._news.append(f"{name} saved: {_amount(total)} in {seconds:.1f} s" + _after(commit.notes))
+            self._news.append(f"{name} saved: {amount(total)} in {seconds:.1f} s" + _after(commit.notes))
             self._retain(step)
         except SaveFailed as error:
             self.failed = sorted({*self.failed, step})
@@ -225,13 +228,6 @@ class Saver:
             self._waiting.discard(unit)
             self._bytes = (max(nbytes, self._bytes[0]), self._bytes[1])
             self._changed.notify_all()
-
-
-def _amount(nbytes: int) -> str:
-    for size, unit in ((1 << 30, "GiB"), (1 << 20, "MiB")):
-        if nbytes >= size:
-            return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes / 1024:.0f} KiB"
 
 
 def _after(notes: list[str]) -> str:

@@ -28,7 +28,7 @@ _RATES = {"": 10**9, "GB/s": 10**9, "MB/s": 10**6}
 _HOST = re.compile(r"(?:([A-Za-z0-9_][A-Za-z0-9._-]*)@)?([A-Za-z0-9](?:[A-Za-z0-9._:-]{0,252}))", re.ASCII)
 _QUANTITY = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([A-Za-z/]*)", re.ASCII)
 _SLOT_WORDS = {"slots": "slots", "max_slots": "max_slots", "max-slots": "max_slots", "port": "port"}
-_ANNOTATIONS = ("role", "memory", "limit", "link", "chip")
+_ANNOTATIONS = ("role", "memory", "limit", "link", "chip", "disk")
 
 # The working set that macOS gives the GPU by default, for the machines whose figure is known.
 _KNOWN_LIMITS = {512 * GIB: 464 * GIB, 256 * GIB: 208 * GIB}
@@ -43,8 +43,8 @@ def default_limit(memory_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Host:
-    """One line of a hostfile; None is what the line does not say. Sizes in bytes, `limit_bytes` for the
-    GPU.
+    """One line of a hostfile; None is what the line does not say. Sizes in bytes: `limit_bytes` for the GPU,
+    `disk_bytes` what a run may use of the disk.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Host:
     limit_bytes: int | None = None
     link_bytes_per_second: float | None = None
     chip: str | None = None
+    disk_bytes: int | None = None
     line: int = field(default=0, compare=False)
     user: str | None = field(default=None, compare=False)  # how ssh reaches it
     port: int | None = field(default=None, compare=False)
@@ -61,7 +62,9 @@ class Host:
 
 @dataclass(frozen=True)
 class Node:
-    """What one rank may use. Sizes in bytes; `limit_bytes` is what fits on the GPU (or stands in for it)."""
+    """What one rank may use. Sizes in bytes; `limit_bytes` is what fits on the GPU (or stands in for it),
+    `disk_bytes` what the hostfile says of the machine's disk.
+    """
 
     name: str
     slots: int
@@ -70,6 +73,7 @@ class Node:
     limit_bytes: int
     link_bytes_per_second: float | None = None
     chip: str | None = None
+    disk_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ def _parse_line(line: str, where: str, number: int) -> Host | None:
     if role is not None and role not in ROLES:
         raise UserError(f"{where}: role={one_line(role[:40])} is not a role; use {_nearest(role, ROLES)}")
     link = _rate(notes, where)
-    return Host(match[2], slots, role, memory, limit, link, notes.get("chip"), number, match[1], port)
+    disk = _size(notes, "disk", where)
+    return Host(match[2], slots, role, memory, limit, link, notes.get("chip"), disk, number, match[1], port)
 
 
 def _slots(settings: list[str], where: str) -> tuple[int, int | None]:

@@ -49,6 +49,7 @@ def match_ranks(
                 limit_bytes=min(limit, memory) // ranks,
                 link_bytes_per_second=host.link_bytes_per_second,
                 chip=host.chip or own.chip,
+                disk_bytes=host.disk_bytes,
             )
         )
     return nodes
@@ -62,7 +63,7 @@ def planned_nodes(cluster: Cluster, own: Node) -> list[Node]:
     """
     names, measured = [], []
     for host in cluster.nodes:
-        here = _is_loopback(host.name) or _normal(host.name) == _normal(own.name)
+        here = is_this_machine(host.name, own.name)
         if host.memory_bytes is None and not here:
             raise UserError(
                 f"{cluster.source}:{host.line}: {host.name}: its memory is not written here, and this machine cannot "
@@ -128,6 +129,11 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.ip_address(name)
     except ValueError:
         return None
+
+
+def is_this_machine(name: str, own: str) -> bool:
+    """Whether a hostfile's name means the machine that calls itself `own`, where this runs."""
+    return _is_loopback(name) or _normal(name) == _normal(own)
 
 
 def _is_loopback(name: str) -> bool:

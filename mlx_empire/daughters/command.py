@@ -41,6 +41,7 @@ from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.agree import share_nodes, share_recipe
 from mlx_empire.run.lock import RunLock
 from mlx_empire.run.mpirun import clean_environment, worker_line
+from mlx_empire.sizes import amount
 
 MOST_TOGETHER = 16
 SOME_FAILED = 65
@@ -159,7 +160,7 @@ def work(
     mine = deal(left, comm.broadcast_json(weights), places, homes)[comm.rank]
     print(
         f"{node.name}: {len(mine)} of {len(left)} daughters, up to {capacity.places} together "
-        f"({capacity.plan.ledgers[0].peak / 2**30:.2f} of {capacity.plan.limits[0] / 2**30:.2f} GiB)"
+        f"({amount(capacity.plan.ledgers[0].peak)} of {amount(capacity.plan.limits[0])})"
     )
     for name in mine:
         tell_overseer(name, machine=node.name)

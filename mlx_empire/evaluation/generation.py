@@ -15,6 +15,7 @@ from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserError
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.sizes import amount
 
 BATCH = 8  # prompts that are continued together
 
@@ -77,6 +78,6 @@ def refuse_too_large(plan: RunPlan, spec: ModelSpec, longest: int) -> None:
         needed = sum(ledger.resident.values()) + cache + (whole if plan.shards.zero_stage == 3 else 0)
         if needed > limit:
             raise UserError(
-                f"evaluation.sets: generating answers needs the whole model on each machine: {needed / 2**30:.1f} GiB "
-                f"on rank {rank}, which has {limit / 2**30:.1f}; use exact_match or multiple_choice, which stream it"
+                f"evaluation.sets: generating answers needs the whole model on each machine: {amount(needed)} "
+                f"on rank {rank}, which has {amount(limit)}; use exact_match or multiple_choice, which stream it"
             )

@@ -24,6 +24,7 @@ from mlx_empire.disk import create_private, free_bytes, is_full, sync_file, sync
 from mlx_empire.errors import NoRoomError, UserError
 from mlx_empire.formats.safetensors import open_plain
 from mlx_empire.model.quantize import unpacked
+from mlx_empire.sizes import amount
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -172,9 +173,7 @@ def require_room(out: Path, needed: int) -> None:
     """NoRoomError unless so many bytes are free where `out` is to be written."""
     free = free_bytes(out.parent)
     if free < needed:
-        raise NoRoomError(
-            f"{out}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on its disk", needed
-        )
+        raise NoRoomError(f"{out}: needs {amount(needed)}, {amount(free)} are free on its disk", needed)
 
 
 def fresh_folder(folder: Path) -> None:

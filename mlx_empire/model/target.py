@@ -21,7 +21,7 @@ from mlx_empire.model.build import Stored, build_model, compute_dtype, describe,
 from mlx_empire.model.closed_forms import active_parameters, counted_spec, has_closed_form, module_of
 from mlx_empire.model.config import read_config
 from mlx_empire.model.lora import AdapterSettings, adapt, put_in
-from mlx_empire.model.packing_config import QUANTISATION_KEYS, refuse_foreign_packing
+from mlx_empire.model.packing_config import refuse_foreign_packing
 from mlx_empire.model.quantize import (
     Choice,
     as_stored,
@@ -83,14 +83,13 @@ def make_target(
 def planned_target(recipe: Recipe, tensors: Callable[[Path], Stored | None] = lambda _: None) -> Target:
     """What a plan is made for: `model.path` is a folder or a catalog name; else `model.architecture`. UserError.
 
-    No weights are needed. `tensors`: describes those of a folder, if it has any; of a packed one they say what is
-    packed and how, as they do to the run.
+    No weights are needed. `tensors`: describes those of a folder, if it has any; the model is settled for them as the
+    run's is (heads, packed layers, names that nothing reads).
     """
     path, architecture = recipe.model.path, recipe.model.architecture
     if path.exists():
         config = read_config(path)
-        packed = any(config.get(key) for key in QUANTISATION_KEYS)
-        return _planned(config, str(path), recipe, tensors(path) if packed else None)
+        return _planned(config, str(path), recipe, tensors(path) if recipe.model.init == "pretrained" else None)
     # A run has a folder; only plans ask the catalog.
     from mlx_empire.model import catalog
 

@@ -22,6 +22,7 @@ from mlx_empire.plan.resolve import TIGHT_HEADROOM, RunPlan, resolve
 from mlx_empire.plan.shards import Segment, ShardPlan
 from mlx_empire.plan.workload import Workload, chunk_tokens
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.sizes import amount
 
 _IN_FLIGHT = 2000  # arrays of one layer's graph and of the model's own making
 
@@ -65,12 +66,23 @@ def live_buffers(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, st
     return count
 
 
+def cache_bound(limit: int, peak: int) -> int:
+    """Bytes of freed buffers that MLX keeps for reuse: what the plan leaves over, and never more than the peak.
+
+    Rows of many lengths leave buffers of many sizes, which nothing takes up again; without a bound they fill the limit.
+    """
+    return min(max(limit - peak, LEAST_CACHE_BYTES), peak)
+
+
 def chunk_count(segment: Segment, start: int, stop: int) -> int:
     """The number of chunks of [start, stop)."""
     return sum(run.times for run in segment.runs(start, stop))
 
 
 MOST_LIVE_BUFFERS = 499_000  # Metal's; MLX stops there
+LEAST_CACHE_BYTES = (
+    1 << 28
+)  # where a plan leaves less over: without a cache every buffer is asked of the system
 BUFFER_FRACTION = 0.75  # largest buffer, of the GPU's working set
 VERDICTS = ("fits", "tight", "no")  # best first
 
@@ -93,6 +105,11 @@ class NodeAssessment:
     def peak_bytes(self) -> int:
         """What the node needs at the worst moment of a step."""
         return self.ledger.peak
+
+    @property
+    def cache_bound_bytes(self) -> int:
+        """What MLX may keep of freed buffers besides."""
+        return cache_bound(self.limit_bytes, self.ledger.peak)
 
     @property
     def headroom_bytes(self) -> int:
@@ -147,20 +164,19 @@ def _node(spec: ModelSpec, plan: RunPlan, rank: int, node: Node, sizes: StateByt
     verdict, reason = "fits", ""
     if ledger.peak > limit:
         name, size = max(ledger.items().items(), key=lambda kv: kv[1])
-        need = f"needs {_gib(ledger.peak)} and may use {_gib(limit)}"
-        verdict, reason = "no", f"{need}; {name} alone take {_gib(size)}"
+        need = f"needs {amount(ledger.peak)} and may use {amount(limit)}"
+        verdict, reason = "no", f"{need}; {name} alone take {amount(size)}"
     elif array > buffer_limit:
         verdict = "no"
-        reason = f"{what} takes {_gib(array)}, and no array may pass {_gib(buffer_limit)}"
+        reason = f"{what} takes {amount(array)}, and no array may pass {amount(buffer_limit)}"
     elif buffers > MOST_LIVE_BUFFERS:
         verdict, reason = "no", f"{buffers:,} arrays are alive at once, and {MOST_LIVE_BUFFERS:,} may be"
     elif limit - ledger.peak < TIGHT_HEADROOM * limit:
         left = limit - ledger.peak
-        verdict, reason = "tight", f"only {100 * left / limit:.1f} % ({_gib(left)}) of {_gib(limit)} is left"
+        verdict, reason = (
+            "tight",
+            f"only {100 * left / limit:.1f} % ({amount(left)}) of {amount(limit)} is left",
+        )
     return NodeAssessment(
         node, plan.shards.shares[rank], ledger, limit, array, buffer_limit, buffers, verdict, reason
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

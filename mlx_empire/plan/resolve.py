@@ -24,6 +24,7 @@ from mlx_empire.plan.step_traffic import step_traffic
 from mlx_empire.plan.traffic import card_bytes
 from mlx_empire.plan.workload import Workload, cell_layout
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.sizes import amount
 
 
 def solve_shares(
@@ -85,7 +86,7 @@ def resolve(
     nodes: Sequence[Node],
     state_bytes: StateBytes,
 ) -> RunPlan:
-    """The plan for `recipe` on `nodes`, one per rank; where nothing fits, the one that comes closest."""
+    """The plan for `recipe` on `nodes`, one per rank; where nothing fits, that whose fullest rank is least too full."""
     batch, memory = recipe.batch, recipe.memory
     layout = cell_layout(batch.global_size, batch.micro_size, batch.cells, len(nodes))
     layers = len(spec.units) - 1
@@ -119,7 +120,7 @@ def resolve(
             if plan.fits:
                 tight.append(plan)
         tried += plans
-    return tight[0] if tight else min(tried, key=_excess)
+    return tight[0] if tight else min(tried, key=_overload)
 
 
 def linear_in(mlx: str) -> bool:
@@ -172,13 +173,13 @@ def require_fit(plan: RunPlan, nodes: Sequence[Node]) -> None:
     if plan.fits:
         return
     pairs = list(zip(plan.ledgers, plan.limits, strict=True))
-    worst = max(range(len(pairs)), key=lambda i: pairs[i][0].peak - pairs[i][1])
+    worst = max(range(len(pairs)), key=lambda i: pairs[i][0].peak / max(pairs[i][1], 1))
     need, limit = pairs[worst][0], pairs[worst][1]
     largest = sorted(need.items().items(), key=lambda kv: -kv[1])[:3]
-    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest)
+    parts = ", ".join(f"{name} {amount(size)}" for name, size in largest)
     raise DoesNotFitError(
-        f"{nodes[worst].name} (rank {worst}) needs {need.peak / 2**30:.1f} GiB and may use "
-        f"{limit / 2**30:.1f} GiB at ZeRO stage {plan.shards.zero_stage} (largest: {parts}); {_remedies(plan)}"
+        f"{nodes[worst].name} (rank {worst}) needs {amount(need.peak)} and may use "
+        f"{amount(limit)} at ZeRO stage {plan.shards.zero_stage} (largest: {parts}); {_remedies(plan)}"
     )
 
 
@@ -246,5 +247,6 @@ def _busiest_card(plan: RunPlan) -> int:
     return max(max(pair) for pair in card_bytes(step_traffic(plan.shards, plan.work)))
 
 
-def _excess(plan: RunPlan) -> int:
-    return max(one.peak - limit for one, limit in zip(plan.ledgers, plan.limits, strict=True))
+def _overload(plan: RunPlan) -> float:
+    """What the fullest rank needs, in units of what it may use."""
+    return max(one.peak / max(limit, 1) for one, limit in zip(plan.ledgers, plan.limits, strict=True))

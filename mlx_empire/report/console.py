@@ -16,7 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mlx_empire.report.text import NodeRow, amount, bar, duration, fraction, level, number, terminal_size
+from mlx_empire.report.text import NodeRow, bar, duration, fraction, level, number, terminal_size
+from mlx_empire.sizes import amount
 
 PLAIN_WIDTH = 110
 BAR_WIDTH = 12
@@ -151,10 +152,10 @@ class RunDisplay:
         """The plain line of the last step; of the ranks' memory it names the one nearest its limit."""
         held_out = dict(_evaluated(self._evaluation))
         figures = [f"{name} {value}" for name, value in self._figures() if name not in held_out]
-        peaks = list(zip(self._nodes, self._record["peak_bytes"], strict=False))
+        peaks = list(zip(self._nodes, self._record["peak_bytes"], self._cached(), strict=False))
         if peaks:
-            node, peak = max(peaks, key=lambda pair: fraction(pair[1], pair[0].limit_bytes))
-            figures.append(f"memory {fraction(peak, node.limit_bytes):.0%} ({node.name})")
+            node, peak, cached = max(peaks, key=lambda one: fraction(one[1], one[0].limit_bytes))
+            figures.append(f"memory {fraction(peak, node.limit_bytes):.0%} ({node.name}{cached})")
         figures.append(f"left {duration(self._clock.seconds_left())}")
         return "  ".join([self._step_of(self._record), *figures])
 
@@ -176,11 +177,17 @@ class RunDisplay:
         )
         return Group(line, figures, self._memory_table(), *([status] if status.plain else []))
 
+    def _cached(self) -> list[str]:
+        """By rank, what MLX keeps of freed memory besides, in words; nothing where it keeps nothing."""
+        sizes = self._record.get("cache_bytes") or [0] * len(self._nodes)
+        return [f", {amount(size)} cached" if size else "" for size in sizes]
+
     def _memory_table(self) -> Table:
         table = Table.grid(padding=(0, 2))
-        for rank, (node, peak) in enumerate(zip(self._nodes, self._record["peak_bytes"], strict=False)):
+        peaks = zip(self._nodes, self._record["peak_bytes"], self._cached(), strict=False)
+        for rank, (node, peak, cached) in enumerate(peaks):
             used = self._memory_bar(fraction(peak, node.limit_bytes))
-            sizes = f"{amount(peak)} of {amount(node.limit_bytes)}"
+            sizes = f"{amount(peak)} of {amount(node.limit_bytes)}{cached}"
             table.add_row(Text(str(rank), "dim"), escape(node.name), used, sizes)
         return table
 

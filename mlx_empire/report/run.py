@@ -18,6 +18,7 @@ from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.console import NodeRow, RunDisplay
 from mlx_empire.report.metrics import MetricsWriter
+from mlx_empire.sizes import amount
 
 if TYPE_CHECKING:
     from mlx_empire.report.tensorboard import TensorBoardWriter
@@ -126,8 +127,8 @@ class RunReport:
         """Predicted and measured peak side by side, and the last figures."""
         measured = self._last.get("peak_bytes", [])
         pairs = zip(self._predicted, measured, strict=False)
-        peaks = ", ".join(f"rank {r}: {m / 2**30:.2f} of {p / 2**30:.2f}" for r, (p, m) in enumerate(pairs))
-        return {"peak GiB, measured of predicted": peaks}
+        peaks = ", ".join(f"rank {r}: {amount(m)} of {amount(p)}" for r, (p, m) in enumerate(pairs))
+        return {"peak, measured of predicted": peaks}
 
 
 def title_rows(spec: ModelSpec, plan: RunPlan, ranks: int) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Decides how numbers look to a person: bytes in GiB, durations, counts, and bars of a fixed width.
+"""Decides how numbers look to a person: durations, counts, and bars of a fixed width (bytes: `sizes`).
 
 And whether a person watches the output live, and how large that terminal is. `isatty` cannot tell under mpirun: Open
 MPI gives every rank a pseudo-terminal of its own as standard output, also where mpirun itself writes to a file, and
@@ -64,9 +64,6 @@ def _output_path(process: int) -> str:
     return names[0]
 
 
-GIB = 2**30
-MIB = 2**20
-
 # Where a bar of memory changes colour: (up to this part of the limit, colour).
 LEVELS = ((0.80, "green"), (0.95, "yellow"), (math.inf, "red"))
 
@@ -88,14 +85,6 @@ class NodeRow:
     def fits(self) -> bool:
         """Whether the plan's peak stays under the limit."""
         return self.predicted_peak_bytes <= self.limit_bytes
-
-
-def amount(count: float) -> str:
-    """Bytes with three digits that matter: 7.45 GiB, 512 MiB."""
-    if count < GIB:
-        return f"{count / MIB:.0f} MiB"
-    value = count / GIB
-    return f"{value:.2f} GiB" if value < 10 else f"{value:.1f} GiB" if value < 100 else f"{value:.0f} GiB"
 
 
 def duration(seconds: float) -> str:

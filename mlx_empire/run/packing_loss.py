@@ -26,6 +26,7 @@ from mlx_empire.model.spec import ITEM_BYTES
 from mlx_empire.model.target import Target, make_target
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import load_data
+from mlx_empire.sizes import amount
 
 MOST_ROWS = 16
 
@@ -62,9 +63,7 @@ def packing_loss(recipe: Recipe, base: Path, adapter: Mapping[str, mx.array], pa
     size = sum(t.size * ITEM_BYTES[t.dtype] for u in target.spec.units for t in u.tensors)
     limit = measure_this_machine().limit_bytes
     if size > limit:
-        raise UserError(
-            f"{base}: {size / 1e9:.1f} GB of weights do not fit in this machine's {limit / 1e9:.1f} GB"
-        )
+        raise UserError(f"{base}: {amount(size)} of weights do not fit in this machine's {amount(limit)}")
     splits = load_data(recipe, target.spec)
     batches = list(validation_micro_batches(splits.valid or splits.train, 1, MOST_ROWS))
     tuned = _loaded(target, base, recipe.run.seed)

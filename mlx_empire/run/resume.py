@@ -166,9 +166,14 @@ def _settled(recipe: Recipe, resolved: Resolved) -> Recipe:
 
 def folder_of(recipe: Recipe, comm: Communicator) -> Path:
     """This rank's folder for checkpoints."""
+    return checkpoint_folder(recipe, comm.rank, comm.hostname)
+
+
+def checkpoint_folder(recipe: Recipe, rank: int, host: str) -> Path:
+    """The folder for checkpoints of a rank on a host."""
     if recipe.run.checkpoints is None:
         return recipe.run.dir / "checkpoints"
-    return _filled(str(recipe.run.checkpoints), comm)
+    return _filled(str(recipe.run.checkpoints), rank, host)
 
 
 def _survey(comm: Communicator, recipe: Recipe) -> tuple[CheckpointSearch, list[str]]:
@@ -205,7 +210,7 @@ def _named(comm: Communicator, recipe: Recipe, asked: str) -> tuple[FoundCheckpo
     if asked.isascii() and asked.isdigit():
         survey, notes = _survey(comm, recipe)
         return survey.exactly(int(asked)), notes
-    path = _filled(asked, comm)
+    path = _filled(asked, comm.rank, comm.hostname)
     step = step_of(path.name)
     if step is None:
         raise on_all_ranks(
@@ -217,8 +222,8 @@ def _named(comm: Communicator, recipe: Recipe, asked: str) -> tuple[FoundCheckpo
     return CheckpointSearch(comm, path.parent).exactly(step), []
 
 
-def _filled(path: str, comm: Communicator) -> Path:
-    filled = path.replace("{rank}", str(comm.rank)).replace("{host}", comm.hostname)
+def _filled(path: str, rank: int, host: str) -> Path:
+    filled = path.replace("{rank}", str(rank)).replace("{host}", host)
     return Path(filled).expanduser()
 
 

@@ -28,13 +28,11 @@ from mlx_empire.formats.source import FolderSource, RandomSource, TunedSource, W
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
+from mlx_empire.plan.assess import cache_bound
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.plan.shards import Placement, Segment, Unit
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import Start, folder_of
-
-# Where a plan leaves less over: without a cache every buffer is asked of the system.
-LEAST_CACHE_BYTES = 1 << 28
 
 
 def fill_from_own(store: ShardStore, source: WeightSource) -> None:
@@ -117,14 +115,6 @@ def limit_memory(plan: RunPlan, rank: int) -> None:
     mx.set_memory_limit(limit)
     mx.set_cache_limit(cache_bound(limit, peak))
     mx.reset_peak_memory()
-
-
-def cache_bound(limit: int, peak: int) -> int:
-    """Bytes of freed buffers that MLX keeps for reuse: what the plan leaves over, and never more than the peak.
-
-    Rows of many lengths leave buffers of many sizes, which nothing takes up again; without a bound they fill the limit.
-    """
-    return min(max(limit - peak, LEAST_CACHE_BYTES), peak)
 
 
 def load_weights(comm: Communicator, recipe: Recipe, target: Target, store: ShardStore) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from mlx_empire.report.html import STYLE, table
-from mlx_empire.report.text import amount
+from mlx_empire.sizes import amount
 from mlx_empire.verify.fidelity import Finding
 
 HEAD = ("technique", "must be", "is", "loss difference", "± s.e.", "memory a node saves")

@@ -17,6 +17,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, NodeAssessment
+from mlx_empire.plan.disk import DiskLedger, Keeping
 from mlx_empire.plan.hardware import M3_ULTRA, wire_named
 from mlx_empire.plan.memory import Ledger
 from mlx_empire.plan.pace import Cloud, Pace
@@ -78,8 +79,14 @@ def report() -> CapacityReport:
     )
     paces = (pace("10gbe", "network", 2.0), pace("thunderbolt", "compute", 1.0))
     cloud = Cloud(8, (3.0, 5.0), (100.0, 200.0), "8 x H100 would take 3-5 hours")
+    disks = (
+        DiskLedger("a", "king", 276 * GIB, 111 * GIB, Keeping(10, 3, True), 201 * GIB, 0, GIB, 1700 * GIB),
+        DiskLedger("b", HOSTILE, 111 * GIB, 276 * GIB, Keeping(10, 3, True), 0, 0, 0, 200 * GIB),
+        DiskLedger("c", "soldier-2", 111 * GIB, 0, Keeping(1, 3, True), 0, 0, 0, None),
+    )
+    start = datetime(2026, 11, 20, 20)
     return CapacityReport(
-        assessed(*nodes), f"no {HOSTILE} here", paces, advice, cloud, [M3_ULTRA], datetime(2026, 11, 20, 20)
+        assessed(*nodes), f"no {HOSTILE} here", paces, advice, cloud, [M3_ULTRA], start, disks
     )
 
 

@@ -163,6 +163,43 @@ def test_deepseek_v3_is_left_to_rented_machines():
     assert [a.change.rpartition(" on ")[0] for a in found] == ["a cloud burst"]
 
 
+def test_maverick_on_four_kings_is_told_of_adapters_and_of_the_memory_that_lacks():
+    """3.2 TB for full tuning, 0.8 TB for LoRA; no setting and no few machines more would do."""
+    given_, kings = ["batch.global_size=32", "data.sequence_length=4096"], standard_clusters()["4K"]
+    recipe, name = recipe_of(*given_), "llama-4-maverick-400b"
+
+    def retuned(changed):
+        return catalog_spec(name, changed)
+
+    spec = retuned(recipe)
+    found = assess(recipe, spec, kings)
+    adapters, more, cloud = advise(found, retuned=retuned)
+    assert adapters.change == "tuning.type=lora"
+    assert "adapters only" in adapters.effect
+    changed = recipe_of(*given_, "tuning.type=lora")
+    assert assess(changed, retuned(changed), kings).verdict == adapters.verdict == "fits"
+    times = float(re.fullmatch(r"machines with (\d+\.\d) x the memory", more.change)[1])
+    for factor, fits in ((times, True), (times - 0.1, False)):
+        nodes = [replace(n, limit_bytes=int(factor * n.limit_bytes)) for n in kings]
+        assert (assess(recipe, spec, nodes).verdict != "no") == fits
+    assert cloud.change.startswith("a cloud burst")
+
+
+def test_released_gradients_are_advised_before_shorter_rows():
+    """Falcon 180B on 1K+3S with the diet master: 4 % too much until gradients are not kept."""
+    recipe = recipe_of("batch.global_size=4", "optimizer.master_weights=diet", "memory.zero_stage=3")
+    spec = catalog_spec("falcon-180b", recipe)
+    first = advise(assess(recipe, spec, CLUSTER))[0]
+    assert "optimizer.in_backward=true" in first.change.split(" ")
+    assert "sequence_length" not in first.change
+    assert (
+        verdict_with(
+            first.change.split(" "), ["batch.global_size=4", "optimizer.master_weights=diet"], CLUSTER, spec
+        )
+        != "no"
+    )
+
+
 def test_long_rows_are_halved_with_as_many_tokens_a_step():
     """Too long for one machine, whatever the free settings; a second machine would not shorten a row either."""
     given_ = ["data.sequence_length=32768", "batch.global_size=2"]

@@ -23,10 +23,12 @@ DOCUMENTS = {
         "model(name parameters trainable_parameters active_parameters family dtype not_trainable) setting verdict "
         "reason zero_stage nodes(name role memory_bytes limit_bytes share "
         "ledger(weights|optimizer m|gradients|gathered units) phase "
-        "peak_bytes headroom_bytes largest_array_bytes buffer_limit_bytes live_buffers verdict reason) "
+        "peak_bytes headroom_bytes largest_array_bytes buffer_limit_bytes live_buffers cache_bound_bytes verdict "
+        "reason) "
         f"time({PACE}) times({PACE}) cloud advice(change effect verdict) "
         "formulas(weights|optimizer m|gradients|gathered units|attention|logits chunk|adapters|MLX base: formula mark) "
-        "notes",
+        "notes disks(name checkpoint_bytes copies_bytes checkpoints_at_once result_bytes base_bytes token_cache_bytes "
+        "asked_bytes least_bytes free_bytes verdict reason)",
     ),
     "matrix": (
         matrix_document,

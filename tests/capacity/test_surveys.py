@@ -40,6 +40,20 @@ def test_the_matrix_has_the_promised_shape(say):
         assert 0.9 < cell["headroom"] < 1
 
 
+def test_the_matrix_of_a_hostfile_is_of_those_machines(say, tmp_path):
+    small = tmp_path / "attic.txt"
+    small.write_text("box slots=1 # memory=8GiB\n")
+    whole, own = (
+        say(SCOUT, "--matrix", "--json").json,
+        say(SCOUT, "--matrix", "--json", "--hosts", small).json,
+    )
+    assert own["clusters"] == ["attic"]
+    (cell,) = own["rows"][1]["cells"].values()
+    assert (cell["verdict"], cell["worst_node"]) == ("no", "box")
+    assert own["pooled_bytes"] == {"attic": 8 * 2**30}
+    assert {cell["verdict"] for cell in whole["rows"][1]["cells"].values()} == {"fits"}
+
+
 def test_a_comparison_names_what_differs(say, tmp_path):
     file = tmp_path / "their.csv"
     file.write_text("model,parameters,1K+3S,4K\nLlama 3.2 1B,1B,NO,YES\nUnheard Of,1B,YES,YES\n")

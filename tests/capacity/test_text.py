@@ -41,7 +41,20 @@ def drawn(name: str, console: Console | None = None) -> str:
     [
         (
             "report",
-            ("NO", "107,769,861,120", "not trainable here", "352 GiB", "-10.6%", "10 GbE", "H100", "sudo"),
+            (
+                "NO",
+                "107,769,861,120",
+                "not trainable here",
+                "352 GiB",
+                "-10.6%",
+                "10 GbE",
+                "H100",
+                "sudo",
+                "276 GiB 111 GiB 4 201 GiB",
+                "tight",
+                "disk=1TB",
+                "MLX's cache",
+            ),
         ),
         (
             "matrix",

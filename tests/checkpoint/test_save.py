@@ -139,7 +139,7 @@ def test_too_little_room_is_said_before_anything_is_written(
     saver.finish()
     _, line = saver.news()
     assert line.startswith("WARNING: step-000001 could not be saved, training goes on; there is none yet: ")
-    assert "bytes are needed and 1,000 are free" in line
+    assert " needed, 1 KiB free" in line
     assert list((tmp_path / "checkpoints").iterdir()) == []
     assert saver.unsaved() == ["WARNING: the checkpoints of step 1 could not be saved; there is none"]
 

@@ -9,7 +9,13 @@ import pytest
 
 from mlx_empire.checkpoint.agree import find_folders
 from mlx_empire.checkpoint.paths import COMMIT, PIN, steps_in
-from mlx_empire.checkpoint.retention import Candidate, candidates, give_up, to_be_given_up
+from mlx_empire.checkpoint.retention import (
+    Candidate,
+    candidates,
+    give_up,
+    reclaimable_bytes,
+    to_be_given_up,
+)
 from mlx_empire.comm.solo import SoloCommunicator
 
 OWN, OTHER = "shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"
@@ -108,3 +114,37 @@ def test_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: int
     assert list(steps_in(tmp_path)) == left
     assert give_up(comm, folders, {folders.disks[0]: 100 * block}, newest=8)[1] == []
     assert list(steps_in(tmp_path)) == left
+
+
+def test_what_was_set_aside_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of steps 6 and 9 that were set aside; 12 is pinned, and a folder of another name is nobody's."""
+    block = 1 << 16
+    kept = ("step-000002", "step-000004", "superseded-000012-00000000", "superseded-mine")
+    for name in (
+        *kept,
+        "superseded-000006-0123abcd",
+        "superseded-000009-0123abcd",
+        "superseded-000009-ffffffff",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard-00000-of-00001.safetensors").write_bytes(bytes(2 * block))
+    (tmp_path / "superseded-000012-00000000" / PIN).touch()
+    assert reclaimable_bytes(tmp_path) == 5 * 2 * block
+
+    def usage(place: Path) -> object:
+        used = sum(path.stat().st_size for path in tmp_path.rglob("shard-*"))
+        return type("usage", (), {"free": 14 * block - used})
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    comm = SoloCommunicator("here")
+    folders = find_folders(comm, tmp_path)
+    disk = folders.disks[0]
+    assert give_up(comm, folders, {disk: block}, newest=4)[1] == [
+        "gave up what was set aside of step-000006 for room"
+    ]
+    assert give_up(comm, folders, {disk: 7 * block}, newest=4)[1] == [
+        "gave up what was set aside of step-000009 for room",
+        "gave up step-000002 for room",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*kept} - {"step-000002"})
+    assert reclaimable_bytes(tmp_path) == 2 * block

@@ -46,7 +46,7 @@ def test_every_form_of_a_line() -> None:
 bare
   two slots=2 max_slots=4
 me@three.example.org slots = 3 max-slots = 3 port=22 # role = king memory = 1TiB limit=1000GB
-10.0.0.4 # free words, then link=6.25GB/s and chip=M3-Ultra
+10.0.0.4 # free words, then link=6.25GB/s and chip=M3-Ultra disk=1.5TB
 five #role=soldier memory=1.5GiB
 six # link=800MB/s limit=24GB\t
 """
@@ -54,7 +54,7 @@ six # link=800MB/s limit=24GB\t
         Host("bare"),
         Host("two", 2),
         Host("three.example.org", 3, "king", 2**40, 10**12),
-        Host("10.0.0.4", link_bytes_per_second=6.25e9, chip="M3-Ultra"),
+        Host("10.0.0.4", link_bytes_per_second=6.25e9, chip="M3-Ultra", disk_bytes=15 * 10**11),
         Host("five", 1, "soldier", 3 * 2**29, 9 * 2**27),
         Host("six", limit_bytes=24 * 10**9, link_bytes_per_second=8e8),
     )
@@ -85,6 +85,10 @@ MALFORMED = {
     "two hosts": ("a b\n", ("x:1: a: mpirun does not know 'b' here",)),
     "unknown annotation": ("a # memroy=1GiB\n", ("x:1: a: unknown annotation 'memroy=1GiB'; use memory=",)),
     "strange annotation": ("a # q=1\n", ("x:1: a: unknown annotation 'q=1'; use role= or memory=",)),
+    "a disk without unit": (
+        "a # disk=12\n",
+        ("x:1: a: disk=12 is not a size; write it such as disk=256GiB",),
+    ),
     "no value": ("a # role=\n", ("x:1: a: role= has no value",)),
     "role": ("a # role=kng\n", ("x:1: a: role=kng is not a role; use king",)),
     "annotation twice": ("a # role=king role=king\n", ("x:1: a: role= stands here twice",)),

@@ -1,5 +1,6 @@
 """A run on a disk that is too small for what it was asked to keep loses nothing: old checkpoints go, and at the end it
-waits for room. On real file systems, as small as 4 times the model: a checkpoint takes 3 times the model's size.
+waits for room. On real file systems, as small as 4 times the model: a checkpoint takes 3 times the model's size. One
+that could not keep two checkpoints from its beginning is refused.
 """
 
 from __future__ import annotations
@@ -53,6 +54,15 @@ def disk(lab: Lab) -> Iterator[Mount]:
     yield mount
     for folder in mounted:
         subprocess.run(["umount", folder], check=True)
+
+
+def fill_once_begun(folder: Path, times: float) -> Path:
+    """Another program's file, so many times the model's size, from the first step on: before, the run is refused."""
+    while not (folder / "metrics.jsonl").exists():
+        time.sleep(0.001)
+    filler = folder / "filler"
+    filler.write_bytes(bytes(int(times * MODEL_BYTES)))
+    return filler
 
 
 def until_it_waits(run: subprocess.Popen[str]) -> list[str]:
@@ -122,11 +132,14 @@ def test_a_pinned_checkpoint_is_not_given_up(lab: Lab, roomy: Result, disk: Moun
 def test_the_newest_checkpoint_stays_and_the_result_waits_for_room(
     lab: Lab, roomy: Result, disk: Mount, ranks: int
 ) -> None:
-    """Room for one checkpoint and no result: it waits longer than any deadline, and ends well when there is room."""
+    """Room for one checkpoint and no result, once it has begun: it waits longer than any deadline, and ends well when
+    there is room.
+    """
     name = f"waits-{ranks}"
-    folder = disk(name, 3.9)
+    folder = disk(name, 7)
     deadlines = ("comm.deadline_seconds=8", "comm.deadline_floor_seconds=8")
     run = lab.begin(name, *SETTINGS, *deadlines, "run.buddy=false", ranks=ranks)
+    fill_once_begun(folder, 3.1)
     said = until_it_waits(run)
     assert (
         sum("could not be saved, training goes on; the newest is step-000005" in line for line in said) == 5
@@ -136,7 +149,7 @@ def test_the_newest_checkpoint_stays_and_the_result_waits_for_room(
     assert lab.committed(name, ranks) == [5]
     time.sleep(10)
     assert run.poll() is None
-    size = f"remount,size={8 * MODEL_BYTES}"
+    size = f"remount,size={11 * MODEL_BYTES}"
     subprocess.run(["mount", "-o", size, folder], check=True)
     out, _ = run.communicate(timeout=120)
     assert run.returncode == 0, out
@@ -148,9 +161,9 @@ def test_the_newest_checkpoint_stays_and_the_result_waits_for_room(
 def test_a_run_that_waits_saves_and_stops_when_it_is_asked_to(lab: Lab, roomy: Result, disk: Mount) -> None:
     """Another program's file fills the run's disk; checkpoints lie on another one, where the last step is saved."""
     folder = disk("stopped", 3)
-    (folder / "filler").write_bytes(bytes(int(2.5 * MODEL_BYTES)))
     settings = (*SETTINGS[:3], "run.eval_every=null", f"run.checkpoints={lab.folder}/elsewhere/{{rank}}")
     run = lab.begin("stopped", *settings)
+    filler = fill_once_begun(folder, 2.5)
     until_it_waits(run)
     (folder / "stop").touch()
     out, _ = run.communicate(timeout=120)
@@ -158,7 +171,7 @@ def test_a_run_that_waits_saves_and_stops_when_it_is_asked_to(lab: Lab, roomy: R
     assert f"step-{STEPS:06d} is saved; the same command goes on from there" in out
     assert not (folder / "final").exists()
     assert not list(folder.glob(".final*"))
-    (folder / "filler").unlink()
+    filler.unlink()
     assert succeeded(lab.train("stopped", *settings)).resumed == STEPS
     check_whole(lab, "stopped", roomy)
 
@@ -179,9 +192,23 @@ def test_a_disk_that_fills_up_while_the_result_is_written(lab: Lab, roomy: Resul
                     break
         time.sleep(0.005)
     said = until_it_waits(run)
-    assert "No space left on device" in said[-1] or "GB are free on its disk" in said[-1]
+    assert "No space left on device" in said[-1] or " are free on its disk" in said[-1]
     assert not list(folder.glob(".final*"))
     filler.unlink()
     out, _ = run.communicate(timeout=120)
     assert run.returncode == 0, out
     check_whole(lab, "torn", roomy)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_is_too_small_from_the_beginning_is_refused(lab: Lab, disk: Mount, ranks: int) -> None:
+    """Room for one checkpoint and the result, but not for the next one beside it."""
+    name = f"refused-{ranks}"
+    folder = disk(name, 5.5)
+    ended = lab.train(name, *SETTINGS, ranks=ranks)
+    assert ended.code == 3
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("mlx_empire: ")]
+    assert "at least (2 x " in line
+    assert "of result) and has 5." in line
+    assert list(folder.iterdir()) == []
+    assert lab.train(name, *SETTINGS, "--dry-run", ranks=ranks).code == 3

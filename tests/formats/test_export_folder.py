@@ -252,7 +252,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     build, spec = tiny_model("llama")
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
-    with pytest.raises(NoRoomError, match=r"GB are free") as refused:
+    with pytest.raises(NoRoomError, match=r" are free on its disk") as refused:
         FolderWriter(tmp_path / "deep" / "out", spec, build)
     assert refused.value.needed > 4 * spec.parameters
     assert not (tmp_path / "deep").exists()

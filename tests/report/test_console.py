@@ -175,3 +175,16 @@ def test_mode_never_stays_plain_on_a_terminal(monkeypatch):
     assert not RunDisplay(3, [KING], mode="never", stream=stream).is_live
     with RunDisplay(3, [KING], mode="auto", stream=io.StringIO()) as display:
         assert display.is_live
+
+
+def test_freed_memory_that_is_kept_is_shown_beside_the_peak():
+    cached = {"cache_bytes": [3 * GIB, 0]}
+    display, stream = plain()
+    display.step(record(1, **cached))
+    assert "memory 75% (soldier-1.local)" in written(stream)
+    display.step(record(2, peak_bytes=[392 * GIB, 1], **cached))
+    assert "memory 98% (king.local, 3.00 GiB cached)" in written(stream)
+    shown, _ = live()
+    with shown:
+        shown.step(record(5, **cached))
+        assert re.search(r"king\.local .* 200 GiB of 400 GiB, 3\.00 GiB cached", drawn(shown))

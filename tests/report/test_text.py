@@ -2,15 +2,20 @@ import math
 
 import pytest
 
-from mlx_empire.report.text import NodeRow, amount, bar, duration, fraction, level, number
-
-GIB = 2**30
+from mlx_empire.report.text import NodeRow, bar, duration, fraction, level, number
+from mlx_empire.sizes import GIB, amount
 
 
 @pytest.mark.parametrize(
     ("count", "text"),
     [
-        (0, "0 MiB"),
+        (0, "0 KiB"),
+        (100_000, "98 KiB"),
+        (2**20 - 1, "1024 KiB"),
+        (2**20, "1.00 MiB"),
+        (-3 * GIB, "-3.00 GiB"),
+        (9.996 * GIB, "10.0 GiB"),
+        (99.96 * GIB, "100 GiB"),
         (512 * 2**20, "512 MiB"),
         (1.5 * GIB, "1.50 GiB"),
         (24.96 * GIB, "25.0 GiB"),

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -146,10 +146,15 @@ def default_numbers(config: Mapping[str, Any]) -> dict[str, int | float]:
     try:
         with foreign("its default numbers"):
             _, args_class = _get_classes(dict(config))
-            numbers = {f.name: f.default for f in dataclasses.fields(args_class)}
+            return numbers_of(dataclasses.fields(args_class))
     except UserError:  # whoever builds the model will say it
         return {}
-    return {k: v for k, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def numbers_of(fields: Iterable[dataclasses.Field[Any]]) -> dict[str, int | float]:
+    """The default of each field that has a number for one."""
+    defaults = {f.name: f.default for f in fields}
+    return {k: v for k, v in defaults.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def find_layers(model: nn.Module, name: str) -> tuple[nn.Module, str, str]:

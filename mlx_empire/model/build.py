@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ from mlx_empire.model.packing_config import is_packed, packing_method
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter
 
 MOST_CHARACTERS = 160
+LACKS = re.compile(r"__init__\(\) missing \d+ required positional arguments?: (.+)")
 
 
 @contextlib.contextmanager
@@ -60,6 +62,8 @@ def reason_of(error: BaseException) -> str:
     kind, text = type(error).__name__, first_line(str(error))
     if not text:
         return kind
+    if absent := LACKS.search(str(error)):
+        return first_line(f"config.json lacks {absent[1]}")
     return text if isinstance(error, ValueError | RuntimeError) else f"{kind}: {text}"
 
 

@@ -1,5 +1,6 @@
 import io
 import os
+import queue
 import re
 import time
 
@@ -7,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mlx_empire.report import console as console_module
-from mlx_empire.report.console import RunDisplay
+from mlx_empire.report.console import RunDisplay, said_if_slow
 from mlx_empire.report.text import NodeRow
 
 GIB = 2**30
@@ -175,3 +176,12 @@ def test_mode_never_stays_plain_on_a_terminal(monkeypatch):
     assert not RunDisplay(3, [KING], mode="never", stream=stream).is_live
     with RunDisplay(3, [KING], mode="auto", stream=io.StringIO()) as display:
         assert display.is_live
+
+
+def test_slow_work_says_what_it_is_and_fast_work_does_not():
+    said: queue.Queue[str] = queue.Queue()
+    with said_if_slow("never said", seconds=3600, say=said.put):
+        pass
+    with said_if_slow("verifying", seconds=0, say=said.put):
+        assert said.get(timeout=60) == "verifying"
+    assert said.empty()

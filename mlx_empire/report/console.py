@@ -25,11 +25,12 @@ PLAIN_WIDTH = 110
 BAR_WIDTH = 12
 REDRAWS_PER_SECOND = 2
 PATIENCE_SECONDS = 2.0
+print_line = partial(print, flush=True)
 
 
 @contextmanager
 def said_if_slow(
-    text: str, seconds: float = PATIENCE_SECONDS, say: Callable[[str], None] = partial(print, flush=True)
+    text: str, seconds: float = PATIENCE_SECONDS, say: Callable[[str], None] = print_line
 ) -> Iterator[None]:
     """Around work that shows nothing by itself: `text` is printed once it has taken so long."""
     timer = threading.Timer(seconds, say, [text])

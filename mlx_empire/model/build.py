@@ -50,7 +50,9 @@ def foreign(place: str, *, mixed: bool = False) -> Iterator[None]:
     except EmpireError:
         raise
     except SystemExit as error:
-        raise UserError(f"{place}: {first_line(said.getvalue()) or f'it exits ({error})'}") from None
+        needed = error.__context__.name if isinstance(error.__context__, ImportError) else None
+        why = f"it needs the Python module {needed}, which is not installed" if needed else None
+        raise UserError(f"{place}: {why or first_line(said.getvalue()) or f'it exits ({error})'}") from None
     except Exception as error:
         if mixed and _is_ours(error.__traceback__):
             raise

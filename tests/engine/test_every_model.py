@@ -40,7 +40,7 @@ REFUSED = {
     "gemma3n": "share more than the hidden state",
     "iquestloopcoder": "only 0 of 4 layers are called",
     "muse_spark": "No Metal back-end",
-    "olmo": "pip install ai2-olmo",
+    "olmo": "needs the Python module hf_olmo",
     "prism_hadamard_qwen35": "mlx-lm cannot build",
     "recurrent_gemma": "mlx-lm cannot build",
     "rwkv7": "share more than the hidden state",

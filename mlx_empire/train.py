@@ -37,6 +37,7 @@ from mlx_empire.plan.hardware import known_speed
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.report.console import said_if_slow
 from mlx_empire.report.run import RunReport
 from mlx_empire.run import result
 from mlx_empire.run.agree import (
@@ -62,6 +63,11 @@ from mlx_empire.run.trainer import go_back, limit_memory, load_state, make_train
 if TYPE_CHECKING:
     from mlx_empire.evaluation.evaluator import Evaluator
     from mlx_empire.report.trace import RunTrace
+
+VERIFYING = (
+    "verifying on the model scaled down that layer by layer it has the whole model's loss and gradients "
+    "(slower where layers go position by position, as state-space layers do)"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,7 +139,8 @@ def carry_out(
     shown = None
     with together(comm):
         if comm.rank == 0:
-            shown = asdict(verify_scaled_down(config, str(recipe.model.path)))
+            with said_if_slow(f"{recipe.model.path}: {VERIFYING}"):
+                shown = asdict(verify_scaled_down(config, str(recipe.model.path)))
     root_names = RootNames(**comm.broadcast_json(shown))
     target = replace(target, spec=replace(target.spec, root_names=root_names))
 

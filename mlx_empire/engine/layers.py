@@ -59,7 +59,7 @@ def hidden_of(output: Any) -> Any:
 def refuse_sharing(name: str) -> UserError:
     """The error for layers that are tied by more than the hidden state."""
     return UserError(
-        f"{name}: its layers share more than the hidden state (keys, values or per-layer inputs); "
+        f"{name}: its layers share more than the hidden state (keys, values, residuals or per-layer inputs); "
         "streaming would lose gradients, so this architecture is refused"
     )
 

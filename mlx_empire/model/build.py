@@ -16,7 +16,8 @@ import contextlib
 import copy
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ from mlx_empire.model.packing_config import is_packed, packing_method
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter
 
 MOST_CHARACTERS = 160
+LACKS = re.compile(r"__init__\(\) missing \d+ required positional arguments?: (.+)")
 
 
 @contextlib.contextmanager
@@ -48,7 +50,9 @@ def foreign(place: str, *, mixed: bool = False) -> Iterator[None]:
     except EmpireError:
         raise
     except SystemExit as error:
-        raise UserError(f"{place}: {first_line(said.getvalue()) or f'it exits ({error})'}") from None
+        needed = error.__context__.name if isinstance(error.__context__, ImportError) else None
+        why = f"it needs the Python module {needed}, which is not installed" if needed else None
+        raise UserError(f"{place}: {why or first_line(said.getvalue()) or f'it exits ({error})'}") from None
     except Exception as error:
         if mixed and _is_ours(error.__traceback__):
             raise
@@ -60,6 +64,8 @@ def reason_of(error: BaseException) -> str:
     kind, text = type(error).__name__, first_line(str(error))
     if not text:
         return kind
+    if absent := LACKS.search(str(error)):
+        return first_line(f"config.json lacks {absent[1]}")
     return text if isinstance(error, ValueError | RuntimeError) else f"{kind}: {text}"
 
 
@@ -146,10 +152,15 @@ def default_numbers(config: Mapping[str, Any]) -> dict[str, int | float]:
     try:
         with foreign("its default numbers"):
             _, args_class = classes_of(config)
-            numbers = {f.name: f.default for f in dataclasses.fields(args_class)}
+            return numbers_of(dataclasses.fields(args_class))
     except UserError:  # whoever builds the model will say it
         return {}
-    return {k: v for k, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def numbers_of(fields: Iterable[dataclasses.Field[Any]]) -> dict[str, int | float]:
+    """The default of each field that has a number for one."""
+    defaults = {f.name: f.default for f in fields}
+    return {k: v for k, v in defaults.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def find_layers(model: nn.Module, name: str) -> tuple[nn.Module, str, str]:

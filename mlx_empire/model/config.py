@@ -8,8 +8,10 @@ added; the file itself is never touched.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
+import io
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -121,18 +123,20 @@ def _spell_layers(section: dict[str, Any], read: Mapping[str, Field[Any]], where
     period = types.index(FULL) + 1
     if any((kind == FULL) != ((i + 1) % period == 0) for i, kind in enumerate(types)):
         raise UserError(f"{where}: layer_types: {types}: mlx-lm's module repeats one pattern in all layers")
-    letters = "L" * (period - 1) + "G"
+    letters: str | None = "L" * (period - 1) + "G"
+    if period == 1 and section.get("sliding_window") is None:
+        letters = None  # no window anywhere: exaone4 has no pattern then, and turns every layer
     given = section.get(key)
     if given not in (None, period, letters):
         raise UserError(f"{where}: {key}: {given}: layer_types says {period}; keep one of them")
-    if given != letters:
-        section[key] = letters if read[key].default is MISSING else period
+    section[key] = letters if read[key].default is MISSING else period
 
 
 def reader_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Field[Any]]] | None:
     """(mlx-lm's module, the fields into which it reads the language model's part); None where it has none."""
     try:
-        model, arguments = classes_of(config)
+        with contextlib.redirect_stdout(io.StringIO()):  # olmo's prints what it lacks
+            model, arguments = classes_of(config)
         module = model.__module__.rpartition(".")[2]
         text = config.get("text_config")
         nested = f"{module}/{text.get('model_type')}" if isinstance(text, Mapping) else module

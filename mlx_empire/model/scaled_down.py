@@ -1,81 +1,194 @@
-"""A model's architecture with small numbers: what is asked of it takes a second and no memory, even for a model that no
-machine holds.
+"""A model's architecture with small numbers: what is asked of it takes a second and little memory, even for a model
+that no machine holds.
+
+One principle: a configuration counts things of a few kinds (`KINDS`), and all numbers of one kind are divided alike, so
+what was equal stays equal and what divided another still divides it:
+
+- counts of heads are divided by one number; a count that divides it becomes 1, which divides everything;
+- sizes of a head by one number, after which all are even, and so are their rotary parts;
+- widths by the product of both, for a width is heads times the size of a head.
+
+Layers, experts, vocabulary, windows and states stand in no such relation to others: they are cut to a small number, and
+lists with one entry per layer with them. Everything else (ratios, periods, indices of layers, epsilons) stays as it is.
+A tower beside the language model is divided by numbers of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
-from mlx_empire.model.build import default_numbers
+from mlx_empire.model.build import default_numbers, numbers_of
+from mlx_empire.model.config import reader_of
 
-MOST_LAYERS = 12
-VOCABULARY, HIDDEN, HEADS, HEAD_DIM = 256, 64, 4, 16
+MOST_LAYERS, VOCABULARY = 12, 256
+LARGEST_RATIO = 1 << 14  # no published model needs more, and a damaged configuration may hold any number
+FEWEST_HEADS, SMALLEST_HEAD, SMALLEST_HIDDEN, SMALLEST_WIDTH = 4, 16, 48, 8
 
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
-SMALL_NUMBERS: dict[str, int] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "model_dim", "block_dim", "conv_dim"), HIDDEN),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "swa_num_attention_heads"), HEADS),
-    **dict.fromkeys(("head_dim", "query_pre_attn_scalar", "v_head_dim", "qk_nope_head_dim"), HEAD_DIM),
-    **dict.fromkeys(("swa_head_dim", "swa_v_head_dim"), HEAD_DIM),
-    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "n_inner", "ff_intermediate_size"), 96),
-    **dict.fromkeys(("block_ff_dim", "ffn_hidden_size"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "state_size", "ssm_state_size"), 16),
-    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size"), 32),
-    **dict.fromkeys(("n_ctx", "chunk_size"), 32),
-    **dict.fromkeys(("n_group", "topk_group", "n_groups"), 1),
-    "qk_rope_head_dim": 8,
-    "dim_model_base": HIDDEN,
+# What a number counts, by its name; the first that matches. A name that matches none stays.
+KINDS: dict[str, str] = {
+    "layers": r"(num|n)_((hidden|transformer)_)?layers?",
+    "layers_at_the_end": r"num_kv_(shared|reuse)_layers",
+    "vocabulary": r"vocab_size(_per_layer_input)?|num_vocab",
+    "chosen_experts": r".*experts?_per_tok(en)?|moe_(top_?)?k|top_k_experts|n(um)?_shared_experts?",
+    "experts": r".*_experts?(_num)?",
+    "expert_groups": r"n_group|topk_group|num_expert_group",
+    "window": r"(.*_)?window(_size)?|sliding_window_size|(.*_)?chunk_size|n_ctx",
+    "state": r".*state_size|.*_d_state|time_step_rank|.*_dt_rank",
+    "head": r".*head_dim|.*_d_head|hidden_size_per_head|kv_channels|rotary_dim",
+    "heads": r"(.*_)?heads?(_kv|_per_layer|_in_group)?|(mamba_)?n_groups|num_attention_groups|group_norm_size",
+    "scale": r"query_pre_attn_scalar",  # the size of a head that scores are scaled by, not always a whole one
+    "width": r".*(hidden|intermediate|embedding|latent)_size(_mlp|_per_layer_input)?|n_embd|n_inner|d_model|d_inner"
+    r"|.*_d_ssm|.*_rank|(?!.*kernel).*_dim|dim_model_base|block_multiple_of|ffn_dim_divisor",
 }
-AT_MOST: dict[str, int] = {
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "n_shared_experts", "moe_top_k"), 2),
-    **dict.fromkeys(LAYERS, MOST_LAYERS),
-    "rotary_dim": 8,
-}
-KEY_VALUE_HEADS = (
-    *("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads"),
-    *("swa_num_key_value_heads", "num_global_key_value_heads"),
-)
-PARTS = ("partial_rotary_factor", "rotary_pct")  # below 1 a half, so that a small head has an even number
-NESTED = ("text_config", "attn_config", "ffn_config")
+AT_MOST = {"chosen_experts": 2, "experts": 4, "expert_groups": 1, "window": 32, "state": 16}
+HIDDEN = ("hidden_size", "n_embd", "d_model", "model_dim", "hidden_dim")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+ROTATED = re.compile(r".*partial_rotary_factors?|rotary_pct")  # the part of a head that RoPE rotates
+ROPE = ("rope_scaling", "rope_parameters")
+ASIDE = (*ROPE, "quantization", "quantization_config")
+TOWER = re.compile(r".*(vision|visual|audio|image|video).*")
 WHOLE_VOCABULARY = ("phi3small",)  # writes to logits by their numbers: with fewer, past the end of them
 
 
-def scaled_down_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same architecture with small numbers; lists with one entry per layer are shortened alike.
+def kind_of(name: str) -> str | None:
+    """What the number called `name` counts; None for what is not divided."""
+    return next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, name)), None)
 
-    Sizes that the configuration leaves to mlx-lm's defaults become small too.
+
+@dataclass(frozen=True)
+class Ratios:
+    """By what the numbers of a configuration are divided; `layers`: how many it has (0: it does not say)."""
+
+    layers: int
+    heads: int
+    head: int
+    width: int
+    vocabulary: bool = True  # whether it is cut
+
+    def small(self, name: str, value: int | float) -> int | float:
+        """The small number in place of `value`."""
+        kind = kind_of(name)
+        if kind == "layers":
+            return min(value, MOST_LAYERS)
+        if kind == "layers_at_the_end":
+            return -(-value * min(self.layers, MOST_LAYERS) // max(self.layers, 1))
+        if kind == "vocabulary":
+            return VOCABULARY if self.vocabulary else value
+        if kind == "heads":
+            return max(value // self.heads, min(value, 1))
+        if kind == "head":
+            return value // self.head
+        if kind == "scale":
+            return value / self.head
+        if kind == "width":
+            return max(-(-value // self.width), min(value, SMALLEST_WIDTH))
+        return min(value, AT_MOST[kind]) if kind else value
+
+
+def scaled_down_config(config: Mapping[str, Any], *, whole_vocabulary: bool = False) -> dict[str, Any]:
+    """The same architecture with small numbers, also those that the configuration leaves to mlx-lm's defaults.
+
+    `whole_vocabulary`: it keeps the model's own, for text that is tokenised for it.
     """
-    sizes = (*SMALL_NUMBERS, *AT_MOST, *KEY_VALUE_HEADS)
-    config = {k: v for k, v in default_numbers(config).items() if k in sizes} | dict(config)
-    layers = next((config[k] for k in LAYERS if k in config), 0)
-    heads = next((config[k] for k in ("num_attention_heads", "n_head", "n_heads") if k in config), 0)
-    scaled: dict[str, Any] = {}
+    config = _with_defaults(config)
+    cut = not whole_vocabulary and config.get("model_type") not in WHOLE_VOCABULARY
+    small = _scaled(config, replace(_ratios(config), vocabulary=cut))
     for key, value in config.items():
-        if key in NESTED and isinstance(value, Mapping):
-            scaled[key] = scaled_down_config(value)
-        elif isinstance(value, bool) or value is None:
-            scaled[key] = value
-        elif isinstance(value, list) and layers and len(value) == layers:
-            scaled[key] = value[:MOST_LAYERS]
-        elif key in KEY_VALUE_HEADS:
-            scaled[key] = HEADS if value == heads else 1 if value == 1 else 2
-        elif key in SMALL_NUMBERS and isinstance(value, int | float):
-            scaled[key] = SMALL_NUMBERS[key]
-        elif key in AT_MOST and isinstance(value, int):
-            scaled[key] = min(value, AT_MOST[key])
-        elif key in PARTS and isinstance(value, int | float):
-            scaled[key] = value if value >= 1 else 0.5
-        elif key in ("rope_scaling", "rope_parameters") and isinstance(value, Mapping):
-            scaled[key] = _one_factor(value)
-        else:
-            scaled[key] = value
-    if config.get("model_type") in WHOLE_VOCABULARY:
-        scaled["vocab_size"] = config["vocab_size"]
-    return scaled
+        if TOWER.fullmatch(key) and isinstance(value, Mapping):
+            small[key] = _scaled(value, _ratios(value))
+    return small
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    whole, text = dict(config), config.get("text_config")
+    if (reader := reader_of(config)) is not None:
+        told = {k: v for k, v in numbers_of(reader[1].values()).items() if kind_of(k)}
+        if not isinstance(text, Mapping):
+            return {**told, **whole}
+        whole["text_config"] = {**told, **text}
+    return {**{k: v for k, v in default_numbers(config).items() if kind_of(k)}, **whole}
+
+
+def _ratios(config: Mapping[str, Any]) -> Ratios:
+    numbers = [(name, kind_of(name), value) for name, value in _numbers(config) if value > 0]
+
+    def of(kind: str) -> list[int]:
+        return [value for _, found, value in numbers if found == kind]
+
+    def first(names: tuple[str, ...]) -> int:
+        return next((value for name in names for key, _, value in numbers if key == name), 0)
+
+    hidden, count, heads, sizes = first(HIDDEN), first(HEADS), of("heads"), of("head")
+    if count and hidden % count == 0:
+        sizes.append(hidden // count)  # what most modules take where none is given
+    parts = [1, *_rotated(config)]
+
+    def sizes_allow(d: int) -> bool:
+        even = all(s % (2 * d) == 0 and int(s // d * part) % 2 == 0 for s in sizes for part in parts)
+        return even and max(sizes) >= SMALLEST_HEAD * d and min(sizes) >= SMALLEST_WIDTH * d
+
+    def widths_allow(d: int) -> bool:
+        return hidden % d == 0 and hidden >= SMALLEST_HIDDEN * d
+
+    head = _largest(gcd(*sizes), sizes_allow)
+
+    def heads_allow(d: int) -> bool:
+        divided = not any(h % d and d % h for h in heads) and max(heads) >= FEWEST_HEADS * d
+        return divided and widths_allow(d * head)
+
+    by_heads = _largest(max(heads, default=1), heads_allow)
+    width = by_heads * head if heads and sizes else _largest(hidden, widths_allow)
+    return Ratios(max(of("layers"), default=0), by_heads, head, width)
+
+
+def _largest(of: int, allowed: Callable[[int], bool]) -> int:
+    """The largest divisor of a number that is allowed; 1 where none is."""
+    return next((d for d in range(min(of, LARGEST_RATIO), 1, -1) if of % d == 0 and allowed(d)), 1)
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Whole numbers of the language model by name, those of lists and of nested parts too."""
+    for key, value in config.items():
+        if key in ASIDE or TOWER.fullmatch(key):
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Mapping):
+                yield from _numbers(one)
+            elif isinstance(one, int) and not isinstance(one, bool):
+                yield key, one
+
+
+def _rotated(config: Mapping[str, Any]) -> Iterator[float]:
+    """Every rotary part of a head, wherever it is written."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and not TOWER.fullmatch(key):
+            yield from _rotated(value)
+        elif ROTATED.fullmatch(key):
+            values = value if isinstance(value, list) else [value]
+            yield from (v for v in values if isinstance(v, int | float) and 0 <= v <= 1)
+
+
+def _scaled(config: Mapping[str, Any], ratios: Ratios) -> dict[str, Any]:
+    return {key: _small(key, value, ratios) for key, value in config.items()}
+
+
+def _small(key: str, value: Any, ratios: Ratios) -> Any:
+    if key in ROPE and isinstance(value, Mapping):
+        return _one_factor(value)
+    if key in ASIDE or isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return _scaled(value, ratios)
+    by_layer = isinstance(value, list) or (isinstance(value, str) and key.endswith("_pattern"))
+    if by_layer and len(value) == ratios.layers:
+        value = value[:MOST_LAYERS]
+    if isinstance(value, list):
+        return [_small(key, one, ratios) for one in value]
+    return ratios.small(key, value) if isinstance(value, int | float) else value
 
 
 def _one_factor(rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +197,6 @@ def _one_factor(rope: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in rope.items():
         if isinstance(value, Mapping):
             small[key] = _one_factor(value)
-        elif isinstance(value, list) and value:
+        elif isinstance(value, list) and value and key.endswith("_factor"):
             small[key] = value[0]
     return small

@@ -1,12 +1,15 @@
 """Decides how a run looks on rank 0's terminal: the plan's verdict node by node, then live progress.
 
 Where a person watches a terminal, the progress is redrawn in place; elsewhere (a file, a pipe, a job's log)
-each step is one plain line. The header is the same in both.
+each step is one plain line. The header is the same in both. Work before the header says what it is when it is slow.
 """
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Self, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -22,6 +25,22 @@ from mlx_empire.sizes import amount
 PLAIN_WIDTH = 110
 BAR_WIDTH = 12
 REDRAWS_PER_SECOND = 2
+PATIENCE_SECONDS = 2.0
+print_line = partial(print, flush=True)
+
+
+@contextmanager
+def said_if_slow(
+    text: str, seconds: float = PATIENCE_SECONDS, say: Callable[[str], None] = print_line
+) -> Iterator[None]:
+    """Around work that shows nothing by itself: `text` is printed once it has taken so long."""
+    timer = threading.Timer(seconds, say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class RunDisplay:

@@ -129,11 +129,7 @@ def plain_run(steps: int) -> dict[str, Any]:
 
 def small_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The scaled-down configuration, with the model's own vocabulary: the data is tokenised for it."""
-    scaled = scaled_down_config(config)
-    for small, whole in ((scaled, config), (scaled.get("text_config"), config.get("text_config"))):
-        if isinstance(small, dict) and isinstance(whole, Mapping) and "vocab_size" in whole:
-            small["vocab_size"] = whole["vocab_size"]
-    return unpacked(scaled)
+    return unpacked(scaled_down_config(config, whole_vocabulary=True))
 
 
 def target_and_plan(

@@ -10,10 +10,12 @@ import json
 from functools import cache
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from support import published
 from support.every_model import models, small_config
-from support.model_table import refusal
+from support.model_table import PAGE, page, refusal, refusal_of
 from support.mpi import run_ranks
 from support.stepping import (
     Case,
@@ -38,7 +40,7 @@ REFUSED = {
     "gemma3n": "share more than the hidden state",
     "iquestloopcoder": "only 0 of 4 layers are called",
     "muse_spark": "No Metal back-end",
-    "olmo": "pip install ai2-olmo",
+    "olmo": "needs the Python module hf_olmo",
     "prism_hadamard_qwen35": "mlx-lm cannot build",
     "recurrent_gemma": "mlx-lm cannot build",
     "rwkv7": "share more than the hidden state",
@@ -123,12 +125,21 @@ def test_every_model_trains_or_is_refused_in_one_line():
 
 
 @pytest.mark.slow
-def test_every_model_that_trains_has_the_whole_models_loss_and_gradients_on_two_ranks():
+@pytest.mark.skipif(mx.metal.is_available(), reason="the page is of the CPU")
+def test_the_page_of_models_says_what_is_so():
+    large = {name: refusal_of(published.config_of(name), name) for name in published.names()}
+    assert PAGE.read_text(encoding="utf-8") == page(verdicts(), large)
+
+
+@pytest.mark.slow
+def test_every_model_that_trains_has_the_whole_models_loss_and_gradients_on_two_ranks_as_on_one():
     setting = {"micro_batches": 2, "cells": 2, "rows": 1, "shares": [2, 1], "compare": True}
     cases = {name: {**setting, "family": name} for name, line in verdicts().items() if line is None}
     first, second = run_ranks(2, "tests/engine/worker.py", [json.dumps(cases)], timeout=900)
+    (alone,) = run_ranks(1, "tests/engine/worker.py", [json.dumps(cases)], timeout=900)
     assert len(cases) > 100
     for name in cases:
         assert first[name]["loss_error"] <= 1e-5, name
         assert first[name]["norm_error"] <= 1e-5, name
-        assert first[name]["weights"] == second[name]["weights"], name
+        for part in ("losses", "norms", "gradients", "weights"):
+            assert first[name][part] == second[name][part] == alone[name][part], (name, part)

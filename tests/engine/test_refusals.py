@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from support import published
 from support.stepping import Case, trainer_of
 from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 
@@ -165,19 +166,18 @@ def test_a_published_model_scaled_down_is_small_and_streamed_exactly(name):
     assert mx.get_peak_memory() < 1 << 28
 
 
-@pytest.mark.parametrize(
-    ("family", "published"),
-    [
-        ("dbrx", {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 5e5}, "n_heads": 48, "d_model": 6144}),
-        ("lfm2", {"hidden_size": 2048, "block_dim": 2048, "block_ff_dim": 12288, "block_multiple_of": 256}),
-        ("minimax", {"hidden_size": 3072, "head_dim": 128, "rotary_dim": 64, "num_attention_heads": 48}),
-        ("mimo_v2_flash", {"head_dim": 192, "swa_head_dim": 192, "partial_rotary_factor": 0.334}),
-        ("minicpm3", {"rope_scaling": {"type": "longrope", "long_factor": [1.05] * 16, "short_factor": [1.0] * 16}}),
-        ("openelm", {"num_query_heads": [12, 16, 16, 20], "num_kv_heads": [3, 4, 4, 5], "model_dim": 1280}),
-    ],
-)  # fmt: skip
-def test_published_sizes_can_be_scaled_down(family, published):
-    verify_scaled_down(tiny_config(family) | published, family)
+# One of each kind of relation between numbers: heads in a nested part, sizes that are rounded, a rotary dimension, an
+# odd rotary part, factors by dimension, lists of heads, chosen experts under another name, a pattern of full attention
+# alone, sections of a rotary dimension, linear attention of other heads, no heads at all, sizes left to defaults.
+PUBLISHED = (
+    *("dbrx", "lfm2-1.2b", "minimax-m2", "mimo-v2-flash", "minicpm3-4b", "openelm-270m", "ernie-4.5-21b-a3b"),
+    *("exaone-4.0-1.2b", "qwen2.5-vl-3b", "kimi-linear-48b", "mamba-130m-hf", "gemma-3-4b-it"),
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_configuration_can_be_scaled_down(name):
+    verify_scaled_down(published.config_of(name), name)
 
 
 def test_the_twin_is_small_where_the_defaults_of_mlx_lm_give_the_sizes():

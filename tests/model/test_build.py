@@ -87,6 +87,7 @@ def test_compute_dtype(config, wanted, dtype):
     [
         ({"model_type": "no_such_model"}, "cannot build model_type 'no_such_model'"),
         ({"hidden_size": "wide"}, "cannot build"),
+        ({"model_type": "qwen3_moe", "head_dim": None}, "config.json lacks 'num_experts'"),
         ({"model_file": "evil.py"}, "code is never run"),
         ({"quantization": {"bits": 4, "group_size": 64}}, "quantised"),
     ],

@@ -1,5 +1,6 @@
 import io
 import os
+import queue
 import re
 import time
 
@@ -7,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mlx_empire.report import console as console_module
-from mlx_empire.report.console import RunDisplay
+from mlx_empire.report.console import RunDisplay, said_if_slow
 from mlx_empire.report.text import NodeRow
 
 GIB = 2**30
@@ -188,3 +189,12 @@ def test_freed_memory_that_is_kept_is_shown_beside_the_peak():
     with shown:
         shown.step(record(5, **cached))
         assert re.search(r"king\.local .* 200 GiB of 400 GiB, 3\.00 GiB cached", drawn(shown))
+
+
+def test_slow_work_says_what_it_is_and_fast_work_does_not():
+    said: queue.Queue[str] = queue.Queue()
+    with said_if_slow("never said", seconds=3600, say=said.put):
+        pass
+    with said_if_slow("verifying", seconds=0, say=said.put):
+        assert said.get(timeout=60) == "verifying"
+    assert said.empty()

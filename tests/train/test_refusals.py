@@ -156,7 +156,7 @@ MODELS = {
         ("models/recurrent_gemma", "'recurrent_gemma'"),
     ),
     "a module of mlx-lm that ends the program": Case(
-        f"recipe.yaml model.path=models/olmo {RANDOM}", ("models/olmo", "pip install ai2-olmo")
+        f"recipe.yaml model.path=models/olmo {RANDOM}", ("models/olmo", "hf_olmo, which is not installed")
     ),
     "packing with absolute positions": Case(
         "recipe.yaml model.path=models/positions model.init=random data.path=data/tokens.jsonl data.format=tokens "

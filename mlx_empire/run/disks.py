@@ -59,7 +59,7 @@ class Seen:
     reclaimable: int = 0
 
 
-def look(recipe: Recipe, rank: int, host: str, name: str) -> Seen:
+def disks_seen(recipe: Recipe, rank: int, host: str, name: str) -> Seen:
     """What `rank` would write to on the machine where this runs; `name`: the machine's, for people. Writes nothing."""
     root = checkpoint_folder(recipe, rank, host)
     others = tuple(_spot(path, host) for path in (recipe.run.dir, recipe.model.path, cache_folder()))
@@ -77,7 +77,7 @@ def planned_places(recipe: Recipe, nodes: Sequence[Node], own: str) -> Places:
     """Where a dry run's files would lie: as the hostfile says, and as seen on this machine (`own`: its name)."""
     return places_of(
         [
-            look(recipe, rank, own, node.name)
+            disks_seen(recipe, rank, own, node.name)
             if node.disk_bytes is None and is_this_machine(node.name, own)
             else assume(recipe, rank, node)
             for rank, node in enumerate(nodes)
@@ -179,7 +179,7 @@ def remedies(recipe: Recipe) -> str:
 
 
 def _all_seen(comm: Communicator, recipe: Recipe, nodes: Sequence[Node]) -> list[Seen]:
-    own = look(recipe, comm.rank, comm.hostname, nodes[comm.rank].name)
+    own = disks_seen(recipe, comm.rank, comm.hostname, nodes[comm.rank].name)
     return [_read(fields) for fields in comm.gather_json(_written(own))]
 
 

@@ -26,7 +26,7 @@ from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore
-from mlx_empire.engine.layers import LayerArguments, SlottedModel, refuse_sharing, separable
+from mlx_empire.model.layers import LayerArguments, SlottedModel, refuse_sharing, separable
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.step import StreamedStep

@@ -20,7 +20,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore
-from mlx_empire.engine.layers import LayerNoise, SlottedModel
+from mlx_empire.model.layers import LayerNoise, SlottedModel
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.numerics import GradientError, SpikeWatch, bad_weights, some_of
 from mlx_empire.engine.passes import Passes

@@ -72,6 +72,21 @@ class LayerPasses:
         """Bytes of the arrays that layers are given besides the hidden state (masks)."""
         return sum(a.nbytes for a in self._arguments.values())
 
+    def variant(self, unit: int) -> tuple[object, ...]:
+        """What tells layers with alike tensors apart: what they are given, and their switches."""
+        layer, given = self._layers[unit - 1], self._given[unit - 1]
+        kinds = [
+            (path, tuple(a.shape), str(a.dtype)) if isinstance(a, mx.array) else (path, str(a), "")
+            for path, a in tree_flatten([list(given.positional), given.keywords])
+        ]
+        switches = [
+            (path, name, value)
+            for path, module in layer.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, bool) and not name.startswith("_")
+        ]
+        return type(layer), tuple(kinds), tuple(switches)
+
     def forward(self, unit: int) -> Pass:
         """A layer's forward; the hidden state stays with the caller."""
         return Pass(self._graph([unit], [], [self._hidden], lambda x: [self._call(unit, x)]))

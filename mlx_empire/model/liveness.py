@@ -113,12 +113,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class Played:
-    """An evaluation: bytes beside the sources at its worst moment and after it; of the worst moment's, by array whose
-    buffer it was first, what is alive."""
+    """An evaluation: bytes beside the sources at its worst moment and after it; of the worst moment's what is alive,
+    by the array that was first in a buffer (-1: temporaries). `results`: the arrays that were first in the outputs'.
+    """
 
     peak: int
     after: int
     alive: Mapping[int, int]
+    results: frozenset[int]
 
 
 def play(
@@ -150,10 +152,11 @@ def play(
         for n in tape:
             _evaluate(memory, stream, graph.nodes[n])
         stream.finish()
-        if len(parts) > 1:
+        results = frozenset(memory.firsts[memory.views[a].buffer] for a in part)
+        if len(found) < len(parts) - 1:
             for array in part:
                 memory.release(array)
-        found.append(Played(memory.peak, memory.active, memory.alive_at_peak()))
+        found.append(Played(memory.peak, memory.active, memory.alive_at_peak(), results))
     return found
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
@@ -59,6 +59,11 @@ class LayerPasses:
             except UserError as error:
                 raise NotTraceable(str(error)) from None
         self._layers: list[nn.Module] = layers
+        self._places = {
+            t.name: _place(layer, t.name.removeprefix(f"{unit.name}."))
+            for unit, layer in zip(spec.units[1:], layers, strict=True)
+            for t in unit.tensors
+        }
         dtype = getattr(mx, spec.dtype)
         self._hidden = mx.zeros(hidden.shape, dtype)
         given = [a for _, a in tree_flatten([[g.positional, g.keywords] for g in self._given])]
@@ -144,7 +149,8 @@ class LayerPasses:
         return Pass(graph, frozenset(gradients), first)
 
     def _trained(self, units: Sequence[int]) -> list[TensorSpec]:
-        return [t for u in units for t in self._spec.units[u].tensors if t.trainable]
+        """In the order in which the engine differentiates: by unit, segment by segment."""
+        return [t for u in units for kind in ("trainable", "small") for t in self._spec.units[u].tensors if t.kind == kind]
 
     def _primals(self, units: Sequence[int]) -> tuple[list[TensorSpec], list[mx.array]]:
         """The tensors by which is differentiated, and summands of the experts' products where those stand in."""
@@ -187,26 +193,19 @@ class LayerPasses:
             return body(*arrays[:own])
 
         given = [*free, *held, *weights, *arguments, *taps]
-        with _in_peace(self._model, self._spec.name, self._layers):
-            return graph_of(run, given, range(len(free), len(given)))
+        before = [(container, key, container[key]) for container, key in (self._places[t.name] for t in tensors)]
+        try:
+            with _in_peace(self._model, self._spec.name):
+                return graph_of(run, given, range(len(free), len(given)))
+        finally:
+            for container, key, array in before:
+                container[key] = array
 
     def _bind(self, tensors: Sequence[TensorSpec], arrays: Arrays) -> None:
         for t, array in zip(tensors, arrays, strict=False):
             self._bound[t.name] = array
-        by_unit: dict[int, list[tuple[str, mx.array]]] = {}
-        for t in tensors:
-            unit = self._unit_of[t.name]
-            name = t.name.removeprefix(self._spec.units[unit].name + ".")
-            by_unit.setdefault(unit, []).append((name, self._bound[t.name]))
-        for unit, named in by_unit.items():
-            self._layers[unit - 1].update(tree_unflatten(named))
-
-    @property
-    def _unit_of(self) -> dict[str, int]:
-        found: dict[str, int] = self._spec.known.setdefault(
-            ("unit of",), {t.name: i for i, u in enumerate(self._spec.units) for t in u.tensors}
-        )
-        return found
+            container, key = self._places[t.name]
+            container[key] = array
 
     def _call(self, unit: int, hidden: mx.array) -> mx.array:
         given = self._given[unit - 1]
@@ -219,6 +218,15 @@ class LayerPasses:
         return output
 
 
+def _place(layer: nn.Module, name: str) -> tuple[Any, Any]:
+    """The container and key of a tensor by its dotted path."""
+    *path, last = name.split(".")
+    container: Any = layer
+    for part in path:
+        container = container[int(part)] if isinstance(container, list) else container[part]
+    return container, int(last) if isinstance(container, list) else last
+
+
 def _stacked(layer: nn.Module) -> Iterator[str]:
     """The names of a layer's stacked experts and of their adapters."""
     for path, module in layer.named_modules():
@@ -229,20 +237,17 @@ def _stacked(layer: nn.Module) -> Iterator[str]:
 
 
 @contextmanager
-def _in_peace(model: nn.Module, name: str, layers: Sequence[nn.Module] = ()) -> Iterator[list[nn.Module]]:
-    """The real layers of a model that may have slots in their place; layers, their arrays and randomness come back."""
+def _in_peace(model: nn.Module, name: str) -> Iterator[list[nn.Module]]:
+    """The real layers of a model that may have slots in their place; what was there and MLX's randomness come back."""
     owner, key, _ = find_layers(model, name)
     before, (high, low) = owner[key], mx.random.state[0].tolist()
     real = [layer.__dict__["_layer"] if type(layer) is Slot else layer for layer in before]
-    kept = [tree_flatten(layer.parameters()) for layer in layers]
     owner[key] = list(real)
     try:
         yield real
     finally:
         owner[key] = before
         mx.random.seed(high << 32 | low)
-        for layer, arrays in zip(layers, kept, strict=True):
-            layer.update(tree_unflatten(arrays))
 
 
 @dataclass

@@ -14,12 +14,12 @@ from typing import TypeVar
 
 from mlx_empire.model.layer_graph import NotTraceable
 from mlx_empire.model.layer_passes import LayerPasses, Pass
-from mlx_empire.model.liveness import TASKS_IN_BUNDLE, Graph, Played, play
+from mlx_empire.model.liveness import TASKS_IN_BUNDLE, Graph, Played, evaluations, play
 from mlx_empire.model.spec import ModelSpec, UnitSpec
 
 T = TypeVar("T")
 TRACED_TAIL = 4
-STARTS = range(0, TASKS_IN_BUNDLE, 2)  # an evaluation begins anywhere in a bundle of tasks: the worst counts
+STARTS = range(0, TASKS_IN_BUNDLE, 3)  # an evaluation begins anywhere in a bundle of tasks: the worst counts
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ class LayerCosts:
     def _worst(self, traced: Pass) -> list[Need]:
         """Of each evaluation its worst moment, and of all but the last also what stays."""
         graph = _without_scores(traced.graph, self._width) if self._linear else traced.graph
-        played = [play(graph, traced.first, bundled=start) for start in STARTS]
+        tapes = evaluations(graph, traced.first)
+        played = [play(graph, tapes, traced.first, bundled=start) for start in STARTS]
         found = []
         for evaluation in zip(*played, strict=True):
             found.append(self._need(traced, max(evaluation, key=lambda one: one.peak)))

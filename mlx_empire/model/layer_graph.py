@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from mlx_empire.errors import EmpireError
 from mlx_empire.model.liveness import Graph
-from mlx_empire.model.storage import Node, Shape
+from mlx_empire.model.storage import Primitive, Shape
 
 Arrays = Sequence[mx.array]
 Function = Callable[..., list[mx.array]]
@@ -122,7 +122,7 @@ def _joined(exported: _Exported, drawing: str, held: Sequence[int]) -> Graph:
             pairs += zip(side[node], (name for name, _, _ in maker[key]), strict=True)
     numbers = {name: n for n, name in enumerate(twins)}
     nodes = [
-        Node(*primitives[node], *(tuple(numbers[a] for a in side[node]) for side in (inputs, outputs)))
+        Primitive(*primitives[node], *(tuple(numbers[a] for a in side[node]) for side in (inputs, outputs)))
         for node in labels
     ]
     given = [numbers[f"i{i}"] for i in range(len(exported.inputs))]

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlx_empire.model.storage import Memory, Node, Shape, evaluate
+from mlx_empire.model.storage import Memory, Primitive, Shape, evaluate
 
 WIDTH = 20  # MLX_BFS_MAX_WIDTH
 TASKS_IN_BUNDLE, BUNDLES = 10, 10  # DISPATCHES_PER_TASK, MAX_ACTIVE_TASKS
@@ -31,7 +31,7 @@ class Graph:
 
     shapes: Sequence[Shape]
     items: Sequence[int]
-    nodes: Sequence[Node]
+    nodes: Sequence[Primitive]
     outputs: Sequence[int]
     given: Sequence[int]
     sources: Sequence[int]
@@ -123,18 +123,25 @@ class Played:
     results: frozenset[int]
 
 
-def play(
-    graph: Graph, first: int = 0, *, bundled: int = 0, donates: bool = True, shares: bool = True
-) -> list[Played]:
-    """Evaluate the graph's outputs, the `first` ones before all others: one `Played` for each evaluation.
+def evaluations(graph: Graph, first: int = 0) -> list[list[int]]:
+    """The nodes in order of one evaluation of all outputs, or of two: the `first` outputs before the others."""
+    found: list[list[int]] = []
+    for part in _parts(graph, first):
+        found.append(order(graph, part, {n for tape in found for n in tape}))
+    return found
 
-    Outputs of the first evaluation are dropped after it, if nothing reads them.
-    """
+
+def play(
+    graph: Graph,
+    tapes: Sequence[Sequence[int]],
+    first: int = 0,
+    *,
+    bundled: int = 0,
+    donates: bool = True,
+    shares: bool = True,
+) -> list[Played]:
+    """Play the `evaluations` of a graph: one `Played` for each. Outputs of the first of two are dropped after it."""
     memory = Memory(graph.shapes, graph.items, donates=donates, shares=shares)
-    parts = [graph.outputs[:first], graph.outputs[first:]] if first else [graph.outputs]
-    tapes: list[list[int]] = []
-    for part in parts:
-        tapes.append(order(graph, part, {n for tape in tapes for n in tape}))
     for array in graph.sources:
         memory.fresh(array)
     memory.begin()
@@ -146,21 +153,25 @@ def play(
     for array in graph.sources:  # whoever is not held is left to the graph
         memory.release(array)
     stream = Stream(memory, bundled)
-    found = []
-    for tape, part in zip(tapes, parts, strict=True):
+    found: list[Played] = []
+    for tape, part in zip(tapes, _parts(graph, first), strict=True):
         memory.begin()
         for n in tape:
             _evaluate(memory, stream, graph.nodes[n])
         stream.finish()
         results = frozenset(memory.firsts[memory.views[a].buffer] for a in part)
-        if len(found) < len(parts) - 1:
+        if len(found) < len(tapes) - 1:
             for array in part:
                 memory.release(array)
         found.append(Played(memory.peak, memory.active, memory.alive_at_peak(), results))
     return found
 
 
-def _evaluate(memory: Memory, stream: Stream, node: Node) -> None:
+def _parts(graph: Graph, first: int) -> list[Sequence[int]]:
+    return [graph.outputs[:first], graph.outputs[first:]] if first else [graph.outputs]
+
+
+def _evaluate(memory: Memory, stream: Stream, node: Primitive) -> None:
     done = evaluate(memory, node)
     own = memory.views[node.outputs[0]].buffer
     buffers = {memory.views[a].buffer for a in (*node.inputs, *node.outputs[1:])} - {own}

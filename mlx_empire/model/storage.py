@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 DONATION_EXTRA = 16384  # bytes that a donated buffer may be larger than the output
 
 
-class Node(NamedTuple):
+class Primitive(NamedTuple):
     """One primitive of a graph; arrays are numbers."""
 
     name: str
@@ -207,25 +207,25 @@ class Done(NamedTuple):
     temporaries: tuple[int, ...] = ()
 
 
-Rule = Callable[[Memory, Node], Done]
+Rule = Callable[[Memory, Primitive], Done]
 
 
 # ---- views
 
 
-def _same(m: Memory, node: Node) -> Done:
+def _same(m: Memory, node: Primitive) -> Done:
     for out, array in zip(node.outputs, node.inputs[-len(node.outputs) :], strict=True):
         m.same(out, array)
     return Done(0)
 
 
-def _depends(m: Memory, node: Node) -> Done:
+def _depends(m: Memory, node: Primitive) -> Done:
     for out, array in zip(node.outputs, node.inputs, strict=False):
         m.same(out, array)
     return Done(0)
 
 
-def _broadcast(m: Memory, node: Node) -> Done:
+def _broadcast(m: Memory, node: Primitive) -> Done:
     (out,), array = node.outputs, node.inputs[0]
     v, shape, full = m.views[array], m.shapes[array], m.shapes[out]
     strides = [0] * (len(full) - len(shape)) + [
@@ -237,7 +237,7 @@ def _broadcast(m: Memory, node: Node) -> Done:
     return Done(0)
 
 
-def _transpose(m: Memory, node: Node) -> Done:
+def _transpose(m: Memory, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v = m.views[array]
     strides = tuple(v.strides[axis] for axis in node.arguments[0])
@@ -249,7 +249,7 @@ def _transpose(m: Memory, node: Node) -> Done:
     return Done(0)
 
 
-def _expand(m: Memory, node: Node) -> Done:
+def _expand(m: Memory, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v = m.views[array]
     strides = list(v.strides)
@@ -259,7 +259,7 @@ def _expand(m: Memory, node: Node) -> Done:
     return Done(0)
 
 
-def _squeeze(m: Memory, node: Node) -> Done:
+def _squeeze(m: Memory, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v = m.views[array]
     strides = tuple(s for i, s in enumerate(v.strides) if i not in node.arguments[0])
@@ -267,7 +267,7 @@ def _squeeze(m: Memory, node: Node) -> Done:
     return Done(0)
 
 
-def _slice(m: Memory, node: Node) -> Done:
+def _slice(m: Memory, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v, shape = m.views[array], m.shapes[out]
     strides = tuple(s * step for s, step in zip(v.strides, node.arguments[2], strict=True))
@@ -277,7 +277,7 @@ def _slice(m: Memory, node: Node) -> Done:
     return Done(0)
 
 
-def _split(m: Memory, node: Node) -> Done:
+def _split(m: Memory, node: Primitive) -> Done:
     (array,) = node.inputs
     v = m.views[array]
     for out in node.outputs:
@@ -291,7 +291,7 @@ def _split(m: Memory, node: Node) -> Done:
     return Done(0)
 
 
-def _strided(m: Memory, node: Node) -> Done:
+def _strided(m: Memory, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     shape, strides = m.shapes[out], tuple(node.arguments[1])
     plain, rows, columns = contiguity(shape, strides)
@@ -300,7 +300,7 @@ def _strided(m: Memory, node: Node) -> Done:
     return Done(0)
 
 
-def _reshape(m: Memory, node: Node) -> Done:
+def _reshape(m: Memory, node: Primitive) -> Done:
     """A view where the strides allow it, else a copy."""
     (out,), array = node.outputs, node.inputs[0]
     v, shape = m.views[array], m.shapes[out]
@@ -341,7 +341,7 @@ def _reshaped(shape: Shape, strides: Shape, wanted: Shape) -> Shape | None:
     return tuple(found)
 
 
-def _view(m: Memory, node: Node) -> Done:
+def _view(m: Memory, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     if m.items[out] == m.items[array]:
         m.same(out, array)
@@ -357,13 +357,13 @@ def _view(m: Memory, node: Node) -> Done:
 # ---- element by element
 
 
-def _elementwise(m: Memory, node: Node) -> Done:
+def _elementwise(m: Memory, node: Primitive) -> Done:
     if len(node.inputs) == 1:
         return _unary(m, node)
     return _binary(m, node) if len(node.inputs) == 2 else _ternary(m, node)
 
 
-def _unary(m: Memory, node: Node) -> Done:
+def _unary(m: Memory, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     if not m.views[array].flags.contiguous:
         m.fresh(out)
@@ -374,7 +374,7 @@ def _unary(m: Memory, node: Node) -> Done:
     return Done(1)
 
 
-def _binary(m: Memory, node: Node) -> Done:
+def _binary(m: Memory, node: Primitive) -> Done:
     """Outputs as large as what the inputs span: one number for two numbers that are broadcast."""
     a, b = node.inputs
     va, vb = m.views[a], m.views[b]
@@ -397,7 +397,7 @@ def _binary(m: Memory, node: Node) -> Done:
     return Done(1)
 
 
-def _ternary(m: Memory, node: Node) -> Done:
+def _ternary(m: Memory, node: Primitive) -> Done:
     (out,) = node.outputs
     views = [m.views[x] for x in node.inputs]
     if all(v.size == 1 for v in views):
@@ -432,41 +432,41 @@ def _copied(m: Memory, out: int, array: int, *, vector: bool) -> int:
     return 1
 
 
-def _astype(m: Memory, node: Node) -> Done:
+def _astype(m: Memory, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     _copied(m, out, array, vector=m.views[array].flags.contiguous)
     return Done(1)  # also in a buffer that was taken: it has other numbers
 
 
-def _full(m: Memory, node: Node) -> Done:
+def _full(m: Memory, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v = m.views[array]
     return Done(_copied(m, out, array, vector=v.size != 1 and v.flags.contiguous))
 
 
-def _scatter(m: Memory, node: Node) -> Done:
+def _scatter(m: Memory, node: Primitive) -> Done:
     (out,), array = node.outputs, node.inputs[0]
     return Done(1 + _copied(m, out, array, vector=m.views[array].flags.rows))
 
 
-def _update(m: Memory, node: Node) -> Done:
+def _update(m: Memory, node: Primitive) -> Done:
     (out,), array = node.outputs, node.inputs[0]
     v = m.views[array]
     vector = v.size != 1 and v.flags.contiguous and v.size == math.prod(m.shapes[array])
     return Done(1 + _copied(m, out, array, vector=vector))
 
 
-def _sort(m: Memory, node: Node) -> Done:
+def _sort(m: Memory, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     return Done(1 + _copied(m, out, array, vector=m.views[array].flags.contiguous))
 
 
-def _concatenate(m: Memory, node: Node) -> Done:
+def _concatenate(m: Memory, node: Primitive) -> Done:
     m.fresh(node.outputs[0])
     return Done(len(node.inputs))
 
 
-def _pad(m: Memory, node: Node) -> Done:
+def _pad(m: Memory, node: Primitive) -> Done:
     m.fresh(node.outputs[0])
     return Done(2)
 
@@ -474,7 +474,7 @@ def _pad(m: Memory, node: Node) -> Done:
 # ---- reductions and products
 
 
-def _softmax(m: Memory, node: Node) -> Done:
+def _softmax(m: Memory, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v = m.views[array]
     if not (v.flags.contiguous and v.strides[-1] == 1):
@@ -487,7 +487,7 @@ def _softmax(m: Memory, node: Node) -> Done:
     return Done(1)
 
 
-def _needs_rows(m: Memory, node: Node) -> Done:
+def _needs_rows(m: Memory, node: Primitive) -> Done:
     """A copy of every input that is not in the order of rows."""
     temporaries = [_temporary(m, x) for x in node.inputs if not m.views[x].flags.rows]
     for out in node.outputs:
@@ -501,7 +501,7 @@ def _temporary(m: Memory, array: int) -> int:
     return buffer
 
 
-def _product(m: Memory, node: Node) -> Done:
+def _product(m: Memory, node: Primitive) -> Done:
     """A copy of every matrix that is neither in the order of rows nor in that of columns."""
     (out,), (a, b, *rest) = node.outputs, node.inputs
     tasks = 1
@@ -521,7 +521,7 @@ def _is_matrix(m: Memory, array: int, *, transposed: bool = True) -> bool:
     return transposed and by_row == 1 and by_column == rows
 
 
-def _packed_product(m: Memory, node: Node) -> Done:
+def _packed_product(m: Memory, node: Primitive) -> Done:
     """Of stacked packed matrices: last dimensions in the order of rows."""
     matrices = node.inputs[: len(node.inputs) - 2]
     temporaries = tuple(_temporary(m, x) for x in matrices if not _is_matrix(m, x, transposed=False))
@@ -529,7 +529,7 @@ def _packed_product(m: Memory, node: Node) -> Done:
     return Done(1 + len(temporaries), temporaries)
 
 
-def _convolution(m: Memory, node: Node) -> Done:
+def _convolution(m: Memory, node: Primitive) -> Done:
     """By explicit matrices where there is one spatial dimension and no dilation, else in place."""
     (out,), (array, weight) = node.outputs, node.inputs
     m.fresh(out)
@@ -554,7 +554,7 @@ def _convolution(m: Memory, node: Node) -> Done:
     return Done(2 + len(sizes), tuple(buffers))
 
 
-def _new(m: Memory, node: Node) -> Done:
+def _new(m: Memory, node: Primitive) -> Done:
     for out in node.outputs:
         m.fresh(out)
     return Done(1)
@@ -594,6 +594,6 @@ _RULES: dict[str, Rule] = {
 }
 
 
-def evaluate(memory: Memory, node: Node) -> Done:
+def evaluate(memory: Memory, node: Primitive) -> Done:
     """Give the outputs of a primitive their buffers; its inputs have theirs."""
     return _RULES.get(node.name, _new)(memory, node)

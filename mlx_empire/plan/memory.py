@@ -164,7 +164,7 @@ class StepBytes(Reader):
         if not kept:
             self._moment(now | {"logits chunk": self._logits})
         else:
-            before, moments = tail_costs(kept, self._spec, self._work, adds=not first)
+            before, moments = tail_costs(kept, self._spec, self._work, adds=self._adds(action))
             self._moment(now | {"un-recomputed tail": before, "logits chunk": self._logits})
             late = now | {"root gradients": now["root gradients"] + one}  # evaluated, and not yet added up
             for moment in moments:
@@ -179,7 +179,8 @@ class StepBytes(Reader):
         first = action.micro in self._first
         if not first and self._plan.world_size == 1:  # a copy, done before a second micro-batch
             self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
-        self._moment(layer_costs(self._spec.units[action.unit], self._spec, self._work, adds=not first))
+        unit = self._spec.units[action.unit]
+        self._moment(layer_costs(unit, self._spec, self._work, adds=self._adds(action)))
         if first:
             self._hold_cell(action.unit, "unit gradient sums")
 
@@ -187,6 +188,11 @@ class StepBytes(Reader):
         self._phase = "embed"
         sums = self._embed_bytes * self._wide * self._adds_up
         self._moment({"root gradients": 2 * self._embed_bytes + sums})
+
+    def _adds(self, action: Action) -> bool:
+        """Whether gradients are added to a sum; of a cell of several micro-batches those needs count, for they come
+        on top of the sum."""
+        return self.shape.cells[action.round] > 1
 
     # ---- sums
 

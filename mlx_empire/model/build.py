@@ -215,7 +215,7 @@ def describe(model: nn.Module, config: Mapping[str, Any], name: str, dtype: str)
         groups[unit].append(TensorSpec(path, tuple(array.shape), computes, path in trainable, bits, group))
     names = ["root", *(f"{prefix}.{i}" for i in range(count))]
     units = tuple(UnitSpec(n, tuple(g)) for n, g in zip(names, groups, strict=True))
-    return ModelSpec(name, str(config["model_type"]), dtype, units, dict(config))
+    return ModelSpec(name, str(config["model_type"]), dtype, units, dict(config), module=model)
 
 
 def _packing(module: nn.Module | None, path: str) -> tuple[int, int]:

@@ -95,7 +95,8 @@ class RootNames:
 class ModelSpec:
     """A model as numbers: its name, the family (mlx-lm's module), units and the configuration it came from.
 
-    `root_names`: what the scaled-down model showed of the root; None where nobody has asked it.
+    `root_names`: what the scaled-down model showed of the root; None where nobody has asked it. `module`: mlx-lm's, to
+    trace its layers; it may be in use.
     """
 
     name: str
@@ -104,6 +105,7 @@ class ModelSpec:
     units: tuple[UnitSpec, ...]
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     root_names: RootNames | None = field(default=None, repr=False, compare=False)
+    module: Any = field(default=None, repr=False, compare=False)
 
     @property
     def parameters(self) -> int:

@@ -1,15 +1,15 @@
-"""What one layer needs while it is run and differentiated: fitted, not counted.
+"""What one layer needs while it is run and differentiated, by the ledger's names.
 
-With W the bytes of what a layer's products read and write for one micro-batch, A those of one array of attention
-scores and G those of the layer's gradients, the peak of one layer's vjp is the larger of two moments:
+Derived from the layer itself where mlx-lm's module can be traced (`model.layer_costs`): its graph, MLX's order of
+evaluation and buffers, on a CPU. Where it cannot (a family that mlx-lm does not have) factors stand in that were fitted
+to measured peaks of others and lie above most: with W the bytes of what a layer's products read and write for one
+micro-batch, A those of one array of attention scores and G those of the layer's gradients, the peak of one layer's vjp
+is the larger of two moments:
 
     recompute x W + attention x A    (at the attention's backward)
     gradients x W + G                (at the end, when all gradients are there)
 
-and that of its forward is forward x W + scores x A. The recompute's factor is another one over a frozen base, where
-inputs that no weight's gradient needs go early. The factors were fitted by family to measured peaks (MLX 0.32, CPU,
-float32, hidden 256 and 512, widths 64 to 1,024), mostly within 2 %; families that were not measured take `OTHERS`,
-which is above most. On Metal, where causal attention without an array mask is linear, they are unmeasured.
+On Metal, where causal attention without an array mask is linear, both count no scores and are unmeasured.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from functools import wraps
 from typing import NamedTuple, TypeVar
 
 from mlx_empire.model.closed_forms import experts, is_stacked
+from mlx_empire.model.layer_costs import LayerCosts, Need
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.plan.workload import Workload
 
 
 class Fit(NamedTuple):
-    """The factors of one family; `kept` and `kept_scores` are what an un-recomputed layer keeps for its backward.
-
-    `adapted` is the recompute's factor over a frozen base; 0 where it was not measured.
-    """
+    """Factors; `kept` and `kept_scores` are what an un-recomputed layer keeps for its backward."""
 
     recompute: float
     attention: float
@@ -36,42 +34,28 @@ class Fit(NamedTuple):
     scores: float
     kept: float
     kept_scores: float
-    adapted: float = 0
 
 
-FITS = {
-    "llama": Fit(2.73, 3.17, 2.11, 1.07, 1.05, 1.44, 0.65, 2.78),
-    "qwen2": Fit(2.75, 3.17, 2.0, 1.07, 1.05, 1.6, 1.05),
-    "qwen3": Fit(2.94, 3.12, 2.01, 1.07, 1.05, 1.6, 1.05, 2.85),
-    "qwen3_moe": Fit(2.57, 3.22, 1.5, 0.97, 1.03, 1.33, 1.03, 2.05),
-    "mixtral": Fit(2.57, 3.17, 1.45, 0.97, 1.03, 1.33, 1.03, 2.0),
-    "gemma": Fit(2.87, 3.12, 1.87, 1.05, 1.05, 1.6, 1.05),
-    "gemma2": Fit(3.0, 4.3, 2.8, 1.21, 1.02, 1.8, 2.0, 2.1),
-    "gemma3_text": Fit(3.55, 3.03, 2.03, 1.16, 1.06, 1.6, 1.05),
-    "phi3": Fit(3.75, 3.13, 2.8, 1.42, 1.04, 1.61, 1.03, 4.1),
-    "gpt2": Fit(4.25, 3.17, 3.08, 1.4, 1.05, 1.6, 1.05),
-    "olmo2": Fit(3.12, 3.12, 1.92, 1.04, 1.06, 1.6, 1.05),
-    "cohere2": Fit(2.71, 3.17, 2.24, 0.9, 1.09, 1.6, 1.05),
-    "starcoder2": Fit(3.0, 3.17, 2.07, 1.0, 1.2, 1.6, 1.05),
-    "llama4": Fit(2.13, 3.17, 1.25, 0.87, 1.03, 1.1, 1.05),
-    "deepseek_v2": Fit(2.02, 3.17, 1.23, 0.82, 1.15, 1.1, 1.1),
-    "deepseek_v3": Fit(2.15, 4.12, 1.27, 0.82, 2.0, 1.08, 1.12),
-    "gpt_oss": Fit(2.21, 6.16, 1.3, 1.0, 3.05, 1.3, 2.0),
-    "mamba2": Fit(10.0, 0.0, 8.5, 5.2, 0.0, 6.0, 0.0, 8.8),
-}
-OTHERS = Fit(3.2, 3.3, 2.3, 1.3, 1.1, 1.7, 1.1)
+FITTED = Fit(3.2, 3.3, 2.3, 1.3, 1.1, 1.7, 1.1)
 # Families whose layers get "causal" for a mask and no array, so that Metal's fused attention takes them.
 PLAINLY_CAUSAL = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "phi3", "olmo2", "starcoder2")
-SCAN = 3.6  # arrays of a chunk's decays, positions x positions x heads, alive in one layer's vjp
-SCAN_CHUNK = 256  # positions that mlx-lm's state-space layers take at a time
 ADAPTED_FORWARD = 1.1  # more in the forward with adapters
-DORA, DORA_KEPT = 0.05, 0.5  # more of W in the recompute and kept, because DoRA scales what a matrix gives
-NORM_COPIES = 2.0  # of an adapted matrix in fp32, while DoRA takes its rows' norms
 
 
-def fit_of(spec: ModelSpec) -> Fit:
-    """The factors of the model's family."""
-    return FITS.get(spec.family, OTHERS)
+def costs_of(spec: ModelSpec, work: Workload) -> LayerCosts:
+    """The costs of the model's layers on such micro-batches, traced where they can be."""
+    linear = needs_no_scores(spec, work)
+    question = "layer costs", work.micro_size, work.width, linear
+    if question not in spec.known:
+        spec.known[question] = LayerCosts(spec, work.micro_size, work.width, linear=linear)
+    found: LayerCosts = spec.known[question]
+    return found
+
+
+def needs_no_scores(spec: ModelSpec, work: Workload) -> bool:
+    """Whether attention is taken by a kernel that makes no scores."""
+    sliding = spec.text_config.get("sliding_window")
+    return work.linear_attention and spec.family in PLAINLY_CAUSAL and not sliding
 
 
 def hidden_bytes(spec: ModelSpec, work: Workload) -> int:
@@ -99,63 +83,76 @@ def once(
     return answer
 
 
-@once
-def layer_costs(unit: UnitSpec, spec: ModelSpec, work: Workload) -> dict[str, int]:
-    """What one layer's vjp for one micro-batch needs at its worst moment, its gradients included, by name."""
-    fit, widths = fit_of(spec), width_bytes(unit, spec, work)
-    scores, scan = _scores_in(unit, spec, work), scan_bytes(unit, spec, work)
-    gradients, _ = gradient_bytes(unit, spec, work)
-    norms = norm_bytes(unit)
-    recompute = fit.adapted if fit.adapted and _is_adapted(unit) else fit.recompute
-    during = {
-        "one layer's recompute": int((recompute + (DORA if norms else 0)) * widths),
-        "attention": int(fit.attention * scores),
-        "state-space scan": scan,
-        "DoRA norms": norms // 2,  # one of the two copies is gone by then
-    }
-    after = {"one layer's recompute": int(fit.gradients * widths), "one unit's gradients": gradients}
-    return max(during, after, key=lambda items: sum(items.values()))
+def layer_costs(unit: UnitSpec, spec: ModelSpec, work: Workload, *, adds: bool) -> dict[str, int]:
+    """What one layer's vjp for one micro-batch needs at its worst moment, its gradients included, by name.
+
+    `adds`: the gradients are added to a sum that is held already.
+    """
+    need = costs_of(spec, work).backward(unit, adds=adds)
+    if need is None:
+        return _fitted_costs(unit, spec, work)
+    return _named(need, "one layer's recompute", "one unit's gradients")
 
 
-@once
 def forward_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
-    """Peak of one layer's forward for one micro-batch."""
-    fit = fit_of(spec)
-    factor = fit.forward * (ADAPTED_FORWARD if _is_adapted(unit) else 1)
-    scores = fit.scores * _scores_in(unit, spec, work)
-    return int(factor * width_bytes(unit, spec, work) + scores) + scan_bytes(unit, spec, work) // 2
-
-
-@once
-def kept_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
-    """What an un-recomputed layer keeps of its forward for its backward, for one micro-batch."""
-    fit = fit_of(spec)
-    scores = fit.kept_scores * _scores_in(unit, spec, work)
-    norms = norm_bytes(unit)
-    kept = fit.kept + (DORA_KEPT if norms else 0)
-    return int(kept * width_bytes(unit, spec, work) + scores) + scan_bytes(unit, spec, work) // 2 + norms
+    """Peak of one layer's forward for one micro-batch, its output included."""
+    need = costs_of(spec, work).forward(unit)
+    if need is not None:
+        return need.whole
+    factor = FITTED.forward * (ADAPTED_FORWARD if _is_adapted(unit) else 1)
+    scores = FITTED.scores * _scores_in(unit, spec, work)
+    return int(factor * width_bytes(unit, spec, work) + scores) + hidden_bytes(spec, work)
 
 
 def tail_costs(
-    units: Sequence[UnitSpec], spec: ModelSpec, work: Workload
-) -> tuple[int, dict[str, int], dict[str, int]]:
-    """Bytes that the un-recomputed tail keeps of its forward for one micro-batch, and what it needs, by name, at the
-    start and at the end of its backward.
-
-    MLX computes the cotangents of all its layers before the weights' gradients, so those appear late and together.
+    units: Sequence[UnitSpec], spec: ModelSpec, work: Workload, *, adds: bool
+) -> tuple[int, list[dict[str, int]]]:
+    """Bytes that the un-recomputed tail needs of its forward while the head runs, and what its backward needs, by name,
+    at each moment that may be the worst.
     """
     if not units:
-        return 0, {}, {}
-    kept = [kept_bytes(u, spec, work) for u in units]
-    dearest = max((layer_costs(u, spec, work) for u in units), key=lambda items: sum(items.values()))
-    start = {"un-recomputed tail": sum(kept) - min(kept), **dearest}
-    gradients, stacked = zip(*(gradient_bytes(u, spec, work) for u in units), strict=True)
-    rest = int(fit_of(spec).gradients * width_bytes(units[-1], spec, work))
-    end = {
-        "un-recomputed tail": rest,
-        "tail gradients": sum(gradients) + max(stacked) * (len(units) > 1),
+        return 0, []
+    need = costs_of(spec, work).tail(units, adds=adds)
+    if need is None:
+        return _fitted_tail(units, spec, work)
+    kept = need.kept.whole
+    backward = _named(need.backward, "un-recomputed tail", "tail gradients")
+    return kept, [_named(need.forward, "un-recomputed tail", "tail gradients"), backward]
+
+
+def _named(need: Need, rest: str, gradients: str) -> dict[str, int]:
+    """A need by the ledger's names; what went of the layer's own inputs lessens the rest."""
+    known = need.scores + need.gradients
+    return {rest: need.whole - known, "attention": need.scores, gradients: need.gradients}
+
+
+@once
+def _fitted_costs(unit: UnitSpec, spec: ModelSpec, work: Workload) -> dict[str, int]:
+    widths, scores = width_bytes(unit, spec, work), _scores_in(unit, spec, work)
+    during = {
+        "one layer's recompute": int(FITTED.recompute * widths),
+        "attention": int(FITTED.attention * scores),
     }
-    return sum(kept), start, end
+    after = {
+        "one layer's recompute": int(FITTED.gradients * widths),
+        "one unit's gradients": gradient_bytes(unit, spec, work)[0],
+    }
+    return max(during, after, key=lambda items: sum(items.values()))
+
+
+def _fitted_tail(
+    units: Sequence[UnitSpec], spec: ModelSpec, work: Workload
+) -> tuple[int, list[dict[str, int]]]:
+    """MLX computes the cotangents of all its layers before the weights' gradients, so those come late and together."""
+    kept = [
+        int(FITTED.kept * width_bytes(u, spec, work) + FITTED.kept_scores * _scores_in(u, spec, work))
+        for u in units
+    ]
+    dearest = max((_fitted_costs(u, spec, work) for u in units), key=lambda items: sum(items.values()))
+    gradients, stacked = zip(*(gradient_bytes(u, spec, work) for u in units), strict=True)
+    rest = int(FITTED.gradients * width_bytes(units[-1], spec, work))
+    end = {"un-recomputed tail": rest, "tail gradients": sum(gradients) + max(stacked) * (len(units) > 1)}
+    return sum(kept), [{"un-recomputed tail": sum(kept) - min(kept), **dearest}, end]
 
 
 @once
@@ -190,35 +187,10 @@ def activation_width(tensor: TensorSpec, spec: ModelSpec) -> int:
 def attention_scores(spec: ModelSpec, work: Workload) -> int:
     """Bytes of one array of a layer's attention scores for one micro-batch; 0 where none is made."""
     text = spec.text_config
-    if work.linear_attention and spec.family in PLAINLY_CAUSAL and not text.get("sliding_window"):
+    if needs_no_scores(spec, work):
         return 0
     heads = int(text.get("num_attention_heads") or text.get("n_head") or 0)
     return heads * work.micro_size * work.width**2 * ITEM_BYTES[spec.dtype]
-
-
-def scan_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
-    """Bytes of a state-space layer's scan in its vjp: the decays within chunks, and the states between them.
-
-    After the first chunk mlx-lm multiplies the state, broadcast over a chunk's positions, with every one of them.
-    """
-    if not any(t.name.endswith(("A_log", "A_logs")) for t in unit.tensors):
-        return 0
-    text = spec.text_config
-    heads, head = _number(text, "num_heads", "mamba_num_heads"), _number(text, "head_dim", "mamba_head_dim")
-    state = _number(text, "state_size", "ssm_state_size", "mamba_d_state")
-    whole, rest = divmod(work.width, SCAN_CHUNK)
-    decays = SCAN * heads * work.micro_size * (whole * SCAN_CHUNK**2 + rest**2)
-    later = max(
-        min(work.width - SCAN_CHUNK, work.width // 2), 0
-    )  # positions after the first chunk, as measured
-    states = work.micro_size * later * heads * head * state
-    return int(4 * (decays + states))
-
-
-def norm_bytes(unit: UnitSpec) -> int:
-    """Bytes that DoRA needs to take the norms of the rows of a layer's largest adapted matrix; 0 without DoRA."""
-    named = {f"{t.name.removesuffix('.m')}.linear.weight" for t in unit.tensors if t.name.endswith(".m")}
-    return int(NORM_COPIES * 4 * max((t.size for t in unit.tensors if t.name in named), default=0))
 
 
 @once
@@ -240,8 +212,3 @@ def _is_adapted(unit: UnitSpec) -> bool:
 def _scores_in(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
     attends = any("attn" in t.name or "attention" in t.name for t in unit.tensors)
     return attention_scores(spec, work) if attends else 0
-
-
-def _number(text: object, *keys: str) -> int:
-    assert hasattr(text, "get")
-    return next((int(text.get(k)) for k in keys if text.get(k)), 0)

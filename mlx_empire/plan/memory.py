@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from mlx_empire.model.closed_forms import root_use
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
-from mlx_empire.plan.activations import forward_bytes, hidden_bytes, layer_costs, tail_costs
+from mlx_empire.plan.activations import costs_of, forward_bytes, hidden_bytes, layer_costs, tail_costs
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
 from mlx_empire.plan.schedule import Action, Reader, folded_step
 from mlx_empire.plan.shards import Segment, ShardPlan, Unit
@@ -67,7 +67,7 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         "adapters": adapters,
         **states,
         "exchange buffers": staging,
-        "MLX base": BASE,
+        "MLX base": BASE + costs_of(spec, work).argument_bytes,
         "allocator margin": ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
     }
     step = StepBytes(spec, plan, work, rank, state_bytes)
@@ -150,11 +150,7 @@ class StepBytes(Reader):
         kept = self._hidden if action.unit >= self.shape.lowest else 0
         self._hold("layer inputs", kept * (action.times - 1))
         unit = self._spec.units[action.unit]
-        now = {
-            "one layer's forward": forward_bytes(unit, self._spec, self._work),
-            "layer inputs": self._hidden,
-        }
-        self._moment(now)
+        self._moment({"one layer's forward": forward_bytes(unit, self._spec, self._work)})
         self._hold("layer inputs", kept)
 
     def head(self, action: Action) -> None:
@@ -168,11 +164,11 @@ class StepBytes(Reader):
         if not kept:
             self._moment(now | {"logits chunk": self._logits})
         else:
-            before, start, end = tail_costs(kept, self._spec, self._work)
+            before, moments = tail_costs(kept, self._spec, self._work, adds=self._adds(action))
             self._moment(now | {"un-recomputed tail": before, "logits chunk": self._logits})
             late = now | {"root gradients": now["root gradients"] + one}  # evaluated, and not yet added up
-            self._moment(late | start)
-            self._moment((now if self._adds_up else late) | end)
+            for moment in moments:
+                self._moment(late | moment)
         if first:
             self._hold("root gradients", self._head_sum * action.times)
             for u in range(self.shape.boundary + 1, self.shape.layers + 1):
@@ -183,7 +179,8 @@ class StepBytes(Reader):
         first = action.micro in self._first
         if not first and self._plan.world_size == 1:  # a copy, done before a second micro-batch
             self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
-        self._moment(layer_costs(self._spec.units[action.unit], self._spec, self._work))
+        unit = self._spec.units[action.unit]
+        self._moment(layer_costs(unit, self._spec, self._work, adds=self._adds(action)))
         if first:
             self._hold_cell(action.unit, "unit gradient sums")
 
@@ -191,6 +188,11 @@ class StepBytes(Reader):
         self._phase = "embed"
         sums = self._embed_bytes * self._wide * self._adds_up
         self._moment({"root gradients": 2 * self._embed_bytes + sums})
+
+    def _adds(self, action: Action) -> bool:
+        """Whether gradients are added to a sum; of a cell of several micro-batches those needs count, for they come
+        on top of the sum."""
+        return self.shape.cells[action.round] > 1
 
     # ---- sums
 

@@ -20,7 +20,7 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.layers import SlottedModel
+from mlx_empire.model.layers import SlottedModel
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.memory import ledger
 from mlx_empire.plan.workload import chunk_tokens

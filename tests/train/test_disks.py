@@ -18,7 +18,7 @@ from mlx_empire.model.target import planned_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.resolve import resolve
 from mlx_empire.recipe.load import load_recipe
-from mlx_empire.run.disks import ledgers_of, disks_seen, places_of, planned_places, what_else
+from mlx_empire.run.disks import disks_seen, ledgers_of, places_of, planned_places, what_else
 
 WITHIN = 0.03  # of what is predicted, and what is small beside weights
 SHORT = ["run.steps=3", "run.save_every=1", "run.eval_every=null"]

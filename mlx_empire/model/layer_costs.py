@@ -1,0 +1,159 @@
+"""What running and differentiating a layer needs in bytes: its graphs are traced once and played without an array.
+
+A layer's costs depend on its tensors (`UnitSpec.kind`), on what the model gives it besides the hidden state, on its
+switches (a layer without rotary positions) and on the micro-batch's shape. Layers that are alike in these are traced
+once. A long tail of un-recomputed layers is traced up to `TRACED_TAIL` layers and continued by what the last of them
+added. Where MLX does not tell a graph there are no costs, and the plan takes what was fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from mlx_empire.model.layer_graph import NotTraceable
+from mlx_empire.model.layer_passes import LayerPasses, Pass
+from mlx_empire.model.liveness import TASKS_IN_BUNDLE, Graph, Played, evaluations, play
+from mlx_empire.model.spec import ModelSpec, UnitSpec
+
+T = TypeVar("T")
+TRACED_TAIL = 4
+STARTS = range(0, TASKS_IN_BUNDLE, 3)  # an evaluation begins anywhere in a bundle of tasks: the worst counts
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at a worst moment beside what was there before: all, and of them attention scores and gradients."""
+
+    whole: int
+    scores: int = 0
+    gradients: int = 0
+
+    def __add__(self, other: Need) -> Need:
+        return Need(*(a + b for a, b in zip(self._parts, other._parts, strict=True)))
+
+    def more_than(self, other: Need) -> Need:
+        """The difference."""
+        return Need(*(a - b for a, b in zip(self._parts, other._parts, strict=True)))
+
+    @property
+    def _parts(self) -> tuple[int, int, int]:
+        return self.whole, self.scores, self.gradients
+
+
+@dataclass(frozen=True)
+class TailNeed:
+    """Of an un-recomputed tail: its forward, what it keeps until its backward, and its backward (all of it)."""
+
+    forward: Need
+    kept: Need
+    backward: Need
+
+    def __add__(self, other: TailNeed) -> TailNeed:
+        return TailNeed(self.forward + other.forward, self.kept + other.kept, self.backward + other.backward)
+
+    def more_than(self, other: TailNeed) -> TailNeed:
+        """The difference."""
+        return TailNeed(
+            self.forward.more_than(other.forward),
+            self.kept.more_than(other.kept),
+            self.backward.more_than(other.backward),
+        )
+
+
+class LayerCosts:
+    """The needs of a model's layers on micro-batches of (rows, width).
+
+    `linear`: attention scores are never made (kernels that work block by block), so they count nothing. Methods return
+    None where the layers cannot be traced. `adds`: gradients are added to sums in fp32 that are there.
+    """
+
+    def __init__(self, spec: ModelSpec, rows: int, width: int, *, linear: bool) -> None:
+        self._spec, self._width, self._linear = spec, width, linear
+        self._known: dict[tuple[object, ...], object] = {}
+        try:
+            self._passes: LayerPasses | None = LayerPasses(spec, rows, width)
+        except NotTraceable:
+            self._passes = None
+        # By identity of a unit its number; alike layers have the number of the first of them.
+        self._numbers: dict[int, int] = {}
+        firsts: dict[tuple[object, ...], int] = {}
+        for n, unit in enumerate(spec.units[1:], 1):
+            kind = unit.kind, self._passes.variant(n) if self._passes else None
+            self._numbers[id(unit)] = firsts.setdefault(kind, n)
+
+    @property
+    def derived(self) -> bool:
+        """Whether layers can be traced."""
+        return self._passes is not None
+
+    @property
+    def argument_bytes(self) -> int:
+        """Bytes of the masks that layers are given."""
+        return self._passes.argument_bytes if self._passes else 0
+
+    def forward(self, unit: UnitSpec) -> Need | None:
+        """One layer's forward, its output included."""
+        n = self._numbers[id(unit)]
+        return self._once(("forward", n), lambda p: self._worst(p.forward(n))[-1])
+
+    def backward(self, unit: UnitSpec, *, adds: bool) -> Need | None:
+        """One layer's vjp, which recomputes it."""
+        n = self._numbers[id(unit)]
+        return self._once(("backward", n, adds), lambda p: self._worst(p.backward(n, adds=adds))[-1])
+
+    def tail(self, units: Sequence[UnitSpec], *, adds: bool) -> TailNeed | None:
+        """The vjp of layers that are not recomputed; their output is evaluated before."""
+        numbers = tuple(self._numbers[id(u)] for u in units)
+        need = self._tail(numbers[-TRACED_TAIL:], adds)
+        for n in numbers[:-TRACED_TAIL]:
+            more, fewer = (self._tail((n,) * k, adds) for k in (TRACED_TAIL, TRACED_TAIL - 1))
+            if need is None or more is None or fewer is None:
+                return None
+            need = need + more.more_than(fewer)
+        return need
+
+    def _tail(self, numbers: tuple[int, ...], adds: bool) -> TailNeed | None:
+        def ask(passes: LayerPasses) -> TailNeed:
+            forward, kept, backward = self._worst(passes.tail(numbers, adds=adds))
+            return TailNeed(forward, kept, backward)
+
+        return self._once(("tail", numbers, adds), ask)
+
+    def _once(self, question: tuple[object, ...], ask: Callable[[LayerPasses], T]) -> T | None:
+        if self._passes is None:
+            return None
+        if question not in self._known:
+            try:
+                self._known[question] = ask(self._passes)
+            except NotTraceable:
+                self._passes = None
+                return None
+        return self._known[question]  # type: ignore[return-value]
+
+    def _worst(self, traced: Pass) -> list[Need]:
+        """Of each evaluation its worst moment, and of all but the last also what stays."""
+        graph = _without_scores(traced.graph, self._width) if self._linear else traced.graph
+        tapes = evaluations(graph, traced.first)
+        played = [play(graph, tapes, traced.first, bundled=start) for start in STARTS]
+        found = []
+        for evaluation in zip(*played, strict=True):
+            found.append(self._need(traced, max(evaluation, key=lambda one: one.peak)))
+            found.append(Need(evaluation[0].after))
+        return found[:-1]
+
+    def _need(self, traced: Pass, one: Played) -> Need:
+        graph = traced.graph
+        scores = sum(n for a, n in one.alive.items() if a >= 0 and _is_score(graph.shapes[a], self._width))
+        gradients = sum(n for a, n in one.alive.items() if a in one.results and traced.gradients)
+        return Need(one.peak, scores, gradients)
+
+
+def _is_score(shape: Sequence[int], width: int) -> bool:
+    return len(shape) >= 4 and tuple(shape[-2:]) == (width, width)
+
+
+def _without_scores(graph: Graph, width: int) -> Graph:
+    items = [0 if _is_score(s, width) else n for s, n in zip(graph.shapes, graph.items, strict=True)]
+    return replace(graph, items=items)

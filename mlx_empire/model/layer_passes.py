@@ -1,0 +1,346 @@
+"""The passes of a model's layers, traced as the engine runs them: forward, vjp, and the vjp of an un-recomputed tail.
+
+Layers are called on arrays without data in the dtypes that the specification names, with the arguments that the model
+gives them (`layers.SlottedModel`). The module may be in use: its arrays, its list of layers and MLX's random state are
+put back.
+
+`mx.export_function` has no word for one primitive, the gradient of stacked experts by sorted tokens (SegmentedMM). There
+a product of the same inputs and output stands in: the experts' products get a summand, whose cotangent is theirs, and
+the summand is taken out of the graph again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.tuner.lora import LoRASwitchLinear
+
+from mlx_empire.errors import UserError
+from mlx_empire.model.build import find_layers
+from mlx_empire.model.layer_graph import NotTraceable, graph_of
+from mlx_empire.model.layers import Slot, SlottedModel, hidden_of
+from mlx_empire.model.liveness import Graph
+from mlx_empire.model.spec import ModelSpec, TensorSpec
+
+Arrays = Sequence[mx.array]
+Body = Callable[..., list[mx.array]]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A graph, the arrays of it that are gradients, and how many outputs are evaluated before all others."""
+
+    graph: Graph
+    gradients: frozenset[int] = frozenset()
+    first: int = 0
+
+
+class LayerPasses:
+    """The layers of a described model, on micro-batches of (rows, width). NotTraceable where they cannot be run so.
+
+    Units are numbered as in the specification, from 1.
+    """
+
+    def __init__(self, spec: ModelSpec, rows: int, width: int) -> None:
+        if spec.module is None:
+            raise NotTraceable("there is no module to trace")
+        self._spec, self._model = spec, spec.module
+        with _in_peace(self._model, spec.name) as layers:
+            slotted = SlottedModel(self._model, spec.name)
+            try:
+                hidden, self._given = slotted.capture(mx.zeros((rows, width), mx.int32))
+            except UserError as error:
+                raise NotTraceable(str(error)) from None
+        self._layers: list[nn.Module] = layers
+        self._places = {
+            t.name: _place(layer, t.name.removeprefix(f"{unit.name}."))
+            for unit, layer in zip(spec.units[1:], layers, strict=True)
+            for t in unit.tensors
+        }
+        dtype = getattr(mx, spec.dtype)
+        self._hidden = mx.zeros(hidden.shape, dtype)
+        given = [a for _, a in tree_flatten([[g.positional, g.keywords] for g in self._given])]
+        self._arguments = {id(a): a for a in given if isinstance(a, mx.array)}
+        self._now: dict[int, mx.array] = {}  # by id of an argument what stands for it
+        self._bound: dict[str, mx.array] = {}
+        self._experts = _Experts()
+
+    @property
+    def argument_bytes(self) -> int:
+        """Bytes of the arrays that layers are given besides the hidden state (masks)."""
+        return sum(a.nbytes for a in self._arguments.values())
+
+    def variant(self, unit: int) -> tuple[object, ...]:
+        """What tells layers with alike tensors apart: what they are given, and their switches."""
+        layer, given = self._layers[unit - 1], self._given[unit - 1]
+        kinds = [
+            (path, tuple(a.shape), str(a.dtype)) if isinstance(a, mx.array) else (path, str(a), "")
+            for path, a in tree_flatten([list(given.positional), given.keywords])
+        ]
+        switches = [
+            (path, name, value)
+            for path, module in layer.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, bool) and not name.startswith("_")
+        ]
+        return type(layer), tuple(kinds), tuple(switches)
+
+    def forward(self, unit: int) -> Pass:
+        """A layer's forward; the hidden state stays with the caller."""
+        return Pass(self._graph([unit], [], [self._hidden], lambda x: [self._call(unit, x)]))
+
+    def backward(self, unit: int, *, adds: bool) -> Pass:
+        """A layer's vjp; `adds`: its gradients are added to sums in fp32 that are there."""
+
+        def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
+            def run(*arrays: mx.array) -> list[mx.array]:
+                self._experts.begin(arrays[len(trained) + 1 :])
+                self._bind(trained, arrays)
+                return [self._call(unit, arrays[len(trained)])]
+
+            trained, taps = self._primals([unit])
+            primals = [*(self._bound[t.name] for t in trained), hidden, *taps]
+            _, found = mx.vjp(run, primals, [cotangent])
+            return [found[len(trained)], *self._added(sums, [unit], trained, found)]
+
+        return self._differentiated([unit], body, adds=adds)
+
+    def tail(self, units: Sequence[int], *, adds: bool) -> Pass:
+        """The vjp of layers that are not recomputed, in order; the last one's output is evaluated first."""
+
+        def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
+            def run(*arrays: mx.array) -> tuple[mx.array, mx.array]:
+                self._experts.begin(arrays[len(trained) + 1 :])
+                self._bind(trained, arrays)
+                state = arrays[len(trained)]
+                for unit in units:
+                    state = self._call(unit, state)
+                return (state * cotangent).sum(), mx.stop_gradient(state)
+
+            trained, taps = self._primals(units)
+            primals = [*(self._bound[t.name] for t in trained), hidden, *taps]
+            (_, last), found = mx.value_and_grad(run, argnums=tuple(range(len(primals))))(*primals)
+            return [last, found[len(trained)], *self._added(sums, units, trained, found)]
+
+        return self._differentiated(units, body, adds=adds, first=1)
+
+    # ---- what is differentiated
+
+    def _differentiated(self, units: Sequence[int], body: Body, *, adds: bool, first: int = 0) -> Pass:
+        trained = self._trained(units)
+        free = [self._hidden, self._hidden, *(mx.zeros(t.shape) for t in trained if adds)]
+        try:
+            graph = self._graph(units, free, [], body)
+        except NotTraceable as error:
+            if "SegmentedMM" not in str(error):
+                raise
+            with self._experts.standing_in():
+                for unit in units:
+                    self._graph([unit], [], [self._hidden], lambda x, unit=unit: [self._call(unit, x)])
+                graph = self._experts.taken_out(self._graph(units, free, [], body))
+        gradients = graph.outputs[len(graph.outputs) - len(trained) :]
+        return Pass(graph, frozenset(gradients), first)
+
+    def _trained(self, units: Sequence[int]) -> list[TensorSpec]:
+        """In the order in which the engine differentiates: by unit, segment by segment."""
+        return [
+            t
+            for u in units
+            for kind in ("trainable", "small")
+            for t in self._spec.units[u].tensors
+            if t.kind == kind
+        ]
+
+    def _primals(self, units: Sequence[int]) -> tuple[list[TensorSpec], list[mx.array]]:
+        """The tensors by which is differentiated, and summands of the experts' products where those stand in."""
+        trained = self._trained(units)
+        if not self._experts.stand_in:
+            return trained, []
+        stacked = {f"{self._spec.units[u].name}.{n}" for u in units for n in _stacked(self._layers[u - 1])}
+        for t in trained:
+            if t.name in stacked:
+                self._bind([t], [mx.stop_gradient(self._bound[t.name])])
+        return [t for t in trained if t.name not in stacked], self._experts.summands()
+
+    def _added(
+        self, sums: Arrays, units: Sequence[int], trained: Sequence[TensorSpec], found: Sequence[mx.array]
+    ) -> list[mx.array]:
+        """The gradients of all trained tensors, added to `sums` where there are any."""
+        by_name = dict(zip((t.name for t in trained), found, strict=False))
+        cotangents = found[len(trained) + 1 :]
+        missing = [t for t in self._trained(units) if t.name not in by_name]
+        by_name |= self._experts.gradients(missing, cotangents)
+        gradients = [by_name[t.name] for t in self._trained(units)]
+        if not sums:
+            return gradients
+        return [a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(sums, gradients, strict=True)]
+
+    # ---- layers
+
+    def _graph(self, units: Sequence[int], free: Arrays, held: Arrays, body: Body) -> Graph:
+        """The graph of `body(*free, *held)`. Also held are the layers' tensors and what they are given."""
+        tensors = [t for u in units for t in self._spec.units[u].tensors]
+        weights = [mx.zeros(t.shape, getattr(mx, t.dtype)) for t in tensors]
+        arguments, own = list(self._arguments.values()), len(free) + len(held)
+        taps = self._experts.placeholders()
+
+        def run(*arrays: mx.array) -> list[mx.array]:
+            self._bind(tensors, arrays[own:])
+            rest = arrays[own + len(tensors) :]
+            self._now = dict(zip(self._arguments, rest, strict=False))
+            self._experts.begin(arrays[len(arrays) - len(taps) :])
+            return body(*arrays[:own])
+
+        given = [*free, *held, *weights, *arguments, *taps]
+        before = [
+            (container, key, container[key]) for container, key in (self._places[t.name] for t in tensors)
+        ]
+        try:
+            with _in_peace(self._model, self._spec.name):
+                return graph_of(run, given, range(len(free), len(given)))
+        finally:
+            for container, key, array in before:
+                container[key] = array
+
+    def _bind(self, tensors: Sequence[TensorSpec], arrays: Arrays) -> None:
+        for t, array in zip(tensors, arrays, strict=False):
+            self._bound[t.name] = array
+            container, key = self._places[t.name]
+            container[key] = array
+
+    def _call(self, unit: int, hidden: mx.array) -> mx.array:
+        given = self._given[unit - 1]
+        positional, keywords = tree_map(
+            lambda a: self._now.get(id(a), a), [list(given.positional), given.keywords]
+        )
+        output = hidden_of(self._layers[unit - 1](hidden, *positional, **keywords))
+        if not isinstance(output, mx.array):
+            raise NotTraceable(f"a layer returns {type(output).__name__}")
+        return output
+
+
+def _place(layer: nn.Module, name: str) -> tuple[Any, Any]:
+    """The container and key of a tensor by its dotted path."""
+    *path, last = name.split(".")
+    container: Any = layer
+    for part in path:
+        container = container[int(part)] if isinstance(container, list) else container[part]
+    return container, int(last) if isinstance(container, list) else last
+
+
+def _stacked(layer: nn.Module) -> Iterator[str]:
+    """The names of a layer's stacked experts and of their adapters."""
+    for path, module in layer.named_modules():
+        if isinstance(module, SwitchLinear):
+            yield f"{path}.weight"
+        elif isinstance(module, LoRASwitchLinear):
+            yield from (f"{path}.lora_a", f"{path}.lora_b")
+
+
+@contextmanager
+def _in_peace(model: nn.Module, name: str) -> Iterator[list[nn.Module]]:
+    """The real layers of a model that may have slots in their place; what was there and MLX's randomness come back."""
+    owner, key, _ = find_layers(model, name)
+    before, (high, low) = owner[key], mx.random.state[0].tolist()
+    real = [layer.__dict__["_layer"] if type(layer) is Slot else layer for layer in before]
+    owner[key] = list(real)
+    try:
+        yield real
+    finally:
+        owner[key] = before
+        mx.random.seed(high << 32 | low)
+
+
+@dataclass
+class _Experts:
+    """What stands in for SegmentedMM: the experts' sorted products of a pass, each with a summand."""
+
+    stand_in: bool = False
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    calls: list[tuple[mx.array, mx.array, mx.array]] = field(
+        default_factory=list
+    )  # tokens, matrices, indices
+    given: list[mx.array] = field(default_factory=list)
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """`mx.gather_mm` gets summands; the layers are called once before, to see how many and of what shape."""
+        original = mx.gather_mm
+
+        def gather_mm(a: mx.array, b: mx.array, *rest: Any, **keywords: Any) -> mx.array:
+            y = original(a, b, *rest, **keywords)
+            if not keywords.get("sorted_indices"):
+                return y
+            place = len(self.calls)
+            self.calls.append((a, b, keywords["rhs_indices"]))
+            if place < len(self.given):
+                return y + self.given[place]
+            self.shapes.append(tuple(y.shape))
+            return y
+
+        self.stand_in, self.shapes = True, []
+        mx.gather_mm = gather_mm
+        try:
+            yield
+        finally:
+            mx.gather_mm = original
+            self.stand_in, self.shapes, self.calls, self.given = False, [], [], []
+
+    def placeholders(self) -> list[mx.array]:
+        """Arrays without data for the summands."""
+        return [mx.zeros(shape) for shape in self.shapes]
+
+    def begin(self, summands: Arrays) -> None:
+        """A call of layers: its products get these."""
+        self.given, self.calls = list(summands), []
+
+    def summands(self) -> list[mx.array]:
+        """Those of the graph."""
+        return list(self.given)
+
+    def gradients(self, tensors: Sequence[TensorSpec], cotangents: Arrays) -> dict[str, mx.array]:
+        """By name the gradient of each stacked tensor, as MLX makes it of the tokens and of the product's cotangent."""
+        found: dict[str, mx.array] = {}
+        for (x, matrices, indices), dy in zip(self.calls, cotangents, strict=True):
+            total, inputs, outputs = matrices.shape
+            own = next(
+                (t for t in tensors if t.name not in found and t.shape == (total, outputs, inputs)), None
+            )
+            if own is not None:
+                found[own.name] = _segmented(x, dy, indices, own.shape)
+        return {t.name: mx.zeros(t.shape) for t in tensors} | found
+
+    def taken_out(self, graph: Graph) -> Graph:
+        """The graph without the summands, which are its last sources that were given."""
+        own = set(graph.given[len(graph.given) - len(self.shapes) :])
+        same: dict[int, int] = {}
+        nodes = []
+        for node in graph.nodes:
+            if node.name == "Add" and own & {*node.inputs}:
+                (left,) = (a for a in node.inputs if a not in own)
+                same[node.outputs[0]] = same.get(left, left)
+            elif not (node.name == "Copy" and own & {*node.inputs}):
+                nodes.append(node)
+            else:
+                own.add(node.outputs[0])
+        nodes = [n._replace(inputs=tuple(same.get(a, a) for a in n.inputs)) for n in nodes]
+        sources = [a for a in graph.sources if a not in own]
+        return replace(graph, nodes=nodes, sources=sources, held=graph.held - own)
+
+
+def _segmented(x: mx.array, dy: mx.array, indices: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """MLX's `gather_mm_grad` of sorted indices; a batched product stands for the segmented one."""
+    segments = mx.zeros((shape[0],), mx.uint32).at[indices].add(mx.array(x.shape[-2], mx.uint32))
+    segments = mx.concatenate([mx.array([0], mx.uint32), mx.cumsum(segments)])
+    first = mx.as_strided(segments, (shape[0], 2), (1, 1), 0)[:, 0]
+    cotangents = mx.swapaxes(dy.flatten(0, -2), 0, 1)
+    product = mx.gather_mm(cotangents[None], x.flatten(0, -2)[None], lhs_indices=first, rhs_indices=first)
+    gradient = product.reshape(shape)
+    return mx.swapaxes(mx.swapaxes(gradient, -1, -2), -1, -2)

@@ -1,0 +1,182 @@
+"""The peak of evaluating a graph, without evaluating it: MLX's order, its buffers, and how far it runs ahead.
+
+The order is that of MLX's `eval` (0.32): from the outputs back, breadth first until 20 primitives wait, then depth
+first. Buffers are `storage`'s.
+
+MLX hands work to another thread and goes on: a buffer is taken when a primitive is handed over, and given back when
+its last reader has been done. It waits once more than ten bundles of ten tasks are not done. Here the other thread is
+never faster than it has to be, as is so where products take longer than a list is walked: what is measured is
+this peak or, with small arrays, less.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from mlx_empire.model.storage import Memory, Primitive, Shape, evaluate
+
+WIDTH = 20  # MLX_BFS_MAX_WIDTH
+TASKS_IN_BUNDLE, BUNDLES = 10, 10  # DISPATCHES_PER_TASK, MAX_ACTIVE_TASKS
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Arrays by number, with their shapes and bytes of an element, and the primitives between them.
+
+    `nodes` are in an order in which they can be computed; `outputs` in that in which they are evaluated. `sources`:
+    arrays that are there before, `given` by the caller or constants; of these the caller keeps `held` until the end.
+    """
+
+    shapes: Sequence[Shape]
+    items: Sequence[int]
+    nodes: Sequence[Primitive]
+    outputs: Sequence[int]
+    given: Sequence[int]
+    sources: Sequence[int]
+    held: frozenset[int]
+
+
+def order(graph: Graph, outputs: Sequence[int], done: Collection[int] = ()) -> list[int]:
+    """The numbers of the nodes as MLX evaluates them for `outputs`; those that are `done` are left out."""
+    maker = {a: n for n, node in enumerate(graph.nodes) if n not in done for a in node.outputs}
+    degree: dict[int, int] = {}
+    reached = list(dict.fromkeys(maker[a] for a in outputs if a in maker))
+    for a in outputs:
+        if a in maker:
+            degree[maker[a]] = degree.get(maker[a], 0) + 1
+    seen = set(reached)
+    while reached:
+        for array in graph.nodes[reached.pop()].inputs:
+            if (n := maker.get(array)) is not None:
+                degree[n] = degree.get(n, 0) + 1
+                if n not in seen:
+                    seen.add(n)
+                    reached.append(n)
+    tape: list[int] = []  # from the outputs to the sources
+    stack: list[tuple[int, int]] = []
+    at = -1  # the outputs come first, as MLX's synchronizer has them
+    while at < len(tape) or stack:
+        if at >= len(tape):
+            n, start = stack.pop()
+        else:
+            n, start = (-1 if at < 0 else tape[at]), 0
+            at += 1
+        inputs = outputs if n < 0 else graph.nodes[n].inputs
+        for j in range(start, len(inputs)):
+            if (made := maker.get(inputs[j])) is None:
+                continue
+            if len(tape) - at >= WIDTH:
+                stack.append((n, j))
+                break
+            degree[made] -= 1
+            if degree[made] == 0:
+                tape.append(made)
+    return tape[::-1]
+
+
+class Stream:
+    """The other thread's list of tasks: each gives back buffers once it is done. `bundled`: tasks of the open bundle."""
+
+    def __init__(self, memory: Memory, bundled: int = 0) -> None:
+        self._memory, self._bundled = memory, bundled
+        self._tasks: deque[tuple[Collection[int], bool]] = deque()
+        self._bundles = 0
+
+    def hand_over(self, tasks: int, buffers: Collection[int]) -> None:
+        """`tasks` of a primitive, and one that holds its `buffers` until then."""
+        for n in range(tasks + 1):
+            self._bundled = (self._bundled + 1) % TASKS_IN_BUNDLE
+            closes = self._bundled == 0
+            self._bundles += closes
+            self._tasks.append((buffers if n == tasks else (), closes))
+        if self._bundles > BUNDLES:
+            self._finish_bundle()
+
+    def finish(self) -> None:
+        """Wait for all."""
+        while self._tasks:
+            self._finish_task()
+
+    def _finish_bundle(self) -> None:
+        while not self._finish_task():
+            pass
+
+    def _finish_task(self) -> bool:
+        buffers, closes = self._tasks.popleft()
+        for buffer in buffers:
+            self._memory.drop(buffer)
+        self._bundles -= closes
+        return closes
+
+
+@dataclass(frozen=True)
+class Played:
+    """An evaluation: bytes beside the sources at its worst moment and after it; of the worst moment's what is alive,
+    by the array that was first in a buffer (-1: temporaries). `results`: the arrays that were first in the outputs'.
+    """
+
+    peak: int
+    after: int
+    alive: Mapping[int, int]
+    results: frozenset[int]
+
+
+def evaluations(graph: Graph, first: int = 0) -> list[list[int]]:
+    """The nodes in order of one evaluation of all outputs, or of two: the `first` outputs before the others."""
+    found: list[list[int]] = []
+    for part in _parts(graph, first):
+        found.append(order(graph, part, {n for tape in found for n in tape}))
+    return found
+
+
+def play(
+    graph: Graph,
+    tapes: Sequence[Sequence[int]],
+    first: int = 0,
+    *,
+    bundled: int = 0,
+    donates: bool = True,
+    shares: bool = True,
+) -> list[Played]:
+    """Play the `evaluations` of a graph: one `Played` for each. Outputs of the first of two are dropped after it."""
+    memory = Memory(graph.shapes, graph.items, donates=donates, shares=shares)
+    for array in graph.sources:
+        memory.fresh(array)
+    memory.begin()
+    for array in (*graph.outputs, *graph.held, *graph.sources):
+        memory.refer(array)
+    for n in (n for tape in tapes for n in tape):
+        for array in (*graph.nodes[n].inputs, *graph.nodes[n].outputs):
+            memory.refer(array)
+    for array in graph.sources:  # whoever is not held is left to the graph
+        memory.release(array)
+    stream = Stream(memory, bundled)
+    found: list[Played] = []
+    for tape, part in zip(tapes, _parts(graph, first), strict=True):
+        memory.begin()
+        for n in tape:
+            _evaluate(memory, stream, graph.nodes[n])
+        stream.finish()
+        results = frozenset(memory.firsts[memory.views[a].buffer] for a in part)
+        if len(found) < len(tapes) - 1:
+            for array in part:
+                memory.release(array)
+        found.append(Played(memory.peak, memory.active, memory.alive_at_peak(), results))
+    return found
+
+
+def _parts(graph: Graph, first: int) -> list[Sequence[int]]:
+    return [graph.outputs[:first], graph.outputs[first:]] if first else [graph.outputs]
+
+
+def _evaluate(memory: Memory, stream: Stream, node: Primitive) -> None:
+    done = evaluate(memory, node)
+    own = memory.views[node.outputs[0]].buffer
+    buffers = {memory.views[a].buffer for a in (*node.inputs, *node.outputs[1:])} - {own}
+    for buffer in buffers:
+        memory.hold(buffer)
+    stream.hand_over(done.tasks, (*buffers, *done.temporaries))
+    for array in (*node.inputs, *node.outputs):
+        memory.release(array)

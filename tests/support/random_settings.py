@@ -1,0 +1,126 @@
+"""Settings of small models drawn at random by a seed: what nobody chose, and so nobody fitted the ledger to.
+
+Each is the fields of a `Case` (a `TunedCase` with `tuning`) and its number of ranks. Sizes are those that two cores
+run in seconds; families, and what is asked of them, are as wide as can be.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4", "olmoe")
+DENSE = (
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "gpt2",
+        "olmo2",
+        "cohere2",
+        "starcoder2",
+    ),
+    *("mamba2", "seed_oss", "granite", "smollm3", "helium", "glm4", "exaone4", "ministral3", "mimo"),
+)
+
+
+def drawn(seed: int, count: int) -> list[tuple[int, dict[str, Any]]]:
+    """(ranks, fields) of `count` settings; families come in an order of chance, each before any comes again."""
+    chance = random.Random(seed)
+    families: list[str] = []
+    while len(families) < count:
+        families += chance.sample([*DENSE, *MIXTURES], len(DENSE) + len(MIXTURES))
+    return [_setting(chance, family) for family in families[:count]]
+
+
+def title(ranks: int, fields: dict[str, Any]) -> str:
+    """One line that tells a setting."""
+    config = fields["config"]
+    tuning = fields.get("tuning", {"type": "full"})
+    said = {
+        "hidden": config.get("hidden_size", config.get("n_embd")),
+        "mlp": config.get("intermediate_size", "-"),
+        "heads": config.get("num_attention_heads", config.get("n_head")),
+        "layers": config.get("num_hidden_layers", config.get("n_layer")),
+        "vocabulary": config["vocab_size"],
+    }
+    sizes = " ".join(f"{name} {size}" for name, size in said.items())
+    how = f"{tuning['type']}{tuning.get('bits', '')} {fields.get('optimizer', 'adamw')}{fields['state_bits']}"
+    step = f"{fields['rows']} x {fields['width']} x {fields['micro_batches']}, cells {fields['cells']}"
+    return (
+        f"{fields['family']}: {sizes}; {step}; {ranks} ranks, stage {fields['stage']}, tail {fields['tail']}, {how}, "
+        f"{fields['dtype']}"
+    )
+
+
+def _setting(chance: random.Random, family: str) -> tuple[int, dict[str, Any]]:
+    ranks = chance.choice((1, 1, 1, 2))
+    layers = chance.randint(3, 5)
+    low = (
+        family not in MIXTURES and chance.random() < 0.2
+    )  # bfloat16, of which MLX's CPU has no stacked product
+    kind = chance.choice(("full", "full", "lora", "qlora"))
+    fields = {
+        "family": family,
+        "shares": [1] if ranks == 1 else [chance.choice((1, 2, 3)), 1],
+        "stage": chance.choice((0, 1, 2, 3)),
+        "tail": chance.choice((0, 0, 0, 1, 2, layers)),
+        "rows": chance.choice((1, 1, 2)),
+        "width": 16 * (chance.randint(2, 4) if low else chance.randint(3, 16)),
+        "micro_batches": ranks * chance.randint(1, 2),
+        "cells": "auto",
+        "dtype": "bfloat16" if low else "float32",
+        "gradient_dtype": "bfloat16" if low else "float32",
+        "state_bits": chance.choice((8, 32)),
+        "config": _config(chance, family, layers),
+    }
+    if kind == "full":
+        fields["optimizer"] = chance.choice(("adamw", "adamw", "lion", "sgd"))
+        if fields["optimizer"] == "sgd":
+            fields["state_bits"] = 32
+    else:
+        fields["tuning"] = {"type": kind, "rank": chance.choice((4, 8, 16))}
+        if kind == "qlora":
+            fields["tuning"]["bits"] = chance.choice((4, 8))
+    return ranks, fields
+
+
+def _config(chance: random.Random, family: str, layers: int) -> dict[str, Any]:
+    heads, width = chance.choice((4, 8)), chance.choice((32, 48, 64))
+    hidden = chance.choice((192, 256, 320))
+    mlp = 64 * chance.randint(3, 14)
+    vocabulary = 1024 * chance.choice((2, 4, 8))
+    if family == "gpt2":
+        return {
+            **{"vocab_size": vocabulary, "n_embd": hidden, "n_head": heads, "n_layer": layers},
+            **{"n_positions": 512, "n_ctx": 512, "num_hidden_layers": layers},
+        }
+    config = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": chance.choice((heads // 2, heads)),
+        "head_dim": width,
+    }
+    match family:
+        case "deepseek_v2" | "deepseek_v3":
+            config |= {"num_key_value_heads": heads, "moe_intermediate_size": mlp // 4, "kv_lora_rank": 64}
+            config |= {"q_lora_rank": 64, "qk_nope_head_dim": width, "v_head_dim": width}
+            del config["head_dim"]
+        case "qwen3_moe":
+            config |= {"moe_intermediate_size": mlp // 4, "num_experts": 8}
+        case "llama4":
+            config |= {"intermediate_size": mlp // 2, "intermediate_size_mlp": mlp}
+        case "gemma2" | "gemma3_text":
+            config |= {"query_pre_attn_scalar": width}
+        case "starcoder2" | "olmoe" | "mixtral" | "phi3" | "granite" | "gpt_oss":
+            config["head_dim"] = hidden // heads
+        case "mamba2":
+            config |= {"num_heads": 2 * heads, "head_dim": hidden // heads, "state_size": 32}
+    return config

@@ -90,7 +90,9 @@ def planned_target(recipe: Recipe, tensors: Callable[[Path], Stored | None] = la
     path, architecture = recipe.model.path, recipe.model.architecture
     if path.exists():
         config = read_config(path)
-        return _planned(config, str(path), recipe, tensors(path) if recipe.model.init == "pretrained" else None)
+        return _planned(
+            config, str(path), recipe, tensors(path) if recipe.model.init == "pretrained" else None
+        )
     # A run has a folder; only plans ask the catalog.
     from mlx_empire.model import catalog
 

@@ -76,7 +76,10 @@ def disk_documents(ledgers: Sequence[DiskLedger]) -> list[dict[str, object]]:
 def disk_notes(ledgers: Sequence[DiskLedger]) -> list[str]:
     """What the columns mean, those that occur, and what is short."""
     used = {
+        "checkpoint": any(one.checkpoint for one in ledgers),
+        "copies": any(one.copies for one in ledgers),
         "at once": any(one.keeping.asked for one in ledgers),
+        "result": any(one.result for one in ledgers),
         "base": any(one.base for one in ledgers),
         "token cache": any(one.tokens for one in ledgers),
     }

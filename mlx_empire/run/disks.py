@@ -59,14 +59,14 @@ class Seen:
     reclaimable: int = 0
 
 
-def disks_seen(recipe: Recipe, rank: int, host: str, name: str) -> Seen:
+def look_at_disks(recipe: Recipe, rank: int, host: str, name: str) -> Seen:
     """What `rank` would write to on the machine where this runs; `name`: the machine's, for people. Writes nothing."""
     root = checkpoint_folder(recipe, rank, host)
     others = tuple(_spot(path, host) for path in (recipe.run.dir, recipe.model.path, cache_folder()))
     return Seen(name, f"{host}:{root.resolve()}", _spot(root, host), others, reclaimable_bytes(root))
 
 
-def assume(recipe: Recipe, rank: int, node: Node) -> Seen:
+def assume_disks(recipe: Recipe, rank: int, node: Node) -> Seen:
     """What `rank` would write to on a machine that nobody asks: one disk, of which the hostfile says what is free."""
     root = checkpoint_folder(recipe, rank, node.name)
     spot = Spot(node.name, str(root), node.disk_bytes)
@@ -77,9 +77,9 @@ def planned_places(recipe: Recipe, nodes: Sequence[Node], own: str) -> Places:
     """Where a dry run's files would lie: as the hostfile says, and as seen on this machine (`own`: its name)."""
     return places_of(
         [
-            disks_seen(recipe, rank, own, node.name)
+            look_at_disks(recipe, rank, own, node.name)
             if node.disk_bytes is None and is_this_machine(node.name, own)
-            else assume(recipe, rank, node)
+            else assume_disks(recipe, rank, node)
             for rank, node in enumerate(nodes)
         ]
     )
@@ -179,7 +179,7 @@ def remedies(recipe: Recipe) -> str:
 
 
 def _all_seen(comm: Communicator, recipe: Recipe, nodes: Sequence[Node]) -> list[Seen]:
-    own = disks_seen(recipe, comm.rank, comm.hostname, nodes[comm.rank].name)
+    own = look_at_disks(recipe, comm.rank, comm.hostname, nodes[comm.rank].name)
     return [_read(fields) for fields in comm.gather_json(_written(own))]
 
 

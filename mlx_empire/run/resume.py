@@ -25,6 +25,7 @@ from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.changes import require_acceptable
 from mlx_empire.recipe.load import dump_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.report.metrics import read_metrics
 
 DATA, MODEL = "data.path", "model.path"  # may be spelled in another way where the same is found there
 
@@ -177,7 +178,8 @@ def checkpoint_folder(recipe: Recipe, rank: int, host: str) -> Path:
 
 
 def _survey(comm: Communicator, recipe: Recipe) -> tuple[CheckpointSearch, list[str]]:
-    """What lies in the ranks' folders, and what there is to say about them. UserError for a link that leads nowhere.
+    """What lies in the ranks' folders, and what there is to say about them. UserError for a link that leads nowhere,
+    and where the folders of a run that has saved are gone.
 
     A machine may have got another name: where run.checkpoints names {host} and an unfinished run has no checkpoint
     under the present names, folders of other names count.
@@ -188,7 +190,10 @@ def _survey(comm: Communicator, recipe: Recipe) -> tuple[CheckpointSearch, list[
     survey = CheckpointSearch(comm, root)
     pattern = str(recipe.run.checkpoints)
     begun = comm.broadcast_json(os.path.exists(recipe.run.dir / "metrics.jsonl"))
-    if survey.committed or not begun or "{host}" not in pattern:
+    if survey.committed or not begun:
+        return survey, []
+    if "{host}" not in pattern:
+        _refuse_missing(comm, recipe, root)
         return survey, []
     others = [path for path in _of_any_host(pattern, comm.rank) if path != root and steps_in(path)]
     former = others[comm.rank % len(others)] if others else root
@@ -196,6 +201,30 @@ def _survey(comm: Communicator, recipe: Recipe) -> tuple[CheckpointSearch, list[
         [f"{pattern} has no checkpoint under this machine's name: looking into {former}"] if others else []
     )
     return CheckpointSearch(comm, former), notes
+
+
+def _refuse_missing(comm: Communicator, recipe: Recipe, root: Path) -> None:
+    """UserError where run.checkpoints names folders that are on no machine, though the run has made steps and saved.
+
+    A run makes them before its first step, so somebody removed them, or their disk is not there.
+    """
+    if recipe.run.checkpoints is None or any(comm.gather_json(os.path.lexists(root))):
+        return
+    with together(comm):
+        if comm.rank == 0 and _has_saved(recipe.run.dir):
+            raise UserError(
+                f"run.checkpoints: {root} is not there, where the run in {recipe.run.dir} keeps its checkpoints; bring "
+                "it back (is its disk mounted?), or begin anew with run.resume=never"
+            )
+
+
+def _has_saved(folder: Path) -> bool:
+    """Whether the unfinished run in `folder` was asked for checkpoints and made a step."""
+    try:
+        before = parse_recipe((folder / "recipe.yaml").read_text(), str(folder / "recipe.yaml"))
+        return before.run.save_every is not None and any("loss" in r for r in read_metrics(folder))
+    except (OSError, UserError):
+        return False
 
 
 def _of_any_host(pattern: str, rank: int) -> list[Path]:

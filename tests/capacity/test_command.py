@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import socket
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_empire.capacity import command as capacity
@@ -164,6 +166,49 @@ def test_a_damaged_config_is_one_line_and_64(say, recipe, tmp_path, text):
     assert (said.code, said.out) == (64, "")
     (line,) = said.err.splitlines()
     assert str(folder) in line
+
+
+def test_a_head_that_the_folder_stores_is_counted_as_the_run_counts_it(say, recipe, tmp_path):
+    """The configuration does not say whether the head is tied, and the folder has one."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["lm_head.weight"] = mx.array(weights["model.embed_tokens.weight"])
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    said = say(recipe, f"model.path={folder}", "--json").json
+    assert said["model"]["parameters"] == sum(array.size for array in weights.values()) > stored_parameters()
+
+
+def test_the_disk_of_a_machine_decides_too(say, recipe, hosts):
+    """What the hostfile says is free counts; without checkpoints there is less to keep."""
+    asked = ["run.save_every=1", "run.keep_last=1", "--json", "--hosts"]
+
+    def report(disk: str, *more: str):
+        said = say(recipe, *more, *asked, hosts(f"box slots=1 # memory=1GiB{disk}"))
+        return said.code, said.json
+
+    code, unknown = report("")
+    (disk,) = unknown["disks"]
+    assert (code, unknown["verdict"], disk["verdict"], disk["free_bytes"]) == (0, "fits", None, None)
+    weights = 4 * stored_parameters()
+    assert disk["result_bytes"] - weights == pytest.approx(0, abs=100_000)
+    assert disk["checkpoint_bytes"] == pytest.approx(3 * weights, rel=0.05)
+    assert disk["least_bytes"] >= 2 * disk["checkpoint_bytes"]
+    for free, verdict, code in (
+        (disk["least_bytes"] - 2**17, "no", 3),
+        (disk["asked_bytes"] + 2**17, "fits", 0),
+    ):
+        ended, found = report(f" disk={free / 2**20:.6f}MiB")
+        assert (ended, found["verdict"], found["disks"][0]["verdict"]) == (code, verdict, verdict)
+        assert ("the disk of box needs" in found["reason"]) == (verdict == "no")
+        assert any("of box" in advice["change"] for advice in found["advice"]) == (verdict == "no")
+    first, *_ = report(f" disk={(disk['least_bytes'] - 2**17) / 2**20:.6f}MiB")[1]["advice"]
+    assert (
+        report(f" disk={(disk['least_bytes'] - 2**17) / 2**20:.6f}MiB", *first["change"].split(" "))[0] == 0
+    )
 
 
 def test_a_calibration_takes_the_place_of_the_planned_figures(say, recipe, hosts, monkeypatch):

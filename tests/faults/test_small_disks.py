@@ -179,7 +179,7 @@ def test_a_run_that_waits_saves_and_stops_when_it_is_asked_to(lab: Lab, roomy: R
 def test_a_disk_that_fills_up_while_the_result_is_written(lab: Lab, roomy: Result, disk: Mount) -> None:
     """Room for the records and a part of the result: nothing of the attempt is left, and it is made again."""
     folder = disk("torn", 1.3)
-    settings = (*SETTINGS[:3], "run.eval_every=null")
+    settings = (*SETTINGS[:3], "run.eval_every=null", "run.save_every=null")
     run = lab.begin("torn", *settings, ranks=1)
     filler = folder / "filler"
     while run.poll() is None:  # from the moment at which the result is begun another program fills the disk

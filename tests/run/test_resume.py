@@ -209,6 +209,35 @@ def test_a_run_without_checkpoints_begins_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("saved_before", "made", "there", "refused"),
+    [
+        (True, '{"step": 1, "loss": 1.0}\n', False, True),
+        (True, '{"step": 1, "loss": 1.0}\n', True, False),
+        (True, '{"step": 0, "eval_loss": 1.0}\n', False, False),
+        (False, '{"step": 1, "loss": 1.0}\n', False, False),
+    ],
+)
+def test_a_checkpoint_disk_that_is_not_mounted_is_no_run_without_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_before: bool, made: str, there: bool, refused: bool
+) -> None:
+    """A run makes its folder before its first step; one that began anew would throw away its records."""
+    monkeypatch.chdir(tmp_path)
+    asked = recipe("run.checkpoints=disk/run", *(["run.save_every=2"] if saved_before else []))
+    Path("r").mkdir()
+    Path("r/recipe.yaml").write_text(dump_recipe(asked) + "\n")
+    Path("r/metrics.jsonl").write_text(made)
+    if there:
+        Path("disk/run").mkdir(parents=True)
+    if refused:
+        with pytest.raises(AgreedExit):
+            find_checkpoint(COMM, asked)
+    else:
+        assert find_checkpoint(COMM, asked) == (None, [])
+    never = recipe("run.checkpoints=disk/run", "run.resume=never")
+    assert find_checkpoint(COMM, never) == (None, [])
+
+
 def test_a_link_that_leads_nowhere_is_no_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ from mlx_empire.model.target import planned_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.resolve import resolve
 from mlx_empire.recipe.load import load_recipe
-from mlx_empire.run.disks import disks_seen, ledgers_of, places_of, planned_places, what_else
+from mlx_empire.run.disks import ledgers_of, look_at_disks, places_of, planned_places, what_else
 
 WITHIN = 0.03  # of what is predicted, and what is small beside weights
 SHORT = ["run.steps=3", "run.save_every=1", "run.eval_every=null"]
@@ -79,7 +79,7 @@ def test_two_ranks_of_one_machine_share_its_disk(lab: Lab, monkeypatch: pytest.M
     recipe = load_recipe(Path("recipe.yaml"), ["run.dir=nowhere"])
     apart = load_recipe(Path("recipe.yaml"), ["run.dir=nowhere", "run.checkpoints=nowhere/{rank}"])
     for one, folders in ((recipe, 1), (apart, 2)):
-        found = places_of([disks_seen(one, rank, host, host) for rank in range(2)])
+        found = places_of([look_at_disks(one, rank, host, host) for rank in range(2)])
         assert (len(set(found.folders)), len(set(found.disks))) == (folders, 1)
         assert found.result == found.disks[0]
         assert abs(found.free[found.result] - shutil.disk_usage(lab.folder).free) < 1 << 30

@@ -72,12 +72,13 @@ def test_a_pattern_of_letters_is_cut_with_the_layers_and_names_are_not():
 
 
 def test_rotary_parts_stay_even():
-    config = published.config_of("mimo-v2-flash")
-    small = scaled_down_config(config)
-    assert int(small["head_dim"] * small["partial_rotary_factor"]) % 2 == 0
-    neox = {"model_type": "gpt_neox", "hidden_size": 6144, "num_attention_heads": 64, "rotary_pct": 0.25}
-    small = scaled_down_config(neox)
-    assert int(small["hidden_size"] // small["num_attention_heads"] * 0.25) % 2 == 0
+    sizes = {
+        "hidden_size": 12288,
+        "num_attention_heads": 64,
+        "head_dim": 192,
+    }  # the largest divisor would leave 5 of 16
+    small = scaled_down_config({"model_type": "glm4", "partial_rotary_factor": 0.334, **sizes})
+    assert int(small["head_dim"] * small["partial_rotary_factor"]) == 8
 
 
 def test_a_tower_has_ratios_of_its_own():

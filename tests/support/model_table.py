@@ -6,12 +6,16 @@ PYTHONPATH=tests python -m support.model_table
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.errors import UserError
+from mlx_empire.formats.hf_names import choose_layout
+from mlx_empire.model.build import build_model, describe
+from mlx_empire.model.config import complete
 from support import published
 from support.every_model import models, small_config
 
@@ -54,6 +58,17 @@ def refusal_of(config: Mapping[str, Any], name: str) -> str | None:
     return None
 
 
+def refusal_of_folder(name: str) -> str | None:
+    """What else refuses a small model of a family: it cannot be read as it is meant, or not be written."""
+    try:
+        config = complete(small_config(name), name)
+        build = partial(build_model, config, name)
+        choose_layout(describe(build(), config, name, "float32"), build, None)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def page(small: Mapping[str, str | None], large: Mapping[str, str | None]) -> str:
     """The page, from the refusals (or None) of small models by module and of published configurations by name."""
     by_module: dict[str, list[str]] = {}
@@ -79,7 +94,7 @@ def _reason(line: str) -> str:
 
 def main() -> None:
     """Write the page."""
-    small = {name: refusal(name) for name in models()}
+    small = {name: refusal(name) or refusal_of_folder(name) for name in models()}
     large = {name: refusal_of(published.config_of(name), name) for name in published.names()}
     PAGE.write_text(page(small, large), encoding="utf-8")
 

@@ -90,7 +90,6 @@ BUILT_IN: Mapping[str, tuple[str, ...]] = {
 
 # module -> key -> the values with which it computes what the model of the folder does.
 UNREAD: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "deepseek_v2": {"norm_topk_prob": (False,)},
     "deepseek_v3": {"rope_interleave": (True,)},
     "falcon_h1": {"attention_in_multiplier": (1,), "key_multiplier": (1,)},
     "gemma3_text": {"final_logit_softcapping": (None,)},

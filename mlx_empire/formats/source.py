@@ -20,11 +20,18 @@ from mlx.utils import tree_flatten
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import Build, open_folder
 from mlx_empire.model.build import sanitize
+from mlx_empire.model.config import HEADS, TIE
 from mlx_empire.model.lora import initial_adapter, magnitude
 from mlx_empire.model.quantize import Choice, quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
 READABLE = (mx.float32, mx.bfloat16, mx.float16)
+NO_WEIGHTS = (
+    "rotary_emb.inv_freq",
+    ".masked_bias",
+    ".attn.bias",
+    ".attention.bias",
+)  # constants of older folders
 PACKED = ("uint32", "uint8")  # codes, and the scales of MLX's floating-point formats
 
 
@@ -52,7 +59,6 @@ class _LazySource:
     def __init__(self, where: str, spec: ModelSpec) -> None:
         self._where = where
         self._spec = spec
-        self.unused: tuple[str, ...] = ()
         self._weights = self._fill()
 
     def _open(self) -> dict[str, mx.array]:
@@ -63,7 +69,8 @@ class _LazySource:
         wanted = {t.name: t for unit in self._spec.units for t in unit.tensors}
         for tensor in wanted.values():
             self._check(tensor, weights.get(tensor.name))
-        self.unused = tuple(sorted(weights.keys() - wanted.keys()))
+        for name in sorted(weights.keys() - wanted.keys()):
+            self._refuse_unused(name, weights[name])
         return {name: weights[name] for name in wanted}
 
     def _check(self, tensor: TensorSpec, found: mx.array | None) -> None:
@@ -83,6 +90,15 @@ class _LazySource:
             raise UserError(
                 f"{place} is {kind}, expected float32, bfloat16 or float16; quantised weights cannot train"
             )
+
+    def _refuse_unused(self, name: str, found: mx.array) -> None:
+        repeated = name.endswith(HEADS) and self._spec.text_config.get(TIE) is not False
+        if repeated or name.endswith(NO_WEIGHTS) or found.dtype not in READABLE:
+            return
+        raise UserError(
+            f"{self._where}: tensor {name} has no place in mlx-lm's {self._spec.family}, which would compute another "
+            "model without it; use a folder of another family"
+        )
 
     def unit(self, index: int) -> Iterator[tuple[TensorSpec, mx.array]]:
         """See `WeightSource.unit`."""
@@ -113,8 +129,8 @@ class FolderSource(_LazySource):
     """Weights of a local Hugging Face or mlx-lm folder (float32, bfloat16 or float16 safetensors).
 
     `build` makes mlx-lm's model lazily; its own `sanitize` renames the folder's tensors. Every tensor of the
-    spec must be there in the right shape (UserError naming folder and tensor). `unused`: tensors that
-    `sanitize` kept but the model does not have; what `sanitize` drops (vision towers) is not among them.
+    spec must be there in the right shape, and of what `sanitize` leaves (it drops vision towers) the model must have
+    all: UserError naming folder and tensor.
     """
 
     def __init__(self, folder: Path, build: Build, spec: ModelSpec) -> None:

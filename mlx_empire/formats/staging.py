@@ -23,6 +23,7 @@ from mlx_empire import __version__
 from mlx_empire.disk import create_private, free_bytes, is_full, sync_file, sync_folder
 from mlx_empire.errors import NoRoomError, UserError
 from mlx_empire.formats.safetensors import open_plain
+from mlx_empire.model.config import DTYPE_KEYS, tagged
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.sizes import amount
 
@@ -61,7 +62,6 @@ OPTIONAL = (
     "processor",
     "video_preprocessor",
 )  # a text model opens without
-DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 def copy_side_files(source: Path, target: Path) -> tuple[list[str], list[str]]:
@@ -119,7 +119,8 @@ def stored_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     if isinstance(text, Mapping):
         result["text_config"] = {key: dtype if key in DTYPE_KEYS else value for key, value in text.items()}
     result.update(dict.fromkeys([key for key in DTYPE_KEYS if key in result] or ["torch_dtype"], dtype))
-    return result
+    found: dict[str, Any] = tagged(result)
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,9 +1,10 @@
 """Reading a model's configuration: the one place where `config.json` (and the catalog's) is opened and completed.
 
 Decides what every reader after it may rely on: RoPE stands in the spelling of mlx-lm's module, packed weights in MLX's
-own (packing_config.py), and tie_word_embeddings is explicit wherever it can be known. What the file leaves open, the
-folder's tensors and then transformers' defaults decide, because mlx-lm's own defaults are often others. Keys are only
-added; the file itself is never touched.
+own (packing_config.py), other keys by the names that the module reads (spelling.py), tagged floats are numbers, dtypes
+have MLX's names, and tie_word_embeddings is explicit wherever it can be known. What the file leaves open, the folder's
+tensors and then transformers' defaults decide, because mlx-lm's own defaults are often others. What the module would
+leave out is refused (unread.py). The file itself is never touched.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import copy
 import importlib
 import io
 import json
+import math
+from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,22 @@ from mlx_empire.model.family_defaults import TIED, UNTIED
 from mlx_empire.model.mlx_lm_modules import classes_of
 from mlx_empire.model.packing_config import QUANTISATION_KEYS, spell_packing
 from mlx_empire.model.rope import spell_rope
+from mlx_empire.model.spelling import spell_keys
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_HEADER_BYTES = 100 << 20
 TIE = "tie_word_embeddings"
-FULL = "full_attention"
 BESIDE = "hf_quant_config.json"  # where NVIDIA's ModelOpt says how it packed
 HEADS = ("lm_head.weight", "embed_out.weight")
+FLOAT_TAG = "__float__"
+DTYPE_KEYS = ("torch_dtype", "dtype")
+DTYPE_NAMES = {
+    **dict.fromkeys(("bf16",), "bfloat16"),
+    **dict.fromkeys(("fp16", "half"), "float16"),
+    **dict.fromkeys(("fp32", "float"), "float32"),
+}
+CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of safetensors
+DTYPES = tuple(CODES.values())
 
 # Where mlx-lm's module hands text_config (or all of it) to another dataclass than its own ModelArgs.
 TEXT_READERS: Mapping[str, str] = {
@@ -62,7 +74,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise UserError(f"{path}: {path.stat().st_size} bytes is no model configuration")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = untagged(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; model.path must be a local Hugging Face folder") from None
     except (ValueError, RecursionError) as error:
@@ -76,9 +88,51 @@ def read_config(folder: Path) -> dict[str, Any]:
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{beside}: not valid JSON ({str(error)[:80]}); fetch the model again") from None
     try:
+        _spell_dtypes(config, folder)
         return complete(config, str(path), _stored_names(folder))
     except RecursionError:
         raise UserError(f"{path}: nested too deeply for a model's configuration") from None
+
+
+def untagged(value: Any) -> Any:
+    """Numbers for what transformers 5 writes as `{"__float__": "Infinity"}`, since JSON has no word for them."""
+    if isinstance(value, dict):
+        if value.keys() == {FLOAT_TAG} and str(value[FLOAT_TAG]).lower().lstrip("+-") in (
+            "inf",
+            "infinity",
+            "nan",
+        ):
+            return float(value[FLOAT_TAG])
+        return {key: untagged(inner) for key, inner in value.items()}
+    return [untagged(inner) for inner in value] if isinstance(value, list) else value
+
+
+def tagged(value: Any) -> Any:
+    """The other way round, so that what is written is JSON."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {FLOAT_TAG: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: tagged(inner) for key, inner in value.items()}
+    return [tagged(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _spell_dtypes(config: dict[str, Any], folder: Path) -> None:
+    """Dtypes by MLX's names; where the configuration is silent that in which most of the weights are stored."""
+    text = config.get("text_config")
+    parts = [part for part in (config, text) if isinstance(part, dict)]
+    said = [(part, key) for part in parts for key in DTYPE_KEYS if isinstance(part.get(key), str)]
+    for part, key in said:
+        name = part[key].lower().removeprefix("torch.")
+        part[key] = DTYPE_NAMES.get(name, name)
+    if not any(part[key] in DTYPES for part, key in said):
+        counts = Counter[str]()
+        for info in _headers(folder).values():
+            if info.get("dtype") in CODES:
+                counts[CODES[info["dtype"]]] += math.prod(
+                    n for n in info.get("shape", []) if isinstance(n, int)
+                )
+        for name, _ in counts.most_common(1):
+            config["torch_dtype"] = name
 
 
 def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()) -> dict[str, Any]:
@@ -87,8 +141,13 @@ def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()
     `stored`: names of the folder's tensors, as far as they can be known. UserError (naming `where`) for a RoPE that
     mlx-lm's module cannot do. A family that mlx-lm lacks comes back without its RoPE looked at.
     """
-    done = copy.deepcopy(dict(config))
+    done: dict[str, Any] = untagged(copy.deepcopy(dict(config)))
     spell_packing(done, stored)
+    if done.get("quantize_activations"):
+        raise UserError(
+            f"{where}: quantize_activations: true: mlx-lm then rounds what enters each matrix, which has no gradient; "
+            "set it to false, which trains on the same weights"
+        )
     kind, text = str(done["model_type"]), done.get("text_config")
     reader = None if has_closed_form(done) else reader_of(done)
     section = text if isinstance(text, dict) else done
@@ -104,32 +163,12 @@ def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()
                 f"{where}: its RoPE cannot be read ({str(error)[:80]}); fetch the model again"
             ) from None
         section.update({k: v for k, v in spelled.items() if k != "model_type"})
-        _spell_layers(section, read, where)
+        spell_keys(section, read, module, family, where, stored)
     tied = _tied(done, section, reader, stored)
     if tied is not None:
         section[TIE] = tied
         done[TIE] = tied
     return done
-
-
-def _spell_layers(section: dict[str, Any], read: Mapping[str, Field[Any]], where: str) -> None:
-    """`sliding_window_pattern` from the `layer_types` that transformers 5 writes, where the module reads the former.
-
-    A number: every so many layers one has full attention; exaone4: that as letters. UserError for other patterns.
-    """
-    key, types = "sliding_window_pattern", section.get("layer_types")
-    if key not in read or "layer_types" in read or not isinstance(types, list) or FULL not in types:
-        return
-    period = types.index(FULL) + 1
-    if any((kind == FULL) != ((i + 1) % period == 0) for i, kind in enumerate(types)):
-        raise UserError(f"{where}: layer_types: {types}: mlx-lm's module repeats one pattern in all layers")
-    letters: str | None = "L" * (period - 1) + "G"
-    if period == 1 and section.get("sliding_window") is None:
-        letters = None  # no window anywhere: exaone4 has no pattern then, and turns every layer
-    given = section.get(key)
-    if given not in (None, period, letters):
-        raise UserError(f"{where}: {key}: {given}: layer_types says {period}; keep one of them")
-    section[key] = letters if read[key].default is MISSING else period
 
 
 def reader_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Field[Any]]] | None:
@@ -169,15 +208,23 @@ def _tied(
 
 def _stored_names(folder: Path) -> frozenset[str]:
     """Names of the tensors of a folder; what is damaged counts as absent: opening the folder says what is wrong."""
-    names: set[str] = set()
     try:
         index = folder / "model.safetensors.index.json"
         if index.exists():
             return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        for file in folder.glob("model*.safetensors"):
-            with file.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                names |= json.loads(stream.read(size)).keys() if size <= MAX_HEADER_BYTES else set()
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return frozenset()
-    return frozenset(names - {"__metadata__"})
+    return frozenset(_headers(folder))
+
+
+def _headers(folder: Path) -> dict[str, dict[str, Any]]:
+    """Dtype and shape of every tensor in a folder, by its name, as safetensors has them; {} where one is damaged."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        for file in sorted(folder.glob("model*.safetensors")):
+            with file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                found |= json.loads(stream.read(size)) if size <= MAX_HEADER_BYTES else {}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return {}
+    return {name: info for name, info in found.items() if name != "__metadata__" and isinstance(info, dict)}

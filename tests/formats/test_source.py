@@ -51,7 +51,6 @@ def test_folder_gives_what_mlx_lm_loads(family: str, write_folder: Write) -> Non
     reference, _ = load_model(folder)
     expected = dict(tree_flatten(reference.parameters()))
     source = FolderSource(folder, build, spec)
-    assert source.unused == ()
     for index, unit in enumerate(spec.units):
         found = list(source.unit(index))
         assert [t for t, _ in found] == list(unit.tensors)
@@ -174,10 +173,21 @@ def test_wrong_tensor_is_named(case: str, words: str, write_folder: Write) -> No
     assert str(folder) in str(caught.value)
 
 
-def test_unused_tensors_are_reported(write_folder: Write) -> None:
+def test_a_tensor_that_the_model_lacks_is_refused_as_mlx_lm_does(write_folder: Write) -> None:
+    """A bias that the configuration does not ask for, or a module of another family."""
     build, spec = tiny_model("llama")
-    tensors = {**huggingface_tensors("llama"), "extra.weight": mx.zeros((2,))}
-    assert FolderSource(write_folder(tiny_config("llama"), tensors), build, spec).unused == ("extra.weight",)
+    tensors = {**huggingface_tensors("llama"), "model.layers.0.self_attn.q_proj.bias": mx.zeros((64,))}
+    folder = write_folder(tiny_config("llama"), tensors)
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj\.bias has no place in mlx-lm's llama"):
+        FolderSource(folder, build, spec)
+    with pytest.raises(ValueError, match="parameters not in model"):
+        load_model(folder)
+
+
+def test_constants_of_older_folders_are_left_out(write_folder: Write) -> None:
+    build, spec = tiny_model("llama")
+    tensors = {**huggingface_tensors("llama"), "model.layers.0.self_attn.rotary_emb.inv_freq": mx.zeros((8,))}
+    assert FolderSource(write_folder(tiny_config("llama"), tensors), build, spec)
 
 
 def test_incomplete_experts_are_a_user_error(write_folder: Write) -> None:

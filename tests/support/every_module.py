@@ -83,6 +83,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention"] * 2,
         "num_dense_layers": 1,
     },
+    "jamba": {"num_experts": 1},  # of more it weighs the chosen ones otherwise: refused
     "llama4": {"num_experts_per_tok": 1},
     "llama4_text": {"no_rope_layers": [1, 1, 1, 0]},
     "mimo_v2_flash": {
@@ -95,10 +96,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
     },
+    "mamba2": {"n_groups": 1},
     "minicpm3": {"rope_scaling": {"type": "longrope", "short_factor": 1.0, "long_factor": 1.0}},
     "nemotron-nas": {
         "block_configs": [{"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.5}}] * LAYERS
     },
+    "nemotron": {"hidden_act": "relu2"},
     "plamo": {"n_shared_head": 2},
 }
 BARE = {"bool": False, "int": 2, "float": 1.0, "str": "silu"}

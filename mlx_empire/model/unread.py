@@ -1,0 +1,168 @@
+"""What a configuration asks for and mlx-lm's module of the family does otherwise, without a word.
+
+Decides which keys are refused by name: the model would be another one than the folder's, and its loss would not say
+so. Each line was found by changing one key and comparing with torch's loss (tests/interop/test_families.py does it
+again). A sliding window that the module lacks is no reason against rows that fit in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+from mlx_empire.errors import UserError
+
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "mamba_hidden_act")
+SILU = ("silu", "swish")
+# Exact or not: their difference is 5e-4 at most, and mlx-lm takes the one where transformers takes the other.
+GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate")
+RELU2 = ("relu2",)
+BUILT_IN: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            *(
+                "afmoe",
+                "cohere",
+                "cohere2",
+                "deepseek_v2",
+                "deepseek_v3",
+                "deepseek_v32",
+                "dots1",
+                "ernie4_5",
+            ),
+            *(
+                "ernie4_5_moe",
+                "exaone4",
+                "exaone_moe",
+                "falcon_h1",
+                "glm",
+                "glm4",
+                "glm4_moe",
+                "glm4_moe_lite",
+            ),
+            *(
+                "glm_moe_dsa",
+                "gpt_oss",
+                "granite",
+                "granitemoe",
+                "granitemoehybrid",
+                "helium",
+                "hunyuan_v1_dense",
+            ),
+            *(
+                "internlm3",
+                "jamba",
+                "kimi_linear",
+                "laguna",
+                "llama",
+                "llama4",
+                "longcat_flash",
+                "mamba",
+                "mamba2",
+            ),
+            *("mellum", "mimo_v2_flash", "minicpm3", "minimax", "ministral3", "mistral4", "mixtral", "olmo2"),
+            *("olmo3", "olmo_hybrid", "olmoe", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5"),
+            *("qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "stablelm"),
+        ),
+        SILU,
+    ),
+    **dict.fromkeys(
+        (
+            *(
+                "gemma",
+                "gemma2",
+                "gemma3_text",
+                "gemma3n",
+                "gemma4_text",
+                "gpt2",
+                "gpt_bigcode",
+                "gpt_neox",
+                "gptj",
+            ),
+            *("phi", "starcoder2"),
+        ),
+        GELU,
+    ),
+    **dict.fromkeys(("nanochat", "nemotron"), RELU2),
+    "nemotron_h": (*RELU2, *SILU),  # of its MLPs and of its mixers
+    "apertus": ("xielu",),
+}
+
+# module -> key -> the values with which it computes what the model of the folder does.
+UNREAD: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "deepseek_v3": {"rope_interleave": (True,)},
+    "falcon_h1": {"attention_in_multiplier": (1,), "key_multiplier": (1,)},
+    "gemma3_text": {"final_logit_softcapping": (None,)},
+    "gpt2": {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
+    "gpt_bigcode": {"multi_query": (True,), "scale_attn_weights": (True,)},
+    "gpt_neox": {"attention_bias": (True,)},
+    "jamba": {"num_experts": (0, 1)},  # weighs the chosen experts by a softmax of these alone
+    "mamba2": {"n_groups": (1,)},  # normalises all groups as one
+    "olmoe": {"clip_qkv": (None,)},
+    "qwen2_moe": {"norm_topk_prob": (False,)},
+}
+ANY_MODULE: Mapping[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False, "vision")}
+# Stored tensors that the module's `sanitize` drops though they count.
+DROPPED: Mapping[str, tuple[str, ...]] = {"ernie4_5_moe": ("moe_statics.e_score_correction_bias",)}
+# Of one chosen expert these leave the weight as it is, where the family's own code makes it 1.
+SINGLE = frozenset({"afmoe", "deepseek_v3", "deepseek_v32", "exaone_moe", "glm4_moe", "glm4_moe_lite"})
+
+# model_type -> which of its layers have a window where no `layer_types` says it, and mlx-lm's module never has one.
+WINDOWLESS = frozenset(
+    {"gemma2", "ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder2"}
+    | {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+)
+
+
+def refuse_unread_keys(
+    section: Mapping[str, Any], module: str, where: str, stored: Collection[str] = ()
+) -> None:
+    """UserError naming the key of `section` that mlx-lm's `module` would leave out; `stored`: the folder's tensors."""
+
+    def refuse(key: str, value: object) -> NoReturn:
+        raise UserError(
+            f"{where}: {key}: {str(value)[:80]}: mlx-lm's {module} would leave it out, so the model would be "
+            "another one; use a folder of another family"
+        )
+
+    built_in = BUILT_IN.get(module)
+    for key in ACTIVATIONS:
+        value = section.get(key)
+        if built_in and isinstance(value, str) and value not in built_in and not _overruled(section, key):
+            refuse(key, value)
+    for key, allowed in {**ANY_MODULE, **UNREAD.get(module, {})}.items():
+        if key in section and section[key] not in allowed:
+            refuse(key, section[key])
+    if module in SINGLE and section.get("num_experts_per_tok") == 1 and section.get("norm_topk_prob"):
+        refuse("norm_topk_prob", True)
+    for ending in DROPPED.get(module, ()):
+        if any(name.endswith(ending) for name in stored):
+            refuse("tensors", f"*.{ending}")
+
+
+def _overruled(section: Mapping[str, Any], key: str) -> bool:
+    """Gemma's older configurations name two activations, of which the newer key counts."""
+    return key == "hidden_act" and isinstance(section.get("hidden_activation"), str)
+
+
+def left_out_window(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the sliding window of a completed configuration that mlx-lm's module does not have; None without."""
+    text = config.get("text_config")
+    section = text if isinstance(text, Mapping) else config
+    window, types = section.get("sliding_window"), section.get("layer_types")
+    if section.get("model_type") not in WINDOWLESS or not isinstance(window, int):
+        return None
+    if isinstance(types, list):
+        read = section["model_type"] in ("mistral", "ministral3")  # whose modules read `layer_types`
+        return None if read or "sliding_attention" not in types else window
+    return None if section.get("use_sliding_window") is False else window
+
+
+def refuse_long_rows(config: Mapping[str, Any], length: int, name: str) -> None:
+    """UserError where rows of `length` tokens reach farther than a window that mlx-lm's module leaves out."""
+    window = left_out_window(config)
+    if window is not None and length > window:
+        raise UserError(
+            f"data.sequence_length: {length}: {name} has a sliding window of {window} tokens, which mlx-lm's module "
+            f"of its family leaves out; use at most {window}"
+        )

@@ -1,0 +1,162 @@
+"""Keys in the names that mlx-lm's module reads, and what it would leave out: one folder of each kind.
+
+Whether the losses are torch's is asked by tests/interop/test_families.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.utils import load_config
+from support.every_module import names, reader
+from support.planning import recipe_of
+from support.tiny_models import tiny_config
+from transformers import CONFIG_MAPPING
+
+from mlx_empire.errors import UserError
+from mlx_empire.formats.staging import stored_config
+from mlx_empire.model.build import compute_dtype
+from mlx_empire.model.config import complete, read_config
+from mlx_empire.model.family_defaults import OTHERS
+from mlx_empire.model.target import planned_target
+from mlx_empire.model.unread import UNREAD
+
+# What transformers' class has built in, so that its configuration has no such key.
+BUILT_IN = {"apertus", "glm_moe_dsa", "longcat_flash", "mimo_v2_flash", "minimax_m2", "solar_open"}
+
+
+def folder_of(path: Path, config: dict[str, Any]) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("family", sorted(OTHERS))
+def test_other_defaults_are_those_of_transformers(family: str) -> None:
+    there = CONFIG_MAPPING[family]
+    held = {key: value for key, value in OTHERS[family].items() if hasattr(there, key)}
+    assert held or family in BUILT_IN
+    assert {key: getattr(there, key) for key in held} == held
+    assert held == OTHERS[family] or family in BUILT_IN
+
+
+@pytest.mark.parametrize("tag", ["Infinity", "inf", "-Infinity"])
+def test_tagged_floats_are_numbers_and_are_tagged_again(tag: str, tmp_path: Path) -> None:
+    config = tiny_config("mamba2", time_step_limit=[0.0, {"__float__": tag}])
+    found = read_config(folder_of(tmp_path / "f", config))
+    assert found["time_step_limit"] == [0.0, -math.inf if tag.startswith("-") else math.inf]
+    written = stored_config(found, "float32")
+    json.dumps(written, allow_nan=False)
+    assert load_config(folder_of(tmp_path / "out", written))["time_step_limit"] == found["time_step_limit"]
+
+
+@pytest.mark.parametrize(
+    ("key", "said", "computes"),
+    [
+        ("torch_dtype", "torch.bfloat16", "bfloat16"),
+        ("dtype", "bf16", "bfloat16"),
+        ("dtype", "float16", "float32"),
+        ("torch_dtype", "half", "float32"),
+        (None, "", "bfloat16"),  # as its tensors are stored
+    ],
+)
+def test_dtypes_by_any_name_and_without_one(
+    key: str | None, said: str, computes: str, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path / "f", {**tiny_config("llama"), **({key: said} if key else {})})
+    tensors = {
+        "model.embed_tokens.weight": mx.zeros((256, 64), mx.bfloat16),
+        "model.norm.weight": mx.ones((64,)),
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    assert compute_dtype(read_config(folder), None) == computes
+
+
+ALIASED = {
+    "qwen3_moe": ("num_experts", "num_local_experts", 4),
+    "gpt2": ("n_ctx", "n_positions", 256),
+    "lfm2": ("block_dim", "hidden_size", 64),
+}
+
+
+@pytest.mark.parametrize("family", ALIASED)
+def test_a_key_is_found_under_transformers_name(family: str) -> None:
+    key, other, value = ALIASED[family]
+    config = tiny_config(family)
+    config.pop(key)
+    assert complete({**config, other: value}, "folder")[key] == value
+
+
+def test_numbers_that_follow_from_others_are_derived() -> None:
+    def without(family: str, key: str, **more: Any) -> Any:
+        config = {k: v for k, v in tiny_config(family).items() if k != key}
+        return complete({**config, **more}, "folder")[key]
+
+    assert without("glm4_moe", "head_dim") == 16
+    assert without("gemma", "head_dim") == 256  # fixed in transformers, whatever the width is
+    assert without("mamba2", "intermediate_size") == 128
+    assert without("lfm2", "full_attn_idxs", layer_types=["conv", "full_attention"] * 2) == [1, 3]
+    kinds = ["linear_attention", "full_attention"] * 2
+    assert without("qwen3_next", "full_attention_interval", layer_types=kinds) == 2
+
+
+LEFT_OUT = {
+    "another activation": ("llama", {"hidden_act": "gelu"}, "hidden_act: gelu"),
+    "normalised weights": ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob: True"),
+    "groups of a norm": ("mamba2", {"n_groups": 2}, "n_groups: 2"),
+    "halves of RoPE": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave: False"),
+    "capped logits": ("gemma3_text", {"final_logit_softcapping": 5.0}, "final_logit_softcapping: 5.0"),
+    "clipped projections": ("olmoe", {"clip_qkv": 0.3}, "clip_qkv: 0.3"),
+    "both directions": ("llama", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "one expert alone": ("deepseek_v3", {"num_experts_per_tok": 1}, "norm_topk_prob: True"),
+    "rounded activations": ("llama", {"quantize_activations": True}, "quantize_activations"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_the_module_would_leave_out_is_refused_by_name(case: str) -> None:
+    family, changes, words = LEFT_OUT[case]
+    complete(tiny_config(family), "folder")
+    with pytest.raises(UserError, match=words):
+        complete(tiny_config(family, **changes), "folder")
+
+
+def test_refused_keys_are_none_that_the_module_reads() -> None:
+    """But for those that it reads and applies otherwise."""
+    assert set(UNREAD) <= set(names())
+    found = {(module, key) for module, keys in UNREAD.items() for key in keys if key in reader(module)}
+    assert found == {
+        ("falcon_h1", "attention_in_multiplier"),
+        ("falcon_h1", "key_multiplier"),
+        ("gpt_bigcode", "multi_query"),
+        ("jamba", "num_experts"),
+        ("mamba2", "n_groups"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "refused"),
+    [
+        ("mistral", {"sliding_window": 64}, True),
+        ("mistral", {"sliding_window": 256}, False),
+        ("mistral", {"sliding_window": None}, False),
+        ("gemma2", {"sliding_window": 64}, True),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": True}, True),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, False),
+        ("qwen3", {"sliding_window": 64, "layer_types": ["full_attention"] * 4}, False),
+        ("gemma3_text", {"sliding_window": 64}, False),  # has one
+    ],
+)
+def test_rows_longer_than_a_window_that_mlx_lm_lacks_are_refused(
+    family: str, changes: dict[str, Any], refused: bool, tmp_path: Path
+) -> None:
+    base = "llama" if family == "mistral" else family
+    config = {**tiny_config(base), "model_type": family, **changes}
+    folder = folder_of(tmp_path / "f", config)
+    found = planned_target(recipe_of(f"model.path={folder}", "data.sequence_length=256")).not_trainable
+    assert (found is not None and "sliding window of 64 tokens" in found) is refused

@@ -119,9 +119,7 @@ class LayerPasses:
             def run(*arrays: mx.array) -> tuple[mx.array, mx.array]:
                 self._experts.begin(arrays[len(trained) + 1 :])
                 self._bind(trained, arrays)
-                state = arrays[len(trained)]
-                for unit in units:
-                    state = self._call(unit, state)
+                state = self._through(units, arrays[len(trained)])
                 return (state * cotangent).sum(), mx.stop_gradient(state)
 
             trained, taps = self._primals(units)
@@ -142,8 +140,7 @@ class LayerPasses:
             if "SegmentedMM" not in str(error):
                 raise
             with self._experts.standing_in():
-                for unit in units:
-                    self._graph([unit], [], [self._hidden], lambda x, unit=unit: [self._call(unit, x)])
+                self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
                 graph = self._experts.taken_out(self._graph(units, free, [], body))
         gradients = graph.outputs[len(graph.outputs) - len(trained) :]
         return Pass(graph, frozenset(gradients), first)
@@ -206,6 +203,11 @@ class LayerPasses:
             self._bound[t.name] = array
             container, key = self._places[t.name]
             container[key] = array
+
+    def _through(self, units: Sequence[int], hidden: mx.array) -> mx.array:
+        for unit in units:
+            hidden = self._call(unit, hidden)
+        return hidden
 
     def _call(self, unit: int, hidden: mx.array) -> mx.array:
         given = self._given[unit - 1]

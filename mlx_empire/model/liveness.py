@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from mlx_empire.model.storage import Memory, Primitive, Shape, evaluate
 
 WIDTH = 20  # MLX_BFS_MAX_WIDTH
+HEAD_AHEAD = 20  # primitives of the head before its arrays of logits are there: final norm, product, loss
 TASKS_IN_BUNDLE, BUNDLES = 10, 10  # DISPATCHES_PER_TASK, MAX_ACTIVE_TASKS
 
 
@@ -113,12 +114,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class Played:
-    """An evaluation: bytes beside the sources at its worst moment and after it; of the worst moment's what is alive,
+    """An evaluation: bytes beside the sources at its worst moment, and when the head that follows makes its logits; of the worst moment's what is alive,
     by the array that was first in a buffer (-1: temporaries). `results`: the arrays that were first in the outputs'.
     """
 
     peak: int
-    after: int
+    ahead: int
     alive: Mapping[int, int]
     results: frozenset[int]
 
@@ -158,12 +159,15 @@ def play(
         memory.begin()
         for n in tape:
             _evaluate(memory, stream, graph.nodes[n])
+        for _ in range(HEAD_AHEAD):
+            stream.hand_over(1, ())
+        ahead = memory.active
         stream.finish()
         results = frozenset(memory.firsts[memory.views[a].buffer] for a in part)
         if len(found) < len(tapes) - 1:
             for array in part:
                 memory.release(array)
-        found.append(Played(memory.peak, memory.active, memory.alive_at_peak(), results))
+        found.append(Played(memory.peak, ahead, memory.alive_at_peak(), results))
     return found
 
 

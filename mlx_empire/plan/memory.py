@@ -17,7 +17,7 @@ from mlx_empire.model.closed_forms import root_use
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.activations import costs_of, forward_bytes, hidden_bytes, layer_costs, tail_costs
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
-from mlx_empire.plan.schedule import Action, Reader, folded_step
+from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, folded_step
 from mlx_empire.plan.shards import Segment, ShardPlan, Unit
 from mlx_empire.plan.traffic import staging_bytes
 from mlx_empire.plan.workload import Workload, chunk_tokens, step_shape
@@ -30,7 +30,8 @@ _SUMS = ("root gradients", "unit gradient sums")
 
 LOGITS_COPIES = 3.15  # fp32 arrays of a chunk's logits alive in the gradient of the loss
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
-BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
+BASE = 1 << 16  # MLX buffers that are no tensor: rotary tables, scalars
+NORM_AHEAD = 4 << 20  # elements of a segment that the gradients' norm has in work at once
 ROUNDING = 1 << 13  # half a page of Metal's allocator
 
 
@@ -108,7 +109,7 @@ class StepBytes(Reader):
         self._handed_over: set[int] = set()  # rounds whose head's sum has become a part of the root's
         self._new: dict[int, int] = {}  # by unit that was updated: bytes of its new weights on this rank
 
-    bind = score = replicate = norm = Reader.nothing
+    bind = score = replicate = Reader.nothing
 
     # ---- bookkeeping
 
@@ -166,9 +167,8 @@ class StepBytes(Reader):
         else:
             before, moments = tail_costs(kept, self._spec, self._work, adds=self._adds(action))
             self._moment(now | {"un-recomputed tail": before, "logits chunk": self._logits})
-            late = now | {"root gradients": now["root gradients"] + one}  # evaluated, and not yet added up
             for moment in moments:
-                self._moment(late | moment)
+                self._moment(now | moment)
         if first:
             self._hold("root gradients", self._head_sum * action.times)
             for u in range(self.shape.boundary + 1, self.shape.layers + 1):
@@ -177,7 +177,7 @@ class StepBytes(Reader):
     def backward(self, action: Action) -> None:
         self._phase = "backward"
         first = action.micro in self._first
-        if not first and self._plan.world_size == 1:  # a copy, done before a second micro-batch
+        if self._plan.world_size == 1:  # a copy, done before the layer's worst moment
             self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
         unit = self._spec.units[action.unit]
         self._moment(layer_costs(unit, self._spec, self._work, adds=self._adds(action)))
@@ -242,6 +242,16 @@ class StepBytes(Reader):
         self._hold(name, -size)
 
     # ---- update
+
+    def norm(self, action: Action) -> None:
+        """The squares of a segment's gradients, and their sums by halves, a few pieces at a time."""
+        units = self._plan.units if action.unit == ALL_UNITS else (self._plan.units[action.unit],)
+        largest = 0
+        for segment in (s for unit in units for s in unit.segments if s.kind != "frozen"):
+            a, b = self._plan.state_interval(segment, self._rank)
+            largest = max(largest, b - a)
+        phase = "update" if self._phase == "finish" else "release"
+        self._moment({"norm of gradients": 2 * 4 * min(largest, NORM_AHEAD)}, phase)
 
     def update(self, action: Action) -> None:
         """Segment by segment: its new weights, and what the optimizer's calls need besides."""

@@ -47,7 +47,7 @@ def title(ranks: int, fields: dict[str, Any]) -> str:
 
 def _setting(chance: random.Random, family: str) -> tuple[int, dict[str, Any]]:
     ranks = chance.choice((1, 1, 1, 2))
-    layers = chance.randint(3, 5)
+    layers = 4 if family == "gpt_oss" else chance.randint(3, 5)  # whose kinds of layers come by fours
     low = family not in MIXTURES and chance.random() < 0.2  # bfloat16, of which MLX's CPU has no stacked product
     kind = chance.choice(("full", "full", "lora", "qlora"))
     fields = {

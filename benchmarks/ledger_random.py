@@ -36,7 +36,10 @@ def measured(seed: int, count: int) -> list[tuple[float, str]]:
                 errors = [one[name]["predicted"] / one[name]["measured"] - 1 for one in reports]
                 worst = max(errors, key=abs)
                 size = reports[0][name]["measured"] / 2**20
-                print(f"{100 * worst:+5.1f} %  {size:6.1f} MiB  {reports[0][name]['phase']:8}  {name}", flush=True)
+                print(
+                    f"{100 * worst:+5.1f} %  {size:6.1f} MiB  {reports[0][name]['phase']:8}  {name}",
+                    flush=True,
+                )
                 found.append((worst, name))
     return found
 

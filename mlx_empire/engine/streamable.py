@@ -26,13 +26,13 @@ from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore
-from mlx_empire.model.layers import LayerArguments, SlottedModel, refuse_sharing, separable
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import build_model, describe, foreign
+from mlx_empire.model.layers import LayerArguments, SlottedModel, refuse_sharing, separable
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.scaled_down import VOCABULARY, scaled_down_config
 from mlx_empire.model.spec import RootNames, base_name

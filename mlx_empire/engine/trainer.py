@@ -20,7 +20,6 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore
-from mlx_empire.model.layers import LayerNoise, SlottedModel
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.numerics import GradientError, SpikeWatch, bad_weights, some_of
 from mlx_empire.engine.passes import Passes
@@ -31,6 +30,7 @@ from mlx_empire.engine.streamable import check_packing, probe_root
 from mlx_empire.engine.update import OptimizerInBackward, Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 from mlx_empire.model.build import foreign
+from mlx_empire.model.layers import LayerNoise, SlottedModel
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.protocol import StepScalars

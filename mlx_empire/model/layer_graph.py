@@ -136,4 +136,3 @@ def _joined(exported: _Exported, drawing: str, held: Sequence[int]) -> Graph:
         [*given, *constants],
         frozenset([*(given[i] for i in held), *constants]),
     )
-

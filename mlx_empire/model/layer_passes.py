@@ -4,8 +4,8 @@ Layers are called on arrays without data in the dtypes that the specification na
 gives them (`layers.SlottedModel`). The module may be in use: its arrays, its list of layers and MLX's random state are
 put back.
 
-`mx.export_function` has no word for one primitive, the gradient of stacked experts by sorted tokens (SegmentedMM). There
-a product of the same inputs and output stands in: the experts' products get a summand, whose cotangent is theirs, and
+`mx.export_function` has no word for one primitive, the gradient of stacked experts by sorted tokens (SegmentedMM). A
+product of the same inputs and output stands in: the experts' products get a summand, whose cotangent is theirs, and
 the summand is taken out of the graph again.
 """
 
@@ -147,7 +147,13 @@ class LayerPasses:
 
     def _trained(self, units: Sequence[int]) -> list[TensorSpec]:
         """In the order in which the engine differentiates: by unit, segment by segment."""
-        return [t for u in units for kind in ("trainable", "small") for t in self._spec.units[u].tensors if t.kind == kind]
+        return [
+            t
+            for u in units
+            for kind in ("trainable", "small")
+            for t in self._spec.units[u].tensors
+            if t.kind == kind
+        ]
 
     def _primals(self, units: Sequence[int]) -> tuple[list[TensorSpec], list[mx.array]]:
         """The tensors by which is differentiated, and summands of the experts' products where those stand in."""
@@ -190,7 +196,9 @@ class LayerPasses:
             return body(*arrays[:own])
 
         given = [*free, *held, *weights, *arguments, *taps]
-        before = [(container, key, container[key]) for container, key in (self._places[t.name] for t in tensors)]
+        before = [
+            (container, key, container[key]) for container, key in (self._places[t.name] for t in tensors)
+        ]
         try:
             with _in_peace(self._model, self._spec.name):
                 return graph_of(run, given, range(len(free), len(given)))
@@ -242,7 +250,8 @@ def _stacked(layer: nn.Module) -> Iterator[str]:
 def _in_peace(model: nn.Module, name: str) -> Iterator[list[nn.Module]]:
     """The real layers of a model that may have slots in their place; what was there and MLX's randomness come back."""
     owner, key, _ = find_layers(model, name)
-    before, (high, low) = owner[key], mx.random.state[0].tolist()
+    state: Any = mx.random.state
+    before, (high, low) = owner[key], state[0].tolist()
     real = [layer.__dict__["_layer"] if type(layer) is Slot else layer for layer in before]
     owner[key] = list(real)
     try:
@@ -258,7 +267,9 @@ class _Experts:
 
     stand_in: bool = False
     shapes: list[tuple[int, ...]] = field(default_factory=list)
-    calls: list[tuple[mx.array, mx.array, mx.array]] = field(default_factory=list)  # tokens, matrices, indices
+    calls: list[tuple[mx.array, mx.array, mx.array]] = field(
+        default_factory=list
+    )  # tokens, matrices, indices
     given: list[mx.array] = field(default_factory=list)
 
     @contextmanager
@@ -302,7 +313,9 @@ class _Experts:
         found: dict[str, mx.array] = {}
         for (x, matrices, indices), dy in zip(self.calls, cotangents, strict=True):
             total, inputs, outputs = matrices.shape
-            own = next((t for t in tensors if t.name not in found and t.shape == (total, outputs, inputs)), None)
+            own = next(
+                (t for t in tensors if t.name not in found and t.shape == (total, outputs, inputs)), None
+            )
             if own is not None:
                 found[own.name] = _segmented(x, dy, indices, own.shape)
         return {t.name: mx.zeros(t.shape) for t in tensors} | found

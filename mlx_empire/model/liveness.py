@@ -1,7 +1,7 @@
 """The peak of evaluating a graph, without evaluating it: MLX's order, its buffers, and how far it runs ahead.
 
 The order is that of MLX's `eval` (0.32): from the outputs back, breadth first until 20 primitives wait, then depth
-first. Buffers are `storage`'s.
+first. Buffers are `storage`'s, and `primitives` says who gets which.
 
 MLX hands work to another thread and goes on: a buffer is taken when a primitive is handed over, and given back when
 its last reader has been done. It waits once more than ten bundles of ten tasks are not done. Here the other thread is
@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlx_empire.model.storage import Memory, Primitive, Shape, evaluate
+from mlx_empire.model.primitives import evaluate
+from mlx_empire.model.storage import Memory, Primitive, Shape
 
 WIDTH = 20  # MLX_BFS_MAX_WIDTH
 HEAD_AHEAD = 20  # primitives of the head before its arrays of logits are there: final norm, product, loss
@@ -78,7 +79,7 @@ def order(graph: Graph, outputs: Sequence[int], done: Collection[int] = ()) -> l
 
 
 class Stream:
-    """The other thread's list of tasks: each gives back buffers once it is done. `bundled`: tasks of the open bundle."""
+    """The other thread's list of tasks: each gives back buffers once done. `bundled`: tasks of the open bundle."""
 
     def __init__(self, memory: Memory, bundled: int = 0) -> None:
         self._memory, self._bundled = memory, bundled
@@ -114,8 +115,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class Played:
-    """An evaluation: bytes beside the sources at its worst moment, and when the head that follows makes its logits; of the worst moment's what is alive,
-    by the array that was first in a buffer (-1: temporaries). `results`: the arrays that were first in the outputs'.
+    """An evaluation: bytes beside the sources at its worst moment, and (`ahead`) when a head that follows makes logits.
+
+    `alive`: what is alive at the worst moment, by the array that was first in a buffer (-1: temporaries). `results`:
+    the arrays that were first in the outputs' buffers.
     """
 
     peak: int

@@ -129,7 +129,10 @@ def _named(need: Need, rest: str, gradients: str) -> dict[str, int]:
 @once
 def _fitted_costs(unit: UnitSpec, spec: ModelSpec, work: Workload) -> dict[str, int]:
     widths, scores = width_bytes(unit, spec, work), _scores_in(unit, spec, work)
-    during = {"one layer's recompute": int(FITTED.recompute * widths), "attention": int(FITTED.attention * scores)}
+    during = {
+        "one layer's recompute": int(FITTED.recompute * widths),
+        "attention": int(FITTED.attention * scores),
+    }
     after = {
         "one layer's recompute": int(FITTED.gradients * widths),
         "one unit's gradients": gradient_bytes(unit, spec, work)[0],

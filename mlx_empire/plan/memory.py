@@ -2,8 +2,8 @@
 
 `resident` is there for the whole step; each phase adds what is alive in it alone, at its worst moment. The peak is
 resident + the largest phase. `StepBytes` plays the step's actions (`schedule`), so sizes of buffers follow from the
-plan and the order of events and are exact; what layers need while they are differentiated is fitted (`activations`).
-`capacity.ledger_groups` says both of every name.
+plan and the order of events and are exact; what layers need while they are differentiated is played from their graphs
+(`activations`). `capacity.ledger_groups` says both of every name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
 _SUMS = ("root gradients", "unit gradient sums")
 
-LOGITS_COPIES = 3.15  # fp32 arrays of a chunk's logits alive in the gradient of the loss
+LOGITS_COPIES = 3.2  # fp32 arrays of a chunk's logits alive in the gradient of the loss
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
 BASE = 1 << 16  # MLX buffers that are no tensor: rotary tables, scalars
 NORM_AHEAD = 4 << 20  # elements of a segment that the gradients' norm has in work at once
@@ -37,10 +37,11 @@ ROUNDING = 1 << 13  # half a page of Metal's allocator
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes by name: for the whole step, and by phase."""
+    """Bytes by name: for the whole step, and by phase. `derived`: whether the layers' own graphs could be played."""
 
     resident: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
+    derived: bool = True
 
     @cached_property
     def largest_phase(self) -> str:
@@ -73,7 +74,7 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
     }
     step = StepBytes(spec, plan, work, rank, state_bytes)
     step.play(folded_step(step.shape))
-    return Ledger({k: v for k, v in resident.items() if v}, step.phases)
+    return Ledger({k: v for k, v in resident.items() if v}, step.phases, costs_of(spec, work).derived)
 
 
 class StepBytes(Reader):
@@ -291,7 +292,7 @@ class StepBytes(Reader):
     def _logits(self) -> int:
         """In fewer bits than fp32 the head's own logits and their gradient lie beside the wide ones."""
         elements = min(self._chunk_tokens, self._work.tokens) * self._vocabulary
-        size = elements * (4 * LOGITS_COPIES + 2 * self._item * (self._item < 4))
+        size = elements * (4 * LOGITS_COPIES + 2.25 * self._item * (self._item < 4))
         soft = self._spec.family == "gemma2" or self._spec.text_config.get("final_logit_softcapping")
         return int(size + (4 * elements * SOFT_CAPPED if soft else 0))
 

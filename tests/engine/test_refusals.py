@@ -12,13 +12,13 @@ from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.model.layers import SlottedModel
 from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.streamable import check_packing, probe_root, verify_scaled_down
 from mlx_empire.errors import UserError
 from mlx_empire.model import catalog
 from mlx_empire.model.build import describe, foreign
+from mlx_empire.model.layers import SlottedModel
 from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.plan.shards import make_plan
 

@@ -112,7 +112,9 @@ def test_tracing_puts_back_what_it_bound_and_mlx_s_random_numbers():
     mx.random.seed(5)
     before = dict(tree_flatten(target.model.parameters()))
     played(target, adds=False)
-    assert {n: id(a) for n, a in tree_flatten(target.model.parameters())} == {n: id(a) for n, a in before.items()}
+    assert {n: id(a) for n, a in tree_flatten(target.model.parameters())} == {
+        n: id(a) for n, a in before.items()
+    }
     assert mx.random.uniform(shape=(4,)).tolist() == expected
 
 

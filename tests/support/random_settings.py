@@ -11,7 +11,19 @@ from typing import Any
 
 MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4", "olmoe")
 DENSE = (
-    *("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2", "cohere2", "starcoder2"),
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "gpt2",
+        "olmo2",
+        "cohere2",
+        "starcoder2",
+    ),
     *("mamba2", "seed_oss", "granite", "smollm3", "helium", "glm4", "exaone4", "ministral3", "mimo"),
 )
 
@@ -48,7 +60,9 @@ def title(ranks: int, fields: dict[str, Any]) -> str:
 def _setting(chance: random.Random, family: str) -> tuple[int, dict[str, Any]]:
     ranks = chance.choice((1, 1, 1, 2))
     layers = 4 if family == "gpt_oss" else chance.randint(3, 5)  # whose kinds of layers come by fours
-    low = family not in MIXTURES and chance.random() < 0.2  # bfloat16, of which MLX's CPU has no stacked product
+    low = (
+        family not in MIXTURES and chance.random() < 0.2
+    )  # bfloat16, of which MLX's CPU has no stacked product
     kind = chance.choice(("full", "full", "lora", "qlora"))
     fields = {
         "family": family,

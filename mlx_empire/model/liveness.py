@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlx_empire.model.primitives import evaluate
-from mlx_empire.model.storage import Memory, Primitive, Shape
+from mlx_empire.model.primitives import place_outputs
+from mlx_empire.model.storage import Buffers, Primitive, Shape
 
 WIDTH = 20  # MLX_BFS_MAX_WIDTH
 HEAD_AHEAD = 20  # primitives of the head before its arrays of logits are there: final norm, product, loss
@@ -78,10 +78,10 @@ def order(graph: Graph, outputs: Sequence[int], done: Collection[int] = ()) -> l
     return tape[::-1]
 
 
-class Stream:
+class Tasks:
     """The other thread's list of tasks: each gives back buffers once done. `bundled`: tasks of the open bundle."""
 
-    def __init__(self, memory: Memory, bundled: int = 0) -> None:
+    def __init__(self, memory: Buffers, bundled: int = 0) -> None:
         self._memory, self._bundled = memory, bundled
         self._tasks: deque[tuple[Collection[int], bool]] = deque()
         self._bundles = 0
@@ -145,7 +145,7 @@ def play(
     shares: bool = True,
 ) -> list[Played]:
     """Play the `evaluations` of a graph: one `Played` for each. Outputs of the first of two are dropped after it."""
-    memory = Memory(graph.shapes, graph.items, donates=donates, shares=shares)
+    memory = Buffers(graph.shapes, graph.items, donates=donates, shares=shares)
     for array in graph.sources:
         memory.fresh(array)
     memory.begin()
@@ -156,7 +156,7 @@ def play(
             memory.refer(array)
     for array in graph.sources:  # whoever is not held is left to the graph
         memory.release(array)
-    stream = Stream(memory, bundled)
+    stream = Tasks(memory, bundled)
     found: list[Played] = []
     for tape, part in zip(tapes, _parts(graph, first), strict=True):
         memory.begin()
@@ -178,8 +178,8 @@ def _parts(graph: Graph, first: int) -> list[Sequence[int]]:
     return [graph.outputs[:first], graph.outputs[first:]] if first else [graph.outputs]
 
 
-def _evaluate(memory: Memory, stream: Stream, node: Primitive) -> None:
-    done = evaluate(memory, node)
+def _evaluate(memory: Buffers, stream: Tasks, node: Primitive) -> None:
+    done = place_outputs(memory, node)
     own = memory.views[node.outputs[0]].buffer
     buffers = {memory.views[a].buffer for a in (*node.inputs, *node.outputs[1:])} - {own}
     for buffer in buffers:

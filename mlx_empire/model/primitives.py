@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mlx_empire.model.storage import Done, Memory, Primitive, Rule, View
+from mlx_empire.model.storage import Buffers, Done, Primitive, Rule, View
 from mlx_empire.model.views import VIEWS
 
 # ---- element by element
 
 
-def _elementwise(m: Memory, node: Primitive) -> Done:
+def _elementwise(m: Buffers, node: Primitive) -> Done:
     if len(node.inputs) == 1:
         return _unary(m, node)
     return _binary(m, node) if len(node.inputs) == 2 else _ternary(m, node)
 
 
-def _unary(m: Memory, node: Primitive) -> Done:
+def _unary(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     if not m.views[array].flags.contiguous:
         m.fresh(out)
@@ -32,7 +32,7 @@ def _unary(m: Memory, node: Primitive) -> Done:
     return Done(1)
 
 
-def _binary(m: Memory, node: Primitive) -> Done:
+def _binary(m: Buffers, node: Primitive) -> Done:
     """Outputs as large as what the inputs span: one number for two numbers that are broadcast."""
     a, b = node.inputs
     va, vb = m.views[a], m.views[b]
@@ -57,7 +57,7 @@ def _binary(m: Memory, node: Primitive) -> Done:
     return Done(1)
 
 
-def _ternary(m: Memory, node: Primitive) -> Done:
+def _ternary(m: Buffers, node: Primitive) -> Done:
     (out,) = node.outputs
     views = [m.views[x] for x in node.inputs]
     if all(v.size == 1 for v in views):
@@ -69,7 +69,7 @@ def _ternary(m: Memory, node: Primitive) -> Done:
     return Done(1)
 
 
-def _take_or_make(m: Memory, out: int, candidates: Sequence[int], model: int) -> None:
+def _take_or_make(m: Buffers, out: int, candidates: Sequence[int], model: int) -> None:
     """The buffer of the first candidate that can be taken, else a new one like that of `model` (-1: whole)."""
     for array in candidates:
         if m.may_take(array, out):
@@ -80,7 +80,7 @@ def _take_or_make(m: Memory, out: int, candidates: Sequence[int], model: int) ->
 # ---- copies
 
 
-def _copied(m: Memory, out: int, array: int, *, vector: bool) -> int:
+def _copied(m: Buffers, out: int, array: int, *, vector: bool) -> int:
     """MLX's copy of `array` to `out`: its buffer where that may be; the number of tasks."""
     if not vector:
         m.fresh(out)
@@ -92,41 +92,41 @@ def _copied(m: Memory, out: int, array: int, *, vector: bool) -> int:
     return 1
 
 
-def _astype(m: Memory, node: Primitive) -> Done:
+def _astype(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     _copied(m, out, array, vector=m.views[array].flags.contiguous)
     return Done(1)  # also in a buffer that was taken: it has other numbers
 
 
-def _full(m: Memory, node: Primitive) -> Done:
+def _full(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v = m.views[array]
     return Done(_copied(m, out, array, vector=v.size != 1 and v.flags.contiguous))
 
 
-def _scatter(m: Memory, node: Primitive) -> Done:
+def _scatter(m: Buffers, node: Primitive) -> Done:
     (out,), array = node.outputs, node.inputs[0]
     return Done(1 + _copied(m, out, array, vector=m.views[array].flags.rows))
 
 
-def _update(m: Memory, node: Primitive) -> Done:
+def _update(m: Buffers, node: Primitive) -> Done:
     (out,), array = node.outputs, node.inputs[0]
     v = m.views[array]
     vector = v.size != 1 and v.flags.contiguous and v.size == math.prod(m.shapes[array])
     return Done(1 + _copied(m, out, array, vector=vector))
 
 
-def _sort(m: Memory, node: Primitive) -> Done:
+def _sort(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     return Done(1 + _copied(m, out, array, vector=m.views[array].flags.contiguous))
 
 
-def _concatenate(m: Memory, node: Primitive) -> Done:
+def _concatenate(m: Buffers, node: Primitive) -> Done:
     m.fresh(node.outputs[0])
     return Done(len(node.inputs))
 
 
-def _pad(m: Memory, node: Primitive) -> Done:
+def _pad(m: Buffers, node: Primitive) -> Done:
     m.fresh(node.outputs[0])
     return Done(2)
 
@@ -134,7 +134,7 @@ def _pad(m: Memory, node: Primitive) -> Done:
 # ---- reductions and products
 
 
-def _softmax(m: Memory, node: Primitive) -> Done:
+def _softmax(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v = m.views[array]
     if not (v.flags.contiguous and v.strides[-1] == 1):
@@ -147,7 +147,7 @@ def _softmax(m: Memory, node: Primitive) -> Done:
     return Done(1)
 
 
-def _needs_rows(m: Memory, node: Primitive) -> Done:
+def _needs_rows(m: Buffers, node: Primitive) -> Done:
     """A copy of every input that is not in the order of rows."""
     temporaries = [_temporary(m, x) for x in node.inputs if not m.views[x].flags.rows]
     for out in node.outputs:
@@ -155,13 +155,13 @@ def _needs_rows(m: Memory, node: Primitive) -> Done:
     return Done(1 + len(temporaries), tuple(temporaries))
 
 
-def _temporary(m: Memory, array: int) -> int:
+def _temporary(m: Buffers, array: int) -> int:
     buffer = m.allocate(m.bytes_of(array))
     m.hold(buffer)
     return buffer
 
 
-def _product(m: Memory, node: Primitive) -> Done:
+def _product(m: Buffers, node: Primitive) -> Done:
     """A copy of every matrix that is neither in the order of rows nor in that of columns."""
     (out,), (a, b, *rest) = node.outputs, node.inputs
     tasks = 1
@@ -174,14 +174,14 @@ def _product(m: Memory, node: Primitive) -> Done:
     return Done(tasks + len(temporaries), temporaries)
 
 
-def _is_matrix(m: Memory, array: int, *, transposed: bool = True) -> bool:
+def _is_matrix(m: Buffers, array: int, *, transposed: bool = True) -> bool:
     (rows, columns), (by_row, by_column) = m.shapes[array][-2:], m.views[array].strides[-2:]
     if by_row == columns and by_column == 1:
         return True
     return transposed and by_row == 1 and by_column == rows
 
 
-def _packed_product(m: Memory, node: Primitive) -> Done:
+def _packed_product(m: Buffers, node: Primitive) -> Done:
     """Of stacked packed matrices: last dimensions in the order of rows."""
     matrices = node.inputs[: len(node.inputs) - 2]
     temporaries = tuple(_temporary(m, x) for x in matrices if not _is_matrix(m, x, transposed=False))
@@ -189,7 +189,7 @@ def _packed_product(m: Memory, node: Primitive) -> Done:
     return Done(1 + len(temporaries), temporaries)
 
 
-def _convolution(m: Memory, node: Primitive) -> Done:
+def _convolution(m: Buffers, node: Primitive) -> Done:
     """By explicit matrices where there is one spatial dimension and no dilation, else in place."""
     (out,), (array, weight) = node.outputs, node.inputs
     m.fresh(out)
@@ -214,7 +214,7 @@ def _convolution(m: Memory, node: Primitive) -> Done:
     return Done(2 + len(sizes), tuple(buffers))
 
 
-def _new(m: Memory, node: Primitive) -> Done:
+def _new(m: Buffers, node: Primitive) -> Done:
     for out in node.outputs:
         m.fresh(out)
     return Done(1)
@@ -244,6 +244,6 @@ _RULES: dict[str, Rule] = {
 }
 
 
-def evaluate(memory: Memory, node: Primitive) -> Done:
+def place_outputs(memory: Buffers, node: Primitive) -> Done:
     """Give the outputs of a primitive their buffers; its inputs have theirs."""
     return _RULES.get(node.name, _new)(memory, node)

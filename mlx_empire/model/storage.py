@@ -74,7 +74,7 @@ def _in_order(shape: Shape, strides: Shape) -> bool:
     return True
 
 
-class Memory:
+class Buffers:
     """Buffers, who refers to them, and the arrays in them.
 
     `shapes`, `items` (bytes of an element): by array. `references` counts who holds an array; a buffer lives while an
@@ -209,4 +209,4 @@ class Done(NamedTuple):
     temporaries: tuple[int, ...] = ()
 
 
-Rule = Callable[[Memory, Primitive], Done]
+Rule = Callable[[Buffers, Primitive], Done]

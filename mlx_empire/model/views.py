@@ -1,4 +1,4 @@
-"""MLX's primitives whose outputs lie in their input's buffer, seen in another way; a reshape copies where strides ask it.
+"""MLX's primitives whose outputs lie in their input's buffer, seen in another way; some reshapes have to copy.
 
 The rules are those of MLX's `backend/common` (0.32), read there.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 
 from mlx_empire.model.storage import (
+    Buffers,
     Done,
     Flags,
-    Memory,
     Primitive,
     Rule,
     Shape,
@@ -20,19 +20,19 @@ from mlx_empire.model.storage import (
 )
 
 
-def _same(m: Memory, node: Primitive) -> Done:
+def _same(m: Buffers, node: Primitive) -> Done:
     for out, array in zip(node.outputs, node.inputs[-len(node.outputs) :], strict=True):
         m.same(out, array)
     return Done(0)
 
 
-def _depends(m: Memory, node: Primitive) -> Done:
+def _depends(m: Buffers, node: Primitive) -> Done:
     for out, array in zip(node.outputs, node.inputs, strict=False):
         m.same(out, array)
     return Done(0)
 
 
-def _broadcast(m: Memory, node: Primitive) -> Done:
+def _broadcast(m: Buffers, node: Primitive) -> Done:
     (out,), array = node.outputs, node.inputs[0]
     v, shape, full = m.views[array], m.shapes[array], m.shapes[out]
     strides = [0] * (len(full) - len(shape)) + [
@@ -44,7 +44,7 @@ def _broadcast(m: Memory, node: Primitive) -> Done:
     return Done(0)
 
 
-def _transpose(m: Memory, node: Primitive) -> Done:
+def _transpose(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v = m.views[array]
     strides = tuple(v.strides[axis] for axis in node.arguments[0])
@@ -56,7 +56,7 @@ def _transpose(m: Memory, node: Primitive) -> Done:
     return Done(0)
 
 
-def _expand(m: Memory, node: Primitive) -> Done:
+def _expand(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v = m.views[array]
     strides = list(v.strides)
@@ -66,7 +66,7 @@ def _expand(m: Memory, node: Primitive) -> Done:
     return Done(0)
 
 
-def _squeeze(m: Memory, node: Primitive) -> Done:
+def _squeeze(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v = m.views[array]
     strides = tuple(s for i, s in enumerate(v.strides) if i not in node.arguments[0])
@@ -74,7 +74,7 @@ def _squeeze(m: Memory, node: Primitive) -> Done:
     return Done(0)
 
 
-def _slice(m: Memory, node: Primitive) -> Done:
+def _slice(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     v, shape = m.views[array], m.shapes[out]
     strides = tuple(s * step for s, step in zip(v.strides, node.arguments[2], strict=True))
@@ -84,7 +84,7 @@ def _slice(m: Memory, node: Primitive) -> Done:
     return Done(0)
 
 
-def _split(m: Memory, node: Primitive) -> Done:
+def _split(m: Buffers, node: Primitive) -> Done:
     (array,) = node.inputs
     v = m.views[array]
     for out in node.outputs:
@@ -98,7 +98,7 @@ def _split(m: Memory, node: Primitive) -> Done:
     return Done(0)
 
 
-def _strided(m: Memory, node: Primitive) -> Done:
+def _strided(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     shape, strides = m.shapes[out], tuple(node.arguments[1])
     plain, rows, columns = contiguity(shape, strides)
@@ -107,7 +107,7 @@ def _strided(m: Memory, node: Primitive) -> Done:
     return Done(0)
 
 
-def _reshape(m: Memory, node: Primitive) -> Done:
+def _reshape(m: Buffers, node: Primitive) -> Done:
     """A view where the strides allow it, else a copy."""
     (out,), array = node.outputs, node.inputs[0]
     v, shape = m.views[array], m.shapes[out]
@@ -148,7 +148,7 @@ def _reshaped(shape: Shape, strides: Shape, wanted: Shape) -> Shape | None:
     return tuple(found)
 
 
-def _view(m: Memory, node: Primitive) -> Done:
+def _view(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     if m.items[out] == m.items[array]:
         m.same(out, array)

@@ -76,7 +76,7 @@ def _setting(chance: random.Random, family: str) -> tuple[int, dict[str, Any]]:
         "dtype": "bfloat16" if low else "float32",
         "gradient_dtype": "bfloat16" if low else "float32",
         "state_bits": chance.choice((8, 32)),
-        "config": _config(chance, family, layers),
+        "config": _config(chance, family, layers, large=kind != "full"),
     }
     if kind == "full":
         fields["optimizer"] = chance.choice(("adamw", "adamw", "lion", "sgd"))
@@ -89,9 +89,10 @@ def _setting(chance: random.Random, family: str) -> tuple[int, dict[str, Any]]:
     return ranks, fields
 
 
-def _config(chance: random.Random, family: str, layers: int) -> dict[str, Any]:
+def _config(chance: random.Random, family: str, layers: int, *, large: bool) -> dict[str, Any]:
+    """`large`: for a frozen base, beside which the constants of a small model would be most of the peak."""
     heads, width = chance.choice((4, 8)), chance.choice((32, 48, 64))
-    hidden = chance.choice((192, 256, 320))
+    hidden = chance.choice((384, 512) if large else (192, 256, 320))
     mlp = 64 * chance.randint(3, 14)
     vocabulary = 1024 * chance.choice((2, 4, 8))
     if family == "gpt2":
@@ -119,7 +120,7 @@ def _config(chance: random.Random, family: str, layers: int) -> dict[str, Any]:
             config |= {"intermediate_size": mlp // 2, "intermediate_size_mlp": mlp}
         case "gemma2" | "gemma3_text":
             config |= {"query_pre_attn_scalar": width}
-        case "starcoder2" | "olmoe" | "mixtral" | "phi3" | "granite" | "gpt_oss":
+        case "cohere2" | "starcoder2" | "olmoe" | "mixtral" | "phi3" | "granite" | "gpt_oss":
             config["head_dim"] = hidden // heads
         case "mamba2":
             config |= {"num_heads": 2 * heads, "head_dim": hidden // heads, "state_size": 32}

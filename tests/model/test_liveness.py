@@ -57,7 +57,10 @@ def measured(target: Target, *, adds: bool) -> int:
     masks = [a for _, a in tree_flatten([list(arguments.positional), arguments.keywords])]
     mx.eval(arrays, [a for a in masks if isinstance(a, mx.array)])
     layer.update(tree_unflatten(list(zip(names, arrays, strict=True))))
-    trained = [n for n, t in zip(names, unit.tensors, strict=True) if t.trainable]
+    kinds = {n: t.kind for n, t in zip(names, unit.tensors, strict=True)}
+    trained = [
+        n for kind in ("trainable", "small") for n in names if kinds[n] == kind
+    ]  # as the engine has them
 
     def run(*given_arrays: mx.array) -> mx.array:
         layer.update(tree_unflatten(list(zip(trained, given_arrays[:-1], strict=True))))

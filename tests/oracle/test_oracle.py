@@ -110,7 +110,7 @@ def large_models() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", oracle()["models"])
 def test_large_models_move_and_need_the_same(name):
-    """Peaks without what is now derived from the layers' own graphs to 1.5 %: the oracle's ledger left out the reduction
+    """Peaks without what is now derived from layers' own graphs to 1.5 %: the oracle's ledger left out the reduction
     that is in flight beside the head and the embedding, and took totals in flight for something that does not grow with
     the share. So Scout's shares move too."""
     expected, found = oracle()["models"][name], large_models()[name]

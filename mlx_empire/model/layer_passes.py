@@ -22,8 +22,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
-from mlx_empire.errors import UserError
-from mlx_empire.model.build import find_layers
+from mlx_empire.model.build import find_layers, reason_of
 from mlx_empire.model.layer_graph import NotTraceable, graph_of
 from mlx_empire.model.layers import Slot, SlottedModel, hidden_of
 from mlx_empire.model.liveness import Graph
@@ -56,8 +55,8 @@ class LayerPasses:
             slotted = SlottedModel(self._model, spec.name)
             try:
                 hidden, self._given = slotted.capture(mx.zeros((rows, width), mx.int32))
-            except UserError as error:
-                raise NotTraceable(str(error)) from None
+            except Exception as error:  # foreign code on a model that need not be one that trains
+                raise NotTraceable(reason_of(error)) from None
         self._layers: list[nn.Module] = layers
         self._places = {
             t.name: _place(layer, t.name.removeprefix(f"{unit.name}."))

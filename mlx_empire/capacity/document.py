@@ -203,9 +203,11 @@ def _pair(values: tuple[float, float]) -> list[float]:
 
 
 def _formulas(nodes: Sequence[NodeAssessment]) -> Document:
-    """Formula in words and mark (exact, fitted, unmeasured) of every name in the nodes' ledgers."""
+    """Formula in words and mark (exact, derived, fitted, unmeasured) of every name in the nodes' ledgers."""
     names = dict.fromkeys(name for node in nodes for name in node.ledger.items())
-    return {name: {"formula": term(name).formula, "mark": term(name).known} for name in names}
+    derived = all(node.ledger.derived for node in nodes)
+    terms = {name: term(name, derived=derived) for name in names}
+    return {name: {"formula": one.formula, "mark": one.known} for name, one in terms.items()}
 
 
 @dataclass(frozen=True)

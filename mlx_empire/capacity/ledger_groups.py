@@ -4,8 +4,9 @@ Names are matched by the words in them, first rule first, so a name that a ledge
 group, or into the last one, and never out of the sum.
 
 And what every name stands for: its formula in words, and how well it is known. `exact` follows from the plan and from
-the engine's order of events; `fitted` was fitted to measured peaks on a CPU; `unmeasured` is an estimate that nothing
-has confirmed.
+the engine's order of events; `derived` is played from the graph of the model's own layers, as MLX evaluates it on a
+CPU; `fitted` was fitted to measured peaks on a CPU; `unmeasured` is an estimate that nothing has confirmed. Of a model
+whose layers cannot be traced what is else derived is fitted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Term(NamedTuple):
     """One name of the ledger."""
 
     formula: str
-    known: str  # exact | fitted | unmeasured
+    known: str  # exact | derived | fitted | unmeasured
 
 
 _TERMS = {
@@ -47,7 +48,7 @@ _TERMS = {
         "4 bytes for each bfloat16 element of the share: master weights in fp32", "exact"
     ),
     "exchange buffers": Term("two buckets in flight from and for every peer", "exact"),
-    "MLX base": Term("512 KiB: rotary tables, scalars, compiled kernels' constants", "fitted"),
+    "MLX base": Term("64 KiB for rotary tables and scalars, and the masks that layers are given", "fitted"),
     "allocator margin": Term(
         "half a page of 16 KiB for every buffer and for every tensor that is small", "unmeasured"
     ),
@@ -61,7 +62,9 @@ _TERMS = {
     "unit gradient sums": Term(
         "4 bytes for each element of a layer, where a cell has several micro-batches", "exact"
     ),
-    "one unit's gradients": Term("one micro-batch's gradients of a layer", "exact"),
+    "one unit's gradients": Term(
+        "one micro-batch's gradients of a layer that are there at that moment", "derived"
+    ),
     "contributions in flight": Term("the layer before in the wire's dtype, being reduced", "exact"),
     "contributions kept whole": Term(
         "all layers in the wire's dtype until the backward's end, at stage 1", "exact"
@@ -71,25 +74,26 @@ _TERMS = {
         "one hidden state for each layer that the backward reaches and each micro-batch, and the current ones",
         "exact",
     ),
-    "one layer's forward": Term(
-        "forward x what its products read and write + scores x attention scores", "fitted"
-    ),
+    "one layer's forward": Term("what is alive at the worst moment of one layer's forward", "derived"),
     "one layer's recompute": Term(
-        "factor x what the layer's products read and write for a micro-batch", "fitted"
+        "what is alive at the worst moment of one layer's vjp for a micro-batch, with what MLX hands over ahead",
+        "derived",
     ),
     "attention": Term(
-        "factor x heads x rows x width^2: quadratic on a CPU and wherever a mask is an array", "fitted"
+        "scores alive at that moment, heads x rows x width^2 each: on a CPU and wherever a mask is an array",
+        "derived",
     ),
-    "state-space scan": Term("3.6 x heads x tokens x 256 decays + the states between chunks", "fitted"),
-    "DoRA norms": Term("two fp32 copies of the largest adapted matrix", "fitted"),
     "logits chunk": Term("three fp32 arrays of a chunk of tokens x vocabulary", "fitted"),
-    "un-recomputed tail": Term("what the layers that are not recomputed keep for their backward", "fitted"),
-    "tail gradients": Term("gradients of all un-recomputed layers for one micro-batch", "exact"),
+    "un-recomputed tail": Term("what the layers that are not recomputed keep for their backward", "derived"),
+    "tail gradients": Term("gradients of un-recomputed layers that are there at that moment", "derived"),
     "tail sums": Term(
         "4 bytes for each element of the un-recomputed layers, over a cell's micro-batches", "exact"
     ),
     "tail totals before rounding": Term(
         "2 more bytes for each element of the tail's share until the last round", "exact"
+    ),
+    "norm of gradients": Term(
+        "squares of at most 10 x 2^20 elements of the largest buffer, and their sums", "derived"
     ),
     "optimizer chunk": Term("new states and temporaries of a chunk of at most 2^21 elements", "fitted"),
     "new weights of a unit": Term(
@@ -99,9 +103,10 @@ _TERMS = {
 UNKNOWN = Term("not described", "unmeasured")
 
 
-def term(name: str) -> Term:
-    """What `name` stands for in a ledger."""
-    return _TERMS.get(name, UNKNOWN)
+def term(name: str, *, derived: bool = True) -> Term:
+    """What `name` stands for in a ledger; `derived`: whether the model's layers could be traced (`Ledger.derived`)."""
+    found = _TERMS.get(name, UNKNOWN)
+    return found if derived or found.known != "derived" else found._replace(known="fitted")
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,6 @@ GROUPS = (
 # Words of a name -> its group.
 _RULES = (
     ("adapter", "adapters"),
-    ("dora", "adapters"),
     ("gathered", "gathered"),
     ("new weights", "gathered"),
     ("gradient", "gradients"),
@@ -143,7 +147,6 @@ _RULES = (
     ("recompute", "activations"),
     ("attention", "activations"),
     ("tail", "activations"),
-    ("scan", "activations"),
 )
 
 
@@ -184,7 +187,8 @@ def ledger_lines(nodes: Sequence[NodeAssessment]) -> tuple[str, list[tuple[str, 
     lines = []
     for entry in dict.fromkeys(entry for ledger in ledgers for entry in ledger):
         sizes = tuple(_figure(ledger.get(entry, 0), unit) for ledger in ledgers)
-        lines.append(Line(entry, sizes, term(entry).known, term(entry).formula))
+        described = term(entry, derived=kinds[0][1].ledger.derived)
+        lines.append(Line(entry, sizes, described.known, described.formula))
     peaks = tuple(_figure(node.peak_bytes, unit) for _, node in kinds)
     return name, kinds, [*lines, Line("peak", peaks, "", "")]
 

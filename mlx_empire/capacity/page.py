@@ -282,7 +282,8 @@ def _ledger(report: CapacityReport) -> str:
     head = [unit, *(escape(names) for names, _ in kinds), "known", "how"]
     return (
         "<section><h2>The ledger</h2>"
-        '<p class="muted small">Exact: counted from the shapes. Fitted: measured on a CPU and fitted. '
+        '<p class="muted small">Exact: counted from the shapes. Derived: played from the graphs of the layers. '
+        "Fitted: measured on a CPU and fitted. "
         "Unmeasured: by reasoning alone.</p>"
         f"{table(head, rows, range(1, len(kinds) + 1))}"
         f"<details><summary>The other limits, and the cache</summary>"

@@ -44,7 +44,7 @@ class Need:
 
 @dataclass(frozen=True)
 class TailNeed:
-    """Of an un-recomputed tail: its forward, what it keeps until its backward, and its backward (all of it)."""
+    """Of an un-recomputed tail: its forward, what is there when the head begins, and its backward (all of it)."""
 
     forward: Need
     kept: Need
@@ -133,14 +133,14 @@ class LayerCosts:
         return self._known[question]  # type: ignore[return-value]
 
     def _worst(self, traced: Pass) -> list[Need]:
-        """Of each evaluation its worst moment, and of all but the last also what stays."""
+        """Of each evaluation its worst moment, and of all but the last also what is there when the next work comes."""
         graph = _without_scores(traced.graph, self._width) if self._linear else traced.graph
         tapes = evaluations(graph, traced.first)
         played = [play(graph, tapes, traced.first, bundled=start) for start in STARTS]
         found = []
         for evaluation in zip(*played, strict=True):
             found.append(self._need(traced, max(evaluation, key=lambda one: one.peak)))
-            found.append(Need(evaluation[0].after))
+            found.append(Need(max(one.ahead for one in evaluation)))
         return found[:-1]
 
     def _need(self, traced: Pass, one: Played) -> Need:

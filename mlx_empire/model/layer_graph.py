@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_empire.errors import EmpireError
+from mlx_empire.model.build import reason_of
 from mlx_empire.model.liveness import Graph
 from mlx_empire.model.storage import Primitive, Shape
 
@@ -67,8 +68,8 @@ def graph_of(function: Function, arrays: Arrays, held: Sequence[int]) -> Graph:
     try:
         with mx.stream(mx.cpu):
             mx.export_function(told.append, noted, *arrays)
-    except ValueError as error:
-        raise NotTraceable(str(error)) from None
+    except Exception as error:  # MLX's for a primitive that it cannot export, or foreign code's
+        raise NotTraceable(reason_of(error)) from None
     return _joined(_exported(told), drawing.getvalue(), held)
 
 

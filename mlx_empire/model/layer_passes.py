@@ -4,8 +4,8 @@ Layers are called on arrays without data in the dtypes that the specification na
 gives them (`layers.SlottedModel`). The module may be in use: its arrays, its list of layers and MLX's random state are
 put back.
 
-`mx.export_function` has no word for one primitive, the gradient of stacked experts by sorted tokens (SegmentedMM). There
-a product of the same inputs and output stands in: the experts' products get a summand, whose cotangent is theirs, and
+`mx.export_function` has no word for one primitive, the gradient of stacked experts by sorted tokens (SegmentedMM). A
+product of the same inputs and output stands in: the experts' products get a summand, whose cotangent is theirs, and
 the summand is taken out of the graph again.
 """
 
@@ -22,8 +22,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
-from mlx_empire.errors import UserError
-from mlx_empire.model.build import find_layers
+from mlx_empire.model.build import find_layers, reason_of
 from mlx_empire.model.layer_graph import NotTraceable, graph_of
 from mlx_empire.model.layers import Slot, SlottedModel, hidden_of
 from mlx_empire.model.liveness import Graph
@@ -56,8 +55,8 @@ class LayerPasses:
             slotted = SlottedModel(self._model, spec.name)
             try:
                 hidden, self._given = slotted.capture(mx.zeros((rows, width), mx.int32))
-            except UserError as error:
-                raise NotTraceable(str(error)) from None
+            except Exception as error:  # foreign code on a model that need not be one that trains
+                raise NotTraceable(reason_of(error)) from None
         self._layers: list[nn.Module] = layers
         self._places = {
             t.name: _place(layer, t.name.removeprefix(f"{unit.name}."))
@@ -119,9 +118,7 @@ class LayerPasses:
             def run(*arrays: mx.array) -> tuple[mx.array, mx.array]:
                 self._experts.begin(arrays[len(trained) + 1 :])
                 self._bind(trained, arrays)
-                state = arrays[len(trained)]
-                for unit in units:
-                    state = self._call(unit, state)
+                state = self._through(units, arrays[len(trained)])
                 return (state * cotangent).sum(), mx.stop_gradient(state)
 
             trained, taps = self._primals(units)
@@ -142,8 +139,7 @@ class LayerPasses:
             if "SegmentedMM" not in str(error):
                 raise
             with self._experts.standing_in():
-                for unit in units:
-                    self._graph([unit], [], [self._hidden], lambda x, unit=unit: [self._call(unit, x)])
+                self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
                 graph = self._experts.taken_out(self._graph(units, free, [], body))
         gradients = graph.outputs[len(graph.outputs) - len(trained) :]
         return Pass(graph, frozenset(gradients), first)
@@ -215,6 +211,11 @@ class LayerPasses:
             container, key = self._places[t.name]
             container[key] = array
 
+    def _through(self, units: Sequence[int], hidden: mx.array) -> mx.array:
+        for unit in units:
+            hidden = self._call(unit, hidden)
+        return hidden
+
     def _call(self, unit: int, hidden: mx.array) -> mx.array:
         given = self._given[unit - 1]
         positional, keywords = tree_map(
@@ -248,7 +249,8 @@ def _stacked(layer: nn.Module) -> Iterator[str]:
 def _in_peace(model: nn.Module, name: str) -> Iterator[list[nn.Module]]:
     """The real layers of a model that may have slots in their place; what was there and MLX's randomness come back."""
     owner, key, _ = find_layers(model, name)
-    before, (high, low) = owner[key], mx.random.state[0].tolist()
+    state: Any = mx.random.state
+    before, (high, low) = owner[key], state[0].tolist()
     real = [layer.__dict__["_layer"] if type(layer) is Slot else layer for layer in before]
     owner[key] = list(real)
     try:

@@ -1,7 +1,7 @@
 """The peak of evaluating a graph, without evaluating it: MLX's order, its buffers, and how far it runs ahead.
 
 The order is that of MLX's `eval` (0.32): from the outputs back, breadth first until 20 primitives wait, then depth
-first. Buffers are `storage`'s.
+first. Buffers are `storage`'s, and `primitives` says who gets which.
 
 MLX hands work to another thread and goes on: a buffer is taken when a primitive is handed over, and given back when
 its last reader has been done. It waits once more than ten bundles of ten tasks are not done. Here the other thread is
@@ -15,9 +15,11 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlx_empire.model.storage import Memory, Primitive, Shape, evaluate
+from mlx_empire.model.primitives import place_outputs
+from mlx_empire.model.storage import Buffers, Primitive, Shape
 
 WIDTH = 20  # MLX_BFS_MAX_WIDTH
+HEAD_AHEAD = 20  # primitives of the head before its arrays of logits are there: final norm, product, loss
 TASKS_IN_BUNDLE, BUNDLES = 10, 10  # DISPATCHES_PER_TASK, MAX_ACTIVE_TASKS
 
 
@@ -76,10 +78,10 @@ def order(graph: Graph, outputs: Sequence[int], done: Collection[int] = ()) -> l
     return tape[::-1]
 
 
-class Stream:
-    """The other thread's list of tasks: each gives back buffers once it is done. `bundled`: tasks of the open bundle."""
+class Tasks:
+    """The other thread's list of tasks: each gives back buffers once done. `bundled`: tasks of the open bundle."""
 
-    def __init__(self, memory: Memory, bundled: int = 0) -> None:
+    def __init__(self, memory: Buffers, bundled: int = 0) -> None:
         self._memory, self._bundled = memory, bundled
         self._tasks: deque[tuple[Collection[int], bool]] = deque()
         self._bundles = 0
@@ -113,12 +115,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class Played:
-    """An evaluation: bytes beside the sources at its worst moment and after it; of the worst moment's what is alive,
-    by the array that was first in a buffer (-1: temporaries). `results`: the arrays that were first in the outputs'.
+    """An evaluation: bytes beside the sources at its worst moment, and (`ahead`) when a head that follows makes logits.
+
+    `alive`: what is alive at the worst moment, by the array that was first in a buffer (-1: temporaries). `results`:
+    the arrays that were first in the outputs' buffers.
     """
 
     peak: int
-    after: int
+    ahead: int
     alive: Mapping[int, int]
     results: frozenset[int]
 
@@ -141,7 +145,7 @@ def play(
     shares: bool = True,
 ) -> list[Played]:
     """Play the `evaluations` of a graph: one `Played` for each. Outputs of the first of two are dropped after it."""
-    memory = Memory(graph.shapes, graph.items, donates=donates, shares=shares)
+    memory = Buffers(graph.shapes, graph.items, donates=donates, shares=shares)
     for array in graph.sources:
         memory.fresh(array)
     memory.begin()
@@ -152,18 +156,21 @@ def play(
             memory.refer(array)
     for array in graph.sources:  # whoever is not held is left to the graph
         memory.release(array)
-    stream = Stream(memory, bundled)
+    stream = Tasks(memory, bundled)
     found: list[Played] = []
     for tape, part in zip(tapes, _parts(graph, first), strict=True):
         memory.begin()
         for n in tape:
             _evaluate(memory, stream, graph.nodes[n])
+        for _ in range(HEAD_AHEAD):
+            stream.hand_over(1, ())
+        ahead = memory.active
         stream.finish()
         results = frozenset(memory.firsts[memory.views[a].buffer] for a in part)
         if len(found) < len(tapes) - 1:
             for array in part:
                 memory.release(array)
-        found.append(Played(memory.peak, memory.active, memory.alive_at_peak(), results))
+        found.append(Played(memory.peak, ahead, memory.alive_at_peak(), results))
     return found
 
 
@@ -171,8 +178,8 @@ def _parts(graph: Graph, first: int) -> list[Sequence[int]]:
     return [graph.outputs[:first], graph.outputs[first:]] if first else [graph.outputs]
 
 
-def _evaluate(memory: Memory, stream: Stream, node: Primitive) -> None:
-    done = evaluate(memory, node)
+def _evaluate(memory: Buffers, stream: Tasks, node: Primitive) -> None:
+    done = place_outputs(memory, node)
     own = memory.views[node.outputs[0]].buffer
     buffers = {memory.views[a].buffer for a in (*node.inputs, *node.outputs[1:])} - {own}
     for buffer in buffers:

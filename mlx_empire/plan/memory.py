@@ -2,8 +2,8 @@
 
 `resident` is there for the whole step; each phase adds what is alive in it alone, at its worst moment. The peak is
 resident + the largest phase. `StepBytes` plays the step's actions (`schedule`), so sizes of buffers follow from the
-plan and the order of events and are exact; what layers need while they are differentiated is fitted (`activations`).
-`capacity.ledger_groups` says both of every name.
+plan and the order of events and are exact; what layers need while they are differentiated is played from their graphs
+(`activations`). `capacity.ledger_groups` says both of every name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx_empire.model.closed_forms import root_use
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.activations import costs_of, forward_bytes, hidden_bytes, layer_costs, tail_costs
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
-from mlx_empire.plan.schedule import Action, Reader, folded_step
+from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, folded_step
 from mlx_empire.plan.shards import Segment, ShardPlan, Unit
 from mlx_empire.plan.traffic import staging_bytes
 from mlx_empire.plan.workload import Workload, chunk_tokens, step_shape
@@ -28,18 +28,22 @@ PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
 _SUMS = ("root gradients", "unit gradient sums")
 
-LOGITS_COPIES = 3.15  # fp32 arrays of a chunk's logits alive in the gradient of the loss
+LOGITS_COPIES = 3.2  # fp32 arrays of a chunk's logits alive in the gradient of the loss
 SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
-BASE = 1 << 19  # MLX buffers that are no tensor: rotary tables, scalars, masks
+BASE = 1 << 16  # MLX buffers that are no tensor: rotary tables, scalars
+NORM_AHEAD = (
+    10 << 20
+)  # elements of a segment whose squares are there at once: ten pieces, as played from its graph
 ROUNDING = 1 << 13  # half a page of Metal's allocator
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes by name: for the whole step, and by phase."""
+    """Bytes by name: for the whole step, and by phase. `derived`: whether the layers' own graphs could be played."""
 
     resident: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
+    derived: bool = True
 
     @cached_property
     def largest_phase(self) -> str:
@@ -72,7 +76,7 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
     }
     step = StepBytes(spec, plan, work, rank, state_bytes)
     step.play(folded_step(step.shape))
-    return Ledger({k: v for k, v in resident.items() if v}, step.phases)
+    return Ledger({k: v for k, v in resident.items() if v}, step.phases, costs_of(spec, work).derived)
 
 
 class StepBytes(Reader):
@@ -108,7 +112,7 @@ class StepBytes(Reader):
         self._handed_over: set[int] = set()  # rounds whose head's sum has become a part of the root's
         self._new: dict[int, int] = {}  # by unit that was updated: bytes of its new weights on this rank
 
-    bind = score = replicate = norm = Reader.nothing
+    bind = score = replicate = Reader.nothing
 
     # ---- bookkeeping
 
@@ -166,9 +170,8 @@ class StepBytes(Reader):
         else:
             before, moments = tail_costs(kept, self._spec, self._work, adds=self._adds(action))
             self._moment(now | {"un-recomputed tail": before, "logits chunk": self._logits})
-            late = now | {"root gradients": now["root gradients"] + one}  # evaluated, and not yet added up
             for moment in moments:
-                self._moment(late | moment)
+                self._moment(now | moment)
         if first:
             self._hold("root gradients", self._head_sum * action.times)
             for u in range(self.shape.boundary + 1, self.shape.layers + 1):
@@ -177,7 +180,7 @@ class StepBytes(Reader):
     def backward(self, action: Action) -> None:
         self._phase = "backward"
         first = action.micro in self._first
-        if not first and self._plan.world_size == 1:  # a copy, done before a second micro-batch
+        if self._plan.world_size == 1:  # a copy, done before the layer's worst moment
             self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
         unit = self._spec.units[action.unit]
         self._moment(layer_costs(unit, self._spec, self._work, adds=self._adds(action)))
@@ -243,6 +246,16 @@ class StepBytes(Reader):
 
     # ---- update
 
+    def norm(self, action: Action) -> None:
+        """The squares of a segment's gradients, and their sums by halves, a few pieces at a time."""
+        units = self._plan.units if action.unit == ALL_UNITS else (self._plan.units[action.unit],)
+        largest = 0
+        for segment in (s for unit in units for s in unit.segments if s.kind != "frozen"):
+            a, b = self._plan.state_interval(segment, self._rank)
+            largest = max(largest, b - a)
+        phase = "update" if self._phase == "finish" else "release"
+        self._moment({"norm of gradients": 2 * 4 * min(largest, NORM_AHEAD)}, phase)
+
     def update(self, action: Action) -> None:
         """Segment by segment: its new weights, and what the optimizer's calls need besides."""
         phase = "update" if self._phase == "finish" else "release"
@@ -281,7 +294,7 @@ class StepBytes(Reader):
     def _logits(self) -> int:
         """In fewer bits than fp32 the head's own logits and their gradient lie beside the wide ones."""
         elements = min(self._chunk_tokens, self._work.tokens) * self._vocabulary
-        size = elements * (4 * LOGITS_COPIES + 2 * self._item * (self._item < 4))
+        size = elements * (4 * LOGITS_COPIES + 2.25 * self._item * (self._item < 4))
         soft = self._spec.family == "gemma2" or self._spec.text_config.get("final_logit_softcapping")
         return int(size + (4 * elements * SOFT_CAPPED if soft else 0))
 

@@ -132,22 +132,16 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "qwen3_moe 384 stage 2": setting("qwen3_moe", 384, 2, [3, 2, 1]),
     },
 }
-DAILY: dict[int, set[str]] = {
+DAILY: dict[int, set[str]] = {  # beside those of `test_random_peaks.py`
     1: {
         "llama 128 stage 2",
-        "llama 384 stage 2, tail of 10",
-        "llama 128 stage 0, 8 bits",
-        "llama 640 stage 2, qlora",
         "llama 384 stage 3, lora in 4 layers, tail of 2",
         "llama 64 stage 3, released, bfloat16, 8 bits",
-        "llama 64 stage 2, bfloat16, adamw 8 bits, exact",
-        "llama 64 stage 2, bfloat16, lion 8 bits, exact",
     },
     2: {
         "llama 384 stage 3, dora in 4 layers",
         "llama 128 stage 3, tail of 3",
         "gemma2 128 stage 1",
-        "llama 128 stage 2, released, tail of 3",
     },
     3: {"llama 128 stage 3"},
 }

@@ -6,8 +6,8 @@ Nothing is fitted to them: each test states how far off it may be, and prints ho
 from support.planning import assess, catalog_spec
 
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.model.layer_costs import LayerCosts
 from mlx_empire.model.target import make_target
-from mlx_empire.plan.activations import FITS
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.recipe.load import parse_recipe
 
@@ -51,8 +51,8 @@ def close(what: str, ours: float, published: float, tolerance: float, why: str) 
 
 def test_torchtune_lora_of_llama_3_1_8b():
     found = llama("tuning.type=lora", "tuning.rank=8")
-    why = "over, for a layer's recompute is fitted to MLX's unfused kernels and to gradients of every weight"
-    close("LoRA r8, 2 x 2048", found.nodes[0].peak_bytes / GIB, 16.2, 0.12, why)
+    why = "over, for a layer's recompute is that of MLX's unfused kernels on a CPU, which it hands over ahead"
+    close("LoRA r8, 2 x 2048", found.nodes[0].peak_bytes / GIB, 16.2, 0.25, why)
 
 
 def test_flashoptim_saves_what_the_bytes_per_parameter_say():
@@ -78,5 +78,7 @@ def test_mlx_qlora_of_qwen3_8b():
     # length, seen between 4,096 and 8,192 tokens, is attention's. (Below that 2.12, 3.75 and 7.48 GiB hardly more than
     # double with the length, so nothing can be read off them.)
     squared = (21.39 - 2 * 7.48) * GIB / (8192**2 - 2 * 4096**2)
-    ours = FITS["qwen3"].attention * QWEN3_8B["num_attention_heads"] * 2
-    close("attention at 8,192 tokens", ours * 8192**2 / GIB, squared * 8192**2 / GIB, 0.05, "fitted on a CPU")
+    need = LayerCosts(spec, 1, 8192, linear=False).backward(spec.units[1], adds=False)
+    assert need is not None
+    why = "three arrays of scores are alive on a CPU; theirs is a difference of peaks"
+    close("attention at 8,192 tokens", need.scores / GIB, squared * 8192**2 / GIB, 0.08, why)

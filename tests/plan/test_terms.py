@@ -23,4 +23,4 @@ def test_every_name_is_described(overrides):
         for items in (node.ledger.resident, *node.ledger.phases.values()):
             for name in items:
                 assert term(name) is not UNKNOWN, name
-                assert term(name).known in ("exact", "fitted", "unmeasured")
+                assert term(name).known in ("exact", "derived", "fitted", "unmeasured")

@@ -59,11 +59,10 @@ def title(ranks: int, fields: dict[str, Any]) -> str:
 
 def _setting(chance: random.Random, family: str) -> tuple[int, dict[str, Any]]:
     ranks = chance.choice((1, 1, 1, 2))
-    layers = chance.randint(3, 5)
-    low = (
-        family not in MIXTURES and chance.random() < 0.2
-    )  # bfloat16, of which MLX's CPU has no stacked product
+    layers = 4 if family in ("gpt_oss", "llama4") else chance.randint(3, 5)  # their kinds come by fours
     kind = chance.choice(("full", "full", "lora", "qlora"))
+    # MLX's CPU has no stacked product in bfloat16, and is slow in it.
+    low = kind == "full" and family not in MIXTURES and chance.random() < 0.3
     fields = {
         "family": family,
         "shares": [1] if ranks == 1 else [chance.choice((1, 2, 3)), 1],
@@ -76,7 +75,7 @@ def _setting(chance: random.Random, family: str) -> tuple[int, dict[str, Any]]:
         "dtype": "bfloat16" if low else "float32",
         "gradient_dtype": "bfloat16" if low else "float32",
         "state_bits": chance.choice((8, 32)),
-        "config": _config(chance, family, layers),
+        "config": _config(chance, family, layers, large=kind != "full"),
     }
     if kind == "full":
         fields["optimizer"] = chance.choice(("adamw", "adamw", "lion", "sgd"))
@@ -89,9 +88,10 @@ def _setting(chance: random.Random, family: str) -> tuple[int, dict[str, Any]]:
     return ranks, fields
 
 
-def _config(chance: random.Random, family: str, layers: int) -> dict[str, Any]:
+def _config(chance: random.Random, family: str, layers: int, *, large: bool) -> dict[str, Any]:
+    """`large`: for a frozen base, beside which the constants of a small model would be most of the peak."""
     heads, width = chance.choice((4, 8)), chance.choice((32, 48, 64))
-    hidden = chance.choice((192, 256, 320))
+    hidden = chance.choice((384, 512) if large else (192, 256, 320))
     mlp = 64 * chance.randint(3, 14)
     vocabulary = 1024 * chance.choice((2, 4, 8))
     if family == "gpt2":
@@ -119,7 +119,7 @@ def _config(chance: random.Random, family: str, layers: int) -> dict[str, Any]:
             config |= {"intermediate_size": mlp // 2, "intermediate_size_mlp": mlp}
         case "gemma2" | "gemma3_text":
             config |= {"query_pre_attn_scalar": width}
-        case "starcoder2" | "olmoe" | "mixtral" | "phi3" | "granite" | "gpt_oss":
+        case "cohere2" | "starcoder2" | "olmoe" | "mixtral" | "phi3" | "granite" | "gpt_oss":
             config["head_dim"] = hidden // heads
         case "mamba2":
             config |= {"num_heads": 2 * heads, "head_dim": hidden // heads, "state_size": 32}

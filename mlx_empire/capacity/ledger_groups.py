@@ -92,7 +92,9 @@ _TERMS = {
     "tail totals before rounding": Term(
         "2 more bytes for each element of the tail's share until the last round", "exact"
     ),
-    "norm of gradients": Term("squares of at most 10 x 2^20 elements of the largest buffer, and their sums", "derived"),
+    "norm of gradients": Term(
+        "squares of at most 10 x 2^20 elements of the largest buffer, and their sums", "derived"
+    ),
     "optimizer chunk": Term("new states and temporaries of a chunk of at most 2^21 elements", "fitted"),
     "new weights of a unit": Term(
         "new weights until the old buffer goes, or the whole unit has been renewed", "exact"

@@ -29,7 +29,7 @@ _GATHERED = ("gathered root", "gathered units")
 _SUMS = ("root gradients", "unit gradient sums")
 
 LOGITS_COPIES = 3.2  # fp32 arrays of a chunk's logits alive in the gradient of the loss
-SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
+SOFT_CAPPED = 2.2  # more of them where logits are soft-capped
 BASE = 1 << 16  # MLX buffers that are no tensor: rotary tables, scalars
 NORM_AHEAD = 10 << 20  # elements of a segment whose squares are there at once: ten pieces, as played
 ROUNDING = 1 << 13  # half a page of Metal's allocator

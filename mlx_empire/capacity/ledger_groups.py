@@ -70,6 +70,10 @@ _TERMS = {
         "all layers in the wire's dtype until the backward's end, at stage 1", "exact"
     ),
     "root gradients": Term("sums and parts of head and embedding, in fp32 where they are added up", "exact"),
+    "embedding gradients": Term(
+        "fp32 gradients of the rows of the embedding that a cell's tokens look up, at most all of them",
+        "exact",
+    ),
     "layer inputs": Term(
         "one hidden state for each layer that the backward reaches and each micro-batch, and the current ones",
         "exact",

@@ -168,15 +168,21 @@ class LayerPasses:
     def _added(
         self, sums: Arrays, units: Sequence[int], trained: Sequence[TensorSpec], found: Sequence[mx.array]
     ) -> list[mx.array]:
-        """The gradients of all trained tensors, added to `sums` where there are any."""
+        """The gradients of all trained tensors, added to `sums` where there are any, as a cell's last micro-batch gives
+        them: each in its segment's wire dtype, and contiguous.
+        """
         by_name = dict(zip((t.name for t in trained), found, strict=False))
         cotangents = found[len(trained) + 1 :]
         missing = [t for t in self._trained(units) if t.name not in by_name]
         by_name |= self._experts.gradients(missing, cotangents)
-        gradients = [by_name[t.name] for t in self._trained(units)]
-        if not sums:
-            return gradients
-        return [a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(sums, gradients, strict=True)]
+        order = self._trained(units)
+        gradients = [by_name[t.name] for t in order]
+        if sums:
+            gradients = [
+                a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(sums, gradients, strict=True)
+            ]
+        wires = [mx.float32 if t.kind == "small" else getattr(mx, t.dtype) for t in order]
+        return [mx.contiguous(g.astype(wire)) for g, wire in zip(gradients, wires, strict=True)]
 
     # ---- layers
 

@@ -26,14 +26,11 @@ Items = dict[str, int]
 
 PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
-_SUMS = ("root gradients", "unit gradient sums")
 
 LOGITS_COPIES = 3.2  # fp32 arrays of a chunk's logits alive in the gradient of the loss
-SOFT_CAPPED = 2.0  # more of them where logits are soft-capped
+SOFT_CAPPED = 2.2  # more of them where logits are soft-capped
 BASE = 1 << 16  # MLX buffers that are no tensor: rotary tables, scalars
-NORM_AHEAD = (
-    10 << 20
-)  # elements of a segment whose squares are there at once: ten pieces, as played from its graph
+NORM_AHEAD = 10 << 20  # elements of a segment whose squares are there at once: ten pieces, as played
 ROUNDING = 1 << 13  # half a page of Metal's allocator
 
 
@@ -108,6 +105,7 @@ class StepBytes(Reader):
         self._total = 0
         self._worst = dict.fromkeys(PHASES, -1)
         self._phase = "forward"
+        self._whole = self._most_whole = 0  # bytes of gathered units, now and at most
         self._cell: dict[int, tuple[str, int]] = {}  # by layer: the name and size of the current round's sum
         self._handed_over: set[int] = set()  # rounds whose head's sum has become a part of the root's
         self._new: dict[int, int] = {}  # by unit that was updated: bytes of its new weights on this rank
@@ -134,11 +132,16 @@ class StepBytes(Reader):
     # ---- weights
 
     def gather(self, action: Action) -> None:
-        self._hold(_GATHERED[action.unit > 0], self._sizes[action.unit].gathered)
+        """Buffers of units that are whole; those of earlier ones are handed out again, so they only grow in number."""
+        self._whole += self._sizes[action.unit].gathered
+        more = self._whole - self._most_whole
+        if more > 0:
+            self._most_whole += more
+            self._hold(_GATHERED[action.unit > 0], more)
 
     def free(self, action: Action) -> None:
         if self.shape.sharded:
-            self._hold(_GATHERED[action.unit > 0], -self._sizes[action.unit].gathered)
+            self._whole -= self._sizes[action.unit].gathered
         if action.unit == 0:
             self._hold("layer inputs", -self._held.get("layer inputs", 0))
             self._phase = "finish"
@@ -188,9 +191,17 @@ class StepBytes(Reader):
             self._hold_cell(action.unit, "unit gradient sums")
 
     def embed(self, action: Action) -> None:
+        """Of a table only the tokens' rows: they in fp32, their gradient, and the sum of a cell's."""
         self._phase = "embed"
-        sums = self._embed_bytes * self._wide * self._adds_up
-        self._moment({"root gradients": 2 * self._embed_bytes + sums})
+        if self._by_row:
+            rows = self._rows(1)
+            wide = self._hidden // self._item * 4
+            self._moment({"embedding gradients": 2 * rows + wide})
+            if action.micro in self._first:
+                self._hold("embedding gradients", self._rows(self.shape.cells[action.round]) * action.times)
+        else:
+            sums = self._embed_bytes * self._wide * self._adds_up
+            self._moment({"root gradients": 2 * self._embed_bytes + sums})
 
     def _adds(self, action: Action) -> bool:
         """Whether gradients are added to a sum; of a cell of several micro-batches those needs count, for they come
@@ -204,19 +215,14 @@ class StepBytes(Reader):
         self._hold("contributions kept whole", self._contribution(action) * action.times)
 
     def reduce(self, action: Action) -> None:
-        """A tensor at a time is made contiguous for the contribution; totals are there from the first round on."""
+        """A contribution is handed over as it is; totals are there from the first round on."""
         size, kept = self._sizes[action.unit], self.shape.zero_stage == 1
-        if action.round == 0:
-            self._hold("gradients", 4 * size.trained)
-        contribution = self._contribution(action)
-        now = {_SUMS[action.unit > 0]: size.largest if contribution else 0}
-        if action.unit == 0 and not kept:  # head and embedding put together
-            self._drop_cell(action)
-            now["root gradients"] += contribution * (self._wide if self._adds_up else 1)
-        self._moment(now)
         if not kept:
             self._drop_cell(action)
-            self._hold("contributions in flight", contribution)
+            self._hold("contributions in flight", self._contribution(action))
+        if action.round == 0:
+            self._hold("gradients", 4 * size.trained)
+        self._moment({})
 
     def settle(self, action: Action) -> None:
         if self.shape.zero_stage == 1:
@@ -241,7 +247,9 @@ class StepBytes(Reader):
         name, size = self._cell.pop(action.unit, ("", 0))
         if action.unit == 0 and self.shape.cells[action.round] and action.round not in self._handed_over:
             self._handed_over.add(action.round)
+            self._moment({"root gradients": self._joined})
             name, size = "root gradients", self._head_sum * action.times
+            self._hold("embedding gradients", -self._held.get("embedding gradients", 0))
         self._hold(name, -size)
 
     # ---- update
@@ -305,6 +313,27 @@ class StepBytes(Reader):
     @cached_property
     def _embed_bytes(self) -> int:
         return root_use(self._spec)[1] * self._item
+
+    @cached_property
+    def _by_row(self) -> bool:
+        """Whether the embedding's gradient is that of the rows that are looked up; adapters' is whole."""
+        root = self._spec.units[0].tensors
+        return not self._spec.frozen_root and not any(".lora_" in t.name for t in root)
+
+    def _rows(self, micro_batches: int) -> int:
+        """Bytes in fp32 of the rows that so many micro-batches look up at most."""
+        rows = min(micro_batches * self._work.tokens, self._vocabulary)
+        return rows * 4 * (self._embed_bytes // self._item // max(self._vocabulary, 1))
+
+    @cached_property
+    def _joined(self) -> int:
+        """What there is besides when head's and embedding's sums are put together: a tied matrix in fp32, or the whole
+        contribution."""
+        elements = self._sizes[0].gradient // self._item
+        tied = max((self._head_bytes + self._embed_bytes) // self._item - elements, 0)
+        return max(
+            4 * tied, self._sizes[0].gradient * (1 if self._by_row or not self._adds_up else self._wide)
+        )
 
     @cached_property
     def _head_sum(self) -> int:

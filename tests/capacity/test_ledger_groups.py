@@ -11,6 +11,7 @@ EXPECTED = {
     "gradients": {
         "gradients",
         "root gradients",
+        "embedding gradients",
         "contributions in flight",
         "tail sums",
         "tail totals before rounding",

@@ -238,4 +238,4 @@ def test_a_schedule_of_stages_fits_ledger_and_traffic():
     ledger = StageBytes(SPEC, PLAN, WORK, 1, AdamW().state_bytes)
     ledger.play(looped_stages(1, 2, 3, 4))
     # The layer's inputs of all 4 micro-batches are kept for a backward; one more is on its way out.
-    assert ledger.phases["forward"]["layer inputs"] == (3 + 1 + 1) * 32768
+    assert ledger.phases["forward"]["layer inputs"] == (3 + 1) * 32768

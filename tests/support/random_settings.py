@@ -59,7 +59,9 @@ def title(ranks: int, fields: dict[str, Any]) -> str:
 
 def _setting(chance: random.Random, family: str) -> tuple[int, dict[str, Any]]:
     ranks = chance.choice((1, 1, 1, 2))
-    layers = 4 if family in ("gpt_oss", "llama4") else chance.randint(3, 5)  # their kinds come by fours
+    layers = (
+        4 if family in ("gpt_oss", "llama4", "cohere2") else chance.randint(3, 5)
+    )  # their kinds come by fours
     kind = chance.choice(("full", "full", "lora", "qlora"))
     # MLX's CPU has no stacked product in bfloat16, and is slow in it.
     low = kind == "full" and family not in MIXTURES and chance.random() < 0.3

@@ -26,6 +26,7 @@ from mlx_empire.comm.buffers import DTYPES, empty_rows, host_view
 from mlx_empire.comm.protocol import Communicator, Pieces, Wire
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.store import ShardStore
+from mlx_empire.model.spec import FLAT_ELEMENTS
 from mlx_empire.plan.shards import Segment
 from mlx_empire.plan.workload import CellLayout
 
@@ -119,14 +120,28 @@ class GradientStore:
             self._suspect(self.suspects, index, cell)
 
     def round_off(self, index: int, cell: MicroBatchSum) -> None:
-        """A cell's sum is complete: each tensor is rounded to its segment's wire dtype, and made contiguous.
+        """A cell's sum is complete: each tensor is rounded to its segment's wire dtype, and flat.
 
-        Lazily, to be evaluated with the backward that it comes from: vjp gives transposed gradients, and a tensor's
-        copy is made while its own gradient is all that is there of it.
+        Lazily, to be evaluated with the backward that it comes from; vjp gives transposed gradients, so flat ones are
+        copies. Large tensors wait for `hand_over`, so that no two such copies are there at once.
         """
+        wires = self._wires(index)
+        cell.arrays = [
+            a if a.size > FLAT_ELEMENTS else a.astype(w).flatten()
+            for a, w in zip(cell.arrays, wires, strict=True)
+        ]
+
+    def hand_over(self, index: int, cell: MicroBatchSum) -> None:
+        """What `round_off` left of a sum, tensor by tensor; its arrays are then evaluated and flat."""
+        for i, wire in enumerate(self._wires(index)):
+            if cell.arrays[i].size > FLAT_ELEMENTS:
+                cell.arrays[i] = cell.arrays[i].astype(wire).flatten()
+                mx.eval(cell.arrays[i])
+
+    def _wires(self, index: int) -> list[mx.Dtype]:
+        """The wire's dtype of each trainable tensor of a unit."""
         segments = self._plan.units[index].segments
-        wires = [DTYPES[segments[s].dtype] for s, _ in self._store.trainable(index)]
-        cell.arrays = [mx.contiguous(a.astype(w)) for a, w in zip(cell.arrays, wires, strict=True)]
+        return [DTYPES[segments[s].dtype] for s, _ in self._store.trainable(index)]
 
     def reduce(self, index: int, round_index: int, cell: MicroBatchSum | None) -> None:
         """Begin to reduce unit `index`'s sum of this rank's cell in this round; None where the rank has no cell."""
@@ -190,6 +205,7 @@ class GradientStore:
         """The contribution by segment: tensors at their places, without copying them into one buffer."""
         parts: list[list[tuple[int, np.ndarray]]] = [[] for _ in self._trained(index)]
         if cell is not None:
+            self.hand_over(index, cell)
             for (s, placement), array in zip(self._store.trainable(index), cell.arrays, strict=True):
                 parts[s].append((placement.start, host_view(array)))
             cell.arrays = []

@@ -167,6 +167,7 @@ class StreamedStep(Reader):
     def keep(self, action: Action) -> None:
         cell = self._complete_cell(action)
         if cell is not None:
+            self._sums.hand_over(action.unit, cell)
             self._cells[action.unit, action.round] = cell
 
     def reduce(self, action: Action) -> None:

@@ -26,7 +26,7 @@ from mlx_empire.model.build import find_layers, reason_of
 from mlx_empire.model.layer_graph import NotTraceable, graph_of
 from mlx_empire.model.layers import Slot, SlottedModel, hidden_of
 from mlx_empire.model.liveness import Graph
-from mlx_empire.model.spec import ModelSpec, TensorSpec
+from mlx_empire.model.spec import FLAT_ELEMENTS, ModelSpec, TensorSpec
 
 Arrays = Sequence[mx.array]
 Body = Callable[..., list[mx.array]]
@@ -169,7 +169,7 @@ class LayerPasses:
         self, sums: Arrays, units: Sequence[int], trained: Sequence[TensorSpec], found: Sequence[mx.array]
     ) -> list[mx.array]:
         """The gradients of all trained tensors, added to `sums` where there are any, as a cell's last micro-batch gives
-        them: each in its segment's wire dtype, and contiguous.
+        them: each in its segment's wire dtype and flat, but for large ones, which are copied later.
         """
         by_name = dict(zip((t.name for t in trained), found, strict=False))
         cotangents = found[len(trained) + 1 :]
@@ -182,7 +182,10 @@ class LayerPasses:
                 a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(sums, gradients, strict=True)
             ]
         wires = [mx.float32 if t.kind == "small" else getattr(mx, t.dtype) for t in order]
-        return [mx.contiguous(g.astype(wire)) for g, wire in zip(gradients, wires, strict=True)]
+        return [
+            g if t.size > FLAT_ELEMENTS else g.astype(wire).flatten()
+            for g, t, wire in zip(gradients, order, wires, strict=True)
+        ]
 
     # ---- layers
 

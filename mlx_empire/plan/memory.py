@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from mlx_empire.model.closed_forms import root_use
-from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
+from mlx_empire.model.spec import FLAT_ELEMENTS, ITEM_BYTES, ModelSpec
 from mlx_empire.plan.activations import costs_of, forward_bytes, hidden_bytes, layer_costs, tail_costs
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
 from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, folded_step
@@ -211,18 +211,30 @@ class StepBytes(Reader):
     # ---- sums
 
     def keep(self, action: Action) -> None:
+        self._moment(self._copy(action))
         self._drop_cell(action)
         self._hold("contributions kept whole", self._contribution(action) * action.times)
 
     def reduce(self, action: Action) -> None:
-        """A contribution is handed over as it is; totals are there from the first round on."""
-        size, kept = self._sizes[action.unit], self.shape.zero_stage == 1
-        if not kept:
-            self._drop_cell(action)
-            self._hold("contributions in flight", self._contribution(action))
+        """A contribution is handed over as it is, but for large tensors; totals are there from the first round on."""
+        size = self._sizes[action.unit]
         if action.round == 0:
             self._hold("gradients", 4 * size.trained)
-        self._moment({})
+        if self.shape.zero_stage == 1:
+            self._moment({})
+        else:
+            self._moment(self._copy(action))
+            self._drop_cell(action)
+            self._hold("contributions in flight", self._contribution(action))
+
+    def _copy(self, action: Action) -> Items:
+        """A tensor that is larger than a chunk is made flat by itself."""
+        size, name = (
+            self._sizes[action.unit].largest,
+            "unit gradient sums" if action.unit else "root gradients",
+        )
+        large = size > FLAT_ELEMENTS * self._item and self._contribution(action)
+        return {name: size} if large else {}
 
     def settle(self, action: Action) -> None:
         if self.shape.zero_stage == 1:

@@ -43,14 +43,14 @@ def test_zero_2_does_not_fit_scout_on_a_soldier_even_without_any_optimizer():
     assert found.worst.node.role in ("king", "soldier")
     soldier = found.nodes[-1]
     assert soldier.share == 0
-    assert soldier.peak_bytes / 1e9 == pytest.approx(231, abs=3)
-    assert "needs 215" in soldier.reason
+    assert soldier.peak_bytes / 1e9 == pytest.approx(234, abs=3)
+    assert "needs 218" in soldier.reason
     assert "weights alone take 201 GiB" in soldier.reason
 
 
 def test_zero_3_in_equal_shares_is_tight_and_in_weighted_shares_fits():
     equal = assessed(SCOUT, *SEVEN_BYTES, "memory.zero_stage=3", "memory.shares=equal")
-    assert gigabytes(equal)[1] == pytest.approx(217, abs=2)
+    assert gigabytes(equal)[1] == pytest.approx(219.5, abs=2)
     assert equal.verdict == "tight"
     weighted = assessed(SCOUT, *SEVEN_BYTES)
     assert (weighted.verdict, weighted.zero_stage) == ("fits", 3)

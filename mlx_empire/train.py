@@ -159,7 +159,9 @@ def carry_out(
             if comm.rank == 0:
                 write_plan(recipe, plan, nodes, target.spec, splits, resumed=start.found is not None)
         with (
-            RunReport(comm, recipe, target.spec, plan, nodes, job.steps, start.resumed) as report,
+            RunReport(
+                comm, recipe, target.spec, plan, nodes, job.steps, start.resumed, job.log_every
+            ) as report,
             open_saver(comm, plan, trainer.store, start) as saver,
         ):
             stop.watch(recipe.run.dir)
@@ -203,20 +205,23 @@ def train(run: Run) -> tuple[int, GateKeeper]:
         evaluate(run, 0, gate)
     trace = traced(run) if run.recipe.report.trace else None
     step, done, reason = saver.newest, gate.reached, None
+    evaluated = saved = float(comm.broadcast_json(time.time()))  # what came before is saved, or never was
     while step < job.steps and not done and not reason:
         step += 1
-        take_step(run, step)
+        now = take_step(run, step)
+        evaluated, saved = min(evaluated, now), min(saved, now)  # a clock that is set back counts from there
         done = job.ends(step)
         if trace is not None:
             report.messages(trace.step())
-        if job.evaluates(step):
+        if job.evaluates(step, now - evaluated):
             evaluate(run, step, gate)
-            done = done or gate.reached
+            evaluated, done = now, done or gate.reached
 
         # ------------------------------------------------------------ what survives a crash
         reason = None if done else run.stop.agreed(comm)
-        if reason or job.saves(step, last=done):
+        if reason or job.saves(step, now - saved, last=done):
             save(run, step)  # written while the next step computes
+            saved = now
         report.messages(saver.news())
     if trace is not None:
         report.messages(trace.finish())
@@ -227,8 +232,8 @@ def train(run: Run) -> tuple[int, GateKeeper]:
     return step, gate
 
 
-def take_step(run: Run, step: int) -> None:
-    """One step, and what the user sees of it."""
+def take_step(run: Run, step: int) -> float:
+    """One step, and what the user sees of it; when it ended, by rank 0's clock on every rank."""
     comm, job, trainer, report = run.comm, run.job, run.trainer, run.report
     started, traffic = time.perf_counter(), comm.traffic.snapshot()
     progress.begin_step(step)
@@ -244,6 +249,7 @@ def take_step(run: Run, step: int) -> None:
         report.message(taken.note)
     if taken.go_back:
         report.message(go_back(comm, run.recipe, trainer, run.saver))
+    return float(line["time"])
 
 
 def traced(run: Run) -> RunTrace:
@@ -280,7 +286,8 @@ def record(job: Job, step: int, taken: StepResult, seconds: float) -> dict[str, 
 
 
 def speed(run: Run, positions: int, seconds: float) -> dict[str, float | None]:
-    """When a step ended (seconds since 1970), executed TFLOP/s of all ranks, and what part of their chips' that is."""
+    """When a step ended (seconds since 1970, by this rank's clock), executed TFLOP/s of all ranks, and what part of
+    their chips' that is."""
     flops = executed_flops(run.target.spec, run.plan.work, positions, run.job.global_size)
     rate, peak = flops / seconds, known_speed(run.nodes)
     return {

@@ -43,6 +43,7 @@ from mlx_empire.capacity.text import (
     print_matrix,
     print_report,
 )
+from mlx_empire.capacity.when import size_of
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import Calibration, calibrate, measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, planned_nodes
@@ -205,7 +206,8 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Capacity
     measured = calibration_of(target, wanted)
     wire = wire_named(wanted.wire) if wanted.wire else wire_of(nodes)
     others = [other for other in WIRES if other.name != wire.name and len(nodes) > 1]
-    paces = tuple(pace_of(assessment, one, None, measured) for one in (wire, *others))
+    size, counted = size_of(recipe, target.spec)
+    paces = tuple(pace_of(assessment, one, None, measured, size) for one in (wire, *others))
     advice = advise(assessment, wire, calibration=measured)
     cloud = cloud_of(assessment, paces[0])
     chips = chips_of(assessment, None, measured)
@@ -213,7 +215,9 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Capacity
         events = timeline_of(assessment, wire, chips, 1).events
         names = [node.name for node in nodes]
         write_file("--trace", wanted.trace, json.dumps(trace_document({"predicted": events}, names)))
-    return CapacityReport(assessment, target.not_trainable, paces, advice, cloud, chips, datetime.now())
+    return CapacityReport(
+        assessment, target.not_trainable, paces, advice, cloud, chips, datetime.now(), counted
+    )
 
 
 def matrix_of(recipe: Recipe, wanted: Wanted) -> MatrixSurvey:
@@ -239,7 +243,8 @@ def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Daugh
     targets = {way: planned_target(tuned_in(alone, way), stored_if_whole) for way in WAYS}
     specs, first = {way: target.spec for way, target in targets.items()}, targets[LORA]
     measured = calibration_of(first, wanted)
-    runs = daughter_runs(alone, specs, nodes, state_bytes_of, calibration=measured)
+    size, _ = size_of(recipe, first.spec)
+    runs = daughter_runs(alone, specs, nodes, state_bytes_of, measured, size)
     served = serving(alone, specs, nodes, calibration=measured)
     return DaughterSurvey(first.spec.name, first.not_trainable, runs, served, nodes, wanted.count)
 

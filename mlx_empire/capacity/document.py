@@ -32,7 +32,8 @@ class CapacityReport:
     """A recipe on nodes: whether it fits, how long it takes, what could be changed.
 
     `not_trainable`: one sentence why the trainer here cannot train the model, or None. `paces`: one for each wire, the
-    first for the wire that is there. `chips`: of the nodes. `start`: of the run.
+    first for the wire that is there. `chips`: of the nodes. `start`: of the run. `counted`: what lengths in targets
+    and epochs rest on, empty where there are none.
     """
 
     assessment: Assessment
@@ -42,6 +43,7 @@ class CapacityReport:
     cloud: Cloud
     chips: Sequence[Chip]
     start: datetime
+    counted: str = ""
 
     @property
     def spec(self) -> ModelSpec:
@@ -80,7 +82,7 @@ class CapacityReport:
         size, micro = recipe.batch.global_size, recipe.batch.micro_size
         words = [
             f"{recipe.tuning.type} tuning",
-            f"{size} x {recipe.data.sequence_length:,} tokens a step, {micro} at a time",
+            f"{size} x {recipe.data.sequence_length:,} positions a step, {micro} rows at a time",
             f"ZeRO {plan.shards.zero_stage}, shares by {shares}" if len(self.nodes) > 1 else "one node",
             f"{layers - unrecomputed} of {layers} layers recomputed",
             f"{recipe.optimizer.state_bits}-bit states, master {recipe.optimizer.master_weights}",
@@ -95,11 +97,7 @@ class CapacityReport:
             f"{chip.name}: {spell(chip.tflops)} TFLOP/s executed ({chip.mark}: {chip.source})"
             for chip in dict.fromkeys(self.chips)
         ]
-        pace = self.paces[0]
-        if not pace.steps_known:
-            notes.append(
-                f"run.steps counts epochs of data that was not looked at: hours are of {pace.steps:,} steps"
-            )
+        notes += [self.counted] if self.counted else []
         return notes
 
     def wire(self, pace: Pace) -> str:
@@ -182,6 +180,9 @@ def _time(report: CapacityReport, pace: Pace) -> Document:
         "run_hours": _pair(pace.run_hours),
         "energy_kwh": _pair(pace.energy_kwh),
         "ends": [moment.isoformat(timespec="minutes") for moment in ends(pace, report.start)],
+        "first_evaluation_hours": _pair(pace.first_evaluation) if pace.first_evaluation else None,
+        "first_checkpoint_hours": _pair(pace.first_checkpoint) if pace.first_checkpoint else None,
+        "lost_hours": _pair(pace.lost),
         "bound": pace.bound,
         "parts": {name: _pair(seconds) for name, seconds in pace.parts.items()},
         "timeline": timeline_document(pace.timeline, report.names),

@@ -11,18 +11,15 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from mlx_empire.recipe.evaluation import EvaluationSection
+from mlx_empire.recipe.fields import Section
+from mlx_empire.recipe.run_sections import CommSection, NumericsSection, ReportSection, RunSection
 from mlx_empire.recipe.sections import (
     BatchSection,
-    CommSection,
     DataSection,
     MemorySection,
     ModelSection,
-    NumericsSection,
     OptimizerSection,
-    ReportSection,
-    RunSection,
     ScheduleSection,
-    Section,
     TuningSection,
 )
 
@@ -85,6 +82,18 @@ class Recipe(Section):
         if spikes == "rollback" and self.run.save_every is None:
             message = "rollback needs checkpoints to go back to; set run.save_every"
             raise impossible(("numerics.spikes", "run.save_every"), message)
+        if spikes == "rollback" and self.run.save_every is not None and self.run.save_every.timed:
+            message = (
+                f"with rollback the result would hang on when save_every {self.run.save_every} happens to save; use "
+                "steps, such as 100, or percent"
+            )
+            raise impossible(("run.save_every", "numerics.spikes"), message)
+        if self.evaluation.stop_when and self.run.eval_every is not None and self.run.eval_every.timed:
+            message = (
+                f"with evaluation.stop_when the run's end would hang on when eval_every {self.run.eval_every} happens "
+                "to evaluate; use steps, such as 100, or percent"
+            )
+            raise impossible(("run.eval_every", "evaluation.stop_when"), message)
         if self.optimizer.in_backward and spikes in ("skip", "rollback"):
             message = f"{spikes} cannot be had with optimizer.in_backward, which updates before it is known; use log"
             raise impossible(("numerics.spikes", "optimizer.in_backward"), message)

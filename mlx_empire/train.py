@@ -36,6 +36,7 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.hardware import known_speed
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.plan.work import executed_flops
+from mlx_empire.recipe.idle import without_effect
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.run import RunReport
 from mlx_empire.run import result
@@ -166,7 +167,8 @@ def carry_out(
         ):
             stop.watch(recipe.run.dir)
             report.show_status(lambda: saver.status)
-            report.messages([*guards.notes, *splits.report, *start.told(started_over)])
+            idle = without_effect(recipe, target.spec.trained_dtypes, comm.size)
+            report.messages([*guards.notes, *splits.report, *idle, *start.told(started_over)])
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             run = Run(comm, recipe, plan, nodes, target, trainer, job, splits, evaluator, report, saver, stop)

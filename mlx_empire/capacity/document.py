@@ -20,6 +20,7 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import Assessment, NodeAssessment
 from mlx_empire.plan.hardware import Chip
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
+from mlx_empire.recipe.idle import without_effect
 from mlx_empire.report.text import energy, run_length, span
 
 Document = dict[str, object]
@@ -92,12 +93,13 @@ class CapacityReport:
 
     @property
     def notes(self) -> list[str]:
-        """What the figures of time rest on."""
+        """What the figures of time rest on, and which keys have no effect."""
         notes = [
             f"{chip.name}: {spell(chip.tflops)} TFLOP/s executed ({chip.mark}: {chip.source})"
             for chip in dict.fromkeys(self.chips)
         ]
         notes += [self.counted] if self.counted else []
+        notes += without_effect(self.assessment.recipe, self.spec.trained_dtypes, len(self.nodes))
         return notes
 
     def wire(self, pace: Pace) -> str:

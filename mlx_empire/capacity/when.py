@@ -41,8 +41,8 @@ def size_of(recipe: Recipe, spec: ModelSpec) -> tuple[DataSize | None, str]:
             f"as {ASSUMED_STEPS:,} steps"
         )
     size = DataSize(len(train), train.tokens_per_epoch)
-    counted = f"{size.rows:,} rows, {size.targets:,} targets that count"
-    return size, f"{', '.join(asked)}: counted on {recipe.data.path}: {counted} an epoch"
+    counted = f"{size.rows:,} rows with {size.targets:,} counted targets"
+    return size, f"{', '.join(asked)}: counted on {recipe.data.path}: {counted}"
 
 
 def milestones(report: CapacityReport) -> list[tuple[str, str]]:

@@ -31,7 +31,7 @@ def test_targets_are_counted_where_the_rows_are_there(say, recipe, rows):
     asked = (f"data.path={rows}", "run.steps=1ktok")
     there = say(recipe, "--json", *asked).json
     (note,) = [one for one in there["notes"] if "run.steps" in one]
-    assert note == f"run.steps 1000tok: counted on {rows}: 40 rows, 640 targets that count an epoch"
+    assert note == f"run.steps 1000tok: counted on {rows}: 40 rows with 640 counted targets"
     loaded = load_recipe(recipe, asked)
     train = load_splits(path=rows, sequence_length=64).train
     assert steps_of(there) == Job.of(loaded, train).steps == 16

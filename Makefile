@@ -48,7 +48,7 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup model quickstart check test test-slow test-faults test-fuzz soak test-interop lint bench bench-optim \
+.PHONY: help setup model quickstart check test test-slow test-faults test-fuzz soak test-interop lint docs bench bench-optim \
   bench-quality lock clean
 
 help:
@@ -66,6 +66,7 @@ help:
 	@echo "make setup          only the environment in .venv"
 	@echo "make model          only that and what recipes/quickstart.yaml trains: a small real model and its data"
 	@echo "make lint           ruff and mypy"
+	@echo "make docs           write docs/keys.md anew from the schema of recipes"
 	@echo "make lock           pin requirements.lock anew after a change to pyproject.toml"
 	@echo "make clean          remove the environment and caches; models/, data/ and runs/ stay"
 
@@ -127,6 +128,10 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The table of all keys; a test holds that it is what the schema says.
+docs: setup
+	@$(PY) -c "from mlx_empire.recipe.reference import page; print(page(), end='')" > docs/keys.md
 
 # The loop while one works: about two minutes on two cores.
 check: lint

@@ -36,6 +36,7 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.hardware import known_speed
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.plan.work import executed_flops
+from mlx_empire.recipe.idle import without_effect
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.console import said_if_slow
 from mlx_empire.report.run import RunReport
@@ -168,12 +169,15 @@ def carry_out(
             if comm.rank == 0:
                 write_plan(recipe, plan, nodes, target.spec, splits, resumed=start.found is not None)
         with (
-            RunReport(comm, recipe, target.spec, plan, nodes, job.steps, start.resumed) as report,
+            RunReport(
+                comm, recipe, target.spec, plan, nodes, job.steps, start.resumed, job.log_every
+            ) as report,
             open_saver(comm, plan, trainer.store, start) as saver,
         ):
             stop.watch(recipe.run.dir)
             report.show_status(lambda: saver.status)
-            report.messages([*guards.notes, *short, *splits.report, *start.told(started_over)])
+            idle = without_effect(recipe, target.spec.trained_dtypes, comm.size)
+            report.messages([*guards.notes, *short, *splits.report, *idle, *start.told(started_over)])
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             run = Run(comm, recipe, plan, nodes, target, trainer, job, splits, evaluator, report, saver, stop)
@@ -212,20 +216,23 @@ def train(run: Run) -> tuple[int, GateKeeper]:
         evaluate(run, 0, gate)
     trace = traced(run) if run.recipe.report.trace else None
     step, done, reason = saver.newest, gate.reached, None
+    evaluated = saved = float(comm.broadcast_json(time.time()))  # what came before is saved, or never was
     while step < job.steps and not done and not reason:
         step += 1
-        take_step(run, step)
+        now = take_step(run, step)
+        evaluated, saved = min(evaluated, now), min(saved, now)  # a clock that is set back counts from there
         done = job.ends(step)
         if trace is not None:
             report.messages(trace.step())
-        if job.evaluates(step):
+        if job.evaluates(step, now - evaluated):
             evaluate(run, step, gate)
-            done = done or gate.reached
+            evaluated, done = now, done or gate.reached
 
         # ------------------------------------------------------------ what survives a crash
         reason = None if done else run.stop.agreed(comm)
-        if reason or job.saves(step, last=done):
+        if reason or job.saves(step, now - saved, last=done):
             save(run, step)  # written while the next step computes
+            saved = now
         report.messages(saver.news())
     if trace is not None:
         report.messages(trace.finish())
@@ -236,8 +243,8 @@ def train(run: Run) -> tuple[int, GateKeeper]:
     return step, gate
 
 
-def take_step(run: Run, step: int) -> None:
-    """One step, and what the user sees of it."""
+def take_step(run: Run, step: int) -> float:
+    """One step, and what the user sees of it; when it ended, by rank 0's clock on every rank."""
     comm, job, trainer, report = run.comm, run.job, run.trainer, run.report
     started, traffic = time.perf_counter(), comm.traffic.snapshot()
     progress.begin_step(step)
@@ -253,6 +260,7 @@ def take_step(run: Run, step: int) -> None:
         report.message(taken.note)
     if taken.go_back:
         report.message(go_back(comm, run.recipe, trainer, run.saver))
+    return float(line["time"])
 
 
 def traced(run: Run) -> RunTrace:
@@ -289,7 +297,8 @@ def record(job: Job, step: int, taken: StepResult, seconds: float) -> dict[str, 
 
 
 def speed(run: Run, positions: int, seconds: float) -> dict[str, float | None]:
-    """When a step ended (seconds since 1970), executed TFLOP/s of all ranks, and what part of their chips' that is."""
+    """When a step ended (seconds since 1970, by this rank's clock), executed TFLOP/s of all ranks, and what part of
+    their chips' that is."""
     flops = executed_flops(run.target.spec, run.plan.work, positions, run.job.global_size)
     rate, peak = flops / seconds, known_speed(run.nodes)
     return {

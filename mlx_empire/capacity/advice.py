@@ -122,7 +122,7 @@ def _adapters_alone(assessment: Assessment, free: Settings, retuned: Retuned | N
 
 
 def _costly_settings(assessment: Assessment, free: Settings) -> Settings:
-    """The longest shorter sequence that fits with `free` (as many tokens a step), else fewer sequences, else {}."""
+    """The longest shorter sequence that fits with `free` (as many positions a step), else fewer sequences, else {}."""
     recipe = assessment.recipe
     length, size = recipe.data.sequence_length, recipe.batch.global_size
     while length // 2 >= SHORTEST_SEQUENCE:

@@ -47,6 +47,7 @@ from mlx_empire.capacity.text import (
     print_matrix,
     print_report,
 )
+from mlx_empire.capacity.when import size_of
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import Calibration, calibrate, measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, planned_nodes
@@ -61,7 +62,8 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.disk import DiskLedger, Places
 from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
-from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, run_steps, timeline_of
+from mlx_empire.plan.lengths import DataSize, Lengths
+from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, timeline_of
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
@@ -213,7 +215,9 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wan
     """The report of the recipe on the nodes."""
     target = planned_target(recipe, stored_if_whole)
     assessment = assess(recipe, target.spec, nodes, state_bytes_of)
-    steps, known = run_steps(recipe, None)
+    size, counted = size_of(recipe, target.spec)
+    known = size is not None or recipe.run.steps.unit == "steps"
+    steps = Lengths.of(recipe, size or DataSize.assumed(recipe)).steps if known else None
 
     def retuned(changed: Recipe) -> Target:
         same = changed.tuning == recipe.tuning
@@ -221,7 +225,7 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wan
 
     def disks_of(one: Assessment, tuned: Target) -> tuple[DiskLedger, ...]:
         beside = what_else(one.recipe, tuned)
-        return ledgers_of(one.recipe, tuned, one.plan, places, steps if known else None, beside)
+        return ledgers_of(one.recipe, tuned, one.plan, places, steps, beside)
 
     def again(changed: Recipe) -> tuple[str, tuple[DiskLedger, ...]]:
         tuned = retuned(changed)
@@ -232,7 +236,7 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wan
     measured = calibration_of(target, wanted)
     wire = wire_named(wanted.wire) if wanted.wire else wire_of(nodes)
     others = [other for other in WIRES if other.name != wire.name and len(nodes) > 1]
-    paces = tuple(pace_of(assessment, one, None, measured) for one in (wire, *others))
+    paces = tuple(pace_of(assessment, one, None, measured, size) for one in (wire, *others))
     advice = advise(assessment, wire, calibration=measured, retuned=lambda changed: retuned(changed).spec)
     if assessment.verdict != "no":
         advice = [*disk_advice(recipe, disks, again), *advice]
@@ -243,7 +247,7 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wan
         names = [node.name for node in nodes]
         write_file("--trace", wanted.trace, json.dumps(trace_document({"predicted": events}, names)))
     now = datetime.now()
-    return CapacityReport(assessment, target.not_trainable, paces, advice, cloud, chips, now, disks)
+    return CapacityReport(assessment, target.not_trainable, paces, advice, cloud, chips, now, disks, counted)
 
 
 def matrix_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> MatrixSurvey:
@@ -272,7 +276,8 @@ def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Daugh
     targets = {way: planned_target(tuned_in(alone, way), stored_if_whole) for way in WAYS}
     specs, first = {way: target.spec for way, target in targets.items()}, targets[LORA]
     measured = calibration_of(first, wanted)
-    runs = daughter_runs(alone, specs, nodes, state_bytes_of, calibration=measured)
+    size, _ = size_of(recipe, first.spec)
+    runs = daughter_runs(alone, specs, nodes, state_bytes_of, measured, size)
     served = serving(alone, specs, nodes, calibration=measured)
     return DaughterSurvey(first.spec.name, first.not_trainable, runs, served, nodes, wanted.count)
 

@@ -25,6 +25,7 @@ from mlx_empire.plan.hardware import (
     chip_of,
     price_of,
 )
+from mlx_empire.plan.lengths import DataSize
 from mlx_empire.plan.optimizer_bytes import StatesOf
 from mlx_empire.plan.pace import Pace, pace_of
 from mlx_empire.plan.work import attention_layers
@@ -97,7 +98,7 @@ def daughter_runs(
     nodes: Sequence[Node],
     states_of: StatesOf,
     calibration: Calibration | None = None,
-    rows: int | None = None,
+    size: DataSize | None = None,
 ) -> list[DaughterRun]:
     """Every way of training on every kind of node, one node at a time, with the recipe's batch, data and length.
 
@@ -108,7 +109,7 @@ def daughter_runs(
         tuning = tuned_in(recipe, way)
         for node in kinds(nodes):
             alone = assess(tuning, specs[way], [node], states_of)
-            pace = pace_of(alone, WIRES[0], None, calibration, rows)
+            pace = pace_of(alone, WIRES[0], None, calibration, size)
             found.append(DaughterRun(way, node, alone, pace, run_dollars(node, pace)))
     return found
 
@@ -133,7 +134,7 @@ def serving(
     context: int | None = None,
     calibration: Calibration | None = None,
 ) -> list[Serving]:
-    """How many models each kind of node holds, with conversations of `context` tokens (default: the recipe's rows).
+    """How many models each kind of node holds, with conversations of `context` positions (default: the recipe's rows).
 
     `specs`: by way, the model as `tuned_in` tunes it.
     """

@@ -22,6 +22,7 @@ from mlx_empire.plan.assess import VERDICTS, Assessment, NodeAssessment
 from mlx_empire.plan.disk import DiskLedger, disk_verdict
 from mlx_empire.plan.hardware import Chip
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
+from mlx_empire.recipe.idle import without_effect
 from mlx_empire.report.text import energy, run_length, span
 
 Document = dict[str, object]
@@ -35,6 +36,7 @@ class CapacityReport:
 
     `not_trainable`: one sentence why the trainer here cannot train the model, or None. `paces`: one for each wire, the
     first for the wire that is there. `chips`: of the nodes. `start`: of the run. `disks`: of every file system.
+    `counted`: what lengths in targets and epochs rest on, empty where there are none.
     """
 
     assessment: Assessment
@@ -45,6 +47,7 @@ class CapacityReport:
     chips: Sequence[Chip]
     start: datetime
     disks: Sequence[DiskLedger] = ()
+    counted: str = ""
 
     @property
     def verdict(self) -> str:
@@ -88,7 +91,7 @@ class CapacityReport:
         size, micro = recipe.batch.global_size, recipe.batch.micro_size
         words = [
             f"{recipe.tuning.type} tuning",
-            f"{size} x {recipe.data.sequence_length:,} tokens a step, {micro} at a time",
+            f"{size} x {recipe.data.sequence_length:,} positions a step, {micro} rows at a time",
             f"ZeRO {plan.shards.zero_stage}, shares by {shares}" if len(self.nodes) > 1 else "one node",
             f"{layers - unrecomputed} of {layers} layers recomputed",
             f"{recipe.optimizer.state_bits}-bit states, master {recipe.optimizer.master_weights}",
@@ -98,16 +101,13 @@ class CapacityReport:
 
     @property
     def notes(self) -> list[str]:
-        """What the figures of time rest on."""
+        """What the figures of time rest on, and which keys have no effect."""
         notes = [
             f"{chip.name}: {spell(chip.tflops)} TFLOP/s executed ({chip.mark}: {chip.source})"
             for chip in dict.fromkeys(self.chips)
         ]
-        pace = self.paces[0]
-        if not pace.steps_known:
-            notes.append(
-                f"run.steps counts epochs of data that was not looked at: hours are of {pace.steps:,} steps"
-            )
+        notes += [self.counted] if self.counted else []
+        notes += without_effect(self.assessment.recipe, self.spec.trained_dtypes, len(self.nodes))
         return notes
 
     def wire(self, pace: Pace) -> str:
@@ -192,6 +192,9 @@ def _time(report: CapacityReport, pace: Pace) -> Document:
         "run_hours": _pair(pace.run_hours),
         "energy_kwh": _pair(pace.energy_kwh),
         "ends": [moment.isoformat(timespec="minutes") for moment in ends(pace, report.start)],
+        "first_evaluation_hours": _pair(pace.first_evaluation) if pace.first_evaluation else None,
+        "first_checkpoint_hours": _pair(pace.first_checkpoint) if pace.first_checkpoint else None,
+        "lost_hours": _pair(pace.lost),
         "bound": pace.bound,
         "parts": {name: _pair(seconds) for name, seconds in pace.parts.items()},
         "timeline": timeline_document(pace.timeline, report.names),

@@ -1,4 +1,4 @@
-"""What a plan that fits could do better: a faster setting, more tokens a step, longer rows, larger micro-batches.
+"""What a plan that fits could do better: a faster setting, more positions a step, longer rows, larger micro-batches.
 
 Nothing is proposed that would make the verdict worse: what fits with room keeps its room.
 """
@@ -101,7 +101,9 @@ def larger(assessment: Assessment) -> list[Advice]:
     if sequence is not None:
         length = sequence.recipe.data.sequence_length
         times = length / assessment.recipe.data.sequence_length
-        effect = f"the longest rows that fit, {times:.1f} x as many tokens a step; {fullest_node(sequence)}"
+        effect = (
+            f"the longest rows that fit, {times:.1f} x as many positions a step; {fullest_node(sequence)}"
+        )
         found.append(Advice(f"data.sequence_length={length}", effect, sequence.verdict))
     micro = largest_micro(assessment)
     if micro is not None:

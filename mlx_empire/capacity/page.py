@@ -16,6 +16,7 @@ from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSur
 from mlx_empire.capacity.ladder import Rung
 from mlx_empire.capacity.ledger_groups import alike, ledger_lines
 from mlx_empire.capacity.matrix import Cell, Comparison, MatrixRow
+from mlx_empire.capacity.when import milestones
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS
 from mlx_empire.plan.pace import Pace
 from mlx_empire.report.html import STYLE, table
@@ -214,13 +215,15 @@ def _time(report: CapacityReport) -> str:
     split = [
         [escape(report.wire(pace)), *(span(pace.parts[name]) for name in parts)] for pace in report.paces
     ]
+    when = [[escape(name), escape(value)] for name, value in milestones(report)]
     notes = "".join(
         f'<p class="muted small">{escape(note)}</p>' for note in (report.cloud.sentence, *report.notes)
     )
     return (
         '<section><h2>Time</h2><p class="muted small">From low to high over what such chips are known to execute, '
         "until it is measured on yours.</p>"
-        f"{table(head, rows, (1, 2, 3, 4))}<details><summary>Seconds by what they are spent on</summary>"
+        f"{table(head, rows, (1, 2, 3, 4))}{table(['when', ''], when)}"
+        f"<details><summary>Seconds by what they are spent on</summary>"
         f"{table(['wire', *map(escape, parts)], split, range(1, len(parts) + 1))}</details>"
         f"{_steps(report)}{notes}</section>"
     )

@@ -20,6 +20,7 @@ from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSur
 from mlx_empire.capacity.ledger_groups import GROUPS, alike, entries, grouped, ledger_lines
 from mlx_empire.capacity.matrix import Cell, Comparison
 from mlx_empire.capacity.whatif import Advice
+from mlx_empire.capacity.when import milestones
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, NodeAssessment
 from mlx_empire.plan.disk import DiskLedger
 from mlx_empire.report.text import bar, billions, room, terminal_size
@@ -54,6 +55,8 @@ def print_report(report: CapacityReport, console: Console) -> None:
             console.print(Text(note, "dim"))
         console.print()
     console.print(time_table(report))
+    console.print()
+    console.print(milestone_table(report))
     if report.advice:
         console.print()
         console.print(advice_table(report.advice))
@@ -186,6 +189,17 @@ def time_table(report: CapacityReport) -> Table:
             escape(pace.bound),
             style="bold" if pace is report.paces[0] else None,
         )
+    return table
+
+
+def milestone_table(report: CapacityReport) -> Table:
+    """What comes when: evaluation, checkpoint, what a crash costs, the end."""
+    table = plain_table("what comes when, evaluations and saves themselves not counted")
+    table.show_header = False
+    table.add_column("what", no_wrap=True)
+    table.add_column("when", overflow="fold")
+    for name, value in milestones(report):
+        table.add_row(name, value)
     return table
 
 

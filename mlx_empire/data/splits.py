@@ -77,7 +77,12 @@ def load_splits(
     )
     entry, note = _from_cache_or_built(train, valid, settings, tokenizer_folder)
     sets = {name: Dataset(table, sequence_length, packing) for name, table in entry.tables.items()}
-    return Splits(sets["train"], sets.get("valid"), [*entry.report, note], entry.digest)
+    notes = [*entry.report, note]
+    if valid and fraction:
+        notes.append(f"without effect here: data.validation_split: {fraction:g} (there is {valid.path})")
+    if format == "auto" and data_format in SPLITTABLE and not mask_prompt:
+        notes.append(f"without effect here: data.mask_prompt: false (rows of {data_format} have no prompt)")
+    return Splits(sets["train"], sets.get("valid"), notes, entry.digest)
 
 
 def _from_cache_or_built(

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ class Capacity:
 
 @dataclass
 class Daughter:
-    """A daughter in a place, after `step` steps of the job; `saved`: the step of the file."""
+    """A daughter in a place, after `step` steps of the job; `saved`: the step of the file. When it was saved and
+    evaluated last, this machine's monotonic clock says, or when it came."""
 
     recipe: Recipe
     splits: Splits
@@ -71,6 +72,8 @@ class Daughter:
     metrics: MetricsWriter
     step: int
     saved: int
+    saved_at: float = field(default_factory=time.monotonic)
+    evaluated_at: float = field(default_factory=time.monotonic)
 
     @property
     def name(self) -> str:
@@ -82,16 +85,15 @@ class Daughter:
         """Whether no step is left, or it has learnt enough."""
         return self.job.ends(self.step) or self.gate.reached
 
-    @property
-    def to_be_scored(self) -> bool:
+    def to_be_scored(self, now: float) -> bool:
         """Whether it is evaluated now: so often, and at the end."""
-        return self.done or self.job.evaluates(self.step)
+        return self.done or self.job.evaluates(self.step, now - self.evaluated_at)
 
-    @property
-    def to_be_saved(self) -> bool:
-        """Whether so many steps would be lost, or it is done."""
+    def to_be_saved(self, now: float) -> bool:
+        """Whether so many steps, or so much time, would be lost, or it is done."""
         every = self.job.save_every
-        return every > 0 and (self.done or self.step - self.saved >= every)
+        lost = self.step - self.saved >= every.steps if every.steps else now - self.saved_at >= every.seconds
+        return bool(every) and (self.done or lost)
 
 
 class Daughters:
@@ -195,7 +197,7 @@ class Daughters:
         began = time.perf_counter()
         inputs = {place: self._input(daughter) for place, daughter in self._daughters.items()}
         outcomes = self._adapters.step(inputs)
-        seconds = time.perf_counter() - began
+        seconds, now = time.perf_counter() - began, time.monotonic()
         for place, outcome in outcomes.items():
             daughter = self._daughters[place]
             daughter.step += 1
@@ -206,9 +208,10 @@ class Daughters:
                         f"step {daughter.step}: its gradient is not finite; look at this daughter's data"
                     )
                 self._record(daughter, inputs[place], outcome, seconds)
-                if daughter.to_be_scored:
+                if daughter.to_be_scored(now):
                     self._evaluate(place, daughter)
-        if any(daughter.to_be_saved for daughter in self._daughters.values()):
+                    daughter.evaluated_at = now
+        if any(daughter.to_be_saved(now) for daughter in self._daughters.values()):
             self._save()
         for place, daughter in [
             (place, daughter) for place, daughter in self._daughters.items() if daughter.done
@@ -268,7 +271,7 @@ class Daughters:
         kept = {place: daughter for place, daughter in self._daughters.items() if daughter.job.save_every}
         try:
             for place, daughter in kept.items():
-                daughter.saved = daughter.step
+                daughter.saved, daughter.saved_at = daughter.step, time.monotonic()
                 progress.reach("save-write")
                 point = ResumePoint(daughter.step, place, self._node.name, daughter.origin)
                 mine = [piece for piece in pieces if own_name(piece.tensor)[0] == place]

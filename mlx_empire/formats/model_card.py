@@ -65,7 +65,7 @@ def _figures(spec: ModelSpec, metrics: Sequence[Mapping[str, Any]]) -> str:
         ("parameters", f"{spec.parameters:,}"),
         ("of them trained", f"{spec.trainable_parameters:,}"),
         ("steps", str(steps[-1]["step"]) if steps else "0"),
-        ("tokens learnt from", f"{sum(r['tokens'] for r in steps):,}"),
+        ("targets learnt from", f"{sum(r['tokens'] for r in steps):,}"),
     ]
     if steps and steps[-1]["loss"] is not None:
         rows.append(("training loss, first and last step", f"{_number(steps[0])}, {_number(steps[-1])}"))

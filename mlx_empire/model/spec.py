@@ -123,6 +123,11 @@ class ModelSpec:
         """Number of elements that training changes."""
         return sum(t.size for u in self.units for t in u.tensors if t.trainable)
 
+    @property
+    def trained_dtypes(self) -> frozenset[str]:
+        """What the tensors that training changes are kept in."""
+        return frozenset(t.dtype for u in self.units for t in u.tensors if t.trainable)
+
     @cached_property
     def adapted(self) -> frozenset[str]:
         """The plain model's parameters that training changes or adapts."""

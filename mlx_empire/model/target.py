@@ -90,6 +90,7 @@ def planned_target(recipe: Recipe, tensors: Callable[[Path], Stored | None] = la
     path, architecture = recipe.model.path, recipe.model.architecture
     if path.exists():
         config = read_config(path)
+        refuse_other_architecture(config, recipe)
         return _planned(
             config, str(path), recipe, tensors(path) if recipe.model.init == "pretrained" else None
         )
@@ -123,6 +124,27 @@ def with_adapter(plain: Target, settings: AdapterSettings) -> ModelSpec:
     except (KeyError, ValueError) as error:
         raise UserError(f"{plain.spec.name}: mlx-lm cannot put such an adapter into it: {error}") from None
     return describe(model, plain.spec.config, plain.spec.name, plain.spec.dtype)
+
+
+def refuse_other_architecture(config: Mapping[str, Any], recipe: Recipe) -> None:
+    """UserError where model.architecture names another kind of model than `config`, that of the folder, is."""
+    name = recipe.model.architecture
+    if name is None:
+        return
+    from mlx_empire.model import catalog
+
+    def kind(one: Mapping[str, Any]) -> tuple[str, Any, Any]:
+        text = one.get("text_config") or one
+        model_type = str(one.get("model_type")).removesuffix("_text")
+        return model_type, text.get("hidden_size"), text.get("num_hidden_layers")
+
+    ours, theirs = kind(config), kind(catalog.load(name)[0])
+    if any(a != b for a, b in zip(ours, theirs, strict=True) if None not in (a, b)):  # families have defaults
+        each = ["{} of width {} with {} layers".format(*one) for one in (theirs, ours)]
+        raise UserError(
+            f"model.architecture: {name}: is {each[0]}, and {recipe.model.path} is {each[1]}; leave "
+            "model.architecture out, or name another model.path"
+        )
 
 
 def refuse_impossible(spec: ModelSpec) -> None:

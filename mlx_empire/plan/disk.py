@@ -20,7 +20,7 @@ from mlx_empire.model.spec import BLOCK, ITEM_BYTES, ModelSpec, is_adapter
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.recipe.duration import Duration
-from mlx_empire.recipe.sections import RunSection
+from mlx_empire.recipe.run_sections import RunSection
 from mlx_empire.sizes import amount
 
 PIECE_BYTES = (

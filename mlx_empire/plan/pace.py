@@ -8,6 +8,7 @@ are not counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -30,11 +31,10 @@ from mlx_empire.plan.hardware import (
     chip_of,
     price_of,
 )
+from mlx_empire.plan.lengths import DataSize, Every, Lengths
 from mlx_empire.plan.step_time import ADD, COMPUTE, Link, Timeline, step_timeline
 from mlx_empire.plan.work import ChipCosts, route_over, step_flops, trained_bytes, whole_weights
-from mlx_empire.recipe.schema import Recipe
 
-ASSUMED_STEPS = 1000  # where run.steps counts epochs of data that nobody has looked at
 RENTED_AT_ONCE = (1, 2, 4, 8)  # how many H100 one machine has; more come in eights
 
 
@@ -44,8 +44,8 @@ class Pace:
     compute, network, adding (contributions to totals, in line with the network), optimizer or disk.
 
     `positions_per_second`: input positions of whole rows of data.sequence_length, whatever of them are targets.
-    `timeline`: the step with the best that chips and wire may do. `steps_known`: False where the run is given in epochs
-    and the data's size was not; hours are then of 1,000 steps.
+    `lengths`: of the run, on data of the size that was given or assumed. `timeline`: the step with the best that chips
+    and wire may do.
     """
 
     step_seconds: Range
@@ -55,9 +55,43 @@ class Pace:
     bound: str
     parts: Mapping[str, Range]
     wire: Wire
-    steps: int
-    steps_known: bool
+    lengths: Lengths
     timeline: Timeline
+
+    @property
+    def first_evaluation(self) -> Range | None:
+        """Hours until the first evaluation after a step; None where there is none."""
+        return self._hours(self.lengths.evaluate)
+
+    @property
+    def first_checkpoint(self) -> Range | None:
+        """Hours until the first checkpoint is begun; None where there is none."""
+        return self._hours(self.lengths.save)
+
+    @property
+    def lost(self) -> Range:
+        """Hours of work that the worst crash costs: what is done between two checkpoints, and while the second one is
+        written, beside the next step."""
+        between = self._hours(self.lengths.save)
+        if between is None:
+            return self.run_hours
+        low, high = (
+            min(hours + step / 3600, run)
+            for hours, step, run in zip(between, self.step_seconds, self.run_hours, strict=True)
+        )
+        return low, high
+
+    def _hours(self, every: Every) -> Range | None:
+        """Between two times at which it is done. Wall time is looked at when a step ends, so steps are whole."""
+        if not every:
+            return None
+        low, high = (
+            seconds
+            * min(every.steps or max(math.ceil(every.seconds / seconds), 1), self.lengths.steps)
+            / 3600
+            for seconds in self.step_seconds
+        )
+        return min(low, high), max(low, high)
 
 
 @dataclass(frozen=True)
@@ -75,17 +109,19 @@ def pace_of(
     wire: Wire,
     chips: Sequence[Chip] | None = None,
     calibration: Calibration | None = None,
-    rows: int | None = None,
+    size: DataSize | None = None,
 ) -> Pace:
-    """Time of a plan over `wire`. `chips`: one per node, default what the nodes are; `rows` of the training data."""
+    """Time of a plan over `wire`. `chips`: one per node, default what the nodes are; `size`: of the training data,
+    default what is assumed of it."""
     used = chips_of(assessment, chips, calibration)
     slow, fast = (_played(assessment, wire, used, i) for i in (0, 1))
-    steps, known = run_steps(assessment.recipe, rows)
+    recipe = assessment.recipe
+    lengths = Lengths.of(recipe, size or DataSize.assumed(recipe))
+    steps = lengths.steps
     load = _slowest(_over(2 * whole_weights(assessment), chip.disk_rate) for chip in used)
     disk = (load[0] / steps, load[1] / steps)
     low, high = fast.timeline.seconds + disk[0], slow.timeline.seconds + disk[1]
     parts = {name: (fast.parts[name], slow.parts[name]) for name in fast.parts} | {"disk": disk}
-    recipe = assessment.recipe
     positions = recipe.batch.global_size * recipe.data.sequence_length
     hours = (low * steps / 3600, high * steps / 3600)
     kilowatts = sum(chip.watts for chip in used) / 1000
@@ -97,8 +133,7 @@ def pace_of(
         max(parts, key=lambda name: sum(parts[name])),
         parts,
         wire,
-        steps,
-        known,
+        lengths,
         fast.timeline,
     )
 
@@ -107,10 +142,10 @@ def paces(
     assessment: Assessment,
     chips: Sequence[Chip] | None = None,
     calibration: Calibration | None = None,
-    rows: int | None = None,
+    size: DataSize | None = None,
 ) -> dict[str, Pace]:
     """The pace over every wire, by the wire's key."""
-    return {wire.key: pace_of(assessment, wire, chips, calibration, rows) for wire in WIRES}
+    return {wire.key: pace_of(assessment, wire, chips, calibration, size) for wire in WIRES}
 
 
 def chips_of(
@@ -122,16 +157,6 @@ def chips_of(
     return [calibrated(chip, calibration) for chip in found]
 
 
-def run_steps(recipe: Recipe, rows: int | None) -> tuple[int, bool]:
-    """(optimizer steps of the run, whether that is known)."""
-    tokens = float(recipe.batch.global_size * recipe.data.sequence_length)
-    if recipe.run.steps.unit == "epochs":
-        if rows is None:
-            return ASSUMED_STEPS, False
-        return max(1, recipe.run.steps.to_steps(None, tokens, rows / recipe.batch.global_size)), True
-    return max(1, recipe.run.steps.to_steps(None, tokens, 1.0)), True
-
-
 def ends(pace: Pace, start: datetime) -> tuple[datetime, datetime]:
     """The earliest and the latest end of a run that begins at `start`; at most a hundred years later."""
     longest = 100 * 365.25 * 24
@@ -141,7 +166,7 @@ def ends(pace: Pace, start: datetime) -> tuple[datetime, datetime]:
 
 def cloud_of(assessment: Assessment, pace: Pace) -> Cloud:
     """The same steps on the fewest H100s that hold weights, gradients and states; network and waiting not counted."""
-    flops = pace.steps * sum(step_flops(assessment, r) for r in range(len(assessment.nodes)))
+    flops = pace.lengths.steps * sum(step_flops(assessment, r) for r in range(len(assessment.nodes)))
     need = sum(trained_bytes(assessment).values())
     least = -(-need // int(H100_USABLE * H100_BYTES))
     gpus = next((n for n in RENTED_AT_ONCE if n >= least), -(-least // 8) * 8)

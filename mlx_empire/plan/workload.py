@@ -55,13 +55,13 @@ def cell_layout(global_size: int, micro_size: int, cells: int | str, world_size:
     return CellLayout(micro_batches, count, world_size)
 
 
-LOGITS_PER_CHUNK = 1 << 25  # tokens x vocabulary entries; 128 MiB in fp32
+LOGITS_PER_CHUNK = 1 << 25  # positions x vocabulary entries; 128 MiB in fp32
 LOGITS_PER_FROZEN_CHUNK = 1 << 23
 LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 128, 4096
 
 
 def chunk_tokens(vocabulary: int, *, frozen: bool = False) -> int:
-    """Tokens per chunk of the loss: a power of two that keeps a chunk's logits near 2^25 elements.
+    """Positions per chunk of the loss: a power of two that keeps a chunk's logits near 2^25 elements.
 
     `frozen`: nothing of the root trains, so a chunk costs no sum of the head's gradient and can be a quarter as large:
     under adapters three arrays of logits would be the peak. Between 128 and 4,096; a function of model and recipe
@@ -92,7 +92,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one micro-batch, padding included."""
+        """Input positions of one micro-batch, padding included."""
         return self.micro_size * self.width
 
     def micro_batches(self, rank: int) -> int:

@@ -1,5 +1,7 @@
-"""Decides how lengths of training are written and counted: steps (100), percent (3%), tokens (5Mtok), epochs
-(1ep).
+"""Decides how lengths of training are written and counted: steps (100), percent (3%), tokens (5Mtok), epochs (1ep).
+
+Tokens are the targets that count in the loss, never input positions. Where something is done now and then, and no bit
+of the result hangs on when, it may also be written as wall time (90s, 30min, 2h), which has no length in steps.
 
 All arithmetic is exact (fractions of the decimal digits that the user wrote), so 10% of 30 steps is 3, not 4.
 """
@@ -11,16 +13,34 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Literal
 
-Unit = Literal["steps", "percent", "tokens", "epochs"]
+Unit = Literal["steps", "percent", "tokens", "epochs", "seconds"]
 
-_WRITTEN = re.compile(r"([0-9]{1,16}(?:\.[0-9]{1,60})?) ?(%|[kMBT]?tok|ep)", re.ASCII)
-_SCALE = {"%": 1, "ep": 1, "tok": 1, "ktok": 10**3, "Mtok": 10**6, "Btok": 10**9, "Ttok": 10**12}
-_LARGEST: dict[Unit, int] = {"steps": 10**12, "percent": 100, "tokens": 10**15, "epochs": 10**6}
+_WRITTEN = re.compile(r"([0-9]{1,16}(?:\.[0-9]{1,60})?) ?(%|[kMBT]?tok|ep|s|min|h)", re.ASCII)
+_UNITS: dict[str, tuple[Unit, int]] = {  # what is written -> (unit, how many of it)
+    "%": ("percent", 1),
+    "tok": ("tokens", 1),
+    "ktok": ("tokens", 10**3),
+    "Mtok": ("tokens", 10**6),
+    "Btok": ("tokens", 10**9),
+    "Ttok": ("tokens", 10**12),
+    "ep": ("epochs", 1),
+    "s": ("seconds", 1),
+    "min": ("seconds", 60),
+    "h": ("seconds", 3600),
+}
+_LARGEST: dict[Unit, int] = {
+    "steps": 10**12,
+    "percent": 100,
+    "tokens": 10**15,
+    "epochs": 10**6,
+    "seconds": 10**9,
+}
 
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training: `value` in `unit`. Steps and tokens are whole numbers; percent is of `run.steps`.
+    """A length of training: `value` in `unit`. Steps and tokens are whole numbers; percent is of `run.steps`; seconds
+    are of wall time.
 
     Raises ValueError for a negative, fractional (steps, tokens) or absurdly large value.
     """
@@ -38,7 +58,7 @@ class Duration:
 
     @classmethod
     def parse(cls, written: object) -> "Duration":
-        """The duration that stands in a recipe: an int (steps) or a string such as `3%`, `5Mtok`, `0.5ep`."""
+        """The duration that stands in a recipe: an int (steps) or a string such as `3%`, `5Mtok`, `30min`."""
         if isinstance(written, Duration):
             return written
         if isinstance(written, int) and not isinstance(written, bool):
@@ -47,23 +67,37 @@ class Duration:
         if match is None:
             raise ValueError("not a duration")
         number, suffix = match.groups()
-        exact = Fraction(number) * _SCALE[suffix]
-        unit: Unit = "percent" if suffix == "%" else "epochs" if suffix == "ep" else "tokens"
+        unit, scale = _UNITS[suffix]
+        exact = Fraction(number) * scale
         if unit == "tokens" and exact.denominator != 1:
             raise ValueError("tokens are whole")
         return cls(float(exact), unit)
 
     def __str__(self) -> str:
-        suffix = {"steps": "", "percent": "%", "tokens": "tok", "epochs": "ep"}[self.unit]
-        return f"{Decimal(str(self.value)):f}{suffix}"
+        value, suffix = (
+            self.value,
+            {"steps": "", "percent": "%", "tokens": "tok", "epochs": "ep"}.get(self.unit),
+        )
+        if suffix is None:
+            scale, suffix = next(
+                (n, s) for n, s in ((3600, "h"), (60, "min"), (1, "s")) if not value % n or n == 1
+            )
+            value = value // scale if scale > 1 else value
+        return f"{Decimal(str(value)):f}{suffix}"
 
-    def to_steps(self, total_steps: int | None, tokens_per_step: float, steps_per_epoch: float) -> int:
+    @property
+    def timed(self) -> bool:
+        """Whether it is wall time."""
+        return self.unit == "seconds"
+
+    def to_steps(self, total_steps: int | None, tokens_per_step: int, steps_per_epoch: float) -> int:
         """This duration in optimizer steps.
 
         `total_steps` is `run.steps` in steps (None only while that itself is being resolved). Tokens and
         epochs are rounded up (never fewer than asked for), percent to the nearest step; what is not 0 is at
-        least one step.
+        least one step. Wall time has no length in steps.
         """
+        assert not self.timed, "wall time has no length in steps"
         if self.value == 0:
             return 0
         exact = Fraction(str(self.value))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from mlx_empire.recipe.sections import Count, RecipePath, Section, as_tuple
+from mlx_empire.recipe.fields import Count, RecipePath, Section, as_tuple
 
 # By one streamed forward pass, exact also for a model that no machine holds whole ...
 TEACHER_FORCED = ("loss", "perplexity", "token_accuracy", "exact_match", "multiple_choice")
@@ -80,9 +80,13 @@ class Gate(Section):
 
 class EvaluationSection(Section):
     sets: Annotated[tuple[EvaluationSet, ...], BeforeValidator(as_tuple), Field(max_length=64)] = Field(
-        default=(), description=SET
+        title="What the model is asked at each evaluation, and how answers are judged.",
+        default=(),
+        description=SET,
     )
-    stop_when: Gate | None = Field(default=None, description=GATE)
+    stop_when: Gate | None = Field(
+        title="Which score ends the run early, and freezes its result.", default=None, description=GATE
+    )
 
     @property
     def scores(self) -> tuple[str, ...]:

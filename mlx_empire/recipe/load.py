@@ -97,20 +97,20 @@ def dump_recipe(recipe: Recipe) -> str:
         for key, info in section_class.model_fields.items():
             value = getattr(section, key)
             if value != info.default or info.default not in (None, ()):
-                lines.append(f"  {key}: {_written(value)}")
+                lines.append(f"  {key}: {written(value)}")
     return "\n".join(lines) + "\n"
 
 
-def _written(value: object) -> str:
+def written(value: object) -> str:
     """One value in YAML 1.2: flow lists, and quotes wherever a plain word could be read as something else."""
     if isinstance(value, Duration):
         return str(value)
     if isinstance(value, BaseModel):
         fields = type(value).model_fields.items()
         pairs = [(info.alias or name, getattr(value, name), info.default) for name, info in fields]
-        return "{" + ", ".join(f"{n}: {_written(v)}" for n, v, default in pairs if v != default) + "}"
+        return "{" + ", ".join(f"{n}: {written(v)}" for n, v, default in pairs if v != default) + "}"
     if isinstance(value, tuple):
-        return "[" + ", ".join(_written(item) for item in value) + "]"
+        return "[" + ", ".join(written(item) for item in value) + "]"
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     text = str(value)

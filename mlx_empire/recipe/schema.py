@@ -11,18 +11,15 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from mlx_empire.recipe.evaluation import EvaluationSection
+from mlx_empire.recipe.fields import Section
+from mlx_empire.recipe.run_sections import CommSection, NumericsSection, ReportSection, RunSection
 from mlx_empire.recipe.sections import (
     BatchSection,
-    CommSection,
     DataSection,
     MemorySection,
     ModelSection,
-    NumericsSection,
     OptimizerSection,
-    ReportSection,
-    RunSection,
     ScheduleSection,
-    Section,
     TuningSection,
 )
 
@@ -45,7 +42,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        batch, schedule, steps = self.batch, self.schedule, self.run.steps
+        batch = self.batch
         size, micro = batch.global_size, batch.micro_size
         if size % micro:
             larger = -(-size // micro) * micro
@@ -75,16 +72,33 @@ class Recipe(Section):
                 f"{idle} has no meaning for type full; use type lora, dora or qlora, or leave {idle} out"
             )
             raise impossible((f"tuning.{idle}", "tuning.type"), message)
-        wrong = self.evaluation.contradiction(evaluates=self.run.eval_every is not None)
+        return self
+
+    @model_validator(mode="after")
+    def _possible_run(self) -> Self:
+        schedule, steps, run = self.schedule, self.run.steps, self.run
+        wrong = self.evaluation.contradiction(evaluates=run.eval_every is not None)
         if wrong:
             raise impossible((f"evaluation.{wrong[0]}",), wrong[1])
         if schedule.warmup.unit == steps.unit and schedule.warmup.value > steps.value:
             message = f"warmup {schedule.warmup} is longer than the whole run, run.steps {steps}; use 3%"
             raise impossible(("schedule.warmup", "run.steps"), message)
         spikes = self.numerics.spikes
-        if spikes == "rollback" and self.run.save_every is None:
+        if spikes == "rollback" and run.save_every is None:
             message = "rollback needs checkpoints to go back to; set run.save_every"
             raise impossible(("numerics.spikes", "run.save_every"), message)
+        if spikes == "rollback" and run.save_every is not None and run.save_every.timed:
+            message = (
+                f"with rollback the result would hang on when save_every {run.save_every} happens to save; use "
+                "steps, such as 100, or percent"
+            )
+            raise impossible(("run.save_every", "numerics.spikes"), message)
+        if self.evaluation.stop_when and run.eval_every is not None and run.eval_every.timed:
+            message = (
+                f"with evaluation.stop_when the run's end would hang on when eval_every {run.eval_every} happens "
+                "to evaluate; use steps, such as 100, or percent"
+            )
+            raise impossible(("run.eval_every", "evaluation.stop_when"), message)
         if self.optimizer.in_backward and spikes in ("skip", "rollback"):
             message = f"{spikes} cannot be had with optimizer.in_backward, which updates before it is known; use log"
             raise impossible(("numerics.spikes", "optimizer.in_backward"), message)

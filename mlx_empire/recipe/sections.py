@@ -1,101 +1,58 @@
-"""The sections of a recipe but `evaluation`: their keys, types, ranges and defaults.
+"""The sections of a recipe on what is trained, and how: their keys, types, ranges and defaults.
 
-Every field's description says what it accepts; messages and documentation are made from it, so it completes the
-sentence "expected ...".
+Every field has a title, which is the one sentence on what the key decides, and a description of what it accepts, which
+completes the sentence "expected ...". Messages and docs/keys.md are made from them.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from mlx_empire.recipe.duration import Duration
-from mlx_empire.recipe.text import printable
-
-MAX_COUNT = 2**31 - 1
-
-
-def _path(written: object) -> object:
-    if isinstance(written, Path):
-        written = str(written)
-    if not isinstance(written, str) or not printable(written) or not 0 < len(written) <= 4096:
-        raise ValueError("not a path")
-    try:
-        return Path(written).expanduser()
-    except RuntimeError:
-        raise ValueError("no such home directory") from None
-
-
-def as_tuple(value: object) -> object:
-    """YAML's lists as tuples, which do not change."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-RecipePath = Annotated[Path, BeforeValidator(_path)]
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-
-
-class Section(BaseModel):
-    """What all sections share: no unknown keys, no silent conversion of types, no change after loading."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def _exact_number(value: object) -> object:
-    """Keeps true and 1.0 from passing as the literal 1."""
-    if isinstance(value, bool | float):
-        raise ValueError("not a whole number")
-    return value
-
-
-def _checkpoint(written: object) -> object:
-    """A step may be written as a number."""
-    step = isinstance(written, int) and not isinstance(written, bool) and written > 0
-    return str(written) if step else written
-
-
-def _positive_duration(written: object) -> Duration:
-    duration = Duration.parse(written)
-    if duration.value == 0:
-        raise ValueError("zero")
-    return duration
-
-
-def _whole_run(written: object) -> Duration:
-    duration = _positive_duration(written)
-    if duration.unit == "percent":
-        raise ValueError("run.steps cannot be a percentage of itself")
-    return duration
-
-
-AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse)]
-PositiveDuration = Annotated[Duration, BeforeValidator(_positive_duration)]
-RunLength = Annotated[Duration, BeforeValidator(_whole_run)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Bits = Annotated[Literal[2, 3, 4, 6, 8, "ternary", "mxfp4", "mxfp8", "nvfp4"], BeforeValidator(_exact_number)]
-KeyName = Annotated[str, Field(pattern=r"^[a-z_]+\.[a-z_]+$")]
-Share = Annotated[float, Field(gt=0, le=1e15)]
+from mlx_empire.recipe.fields import (
+    LENGTHS,
+    AnyLength,
+    Beta,
+    Bits,
+    Count,
+    RecipePath,
+    Section,
+    Share,
+    as_tuple,
+    exact_number,
+    true_or_false,
+)
 
 
 class ModelSection(Section):
-    path: RecipePath = Field(description="the path of a local Hugging Face folder")
+    path: RecipePath = Field(
+        title="The folder that training begins with: configuration, weights and tokenizer.",
+        description="the path of a local Hugging Face folder",
+    )
     architecture: str | None = Field(
+        title="What kind of model to plan for, and to begin at random, where that folder is not there.",
         default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         description="a catalog name such as llama-4-scout-109b, for planning when the folder is not there",
     )
     dtype: Literal["bfloat16", "float32"] | None = Field(
-        default=None, description="bfloat16 or float32 (compute and wire), or null (as stored in the folder)"
+        title="In which numbers layers compute and weights and gradients travel.",
+        default=None,
+        description="bfloat16 or float32 (compute and wire), or null (as stored in the folder)",
     )
     init: Literal["pretrained", "random"] = Field(
-        default="pretrained", description="pretrained or random (built from config.json alone)"
+        title="Where the first weights come from.",
+        default="pretrained",
+        description="pretrained or random (built from config.json alone)",
     )
     compare: Literal["headers", "contents"] = Field(
+        title="How thoroughly machines that each have the folder compare it before the first step.",
         default="headers",
         description="headers or contents (what of the folder must be equal on all machines that have it; contents "
         "reads every weight once more)",
     )
     base_digest: str | None = Field(
+        title="The frozen folder that this must be, so that an adapter is never trained on another base.",
         default=None,
         pattern=r"^sha256:[0-9a-f]{64}$",
         description="the digest of a frozen folder (sha256:...), as its FROZEN.json says, or null (any folder)",
@@ -104,48 +61,76 @@ class ModelSection(Section):
 
 class TuningSection(Section):
     type: Literal["full", "lora", "dora", "qlora"] = Field(
-        default="full", description="full, lora, dora or qlora"
+        title="What is trained: every weight, or adapters beside frozen ones.",
+        default="full",
+        description="full, lora, dora or qlora",
     )
     rank: Count | None = Field(
-        default=None, description="a whole number of at least 1 (the adapters' rank), or null (8)"
+        title="How wide adapters are: more learns more, and takes more memory.",
+        default=None,
+        description="a whole number of at least 1 (the adapters' rank), or null (8)",
     )
     alpha: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        default=None, description="a number above 0 (adapters are scaled by alpha / rank), or null (2 x rank)"
+        title="How strongly adapters act, before division by their rank.",
+        default=None,
+        description="a number above 0 (adapters are scaled by alpha / rank), or null (2 x rank)",
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        default=None, description="a number from 0 to below 1 (of an adapter's input), or null (0)"
+        title="Which part of an adapter's input is left out at random in training.",
+        default=None,
+        description="a number from 0 to below 1 (of an adapter's input), or null (0)",
     )
     targets: Annotated[
         Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None,
         BeforeValidator(as_tuple),
     ] = Field(
+        title="Which modules get adapters; null and all-linear are the layers' linear ones but routers and experts.",
         default=None,
         description="all-linear, a list of module names such as [q_proj, v_proj, experts, lm_head], or null",
     )
     layers: Count | None = Field(
-        default=None, description="a whole number (adapters in the last so many layers), or null (all)"
+        title="How many of the last layers get adapters.",
+        default=None,
+        description="a whole number (adapters in the last so many layers), or null (all)",
     )
     bits: Bits | None = Field(
+        title="In how many bits the frozen base of qlora is kept.",
         default=None,
         description="2, 3, 4, 6, 8, ternary, mxfp4, mxfp8 or nvfp4 (how qlora packs its base), or null (4)",
     )
-    rslora: Literal[True] | None = Field(
+    rslora: Annotated[Literal[True] | None, BeforeValidator(true_or_false)] = Field(
+        title="Whether high ranks act as strongly as low ones.",
         default=None,
         description="true (adapters are scaled by alpha / the square root of rank), or null (alpha / rank)",
     )
 
 
 class DataSection(Section):
-    path: RecipePath = Field(description="the path of a folder with train.jsonl, or of one file")
+    path: RecipePath = Field(
+        title="Where the rows to learn from are, and those to measure on.",
+        description="the path of a folder with train.jsonl, or of one file",
+    )
     format: Literal["auto", "chat", "completions", "text", "tokens"] = Field(
-        default="auto", description="auto, chat, completions, text or tokens"
+        title="What a row is; auto tells it from the first row.",
+        default="auto",
+        description="auto, chat, completions, text or tokens",
     )
     sequence_length: Annotated[int, Field(ge=1, le=2**24)] = Field(
-        description="a whole number from 1 to 16777216 (input positions per row), such as 2048"
+        title="How many positions a row has at most: longer texts are split, longer conversations are cut.",
+        description="a whole number from 1 to 16777216 (input positions per row), such as 2048",
     )
-    packing: bool = Field(default=False, description="true or false (several documents in a row, kept apart)")
-    mask_prompt: bool = Field(default=True, description="true or false (no loss on prompts)")
+    packing: bool = Field(
+        title="Whether short documents share a row, so that fewer positions are padding.",
+        default=False,
+        description="true or false (several documents in a row, kept apart)",
+    )
+    mask_prompt: bool = Field(
+        title="Whether only answers are learnt: what is asked is read, and is no target.",
+        default=True,
+        description="true or false (no loss on prompts)",
+    )
     validation_split: Annotated[float, Field(ge=0, le=0.5)] | None = Field(
+        title="Which part of the rows is held out to measure on.",
         default=None,
         description="a fraction from 0 to 0.5, held out when there is no valid.jsonl; or null (none)",
     )
@@ -153,12 +138,16 @@ class DataSection(Section):
 
 class BatchSection(Section):
     global_size: Count = Field(
-        description="a whole number of at least 1 (sequences per optimizer step, all machines together)"
+        title="How many rows a step learns from.",
+        description="a whole number of at least 1 (sequences per optimizer step, all machines together)",
     )
     micro_size: Count = Field(
-        default=1, description="a whole number of at least 1 (sequences that pass a layer together)"
+        title="How many rows are in memory at a time: more is faster, and takes more memory.",
+        default=1,
+        description="a whole number of at least 1 (sequences that pass a layer together)",
     )
     cells: Literal["auto"] | Count = Field(
+        title="Into how many groups a step's micro-batches are added; fixed for a run, for its bits follow from it.",
         default="auto",
         description="auto (the number of ranks) or a whole number from 1 to global_size / micro_size",
     )
@@ -166,35 +155,51 @@ class BatchSection(Section):
 
 class OptimizerSection(Section):
     name: Literal["adamw", "lion", "sgd"] = Field(
-        default="adamw", description="adamw, lion or sgd (with momentum, the first of betas)"
+        title="The rule by which weights are updated.",
+        default="adamw",
+        description="adamw, lion or sgd (with momentum, the first of betas)",
     )
     learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
-        description="a number above 0 and up to 10, such as 1e-5"
+        title="The size of an update at the schedule's peak.",
+        description="a number above 0 and up to 10, such as 1e-5",
     )
     weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(
-        default=0.0, description="a number from 0 to 10"
+        title="By which part of itself, times the learning rate, a matrix shrinks at each step.",
+        default=0.0,
+        description="a number from 0 to 10",
     )
     betas: Annotated[tuple[Beta, Beta], BeforeValidator(as_tuple)] = Field(
-        default=(0.9, 0.999), description="a list of two numbers from 0 to below 1, such as [0.9, 0.999]"
+        title="Over how many steps gradients, and their squares, are averaged.",
+        default=(0.9, 0.999),
+        description="a list of two numbers from 0 to below 1, such as [0.9, 0.999]",
     )
     eps: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1e-8, description="a number above 0 and up to 1, such as 1e-8"
+        title="What keeps adamw from dividing by nothing.",
+        default=1e-8,
+        description="a number above 0 and up to 1, such as 1e-8",
     )
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
-        default=1.0, description="a number above 0 (the largest global gradient norm), or null (no clipping)"
+        title="To which norm larger gradients are scaled down.",
+        default=1.0,
+        description="a number above 0 (the largest global gradient norm), or null (no clipping)",
     )
-    state_bits: Annotated[Literal[8, 32], BeforeValidator(_exact_number)] = Field(
-        default=32, description="8 or 32 (bits per optimizer state)"
+    state_bits: Annotated[Literal[8, 32], BeforeValidator(exact_number)] = Field(
+        title="In how many bits the optimizer's averages are kept.",
+        default=32,
+        description="8 or 32 (bits per optimizer state)",
     )
     master_weights: Literal["exact", "diet", "fp32", "none"] = Field(
+        title="What is kept beside a bfloat16 weight, so that small updates are not lost.",
         default="exact",
         description="exact (2 bytes more than bfloat16, all of float32), diet (1 byte), fp32 (4) or none",
     )
     statistics_every: Count | None = Field(
+        title="How often metrics.jsonl also says how healthy the optimizer's averages are.",
         default=100,
         description="a whole number of steps (after which metrics.jsonl also says how the states are), or null",
     )
     in_backward: bool = Field(
+        title="Whether gradients are used up as they come, which saves their memory.",
         default=False,
         description="true (a unit is updated as soon as its gradient is complete, which is not kept; clipped by the "
         "norm of the last step) or false",
@@ -203,117 +208,43 @@ class OptimizerSection(Section):
 
 class ScheduleSection(Section):
     type: Literal["constant", "cosine", "linear"] = Field(
-        default="constant", description="constant, cosine or linear"
+        title="How the learning rate falls after its peak.",
+        default="constant",
+        description="constant, cosine or linear",
     )
-    warmup: AnyDuration = Field(
+    warmup: AnyLength = Field(
+        title="How long the learning rate rises from next to nothing.",
         default=Duration(0),
-        description="a duration: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep); or 0",
+        description=f"a duration: {LENGTHS}; or 0",
     )
     final: Annotated[float, Field(ge=0, le=1)] = Field(
+        title="Where the learning rate ends.",
         default=0.0,
         description="a number from 0 to 1 (the fraction of the learning rate that is left at the end)",
     )
 
 
 class MemorySection(Section):
-    gradient_checkpointing: bool | Literal["auto"] = Field(default="auto", description="true, false or auto")
-    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(_exact_number)] = Field(
-        default="auto", description="auto, 0, 1, 2 or 3"
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        title="Whether layers are computed again in the backward pass; auto does so where memory demands it.",
+        default="auto",
+        description="true, false or auto",
+    )
+    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(exact_number)] = Field(
+        title="What machines divide: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights.",
+        default="auto",
+        description="auto, 0, 1, 2 or 3",
     )
     shares: Annotated[
         Literal["memory", "equal"] | Annotated[tuple[Share, ...], Field(min_length=1, max_length=4096)],
         BeforeValidator(as_tuple),
     ] = Field(
+        title="How much of that each rank keeps: as its memory has room, alike, or as listed.",
         default="memory",
         description="memory, equal or a list of one positive number per rank, such as [2, 1]",
     )
     gradient_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto, float32 or bfloat16"
-    )
-
-
-class CommSection(Section):
-    route: Literal["auto", "relay", "direct"] = Field(default="auto", description="auto, relay or direct")
-    bucket_bytes: Annotated[int, Field(ge=4096, le=2**30)] = Field(
-        default=2**22, description="a whole number of bytes from 4096 to 1073741824"
-    )
-    deadline_seconds: Annotated[float, Field(gt=0, le=604800)] = Field(
-        default=1800.0,
-        description="a number of seconds above 0 and up to 604800: the longest that a machine may show no progress "
-        "(in a layer, a file, a pause of its own) before the run is ended",
-    )
-    deadline_floor_seconds: Annotated[float, Field(gt=0, le=604800)] = Field(
-        default=60.0,
-        description="a number of seconds above 0 and up to 604800: once a few steps are done, their phases may take "
-        "ten times as long as they did, but at least this and at most comm.deadline_seconds",
-    )
-
-
-class NumericsSection(Section):
-    spikes: Literal["off", "log", "skip", "rollback"] = Field(
-        default="log",
-        description="off, log, skip (leave the update of a step out whose loss or gradient norm leaps) or rollback (go "
-        "back to the last checkpoint, and on with the data after the leap)",
-    )
-    threshold: Annotated[float, Field(ge=2, le=1e6)] = Field(
-        default=10.0,
-        description="a number from 2 to 1000000 (robust standard deviations above the median that make a leap)",
-    )
-    window: Annotated[int, Field(ge=16, le=4096)] = Field(
-        default=64, description="a whole number from 16 to 4096 (the steps that a step is compared with)"
-    )
-    max_skips: Annotated[int, Field(ge=0, le=4096)] = Field(
-        default=8, description="a whole number from 0 to 4096 (skipped steps among the last `window` ones)"
-    )
-
-
-class ReportSection(Section):
-    tensorboard: bool = Field(default=False, description="true or false")
-    trace: bool = Field(
-        default=False, description="true (trace.json of the first steps, for ui.perfetto.dev) or false"
-    )
-    progress: Literal["auto", "always", "never"] = Field(
-        default="auto", description="auto (when this is a terminal), always or never"
-    )
-
-
-class RunSection(Section):
-    dir: RecipePath = Field(description="the path of a folder for what the run leaves behind")
-    steps: RunLength = Field(description="a duration above 0: steps (100), tokens (5Mtok) or epochs (1ep)")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        default=0, description="a whole number from 0 to 4294967295"
-    )
-    save_every: PositiveDuration | None = Field(
-        default=None,
-        description="a duration above 0: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep); or null (no "
-        "checkpoints)",
-    )
-    keep_last: Count | None = Field(
-        default=None,
-        description="a whole number of at least 1 (the newest checkpoints that are kept), or null (all)",
-    )
-    buddy: Literal["auto", True, False] = Field(
+        title="In which numbers a rank keeps the sums of its gradients.",
         default="auto",
-        description="auto (where disks allow), true or false (each node keeps a copy of another node's shards)",
+        description="auto, float32 or bfloat16",
     )
-    checkpoints: RecipePath | None = Field(
-        default=None,
-        description="the path of each node's folder for checkpoints, in which {rank} and {host} stand for the "
-        "rank's number and the host's name; or null (checkpoints in run.dir)",
-    )
-    eval_every: PositiveDuration | None = Field(
-        default=None,
-        description="a duration above 0: steps (100), percent (3%), tokens (5Mtok) or epochs (1ep); or null",
-    )
-    eval_batches: Count | None = Field(
-        default=None, description="a whole number of at least 1, or null (the whole validation split)"
-    )
-    resume: Annotated[str, BeforeValidator(_checkpoint), Field(min_length=1, max_length=4096)] = Field(
-        default="auto",
-        description="auto (the newest whole checkpoint), never, a step such as 300, or the path of a checkpoint",
-    )
-    accept_changes: Annotated[tuple[KeyName, ...], BeforeValidator(as_tuple), Field(max_length=256)] = Field(
-        default=(),
-        description="a list of keys that may differ from the checkpoint's recipe, such as [run.steps]",
-    )
-    hosts: RecipePath | None = Field(default=None, description="the path of a hostfile, or null")

@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mlx_empire.plan.lengths import Every
 from mlx_empire.report.text import NodeRow, bar, duration, fraction, level, number, terminal_size
 from mlx_empire.sizes import amount
 
@@ -48,7 +49,8 @@ class RunDisplay:
 
     `total_steps`: the step at which the run ends. `nodes`: one row a rank. `title_rows`: what stands above
     the table, as (name, value): model, parameters, ranks, stage. `mode`: `always` redraws in place, `never`
-    writes plain lines, `auto` looks where the output goes. Use it as a context manager, or call `close`.
+    writes plain lines, `auto` looks where the output goes. `log_every`: how often there is a plain line (None: after
+    every step; the first and the last step have one anyway). Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -57,10 +59,13 @@ class RunDisplay:
         nodes: Sequence[NodeRow],
         title_rows: Sequence[tuple[str, str]] = (),
         mode: Literal["auto", "always", "never"] = "auto",
+        log_every: Every | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self.status: Callable[[], str | None] = lambda: None  # what else is going on, for the live display
         self._total = total_steps
+        self._log_every = log_every or Every(1)
+        self._printed: float | None = None  # when the last plain line of a step was
         self._nodes = list(nodes)
         self._clock = _Clock(total_steps)
         self._record: Mapping[str, Any] = {}
@@ -88,7 +93,8 @@ class RunDisplay:
         """Show a finished step; `record` has the fields of `metrics.STEP_FIELDS`."""
         self._record = record
         self._clock.tick(record["step"], record["step_seconds"])
-        if self._live is None:
+        if self._live is None and self._worth_a_line(record["step"]):
+            self._printed = time.monotonic()
             self._print_line(self._step_line())
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
@@ -119,6 +125,11 @@ class RunDisplay:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _worth_a_line(self, step: int) -> bool:
+        if self._printed is None or step >= self._total:
+            return True
+        return self._log_every.due(step, time.monotonic() - self._printed)
 
     def _print_line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.lengths import Every
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.console import NodeRow, RunDisplay
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class RunReport:
-    """Everything a run says; use as a context manager on every rank. `resumed`: the step from which it goes on."""
+    """Everything a run says; use as a context manager on every rank. `resumed`: the step from which it goes on;
+    `log_every`: how often a step is told in a line of plain text."""
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class RunReport:
         nodes: Sequence[Node],
         steps: int,
         resumed: int | None = None,
+        log_every: Every | None = None,
     ) -> None:
         self._comm = comm
         self._predicted = [ledger.peak for ledger in plan.ledgers]
@@ -57,19 +60,22 @@ class RunReport:
                 )
             ]
             title = title_rows(spec, plan, comm.size)
-            self._display = RunDisplay(steps, rows, title, recipe.report.progress)
+            self._display = RunDisplay(steps, rows, title, recipe.report.progress, log_every)
 
     def step(self, record: dict[str, Any], sent: int, received: int) -> None:
         """A step's record from every rank, with the bytes this rank moved in it. Collective.
 
-        wait_seconds: comm_wait_seconds by rank; a straggler is the one that waits least.
+        wait_seconds: comm_wait_seconds by rank; a straggler is the one that waits least. `time` becomes rank 0's on
+        every rank: what is decided by the clock is decided by what metrics.jsonl says, and takes no message of its own.
         """
         peak = mx.get_peak_memory() + self._comm.staging_bytes
         by_rank = self._comm.gather_json(
-            [peak, mx.get_cache_memory(), sent, received, record["comm_wait_seconds"]]
+            [peak, mx.get_cache_memory(), sent, received, record["comm_wait_seconds"], record["time"]]
         )
+        *figures, times = zip(*by_rank, strict=True)
         names = ("peak_bytes", "cache_bytes", "bytes_sent", "bytes_received", "wait_seconds")
-        record |= {name: list(values) for name, values in zip(names, zip(*by_rank, strict=True), strict=True)}
+        record |= {name: list(values) for name, values in zip(names, figures, strict=True)}
+        record["time"] = times[0]
         record["predicted_peak_bytes"] = self._predicted
         self._last = record
         if self._display is not None:

@@ -35,7 +35,7 @@ from mlx_empire.formats.seal import check_sealed
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
 from mlx_empire.model.spec import ModelSpec
-from mlx_empire.model.target import Target, make_target, refuse_impossible
+from mlx_empire.model.target import Target, make_target, refuse_impossible, refuse_other_architecture
 from mlx_empire.model.unread import refuse_long_rows
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.evaluation import Gate
@@ -183,6 +183,7 @@ def share_config(comm: Communicator, recipe: Recipe) -> dict[str, Any]:
                 config, _ = catalog.load(name)
             else:
                 config = read_config(recipe.model.path)
+                refuse_other_architecture(config, recipe)
     shared = comm.broadcast_json(config)
     assert isinstance(shared, dict)
     return shared

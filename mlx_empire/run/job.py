@@ -1,7 +1,7 @@
 """Which steps a recipe asks for: how many, on which rows, at which learning rate, and what comes after which of them.
 
-Decides how the recipe's durations become optimizer steps. A pure function of the recipe and the data: training, the
-daughters and the fidelity audit read the same one. Steps count from 1; 0 is the state before the first.
+A pure function of the recipe and the data: training, the daughters and the fidelity audit read the same one. Steps
+count from 1; 0 is the state before the first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mlx_empire.data.rows import Dataset
 from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
 from mlx_empire.optim.choose import LearningRate
-from mlx_empire.recipe.duration import Duration
+from mlx_empire.plan.lengths import DataSize, Every, Lengths
 from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, Gate
 from mlx_empire.recipe.schema import Recipe
 
@@ -24,8 +24,8 @@ class Job:
     """The steps 1 to `steps` on `data`.
 
     `global_size` and `micro_size` are the rows of a step and of a micro-batch, `indices` the step's micro-batches that
-    this rank computes, in the order of its cells. `rates(step)` is a step's learning rate. `eval_every` and
-    `save_every` are in steps, 0 for never. `gate` ends the run early.
+    this rank computes, in the order of its cells. `rates(step)` is a step's learning rate. `eval_every`, `save_every`
+    and `log_every` say how often. `gate` ends the run early.
     """
 
     data: Dataset
@@ -35,34 +35,28 @@ class Job:
     indices: tuple[int, ...]
     steps: int
     rates: LearningRate
-    eval_every: int
-    save_every: int
+    eval_every: Every
+    save_every: Every
+    log_every: Every
     gate: Gate | None
 
     @classmethod
     def of(cls, recipe: Recipe, data: Dataset) -> Job:
         """The job of one rank alone, which computes all micro-batches of a step."""
-        batch, run, schedule = recipe.batch, recipe.run, recipe.schedule
-        # In floating point, which may round up to one step more than the exact count: runs that are resumed were
-        # begun so, and another length would be another schedule of rates.
-        steps_per_epoch = len(data) / batch.global_size
-        tokens_per_step = max(round(data.tokens_per_epoch / steps_per_epoch), 1)  # counted, on average
-        steps = run.steps.to_steps(None, tokens_per_step, steps_per_epoch)
-
-        def in_steps(duration: Duration | None) -> int:
-            return duration.to_steps(steps, tokens_per_step, steps_per_epoch) if duration is not None else 0
-
-        rate, warmup = recipe.optimizer.learning_rate, in_steps(schedule.warmup)
+        batch, schedule = recipe.batch, recipe.schedule
+        lengths = Lengths.of(recipe, DataSize(len(data), data.tokens_per_epoch))
+        rate = recipe.optimizer.learning_rate
         return cls(
             data=data,
-            seed=run.seed,
+            seed=recipe.run.seed,
             global_size=batch.global_size,
             micro_size=batch.micro_size,
             indices=tuple(range(batch.global_size // batch.micro_size)),
-            steps=steps,
-            rates=LearningRate(schedule.type, rate, warmup, steps, schedule.final),
-            eval_every=in_steps(run.eval_every),
-            save_every=in_steps(run.save_every),
+            steps=lengths.steps,
+            rates=LearningRate(schedule.type, rate, lengths.warmup, lengths.steps, schedule.final),
+            eval_every=lengths.evaluate,
+            save_every=lengths.save,
+            log_every=lengths.log,
             gate=recipe.evaluation.stop_when,
         )
 
@@ -88,13 +82,19 @@ class Job:
         """Whether no step is left after this one."""
         return step >= self.steps
 
-    def evaluates(self, step: int) -> bool:
-        """Whether the state after `step` is evaluated: at the beginning, every so often, and at the end."""
-        return self.eval_every > 0 and (self.ends(step) or step % self.eval_every == 0)
+    def evaluates(self, step: int, waited: float = 0.0) -> bool:
+        """Whether the state after `step` is evaluated: at the beginning, every so often, and at the end.
 
-    def saves(self, step: int, *, last: bool) -> bool:
-        """Whether the state after `step` is saved: every so often, and where it is the run's last."""
-        return self.save_every > 0 and (last or step % self.save_every == 0)
+        `waited`: seconds since the last evaluation.
+        """
+        return bool(self.eval_every) and (step == 0 or self.ends(step) or self.eval_every.due(step, waited))
+
+    def saves(self, step: int, waited: float = 0.0, *, last: bool) -> bool:
+        """Whether the state after `step` is saved: every so often, and where it is the run's last.
+
+        `waited`: seconds since the last save.
+        """
+        return bool(self.save_every) and (last or self.save_every.due(step, waited))
 
 
 def refuse_idle_keys(recipe: Recipe, splits: Splits) -> None:

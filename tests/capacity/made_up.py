@@ -19,6 +19,7 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, NodeAssessment
 from mlx_empire.plan.disk import DiskLedger, Keeping
 from mlx_empire.plan.hardware import M3_ULTRA, wire_named
+from mlx_empire.plan.lengths import Every, Lengths
 from mlx_empire.plan.memory import Ledger
 from mlx_empire.plan.pace import Cloud, Pace
 from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, Event, Timeline
@@ -107,8 +108,7 @@ def pace(wire: str, bound: str, factor: float) -> Pace:
         bound,
         {"compute": (50.0, 120.0), "network": (100.0, 100.0)},
         wire_named(wire),
-        1000,
-        True,
+        Lengths(1000, 0, Every(100), Every(seconds=1800.0), Every()),
         Timeline(events, seconds, 0.0),
     )
 

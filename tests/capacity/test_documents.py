@@ -12,7 +12,8 @@ from mlx_empire.capacity.daughter_document import daughters_document
 from mlx_empire.capacity.document import ladder_document, matrix_document, report_document
 
 PACE = (
-    "wire built step_seconds positions_per_second tokens_per_second run_hours energy_kwh ends bound "
+    "wire built step_seconds positions_per_second tokens_per_second run_hours energy_kwh ends "
+    "first_evaluation_hours first_checkpoint_hours lost_hours bound "
     "parts(compute network) timeline(seconds lanes(node lane spans))"
 )
 CELL = "(verdict zero_stage headroom headroom_bytes pooled_says worst_node reason)"

@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten
 from support.tiny_models import tiny_config
 
 from mlx_empire.errors import UserError
+from mlx_empire.model import catalog
 from mlx_empire.model.build import build_model
 from mlx_empire.model.target import catalog_target, planned_target
 from mlx_empire.recipe.load import parse_recipe
@@ -26,10 +27,28 @@ def recipe(path="llama-3.2-1b", *overrides):
 
 
 def test_a_folder_wins_over_the_catalog(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama")))
-    found = planned_target(recipe(tmp_path, "model.architecture=llama-3.1-8b"))
-    assert found.base_parameters == found.active_parameters < 10**6
+    """A tuned model has rows of its own, so parameters may differ; a kind of model may not."""
+    ours = catalog.load("llama-3.2-1b")[0] | {"vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(ours))
+    found = planned_target(recipe(tmp_path, "model.architecture=llama-3.2-1b"))
+    assert found.base_parameters == found.active_parameters == 1_235_814_400 - (128_256 - 1000) * 2048
     assert found.not_trainable is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "llama-3.1-8b",
+            "is llama of width 4096 with 32 layers, and .* is llama of width 64 with 4 layers; leave",
+        ),
+        ("lama-3.1-8b", "not in the catalog; did you mean llama-3.1-8b?"),
+    ],
+)
+def test_a_folder_of_another_kind_than_its_recipe_says_is_refused(tmp_path, name, said):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama")))
+    with pytest.raises(UserError, match=rf"^model\.architecture: {name}: {said}"):
+        planned_target(recipe(tmp_path, f"model.architecture={name}"))
 
 
 def test_a_catalog_name_stands_in_for_a_folder_that_is_not_there():

@@ -10,7 +10,8 @@ from support.planning import assess, catalog_spec, llama_like, node_of, nodes_of
 
 from mlx_empire.cluster.machine import Calibration
 from mlx_empire.plan.hardware import ADDING_RATE, CPU, M3_ULTRA, WIRES, standard_clusters, wire_named
-from mlx_empire.plan.pace import chips_of, cloud_of, ends, pace_of, paces, run_steps, spell
+from mlx_empire.plan.lengths import DataSize, Lengths
+from mlx_empire.plan.pace import chips_of, cloud_of, ends, pace_of, paces, spell
 from mlx_empire.plan.step_traffic import step_matrices, step_traffic
 from mlx_empire.plan.work import (
     attention_flops,
@@ -189,12 +190,31 @@ def test_a_calibration_narrows_the_range():
     assert then.parts["compute"][1] < planned.parts["compute"][1]
 
 
-@pytest.mark.parametrize(
-    ("written", "rows", "steps", "known"),
-    [("100", None, 100, True), ("1Mtok", None, 62, True), ("2ep", 80, 20, True), ("2ep", None, 1000, False)],
-)
-def test_the_length_of_a_run(written, rows, steps, known):
-    assert run_steps(recipe_of(f"run.steps={written}"), rows) == (steps, known)
+@given(st.sampled_from([None, "7", "25%", "90s", "30min", "2h"]), st.floats(1, 20000), st.floats(1, 3))
+@settings(max_examples=60)
+def test_what_comes_when_is_counted_in_whole_steps(written, low, spread):
+    """Steps are walked through one by one, a save begun where it is due: against the formula."""
+    steps, length = 40, {"90s": 90, "30min": 1800, "2h": 7200}.get(written)
+    recipe = recipe_of(f"run.steps={steps}", *([f"run.save_every={written}"] if written else []))
+    lengths = Lengths.of(recipe, DataSize.assumed(recipe))
+    seconds = (low, low * spread)
+    hours = tuple(steps * s / 3600 for s in seconds)
+    pace = replace(pace_of(assessed(), WIRES[0]), step_seconds=seconds, run_hours=hours, lengths=lengths)
+    if written is None:
+        assert pace.first_checkpoint is None
+        assert pace.lost == hours
+        return
+    each = []
+    for second in seconds:
+        every = {"7": 7, "25%": 10}.get(written)
+        first = next(
+            n for n in range(1, steps + 1) if n == steps or (n == every if every else n * second >= length)
+        )
+        each.append(first * second / 3600)
+    assert pace.first_checkpoint == pytest.approx((min(each), max(each)))
+    assert pace.first_evaluation is None
+    for most, worst, second, run in zip(pace.lost, sorted(each), seconds, hours, strict=True):
+        assert most == pytest.approx(min(worst + second / 3600, run))
 
 
 def test_the_end_of_a_run_and_of_all_calendars():

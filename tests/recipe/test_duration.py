@@ -20,6 +20,11 @@ WRITTEN = {
     "7tok": Duration(7, "tokens"),
     "1ep": Duration(1, "epochs"),
     "0.5 ep": Duration(0.5, "epochs"),
+    "90s": Duration(90, "seconds"),
+    "0.5s": Duration(0.5, "seconds"),
+    "30min": Duration(1800, "seconds"),
+    "1.5 h": Duration(5400, "seconds"),
+    "0.1h": Duration(360, "seconds"),
 }
 
 
@@ -50,6 +55,11 @@ def test_parse(written: object, duration: Duration) -> None:
         "9999999Ttok",
         [3],
         "3%\n",
+        "30m",
+        "1d",
+        "-5min",
+        "1h30min",
+        "999999999h",
     ],
 )
 def test_parse_refuses(written: object) -> None:
@@ -103,8 +113,26 @@ def test_percent_is_the_nearest_step(percent: Fraction, total: int) -> None:
         st.builds(Duration, st.integers(0, 10**15), st.just("tokens")),
         st.builds(Duration, st.decimals(0, 100, places=9).map(float), st.just("percent")),
         st.builds(Duration, st.floats(1e-9, 1e6), st.just("epochs")),
+        st.builds(Duration, st.integers(0, 10**9), st.just("seconds")),
+        st.builds(Duration, st.floats(1e-9, 1e9), st.just("seconds")),
     )
 )
 def test_text_round_trip(duration: Duration) -> None:
     text = str(duration)
     assert Duration.parse(int(text) if duration.unit == "steps" else text) == duration
+
+
+@given(st.fractions(0, 10**5, max_denominator=1000), st.sampled_from([("s", 1), ("min", 60), ("h", 3600)]))
+def test_wall_time_is_so_many_seconds(number: Fraction, unit: tuple[str, int]) -> None:
+    written = f"{float(number):.6f}"
+    suffix, scale = unit
+    assert Duration.parse(written + suffix).value == pytest.approx(
+        float(Fraction(written) * scale), rel=1e-15
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(5400, "90min"), (7200, "2h"), (45, "45s"), (3600.5, "3600.5s"), (0, "0h")]
+)
+def test_wall_time_is_written_in_the_largest_unit_that_divides_it(value: float, text: str) -> None:
+    assert str(Duration(value, "seconds")) == text

@@ -1,12 +1,15 @@
 """What a person reads when a recipe is wrong: one line with place, key, value and remedy, exit code 64."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from mlx_empire.errors import UserError
+from mlx_empire.recipe.changes import value
 from mlx_empire.recipe.duration import Duration
+from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import load_recipe, parse_recipe
 
 # What replaces which line of the minimal recipe -> place and words that the message must have.
@@ -248,3 +251,41 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             load_recipe(path)
         assert_one_line(error, words)
+
+
+@pytest.mark.parametrize("key", sorted(leaf_fields()))
+def test_numbers_are_no_booleans_and_booleans_no_numbers(key: str) -> None:
+    """Each value that is accepted is of the kind it was written in; 1 equals true in Python, and is refused for it."""
+    text = (Path(__file__).parents[2] / "recipes/daughter.yaml").read_text()
+    for written in ("true", "false", "1", "0", "1.0", "0.0"):
+        try:
+            recipe = parse_recipe(text, "x", [f"{key}={written}"])
+        except UserError:
+            continue
+        found = value(recipe, key)
+        assert isinstance(found, bool) == (written in ("true", "false")), (key, written)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["run.steps=8h"], "run.steps: got '8h'; expected a duration above 0: steps (100), counted targets"),
+        (
+            ["schedule.warmup=30min"],
+            "schedule.warmup: got '30min'; expected a duration: steps (100), percent",
+        ),
+        (
+            ["run.eval_every=30min", "evaluation.stop_when={metric: eval_loss, at_most: 2}"],
+            "the run's end would hang on when eval_every 30min happens to evaluate; use steps",
+        ),
+        (
+            ["run.save_every=2h", "numerics.spikes=rollback"],
+            "the result would hang on when save_every 2h happens to save; use steps",
+        ),
+    ],
+)
+def test_wall_time_is_refused_where_the_result_would_hang_on_it(
+    minimal: str, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse_recipe(minimal, "x", overrides)

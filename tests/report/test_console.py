@@ -7,6 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
+from mlx_empire.plan.lengths import Every
 from mlx_empire.report import console as console_module
 from mlx_empire.report.console import RunDisplay, said_if_slow
 from mlx_empire.report.text import NodeRow
@@ -94,6 +95,18 @@ def test_figures_that_are_not_finite_are_shown_as_such():
     display.step(record(1, loss=float("nan"), grad_norm=None))
     assert "loss nan" in written(stream)
     assert "grad norm nan" in written(stream)
+
+
+def test_lines_come_as_often_as_asked_and_at_both_ends(monkeypatch):
+    for every, told in ((Every(3), [1, 3, 6, 8]), (Every(seconds=120), [1, 3, 6, 8]), (None, [*range(1, 9)])):
+        stream, minutes = io.StringIO(), iter([0, 1, 2, 3, 3.5, 4, 5, 5.5])
+        now = [0.0]
+        monkeypatch.setattr(time, "monotonic", lambda at=now: at[0])
+        display = RunDisplay(8, [], stream=stream, log_every=every)
+        for step, minute in enumerate(minutes, 1):
+            now[0] = 60.0 * minute
+            display.step(record(step))
+        assert [int(line.split("/")[0].split()[1]) for line in stream.getvalue().splitlines()] == told
 
 
 def test_time_left_goes_by_the_pace_of_the_steps_after_the_first(monkeypatch):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
+from mlx_empire.plan.lengths import Every
 from mlx_empire.plan.workload import cell_layout
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
@@ -58,7 +59,7 @@ def test_durations_are_steps_of_this_data(unit: str, amount: int, steps: int, si
     written = str(amount) if unit == "steps" else f"{amount}{unit}"
     sized = [f"batch.global_size={size}", "batch.micro_size=1"]
     found = job(*sized, f"run.steps={steps}", f"run.save_every={written}", f"schedule.warmup={written}")
-    assert (found.steps, found.save_every, found.rates.warmup_steps) == (steps, by_hand, by_hand)
+    assert (found.steps, found.save_every, found.rates.warmup_steps) == (steps, Every(by_hand), by_hand)
     if unit != "%":
         assert job(*sized, f"run.steps={written}").steps == by_hand
 

@@ -1,6 +1,7 @@
 """Run alone or by mpirun: every command of `commands.json`, one after the other, each as if it were the only one.
 
-A command is one of `mlx_empire.train`, or with `daughters` before it the worker of `mlx_empire.daughters`.
+A command is one of `mlx_empire.train`, or with `daughters` before it the worker of `mlx_empire.daughters`; with
+`clocks` before it, each rank has its own made-up clock.
 
 Each rank writes what came of each command to `outcomes-RANK.json`, after every one, so that a command that ends the
 process is known by its absence.
@@ -16,12 +17,17 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from train.clocks import made_up_clock
+
 from mlx_empire import train
 from mlx_empire.daughters import command as daughters
 
 
 def outcome(arguments: list[str]) -> dict[str, Any]:
     """Exit code and output of one command in this process."""
+    if arguments[:1] == ["clocks"]:
+        with made_up_clock():
+            return outcome(arguments[1:])
     out, err = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(out), redirect_stderr(err):

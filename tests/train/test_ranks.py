@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from train.clocks import CLOCKS, by_hand
 from train.launching import (
     MODEL,
     SPEECHES,
@@ -57,6 +58,15 @@ VARIANTS: dict[str, list[str]] = {
     "bfloat16/stage 1": ["model.dtype=bfloat16", "memory.zero_stage=1"],
     "chat/stage 2": [f"data.path={WORDNET}", "data.format=chat", "batch.micro_size=3", "batch.cells=2"],
 }
+# By wall time, on ranks whose clocks disagree.
+TIMED = [
+    "clocks",
+    "recipe.yaml",
+    "run.dir=timed",
+    "run.steps=8",
+    "run.save_every=30min",
+    "run.eval_every=45min",
+]
 ON_ONE = [
     "plain/stage 0, nothing recomputed",
     "packed/stage 3",
@@ -260,6 +270,7 @@ def variants(workspace: Workspace) -> dict[int, dict[str, Path]]:
             for name, folder in folders[ranks].items()
             if ranks == 2 or "shares" not in " ".join(VARIANTS[name])
         }
+        commands |= {"timed": TIMED} if ranks == 2 else {}
         for outcomes in workspace.train_many(commands, ranks):
             for outcome in outcomes.values():
                 succeeded(outcome)
@@ -287,6 +298,17 @@ def test_bfloat16_is_stored_as_such(variants: dict[int, dict[str, Path]]) -> Non
     assert {dtype for dtype, _, _ in raw_tensors(final).values()} == {"BF16"}
     config = json.loads((final / "config.json").read_text())
     assert config.get("torch_dtype", config.get("dtype")) == "bfloat16"
+
+
+def test_both_ranks_save_and_evaluate_when_the_clock_of_rank_0_says(
+    variants: dict[int, dict[str, Path]], workspace: Workspace
+) -> None:
+    run = workspace.folder / "timed"
+    assert [record["time"] for record in step_records(run)] == [60.0 * minutes for minutes in CLOCKS[0][1:]]
+    saved = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    assert saved == [*by_hand(30), 8] == [3, 7, 8]
+    evaluated = [record["step"] for record in metrics(run) if "eval_loss" in record]
+    assert evaluated == [0, *by_hand(45), 8] == [0, 6, 8]
 
 
 def test_fewer_bits_of_state_take_less_memory(variants: dict[int, dict[str, Path]]) -> None:

@@ -34,7 +34,8 @@ from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.hardware import known_speed
-from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
+from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.run import RunReport
@@ -139,8 +140,7 @@ def carry_out(
     # ---------------------------------------------------------------- the plan, before anything is allocated
     with together(comm):
         refuse_idle_keys(recipe, splits)
-        plan = resolve(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
-        require_fit(plan, nodes)
+        plan = fitting_plan(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
     job = job.part(plan.work.layout.of_rank(comm.rank))
     guards.lock(recipe.run.dir)
     evaluator = share_evaluator(comm, recipe, target.spec, plan)

@@ -54,9 +54,10 @@ from mlx_empire.formats.hf_folder import stored_if_whole
 from mlx_empire.model import catalog
 from mlx_empire.model.target import Target, catalog_target, planned_target
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan.assess import assess
+from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
 from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, timeline_of
+from mlx_empire.plan.wired_limit import untouched
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
@@ -213,7 +214,18 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Capacity
         events = timeline_of(assessment, wire, chips, 1).events
         names = [node.name for node in nodes]
         write_file("--trace", wanted.trace, json.dumps(trace_document({"predicted": events}, names)))
-    return CapacityReport(assessment, target.not_trainable, paces, advice, cloud, chips, datetime.now())
+    now = datetime.now()
+    alone = untouched_verdict(assessment)
+    return CapacityReport(assessment, target.not_trainable, paces, advice, cloud, chips, now, alone)
+
+
+def untouched_verdict(assessment: Assessment) -> str | None:
+    """The verdict with the limits that macOS has by itself; None where the plan assumes no higher ones."""
+    nodes = [one.node for one in assessment.nodes]
+    own = [untouched(node) for node in nodes]
+    if own == nodes:
+        return None
+    return assess(assessment.recipe, assessment.spec, own, assessment.states_of).verdict
 
 
 def matrix_of(recipe: Recipe, wanted: Wanted) -> MatrixSurvey:

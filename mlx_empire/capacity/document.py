@@ -20,6 +20,7 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import Assessment, NodeAssessment
 from mlx_empire.plan.hardware import Chip
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
+from mlx_empire.plan.wired_limit import FORGETS, raising_commands, untouched
 from mlx_empire.report.text import energy, run_length, span
 
 Document = dict[str, object]
@@ -32,7 +33,8 @@ class CapacityReport:
     """A recipe on nodes: whether it fits, how long it takes, what could be changed.
 
     `not_trainable`: one sentence why the trainer here cannot train the model, or None. `paces`: one for each wire, the
-    first for the wire that is there. `chips`: of the nodes. `start`: of the run.
+    first for the wire that is there. `chips`: of the nodes. `start`: of the run. `untouched`: the verdict where macOS's
+    own limits hold, None where the plan assumes no others.
     """
 
     assessment: Assessment
@@ -42,6 +44,7 @@ class CapacityReport:
     cloud: Cloud
     chips: Sequence[Chip]
     start: datetime
+    untouched: str | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -70,6 +73,24 @@ class CapacityReport:
         if self.assessment.verdict == "fits" or not worst.reason:
             return ""
         return f"{worst.node.name}: {worst.reason}"
+
+    @property
+    def raises(self) -> dict[str, str]:
+        """Machine -> the command that it needs before this plan fits, where macOS was never told."""
+        if self.untouched is None:
+            return {}
+        nodes = [node.node for node in self.nodes]
+        peaks = [node.peak_bytes for node in self.nodes]
+        return raising_commands(peaks, nodes, [untouched(node) for node in nodes])
+
+    @property
+    def limits_in_words(self) -> str:
+        """What the plan assumes of macOS's limits, in one sentence; empty where it assumes nothing."""
+        if self.untouched is None:
+            return ""
+        first = f"with macOS's own limits (0.75 of memory): {self.untouched}"
+        commands = "; ".join(f"on {name} `{words}`" for name, words in self.raises.items())
+        return f"{first}; this plan needs {commands} first; {FORGETS}" if commands else first
 
     @property
     def setting(self) -> str:
@@ -150,6 +171,10 @@ def report_document(report: CapacityReport) -> Document:
         "advice": [asdict(advice) for advice in report.advice],
         "formulas": _formulas(report.nodes),
         "notes": report.notes,
+        "untouched_macos": {
+            "verdict": report.untouched,
+            "commands": [{"name": name, "command": words} for name, words in report.raises.items()],
+        },
     }
 
 

@@ -167,8 +167,8 @@ def _longest_tail(none: RunPlan, with_work: Callable[[Workload], RunPlan]) -> Ru
     return best
 
 
-def require_fit(plan: RunPlan, nodes: Sequence[Node]) -> None:
-    """DoesNotFitError naming the worst node, what it needs and what could be changed."""
+def require_fit(plan: RunPlan, nodes: Sequence[Node], more: str = "") -> None:
+    """DoesNotFitError naming the worst node, what it needs and what could be changed; `more`: a remedy of hardware."""
     if plan.fits:
         return
     pairs = list(zip(plan.ledgers, plan.limits, strict=True))
@@ -178,7 +178,8 @@ def require_fit(plan: RunPlan, nodes: Sequence[Node]) -> None:
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest)
     raise DoesNotFitError(
         f"{nodes[worst].name} (rank {worst}) needs {need.peak / 2**30:.1f} GiB and may use "
-        f"{limit / 2**30:.1f} GiB at ZeRO stage {plan.shards.zero_stage} (largest: {parts}); {_remedies(plan)}"
+        f"{limit / 2**30:.1f} GiB at ZeRO stage {plan.shards.zero_stage} (largest: {parts}); "
+        f"{_remedies(plan)}{more and f', {more}'}"
     )
 
 

@@ -33,7 +33,7 @@ def node(
     """A node that a plan was held against; `gibibytes` is its ledger."""
     ledger = {key.replace("_", " "): int(size * GIB) for key, size in gibibytes.items()}
     return NodeAssessment(
-        Node(name, 1, role, memory * GIB, limit * GIB),
+        Node(name, 1, role, memory * GIB, limit * GIB, measured=False),
         0.25,
         Ledger(ledger, {"backward": {}}),
         limit * GIB,
@@ -78,8 +78,9 @@ def report() -> CapacityReport:
     )
     paces = (pace("10gbe", "network", 2.0), pace("thunderbolt", "compute", 1.0))
     cloud = Cloud(8, (3.0, 5.0), (100.0, 200.0), "8 x H100 would take 3-5 hours")
+    start = datetime(2026, 11, 20, 20)
     return CapacityReport(
-        assessed(*nodes), f"no {HOSTILE} here", paces, advice, cloud, [M3_ULTRA], datetime(2026, 11, 20, 20)
+        assessed(*nodes), f"no {HOSTILE} here", paces, advice, cloud, [M3_ULTRA], start, untouched="no"
     )
 
 

@@ -26,7 +26,7 @@ DOCUMENTS = {
         "peak_bytes headroom_bytes largest_array_bytes buffer_limit_bytes live_buffers verdict reason) "
         f"time({PACE}) times({PACE}) cloud advice(change effect verdict) "
         "formulas(weights|optimizer m|gradients|gathered units|attention|logits chunk|adapters|MLX base: formula mark) "
-        "notes",
+        "notes untouched_macos(verdict commands(name command))",
     ),
     "matrix": (
         matrix_document,

@@ -57,7 +57,7 @@ from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.run.job import Job, refuse_idle_keys
 from mlx_empire.run.resume import open_saver, stopped, where_to_begin
 from mlx_empire.run.stop import StopRequest
-from mlx_empire.run.trainer import go_back, limit_memory, load_state, make_trainer
+from mlx_empire.run.trainer import explaining_memory, go_back, limit_memory, load_state, make_trainer
 
 if TYPE_CHECKING:
     from mlx_empire.evaluation.evaluator import Evaluator
@@ -148,7 +148,7 @@ def carry_out(
     # ---------------------------------------------------------------- the weights
     progress.reach("load")
     limit_memory(plan, comm.rank)
-    with CommThread() as thread:
+    with explaining_memory(plan, comm.rank), CommThread() as thread:
         trainer = make_trainer(comm, thread, recipe, target, plan)
         sent = load_state(comm, target, trainer, start)
         trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)

@@ -17,7 +17,7 @@ from typing import Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_empire.errors import UserError
+from mlx_empire.errors import UserError, of_gpu
 from mlx_empire.formats.hf_folder import Build, open_folder
 from mlx_empire.model.build import sanitize
 from mlx_empire.model.lora import initial_adapter, magnitude
@@ -103,6 +103,8 @@ class _LazySource:
         try:
             mx.eval(array)
         except (RuntimeError, ValueError, OSError) as error:
+            if of_gpu(error):
+                raise
             raise UserError(
                 f"{self._where}: tensor {tensor.name} cannot be read: {str(error)[:160]}"
             ) from None

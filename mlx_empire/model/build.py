@@ -26,7 +26,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
-from mlx_empire.errors import EmpireError, UserError
+from mlx_empire.errors import EmpireError, UserError, of_gpu
 from mlx_empire.model.config import HEADS, TIE
 from mlx_empire.model.packing_config import is_packed, packing_method
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter
@@ -50,6 +50,8 @@ def foreign(place: str, *, mixed: bool = False) -> Iterator[None]:
     except SystemExit as error:
         raise UserError(f"{place}: {first_line(said.getvalue()) or f'it exits ({error})'}") from None
     except Exception as error:
+        if of_gpu(error):
+            raise
         if mixed and _is_ours(error.__traceback__):
             raise
         raise UserError(f"{place}: {reason_of(error)}") from None

@@ -173,13 +173,20 @@ def require_fit(plan: RunPlan, nodes: Sequence[Node], more: str = "") -> None:
         return
     pairs = list(zip(plan.ledgers, plan.limits, strict=True))
     worst = max(range(len(pairs)), key=lambda i: pairs[i][0].peak - pairs[i][1])
-    need, limit = pairs[worst][0], pairs[worst][1]
+    raise DoesNotFitError(
+        f"{nodes[worst].name} (rank {worst}) needs {needs_in_words(plan, worst)}; "
+        f"{_remedies(plan)}{more and f', {more}'}"
+    )
+
+
+def needs_in_words(plan: RunPlan, rank: int) -> str:
+    """`12.0 GiB and may use 8.0 GiB at ZeRO stage 3 (largest: ...)`."""
+    need, limit = plan.ledgers[rank], plan.limits[rank]
     largest = sorted(need.items().items(), key=lambda kv: -kv[1])[:3]
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest)
-    raise DoesNotFitError(
-        f"{nodes[worst].name} (rank {worst}) needs {need.peak / 2**30:.1f} GiB and may use "
-        f"{limit / 2**30:.1f} GiB at ZeRO stage {plan.shards.zero_stage} (largest: {parts}); "
-        f"{_remedies(plan)}{more and f', {more}'}"
+    return (
+        f"{need.peak / 2**30:.1f} GiB and may use {limit / 2**30:.1f} GiB at ZeRO stage {plan.shards.zero_stage} "
+        f"(largest: {parts})"
     )
 
 

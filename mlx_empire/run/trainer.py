@@ -7,7 +7,8 @@ holds more than its shard plus one unit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
@@ -23,12 +24,13 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.numerics import SpikeWatch
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
+from mlx_empire.errors import of_gpu
 from mlx_empire.formats.hf_folder import has_weights
 from mlx_empire.formats.source import FolderSource, RandomSource, TunedSource, WeightSource
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.resolve import RunPlan, needs_in_words
 from mlx_empire.plan.shards import Placement, Segment, Unit
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import Start, folder_of
@@ -117,6 +119,18 @@ def limit_memory(plan: RunPlan, rank: int) -> None:
     mx.set_memory_limit(limit)
     mx.set_cache_limit(cache_bound(limit, peak))
     mx.reset_peak_memory()
+
+
+@contextmanager
+def explaining_memory(plan: RunPlan, rank: int) -> Iterator[None]:
+    """Around a run's work: an error of the GPU is raised as `of_gpu` says, with what the ledger said of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = of_gpu(error, f"by the plan this rank needs {needs_in_words(plan, rank)}")
+        if told is None:
+            raise
+        raise told from error
 
 
 def cache_bound(limit: int, peak: int) -> int:

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mlx_empire import progress
@@ -41,6 +42,7 @@ from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.agree import share_nodes, share_recipe
 from mlx_empire.run.lock import RunLock
 from mlx_empire.run.mpirun import clean_environment, worker_line
+from mlx_empire.run.network import chosen_interface
 
 MOST_TOGETHER = 16
 SOME_FAILED = 65
@@ -93,7 +95,10 @@ def oversee(
     if not alone:
         assert cluster is not None
         assert hosts is not None
-        line = worker_line(hosts, cluster, line, clean_environment(os.environ))
+        interface = None
+        with suppress(UserError):  # workers exchange a few words: any network will do
+            interface = chosen_interface(cluster)
+        line = worker_line(hosts, cluster, line, clean_environment(os.environ), interface)
     with RunLock(recipe.run.dir) as lock, DaughterTable(jobs) as update:
         if lock.note:
             print(lock.note)

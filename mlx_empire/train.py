@@ -34,7 +34,7 @@ from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.hardware import known_speed
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.resolve import RunPlan, kernels_differ
 from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.schema import Recipe
@@ -53,6 +53,7 @@ from mlx_empire.run.agree import (
     share_target,
     standing,
 )
+from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.run.job import Job, refuse_idle_keys
 from mlx_empire.run.resume import open_saver, stopped, where_to_begin
@@ -79,11 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         comm = connect()
     with guard(comm):
         arm_faults(comm.rank)
-        if progress.launched():
-            # Without a launcher the terminal, or whoever works at it, decides when the machine sleeps.
-            from mlx_empire.run.caffeinate import keep_awake
-
-            keep_awake()
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:
             # What draws reports is not part of a run.
@@ -91,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             wanted = capacity.Wanted(hosts=options.hosts)
             return capacity.answer(comm, options.recipe, options.overrides, wanted)
+        keep_awake()
         run_recipe(comm, options.recipe, options.overrides, options.hosts)
     return 0
 
@@ -141,6 +138,9 @@ def carry_out(
     with together(comm):
         refuse_idle_keys(recipe, splits)
         plan = fitting_plan(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
+    odd = kernels_differ(nodes)
+    if odd:
+        guards.notes.append(f"GPUs or systems differ, so bits may hang on which rank computes what ({odd})")
     job = job.part(plan.work.layout.of_rank(comm.rank))
     guards.lock(recipe.run.dir)
     evaluator = share_evaluator(comm, recipe, target.spec, plan)

@@ -40,6 +40,7 @@ from mlx_empire.daughters.table import DaughterTable
 from mlx_empire.errors import UserArguments, UserError
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.agree import share_nodes, share_recipe
+from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.lock import RunLock
 from mlx_empire.run.mpirun import clean_environment, worker_line
 from mlx_empire.run.network import chosen_interface
@@ -142,6 +143,7 @@ def work(
 ) -> int:
     """A worker: find out which daughters are left and on which worker, and train its own."""
     arm_faults(comm.rank)
+    keep_awake()
     recipe = share_recipe(comm, recipe_path, overrides)
     nodes = share_nodes(comm, recipe, hosts)
     node = nodes[comm.rank]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from typing import Literal
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import DoesNotFitError, UserError
@@ -93,7 +94,7 @@ def resolve(
     dtypes = ("float32", "bfloat16") if memory.gradient_dtype == "auto" else (memory.gradient_dtype,)
     if spec.dtype == "float32" and memory.gradient_dtype == "auto":
         dtypes = ("float32",)
-    stages = STAGES if memory.zero_stage == "auto" else (memory.zero_stage,)
+    stages = _stages(memory.zero_stage, nodes)
     tried: list[RunPlan] = []
     tight: list[RunPlan] = []
     for dtype in dtypes:
@@ -120,6 +121,29 @@ def resolve(
                 tight.append(plan)
         tried += plans
     return tight[0] if tight else min(tried, key=_excess)
+
+
+def kernels_differ(nodes: Sequence[Node]) -> str:
+    """What the GPUs' kernels are compiled for and by, where that differs between nodes; empty where it does not."""
+    found = {node.compiles: node.name for node in reversed(nodes) if node.compiles is not None}
+    return (
+        ", ".join(f"{name}: {compiles}" for compiles, name in reversed(found.items()))
+        if len(found) > 1
+        else ""
+    )
+
+
+def _stages(asked: Literal["auto"] | int, nodes: Sequence[Node]) -> tuple[int, ...]:
+    """The stages to try. At stage 0 every rank computes the same update, which only equal kernels do to the bit."""
+    odd = kernels_differ(nodes)
+    if odd and asked == 0:
+        raise UserError(
+            f"memory.zero_stage: 0: every rank computes the same update, and kernels of different GPUs or systems may "
+            f"differ in the last bit ({odd}); use 1, 2, 3 or auto, or the same macOS on the same chips"
+        )
+    if asked != "auto":
+        return (asked,)
+    return tuple(stage for stage in STAGES if stage or not odd)
 
 
 def linear_in(mlx: str) -> bool:

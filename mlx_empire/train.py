@@ -16,10 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+
 from mlx_empire import progress
 from mlx_empire.checkpoint.agree import replicas_agree
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.cluster.machine import computes_on_gpu
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import arm_faults, guard, together
 from mlx_empire.comm.protocol import Communicator
@@ -33,6 +36,7 @@ from mlx_empire.evaluation.gate import GateKeeper, held_out_loss
 from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.plan.fused_attention import refuse_too_short
 from mlx_empire.plan.hardware import known_speed
 from mlx_empire.plan.resolve import RunPlan, kernels_differ
 from mlx_empire.plan.wired_limit import fitting_plan
@@ -137,6 +141,8 @@ def carry_out(
     # ---------------------------------------------------------------- the plan, before anything is allocated
     with together(comm):
         refuse_idle_keys(recipe, splits)
+        if mx.metal.is_available() and computes_on_gpu():
+            refuse_too_short(recipe.data.sequence_length)
         plan = fitting_plan(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
     odd = kernels_differ(nodes)
     if odd:
@@ -147,7 +153,9 @@ def carry_out(
 
     # ---------------------------------------------------------------- the weights
     progress.reach("load")
-    limit_memory(plan, comm.rank)
+    with together(comm):
+        wired = limit_memory(plan, comm.rank, recipe.memory.wired, nodes[comm.rank])
+    guards.notes += [said for said in comm.gather_json(wired) if said is not None]
     with explaining_memory(plan, comm.rank), CommThread() as thread:
         trainer = make_trainer(comm, thread, recipe, target, plan)
         sent = load_state(comm, target, trainer, start)

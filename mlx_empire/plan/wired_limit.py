@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mlx_empire.cluster.hostfile import GIB, Node, default_limit
+from mlx_empire.errors import UserError
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.hardware import chip_of
 from mlx_empire.plan.optimizer_bytes import StateBytes
@@ -53,6 +54,36 @@ def raising_commands(peaks: Sequence[int], nodes: Sequence[Node], now: Sequence[
             before[2] + own.limit_bytes,
         )
     return {name: raising(limit) for name, (peak, limit, has) in needed.items() if peak > has and limit > has}
+
+
+LEAST_FREE_BYTES = 8 * GIB
+LEAST_FREE_PART = 0.1  # of the memory
+NEEDS_WIRING = 0.5  # of the limit
+
+
+def wired_bytes(asked: str | int, peak: int, node: Node) -> tuple[int, str]:
+    """(bytes of a rank that macOS may neither page out nor compress, why so many); 0: none are.
+
+    auto: as much as the limit, or what leaves 8 GiB and a tenth of the memory free, where the plan needs more than half
+    of the limit and that much covers it. What is wired is faster and, in reports, what made macOS panic when it went
+    wrong. UserError for a number above the limit, which MLX would refuse.
+    """
+    limit = node.limit_bytes
+    if asked == "off":
+        return 0, "memory.wired: off"
+    if asked != "auto":
+        if int(asked) > limit:
+            raise UserError(
+                f"memory.wired: {asked}: {node.name} may use {limit} bytes; lower it, or raise what macOS lends by "
+                f"`{raising(int(asked))}`"
+            )
+        return int(asked), "memory.wired"
+    if peak <= NEEDS_WIRING * limit:
+        return 0, f"auto: the plan needs {peak / limit:.0%} of the limit"
+    most = min(limit, node.memory_bytes - max(LEAST_FREE_BYTES, int(LEAST_FREE_PART * node.memory_bytes)))
+    if peak > most:
+        return 0, "auto: too little would stay free"
+    return most, f"auto: the plan needs {peak / limit:.0%} of the limit"
 
 
 def fitting_plan(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], state_bytes: StateBytes) -> RunPlan:

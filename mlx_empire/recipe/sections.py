@@ -230,6 +230,11 @@ class MemorySection(Section):
     gradient_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto, float32 or bfloat16"
     )
+    wired: Literal["auto", "off"] | Annotated[int, Field(ge=2**20, le=2**50)] = Field(
+        default="auto",
+        description="auto (where much of a Mac is needed and enough stays free), off, or a whole number of bytes from "
+        "1048576 (memory that macOS may not page out or compress)",
+    )
 
 
 class CommSection(Section):

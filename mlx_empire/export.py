@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UserArguments, UserError
 from mlx_empire.formats.adapter_folder import (
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--pack", help=f"merge: pack the result again, as one of these or as the base: {STORED}"
     )
     with guard(None):
+        choose_device()
         options = parser.parse_intermixed_args(arguments)
         notes = export(options)
         for note in notes:

@@ -19,7 +19,27 @@ from pathlib import Path
 from mlx_empire.errors import UserError
 from mlx_empire.progress import PHASES
 
-ACTIONS = ("kill", "stop", "exit0", "exit3", "raise", "segv", "enospc", "delay")
+ACTIONS = (
+    "kill",
+    "stop",
+    "exit0",
+    "exit3",
+    "raise",
+    "segv",
+    "enospc",
+    "delay",
+    "gpu",
+    "gpu-memory",
+    "malloc",
+)
+# What MLX 0.32.4 raises on Metal.
+OF_METAL = {
+    "gpu": "[METAL] Command buffer execution failed: Caused GPU Timeout Error "
+    "(00000002:kIOGPUCommandBufferCallbackErrorTimeout)",
+    "gpu-memory": "[METAL] Command buffer execution failed: Insufficient Memory "
+    "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+    "malloc": "[metal::malloc] Resource limit (499000) exceeded.",
+}
 
 
 @dataclass(frozen=True)
@@ -89,5 +109,7 @@ def _strike(fault: Fault, step: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         case "delay":
             time.sleep(fault.seconds)
+        case "gpu" | "gpu-memory" | "malloc":
+            raise RuntimeError(OF_METAL[fault.action])
         case _:
             raise InjectedError(f"injected in {fault.phase} at step {step}")

@@ -16,10 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+
 from mlx_empire import progress
 from mlx_empire.checkpoint.agree import replicas_agree
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.cluster.machine import computes_on_gpu
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import arm_faults, guard, together
 from mlx_empire.comm.protocol import Communicator
@@ -33,8 +36,10 @@ from mlx_empire.evaluation.gate import GateKeeper, held_out_loss
 from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.plan.fused_attention import refuse_too_short
 from mlx_empire.plan.hardware import known_speed
-from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
+from mlx_empire.plan.resolve import RunPlan, kernels_differ
+from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.idle import without_effect
 from mlx_empire.recipe.schema import Recipe
@@ -54,12 +59,13 @@ from mlx_empire.run.agree import (
     share_target,
     standing,
 )
+from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.disks import require_disks
 from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.run.job import Job, refuse_idle_keys
 from mlx_empire.run.resume import open_saver, stopped, where_to_begin
 from mlx_empire.run.stop import StopRequest
-from mlx_empire.run.trainer import go_back, limit_memory, load_state, make_trainer
+from mlx_empire.run.trainer import explaining_memory, go_back, limit_memory, load_state, make_trainer
 
 if TYPE_CHECKING:
     from mlx_empire.evaluation.evaluator import Evaluator
@@ -86,11 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         comm = connect()
     with guard(comm):
         arm_faults(comm.rank)
-        if progress.launched():
-            # Without a launcher the terminal, or whoever works at it, decides when the machine sleeps.
-            from mlx_empire.run.caffeinate import keep_awake
-
-            keep_awake()
         options = parser.parse_intermixed_args(arguments)
         if options.dry_run:
             # What draws reports is not part of a run.
@@ -98,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             wanted = capacity.Wanted(hosts=options.hosts)
             return capacity.answer(comm, options.recipe, options.overrides, wanted)
+        keep_awake()
         run_recipe(comm, options.recipe, options.overrides, options.hosts)
     return 0
 
@@ -148,8 +150,12 @@ def carry_out(
     # ---------------------------------------------------------------- the plan, before anything is allocated
     with together(comm):
         refuse_idle_keys(recipe, splits)
-        plan = resolve(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
-        require_fit(plan, nodes)
+        if mx.metal.is_available() and computes_on_gpu():
+            refuse_too_short(recipe.data.sequence_length)
+        plan = fitting_plan(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
+    odd = kernels_differ(nodes)
+    if odd:
+        guards.notes.append(f"GPUs or systems differ, so bits may hang on which rank computes what ({odd})")
     job = job.part(plan.work.layout.of_rank(comm.rank))
     guards.lock(recipe.run.dir)
     evaluator = share_evaluator(comm, recipe, target.spec, plan)
@@ -157,8 +163,10 @@ def carry_out(
 
     # ---------------------------------------------------------------- the weights
     progress.reach("load")
-    limit_memory(plan, comm.rank)
-    with CommThread() as thread:
+    with together(comm):
+        wired = limit_memory(plan, comm.rank, recipe.memory.wired, nodes[comm.rank])
+    guards.notes += [said for said in comm.gather_json(wired) if said is not None]
+    with explaining_memory(plan, comm.rank), CommThread() as thread:
         trainer = make_trainer(comm, thread, recipe, target, plan)
         sent = load_state(comm, target, trainer, start)
         trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)

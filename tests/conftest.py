@@ -1,15 +1,24 @@
 """Makes `support` importable (pytest's importlib mode leaves sys.path alone); property tests have no deadline; the
 files that need most time are begun first.
+
+Everything computes on the CPU, here and in the processes that tests start: bits are compared, and ledgers that were
+fitted there. MLX_EMPIRE_TEST_GPU=1 leaves the choice to MLX.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+if os.environ.get("MLX_EMPIRE_TEST_GPU") != "1":
+    os.environ["MLX_EMPIRE_DEVICE"] = "cpu"
+
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
+import support  # noqa: E402, F401  chooses the device
+
 settings.register_profile("loaded machine", deadline=None)
 settings.load_profile("loaded machine")
 

@@ -23,14 +23,13 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.hardware import KING, SOLDIER, Chip, Machine, Wire, chip_of, wire_of
 from mlx_empire.plan.pace import Pace, cloud_of, pace_of, spell
+from mlx_empire.plan.wired_limit import FORGETS, most_raised, raising
 from mlx_empire.recipe.changes import typed, value, variant
 from mlx_empire.recipe.schema import Recipe
 
-KEPT_FOR_MACOS = 16 * GIB  # what a raised limit leaves to the system
 MOST_NEW_MACHINES = 4
 SHORTEST_SEQUENCE = 256
 ADAPTERS: Sequence[Settings] = ({"tuning.type": "lora"}, {"tuning.type": "qlora", "tuning.bits": 4})
-SYSTEM = "sudo sysctl iogpu.wired_limit_mb"
 
 Retuned = Callable[[Recipe], ModelSpec]
 
@@ -181,10 +180,7 @@ def _resolved(settings: Settings, better: Assessment) -> str:
 def _raised(assessment: Assessment, free: Settings) -> list[Advice]:
     """A higher GPU limit where it is missing (`no`) or scarce (`tight`); nothing where that does not help."""
     nodes = [n.node for n in assessment.nodes]
-    most = [max(n.limit_bytes, n.memory_bytes - KEPT_FOR_MACOS) for n in nodes]
-    more = [
-        n if chip_of(n).name == "CPU" else replace(n, limit_bytes=m) for n, m in zip(nodes, most, strict=True)
-    ]
+    more = [most_raised(node) for node in nodes]
     changed = [n for n, old in zip(more, nodes, strict=True) if n != old]
     if not changed or not fits(with_least_memory(assessment, free, more)):
         return []
@@ -194,13 +190,9 @@ def _raised(assessment: Assessment, free: Settings) -> list[Advice]:
     commands = []
     for size in sorted({n.limit_bytes for n in changed}, reverse=True):
         names = ", ".join(n.name for n in changed if n.limit_bytes == size)
-        commands.append(f"{SYSTEM}={size // 2**20} on {names} (in the hostfile limit={size // GIB}GiB)")
+        commands.append(f"{raising(size)} on {names} (in the hostfile limit={size // GIB}GiB)")
     change = "; ".join([*commands, *([_resolved(free, better)] if free else [])])
-    return [
-        Advice(
-            change, f"{fullest_node(better)}; macOS forgets the limit when it starts again", better.verdict
-        )
-    ]
+    return [Advice(change, f"{fullest_node(better)}; {FORGETS}", better.verdict)]
 
 
 def _more_machines(assessment: Assessment, free: Settings) -> list[Advice]:

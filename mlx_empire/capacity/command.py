@@ -64,6 +64,7 @@ from mlx_empire.plan.disk import DiskLedger, Places
 from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
 from mlx_empire.plan.lengths import DataSize, Lengths
 from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, timeline_of
+from mlx_empire.plan.wired_limit import untouched
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
@@ -247,7 +248,19 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wan
         names = [node.name for node in nodes]
         write_file("--trace", wanted.trace, json.dumps(trace_document({"predicted": events}, names)))
     now = datetime.now()
-    return CapacityReport(assessment, target.not_trainable, paces, advice, cloud, chips, now, disks, counted)
+    alone = untouched_verdict(assessment)
+    return CapacityReport(
+        assessment, target.not_trainable, paces, advice, cloud, chips, now, disks, counted, alone
+    )
+
+
+def untouched_verdict(assessment: Assessment) -> str | None:
+    """The verdict with the limits that macOS has by itself; None where the plan assumes no higher ones."""
+    nodes = [one.node for one in assessment.nodes]
+    own = [untouched(node) for node in nodes]
+    if own == nodes:
+        return None
+    return assess(assessment.recipe, assessment.spec, own, assessment.states_of).verdict
 
 
 def matrix_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> MatrixSurvey:

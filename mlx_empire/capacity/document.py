@@ -22,6 +22,7 @@ from mlx_empire.plan.assess import VERDICTS, Assessment, NodeAssessment
 from mlx_empire.plan.disk import DiskLedger, disk_verdict
 from mlx_empire.plan.hardware import Chip
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
+from mlx_empire.plan.wired_limit import FORGETS, raising_commands, untouched
 from mlx_empire.recipe.idle import without_effect
 from mlx_empire.report.text import energy, run_length, span
 
@@ -37,6 +38,7 @@ class CapacityReport:
     `not_trainable`: one sentence why the trainer here cannot train the model, or None. `paces`: one for each wire, the
     first for the wire that is there. `chips`: of the nodes. `start`: of the run. `disks`: of every file system.
     `counted`: what lengths in targets and epochs rest on, empty where there are none.
+    `untouched`: the verdict where macOS's own limits hold, None where the plan assumes no others.
     """
 
     assessment: Assessment
@@ -48,6 +50,7 @@ class CapacityReport:
     start: datetime
     disks: Sequence[DiskLedger] = ()
     counted: str = ""
+    untouched: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -81,6 +84,24 @@ class CapacityReport:
         memory = [f"{worst.node.name}: {worst.reason}"] if worst.reason else []
         disk = disk_verdict(self.disks)
         return "; ".join([*memory, *(one.reason for one in self.disks if one.reason and one.verdict == disk)])
+
+    @property
+    def raises(self) -> dict[str, str]:
+        """Machine -> the command that it needs before this plan fits, where macOS was never told."""
+        if self.untouched is None:
+            return {}
+        nodes = [node.node for node in self.nodes]
+        peaks = [node.peak_bytes for node in self.nodes]
+        return raising_commands(peaks, nodes, [untouched(node) for node in nodes])
+
+    @property
+    def limits_in_words(self) -> str:
+        """What the plan assumes of macOS's limits, in one sentence; empty where it assumes nothing."""
+        if self.untouched is None:
+            return ""
+        first = f"with macOS's own limits (0.75 of memory): {self.untouched}"
+        commands = "; ".join(f"on {name} `{words}`" for name, words in self.raises.items())
+        return f"{first}; this plan needs {commands} first; {FORGETS}" if commands else first
 
     @property
     def setting(self) -> str:
@@ -159,6 +180,10 @@ def report_document(report: CapacityReport) -> Document:
         "formulas": _formulas(report.nodes),
         "notes": report.notes,
         "disks": disk_documents(report.disks),
+        "untouched_macos": {
+            "verdict": report.untouched,
+            "commands": [{"name": name, "command": words} for name, words in report.raises.items()],
+        },
     }
 
 

@@ -167,6 +167,7 @@ def _header(report: CapacityReport) -> str:
         f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in figures
     )
     reason = f"<p>{escape(report.reason)}</p>" if report.reason else ""
+    limits = f'<p class="muted">{escape(report.limits_in_words)}</p>' if report.limits_in_words else ""
     refused = report.not_trainable
     barred = (
         f'<p class="v-no"><b style="color:var(--no)">Not trainable here:</b> {escape(refused)}</p>'
@@ -175,7 +176,8 @@ def _header(report: CapacityReport) -> str:
     )
     return (
         f'<header class="v-{verdict}">{badge(verdict)}<h1>{escape(spec.name)}</h1>'
-        f'<p class="muted">{escape(report.setting)}</p>{reason}{barred}<div class="figures">{boxes}</div></header>'
+        f'<p class="muted">{escape(report.setting)}</p>{reason}{limits}{barred}'
+        f'<div class="figures">{boxes}</div></header>'
     )
 
 

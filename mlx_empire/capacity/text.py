@@ -76,6 +76,8 @@ def heading(report: CapacityReport) -> Group:
     lines: list[Text] = [first, Text(report.setting, "dim")]
     if report.reason:
         lines.append(Text(report.reason, VERDICT_STYLES[verdict]))
+    if report.limits_in_words:
+        lines.append(Text(report.limits_in_words, "dim"))
     if report.not_trainable:
         lines.append(Text(f"not trainable here: {report.not_trainable}", "bold red"))
     return Group(*lines, Text())

@@ -30,14 +30,12 @@ _QUANTITY = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([A-Za-z/]*)", re.ASCII)
 _SLOT_WORDS = {"slots": "slots", "max_slots": "max_slots", "max-slots": "max_slots", "port": "port"}
 _ANNOTATIONS = ("role", "memory", "limit", "link", "chip", "disk")
 
-# The working set that macOS gives the GPU by default, for the machines whose figure is known.
+# What a plan lets the GPU use on the machines of an empire: a limit that is raised first (`plan.wired_limit`).
 _KNOWN_LIMITS = {512 * GIB: 464 * GIB, 256 * GIB: 208 * GIB}
 
 
 def default_limit(memory_bytes: int) -> int:
-    """Bytes the GPU may use by default on a machine of `memory_bytes`: Apple's figure, else three
-    quarters.
-    """
+    """Bytes the GPU may use of `memory_bytes` where no machine is asked: three quarters, and more on the Macs above."""
     return _KNOWN_LIMITS.get(memory_bytes, memory_bytes * 3 // 4)
 
 
@@ -64,6 +62,9 @@ class Host:
 class Node:
     """What one rank may use. Sizes in bytes; `limit_bytes` is what fits on the GPU (or stands in for it),
     `disk_bytes` what the hostfile says of the machine's disk.
+
+    `compiles`: what its GPU's kernels are compiled for and by, None where no GPU was asked. `measured`: whether the
+    machine itself was asked; else the hostfile alone says what it has.
     """
 
     name: str
@@ -74,6 +75,8 @@ class Node:
     link_bytes_per_second: float | None = None
     chip: str | None = None
     disk_bytes: int | None = None
+    compiles: str | None = None
+    measured: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True)

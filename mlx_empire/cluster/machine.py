@@ -1,8 +1,8 @@
 """Decides what the machine that runs this process can hold: its memory, and how much of it a run may use.
 
-The limit is the one that the GPU reports (Metal's recommended working set); without a GPU it is three
-quarters of the memory. On Linux the memory is what the control group allows, where that is less than what is
-installed.
+The limit is the one that the GPU reports: Metal's recommended working set, or most of the memory of a GPU that has
+its own (CUDA). Where MLX computes on the CPU it is three quarters of the memory. On Linux the memory is what the
+control group allows, where that is less than what is installed.
 
 And how fast it is, measured shortly in the place of the figures that are planned with. Decides what is measured: the
 speed of a decoder layer's forward and backward (attention and a gated feed-forward block, grown until one pass takes
@@ -13,6 +13,7 @@ file just written is read from the cache, and one process sees no network.
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -25,16 +26,34 @@ import mlx.core as mx
 
 from mlx_empire.cluster.hostfile import Node, default_limit
 
+OWN_MEMORY_USABLE = 0.95  # of a GPU's own memory: where MLX's allocator stops
+
 
 def measure_this_machine() -> Node:
     """The machine of this process as one whole node, named as the network knows it (`socket.gethostname`)."""
     memory = min(_installed_memory(), cgroup_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
-    limit, chip = default_limit(memory), None
-    if mx.metal.is_available():
+    limit, chip, compiles = default_limit(memory), None, None
+    if computes_on_gpu():
         info = mx.device_info()
-        limit = int(info["max_recommended_working_set_size"])
+        if "max_recommended_working_set_size" in info:
+            limit = int(info["max_recommended_working_set_size"])
+        else:
+            memory = int(info["total_memory"])
+            limit = int(OWN_MEMORY_USABLE * memory)
         chip = str(info["device_name"])
-    return Node(socket.gethostname(), 1, None, memory, min(limit, memory), None, chip)
+        compiles = f"{info.get('architecture', chip)} under {_system()}"
+    return Node(socket.gethostname(), 1, None, memory, min(limit, memory), None, chip, compiles=compiles)
+
+
+def computes_on_gpu() -> bool:
+    """Whether MLX computes on a GPU here."""
+    return bool(mx.default_device().type == mx.DeviceType.gpu)
+
+
+def _system() -> str:
+    """What compiles a GPU's kernels while a run goes on: macOS by its version, else the kernel's name."""
+    mac = platform.mac_ver()[0]
+    return f"macOS {mac}" if mac else platform.system()
 
 
 def _installed_memory() -> int:
@@ -96,7 +115,7 @@ class Calibration:
 
 def calibrate(dtype: str) -> Calibration:
     """Measure this machine in `dtype` (float32 or bfloat16); a second or two, at most 0.6 GB."""
-    chip = str(mx.device_info()["device_name"]) if mx.metal.is_available() else None
+    chip = str(mx.device_info()["device_name"]) if computes_on_gpu() else None
     width = 256
     speed = _layer_speed(width, dtype)
     while speed[1] < LONG_ENOUGH and width < LARGEST_WIDTH:

@@ -27,9 +27,9 @@ def match_ranks(
     """What each rank may use, rank by rank.
 
     `hostnames_by_rank` and `measured` (`measure_this_machine` of each rank) are indexed by rank. What the
-    hostfile does not say is taken from `measured`; without a hostfile, everything. Ranks on the same machine
-    divide its memory and limit equally. Raises UserError when a machine is on no line of the hostfile, or on
-    more than one.
+    hostfile does not say is taken from `measured`; without a hostfile, everything. The hostfile may only lower the
+    limit that a machine reports. Ranks on the same machine divide its memory and limit equally. Raises UserError
+    when a machine is on no line of the hostfile, or on more than one.
     """
     assert len(hostnames_by_rank) == len(measured), "one measurement per rank"
     machines = [_normal(name) for name in hostnames_by_rank]
@@ -38,7 +38,7 @@ def match_ranks(
     for machine, name, own in zip(machines, hostnames_by_rank, measured, strict=True):
         host = hosts.get(machine) or Host(name)
         memory = own.memory_bytes if host.memory_bytes is None else host.memory_bytes
-        limit = own.limit_bytes if host.limit_bytes is None else host.limit_bytes
+        limit = own.limit_bytes if host.limit_bytes is None else min(host.limit_bytes, own.limit_bytes)
         ranks = machines.count(machine)
         nodes.append(
             Node(
@@ -50,6 +50,8 @@ def match_ranks(
                 link_bytes_per_second=host.link_bytes_per_second,
                 chip=host.chip or own.chip,
                 disk_bytes=host.disk_bytes,
+                compiles=own.compiles,
+                measured=own.measured,
             )
         )
     return nodes
@@ -70,8 +72,14 @@ def planned_nodes(cluster: Cluster, own: Node) -> list[Node]:
                 f"measure another; write {host.name} slots={host.slots} # memory=256GiB"
             )
         names += [host.name] * host.slots
-        measured += [own if here else Node(host.name, host.slots, None, 0, 0)] * host.slots
+        measured += [own if here else _as_written(host)] * host.slots
     return match_ranks(cluster, names, measured)
+
+
+def _as_written(host: Host) -> Node:
+    """A machine that nobody asks, as its line describes it."""
+    memory, limit = host.memory_bytes or 0, host.limit_bytes or 0
+    return Node(host.name, host.slots, None, memory, limit, measured=False)
 
 
 def _match_machines(cluster: Cluster | None, names: dict[str, str]) -> dict[str, Host]:

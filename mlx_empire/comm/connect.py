@@ -3,12 +3,29 @@
 import os
 import socket
 
+import mlx.core as mx
+
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.errors import UserError
 from mlx_empire.plan.traffic import DEFAULT_BUCKET_BYTES, Route
 
 LARGEST_BUCKET_BYTES = 1 << 30  # MPI counts are 32-bit, and so are MLX's shapes
+
+
+# `cpu`: MLX computes there although it finds a GPU. Other values are refused.
+DEVICE_VARIABLE = "MLX_EMPIRE_DEVICE"
+
+
+def choose_device() -> None:
+    """Compute where the environment says; UserError for a device that MLX does not have here."""
+    name = os.environ.get(DEVICE_VARIABLE)
+    if not name:
+        return
+    if name == "cpu":
+        mx.set_default_device(mx.Device(mx.cpu))
+    elif name != "gpu" or mx.default_device().type != mx.DeviceType.gpu:
+        raise UserError(f"{DEVICE_VARIABLE}={name}: use cpu, or gpu where MLX finds one")
 
 
 def connect(
@@ -23,6 +40,7 @@ def connect(
     """
     if not 0 < bucket_bytes <= LARGEST_BUCKET_BYTES:
         raise ValueError(f"bucket_bytes must lie in 1 .. {LARGEST_BUCKET_BYTES}, got {bucket_bytes}")
+    choose_device()
     hostname = socket.gethostname()
     if not under_mpirun():
         return SoloCommunicator(hostname)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from mlx_empire import progress
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.errors import EmpireError
+from mlx_empire.errors import EmpireError, of_gpu
 
 FAULT_VARIABLE = "MLX_EMPIRE_FAULT"
 INTERNAL_ERROR = 70
@@ -44,8 +44,9 @@ def guard(comm: Communicator | None) -> Iterator[None]:
     """Around everything a rank does: an exception is printed with rank and host and ends all ranks.
 
     EmpireError: one line and its exit code; one that all ranks share is said by rank 0, and nobody is
-    stopped. Anything else: the traceback and 70; Ctrl-C: 143. A plain sys.exit on one rank would leave the
-    others waiting, so it ends them too, with its code (70 for 0: the work is not done).
+    stopped. An error of the GPU: as `of_gpu` says. Anything else: the traceback and 70; Ctrl-C: 143. A plain
+    sys.exit on one rank would leave the others waiting, so it ends them too, with its code (70 for 0: the work
+    is not done).
     comm: None before there is one; then this process leaves alone.
     """
     try:
@@ -69,6 +70,8 @@ def guard(comm: Communicator | None) -> Iterator[None]:
         code = error.code if isinstance(error.code, int) and error.code else INTERNAL_ERROR
         end(comm, f"mlx_empire: {_place(comm)}called sys.exit({error.code!r}) while others run", code)
     except BaseException as error:
+        if told := of_gpu(error):
+            end(comm, f"mlx_empire: {_place(comm)}{told}", told.exit_code)
         end(
             comm,
             f"mlx_empire: {_place(comm)}internal error\n{traceback.format_exc().rstrip()}",

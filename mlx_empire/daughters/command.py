@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mlx_empire import progress
@@ -39,8 +40,10 @@ from mlx_empire.daughters.table import DaughterTable
 from mlx_empire.errors import UserArguments, UserError
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.agree import share_nodes, share_recipe
+from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.lock import RunLock
 from mlx_empire.run.mpirun import clean_environment, worker_line
+from mlx_empire.run.network import chosen_interface
 from mlx_empire.sizes import amount
 
 MOST_TOGETHER = 16
@@ -94,7 +97,10 @@ def oversee(
     if not alone:
         assert cluster is not None
         assert hosts is not None
-        line = worker_line(hosts, cluster, line, clean_environment(os.environ))
+        interface = None
+        with suppress(UserError):  # workers exchange a few words: any network will do
+            interface = chosen_interface(cluster)
+        line = worker_line(hosts, cluster, line, clean_environment(os.environ), interface)
     with RunLock(recipe.run.dir) as lock, DaughterTable(jobs) as update:
         if lock.note:
             print(lock.note)
@@ -138,6 +144,7 @@ def work(
 ) -> int:
     """A worker: find out which daughters are left and on which worker, and train its own."""
     arm_faults(comm.rank)
+    keep_awake()
     recipe = share_recipe(comm, recipe_path, overrides)
     nodes = share_nodes(comm, recipe, hosts)
     node = nodes[comm.rank]

@@ -78,7 +78,9 @@ def train_adapters(
     """Train all `names`; returns those that failed."""
     target, present = _together(recipe, capacity.places)
     comm = SoloCommunicator(node.name)
-    limit_memory(capacity.plan, 0)
+    wired = limit_memory(capacity.plan, 0, recipe.memory.wired, node)
+    if wired is not None:
+        print(wired)
     with CommThread() as thread:
         quiet = variant(recipe, {"optimizer.statistics_every": None})  # they would be of no one daughter
         trainer = make_trainer(comm, thread, quiet, target, capacity.plan)

@@ -17,7 +17,7 @@ from typing import Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_empire.errors import UserError
+from mlx_empire.errors import UserError, of_gpu
 from mlx_empire.formats.hf_folder import Build, open_folder
 from mlx_empire.model.build import sanitize
 from mlx_empire.model.config import HEADS, TIE
@@ -115,10 +115,14 @@ class _LazySource:
 
     def _evaluate(self, array: mx.array, tensor: TensorSpec) -> mx.array:
         # `contiguous` copies a slice out of its buffer (llama4's fused gate and up), which would stay pinned.
-        array = mx.contiguous(array.astype(getattr(mx, stored_dtype(tensor))))
+        # On the CPU's stream: a GPU that waits inside one evaluation for a slow disk is taken for hung.
+        with mx.stream(mx.cpu):
+            array = mx.contiguous(array.astype(getattr(mx, stored_dtype(tensor))))
         try:
             mx.eval(array)
         except (RuntimeError, ValueError, OSError) as error:
+            if of_gpu(error):
+                raise
             raise UserError(
                 f"{self._where}: tensor {tensor.name} cannot be read: {str(error)[:160]}"
             ) from None
@@ -139,7 +143,9 @@ class FolderSource(_LazySource):
         super().__init__(str(folder), spec)
 
     def _open(self) -> dict[str, mx.array]:
-        return sanitize(self._build(), self._folder.load(), self._where)
+        model = self._build()
+        with mx.stream(mx.cpu):
+            return sanitize(model, self._folder.load(), self._where)
 
 
 class RandomSource(_LazySource):

@@ -36,6 +36,7 @@ from mlx_empire.launch.supervisor import PAUSE_SECONDS, Supervisor
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.mpirun import Launch, clean_environment, mpirun_line, printed
+from mlx_empire.run.network import chosen_interface
 
 ABOUT_RUNS = ("status", "attach", "stop")
 RESTARTS = 3
@@ -69,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--detach", action="store_true", help="go on when this terminal is closed")
     made.add_argument("--dry-run", action="store_true", help="only print the mpirun line")
     made.add_argument(
-        "--interface", metavar="NAME", help="the network of the machines, such as en0 or bridge0"
+        "--interface",
+        metavar="NAME",
+        help="the network of the machines, such as en0 or bridge0; without it, on Macs the one that leads to all",
     )
     made.add_argument(
         "--forward",
@@ -102,7 +105,7 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
         cluster,
         options.recipe,
         tuple(options.overrides),
-        options.interface,
+        options.interface or chosen_interface(cluster),
         tuple(options.forward),
         () if isinstance(recipe.memory.shares, str) else ("memory.shares=memory",),
     )

@@ -1,8 +1,9 @@
 """Decides what happens when a launch ends: done, stop, give up, or start again on the machines that are there.
 
 A lost rank or machine (exit code 75) is started again as often as the budget allows; what the ranks refuse (3, 64, 65,
-70) never is. Two restarts in a row that brought no newer checkpoint are a crash loop, and end it. Every failure gets
-one report: who, where, why, what is saved, and the command that goes on.
+70) never is, nor is a GPU that runs out of memory a second time (3). Two restarts in a row that brought no newer
+checkpoint are a crash loop, and end it. Every failure gets one report: who, where, why, what is saved, and the command
+that goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from mlx_empire.errors import LostRankError
+from mlx_empire.errors import GPU_OUT_OF_MEMORY, DoesNotFitError, LostRankError
 from mlx_empire.launch.ending import LOST, Ending, Events, ending_of
 from mlx_empire.launch.machines import Memory, NothingWired, Probe, away, wait_until_free, without
 from mlx_empire.launch.process import GRACE_SECONDS, Asked, LaunchProcess, say
@@ -56,7 +57,8 @@ class Supervisor:
         launch = self.launch
         while True:
             ending, events = self._once(launch)
-            if ending.kind == "lost" or ending.code in REPORTED:
+            ending = self._again(ending)
+            if ending.kind == "lost" or ending.code in REPORTED or GPU_OUT_OF_MEMORY in ending.cause:
                 self._report(ending, events)
             if ending.kind != "lost":
                 return self._over(ending)
@@ -89,6 +91,13 @@ class Supervisor:
         code = launched.run()
         ending = ending_of(launched.events, code, self.folder.complete, self._stopped())
         return ending, launched.events
+
+    def _again(self, ending: Ending) -> Ending:
+        """A GPU that ran out of memory once before does not hold this run."""
+        full = ending.kind == "lost" and GPU_OUT_OF_MEMORY in ending.cause
+        if full and any(GPU_OUT_OF_MEMORY in failure["cause"] for failure in self.state.failures):
+            return replace(ending, kind="refused", code=DoesNotFitError.exit_code)
+        return ending
 
     def _tick(self, events: Events) -> None:
         if not self.asked.times and stop_requested(self.folder.path, self.state.started):

@@ -26,7 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_empire.errors import EmpireError, UserError
+from mlx_empire.errors import EmpireError, UserError, of_gpu
 from mlx_empire.model.config import HEADS, TIE
 from mlx_empire.model.mlx_lm_modules import classes_of
 from mlx_empire.model.packing_config import is_packed, packing_method
@@ -54,6 +54,8 @@ def foreign(place: str, *, mixed: bool = False) -> Iterator[None]:
         why = f"it needs the Python module {needed}, which is not installed" if needed else None
         raise UserError(f"{place}: {why or first_line(said.getvalue()) or f'it exits ({error})'}") from None
     except Exception as error:
+        if of_gpu(error):
+            raise
         if mixed and _is_ours(error.__traceback__):
             raise
         raise UserError(f"{place}: {reason_of(error)}") from None

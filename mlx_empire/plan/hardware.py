@@ -199,8 +199,9 @@ class Machine:
     dollars: int
 
     def node(self, name: str) -> Node:
-        """This machine as a node of a cluster, with macOS's own GPU limit."""
-        return Node(name, 1, self.role, self.memory_bytes, default_limit(self.memory_bytes), None, "M3 Ultra")
+        """This machine as a node of a cluster, with the GPU limit that plans assume."""
+        limit = default_limit(self.memory_bytes)
+        return Node(name, 1, self.role, self.memory_bytes, limit, None, "M3 Ultra", measured=False)
 
     @property
     def dollars_per_gb(self) -> float:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from typing import Literal
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.fused_attention import attention_is_fused
 from mlx_empire.plan.memory import Ledger, ledger
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan, make_plan
@@ -94,7 +96,7 @@ def resolve(
     dtypes = ("float32", "bfloat16") if memory.gradient_dtype == "auto" else (memory.gradient_dtype,)
     if spec.dtype == "float32" and memory.gradient_dtype == "auto":
         dtypes = ("float32",)
-    stages = STAGES if memory.zero_stage == "auto" else (memory.zero_stage,)
+    stages = _stages(memory.zero_stage, nodes)
     tried: list[RunPlan] = []
     tight: list[RunPlan] = []
     for dtype in dtypes:
@@ -107,7 +109,10 @@ def resolve(
             recipe.comm.route,
             recipe.comm.bucket_bytes,
             recipe.optimizer.in_backward,
-            _LINEAR and not recipe.data.packing and all(_has_metal(n) for n in nodes),
+            _LINEAR
+            and not recipe.data.packing
+            and attention_is_fused(spec.text_config)
+            and all(_has_metal(n) for n in nodes),
         )
         plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):
@@ -121,6 +126,29 @@ def resolve(
                 tight.append(plan)
         tried += plans
     return tight[0] if tight else min(tried, key=_overload)
+
+
+def kernels_differ(nodes: Sequence[Node]) -> str:
+    """What the GPUs' kernels are compiled for and by, where that differs between nodes; empty where it does not."""
+    found = {node.compiles: node.name for node in reversed(nodes) if node.compiles is not None}
+    return (
+        ", ".join(f"{name}: {compiles}" for compiles, name in reversed(found.items()))
+        if len(found) > 1
+        else ""
+    )
+
+
+def _stages(asked: Literal["auto"] | int, nodes: Sequence[Node]) -> tuple[int, ...]:
+    """The stages to try. At stage 0 every rank computes the same update, which only equal kernels do to the bit."""
+    odd = kernels_differ(nodes)
+    if odd and asked == 0:
+        raise UserError(
+            f"memory.zero_stage: 0: every rank computes the same update, and kernels of different GPUs or systems may "
+            f"differ in the last bit ({odd}); use 1, 2, 3 or auto, or the same macOS on the same chips"
+        )
+    if asked != "auto":
+        return (asked,)
+    return tuple(stage for stage in STAGES if stage or not odd)
 
 
 def linear_in(mlx: str) -> bool:
@@ -168,18 +196,26 @@ def _longest_tail(none: RunPlan, with_work: Callable[[Workload], RunPlan]) -> Ru
     return best
 
 
-def require_fit(plan: RunPlan, nodes: Sequence[Node]) -> None:
-    """DoesNotFitError naming the worst node, what it needs and what could be changed."""
+def require_fit(plan: RunPlan, nodes: Sequence[Node], more: str = "") -> None:
+    """DoesNotFitError naming the worst node, what it needs and what could be changed; `more`: a remedy of hardware."""
     if plan.fits:
         return
     pairs = list(zip(plan.ledgers, plan.limits, strict=True))
     worst = max(range(len(pairs)), key=lambda i: pairs[i][0].peak / max(pairs[i][1], 1))
-    need, limit = pairs[worst][0], pairs[worst][1]
+    raise DoesNotFitError(
+        f"{nodes[worst].name} (rank {worst}) needs {needs_in_words(plan, worst)}; "
+        f"{_remedies(plan)}{more and f', {more}'}"
+    )
+
+
+def needs_in_words(plan: RunPlan, rank: int) -> str:
+    """`12.0 GiB and may use 8.0 GiB at ZeRO stage 3 (largest: ...)`."""
+    need, limit = plan.ledgers[rank], plan.limits[rank]
     largest = sorted(need.items().items(), key=lambda kv: -kv[1])[:3]
     parts = ", ".join(f"{name} {amount(size)}" for name, size in largest)
-    raise DoesNotFitError(
-        f"{nodes[worst].name} (rank {worst}) needs {amount(need.peak)} and may use "
-        f"{amount(limit)} at ZeRO stage {plan.shards.zero_stage} (largest: {parts}); {_remedies(plan)}"
+    return (
+        f"{amount(need.peak)} and may use {amount(limit)} at ZeRO stage {plan.shards.zero_stage} "
+        f"(largest: {parts})"
     )
 
 

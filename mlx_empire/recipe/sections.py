@@ -248,3 +248,9 @@ class MemorySection(Section):
         default="auto",
         description="auto, float32 or bfloat16",
     )
+    wired: Literal["auto", "off"] | Annotated[int, Field(ge=2**20, le=2**50)] = Field(
+        title="How much memory macOS may neither page out nor compress.",
+        default="auto",
+        description="auto (where much of a Mac is needed and enough stays free), off, or a whole number of bytes from "
+        "1048576",
+    )

@@ -37,6 +37,7 @@ from mlx_empire.model.config import read_config
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, make_target, refuse_impossible, refuse_other_architecture
 from mlx_empire.model.unread import refuse_long_rows
+from mlx_empire.plan.fused_attention import allow_sinks
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.evaluation import Gate
 from mlx_empire.recipe.explain import leaf_fields
@@ -204,6 +205,7 @@ def share_target(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) 
         target = make_target(config, recipe.tuning, str(folder), dtype, stored)
         refuse_impossible(target.spec)
         refuse_long_rows(config, recipe.data.sequence_length, str(folder))
+    allow_sinks(tensor.name for unit in target.spec.units for tensor in unit.tensors)
     return target
 
 

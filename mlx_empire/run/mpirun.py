@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mlx_empire import progress
 from mlx_empire.cluster.hostfile import Cluster
+from mlx_empire.comm.connect import DEVICE_VARIABLE
 from mlx_empire.comm.failure import FAULT_VARIABLE
 from mlx_empire.errors import UserError
 from mlx_empire.plan.traffic import eager_words
@@ -30,12 +31,17 @@ KEPT = (
 FORWARDED = (
     "PYTHONPATH", "LD_PRELOAD", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONFAULTHANDLER",
     "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "MLX_DISABLE_COMPILE",
-    "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "MLX_EMPIRE_CACHE",
+    "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "MLX_BFS_MAX_WIDTH", "MLX_ENABLE_TF32", "MLX_METAL_GPU_ARCH",
+    "MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS", "MLX_RESIDENCY_SET_MAX_PCT", "MLX_SDPA_VJP_FALLBACK",
+    "AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "MLX_EMPIRE_CACHE", DEVICE_VARIABLE,
     FAULT_VARIABLE, progress.LAUNCHER_VARIABLE,
 )
 # fmt: on
 # Open MPI's own settings, which mpirun forwards by itself.
 SETTINGS = ("OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_", "OMPI_ALLOW_RUN_AS_ROOT")
+# On Macs mpirun's daemons stay in their ssh sessions, which the Local Network permission does not concern, and keep
+# their sockets where names are short: the system's own folder is longer than a socket's name may be.
+MAC_WORDS = ("--leave-session-attached", "--prtemca", "prte_tmpdir_base", "/tmp")  # noqa: S108
 # Settings that wedge GPUs when processes wait for one another.
 REFUSED = ("MLX_METAL_FAST_SYNCH",)
 
@@ -66,17 +72,20 @@ def mpirun() -> Path:
 def mpirun_line(launch: Launch, environment: Mapping[str, str]) -> list[str]:
     """The words of the command. `environment`: that in which it will run; decides what -x can name."""
     hostfile = str(launch.hostfile.absolute())
-    interface = ["--mca", "btl_tcp_if_include", launch.interface] if launch.interface else []
-    words = [*interface, *_named(environment, launch.extra)]
+    words = [*_on(launch.interface, launch.cluster), *_named(environment, launch.extra)]
     words += [sys.executable, "-u", "-m", "mlx_empire.train", str(launch.recipe), *launch.overrides]
     return [*_start(launch.hostfile, launch.cluster), *words, "--hosts", hostfile]
 
 
 def worker_line(
-    hostfile: Path, cluster: Cluster, program: Sequence[str], environment: Mapping[str, str]
+    hostfile: Path,
+    cluster: Cluster,
+    program: Sequence[str],
+    environment: Mapping[str, str],
+    interface: str | None = None,
 ) -> list[str]:
     """The words that run `program` on every machine of the hostfile."""
-    return [*_start(hostfile, cluster), *_named(environment), *program]
+    return [*_start(hostfile, cluster), *_on(interface, cluster), *_named(environment), *program]
 
 
 def _start(hostfile: Path, cluster: Cluster) -> list[str]:
@@ -89,7 +98,19 @@ def _start(hostfile: Path, cluster: Cluster) -> list[str]:
         *(["--oversubscribe"] if shared else []),
         # Open MPI's TCP listens on all interfaces, whatever btl_tcp_if_include says; one machine does not need it.
         *(["--mca", "btl", "self,sm"] if alone else eager_words()),
+        *(MAC_WORDS if sys.platform == "darwin" and not alone else []),
     ]
+
+
+def _on(interface: str | None, cluster: Cluster) -> list[str]:
+    """One network, for the ranks and for mpirun's daemons: without it Open MPI stripes over Wi-Fi too."""
+    if interface is None:
+        return []
+    ranks = ["--mca", "btl_tcp_if_include", interface]
+    # mpirun refuses a loopback for its daemons, and does not know subnets.
+    if len(cluster.nodes) == 1 or "/" in interface:
+        return ranks
+    return [*ranks, "--prtemca", "prte_if_include", interface]
 
 
 def _named(environment: Mapping[str, str], extra: Sequence[str] = ()) -> list[str]:

@@ -7,7 +7,8 @@ holds more than its shard plus one unit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,8 @@ from mlx_empire import progress
 from mlx_empire.checkpoint.find import CheckpointSearch
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.save import Saver
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.cluster.machine import computes_on_gpu
 from mlx_empire.comm.buffers import DTYPES, host_view
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
@@ -23,14 +26,16 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.numerics import SpikeWatch
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
+from mlx_empire.errors import of_gpu
 from mlx_empire.formats.hf_folder import has_weights
 from mlx_empire.formats.source import FolderSource, RandomSource, TunedSource, WeightSource
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.assess import cache_bound
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.resolve import RunPlan, needs_in_words
 from mlx_empire.plan.shards import Placement, Segment, Unit
+from mlx_empire.plan.wired_limit import wired_bytes
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import Start, folder_of
 
@@ -109,12 +114,35 @@ def trainer_settings(recipe: Recipe) -> TrainerSettings:
     )
 
 
-def limit_memory(plan: RunPlan, rank: int) -> None:
-    """Hold MLX to the node's limit, and its cache to `cache_bound`."""
+def limit_memory(plan: RunPlan, rank: int, asked: str | int, node: Node) -> str | None:
+    """Hold MLX to the node's limit, its cache to `cache_bound`, and wire what the recipe asks for (`memory.wired`).
+
+    What was chosen, in words; None where there is nothing to wire: only Metal has it. UserError from `wired_bytes`.
+    """
     limit, peak = plan.limits[rank], plan.ledgers[rank].peak
+    said = None
+    if mx.metal.is_available() and computes_on_gpu():
+        most = int(mx.device_info()["max_recommended_working_set_size"])
+        wired, why = wired_bytes(asked, peak, node)
+        wired = min(wired, most)
+        mx.set_wired_limit(wired)
+        said = f"{node.name}: {wired / 2**30:.1f} GiB of memory wired ({why})"
     mx.set_memory_limit(limit)
     mx.set_cache_limit(cache_bound(limit, peak))
     mx.reset_peak_memory()
+    return said
+
+
+@contextmanager
+def explaining_memory(plan: RunPlan, rank: int) -> Iterator[None]:
+    """Around a run's work: an error of the GPU is raised as `of_gpu` says, with what the ledger said of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = of_gpu(error, f"by the plan this rank needs {needs_in_words(plan, rank)}")
+        if told is None:
+            raise
+        raise told from error
 
 
 def load_weights(comm: Communicator, recipe: Recipe, target: Target, store: ShardStore) -> bool:

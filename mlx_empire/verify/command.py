@@ -44,6 +44,7 @@ from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_config, share_data, share_nodes, share_recipe, share_target
+from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.job import Job
 from mlx_empire.run.trainer import load_weights, make_trainer
 from mlx_empire.verify.fidelity import NOISE_FLOOR, PLAIN, Finding, Outcome, Pair, audit, pairs_of
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comm = connect()
     with guard(comm):
         options = parser.parse_intermixed_args(arguments)
+        keep_awake()
         recipe = share_recipe(comm, options.recipe, options.overrides)
         found = verify(comm, recipe, options.hosts, options.own, options.steps, options.seeds)
         with together(comm):

@@ -238,3 +238,21 @@ def test_the_calibration_measures_this_machine(say, recipe, monkeypatch):
     assert f"measured: calibration on {socket.gethostname()}" in found["notes"][0]
     low, high = found["time"]["positions_per_second"]
     assert 0 < low <= high
+
+
+def test_an_untouched_mac_stands_beside_the_raised_limit(say):
+    """Scout on the empire: the plan assumes 464 GiB of 512, and a king that nobody touched lends 384."""
+    said = say(SCOUT, "--hosts", EMPIRE, "--json")
+    assert said.json["untouched_macos"]["verdict"] in ("fits", "tight", "no")
+    assert said.json["untouched_macos"]["commands"] == [
+        {"name": "king.local", "command": "sudo sysctl iogpu.wired_limit_mb=475136"}
+    ]
+    king = said.json["nodes"][0]
+    assert 384 * 2**30 < king["peak_bytes"] <= king["limit_bytes"] == 464 * 2**30
+    words = " ".join(say(SCOUT, "--hosts", EMPIRE).out.split())
+    assert "on king.local `sudo sysctl iogpu.wired_limit_mb=475136` first; macOS forgets" in words
+
+
+def test_where_no_limit_is_assumed_nothing_is_said_of_macos(say, recipe, hosts):
+    said = say(recipe, "--hosts", hosts("box slots=1 # memory=1GiB chip=CPU"), "--json")
+    assert said.json["untouched_macos"] == {"verdict": None, "commands": []}

@@ -4,8 +4,10 @@ import socket
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from mlx_empire.cluster import machine
 from mlx_empire.cluster.hostfile import default_limit
 from mlx_empire.cluster.machine import cgroup_limit, measure_this_machine
 
@@ -56,3 +58,39 @@ def test_control_groups_of_both_versions(tmp_path: Path, limits: dict[str, str],
 
 def test_without_control_groups(tmp_path: Path) -> None:
     assert cgroup_limit(tmp_path / "missing", tmp_path) == NO_LIMIT
+
+
+METAL = {
+    "device_name": "Apple M3 Ultra",
+    "architecture": "applegpu_g15d",
+    "max_recommended_working_set_size": 384 << 30,
+    "memory_size": 512 << 30,
+}
+CUDA = {
+    "device_name": "NVIDIA H200",
+    "architecture": "sm_90",
+    "total_memory": 140 << 30,
+    "free_memory": 1 << 30,
+}
+
+
+@pytest.mark.parametrize(
+    ("info", "mac", "memory", "limit", "compiles"),
+    [
+        (METAL, "15.5", 512 << 30, 384 << 30, "applegpu_g15d under macOS 15.5"),
+        (CUDA, "", 140 << 30, 133 << 30, "sm_90 under Linux"),
+    ],
+)
+def test_the_gpu_is_asked_and_not_the_host(
+    monkeypatch: pytest.MonkeyPatch, info: dict[str, object], mac: str, memory: int, limit: int, compiles: str
+) -> None:
+    monkeypatch.setattr(machine.mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(machine.mx, "device_info", lambda: info)
+    monkeypatch.setattr(machine.platform, "mac_ver", lambda: (mac, ("", "", ""), "arm64"))
+    monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(machine, "_installed_memory", lambda: 512 << 30)
+    monkeypatch.setattr(machine, "cgroup_limit", lambda *places: NO_LIMIT)
+    node = measure_this_machine()
+    assert (node.memory_bytes, node.limit_bytes, node.chip) == (memory, limit, info["device_name"])
+    assert node.compiles == compiles
+    assert node.measured

@@ -23,12 +23,16 @@ EMPIRE = parse_hostfile(
 )
 
 
-def measured(*names: str) -> list[Node]:
-    return [Node(name, 1, None, 64 * GIB, 48 * GIB, None, "M9") for name in names]
+SMALL, LARGE = (64 * GIB, 48 * GIB), (512 * GIB, 500 * GIB)
+
+
+def measured(*names: str, sizes: tuple[int, int] = SMALL) -> list[Node]:
+    return [Node(name, 1, None, *sizes, None, "M9") for name in names]
 
 
 def match(cluster: Cluster | None, *names: str) -> list[Node]:
-    return match_ranks(cluster, names, measured(*names))
+    """Machines that report more than any line of the hostfile, so that its lines are what is seen."""
+    return match_ranks(cluster, names, measured(*names, sizes=LARGE if cluster else SMALL))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +57,26 @@ def test_ranks_on_one_machine_divide_it() -> None:
     assert [node.limit_bytes for node in nodes] == [232 * GIB, 208 * GIB, 232 * GIB]
 
 
+@pytest.mark.parametrize(
+    ("reported", "usable"),
+    [((384, 192), (384, 192)), ((464, 208), (464, 208)), ((490, 250), (464, 208))],
+    ids=["as macOS leaves them", "raised by sysctl", "raised above the hostfile's"],
+)
+def test_the_hostfile_may_only_lower_what_a_machine_reports(
+    reported: tuple[int, int], usable: tuple[int, int]
+) -> None:
+    own = [
+        Node(name, 1, None, memory * GIB, limit * GIB, None, "Apple M3 Ultra")
+        for name, memory, limit in zip(("king", "soldier-1"), (512, 256), reported, strict=True)
+    ]
+    for lines in (
+        "king # memory=512GiB\nsoldier-1 # memory=256GiB\n",
+        "king # limit=464GiB\nsoldier-1 # limit=208GiB",
+    ):
+        nodes = match_ranks(parse_hostfile(lines, "x"), ["king", "soldier-1"], own)
+        assert tuple(node.limit_bytes // GIB for node in nodes) == usable
+
+
 def test_without_a_hostfile_everything_is_measured() -> None:
     nodes = match(None, "a", "b", "b")
     assert nodes[0] == Node("a", 1, None, 64 * GIB, 48 * GIB, None, "M9")
@@ -61,16 +85,16 @@ def test_without_a_hostfile_everything_is_measured() -> None:
 
 def test_gaps_are_filled_from_the_measurement_of_that_rank() -> None:
     cluster = Cluster(
-        (Host("a", limit_bytes=40 * GIB), Host("b", role="king"), Host("c", limit_bytes=99 * GIB)), "x"
+        (Host("a", limit_bytes=20 * GIB), Host("b", role="king"), Host("c", limit_bytes=99 * GIB)), "x"
     )
     own = [
         Node(name, 1, None, size * GIB, size * GIB // 2) for name, size in (("a", 64), ("b", 32), ("c", 16))
     ]
     nodes = match_ranks(cluster, ["a", "b", "c"], own)
     assert [(node.memory_bytes // GIB, node.limit_bytes // GIB) for node in nodes] == [
-        (64, 40),
+        (64, 20),
         (32, 16),
-        (16, 16),
+        (16, 8),
     ]
 
 

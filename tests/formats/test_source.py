@@ -19,6 +19,7 @@ from mlx_lm.utils import load_model
 from support.tiny_models import FAMILIES, tiny_config, tiny_model
 
 from mlx_empire.errors import UserError
+from mlx_empire.formats import source as source_module
 from mlx_empire.formats.hf_folder import model_digest, open_folder
 from mlx_empire.formats.hf_names import choose_layout
 from mlx_empire.formats.source import FolderSource, RandomSource, WeightSource, stored_dtype
@@ -345,3 +346,50 @@ def test_a_kept_tensor_does_not_pin_the_fused_one(write_folder: Write) -> None:
     kept = [a for t, a in source.unit(2) if t.name.endswith("experts.gate_proj.weight")]
     assert len(kept) == 1
     assert mx.get_active_memory() - before < 1.1 * kept[0].nbytes
+
+
+def test_a_gpu_never_waits_for_the_disk(write_folder: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is made of a lazily read tensor is made on the stream that reads it, the CPU's."""
+    streams: list[object] = []
+    made: list[object] = []
+    stream, contiguous, sanitize = mx.stream, mx.contiguous, source_module.sanitize
+
+    class Entered:
+        def __init__(self, device: object) -> None:
+            self._device, self._real = device, stream(device)
+
+        def __enter__(self) -> None:
+            streams.append(self._device)
+            self._real.__enter__()
+
+        def __exit__(self, *error: object) -> None:
+            streams.pop()
+            self._real.__exit__(*error)
+
+    def noted(work: Callable[..., object]) -> Callable[..., object]:
+        return lambda *given: (made.append(streams[-1:]), work(*given))[1]
+
+    folder = write_folder(tiny_config("llama4"), huggingface_tensors("llama4"))
+    build, spec = tiny_model("llama4")
+    monkeypatch.setattr(mx, "stream", Entered)
+    monkeypatch.setattr(mx, "contiguous", noted(contiguous))
+    monkeypatch.setattr(source_module, "sanitize", noted(sanitize))
+    all_tensors(FolderSource(folder, build, spec), spec)
+    tensors = sum(len(unit.tensors) for unit in spec.units)
+    assert len(made) >= tensors + 1
+    assert made == [[mx.cpu]] * len(made)
+
+
+def test_a_fault_of_the_gpu_is_not_taken_for_a_bad_file(
+    write_folder: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tiny_config("llama"), huggingface_tensors("llama"))
+    build, spec = tiny_model("llama")
+
+    def timed_out(*arrays: object) -> None:
+        raise RuntimeError("[METAL] Command buffer execution failed: Caused GPU Timeout Error")
+
+    source = FolderSource(folder, build, spec)
+    monkeypatch.setattr(source_module.mx, "eval", timed_out)
+    with pytest.raises(RuntimeError, match="GPU Timeout"):
+        next(source.unit(0))

@@ -221,3 +221,20 @@ def test_memory_that_is_not_given_back_prevents_a_restart(
     assert scene.play([KILLED, "complete"], memory=Stranded()) == 75
     assert "restart that machine" in scene.report
     assert len(scene.launched) == 1
+
+
+FULL = "fail 75 the GPU ran out of memory: [METAL] (00000008: ...); exit 75"
+
+
+def test_a_gpu_that_ran_out_of_memory_is_tried_once_more(scene: Scene) -> None:
+    assert scene.play([f"save 3; {FULL}", "complete"]) == 0
+    assert len(scene.launched) == 2
+
+
+def test_a_gpu_that_runs_out_of_memory_again_does_not_fit(scene: Scene) -> None:
+    """Also where another fault lies between, and checkpoints were made."""
+    launches = [f"save 3; {FULL}", f"save 6; {KILLED}", f"save 9; {FULL}", "complete"]
+    assert scene.play(launches) == 3
+    assert len(scene.launched) == 3
+    assert scene.report.count("the run failed") == 3
+    assert scene.state["code"] == 3

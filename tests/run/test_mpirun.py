@@ -57,6 +57,42 @@ def test_the_interface_is_for_the_transport() -> None:
     at = line.index("btl_tcp_if_include")
     assert line[at - 1 : at + 2] == ["--mca", "btl_tcp_if_include", "en0"]
 
+    at = line.index("prte_if_include")
+    assert line[at - 1 : at + 2] == ["--prtemca", "prte_if_include", "en0"]
+    alone = parse_hostfile("localhost slots=2\n", "here.txt")  # mpirun refuses the loopback for its daemons
+    assert "prte_if_include" not in mpirun_line(replace(LAUNCH, cluster=alone, interface="lo"), {})
+
+
+def test_on_macs_the_daemons_stay_in_their_sessions_and_keep_sockets_where_names_are_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = "--leave-session-attached --prtemca prte_tmpdir_base /tmp"
+    assert words not in " ".join(mpirun_line(LAUNCH, {}))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert words in " ".join(mpirun_line(LAUNCH, {}))
+    alone = parse_hostfile("localhost slots=2\n", "here.txt")
+    assert words not in " ".join(mpirun_line(replace(LAUNCH, cluster=alone), {}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AGX_RELAX_CDM_CTXSTORE_TIMEOUT",
+        "MLX_SDPA_VJP_FALLBACK",
+        "MLX_ENABLE_TF32",
+        "MLX_BFS_MAX_WIDTH",
+        "MLX_RESIDENCY_SET_MAX_PCT",
+        "MLX_METAL_RESIDENCY_REFRESH_INTERVAL_MS",
+        "MLX_METAL_GPU_ARCH",
+        "MLX_EMPIRE_DEVICE",
+    ],
+)
+def test_what_changes_how_a_gpu_computes_reaches_every_machine(name: str) -> None:
+    kept = clean_environment({name: "1"})
+    assert kept[name] == "1"
+    line = mpirun_line(LAUNCH, kept)
+    assert line[line.index(name) - 1] == "-x"
+
 
 def test_no_secret_reaches_a_rank() -> None:
     secrets = {"HF_TOKEN": "canary", "AWS_SECRET_ACCESS_KEY": "canary", "MY_PASSWORD": "canary"}

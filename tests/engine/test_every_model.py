@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support import published
 from support.every_model import models, small_config
-from support.model_table import PAGE, page, refusal, refusal_of, refusal_of_folder
+from support.model_table import PAGE, page, refusal, refusal_of_folder, refusal_of_published
 from support.mpi import run_ranks
 from support.stepping import (
     Case,
@@ -127,7 +127,7 @@ def test_every_model_trains_or_is_refused_in_one_line():
 @pytest.mark.slow
 @pytest.mark.skipif(mx.metal.is_available(), reason="the page is of the CPU")
 def test_the_page_of_models_says_what_is_so():
-    large = {name: refusal_of(published.config_of(name), name) for name in published.names()}
+    large = {name: refusal_of_published(name) for name in published.names()}
     small = {name: line or refusal_of_folder(name) for name, line in verdicts().items()}
     assert PAGE.read_text(encoding="utf-8") == page(small, large)
 

@@ -58,6 +58,14 @@ def refusal_of(config: Mapping[str, Any], name: str) -> str | None:
     return None
 
 
+def refusal_of_published(name: str) -> str | None:
+    """As `refusal_of`, of a published configuration; first it must be read as it is meant."""
+    try:
+        return refusal_of(published.config_of(name), name)
+    except UserError as error:
+        return str(error)
+
+
 def refusal_of_folder(name: str) -> str | None:
     """What else refuses a small model of a family: it cannot be read as it is meant, or not be written."""
     try:
@@ -95,7 +103,7 @@ def _reason(line: str) -> str:
 def main() -> None:
     """Write the page."""
     small = {name: refusal(name) or refusal_of_folder(name) for name in models()}
-    large = {name: refusal_of(published.config_of(name), name) for name in published.names()}
+    large = {name: refusal_of_published(name) for name in published.names()}
     PAGE.write_text(page(small, large), encoding="utf-8")
 
 

@@ -33,5 +33,6 @@ def config_of(name: str) -> dict[str, Any]:
 
 def module_of(name: str) -> str:
     """The module of mlx-lm that would build it, whether or not mlx-lm has it."""
-    kind = str(config_of(name)["model_type"])
+    own = _read()
+    kind = str((own[name] if name in own else catalog.load(name)[0])["model_type"])
     return str(MODEL_REMAPPING.get(kind, kind))

@@ -132,7 +132,7 @@ class LayerPasses:
 
     def _differentiated(self, units: Sequence[int], body: Body, *, adds: bool, first: int = 0) -> Pass:
         trained = self._trained(units)
-        free = [self._hidden, self._hidden, *(mx.zeros(_as_made(t)) for t in trained if adds)]
+        free = [self._hidden, self._hidden, *(mx.zeros(t.shape) for t in trained if adds)]
         try:
             graph = self._graph(units, free, [], body)
         except NotTraceable as error:
@@ -234,11 +234,6 @@ class LayerPasses:
         if not isinstance(output, mx.array):
             raise NotTraceable(f"a layer returns {type(output).__name__}")
         return output
-
-
-def _as_made(tensor: TensorSpec) -> tuple[int, ...]:
-    """The shape in which a gradient lies in memory: that of a matrix comes transposed out of its product's vjp."""
-    return tensor.shape[::-1] if len(tensor.shape) == 2 else tensor.shape
 
 
 def _place(layer: nn.Module, name: str) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from metal.watching import library, watched
 
 COUNTER = Path(__file__).with_name("counter.py")
 LAYERS = 4  # by which the deeper model is deeper
-A_LAYER_AND_MICRO_BATCH, A_CHUNK = 6, 1
+A_LAYER_AND_MICRO_BATCH, A_CHUNK = 16, 1  # nine of them make a tensor of the layer flat for the exchange
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 from oracle.plans import summary
 
-from mlx_empire.cluster.hostfile import load_hostfile
+from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.model import catalog
 from mlx_empire.model.build import build_model, describe
 from mlx_empire.optim.adamw import AdamW
@@ -52,7 +52,8 @@ def model_plans() -> dict[str, Any]:
 def scout() -> dict[str, Any]:
     """What the recipe and the empire of the README resolve to."""
     recipe = load_recipe(ROOT / "recipes/scout.yaml", [])
-    nodes = list(load_hostfile(ROOT / "hosts/empire.txt").nodes)
+    hosts = load_hostfile(ROOT / "hosts/empire.txt").nodes
+    nodes = [Node(h.name, h.slots, h.role, h.memory_bytes or 0, h.limit_bytes or 0) for h in hosts]
     config, _ = catalog.load(recipe.model.architecture)
     spec = describe(build_model(config, "scout"), config, "scout", "bfloat16")
     plan = resolve(recipe, spec, nodes, AdamW(state_bits=8).state_bytes)

@@ -26,7 +26,6 @@ from mlx_empire.comm.buffers import DTYPES, empty_rows, host_view
 from mlx_empire.comm.protocol import Communicator, Pieces, Wire
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.model.spec import FLAT_ELEMENTS
 from mlx_empire.plan.shards import Segment
 from mlx_empire.plan.workload import CellLayout
 
@@ -120,23 +119,13 @@ class GradientStore:
             self._suspect(self.suspects, index, cell)
 
     def round_off(self, index: int, cell: MicroBatchSum) -> None:
-        """A cell's sum is complete: each tensor is rounded to its segment's wire dtype, and flat.
+        """Round a complete sum to the wire's dtype, in place: its arrays are then evaluated and flat.
 
-        Lazily, to be evaluated with the backward that it comes from; vjp gives transposed gradients, so flat ones are
-        copies. Large tensors wait for `hand_over`, so that no two such copies are there at once.
+        One tensor at a time: vjp gives transposed gradients, so flat ones are copies.
         """
-        wires = self._wires(index)
-        cell.arrays = [
-            a if a.size > FLAT_ELEMENTS else a.astype(w).flatten()
-            for a, w in zip(cell.arrays, wires, strict=True)
-        ]
-
-    def hand_over(self, index: int, cell: MicroBatchSum) -> None:
-        """What `round_off` left of a sum, tensor by tensor; its arrays are then evaluated and flat."""
         for i, wire in enumerate(self._wires(index)):
-            if cell.arrays[i].size > FLAT_ELEMENTS:
-                cell.arrays[i] = cell.arrays[i].astype(wire).flatten()
-                mx.eval(cell.arrays[i])
+            cell.arrays[i] = cell.arrays[i].astype(wire).flatten()
+            mx.eval(cell.arrays[i])
 
     def _wires(self, index: int) -> list[mx.Dtype]:
         """The wire's dtype of each trainable tensor of a unit."""
@@ -205,7 +194,7 @@ class GradientStore:
         """The contribution by segment: tensors at their places, without copying them into one buffer."""
         parts: list[list[tuple[int, np.ndarray]]] = [[] for _ in self._trained(index)]
         if cell is not None:
-            self.hand_over(index, cell)
+            self.round_off(index, cell)
             for (s, placement), array in zip(self._store.trainable(index), cell.arrays, strict=True):
                 parts[s].append((placement.start, host_view(array)))
             cell.arrays = []

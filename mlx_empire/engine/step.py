@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -50,7 +49,6 @@ class StreamedStep(Reader):
         self._losses: list[np.ndarray] = []
         self._cells: dict[tuple[int, int], MicroBatchSum] = {}  # by unit and round
         self._embeds: dict[int, EmbeddingSum] = {}  # the embedding's part of the root, by round
-        self._last: set[int] = set()  # micro-batches that end a cell
         self._weights: dict[int, list[mx.array]] = {}  # of the units that are bound
         self._total = mx.array(1.0)
         self._measure: Measure | None = None
@@ -78,7 +76,6 @@ class StreamedStep(Reader):
         progress.reach("forward" if any(rounds) else "collectives")
         self._begin([micro for one in rounds for micro in one], total_tokens)
         shape = replace(self._shape, cells=tuple(len(one) for one in rounds))
-        self._last = {end - 1 for end in accumulate(shape.cells)}
         self.play(gradients(shape, update=update))
         return self._losses
 
@@ -139,20 +136,17 @@ class StreamedStep(Reader):
         weights = {u - 1: w for u, w in self._weights.items() if u > boundary}
         onward = self._needed(boundary + 1)
         gradients, by_layer = self._passes.head(r, weights, self._total, onward=onward)
-        cells = [self._cell(0, action.round)]
-        cells[0].add(gradients)
-        for layer in list(by_layer):
-            cells.append(self._add(layer + 1, action, by_layer.pop(layer)))
-        del gradients
+        cells = [self._cell(0, action.round), *(self._cell(i + 1, action.round) for i in by_layer)]
+        for cell, own in zip(cells, (gradients, *by_layer.values()), strict=True):
+            cell.add(own)
+        del gradients, by_layer, own
         mx.eval(r.loss, r.hidden, [cell.arrays for cell in cells])
         self._store.rebind(0, self._store.bound(0))
 
     def backward(self, action: Action) -> None:
-        r, weights = self._running[action.micro], self._weights[action.unit]
+        r, cell = self._running[action.micro], self._cell(action.unit, action.round)
         onward = self._needed(action.unit)
-        cell = self._add(
-            action.unit, action, self._passes.backward(action.unit - 1, r, weights, onward=onward)
-        )
+        cell.add(self._passes.backward(action.unit - 1, r, self._weights[action.unit], onward=onward))
         mx.eval(r.hidden, cell.arrays)
 
     def embed(self, action: Action) -> None:
@@ -167,7 +161,7 @@ class StreamedStep(Reader):
     def keep(self, action: Action) -> None:
         cell = self._complete_cell(action)
         if cell is not None:
-            self._sums.hand_over(action.unit, cell)
+            self._sums.round_off(action.unit, cell)
             self._cells[action.unit, action.round] = cell
 
     def reduce(self, action: Action) -> None:
@@ -185,20 +179,11 @@ class StreamedStep(Reader):
     def _cell(self, unit: int, round: int) -> MicroBatchSum:
         return self._cells.setdefault((unit, round), MicroBatchSum())
 
-    def _add(self, unit: int, action: Action, gradients: list[mx.array]) -> MicroBatchSum:
-        """Add a micro-batch's gradients of a layer to its cell's sum, lazily; the last one completes it."""
-        cell = self._cell(unit, action.round)
-        cell.add(gradients)
-        if action.micro in self._last:
-            self._sums.round_off(unit, cell)
-        return cell
-
     def _complete_cell(self, action: Action) -> MicroBatchSum | None:
         """A round's sum of a unit, which is forgotten here; None where this rank has no cell."""
         cell = self._cells.pop((action.unit, action.round), None)
         if action.unit == 0 and cell is not None:
             cell = self._passes.whole_root(cell, self._embeds.pop(action.round, EmbeddingSum()))
-            self._sums.round_off(0, cell)
             mx.eval(cell.arrays)
         if cell is not None:
             self._sums.inspect(action.unit, cell)

@@ -26,7 +26,7 @@ from mlx_empire.model.build import find_layers, reason_of
 from mlx_empire.model.layer_graph import NotTraceable, graph_of
 from mlx_empire.model.layers import Slot, SlottedModel, hidden_of
 from mlx_empire.model.liveness import Graph
-from mlx_empire.model.spec import FLAT_ELEMENTS, ModelSpec, TensorSpec
+from mlx_empire.model.spec import ModelSpec, TensorSpec
 
 Arrays = Sequence[mx.array]
 Body = Callable[..., list[mx.array]]
@@ -168,24 +168,15 @@ class LayerPasses:
     def _added(
         self, sums: Arrays, units: Sequence[int], trained: Sequence[TensorSpec], found: Sequence[mx.array]
     ) -> list[mx.array]:
-        """The gradients of all trained tensors, added to `sums` where there are any, as a cell's last micro-batch gives
-        them: each in its segment's wire dtype and flat, but for large ones, which are copied later.
-        """
+        """The gradients of all trained tensors, added to `sums` where there are any."""
         by_name = dict(zip((t.name for t in trained), found, strict=False))
         cotangents = found[len(trained) + 1 :]
         missing = [t for t in self._trained(units) if t.name not in by_name]
         by_name |= self._experts.gradients(missing, cotangents)
-        order = self._trained(units)
-        gradients = [by_name[t.name] for t in order]
-        if sums:
-            gradients = [
-                a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(sums, gradients, strict=True)
-            ]
-        wires = [mx.float32 if t.kind == "small" else getattr(mx, t.dtype) for t in order]
-        return [
-            g if t.size > FLAT_ELEMENTS else g.astype(wire).flatten()
-            for g, t, wire in zip(gradients, order, wires, strict=True)
-        ]
+        gradients = [by_name[t.name] for t in self._trained(units)]
+        if not sums:
+            return gradients
+        return [a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(sums, gradients, strict=True)]
 
     # ---- layers
 

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 BLOCK = 64  # elements; tensors start and intervals end on multiples of it (the optimizer's block)
-FLAT_ELEMENTS = 0  # gradients of larger tensors are copied for the exchange one at a time
 SMALL_ELEMENTS = 4096  # below this a tensor keeps fp32 weights and states
 ADAPTER_NAMES = frozenset({"lora_a", "lora_b", "m"})  # mlx-lm's; `m` is DoRA's magnitude
 EMBEDDING_NAMES = ("embed", "wte", "wpe", "word_embeddings")

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from mlx_empire.model.closed_forms import root_use
-from mlx_empire.model.spec import FLAT_ELEMENTS, ITEM_BYTES, ModelSpec
+from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.activations import costs_of, forward_bytes, hidden_bytes, layer_costs, tail_costs
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
 from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, folded_step
@@ -216,7 +216,7 @@ class StepBytes(Reader):
         self._hold("contributions kept whole", self._contribution(action) * action.times)
 
     def reduce(self, action: Action) -> None:
-        """A contribution is handed over as it is, but for large tensors; totals are there from the first round on."""
+        """Totals are there from the first round on."""
         size = self._sizes[action.unit]
         if action.round == 0:
             self._hold("gradients", 4 * size.trained)
@@ -228,13 +228,9 @@ class StepBytes(Reader):
             self._hold("contributions in flight", self._contribution(action))
 
     def _copy(self, action: Action) -> Items:
-        """A tensor that is larger than a chunk is made flat by itself."""
-        size, name = (
-            self._sizes[action.unit].largest,
-            "unit gradient sums" if action.unit else "root gradients",
-        )
-        large = size > FLAT_ELEMENTS * self._item and self._contribution(action)
-        return {name: size} if large else {}
+        """Of a sum that is handed over one tensor at a time is made flat."""
+        name = "unit gradient sums" if action.unit else "root gradients"
+        return {name: self._sizes[action.unit].largest} if self._contribution(action) else {}
 
     def settle(self, action: Action) -> None:
         if self.shape.zero_stage == 1:

@@ -30,7 +30,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.streamable import verify_scaled_down
-from mlx_empire.engine.trainer import StepResult, Trainer
+from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserArguments
 from mlx_empire.evaluation.gate import GateKeeper, held_out_loss
 from mlx_empire.model.spec import RootNames
@@ -260,7 +260,7 @@ def take_step(run: Run, step: int) -> float:
     taken = trainer.train_step(job.batches(step), job.targets(step), step, job.rates(step))
 
     seconds, moved = time.perf_counter() - started, comm.traffic.since(traffic)
-    line = record(job, step, taken, seconds)
+    line = job.record(step, taken, seconds)
     line |= speed(run, job.positions(step), seconds)
     line["waited_for"] = {**taken.waited_for, "save": run.saver.held_up()}
     report.step(line, sum(moved.sent), sum(moved.received))
@@ -283,25 +283,6 @@ def save(run: Run, step: int) -> None:
     """Begin to save the state after `step`."""
     replicas_agree(run.trainer.store, run.comm)
     run.saver.request(step, run.trainer.carried())
-
-
-def record(job: Job, step: int, taken: StepResult, seconds: float) -> dict[str, Any]:
-    """One line of metrics.jsonl; figures by rank are added by the report."""
-    targets, positions = job.targets(step), job.positions(step)
-    return {
-        "step": step,
-        "loss": taken.loss,
-        "learning_rate": job.rates(step),
-        "grad_norm": taken.gradient_norm,
-        "tokens": targets,
-        "tokens_per_second": targets / seconds,
-        "positions": positions,
-        "positions_per_second": positions / seconds,
-        "step_seconds": seconds,
-        "comm_wait_seconds": taken.wait_seconds,
-        **({"skipped": True} if taken.skipped else {}),
-        **taken.statistics,
-    }
 
 
 def speed(run: Run, positions: int, seconds: float) -> dict[str, float | None]:

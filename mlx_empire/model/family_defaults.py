@@ -147,6 +147,18 @@ ROPE: Mapping[str, Mapping[str, Any]] = {  # rope_parameters
     "step3p5": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
 }
 
+_DEEPSEEK_V3: Mapping[str, Any] = {
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "routed_scaling_factor": 2.5,
+    "n_group": 8,
+    "topk_group": 4,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+}
+
 # Other keys of which mlx-lm's module assumes another value than transformers' class does where they are missing, sizes
 # excepted that the tensors' shapes show; and what that class has built in and mlx-lm's module wants to be told.
 OTHERS: Mapping[str, Mapping[str, Any]] = {
@@ -165,28 +177,7 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
     "bailing_hybrid": {"head_dim": 128},
     "cohere2": {"num_attention_heads": 64},
     "deepseek_v2": {"n_shared_experts": 2, "n_routed_experts": 64, "topk_method": "greedy"},
-    "deepseek_v3": {
-        "num_attention_heads": 128,
-        "num_key_value_heads": 128,
-        "n_shared_experts": 1,
-        "n_routed_experts": 256,
-        "routed_scaling_factor": 2.5,
-        "n_group": 8,
-        "topk_group": 4,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 3,
-    },
-    "deepseek_v32": {
-        "num_attention_heads": 128,
-        "num_key_value_heads": 128,
-        "n_shared_experts": 1,
-        "n_routed_experts": 256,
-        "routed_scaling_factor": 2.5,
-        "n_group": 8,
-        "topk_group": 4,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 3,
-    },
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32"), _DEEPSEEK_V3),
     "ernie4_5": {"head_dim": 128},
     "ernie4_5_moe": {
         "moe_layer_start_index": 1,

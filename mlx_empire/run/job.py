@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mlx_empire.data.batches import MicroBatch, micro_batch, positions, valid_tokens
 from mlx_empire.data.rows import Dataset
 from mlx_empire.data.splits import Splits
+from mlx_empire.engine.trainer import StepResult
 from mlx_empire.errors import UserError
 from mlx_empire.optim.choose import LearningRate
 from mlx_empire.plan.lengths import DataSize, Every, Lengths
@@ -77,6 +79,24 @@ class Job:
         """Input positions that are computed in the whole step, on all ranks, padding included."""
         sizes = {"global_size": self.global_size, "micro_size": self.micro_size}
         return positions(self.data, self.seed, step - 1, **sizes)
+
+    def record(self, step: int, taken: StepResult, seconds: float) -> dict[str, Any]:
+        """One line of metrics.jsonl for a step that took so long; figures by rank are added by the report."""
+        targets, positions = self.targets(step), self.positions(step)
+        return {
+            "step": step,
+            "loss": taken.loss,
+            "learning_rate": self.rates(step),
+            "grad_norm": taken.gradient_norm,
+            "tokens": targets,
+            "tokens_per_second": targets / seconds,
+            "positions": positions,
+            "positions_per_second": positions / seconds,
+            "step_seconds": seconds,
+            "comm_wait_seconds": taken.wait_seconds,
+            **({"skipped": True} if taken.skipped else {}),
+            **taken.statistics,
+        }
 
     def ends(self, step: int) -> bool:
         """Whether no step is left after this one."""

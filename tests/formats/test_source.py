@@ -1,4 +1,4 @@
-"""Reading weights: values, order, dtypes and memory against mlx-lm's loader; bad folders are refused."""
+"""Reading weights: values, order and dtypes against mlx-lm's loader; bad folders are refused."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from formats.stored import Write, all_tensors, huggingface_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -19,30 +20,9 @@ from mlx_lm.utils import load_model
 from support.tiny_models import FAMILIES, tiny_config, tiny_model
 
 from mlx_empire.errors import UserError
-from mlx_empire.formats import source as source_module
 from mlx_empire.formats.hf_folder import model_digest, open_folder
-from mlx_empire.formats.hf_names import choose_layout
-from mlx_empire.formats.source import FolderSource, RandomSource, WeightSource, stored_dtype
+from mlx_empire.formats.source import FolderSource, RandomSource, stored_dtype
 from mlx_empire.model.build import build_model, describe, settle
-from mlx_empire.model.spec import ModelSpec
-
-Write = Callable[..., Path]
-
-
-def all_tensors(source: WeightSource, spec: ModelSpec) -> dict[str, mx.array]:
-    return {t.name: array for i in range(len(spec.units)) for t, array in source.unit(i)}
-
-
-def huggingface_tensors(
-    family: str, dtype: mx.Dtype = mx.float32, **overrides: object
-) -> dict[str, mx.array]:
-    """Random weights named and laid out as Hugging Face stores them."""
-    build, spec = tiny_model(family, **overrides)
-    values = all_tensors(RandomSource(build, spec, seed=3), spec)
-    pieces = [p for unit in choose_layout(spec, build, None).units for p in unit]
-    made = {p.name: mx.contiguous(p.make(*(values[n] for n in p.takes)).astype(dtype)) for p in pieces}
-    mx.eval(made)
-    return made
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -310,86 +290,3 @@ def build_seeded(build: Callable[[], object], seed: int) -> object:
     model = build()
     mx.eval(model.parameters())
     return model
-
-
-@pytest.mark.parametrize("kind", ["folder", "random"])
-@pytest.mark.parametrize("family", ["llama", "llama4", "qwen3_moe"])
-def test_no_more_than_about_one_unit_is_held(family: str, kind: str, write_folder: Write) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 512}
-    if family == "llama4":
-        sizes["intermediate_size_mlp"] = 512
-    build, spec = tiny_model(family, **sizes)
-    if kind == "folder":
-        folder = write_folder(tiny_config(family, **sizes), huggingface_tensors(family, **sizes))
-        source: WeightSource = FolderSource(folder, build, spec)
-    else:
-        source = RandomSource(build, spec, seed=0)
-    largest = max(4 * unit.parameters for unit in spec.units)
-    assert largest < 0.3 * 4 * spec.parameters
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    for index in range(len(spec.units)):
-        for _, array in source.unit(index):
-            del array
-    held = (mx.get_peak_memory() - before) / largest
-    assert held <= 1.3, f"{held:.2f} units"
-    assert mx.get_active_memory() - before < 0.01 * largest
-
-
-def test_a_kept_tensor_does_not_pin_the_fused_one(write_folder: Write) -> None:
-    """llama4 stores gate and up in one tensor: who keeps the gate must not keep both."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "intermediate_size_mlp": 512}
-    folder = write_folder(tiny_config("llama4", **sizes), huggingface_tensors("llama4", **sizes))
-    build, spec = tiny_model("llama4", **sizes)
-    source = FolderSource(folder, build, spec)
-    before = mx.get_active_memory()
-    kept = [a for t, a in source.unit(2) if t.name.endswith("experts.gate_proj.weight")]
-    assert len(kept) == 1
-    assert mx.get_active_memory() - before < 1.1 * kept[0].nbytes
-
-
-def test_a_gpu_never_waits_for_the_disk(write_folder: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is made of a lazily read tensor is made on the stream that reads it, the CPU's."""
-    streams: list[object] = []
-    made: list[object] = []
-    stream, contiguous, sanitize = mx.stream, mx.contiguous, source_module.sanitize
-
-    class Entered:
-        def __init__(self, device: object) -> None:
-            self._device, self._real = device, stream(device)
-
-        def __enter__(self) -> None:
-            streams.append(self._device)
-            self._real.__enter__()
-
-        def __exit__(self, *error: object) -> None:
-            streams.pop()
-            self._real.__exit__(*error)
-
-    def noted(work: Callable[..., object]) -> Callable[..., object]:
-        return lambda *given: (made.append(streams[-1:]), work(*given))[1]
-
-    folder = write_folder(tiny_config("llama4"), huggingface_tensors("llama4"))
-    build, spec = tiny_model("llama4")
-    monkeypatch.setattr(mx, "stream", Entered)
-    monkeypatch.setattr(mx, "contiguous", noted(contiguous))
-    monkeypatch.setattr(source_module, "sanitize", noted(sanitize))
-    all_tensors(FolderSource(folder, build, spec), spec)
-    tensors = sum(len(unit.tensors) for unit in spec.units)
-    assert len(made) >= tensors + 1
-    assert made == [[mx.cpu]] * len(made)
-
-
-def test_a_fault_of_the_gpu_is_not_taken_for_a_bad_file(
-    write_folder: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_folder(tiny_config("llama"), huggingface_tensors("llama"))
-    build, spec = tiny_model("llama")
-
-    def timed_out(*arrays: object) -> None:
-        raise RuntimeError("[METAL] Command buffer execution failed: Caused GPU Timeout Error")
-
-    source = FolderSource(folder, build, spec)
-    monkeypatch.setattr(source_module.mx, "eval", timed_out)
-    with pytest.raises(RuntimeError, match="GPU Timeout"):
-        next(source.unit(0))

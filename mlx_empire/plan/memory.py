@@ -13,22 +13,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from mlx_empire.model.closed_forms import root_use
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.activations import costs_of, forward_bytes, hidden_bytes, layer_costs, tail_costs
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
+from mlx_empire.plan.root_memory import RootMemory
 from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, folded_step
 from mlx_empire.plan.shards import Segment, ShardPlan, Unit
 from mlx_empire.plan.traffic import staging_bytes
-from mlx_empire.plan.workload import Workload, chunk_tokens, step_shape
+from mlx_empire.plan.workload import Workload, step_shape
 
 Items = dict[str, int]
 
 PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
 
-LOGITS_COPIES = 3.2  # fp32 arrays of a chunk's logits alive in the gradient of the loss
-SOFT_CAPPED = 2.2  # more of them where logits are soft-capped
 BASE = 1 << 16  # MLX buffers that are no tensor: rotary tables, scalars
 NORM_AHEAD = 10 << 20  # elements of a segment whose squares are there at once: ten pieces, as played
 ROUNDING = 1 << 13  # half a page of Metal's allocator
@@ -87,19 +85,15 @@ class StepBytes(Reader):
     ) -> None:
         self.shape = step_shape(plan, work, rank)
         self.phases: dict[str, Items] = {name: {} for name in PHASES}
-        self._spec, self._plan, self._work, self._rank, self._state_bytes = (
-            spec,
-            plan,
-            work,
-            rank,
-            state_bytes,
-        )
+        self._spec, self._plan, self._work = spec, plan, work
+        self._rank, self._state_bytes = rank, state_bytes
         self._sizes = plan.sizes[rank]
         self._hidden, self._item = hidden_bytes(spec, work), ITEM_BYTES[spec.dtype]
         self._final = ITEM_BYTES[work.gradient_dtype]  # of an element of a finished gradient
         # A cell of one micro-batch keeps its gradients as they are; otherwise they are added up in fp32.
         self._adds_up = work.layout.micro_batches > work.layout.cells
         self._wide = 4 // self._item
+        self._root = RootMemory(spec, work, self._sizes[0].gradient, adds_up=self._adds_up)
         self._first = set(accumulate(self.shape.cells, initial=0))  # micro-batches that begin a cell
         self._held: Items = {}
         self._total = 0
@@ -162,21 +156,21 @@ class StepBytes(Reader):
 
     def head(self, action: Action) -> None:
         self._phase = "head"
-        one, first = self._head_bytes * (self._wide if self._chunked else 1), action.micro in self._first
+        one, first = self._root.head * (self._wide if self._root.chunked else 1), action.micro in self._first
         now = {
             "layer inputs": 2 * self._hidden,
-            "root gradients": one + self._head_bytes * self._chunked,
+            "root gradients": one + self._root.head * self._root.chunked,
         }
         kept = self._spec.units[self.shape.boundary + 1 :]
         if not kept:
-            self._moment(now | {"logits chunk": self._logits})
+            self._moment(now | {"logits chunk": self._root.logits})
         else:
             before, moments = tail_costs(kept, self._spec, self._work, adds=self._adds(action))
-            self._moment(now | {"un-recomputed tail": before, "logits chunk": self._logits})
+            self._moment(now | {"un-recomputed tail": before, "logits chunk": self._root.logits})
             for moment in moments:
                 self._moment(now | moment)
         if first:
-            self._hold("root gradients", self._head_sum * action.times)
+            self._hold("root gradients", self._root.head_sum * action.times)
             for u in range(self.shape.boundary + 1, self.shape.layers + 1):
                 self._hold_cell(u, "tail sums")
 
@@ -193,15 +187,15 @@ class StepBytes(Reader):
     def embed(self, action: Action) -> None:
         """Of a table only the tokens' rows: they in fp32, their gradient, and the sum of a cell's."""
         self._phase = "embed"
-        if self._by_row:
-            rows = self._rows(1)
-            wide = self._hidden // self._item * 4
-            self._moment({"embedding gradients": 2 * rows + wide})
+        if self._root.by_row:
+            self._moment({"embedding gradients": 2 * self._root.rows(1) + 4 * self._hidden // self._item})
             if action.micro in self._first:
-                self._hold("embedding gradients", self._rows(self.shape.cells[action.round]) * action.times)
+                self._hold(
+                    "embedding gradients", self._root.rows(self.shape.cells[action.round]) * action.times
+                )
         else:
-            sums = self._embed_bytes * self._wide * self._adds_up
-            self._moment({"root gradients": 2 * self._embed_bytes + sums})
+            sums = self._root.embed * self._wide * self._adds_up
+            self._moment({"root gradients": 2 * self._root.embed + sums})
 
     def _adds(self, action: Action) -> bool:
         """Whether gradients are added to a sum; of a cell of several micro-batches those needs count, for they come
@@ -255,98 +249,44 @@ class StepBytes(Reader):
         name, size = self._cell.pop(action.unit, ("", 0))
         if action.unit == 0 and self.shape.cells[action.round] and action.round not in self._handed_over:
             self._handed_over.add(action.round)
-            self._moment({"root gradients": self._joined})
-            name, size = "root gradients", self._head_sum * action.times
+            self._moment({"root gradients": self._root.joined})
+            name, size = "root gradients", self._root.head_sum * action.times
             self._hold("embedding gradients", -self._held.get("embedding gradients", 0))
         self._hold(name, -size)
 
     # ---- update
 
+    @property
+    def _updating(self) -> str:
+        """The phase of what the optimizer does: at the step's end, or within the backward."""
+        return "update" if self._phase == "finish" else "release"
+
     def norm(self, action: Action) -> None:
         """The squares of a segment's gradients, and their sums by halves, a few pieces at a time."""
         units = self._plan.units if action.unit == ALL_UNITS else (self._plan.units[action.unit],)
-        largest = 0
-        for segment in (s for unit in units for s in unit.segments if s.kind != "frozen"):
-            a, b = self._plan.state_interval(segment, self._rank)
-            largest = max(largest, b - a)
-        phase = "update" if self._phase == "finish" else "release"
-        self._moment({"norm of gradients": 2 * 4 * min(largest, NORM_AHEAD)}, phase)
+        trained = (s for unit in units for s in unit.segments if s.kind != "frozen")
+        spans = (self._plan.state_interval(segment, self._rank) for segment in trained)
+        largest = max((b - a for a, b in spans), default=0)
+        self._moment({"norm of gradients": 2 * 4 * min(largest, NORM_AHEAD)}, self._updating)
 
     def update(self, action: Action) -> None:
         """Segment by segment: its new weights, and what the optimizer's calls need besides."""
-        phase = "update" if self._phase == "finish" else "release"
         new = 0
         for segment in self._plan.units[action.unit].segments:
             if segment.kind != "frozen":
                 a, b = self._plan.state_interval(segment, self._rank)
                 new += (b - a) * segment.itemsize
                 chunk = update_bytes(segment, a, b, self._state_bytes)
-                self._moment({"optimizer chunk": chunk, "new weights of a unit": new}, phase)
+                self._moment({"optimizer chunk": chunk, "new weights of a unit": new}, self._updating)
         self._hold("gradients", -self._final * self._sizes[action.unit].trained)
         self._new[action.unit] = new
 
     def renew(self, action: Action) -> None:
         self._hold("new weights of a unit", self._new[action.unit])
-        self._moment({}, "update" if self._phase == "finish" else "release")
+        self._moment({}, self._updating)
 
     def adopt(self, action: Action) -> None:
         self._hold("new weights of a unit", -self._new[action.unit])
-
-    # ---- what does not change during a step
-
-    @cached_property
-    def _vocabulary(self) -> int:
-        return int(self._spec.text_config.get("vocab_size") or 0)
-
-    @cached_property
-    def _chunk_tokens(self) -> int:
-        return chunk_tokens(self._vocabulary, frozen=self._spec.frozen_root)
-
-    @cached_property
-    def _chunked(self) -> bool:
-        return self._work.tokens > self._chunk_tokens
-
-    @cached_property
-    def _logits(self) -> int:
-        """In fewer bits than fp32 the head's own logits and their gradient lie beside the wide ones."""
-        elements = min(self._chunk_tokens, self._work.tokens) * self._vocabulary
-        size = elements * (4 * LOGITS_COPIES + 2.25 * self._item * (self._item < 4))
-        soft = self._spec.family == "gemma2" or self._spec.text_config.get("final_logit_softcapping")
-        return int(size + (4 * elements * SOFT_CAPPED if soft else 0))
-
-    @cached_property
-    def _head_bytes(self) -> int:
-        return root_use(self._spec)[0] * self._item
-
-    @cached_property
-    def _embed_bytes(self) -> int:
-        return root_use(self._spec)[1] * self._item
-
-    @cached_property
-    def _by_row(self) -> bool:
-        """Whether the embedding's gradient is that of the rows that are looked up; adapters' is whole."""
-        root = self._spec.units[0].tensors
-        return not self._spec.frozen_root and not any(".lora_" in t.name for t in root)
-
-    def _rows(self, micro_batches: int) -> int:
-        """Bytes in fp32 of the rows that so many micro-batches look up at most."""
-        rows = min(micro_batches * self._work.tokens, self._vocabulary)
-        return rows * 4 * (self._embed_bytes // self._item // max(self._vocabulary, 1))
-
-    @cached_property
-    def _joined(self) -> int:
-        """What there is besides when head's and embedding's sums are put together: a tied matrix in fp32, or the whole
-        contribution."""
-        elements = self._sizes[0].gradient // self._item
-        tied = max((self._head_bytes + self._embed_bytes) // self._item - elements, 0)
-        return max(
-            4 * tied, self._sizes[0].gradient * (1 if self._by_row or not self._adds_up else self._wide)
-        )
-
-    @cached_property
-    def _head_sum(self) -> int:
-        """A cell's sum of the head's gradients."""
-        return self._head_bytes * (self._wide if self._adds_up or self._chunked else 1)
 
 
 def _odd_arrays(segment: Segment) -> int:

@@ -1,0 +1,82 @@
+"""What head and embedding need in a step, in bytes: logits, gradients and their sums.
+
+The head goes over a micro-batch in chunks of positions (`workload.chunk_tokens`). The embedding has a gradient for the
+rows that tokens look up alone, where nothing but a trained table is looked up.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from mlx_empire.model.closed_forms import root_use
+from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
+from mlx_empire.plan.workload import Workload, chunk_tokens
+
+LOGITS_COPIES = 3.2  # fp32 arrays of a chunk's logits alive in the gradient of the loss
+SOFT_CAPPED = 2.2  # more of them where logits are soft-capped
+
+
+class RootMemory:
+    """The root's numbers. `contribution`: bytes of its gradients on the wire; `adds_up`: a cell has several
+    micro-batches, whose gradients are added in fp32."""
+
+    def __init__(self, spec: ModelSpec, work: Workload, contribution: int, *, adds_up: bool) -> None:
+        self._spec, self._work, self._contribution, self._adds_up = spec, work, contribution, adds_up
+        self._item = ITEM_BYTES[spec.dtype]
+        self._wide = 4 // self._item
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        return int(self._spec.text_config.get("vocab_size") or 0)
+
+    @cached_property
+    def _chunk_tokens(self) -> int:
+        return chunk_tokens(self._vocabulary, frozen=self._spec.frozen_root)
+
+    @cached_property
+    def chunked(self) -> bool:
+        """Whether a micro-batch takes more than one chunk."""
+        return self._work.tokens > self._chunk_tokens
+
+    @cached_property
+    def logits(self) -> int:
+        """In fewer bits than fp32 the head's own logits and their gradient lie beside the wide ones."""
+        elements = min(self._chunk_tokens, self._work.tokens) * self._vocabulary
+        size = elements * (4 * LOGITS_COPIES + 2.25 * self._item * (self._item < 4))
+        soft = self._spec.family == "gemma2" or self._spec.text_config.get("final_logit_softcapping")
+        return int(size + (4 * elements * SOFT_CAPPED if soft else 0))
+
+    @cached_property
+    def head(self) -> int:
+        """The trained tensors that the head uses."""
+        return root_use(self._spec)[0] * self._item
+
+    @cached_property
+    def embed(self) -> int:
+        """The trained tensors that the embedding uses."""
+        return root_use(self._spec)[1] * self._item
+
+    @cached_property
+    def by_row(self) -> bool:
+        """Whether the embedding's gradient is that of the rows that are looked up; adapters' is whole."""
+        root = self._spec.units[0].tensors
+        return not self._spec.frozen_root and not any(".lora_" in t.name for t in root)
+
+    def rows(self, micro_batches: int) -> int:
+        """Bytes in fp32 of the rows that so many micro-batches look up at most."""
+        rows = min(micro_batches * self._work.tokens, self._vocabulary)
+        return rows * 4 * (self.embed // self._item // max(self._vocabulary, 1))
+
+    @cached_property
+    def joined(self) -> int:
+        """What there is besides when head's and embedding's sums are put together: a tied matrix in fp32, or the whole
+        contribution."""
+        elements = self._contribution // self._item
+        tied = max((self.head + self.embed) // self._item - elements, 0)
+        wide = self._wide if self._adds_up and not self.by_row else 1
+        return max(4 * tied, wide * self._contribution)
+
+    @cached_property
+    def head_sum(self) -> int:
+        """A cell's sum of the head's gradients."""
+        return self.head * (self._wide if self._adds_up or self.chunked else 1)

@@ -34,9 +34,14 @@ _ANNOTATIONS = ("role", "memory", "limit", "link", "chip", "disk")
 _KNOWN_LIMITS = {512 * GIB: 464 * GIB, 256 * GIB: 208 * GIB}
 
 
+def macos_limit(memory_bytes: int) -> int:
+    """Bytes of a Mac's memory that macOS lets the GPU use until somebody says more."""
+    return memory_bytes * 3 // 4
+
+
 def default_limit(memory_bytes: int) -> int:
-    """Bytes the GPU may use of `memory_bytes` where no machine is asked: three quarters, and more on the Macs above."""
-    return _KNOWN_LIMITS.get(memory_bytes, memory_bytes * 3 // 4)
+    """Bytes the GPU may use on a machine of which the hostfile says no more than its memory."""
+    return _KNOWN_LIMITS.get(memory_bytes, macos_limit(memory_bytes))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from mlx_empire.cluster.hostfile import GIB, Node, default_limit
+from mlx_empire.cluster.hostfile import GIB, Node, default_limit, macos_limit
 from mlx_empire.errors import UserError
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.hardware import chip_of
@@ -24,17 +24,15 @@ FORGETS = "macOS forgets the limit when it starts again"
 
 
 def untouched(node: Node) -> Node:
-    """A node that was only planned, as macOS would report it: 0.75 of its memory; any other node as it is."""
+    """A node that was only planned, as macOS would report it; any other node as it is."""
     if node.measured or not _is_mac(node):
         return node
-    return replace(node, limit_bytes=min(node.limit_bytes, node.memory_bytes * 3 // 4))
+    return replace(node, limit_bytes=min(node.limit_bytes, macos_limit(node.memory_bytes)))
 
 
 def most_raised(node: Node) -> Node:
     """A Mac with the highest limit that leaves macOS its part; any other node as it is."""
-    if not _is_mac(node):
-        return node
-    return replace(node, limit_bytes=max(node.limit_bytes, node.memory_bytes - KEPT_FOR_MACOS))
+    return _raised(node, node.memory_bytes - KEPT_FOR_MACOS)
 
 
 def raising(limit_bytes: int) -> str:
@@ -114,9 +112,11 @@ def fitting_plan(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], state_b
 
 def _by_default(node: Node) -> Node:
     """A Mac whose limit was raised to what a plan assumes."""
-    if not _is_mac(node):
-        return node
-    return replace(node, limit_bytes=max(node.limit_bytes, default_limit(node.memory_bytes)))
+    return _raised(node, default_limit(node.memory_bytes))
+
+
+def _raised(node: Node, limit_bytes: int) -> Node:
+    return replace(node, limit_bytes=max(node.limit_bytes, limit_bytes)) if _is_mac(node) else node
 
 
 def _is_mac(node: Node) -> bool:

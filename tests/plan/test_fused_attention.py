@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mlx_empire.plan import resolve as resolving
 from mlx_empire.plan.activations import attention_scores
 from mlx_empire.plan.fused_attention import (
     FALLBACK_VARIABLE,
+    READ_IN,
     allow_sinks,
     attention_is_fused,
     refuse_too_short,
@@ -79,3 +81,8 @@ def test_other_models_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     _, spec = tiny_model("llama")
     allow_sinks(t.name for unit in spec.units for t in unit.tensors)
     assert FALLBACK_VARIABLE not in os.environ
+
+
+def test_the_rules_are_those_of_the_mlx_that_is_installed():
+    """Another version's wheel has to be read again: its rules may be others."""
+    assert version("mlx") == READ_IN

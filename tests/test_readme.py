@@ -15,7 +15,9 @@ import pytest
 import yaml
 from support.fault_table import BEGIN, COLUMNS, END, placed, table
 from support.pages import PACKAGE, ROOT, code, problems
+from support.planning import assess, catalog_spec
 
+from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.recipe.load import load_recipe
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -199,3 +201,25 @@ def told_in_final(name: str, text: str) -> bool:
     if "token" in name or "template" in name:
         return "tokenizer and chat template" in text
     return f"`{name}`" in text
+
+
+def test_scouts_plan_is_told_in_the_figures_of_the_report():
+    nodes = [
+        Node(h.name, h.slots, h.role, h.memory_bytes or 0, h.limit_bytes or 0)
+        for h in load_hostfile(ROOT / "hosts/empire.txt").nodes
+    ]
+
+    def gibibytes(*overrides: str) -> list[int]:
+        recipe = load_recipe(ROOT / "recipes/scout.yaml", list(overrides))
+        plan = assess(recipe, catalog_spec("llama-4-scout-109b", recipe), nodes)
+        return [round(node.peak_bytes / 2**30) for node in plan.nodes]
+
+    king, *soldiers = gibibytes()
+    told = [f"{king} of 464 GiB", *(f"{soldier} of 208" for soldier in soldiers)]
+    assert re.search(r"^ plan +" + " +".join(told) + " ", README, re.MULTILINE)
+    equal = gibibytes("memory.shares=equal", "memory.zero_stage=3")[-1]
+    measured = " ".join(TEXTS["docs/measured.md"].split())
+    assert (
+        f"with equal shares {equal}; with shares by memory {soldiers[0]}, and the king {king} of 464"
+        in measured
+    )

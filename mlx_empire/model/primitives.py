@@ -23,13 +23,19 @@ def _elementwise(m: Buffers, node: Primitive) -> Done:
 
 def _unary(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
-    if not m.views[array].flags.contiguous:
+    if m.views[array].flags.contiguous:
+        _take_or_like(m, out, array)
+    else:
         m.fresh(out)
-    elif m.may_take(array, out):
+    return Done(1)
+
+
+def _take_or_like(m: Buffers, out: int, array: int) -> None:
+    """The input's buffer where nobody else reads it, else one of the same order of elements."""
+    if m.may_take(array, out):
         m.take(array, out)
     else:
         m.like(out, array)
-    return Done(1)
 
 
 def _binary(m: Buffers, node: Primitive) -> Done:
@@ -140,10 +146,7 @@ def _softmax(m: Buffers, node: Primitive) -> Done:
     if not (v.flags.contiguous and v.strides[-1] == 1):
         m.fresh(out)
         return Done(2)
-    if m.may_take(array, out):
-        m.take(array, out)
-    else:
-        m.like(out, array)
+    _take_or_like(m, out, array)
     return Done(1)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from mlx_empire.capacity.improve import PaceOf, faster, larger
 from mlx_empire.capacity.whatif import Advice as Advice
 from mlx_empire.capacity.whatif import Settings, fits, fullest_node, with_least_memory, with_settings
-from mlx_empire.cluster.hostfile import GIB, Node
+from mlx_empire.cluster.hostfile import Node
 from mlx_empire.cluster.machine import Calibration
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import Assessment, assess
@@ -26,6 +26,7 @@ from mlx_empire.plan.pace import Pace, cloud_of, pace_of, spell
 from mlx_empire.plan.wired_limit import FORGETS, most_raised, raising
 from mlx_empire.recipe.changes import typed, value, variant
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.sizes import GIB
 
 MOST_NEW_MACHINES = 4
 SHORTEST_SEQUENCE = 256

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.text import one_line, printable, quote, read_small_text
+from mlx_empire.sizes import GIB
 
-GIB = 2**30
 MAX_BYTES = 256 * 1024
 MAX_SLOTS = 4096
 ROLES = ("king", "soldier")

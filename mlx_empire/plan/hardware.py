@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mlx_empire.cluster.hostfile import GIB, Node, default_limit
+from mlx_empire.cluster.hostfile import Node, default_limit
 from mlx_empire.errors import UserError
+from mlx_empire.sizes import GIB
 
 if TYPE_CHECKING:
     from mlx_empire.cluster.machine import Calibration

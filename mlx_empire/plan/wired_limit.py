@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from mlx_empire.cluster.hostfile import GIB, Node, default_limit, macos_limit
+from mlx_empire.cluster.hostfile import Node, default_limit, macos_limit
 from mlx_empire.errors import UserError
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.hardware import chip_of
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.sizes import GIB
 
 KEPT_FOR_MACOS = 16 * GIB  # what a raised limit leaves to the system
 SYSTEM = "sudo sysctl iogpu.wired_limit_mb"

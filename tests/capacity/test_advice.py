@@ -10,10 +10,10 @@ from support.planning import MIB, assess, catalog_spec, llama_like, nodes_of, re
 
 from mlx_empire.capacity.advice import advise
 from mlx_empire.capacity.improve import largest_micro, longest_sequence
-from mlx_empire.cluster.hostfile import GIB
 from mlx_empire.plan.hardware import standard_clusters, wire_named
 from mlx_empire.plan.pace import pace_of
 from mlx_empire.recipe.changes import typed, value, variant
+from mlx_empire.sizes import GIB
 
 OVERRIDE = re.compile(r"[a-z]+\.[a-z_]+=\S+")
 TINY = llama_like(layers=4, hidden=512, vocabulary=4096)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_empire.cluster.hostfile import GIB, Node, parse_hostfile
+from mlx_empire.cluster.hostfile import Node, parse_hostfile
 from mlx_empire.cluster.machine import Calibration
 from mlx_empire.errors import UserError
 from mlx_empire.plan.hardware import (
@@ -19,6 +19,7 @@ from mlx_empire.plan.hardware import (
     wire_of,
 )
 from mlx_empire.plan.resolve import linear_in
+from mlx_empire.sizes import GIB
 
 
 def node(chip=None, role=None, memory=64 * GIB, link=None) -> Node:

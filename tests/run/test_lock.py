@@ -46,7 +46,7 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
 def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
     program = (
         "import os, pathlib; from mlx_empire.run.lock import RunLock;"
-        f"lock = RunLock(pathlib.Path({str(tmp_path)!r})); print(os.getpid()); os._exit(9)"
+        f"lock = RunLock(pathlib.Path({str(tmp_path)!r})); print(os.getpid(), flush=True); os._exit(9)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 9

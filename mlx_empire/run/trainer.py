@@ -38,6 +38,7 @@ from mlx_empire.plan.shards import Placement, Segment, Unit
 from mlx_empire.plan.wired_limit import wired_bytes
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import Start, folder_of
+from mlx_empire.sizes import amount
 
 
 def fill_from_own(store: ShardStore, source: WeightSource) -> None:
@@ -126,7 +127,7 @@ def limit_memory(plan: RunPlan, rank: int, asked: str | int, node: Node) -> str 
         wired, why = wired_bytes(asked, peak, node)
         wired = min(wired, most)
         mx.set_wired_limit(wired)
-        said = f"{node.name}: {wired / 2**30:.1f} GiB of memory wired ({why})"
+        said = f"{node.name}: {amount(wired)} of memory wired ({why})"
     mx.set_memory_limit(limit)
     mx.set_cache_limit(cache_bound(limit, peak))
     mx.reset_peak_memory()

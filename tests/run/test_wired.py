@@ -15,6 +15,7 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.resolve import resolve
 from mlx_empire.plan.wired_limit import wired_bytes
 from mlx_empire.run import trainer
+from mlx_empire.sizes import amount
 
 GIB = 2**30
 KING = Node("king", 1, "king", 512 * GIB, 384 * GIB, None, "Apple M3 Ultra")
@@ -66,4 +67,4 @@ def test_metal_is_asked_for_it_and_no_other_device(
     said = trainer.limit_memory(plan, 0, asked, SMALL)
     assert calls == [wired]
     assert said is not None
-    assert said.startswith(f"air: {wired / GIB:.1f} GiB of memory wired (")
+    assert said.startswith(f"air: {amount(wired)} of memory wired (")

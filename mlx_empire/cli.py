@@ -32,7 +32,7 @@ VERBS: dict[str, dict[str, Verb]] = {
         "verify": Verb("what each technique of a recipe changes, pair by pair", "mlx_empire.verify.command"),
     },
     "a run": {
-        "train": Verb("train by a recipe, here or under mpirun", "mlx_empire.train"),
+        "train": Verb("train by a recipe, here or under mpirun", "mlx_empire.train.command"),
         "launch": Verb(
             "train over the machines of a hostfile, and go on after failures", "mlx_empire.launch.command"
         ),
@@ -46,7 +46,7 @@ VERBS: dict[str, dict[str, Verb]] = {
         "status": Verb("how a run goes", "mlx_empire.launch.command", ("status",)),
     },
     "results": {
-        "export": Verb("merge an adapter, change its format, pack a base", "mlx_empire.export"),
+        "export": Verb("merge an adapter, change its format, pack a base", "mlx_empire.export.command"),
     },
 }
 USAGE = 64  # as `errors.UserError` has it; that module is not needed for this

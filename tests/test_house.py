@@ -36,7 +36,7 @@ FLOORS = (
     "sizes",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
-SHARED_NAMES = {"main"}  # every command's
+SHARED_NAMES = {"main", "parser", "read"}  # every command's
 
 
 def room(file: Path) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from mlx_empire import __version__
 from mlx_empire.comm.buffers import WIRE_DTYPES
-from mlx_empire.comm.connect import under_mpirun
+from mlx_empire.comm.environment import under_mpirun
 from mlx_empire.comm.protocol import Array, Communicator, Wire
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 

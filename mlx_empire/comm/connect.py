@@ -5,16 +5,13 @@ import socket
 
 import mlx.core as mx
 
+from mlx_empire.comm.environment import DEVICE_VARIABLE, under_mpirun
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.errors import UserError
 from mlx_empire.plan.traffic import DEFAULT_BUCKET_BYTES, Route
 
 LARGEST_BUCKET_BYTES = 1 << 30  # MPI counts are 32-bit, and so are MLX's shapes
-
-
-# `cpu`: MLX computes there although it finds a GPU. Other values are refused.
-DEVICE_VARIABLE = "MLX_EMPIRE_DEVICE"
 
 
 def choose_device() -> None:
@@ -60,8 +57,3 @@ def connect(
         )
     MPI.COMM_WORLD.Set_errhandler(MPI.ERRORS_ARE_FATAL)  # inherited by the duplicates of both planes
     return MpiCommunicator(MPI.COMM_WORLD, hostname, route, bucket_bytes, deadline_seconds)
-
-
-def under_mpirun() -> bool:
-    """Whether a launcher that speaks PMIx (mpirun, prterun) started this process, with however many ranks."""
-    return "OMPI_COMM_WORLD_SIZE" in os.environ or "PMIX_RANK" in os.environ

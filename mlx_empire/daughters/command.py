@@ -1,183 +1,52 @@
-"""Train one adapter for each person: `python -m mlx_empire.daughters RECIPE --people DIR [--hosts FILE] [key=value]`.
+"""What may be typed after `mlx-empire daughters`, which trains one adapter for each person:
+
+mlx-empire daughters RECIPE --people DIR [--hosts FILE] [--together N] [key=value ...]
 
 Every sub-folder of DIR holds one person's data (train.jsonl, perhaps valid.jsonl) and becomes `run.dir`/NAME with a
-`final/` of its own. People are spread over the machines of the hostfile by what each has room for; those on one
-machine share one resident base and pass each layer together. The command may be killed and given again: what is
-finished is never trained again, what is not goes on from where it was last saved (`run.save_every`).
-
-This process shows the table; workers do the work: one on this machine, or under mpirun one on each machine.
+`final/` of its own.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
+import argparse
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_empire import progress
-from mlx_empire.cluster.hostfile import load_hostfile
-from mlx_empire.comm.connect import connect
-from mlx_empire.comm.failure import arm_faults, guard, together
-from mlx_empire.comm.protocol import Communicator
-from mlx_empire.daughters import machine
-from mlx_empire.daughters.jobs import (
-    BEFORE,
-    WAITING,
-    Jobs,
-    JobState,
-    deal,
-    event,
-    homes_of,
-    is_finished,
-    people_of,
-    recipe_for,
-)
-from mlx_empire.daughters.many import place_of
-from mlx_empire.daughters.table import DaughterTable
-from mlx_empire.errors import UserArguments, UserError
-from mlx_empire.recipe.load import load_recipe
-from mlx_empire.run.agree import share_nodes, share_recipe
-from mlx_empire.run.caffeinate import keep_awake
-from mlx_empire.run.lock import RunLock
-from mlx_empire.run.mpirun import clean_environment, worker_line
-from mlx_empire.run.network import chosen_interface
-from mlx_empire.sizes import amount
+from mlx_empire.comm.environment import asked
+from mlx_empire.recipe.arguments import RecipeArguments
 
 MOST_TOGETHER = 16
-SOME_FAILED = 65
+
+
+def parser() -> RecipeArguments:
+    """The words of this command."""
+    made = RecipeArguments("daughters", "Train one adapter for each person.")
+    made.add_argument(
+        "--people", type=Path, required=True, help="the folder with a sub-folder for each person"
+    )
+    made.add_argument("--hosts", type=Path, help="the hostfile; without one, this machine alone")
+    made.add_argument(
+        "--together", type=int, default=MOST_TOGETHER, metavar="N",
+        help=f"train at most N at a time on a machine, fewer where memory says so ({MOST_TOGETHER})",
+    )  # fmt: skip
+    made.add_argument("--work", action="store_true", help="be a worker (used by the command itself)")
+    return made
+
+
+def read(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; UserError for a number that cannot be."""
+    made = parser()
+    options = made.parse_intermixed_args(arguments)
+    if options.together < 1:
+        made.error(f"--together: {options.together}: a machine trains at least one at a time")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = UserArguments(
-        prog="python -m mlx_empire.daughters", description="Train one adapter for each person."
-    )
-    parser.add_argument("recipe", type=Path, help="the YAML recipe of one daughter")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run.steps=5")
-    parser.add_argument(
-        "--people", type=Path, required=True, help="the folder with a sub-folder for each person"
-    )
-    parser.add_argument("--hosts", type=Path, help="the hostfile; without one, this machine alone")
-    parser.add_argument(
-        "--together", type=int, default=MOST_TOGETHER, metavar="N",
-        help=f"train at most N at a time on a machine, fewer where memory says so ({MOST_TOGETHER})",
-    )  # fmt: skip
-    parser.add_argument("--work", action="store_true", help="be a worker (used by the command itself)")
-    with guard(None):
-        options = parser.parse_intermixed_args(words)
-        if options.together < 1:
-            raise UserError(f"--together: {options.together}: a machine trains at least one at a time")
-        if not options.work:
-            return oversee(words, options.recipe, options.overrides, options.people, options.hosts)
-        comm = connect()
-    with guard(comm):
-        return work(comm, options.recipe, options.overrides, options.people, options.hosts, options.together)
-    raise AssertionError("guard does not return from an error")
+    options = asked(lambda: read(words))
+    from mlx_empire.daughters.work import daughters_command
 
-
-def oversee(
-    words: Sequence[str], recipe_path: Path, overrides: Sequence[str], people: Path, hosts: Path | None
-) -> int:
-    """Start the workers and show what they say, until they end."""
-    recipe = load_recipe(recipe_path, overrides)
-    machine.refuse_unbuilt(recipe)
-    names = people_of(people)
-    hosts = hosts or recipe.run.hosts
-    jobs = Jobs({n: JobState(n, state=BEFORE if is_finished(recipe, n) else WAITING) for n in names})
-    if jobs.finished == len(names):
-        print(f"all {len(names)} daughters in {recipe.run.dir} are finished")
-        return 0
-    cluster = load_hostfile(hosts) if hosts is not None else None
-    alone = cluster is None or sum(host.slots for host in cluster.nodes) == 1
-    line = [sys.executable, "-u", "-m", "mlx_empire.daughters", *words, "--work"]
-    if not alone:
-        assert cluster is not None
-        assert hosts is not None
-        interface = None
-        with suppress(UserError):  # workers exchange a few words: any network will do
-            interface = chosen_interface(cluster)
-        line = worker_line(hosts, cluster, line, clean_environment(os.environ), interface)
-    with RunLock(recipe.run.dir) as lock, DaughterTable(jobs) as update:
-        if lock.note:
-            print(lock.note)
-        code = _listen(line, jobs, update)
-    print(f"{jobs.finished} of {len(names)} daughters are in {recipe.run.dir}")
-    if code == 0 and jobs.finished < len(names):
-        return SOME_FAILED
-    return code
-
-
-def _listen(line: Sequence[str], jobs: Jobs, update: Callable[[], None]) -> int:
-    environment = clean_environment(os.environ)
-    environment.pop(progress.LAUNCHER_VARIABLE)  # nobody reads what a run tells its supervisor
-    process = subprocess.Popen(
-        list(line),
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        for said in process.stdout:
-            if not jobs.take(said.rstrip("\n")):
-                print(said, end="")
-            update()
-    except KeyboardInterrupt:
-        process.terminate()
-    code = process.wait()
-    jobs.end()
-    return code if code >= 0 else 75
-
-
-def work(
-    comm: Communicator,
-    recipe_path: Path,
-    overrides: Sequence[str],
-    people: Path,
-    hosts: Path | None,
-    most: int,
-) -> int:
-    """A worker: find out which daughters are left and on which worker, and train its own."""
-    arm_faults(comm.rank)
-    keep_awake()
-    recipe = share_recipe(comm, recipe_path, overrides)
-    nodes = share_nodes(comm, recipe, hosts)
-    node = nodes[comm.rank]
-    with together(comm):
-        names = people_of(people)
-        machine.refuse_unbuilt(recipe)
-        done = {name for name in names if is_finished(recipe, name)}
-    for other in comm.gather_json(sorted(done)):
-        done |= set(other)
-    left = [name for name in names if name not in done]
-    begun = {n: place_of(recipe_for(recipe, people, n), node.name) for n in left}
-    kept = {name: place for name, place in begun.items() if place is not None}
-    # An interrupted daughter needs its own place, also where fewer are left: rows stand in the order of places.
-    wanted = max(len(left), 1, *(place + 1 for place in kept.values()))
-    with together(comm):
-        capacity = machine.capacity_for(recipe, node, min(most, wanted))
-    weights = {name: machine.data_bytes(people, name) for name in left}
-    places = comm.gather_json(capacity.places)
-    homes = homes_of(comm.gather_json(sorted(kept)))
-    mine = deal(left, comm.broadcast_json(weights), places, homes)[comm.rank]
-    print(
-        f"{node.name}: {len(mine)} of {len(left)} daughters, up to {capacity.places} together "
-        f"({amount(capacity.plan.ledgers[0].peak)} of {amount(capacity.plan.limits[0])})"
-    )
-    for name in mine:
-        tell_overseer(name, machine=node.name)
-    failed = machine.train_adapters(recipe, people, mine, node, capacity, tell_overseer) if mine else []
-    return SOME_FAILED if any(comm.gather_json(len(failed))) else 0
-
-
-def tell_overseer(name: str, **fields: object) -> None:
-    """Let the overseer know; it is gone where the pipe is closed, and then so are we."""
-    try:
-        print(event(name, **fields), flush=True)
-    except BrokenPipeError:
-        os._exit(75)
+    return daughters_command(options, words)

@@ -137,9 +137,7 @@ def deal(
     """
     homes = homes or {}
     if not any(places):
-        raise UserError(
-            "no machine has room for a single daughter; see python -m mlx_empire.train ... --dry-run"
-        )
+        raise UserError("no machine has room for a single daughter; see mlx-empire capacity ...")
     load = [0.0] * len(places)
     dealt: list[list[str]] = [[] for _ in places]
     for name in sorted(names, key=lambda n: (-weights.get(n, 1), n)):

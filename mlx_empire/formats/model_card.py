@@ -52,7 +52,7 @@ def _use(recipe: Recipe) -> str:
     if recipe.tuning.type == "qlora":
         lines.append(
             f"It was trained on `{base}` packed as `{bits or 4}`, and belongs to those values: "
-            f"`python -m mlx_empire.export base {base} OUT --bits {bits or 4}` writes them; name OUT as the model."
+            f"`mlx-empire export base {base} OUT --bits {bits or 4}` writes them; name OUT as the model."
         )
     lines.append("The sub-folder `peft`, where there is one, holds the same adapter for `peft` on torch.")
     return "\n\n".join(lines)

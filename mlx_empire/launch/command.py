@@ -1,12 +1,13 @@
 """Start a run over the machines of a hostfile, keep it alive, and look at it later.
 
-    python -m mlx_empire.launch HOSTFILE RECIPE [--restarts N] [--detach] [--dry-run] [key=value ...]
-    python -m mlx_empire.launch status RUNDIR       how it goes
-    python -m mlx_empire.launch attach RUNDIR       the output of a detached run, until it ends
-    python -m mlx_empire.launch stop RUNDIR         save and stop
+    mlx-empire launch RECIPE --hosts FILE [--restarts N] [--detach] [--dry-run] [key=value ...]
+    mlx-empire status RUN       how it goes
+    mlx-empire attach RUN       the output of a detached run, until it ends
+    mlx-empire stop RUN         save and stop
 
-Ctrl-C saves and stops, Ctrl-C again ends at once. Start it on the first machine of the hostfile: the run's folder
-there says what was saved and whether it is complete.
+`python -m mlx_empire.launch` is the same, with these three words in the place of the recipe; HOSTFILE RECIPE, the
+order of earlier versions, stays. Ctrl-C saves and stops, Ctrl-C again ends at once. Start it on the first machine of
+the hostfile: the run's folder there says what was saved and whether it is complete.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from mlx_empire.launch.process import GRACE_SECONDS, Asked
 from mlx_empire.launch.run_folder import run_folder
 from mlx_empire.launch.status import status_rows
 from mlx_empire.launch.supervisor import PAUSE_SECONDS, Supervisor
+from mlx_empire.recipe.arguments import RecipeArguments
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.mpirun import Launch, clean_environment, mpirun_line, printed
@@ -49,21 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guard(None):
         if words and words[0] in ABOUT_RUNS:
             return look(words[0], words[1:])
-        options = parser().parse_intermixed_args(words)
-        return start(options, words)
+        return start(read(words), words)
     raise AssertionError("guard does not return from an error")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of a launch."""
-    made = UserArguments(
-        prog="python -m mlx_empire.launch",
-        description="Start a run over the machines of a hostfile and keep it alive.",
-        epilog="About a run: status RUNDIR, attach RUNDIR, stop RUNDIR.",
-    )
-    made.add_argument("hostfile", type=Path, help="one line a machine, such as hosts/local.txt")
-    made.add_argument("recipe", type=Path, help="the YAML recipe")
-    made.add_argument("overrides", nargs="*", metavar="key=value", help="such as run.steps=5")
+def read(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a launch, also in the order HOSTFILE RECIPE."""
+    options = parser().parse_intermixed_args(words)
+    if options.hosts is None and options.overrides and "=" not in options.overrides[0]:
+        options.hosts, options.recipe = options.recipe, Path(options.overrides.pop(0))
+    return options
+
+
+def parser() -> RecipeArguments:
+    """The words of a launch."""
+    made = RecipeArguments("launch", "Start a run over the machines of a hostfile and keep it alive.")
+    made.add_argument("--hosts", type=Path, help="one line a machine, such as hosts/local.txt")
     made.add_argument(
         "--restarts", type=int, default=RESTARTS, metavar="N", help=f"after a lost rank, at most ({RESTARTS})"
     )
@@ -98,10 +101,13 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
     """A whole run, or the print of how it would be started."""
     if options.restarts < 0:
         raise UserError(f"--restarts {options.restarts}: expected 0 or more")
-    cluster = load_hostfile(options.hostfile)
     recipe = load_recipe(options.recipe, options.overrides)
+    hosts = options.hosts or recipe.run.hosts
+    if hosts is None:
+        raise UserError("--hosts: say the hostfile of the machines, such as --hosts hosts/local.txt")
+    cluster = load_hostfile(hosts)
     launch = Launch(
-        options.hostfile,
+        hosts,
         cluster,
         options.recipe,
         tuple(options.overrides),
@@ -179,20 +185,20 @@ def send_away(folder: Path, words: Sequence[str]) -> int:
     pid = detached.detach(folder, words)
     print(f"started as process {pid}; its output goes to {folder / 'launch.log'}")
     for verb, what in (("status", "how it goes"), ("attach", "watch it"), ("stop", "save and stop")):
-        print(f"  python -m mlx_empire.launch {verb} {shlex.quote(str(folder)):<20}  {what}")
+        print(f"  mlx-empire {verb} {shlex.quote(str(folder)):<20}  {what}")
     return 0
 
 
 def look(verb: str, words: Sequence[str]) -> int:
     """`status`, `attach` or `stop` of a run."""
-    asked = UserArguments(prog=f"python -m mlx_empire.launch {verb}")
+    asked = UserArguments(prog=f"mlx-empire {verb}")
     asked.add_argument("folder", type=Path, help="the run's folder")
     folder = asked.parse_args(words).folder
     if verb == "attach":
         return detached.attach(folder)
     if verb == "stop":
         detached.stop(folder)
-        print(f"asked; it saves and stops after its step. See: python -m mlx_empire.launch status {folder}")
+        print(f"asked; it saves and stops after its step. See: mlx-empire status {folder}")
         return 0
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")

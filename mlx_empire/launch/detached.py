@@ -78,7 +78,7 @@ def attach(folder: Path) -> int:
                     break
                 time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
-            print(f"\nmlx_empire.launch: left; it goes on: python -m mlx_empire.launch attach {folder}")
+            print(f"\nmlx_empire.launch: left; it goes on: mlx-empire attach {folder}")
             return 0
     state = read_state(folder)
     if state is None or state.code is None:

@@ -40,7 +40,7 @@ MAX_BYTES = 4096
 _TRIES, _PAUSE_SECONDS = 5, 0.02  # `is_held` holds a lock for an instant
 _REMEDIES = {
     RUN: "wait for it, end it",
-    LAUNCHER: "look at it with `python -m mlx_empire.launch status {folder}`",
+    LAUNCHER: "look at it with `mlx-empire status {folder}`",
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mlx_empire import progress
 from mlx_empire.cluster.hostfile import Cluster
-from mlx_empire.comm.connect import DEVICE_VARIABLE
+from mlx_empire.comm.environment import DEVICE_VARIABLE
 from mlx_empire.comm.failure import FAULT_VARIABLE
 from mlx_empire.errors import UserError
 from mlx_empire.plan.traffic import eager_words

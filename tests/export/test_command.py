@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_empire.export import main
+from mlx_empire.export.command import main
 
 MODEL = Path(__file__).parents[1] / "fixtures/tiny-llama-260k"
 

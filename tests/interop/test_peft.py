@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from support.tiny_models import tiny_config
 
-from mlx_empire import train
-from mlx_empire.export import main
+from mlx_empire.export.command import main
+from mlx_empire.train import command as train
 
 torch = pytest.importorskip("torch", reason="torch is not installed: run `make test-interop`")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -15,7 +15,7 @@ from mlx_empire.model.mlx_lm_modules import BY_ARCHITECTURE, REMAPPED, classes_o
 
 SCRIPT = """
 import json, sys
-import mlx_empire.train, mlx_empire.capacity.__main__
+import mlx_empire.train.loop, mlx_empire.capacity.answer
 early = [name for name in ("transformers", "huggingface_hub", "mlx_lm.utils") if name in sys.modules]
 import mlx_lm
 from mlx_lm import fuse

@@ -12,7 +12,6 @@ import pytest
 from support.planning import llama_like, node_of, recipe_of
 from support.tiny_models import tiny_config, tiny_model
 
-from mlx_empire import train
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.errors import UserError
 from mlx_empire.optim.choose import state_bytes_of
@@ -26,6 +25,7 @@ from mlx_empire.plan.fused_attention import (
     refuse_too_short,
 )
 from mlx_empire.plan.resolve import resolve
+from mlx_empire.train import loop as train
 
 # Counted out of `use_fallback` by hand: 100 is Open-Llama-3B's, 8 the tiny model's of the tests.
 HEADS = {8: False, 16: False, 64: True, 100: False, 112: False, 128: True, 192: True, 256: True, 512: False}

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_empire import train
 from mlx_empire.daughters import command as daughters
+from mlx_empire.daughters import work
 from mlx_empire.errors import UserError
 from mlx_empire.run import caffeinate
+from mlx_empire.train import command as train
+from mlx_empire.train import loop
 from mlx_empire.verify import command as verify
+from mlx_empire.verify import runs
 
 
 def test_the_system_is_asked_for_this_process_s_life_and_only_on_macos(
@@ -39,16 +42,17 @@ def asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "words"),
+    ("verb", "working", "words"),
     [
-        (train, ["no.yaml"]),
-        (daughters, ["no.yaml", "--people", "people", "--work"]),
-        (verify, ["no.yaml"]),
+        (train, loop, ["no.yaml"]),
+        (daughters, work, ["no.yaml", "--people", "people", "--work"]),
+        (verify, runs, ["no.yaml"]),
     ],
     ids=["train", "daughters", "verify"],
 )
 def test_whoever_trains_without_a_launcher_stays_awake(
     verb: object,
+    working: object,
     words: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -56,7 +60,7 @@ def test_whoever_trains_without_a_launcher_stays_awake(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLX_EMPIRE_BEACON", raising=False)
-    monkeypatch.setattr(verb, "keep_awake", asked)
+    monkeypatch.setattr(working, "keep_awake", asked)
     main: Callable[[list[str]], int] = verb.main  # type: ignore[attr-defined]
     with pytest.raises(SystemExit) as ended:
         main(words)

@@ -11,8 +11,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from mlx_empire import train
 from mlx_empire.run import job
+from mlx_empire.train import command as train
 
 FAULT = "MLX_EMPIRE_FAULT"
 

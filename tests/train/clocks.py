@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_empire import train
+from mlx_empire.train import loop as train
 
 # Minutes at which the loop begins, then at which each step ends. Rank 0's clock is set back once, rank 1's is another.
 CLOCKS = ([100, 110, 120, 131, 140, 125, 150, 156, 190], [0, 29, 31, 32, 33, 65, 66, 67, 300])

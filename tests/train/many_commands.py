@@ -19,8 +19,8 @@ from typing import Any
 
 from train.clocks import made_up_clock
 
-from mlx_empire import train
 from mlx_empire.daughters import command as daughters
+from mlx_empire.train import command as train
 
 
 def outcome(arguments: list[str]) -> dict[str, Any]:

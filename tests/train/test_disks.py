@@ -10,7 +10,6 @@ import pytest
 from support.disks import places
 from support.faults import Command, Lab, succeeded
 
-from mlx_empire import train
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.disk import SLACK_BYTES
 from mlx_empire.formats.hf_folder import stored_if_whole
@@ -19,6 +18,7 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.resolve import resolve
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.disks import ledgers_of, look_at_disks, places_of, planned_places, what_else
+from mlx_empire.train import command as train
 
 WITHIN = 0.03  # of what is predicted, and what is small beside weights
 SHORT = ["run.steps=3", "run.save_every=1", "run.eval_every=null"]

@@ -1,5 +1,4 @@
-"""Train a model: `python -m mlx_empire.train RECIPE [--hosts FILE] [--dry-run] [key=value ...]`, alone or under
-mpirun.
+"""Train a model, alone or under mpirun.
 
 The run's story from top to bottom: what is asked for, where it runs, what is trained on what, the plan, the proof
 that the model can be streamed, the weights, the steps, the result. Every rank runs all of it; rank 0 also talks to
@@ -8,7 +7,7 @@ the user and writes the run's folder.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +30,6 @@ from mlx_empire.data.batches import validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.engine.trainer import Trainer
-from mlx_empire.errors import UserArguments
 from mlx_empire.evaluation.gate import GateKeeper, held_out_loss
 from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
@@ -77,28 +75,17 @@ VERIFYING = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    parser = UserArguments(prog="python -m mlx_empire.train", description="Train a model by a recipe.")
-    parser.add_argument("recipe", type=Path, help="the YAML recipe")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as memory.zero_stage=2 run.steps=5"
-    )
-    parser.add_argument("--hosts", type=Path, help="the hostfile, where mpirun's own cannot be found")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only say what it will need (see mlx_empire.capacity)"
-    )
+def train_command(options: argparse.Namespace) -> int:
+    """What the command line asks for; returns the exit code."""
     with guard(None):
         comm = connect()
     with guard(comm):
         arm_faults(comm.rank)
-        options = parser.parse_intermixed_args(arguments)
         if options.dry_run:
             # What draws reports is not part of a run.
-            from mlx_empire.capacity import command as capacity
+            from mlx_empire.capacity.answer import Wanted, answer
 
-            wanted = capacity.Wanted(hosts=options.hosts)
-            return capacity.answer(comm, options.recipe, options.overrides, wanted)
+            return answer(comm, options.recipe, options.overrides, Wanted(hosts=options.hosts))
         keep_awake()
         run_recipe(comm, options.recipe, options.overrides, options.hosts)
     return 0
@@ -333,7 +320,3 @@ def write_result(run: Run, step: int, gate: GateKeeper) -> None:
     patience = result.Patience(comm, result.final_of(recipe), run.report, saver, stop_if_asked)
     patience.until_written(lambda: result.write_final(recipe, target, trainer.store, comm))
     patience.until_written(seal)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

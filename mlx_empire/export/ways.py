@@ -1,27 +1,21 @@
-"""Turn results into what other tools open: `python -m mlx_empire.export merge | peft | mlx-lm | base FROM OUT`.
+"""Turn results into what other tools open: the four ways that `command` tells of.
 
-    merge   an adapter added into its base: a whole model folder of plain weights, or packed as --pack says
-    peft    an adapter in PEFT's format, for torch
-    mlx-lm  an adapter in mlx-lm's format
-    base    a model folder packed as --bits says, ternary included: a whole model folder for mlx-lm
-
-FROM is a run's folder, or a folder with an adapter in either format (then --model names its base); for `base` it is a
-model's folder. A run's model card goes along. Nothing of FROM is changed. What --pack loses of an adapter is measured
-on the run's own rows and said.
+A run's model card goes along. Nothing of the source is changed. What --pack loses of an adapter is measured on the
+run's own rows and said.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
-from mlx_empire.errors import UserArguments, UserError
+from mlx_empire.errors import UserError
+from mlx_empire.export.command import STORED
 from mlx_empire.formats.adapter_folder import (
     CARD_NAME,
     WEIGHTS_NAME,
@@ -48,9 +42,6 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
 from mlx_empire.run.packing_loss import packing_loss
 
-WAYS = ("merge", "peft", "mlx-lm", "base")
-STORED = "stored"
-
 
 @dataclass(frozen=True)
 class ExportSource:
@@ -63,22 +54,11 @@ class ExportSource:
     recipe: Recipe | None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    parser = UserArguments(prog="python -m mlx_empire.export", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("way", choices=WAYS, help="what to write")
-    parser.add_argument("source", type=Path, metavar="FROM", help="a run's folder, an adapter's or a model's")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to be written")
-    parser.add_argument("--model", type=Path, help="the base, where FROM does not name it")
-    parser.add_argument("--bits", help=f"how the base is packed: {', '.join(map(str, QUANT_FORMATS))}")
-    parser.add_argument(
-        "--pack", help=f"merge: pack the result again, as one of these or as the base: {STORED}"
-    )
+def export_command(options: argparse.Namespace) -> int:
+    """What the command line asks for; returns the exit code."""
     with guard(None):
         choose_device()
-        options = parser.parse_intermixed_args(arguments)
-        notes = export(options)
-        for note in notes:
+        for note in export(options):
             print(note)
         print(f"written: {options.out}")
     return 0
@@ -218,7 +198,3 @@ def _cost(source: ExportSource, base: Path, adapter: Adapter, out: Path) -> str:
         return packing_loss(source.recipe, base, adapter.weights, out).sentence()
     except UserError as error:
         return f"what packing costs was not measured: {error}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

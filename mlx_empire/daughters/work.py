@@ -1,0 +1,162 @@
+"""How daughters are trained: people are spread over the machines of the hostfile by what each has room for; those on
+one machine share one resident base and pass each layer together. The command may be killed and given again: what is
+finished is never trained again, what is not goes on from where it was last saved (`run.save_every`).
+
+One process, the overseer, shows the table; workers do the work: one on this machine, or under mpirun one on each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from mlx_empire import progress
+from mlx_empire.cluster.hostfile import load_hostfile
+from mlx_empire.comm.connect import connect
+from mlx_empire.comm.failure import arm_faults, guard, together
+from mlx_empire.comm.protocol import Communicator
+from mlx_empire.daughters import machine
+from mlx_empire.daughters.jobs import (
+    BEFORE,
+    WAITING,
+    Jobs,
+    JobState,
+    deal,
+    event,
+    homes_of,
+    is_finished,
+    people_of,
+    recipe_for,
+)
+from mlx_empire.daughters.many import place_of
+from mlx_empire.daughters.table import DaughterTable
+from mlx_empire.errors import UserError
+from mlx_empire.recipe.load import load_recipe
+from mlx_empire.run.agree import share_nodes, share_recipe
+from mlx_empire.run.caffeinate import keep_awake
+from mlx_empire.run.lock import RunLock
+from mlx_empire.run.mpirun import clean_environment, worker_line
+from mlx_empire.run.network import chosen_interface
+from mlx_empire.sizes import amount
+
+SOME_FAILED = 65
+
+
+def daughters_command(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """What the command line, `words`, asks for: to oversee, or to be a worker. Returns the exit code."""
+    with guard(None):
+        if not options.work:
+            return oversee(words, options.recipe, options.overrides, options.people, options.hosts)
+        comm = connect()
+    with guard(comm):
+        return work(comm, options.recipe, options.overrides, options.people, options.hosts, options.together)
+    raise AssertionError("guard does not return from an error")
+
+
+def oversee(
+    words: Sequence[str], recipe_path: Path, overrides: Sequence[str], people: Path, hosts: Path | None
+) -> int:
+    """Start the workers and show what they say, until they end."""
+    recipe = load_recipe(recipe_path, overrides)
+    machine.refuse_unbuilt(recipe)
+    names = people_of(people)
+    hosts = hosts or recipe.run.hosts
+    jobs = Jobs({n: JobState(n, state=BEFORE if is_finished(recipe, n) else WAITING) for n in names})
+    if jobs.finished == len(names):
+        print(f"all {len(names)} daughters in {recipe.run.dir} are finished")
+        return 0
+    cluster = load_hostfile(hosts) if hosts is not None else None
+    alone = cluster is None or sum(host.slots for host in cluster.nodes) == 1
+    line = [sys.executable, "-u", "-m", "mlx_empire.daughters", *words, "--work"]
+    if not alone:
+        assert cluster is not None
+        assert hosts is not None
+        interface = None
+        with suppress(UserError):  # workers exchange a few words: any network will do
+            interface = chosen_interface(cluster)
+        line = worker_line(hosts, cluster, line, clean_environment(os.environ), interface)
+    with RunLock(recipe.run.dir) as lock, DaughterTable(jobs) as update:
+        if lock.note:
+            print(lock.note)
+        code = _listen(line, jobs, update)
+    print(f"{jobs.finished} of {len(names)} daughters are in {recipe.run.dir}")
+    if code == 0 and jobs.finished < len(names):
+        return SOME_FAILED
+    return code
+
+
+def _listen(line: Sequence[str], jobs: Jobs, update: Callable[[], None]) -> int:
+    environment = clean_environment(os.environ)
+    environment.pop(progress.LAUNCHER_VARIABLE)  # nobody reads what a run tells its supervisor
+    process = subprocess.Popen(
+        list(line),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        for said in process.stdout:
+            if not jobs.take(said.rstrip("\n")):
+                print(said, end="")
+            update()
+    except KeyboardInterrupt:
+        process.terminate()
+    code = process.wait()
+    jobs.end()
+    return code if code >= 0 else 75
+
+
+def work(
+    comm: Communicator,
+    recipe_path: Path,
+    overrides: Sequence[str],
+    people: Path,
+    hosts: Path | None,
+    most: int,
+) -> int:
+    """A worker: find out which daughters are left and on which worker, and train its own."""
+    arm_faults(comm.rank)
+    keep_awake()
+    recipe = share_recipe(comm, recipe_path, overrides)
+    nodes = share_nodes(comm, recipe, hosts)
+    node = nodes[comm.rank]
+    with together(comm):
+        names = people_of(people)
+        machine.refuse_unbuilt(recipe)
+        done = {name for name in names if is_finished(recipe, name)}
+    for other in comm.gather_json(sorted(done)):
+        done |= set(other)
+    left = [name for name in names if name not in done]
+    begun = {n: place_of(recipe_for(recipe, people, n), node.name) for n in left}
+    kept = {name: place for name, place in begun.items() if place is not None}
+    # An interrupted daughter needs its own place, also where fewer are left: rows stand in the order of places.
+    wanted = max(len(left), 1, *(place + 1 for place in kept.values()))
+    with together(comm):
+        capacity = machine.capacity_for(recipe, node, min(most, wanted))
+    weights = {name: machine.data_bytes(people, name) for name in left}
+    places = comm.gather_json(capacity.places)
+    homes = homes_of(comm.gather_json(sorted(kept)))
+    mine = deal(left, comm.broadcast_json(weights), places, homes)[comm.rank]
+    print(
+        f"{node.name}: {len(mine)} of {len(left)} daughters, up to {capacity.places} together "
+        f"({amount(capacity.plan.ledgers[0].peak)} of {amount(capacity.plan.limits[0])})"
+    )
+    for name in mine:
+        tell_overseer(name, machine=node.name)
+    failed = machine.train_adapters(recipe, people, mine, node, capacity, tell_overseer) if mine else []
+    return SOME_FAILED if any(comm.gather_json(len(failed))) else 0
+
+
+def tell_overseer(name: str, **fields: object) -> None:
+    """Let the overseer know; it is gone where the pipe is closed, and then so are we."""
+    try:
+        print(event(name, **fields), flush=True)
+    except BrokenPipeError:
+        os._exit(75)

@@ -1,0 +1,41 @@
+"""Decides what may be typed after a verb that takes a recipe: RECIPE [--option ...] [key=value ...].
+
+Options of other trainers are answered with the key of a recipe that says the same (`foreign`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlx_empire.errors import UserArguments
+from mlx_empire.recipe.foreign import answer_to
+
+
+class RecipeArguments(UserArguments):
+    """A parser with the positions of a recipe and of changes to it, as `recipe` and `overrides`."""
+
+    def __init__(self, verb: str, about: str, *, example: str = "run.steps=5") -> None:
+        super().__init__(prog=f"mlx-empire {verb}", description=about)
+        self.add_argument(
+            "recipe", type=Path, help="the YAML recipe, or the name of one that comes with this"
+        )
+        self.add_argument("overrides", nargs="*", metavar="key=value", help=f"such as {example}")
+
+    def parse_intermixed_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
+        """The options. Raises UserError, also for another trainer's options."""
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words:
+            if word.partition("=")[0] not in self._option_string_actions and (answer := answer_to(word)):
+                self.error(answer)
+        options: argparse.Namespace = super().parse_intermixed_args(words, namespace)
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse, which takes changes for required where the recipe is missing."""
+        super().error(message.replace("recipe, key=value", "recipe"))

@@ -26,9 +26,11 @@ MOST_DAUGHTERS = 10_000
 def parser() -> RecipeArguments:
     """The words of this command."""
     made = RecipeArguments(
-        "capacity", "What every machine will need, before training.", example="memory.zero_stage=2"
+        "capacity",
+        "What every machine will need, before training.",
+        hosts="the hostfile; without one, this machine",
+        example="memory.zero_stage=2",
     )
-    made.add_argument("--hosts", type=Path, help="the hostfile; without one, this machine")
     made.add_argument("--json", action="store_true", help="print JSON and nothing else")
     made.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
     for name, words in (

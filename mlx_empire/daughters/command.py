@@ -21,11 +21,14 @@ MOST_TOGETHER = 16
 
 def parser() -> RecipeArguments:
     """The words of this command."""
-    made = RecipeArguments("daughters", "Train one adapter for each person.")
+    made = RecipeArguments(
+        "daughters",
+        "Train one adapter for each person.",
+        hosts="the hostfile; without one, this machine alone",
+    )
     made.add_argument(
         "--people", type=Path, required=True, help="the folder with a sub-folder for each person"
     )
-    made.add_argument("--hosts", type=Path, help="the hostfile; without one, this machine alone")
     made.add_argument(
         "--together", type=int, default=MOST_TOGETHER, metavar="N",
         help=f"train at most N at a time on a machine, fewer where memory says so ({MOST_TOGETHER})",

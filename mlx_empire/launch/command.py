@@ -36,6 +36,7 @@ from mlx_empire.launch.status import status_rows
 from mlx_empire.launch.supervisor import PAUSE_SECONDS, Supervisor
 from mlx_empire.recipe.arguments import RecipeArguments
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.recipe.packaged import host_file, recipe_file
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.mpirun import Launch, clean_environment, mpirun_line, printed
 from mlx_empire.run.network import chosen_interface
@@ -59,14 +60,18 @@ def read(words: Sequence[str]) -> argparse.Namespace:
     """The options of a launch, also in the order HOSTFILE RECIPE."""
     options = parser().parse_intermixed_args(words)
     if options.hosts is None and options.overrides and "=" not in options.overrides[0]:
-        options.hosts, options.recipe = options.recipe, Path(options.overrides.pop(0))
+        words = [str(options.recipe), options.overrides.pop(0)]
+        options.hosts, options.recipe = host_file(words[0]), recipe_file(words[1])
     return options
 
 
 def parser() -> RecipeArguments:
     """The words of a launch."""
-    made = RecipeArguments("launch", "Start a run over the machines of a hostfile and keep it alive.")
-    made.add_argument("--hosts", type=Path, help="one line a machine, such as hosts/local.txt")
+    made = RecipeArguments(
+        "launch",
+        "Start a run over the machines of a hostfile and keep it alive.",
+        hosts="one line a machine, such as hosts/local.txt",
+    )
     made.add_argument(
         "--restarts", type=int, default=RESTARTS, metavar="N", help=f"after a lost rank, at most ({RESTARTS})"
     )

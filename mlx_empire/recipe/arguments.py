@@ -1,5 +1,6 @@
-"""Decides what may be typed after a verb that takes a recipe: RECIPE [--option ...] [key=value ...].
+"""Decides what may be typed after a verb that takes a recipe: RECIPE [--hosts FILE] [--option ...] [key=value ...].
 
+Recipes and hostfiles that come with the package are found by name, where no file of that path is there (`packaged`).
 Options of other trainers are answered with the key of a recipe that says the same (`foreign`).
 """
 
@@ -8,22 +9,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from mlx_empire.errors import UserArguments
 from mlx_empire.recipe.foreign import answer_to
+from mlx_empire.recipe.packaged import host_file, recipe_file
 
 
 class RecipeArguments(UserArguments):
-    """A parser with the positions of a recipe and of changes to it, as `recipe` and `overrides`."""
+    """A parser with the positions of a recipe and of changes to it, as `recipe` and `overrides`, and `--hosts`.
 
-    def __init__(self, verb: str, about: str, *, example: str = "run.steps=5") -> None:
+    `hosts`: what that is for here, where it may be left out.
+    """
+
+    def __init__(self, verb: str, about: str, *, hosts: str, example: str = "run.steps=5") -> None:
         super().__init__(prog=f"mlx-empire {verb}", description=about)
         self.add_argument(
-            "recipe", type=Path, help="the YAML recipe, or the name of one that comes with this"
+            "recipe", type=recipe_file, help="a YAML file, or a name that mlx-empire init lists"
         )
         self.add_argument("overrides", nargs="*", metavar="key=value", help=f"such as {example}")
+        self.add_argument("--hosts", type=host_file, metavar="FILE", help=hosts)
 
     def parse_intermixed_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None

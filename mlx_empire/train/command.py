@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from mlx_empire.comm.environment import asked
 from mlx_empire.recipe.arguments import RecipeArguments
@@ -11,8 +10,12 @@ from mlx_empire.recipe.arguments import RecipeArguments
 
 def parser() -> RecipeArguments:
     """The words of this command."""
-    made = RecipeArguments("train", "Train a model by a recipe.", example="memory.zero_stage=2 run.steps=5")
-    made.add_argument("--hosts", type=Path, help="the hostfile, where mpirun's own cannot be found")
+    made = RecipeArguments(
+        "train",
+        "Train a model by a recipe.",
+        hosts="the hostfile, where mpirun's own cannot be found",
+        example="memory.zero_stage=2 run.steps=5",
+    )
     made.add_argument(
         "--dry-run", action="store_true", help="only say what it will need (see mlx-empire capacity)"
     )

@@ -18,9 +18,11 @@ from mlx_empire.recipe.arguments import RecipeArguments
 def parser() -> RecipeArguments:
     """The words of this command."""
     made = RecipeArguments(
-        "verify", "Prove what a recipe's techniques change.", example="optimizer.state_bits=8"
+        "verify",
+        "Prove what a recipe's techniques change.",
+        hosts="the hostfile",
+        example="optimizer.state_bits=8",
     )
-    made.add_argument("--hosts", type=Path, help="the hostfile")
     made.add_argument("--steps", type=int, default=40, help="steps of each run (40)")
     made.add_argument("--seeds", type=int, default=3, help="paired runs of each technique (3)")
     made.add_argument(

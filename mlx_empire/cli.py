@@ -43,7 +43,14 @@ VERBS: dict[str, dict[str, Verb]] = {
         "stop": Verb("save a launched run, and stop it", "mlx_empire.launch.command", ("stop",)),
     },
     "runs": {
+        "list": Verb("the runs in a folder: state, step, losses, size", "mlx_empire.runs.command", ("list",)),
         "status": Verb("how a run goes", "mlx_empire.launch.command", ("status",)),
+        "compare": Verb(
+            "what differs between runs, and their figures", "mlx_empire.runs.command", ("compare",)
+        ),
+        "clean": Verb(
+            "what of finished runs can go, and what it frees", "mlx_empire.runs.command", ("clean",)
+        ),
     },
     "results": {
         "export": Verb("merge an adapter, change its format, pack a base", "mlx_empire.export.command"),

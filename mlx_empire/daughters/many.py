@@ -153,7 +153,7 @@ class Daughters:
             step, note = self._resumed(place, recipe, origin, job.steps)
             note = "; ".join(filter(None, (note, *splits.warnings)))
             saved.clear(recipe.run.dir, goes_on=step > 0)
-            write_plan(recipe, plan, [self._node], spec, splits, resumed=step > 0)
+            write_plan(recipe, plan, [self._node], spec, splits, job.steps, resumed=step > 0)
             metrics = MetricsWriter(recipe.run.dir, step)
             gate = share_gate(self._comm, recipe.run.dir, job.gate)
         except (EmpireError, OSError) as error:

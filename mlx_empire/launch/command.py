@@ -31,15 +31,15 @@ from mlx_empire.errors import UserArguments, UserError
 from mlx_empire.launch import detached
 from mlx_empire.launch.machines import is_here, memory_of, probe_with
 from mlx_empire.launch.process import GRACE_SECONDS, Asked
-from mlx_empire.launch.run_folder import run_folder
-from mlx_empire.launch.status import status_rows
 from mlx_empire.launch.supervisor import PAUSE_SECONDS, Supervisor
 from mlx_empire.recipe.arguments import RecipeArguments
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.packaged import host_file, recipe_file
 from mlx_empire.run.caffeinate import keep_awake
+from mlx_empire.run.launched import run_folder
 from mlx_empire.run.mpirun import Launch, clean_environment, mpirun_line, printed
 from mlx_empire.run.network import chosen_interface
+from mlx_empire.run.status import status_rows
 
 ABOUT_RUNS = ("status", "attach", "stop")
 RESTARTS = 3

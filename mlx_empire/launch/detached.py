@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlx_empire.disk import append_private
 from mlx_empire.errors import LostRankError, UserError
-from mlx_empire.launch.run_folder import LOG, RunFolder, read_state, supervised
+from mlx_empire.run.launched import LOG, RunFolder, read_state, supervised
 from mlx_empire.run.lock import LAUNCHER, in_use
 from mlx_empire.run.stop import request_stop
 

@@ -16,7 +16,7 @@ from mlx_empire.errors import GPU_OUT_OF_MEMORY, DoesNotFitError, LostRankError
 from mlx_empire.launch.ending import LOST, Ending, Events, ending_of
 from mlx_empire.launch.machines import Memory, NothingWired, Probe, away, wait_until_free, without
 from mlx_empire.launch.process import GRACE_SECONDS, Asked, LaunchProcess, say
-from mlx_empire.launch.run_folder import LaunchState, RunFolder
+from mlx_empire.run.launched import LaunchState, RunFolder
 from mlx_empire.run.mpirun import Launch, mpirun_line, printed
 from mlx_empire.run.stop import stop_requested
 

@@ -51,6 +51,7 @@ def write_plan(
     nodes: Sequence[Node],
     spec: ModelSpec,
     splits: Splits,
+    steps: int,
     *,
     resumed: bool = False,
 ) -> None:
@@ -65,14 +66,14 @@ def write_plan(
         raise UserError(f"run.dir: {folder}: {error.strerror}; choose a folder that can be written") from None
     try:
         replace_private(folder / "recipe.yaml", dump_recipe(recipe) + "\n")
-        document = plan_document(plan, nodes, spec, splits.digest)
+        document = plan_document(plan, nodes, spec, splits.digest, steps)
         replace_private(folder / "plan.json", json.dumps(document, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None
 
 
 def plan_document(
-    plan: RunPlan, nodes: Sequence[Node], spec: ModelSpec, data_digest: str
+    plan: RunPlan, nodes: Sequence[Node], spec: ModelSpec, data_digest: str, steps: int
 ) -> dict[str, object]:
     """The plan as JSON; sizes in bytes, a rank's ledger at its worst moment."""
     by_rank = zip(nodes, plan.shards.shares, plan.ledgers, plan.limits, strict=True)
@@ -85,6 +86,7 @@ def plan_document(
         "clipping": CLIPPING[plan.work.optimizer_in_backward],
         "gradient_dtype": plan.work.gradient_dtype,
         "cells": plan.work.layout.cells,
+        "steps": steps,
         "data_digest": data_digest,
         "ranks": [
             {

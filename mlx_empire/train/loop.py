@@ -162,7 +162,9 @@ def carry_out(
         started_over = (recipe.run.dir / "metrics.jsonl").exists()
         with together(comm):
             if comm.rank == 0:
-                write_plan(recipe, plan, nodes, target.spec, splits, resumed=start.found is not None)
+                write_plan(
+                    recipe, plan, nodes, target.spec, splits, job.steps, resumed=start.found is not None
+                )
         with (
             RunReport(
                 comm, recipe, target.spec, plan, nodes, job.steps, start.resumed, job.log_every

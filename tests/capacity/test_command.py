@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_empire.capacity import command as capacity
+from mlx_empire.capacity import answer
 from mlx_empire.cluster import machine as measuring
 from mlx_empire.cluster.machine import Calibration
 
@@ -218,7 +218,7 @@ def test_a_calibration_takes_the_place_of_the_planned_figures(say, recipe, hosts
         asked.append(dtype)
         return Calibration("here", None, dtype, 50.0, 2e9)
 
-    monkeypatch.setattr(capacity, "calibrate", measured)
+    monkeypatch.setattr(answer, "calibrate", measured)
     box = hosts("box slots=1 # memory=1GiB chip=CPU")
     planned = say(recipe, "--hosts", box, "--json").json
     found = say(recipe, "--hosts", box, "--json", "--calibrate").json

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mlx_empire.errors import UserError
-from mlx_empire.launch.run_folder import LaunchState, RunFolder
-from mlx_empire.launch.status import status_rows
+from mlx_empire.run.launched import LaunchState, RunFolder
+from mlx_empire.run.status import status_rows
 
 RECIPE = """\
 model: {path: m}

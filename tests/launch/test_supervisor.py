@@ -16,8 +16,8 @@ from mlx_empire.errors import LostRankError
 from mlx_empire.launch import supervisor as supervisor_module
 from mlx_empire.launch.machines import NothingWired
 from mlx_empire.launch.process import Asked
-from mlx_empire.launch.run_folder import RunFolder
 from mlx_empire.launch.supervisor import Supervisor
+from mlx_empire.run.launched import RunFolder
 from mlx_empire.run.mpirun import Launch
 from mlx_empire.run.stop import request_stop
 

@@ -27,6 +27,12 @@ class Verb(NamedTuple):
 
 # By what one wants to do, in the order in which one does it.
 VERBS: dict[str, dict[str, Verb]] = {
+    "to begin": {
+        "init": Verb(
+            "the recipes that come with this; one for your model and data", "mlx_empire.init.command"
+        ),
+        "keys": Verb("every key of a recipe: what it decides, its default", "mlx_empire.keys"),
+    },
     "before a run": {
         "capacity": Verb("what every machine will need, and whether it fits", "mlx_empire.capacity.command"),
         "verify": Verb("what each technique of a recipe changes, pair by pair", "mlx_empire.verify.command"),

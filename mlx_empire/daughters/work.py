@@ -42,6 +42,7 @@ from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.lock import RunLock
 from mlx_empire.run.mpirun import clean_environment, worker_line
 from mlx_empire.run.network import chosen_interface
+from mlx_empire.run.what_next import next_of_many
 from mlx_empire.sizes import amount
 
 SOME_FAILED = 65
@@ -85,6 +86,8 @@ def oversee(
             print(lock.note)
         code = _listen(line, jobs, update)
     print(f"{jobs.finished} of {len(names)} daughters are in {recipe.run.dir}")
+    if finished := [name for name in names if is_finished(recipe, name)]:
+        print(*next_of_many(recipe, finished[0]), sep="\n")
     if code == 0 and jobs.finished < len(names):
         return SOME_FAILED
     return code

@@ -64,6 +64,7 @@ from mlx_empire.run.job import Job, refuse_idle_keys
 from mlx_empire.run.resume import open_saver, stopped, where_to_begin
 from mlx_empire.run.stop import StopRequest
 from mlx_empire.run.trainer import explaining_memory, go_back, limit_memory, load_state, make_trainer
+from mlx_empire.run.what_next import next_commands
 
 if TYPE_CHECKING:
     from mlx_empire.evaluation.evaluator import Evaluator
@@ -180,6 +181,8 @@ def carry_out(
             run = Run(comm, recipe, plan, nodes, target, trainer, job, splits, evaluator, report, saver, stop)
             write_result(run, *train(run))
             report.messages(saver.unsaved())
+    if comm.rank == 0:
+        print(*next_commands(recipe), sep="\n", flush=True)
 
 
 @dataclass(frozen=True)

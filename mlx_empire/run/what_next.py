@@ -1,0 +1,56 @@
+"""What a person can type once a run is complete: three commands, the last lines that it prints."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from mlx_empire.recipe.schema import Recipe
+
+PROMPT = "..."
+
+
+def next_commands(recipe: Recipe) -> list[str]:
+    """Let the result speak, look at the run, and use the result elsewhere."""
+    run = recipe.run.dir
+    if recipe.tuning.type == "full":
+        speak, use = generate(run / "final"), f"mlx-empire export base {_word(run / 'final')} OUT --bits 8"
+    else:
+        speak, use = generate(recipe.model.path, run / "final"), f"mlx-empire export merge {_word(run)} OUT"
+    return _told(
+        {
+            speak: "let it speak",
+            f"mlx-empire status {_word(run)}": "what came of it",
+            use: _USES[use.split()[2]],
+        }
+    )
+
+
+def next_of_many(recipe: Recipe, name: str) -> list[str]:
+    """The same for a folder of daughters, with one of them, `name`."""
+    run = recipe.run.dir
+    return _told(
+        {
+            generate(recipe.model.path, run / name / "final"): f"let {name} speak",
+            f"mlx-empire list {_word(run)}": "what came of each",
+            f"mlx-empire export merge {_word(run / name)} OUT": _USES["merge"],
+        }
+    )
+
+
+def generate(model: Path, adapter: Path | None = None) -> str:
+    """mlx-lm's command that lets a model answer."""
+    beside = "" if adapter is None else f" --adapter-path {_word(adapter)}"
+    return f'mlx_lm.generate --model {_word(model)}{beside} --prompt "{PROMPT}"'
+
+
+_USES = {"base": "packed, to be used with less memory", "merge": "as a whole model"}
+
+
+def _told(commands: dict[str, str]) -> list[str]:
+    widest = max(map(len, commands))
+    return ["next:", *(f"  {command:<{widest}}  # {why}" for command, why in commands.items())]
+
+
+def _word(path: Path) -> str:
+    return shlex.quote(str(path))

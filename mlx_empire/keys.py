@@ -12,7 +12,7 @@ from mlx_empire.comm.environment import asked
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UserArguments, UserError
 from mlx_empire.recipe.explain import nearest_key
-from mlx_empire.recipe.foreign import KEYS
+from mlx_empire.recipe.foreign import KEYS, answer_to
 from mlx_empire.recipe.reference import KeyRow, key_rows
 
 
@@ -27,7 +27,9 @@ def parser() -> UserArguments:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    pattern = asked(lambda: parser().parse_args(arguments)).pattern
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word.lstrip("-") if answer_to(word) else word for word in words]
+    pattern = asked(lambda: parser().parse_args(words)).pattern
     with guard(None):
         rows = list(matching(pattern))
         if not rows:

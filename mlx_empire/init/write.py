@@ -1,7 +1,7 @@
 """Lists packaged recipes with the ledger's answer to whether they fit, and writes one for a model and data.
 
-What is written keeps the comments of the packaged one, is read back before it is said to be written, and never takes the
-place of another file.
+What is written keeps the comments of the packaged one, is read back before it is said to be written, and never takes
+the place of another file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import difflib
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def init_command(options: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code."""
     with guard(None):
         choose_device()
-        nodes = nodes_of(options.hosts)
+        nodes = machines_of(options.hosts)
         if options.recipe is None:
             show_recipes(nodes, options.model)
         else:
@@ -50,7 +51,7 @@ def init_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def nodes_of(hosts: Path | None) -> list[Node]:
+def machines_of(hosts: Path | None) -> list[Node]:
     """The machines that are asked about: a hostfile's, or this one."""
     own = measure_this_machine()
     return [own] if hosts is None else planned_nodes(load_hostfile(hosts), own)
@@ -65,16 +66,15 @@ def show_recipes(nodes: Sequence[Node], model: Path | None) -> None:
         table.add_column(head, overflow="fold")
     for name, file in packaged(RECIPES).items():
         changes = [] if model is None else [f"model.path={written(model)}", "model.architecture=null"]
-        table.add_row(
-            name, *(Text(cell) for cell in (fits(load_recipe(file, changes), nodes), about(file.read_text())))
-        )
-    Console(soft_wrap=True).print(table)
+        answer = whether_it_fits(load_recipe(file, changes), nodes)
+        table.add_row(name, Text(answer), first_sentence(file.read_text()))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
     whose = "each with the model that it names" if model is None else f"each with {model}"
     print(f"\n{whose}, on {', '.join(dict.fromkeys(node.name for node in nodes))}")
     print(f"  mlx-empire init RECIPE --model {shlex.quote(str(model or 'FOLDER'))} --data PATH")
 
 
-def fits(recipe: Recipe, nodes: Sequence[Node]) -> str:
+def whether_it_fits(recipe: Recipe, nodes: Sequence[Node]) -> str:
     """The ledger's answer: yes, tight or no; or why it cannot tell."""
     if not isinstance(recipe.memory.shares, str) and len(recipe.memory.shares) != len(nodes):
         return f"? (its memory.shares are for {len(recipe.memory.shares)} ranks)"
@@ -85,10 +85,10 @@ def fits(recipe: Recipe, nodes: Sequence[Node]) -> str:
     return ANSWERS[assess(recipe, target.spec, nodes, state_bytes_of).verdict]
 
 
-def about(text: str) -> str:
+def first_sentence(text: str) -> str:
     """The first sentence of a recipe's comment."""
     head = " ".join(line.lstrip("# ") for line in text.splitlines()[:2] if line.startswith("# "))
-    return re.split(r"\.(?:\s|$)|: ", head)[0]
+    return re.split(r"\.(?:\s|$)", head)[0]
 
 
 def write_recipe(options: argparse.Namespace, nodes: Sequence[Node]) -> None:
@@ -103,10 +103,10 @@ def write_recipe(options: argparse.Namespace, nodes: Sequence[Node]) -> None:
         "data.format": "auto",
         "run.dir": written(Path("runs") / out.stem),
     }
-    title = f"# {about(text)}: made by `mlx-empire init {options.recipe}`; `mlx-empire keys` tells every key."
+    title = f"# Made by `mlx-empire init {options.recipe}`. `mlx-empire keys` tells what every key decides."
     made = filled(text, values, title)
     recipe = parse_recipe(made, str(out))
-    answer = fits(recipe, nodes)
+    answer = whether_it_fits(recipe, nodes)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with create_private(out) as file:

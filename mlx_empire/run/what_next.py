@@ -7,23 +7,19 @@ from pathlib import Path
 
 from mlx_empire.recipe.schema import Recipe
 
-PROMPT = "..."
+PROMPT, WHOLE = "...", "as a whole model"
 
 
 def next_commands(recipe: Recipe) -> list[str]:
     """Let the result speak, look at the run, and use the result elsewhere."""
     run = recipe.run.dir
     if recipe.tuning.type == "full":
-        speak, use = generate(run / "final"), f"mlx-empire export base {_word(run / 'final')} OUT --bits 8"
+        speak = _generate(run / "final")
+        use = {f"mlx-empire export base {_word(run / 'final')} OUT --bits 8": "packed, to use less memory"}
     else:
-        speak, use = generate(recipe.model.path, run / "final"), f"mlx-empire export merge {_word(run)} OUT"
-    return _told(
-        {
-            speak: "let it speak",
-            f"mlx-empire status {_word(run)}": "what came of it",
-            use: _USES[use.split()[2]],
-        }
-    )
+        speak = _generate(recipe.model.path, run / "final")
+        use = {f"mlx-empire export merge {_word(run)} OUT": WHOLE}
+    return _told({speak: "let it speak", f"mlx-empire status {_word(run)}": "what came of it", **use})
 
 
 def next_of_many(recipe: Recipe, name: str) -> list[str]:
@@ -31,20 +27,17 @@ def next_of_many(recipe: Recipe, name: str) -> list[str]:
     run = recipe.run.dir
     return _told(
         {
-            generate(recipe.model.path, run / name / "final"): f"let {name} speak",
+            _generate(recipe.model.path, run / name / "final"): f"let {name} speak",
             f"mlx-empire list {_word(run)}": "what came of each",
-            f"mlx-empire export merge {_word(run / name)} OUT": _USES["merge"],
+            f"mlx-empire export merge {_word(run / name)} OUT": WHOLE,
         }
     )
 
 
-def generate(model: Path, adapter: Path | None = None) -> str:
+def _generate(model: Path, adapter: Path | None = None) -> str:
     """mlx-lm's command that lets a model answer."""
     beside = "" if adapter is None else f" --adapter-path {_word(adapter)}"
     return f'mlx_lm.generate --model {_word(model)}{beside} --prompt "{PROMPT}"'
-
-
-_USES = {"base": "packed, to be used with less memory", "merge": "as a whole model"}
 
 
 def _told(commands: dict[str, str]) -> list[str]:

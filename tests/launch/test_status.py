@@ -91,7 +91,7 @@ def test_a_run_that_ended_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_a_run_without_a_launcher(tmp_path: Path) -> None:
     rows = dict(status_rows(made(tmp_path / "run", None, step(4))))
-    assert "without mlx_empire.launch" in rows["run"]
+    assert "without mlx-empire launch" in rows["run"]
     assert rows["last checkpoint"] == "none"
 
 

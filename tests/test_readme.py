@@ -27,7 +27,12 @@ README, FORMATS, FAULTS = (TEXTS[name] for name in ("README.md", "docs/formats.m
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "recipes").glob("*.py")])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TRAINED = sorted(
-    {piece for text in TEXTS.values() for piece in code(text) if "-m mlx_empire.train recipes/" in piece}
+    {
+        piece
+        for text in TEXTS.values()
+        for piece in code(text)
+        if re.search("mlx.empire.train recipes/", piece)
+    }
 )
 APACHE_2 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # apache.org's LICENSE-2.0.txt
 
@@ -38,6 +43,8 @@ WRONG = {
     "`python -m mlx_empire.nonsense`": "python -m mlx_empire.nonsense: cannot be run",
     "`python -m mlx_empire.errors`": "python -m mlx_empire.errors: cannot be run",
     "`-m mlx_empire.train --nonsense`": "--nonsense in '-m mlx_empire.train --nonsense'",
+    "`mlx-empire nonsense runs/x`": "mlx-empire nonsense: no such verb",
+    "`mlx-empire train --nonsense`": "--nonsense in 'mlx-empire train --nonsense'",
     "`-m mlx_empire.launch nonsense runs/x`": "nonsense in '-m mlx_empire.launch nonsense runs/x'",
     "`python benchmarks/quality.py --nonsense`": "--nonsense in 'python benchmarks/quality.py --nonsense'",
     "`--nonsense 3`": "--nonsense in '--nonsense 3'",
@@ -58,6 +65,7 @@ RIGHT = (
     "`make test`, `make` alone",
     "`python -m mlx_empire.capacity recipes/scout.yaml --hosts hosts/empire.txt --matrix`, `--json`",
     "`python -m mlx_empire.launch status runs/scout`",
+    "`mlx-empire capacity recipes/scout.yaml --hosts hosts/empire.txt --matrix`, `mlx-empire`",
     "`tests/oracle/`, `plan/schedule.py`, `model.safetensors.index.json`",
     "`run.steps=3`, `optimizer.state_bits: 8`, `facts.exact_match`",
     "# A (small) heading\n[a](#a-small-heading), [b](docs/limits.md), [c](https://example.org)",
@@ -156,12 +164,12 @@ def test_the_floor_plan_has_every_folder() -> None:
 
 def test_the_command_for_a_fresh_clone_needs_nothing_but_the_clone(tmp_path: Path) -> None:
     """And what it leaves behind is what docs/formats.md tells."""
-    (command,) = [piece for piece in code(README) if "python -m mlx_empire.train recipes/tiny.yaml" in piece]
+    (command,) = [piece for piece in code(README) if "mlx-empire train recipes/tiny.yaml" in piece]
     words = shlex.split(command, comments=True)
     run = tmp_path / "run"
     short = [f"run.dir={run}", "run.steps=2", "run.eval_batches=1"]
     ended = subprocess.run(
-        [sys.executable, *words[1:], *short],
+        [sys.executable, "-m", "mlx_empire", *words[1:], *short],
         cwd=ROOT,
         capture_output=True,
         text=True,

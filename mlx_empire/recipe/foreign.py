@@ -36,7 +36,7 @@ _OPTIONS = {
     "run.steps": "iters max-steps num-train-epochs epochs num-epochs",
     "run.seed": "seed data-seed",
     "run.eval_every": "steps-per-eval eval-steps eval-strategy evaluation-strategy",
-    "run.eval_batches": "val-batches",
+    "run.eval_batches": "val-batches test-batches",
     "run.save_every": "save-every save-steps save-strategy",
     "run.keep_last": "save-total-limit",
     "run.resume": "resume resume-from-checkpoint resume-adapter-file",
@@ -53,6 +53,8 @@ _OTHERWISE = {
     "grad-accumulation-steps": "batch.global_size says how many rows a step learns from, batch.micro_size how many "
     "are in memory at a time: what accumulates follows",
     "trust-remote-code": "no code of a model's folder is run, ever",
+    "clear-cache-threshold": "freed memory is kept for reuse only within the peak, without a setting",
+    "project-name": "figures go to metrics.jsonl in run.dir, and to TensorBoard with report.tensorboard=true",
     "num-processes": "`mlx-empire launch RECIPE --hosts FILE` starts as many as the hostfile says",
 }
 _OTHERWISE["gradient-accumulation-steps"] = _OTHERWISE["grad-accumulation-steps"]

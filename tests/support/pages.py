@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from mlx_empire.cli import VERBS
 from mlx_empire.recipe.explain import leaf_fields, sections
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,9 +54,17 @@ def _targets(piece: str) -> Iterator[str]:
 
 def _commands(piece: str) -> Iterator[str]:
     """Modules that cannot be run; subcommands and options that stand nowhere in what is run."""
+    named = re.search(r"(?<![\w/.-])(?:\.venv/bin/)?mlx-empire ([a-z][\w-]*)(.*)", piece)
     module = re.search(r"-m (mlx_empire(?:\.[a-z_]+)+)(.*)", piece)
     script = re.search(rf"python ((?:{FOLDERS})/[\w./-]+\.py)(.*)", piece)
-    if module:
+    if named:
+        verbs = {name: verb for group in VERBS.values() for name, verb in group.items()}
+        if named[1] not in verbs:
+            yield f"mlx-empire {named[1]}: no such verb"
+            return
+        source = _text_of(verbs[named[1]].module)
+        asked = re.findall(r"--[\w-]+", named[2].partition("#")[0])
+    elif module:
         source = _source(module[1])
         if source is None:
             yield f"python -m {module[1]}: cannot be run"
@@ -89,7 +98,15 @@ def _source(module: str) -> str | None:
         runs, files = (file.parent / "__main__.py").is_file(), sorted(file.parent.rglob("*.py"))
     else:
         runs, files = '__name__ == "__main__"' in file.read_text(), [file]
+    files.append(PACKAGE / "recipe" / "arguments.py")  # what all verbs with a recipe take
     return "".join(one.read_text() for one in files) if runs else None
+
+
+def _text_of(module: str) -> str:
+    """The text of a verb's module, of all files of its package, and of what all verbs with a recipe take."""
+    file = Path(str(import_module(module).__file__))
+    files = [file] if file.parent == PACKAGE else sorted(file.parent.rglob("*.py"))
+    return "".join(one.read_text() for one in [*files, PACKAGE / "recipe" / "arguments.py"])
 
 
 def _imports(piece: str) -> Iterator[str]:

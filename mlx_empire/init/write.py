@@ -35,6 +35,7 @@ from mlx_empire.recipe.load import load_recipe, parse_recipe, written
 from mlx_empire.recipe.packaged import RECIPES, packaged
 from mlx_empire.recipe.schema import Recipe
 
+WIDE = 4000  # columns where nobody says how wide the output is: one line a row
 ANSWERS = {"fits": "yes", "tight": "tight", "no": "no"}
 _LINE = re.compile(r"^(?P<key>  [a-z_]+: *)(?P<value>[^#\n]*?)(?P<comment> *#.*)?$")
 
@@ -68,7 +69,7 @@ def show_recipes(nodes: Sequence[Node], model: Path | None) -> None:
         changes = [] if model is None else [f"model.path={written(model)}", "model.architecture=null"]
         answer = whether_it_fits(load_recipe(file, changes), nodes)
         table.add_row(name, Text(answer), first_sentence(file.read_text()))
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
     whose = "each with the model that it names" if model is None else f"each with {model}"
     print(f"\n{whose}, on {', '.join(dict.fromkeys(node.name for node in nodes))}")
     print(f"  mlx-empire init RECIPE --model {shlex.quote(str(model or 'FOLDER'))} --data PATH")

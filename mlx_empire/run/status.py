@@ -113,7 +113,7 @@ def _last_lines(run: Overview) -> Iterator[Row]:
             text = file.read().decode(errors="replace")
     except OSError:
         return
-    lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
+    lines = [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
     said = ["".join(c if c.isprintable() else " " for c in line) for line in lines if line]
     if said:
         yield "last lines", "\n".join(said[-LAST_LINES:])

@@ -55,11 +55,10 @@ def test_the_list_has_every_recipe_and_what_the_capacity_report_says_of_it(say: 
 
 
 def test_with_a_model_it_asks_whether_that_fits(say: Callable[..., str]) -> None:
-    Path("small.txt").write_text(SMALL + "large slots=1 # memory=512GiB\n")
+    Path("small.txt").write_text(SMALL)
     found = answers(say("init", "--model", MODEL, "--hosts", "small.txt"))
     assert found.keys() == {file.stem for file in (ROOT / "recipes").glob("*.yaml")}
-    report = say("capacity", "tiny", f"model.path={MODEL}", "--hosts", "small.txt", "--json", code=3)
-    assert (json.loads(report)["verdict"], found["tiny"]) == ("no", "no")
+    assert set(found.values()) == {"no"}
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")))

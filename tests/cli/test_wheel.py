@@ -90,7 +90,7 @@ def test_every_command_of_the_readme_runs_from_a_wheel(environment: Path, tmp_pa
         words = tuple(word.replace("runs/scout", "runs/mine") for word in words)
         command = [str(environment / "bin" / "mlx-empire"), *words]
         return subprocess.run(
-            command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=1200, check=False
         )
 
     where = subprocess.run(

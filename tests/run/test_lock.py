@@ -119,7 +119,7 @@ def test_a_launcher_and_its_run_hold_one_folder_each_once(tmp_path: Path) -> Non
     with RunLock(tmp_path, LAUNCHER), RunLock(tmp_path, RUN):
         assert is_held(tmp_path, LAUNCHER)
         assert is_held(tmp_path, RUN)
-        with pytest.raises(UserError, match=r"is in use by process .*launch status"):
+        with pytest.raises(UserError, match=r"is in use by process .*mlx-empire status"):
             RunLock(tmp_path, LAUNCHER)
         with pytest.raises(UserError, match=r"is in use by process .*wait for it"):
             RunLock(tmp_path, RUN)

@@ -178,6 +178,10 @@ def test_the_command_for_a_fresh_clone_needs_nothing_but_the_clone(tmp_path: Pat
     )
     assert ended.returncode == 0, ended.stderr
     assert (run / "COMPLETE").exists()
+    assert [line.split()[0] for line in ended.stdout.splitlines()[-3:]] == [
+        "mlx_lm.generate",
+        *["mlx-empire"] * 2,
+    ]
     stored = load_recipe(ROOT / "recipes" / "tiny.yaml")
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False

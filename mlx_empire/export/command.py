@@ -17,7 +17,7 @@ from typing import get_args
 
 from mlx_empire.comm.environment import asked
 from mlx_empire.errors import UserArguments
-from mlx_empire.recipe.fields import Packing
+from mlx_empire.recipe.fields import Bits
 
 WAYS = ("merge", "peft", "mlx-lm", "base")
 STORED = "stored"
@@ -30,7 +30,7 @@ def parser() -> UserArguments:
         description="Turn a result into what other tools open.",
         epilog="merge: an adapter added into its base. peft, mlx-lm: an adapter in that format. base: a model packed.",
     )
-    packings = ", ".join(map(str, get_args(Packing)))
+    packings = ", ".join(map(str, get_args(get_args(Bits)[0])))
     made.add_argument("way", choices=WAYS, help="what to write")
     made.add_argument("source", type=Path, metavar="FROM", help="a run's folder, an adapter's or a model's")
     made.add_argument("out", type=Path, metavar="OUT", help="the folder to be written")

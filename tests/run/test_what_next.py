@@ -1,0 +1,58 @@
+"""The commands with which a run ends are ones that can be typed: by the parsers of mlx-lm and of the verbs."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from mlx_lm.generate import setup_arg_parser
+
+from mlx_empire.cli import VERBS
+from mlx_empire.export.command import parser as export_parser
+from mlx_empire.recipe.load import parse_recipe
+from mlx_empire.run.what_next import next_commands, next_of_many
+
+RECIPE = """\
+model: {path: models/base}
+data: {path: d, sequence_length: 8}
+batch: {global_size: 4}
+optimizer: {learning_rate: 0.001}
+run: {dir: "runs/my run", steps: 3}
+"""
+FINAL = "runs/my run/final"
+
+
+def typed(lines: list[str]) -> list[list[str]]:
+    """The commands' words."""
+    assert lines[0] == "next:"
+    return [shlex.split(line, comments=True) for line in lines[1:]]
+
+
+@pytest.mark.parametrize(
+    ("tuning", "model", "adapter", "exported"),
+    [
+        ("full", FINAL, None, ["base", FINAL]),
+        ("lora", "models/base", FINAL, ["merge", "runs/my run"]),
+    ],
+)
+def test_a_run_ends_with_three_commands(
+    tuning: str, model: str, adapter: str | None, exported: list[str]
+) -> None:
+    speak, look, use = typed(next_commands(parse_recipe(RECIPE, "r", [f"tuning.type={tuning}"])))
+    assert speak[0] == "mlx_lm.generate"
+    options = setup_arg_parser().parse_args(speak[1:])
+    assert (options.model, options.adapter_path) == (model, adapter)
+    assert look == ["mlx-empire", "status", "runs/my run"]
+    assert use[:2] == ["mlx-empire", "export"]
+    way = export_parser().parse_args(use[2:])
+    assert [way.way, str(way.source)] == exported
+
+
+def test_many_daughters_end_with_three_commands_about_one_that_is_finished() -> None:
+    speak, look, use = typed(next_of_many(parse_recipe(RECIPE, "r", ["tuning.type=lora"]), "alice"))
+    assert setup_arg_parser().parse_args(speak[1:]).adapter_path == "runs/my run/alice/final"
+    (module,) = {verb.module for group in VERBS.values() for name, verb in group.items() if name == look[1]}
+    assert import_module(module).read(look[1:]).folder == Path("runs/my run")
+    assert export_parser().parse_args(use[2:]).source == Path("runs/my run/alice")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mlx_empire.cluster.hostfile import Cluster, Host
+from mlx_empire.cluster.macos import read_vm_stat
 from mlx_empire.cluster.reach import PROBE_SECONDS, ask, is_here, of_all
 from mlx_empire.disk import replace_private
 
@@ -104,13 +105,6 @@ class VmStat:
 def memory_of(cluster: Cluster, environment: Mapping[str, str]) -> Memory:
     """How to look at the wired memory of these machines."""
     return VmStat(cluster, environment) if sys.platform == "darwin" else NothingWired()
-
-
-def read_vm_stat(text: str) -> int | None:
-    """Wired bytes in the output of `vm_stat`; None where it does not say."""
-    page = re.search(r"page size of (\d+) bytes", text)
-    wired = re.search(r"Pages wired down:\s+(\d+)", text)
-    return int(page[1]) * int(wired[1]) if page and wired else None
 
 
 def wait_until_free(

@@ -19,7 +19,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.recipe.text import one_line, read_small_text
 
 
-def is_json(path: Path) -> bool:
+def is_mlx_hostfile(path: Path) -> bool:
     """Whether a hostfile is MLX's: JSON begins with a bracket, and no host's name does."""
     try:
         with path.open("rb") as file:
@@ -30,7 +30,7 @@ def is_json(path: Path) -> bool:
 
 def load_any_hostfile(path: Path) -> Cluster:
     """The cluster of a hostfile of mpirun or of MLX. UserError, one line."""
-    if not is_json(path):
+    if not is_mlx_hostfile(path):
         return load_hostfile(path)
     text = read_small_text(path, "hostfile", MAX_BYTES, "give the path of a hostfile")
     where = one_line(str(path))

@@ -68,7 +68,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class MachineAnswer:
     """What a machine said: its facts, or why there are none (`reason`, `said` in its own words, `mend`).
 
     `ahead`: seconds by which its clock is ahead of ours, to about a tenth. `seconds`: how long it took.
@@ -83,12 +83,14 @@ class Answer:
     seconds: float = 0.0
 
 
-def ask_all(cluster: Cluster, question: Question, environment: Mapping[str, str]) -> dict[str, Answer]:
+def ask_all(cluster: Cluster, question: Question, environment: Mapping[str, str]) -> dict[str, MachineAnswer]:
     """Every machine's answer by name, in the hostfile's order. All are asked at once."""
     return of_all(cluster, lambda host: ask_one(cluster, host, question, environment))
 
 
-def ask_one(cluster: Cluster, host: Host, question: Question, environment: Mapping[str, str]) -> Answer:
+def ask_one(
+    cluster: Cluster, host: Host, question: Question, environment: Mapping[str, str]
+) -> MachineAnswer:
     """One machine's answer."""
     others = {one.name: one.port or SSH_PORT for one in cluster.nodes if one is not host}
     asked = {"folders": [str(one) for one in question.folders], "others": others, "speed": question.speed}
@@ -103,14 +105,14 @@ def ask_one(cluster: Cluster, host: Host, question: Question, environment: Mappi
     now, seconds = time.time(), time.monotonic() - start
     try:
         facts = json.loads(done.stdout.strip().splitlines()[-1])
-        return Answer(host, facts, ahead=float(facts["clock"]) - now, seconds=seconds)
+        return MachineAnswer(host, facts, ahead=float(facts["clock"]) - now, seconds=seconds)
     except (ValueError, KeyError, TypeError, IndexError):
         return _silent(host, done.stderr.strip() or f"ended with exit code {done.returncode}")
 
 
-def _silent(host: Host, said: str) -> Answer:
+def _silent(host: Host, said: str) -> MachineAnswer:
     reason, mend = why(host.name, said, answers_ping)
-    return Answer(host, {}, reason, one_line(" ".join(said.split())[-LONGEST:]), mend)
+    return MachineAnswer(host, {}, reason, one_line(" ".join(said.split())[-LONGEST:]), mend)
 
 
 def why(name: str, said: str, pings: Any) -> tuple[str, str]:

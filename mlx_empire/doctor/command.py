@@ -21,7 +21,7 @@ from rich.console import Console
 
 from mlx_empire.cluster.hostfile import Cluster, Node, parse_hostfile
 from mlx_empire.cluster.other_hostfiles import (
-    is_json,
+    is_mlx_hostfile,
     load_any_hostfile,
     replace_hostfile,
     with_links,
@@ -33,7 +33,7 @@ from mlx_empire.errors import EmpireError, UserArguments, UserError
 from mlx_empire.recipe.load import load_recipe
 
 if TYPE_CHECKING:
-    from mlx_empire.doctor.asking import Answer
+    from mlx_empire.doctor.asking import MachineAnswer
     from mlx_empire.recipe.schema import Recipe
 
 RUNS = Path("runs")
@@ -94,7 +94,7 @@ def _machines(options: Namespace) -> Cluster:
         if options.write_links:
             raise UserError("--write-links: there is no hostfile to write into; name one")
         return parse_hostfile("localhost\n", "this machine")
-    if options.write_links and is_json(options.hostfile):
+    if options.write_links and is_mlx_hostfile(options.hostfile):
         raise UserError(
             f"--write-links: {options.hostfile}: MLX's hostfile has no place for speeds; without this option they "
             "are in the table, and `hosts.txt` in --dir is the same as a hostfile of mpirun"
@@ -106,14 +106,14 @@ def _look(options: Namespace, cluster: Cluster, recipe: Recipe | None, findings:
     """Everything, in the order in which the first fault explains the later ones."""
     # Only now: usage errors and --help need neither MLX nor numpy.
     from mlx_empire.doctor.asking import Question, ask_all
-    from mlx_empire.doctor.judge import per_machine, thunderbolt, together
+    from mlx_empire.doctor.judge import compare_all, per_machine, thunderbolt
     from mlx_empire.run.mpirun import clean_environment
 
     environment = clean_environment(os.environ)
     folders = list(dict.fromkeys((recipe.run.dir, recipe.model.path) if recipe else (RUNS,)))
     answers = ask_all(cluster, Question(folders, speed=options.train), environment)
     per_machine(cluster, answers, findings)
-    together(answers, findings)
+    compare_all(answers, findings)
     thunderbolt(answers, findings)
     if recipe is not None:
         _fit(recipe, cluster, answers, findings)
@@ -129,7 +129,7 @@ def _look(options: Namespace, cluster: Cluster, recipe: Recipe | None, findings:
 
 def _plain_hostfile(options: Namespace, cluster: Cluster, findings: Findings) -> Path:
     """A hostfile of mpirun with these machines: the one that was given, or one made of it in `--dir`."""
-    if options.hostfile is not None and not is_json(options.hostfile):
+    if options.hostfile is not None and not is_mlx_hostfile(options.hostfile):
         return Path(options.hostfile)
     path = Path(options.dir) / "hosts.txt"
     path.write_text(written_hostfile(cluster.nodes))
@@ -154,9 +154,9 @@ def _interface(options: Namespace, cluster: Cluster, findings: Findings) -> str 
     return chosen
 
 
-def _fit(recipe: Recipe, cluster: Cluster, answers: Mapping[str, Answer], findings: Findings) -> None:
+def _fit(recipe: Recipe, cluster: Cluster, answers: Mapping[str, MachineAnswer], findings: Findings) -> None:
     """Rows on the recipe; one that says why there are none where a machine did not answer."""
-    from mlx_empire.doctor.room import fits
+    from mlx_empire.doctor.room import hold_against
 
     measured = {}
     for name, answer in answers.items():
@@ -168,7 +168,7 @@ def _fit(recipe: Recipe, cluster: Cluster, answers: Mapping[str, Answer], findin
             return
         measured[name] = Node(**machine), min(disks.values())
     try:
-        fits(recipe, cluster, measured, findings)
+        hold_against(recipe, cluster, measured, findings)
     except UserError as error:
         findings.add("the recipe", "here", str(error), False)
 
@@ -176,7 +176,7 @@ def _fit(recipe: Recipe, cluster: Cluster, answers: Mapping[str, Answer], findin
 def _links(
     options: Namespace,
     cluster: Cluster,
-    answers: Mapping[str, Answer],
+    answers: Mapping[str, MachineAnswer],
     environment: Mapping[str, str],
     interface: str | None,
     findings: Findings,

@@ -18,7 +18,7 @@ FILE = "check.json"
 
 
 @dataclass(frozen=True)
-class Finding:
+class FindingRow:
     """One row; `mend`: a line to type or to do, "" where there is nothing to mend."""
 
     what: str
@@ -40,7 +40,7 @@ COLOURS = {"ok": "green", "note": "yellow", "no": "red"}
 class Findings:
     """All rows in the order in which they were found."""
 
-    rows: list[Finding] = field(default_factory=list)
+    rows: list[FindingRow] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
@@ -49,7 +49,7 @@ class Findings:
 
     def add(self, what: str, where: str, found: str, good: bool = True, mend: str = "") -> None:
         """One row more."""
-        self.rows.append(Finding(what, where, " ".join(found.split()), good, mend))
+        self.rows.append(FindingRow(what, where, " ".join(found.split()), good, mend))
 
     def show(self, console: Console) -> None:
         """The table, with what mends each row under it."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_empire.cluster.hostfile import Cluster, Host, Node
 from mlx_empire.cluster.match import match_ranks
-from mlx_empire.doctor.asking import LOCAL_NETWORK, NO_ROUTE, Answer, resolved
+from mlx_empire.doctor.asking import LOCAL_NETWORK, NO_ROUTE, MachineAnswer, resolved
 from mlx_empire.doctor.findings import Findings
 from mlx_empire.errors import UserError
 from mlx_empire.plan.wired_limit import raising
@@ -25,7 +25,7 @@ SWAP_BYTES = GIB
 SPOTLIGHT = ".metadata_never_index"
 
 
-def per_machine(cluster: Cluster, answers: Mapping[str, Answer], findings: Findings) -> None:
+def per_machine(cluster: Cluster, answers: Mapping[str, MachineAnswer], findings: Findings) -> None:
     """What each machine says of itself."""
     for host in cluster.nodes:
         answer = answers[host.name]
@@ -51,13 +51,13 @@ def per_machine(cluster: Cluster, answers: Mapping[str, Answer], findings: Findi
 _NAME = "write what `hostname` prints there, or its address; or add it to /etc/hosts"
 
 
-def _part(answer: Answer, name: str) -> Any:
+def _part(answer: MachineAnswer, name: str) -> Any:
     """A fact; None where it is not known or could not be found out."""
     value = answer.facts.get(name)
     return None if isinstance(value, dict) and "problem" in value else value
 
 
-def _itself(cluster: Cluster, host: Host, answer: Answer, findings: Findings) -> None:
+def _itself(cluster: Cluster, host: Host, answer: MachineAnswer, findings: Findings) -> None:
     for name, value in answer.facts.items():
         if isinstance(value, dict) and "problem" in value:
             findings.add(name, host.name, str(value["problem"]), False, f"ssh {host.name} '{_setup()}'")
@@ -152,7 +152,7 @@ def _setup() -> str:
     return f"cd {shlex.quote(os.getcwd())} && git pull && make setup"
 
 
-def together(answers: Mapping[str, Answer], findings: Findings) -> None:
+def compare_all(answers: Mapping[str, MachineAnswer], findings: Findings) -> None:
     """What must be the same on all machines."""
     known = {name: answer for name, answer in answers.items() if answer.facts}
     facts: dict[str, dict[str, str]] = {}
@@ -178,7 +178,7 @@ def together(answers: Mapping[str, Answer], findings: Findings) -> None:
                 findings.add(fact, name, found, False, mend)
 
 
-def thunderbolt(answers: Mapping[str, Answer], findings: Findings) -> None:
+def thunderbolt(answers: Mapping[str, MachineAnswer], findings: Findings) -> None:
     """Which machines a Thunderbolt cable joins. Not run in CI: only macOS says so."""
     ends = {
         port["id"]: (name, port)

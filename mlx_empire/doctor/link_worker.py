@@ -17,7 +17,7 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard
 from mlx_empire.comm.protocol import Communicator
 
-SECONDS = 0.8
+SECONDS = 1.4
 FIRST_BYTES, LARGEST_BYTES = 1 << 18, 256 << 20
 MARK = "links:"
 Pair = tuple[int, int]
@@ -36,7 +36,7 @@ def rounds(size: int) -> list[list[Pair]]:
 
 
 def measure(comm: Communicator, peer: int) -> float:
-    """Bytes per second in each direction between this rank and `peer`, which calls this too; the last exchange's."""
+    """Bytes per second in each direction between this rank and `peer`, which calls this too: of the best exchange."""
     decides = comm.rank < peer
     word = np.array([FIRST_BYTES], np.int64)
     out, into = np.zeros(FIRST_BYTES, np.uint8), np.empty(FIRST_BYTES, np.uint8)
@@ -56,7 +56,8 @@ def measure(comm: Communicator, peer: int) -> float:
         comm.transfer([(peer, out[:nbytes])], [(peer, into[:nbytes])])
         seconds = time.perf_counter() - start
         total += seconds
-        best = nbytes / seconds if nbytes > FIRST_BYTES else max(best, nbytes / seconds)
+        rate = nbytes / seconds
+        best = max(best, rate) if seconds >= SECONDS / 8 else rate  # a short one says little
         if decides:
             wanted = int(nbytes * min(16.0, max(1.0, (SECONDS - total) / seconds)))
             word[0] = 0 if total >= SECONDS / 2 else min(LARGEST_BYTES, wanted)

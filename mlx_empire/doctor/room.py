@@ -17,7 +17,7 @@ from mlx_empire.run.disks import assume_disks, ledgers_of, places_of, remedies, 
 from mlx_empire.sizes import amount
 
 
-def fits(
+def hold_against(
     recipe: Recipe, cluster: Cluster, measured: Mapping[str, tuple[Node, int]], findings: Findings
 ) -> None:
     """Rows on memory and disks for the recipe; `measured`: what each machine of the hostfile has, and the bytes that

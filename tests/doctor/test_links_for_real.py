@@ -16,7 +16,7 @@ from support.namespaces import Machines, why_not
 from mlx_empire.cluster.hostfile import load_hostfile
 
 GIB = 1 << 30
-MBIT = {"king": 400, "soldier1": 200, "soldier2": 100}
+MBIT = {"king": 240, "soldier1": 120, "soldier2": 60}
 HOSTS = """\
 # the empire
 king slots=1      # role=king  memory=3GiB   mains, left rack
@@ -55,7 +55,7 @@ def test_every_pair_is_as_fast_as_its_slower_card_and_the_hostfile_says_so(tmp_p
         for a, b in itertools.combinations(MBIT, 2)
     }, rows
     hosts = load_hostfile(hostfile).nodes
-    expected = {"king": 200, "soldier1": 200, "soldier2": 100}  # nobody saw more of the king's card
+    expected = {"king": 120, "soldier1": 120, "soldier2": 60}  # nobody saw more of the king's card
     assert {host.name: host.link_bytes_per_second for host in hosts} == {
         name: pytest.approx(mbit * 1e6 / 8, rel=0.15) for name, mbit in expected.items()
     }

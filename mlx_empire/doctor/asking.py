@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,16 @@ LOCAL_NETWORK = (
 # What stands in the words of ssh or of the shell there -> what is wrong, and what mends it. The first that fits.
 REASONS: tuple[tuple[str, str, str], ...] = (
     ("cd: ", "there is no such folder there", "put this folder at the same path there: {here}"),
-    ("exec: ", "there is no Python at the same path", "ssh {name} 'cd {here} && make setup'"),
+    ("exec: ", "there is no Python at the same path", "ssh {login} 'cd {here} && make setup'"),
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
         "its host key is another one than before",
-        "if it was set up anew: ssh-keygen -R {name}, then ssh {name} once",
+        "if it was set up anew: ssh-keygen -R {name}, then ssh {login} once",
     ),
     (
         "Host key verification failed",
         "its host key is not known here",
-        "ssh {name} once, and compare the key",
+        "ssh {login} once, and compare the key",
     ),
     (
         "Could not resolve hostname",
@@ -47,14 +48,14 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "its name is not known here",
         "write what `hostname` prints there, or its address",
     ),
-    ("Permission denied", "it refuses our key", "ssh-copy-id {name}"),
+    ("Permission denied", "it refuses our key", "ssh-copy-id {login}"),
     (
         "Connection refused",
         "nothing listens for ssh there",
         "turn on Remote Login there (Sharing), or start sshd",
     ),
     ("timed out", "it does not answer", "wake it or turn it on, and look at its cable"),
-    ("ModuleNotFoundError", "its environment lacks a package", "ssh {name} 'cd {here} && make setup'"),
+    ("ModuleNotFoundError", "its environment lacks a package", "ssh {login} 'cd {here} && make setup'"),
 )
 NO_ROUTE = ("No route to host", "Network is unreachable")
 
@@ -111,23 +112,30 @@ def ask_one(
 
 
 def _silent(host: Host, said: str) -> MachineAnswer:
-    reason, mend = why(host.name, said, answers_ping)
+    reason, mend = why(host, said, answers_ping)
     return MachineAnswer(host, {}, reason, one_line(" ".join(said.split())[-LONGEST:]), mend)
 
 
-def why(name: str, said: str, pings: Any) -> tuple[str, str]:
+def why(host: Host, said: str, pings: Callable[[str], bool]) -> tuple[str, str]:
     """(what is wrong, what mends it) from what ssh, or the shell over there, said.
 
     `pings(name)`: whether the machine answers a ping, asked only where there is no route to it.
     """
     if any(words in said for words in NO_ROUTE):
-        if pings(name):
+        if pings(host.name):
             return "no route to it, though it answers a ping: macOS lets no program through", LOCAL_NETWORK
         return "no route to it", "turn it on, and look at its cable and network"
     for words, reason, mend in REASONS:
         if words in said:
-            return reason, mend.format(name=name, here=os.getcwd())
-    return "it does not answer as it should", f"ssh {name} true"
+            return reason, mend.format(name=host.name, login=login(host), here=shlex.quote(os.getcwd()))
+    return "it does not answer as it should", f"ssh {login(host)} true"
+
+
+def login(host: Host) -> str:
+    """How ssh is told of a machine: `-p 2222 me@king.local`."""
+    port = "" if host.port is None else f"-p {host.port} "
+    user = "" if host.user is None else f"{host.user}@"
+    return f"{port}{user}{host.name}"
 
 
 def answers_ping(name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_empire.cluster.hostfile import Cluster, Host, Node
 from mlx_empire.cluster.match import match_ranks
-from mlx_empire.doctor.asking import LOCAL_NETWORK, NO_ROUTE, MachineAnswer, resolved
+from mlx_empire.doctor.asking import LOCAL_NETWORK, NO_ROUTE, MachineAnswer, login, resolved
 from mlx_empire.doctor.findings import Findings
 from mlx_empire.errors import UserError
 from mlx_empire.plan.wired_limit import raising
@@ -43,9 +43,11 @@ def per_machine(cluster: Cluster, answers: Mapping[str, MachineAnswer], findings
         if isinstance(mac, dict):
             _mac(host, mac, next(iter(_part(answer, "disks") or {"runs": 0})), findings)
         for other, problem in (_part(answer, "reached") or {}).items():
+            # A refusal comes from the other machine: the way to it is open.
+            good = not problem or "refused" in problem
             blocked = bool(mac) and any(words in problem for words in NO_ROUTE)
-            mend = "" if not problem else LOCAL_NETWORK if blocked else f"ssh {other} from there, and see why"
-            findings.add(f"reaches {other}", host.name, problem or "connected", not problem, mend)
+            mend = "" if good else LOCAL_NETWORK if blocked else f"ssh {other} from there, and see why"
+            findings.add(f"reaches {other}", host.name, "yes" if good else problem, good, mend)
 
 
 _NAME = "write what `hostname` prints there, or its address; or add it to /etc/hosts"
@@ -60,12 +62,12 @@ def _part(answer: MachineAnswer, name: str) -> Any:
 def _itself(cluster: Cluster, host: Host, answer: MachineAnswer, findings: Findings) -> None:
     for name, value in answer.facts.items():
         if isinstance(value, dict) and "problem" in value:
-            findings.add(name, host.name, str(value["problem"]), False, f"ssh {host.name} '{_setup()}'")
+            findings.add(name, host.name, str(value["problem"]), False, f"ssh {login(host)} '{_setup()}'")
     try:
         match_ranks(cluster, [str(answer.facts.get("hostname"))], [Node("", 1, None, 1, 1)])
         findings.add("hostname", host.name, str(answer.facts.get("hostname")))
     except UserError as error:
-        keep = f"ssh {host.name} sudo scutil --set HostName {shlex.quote(host.name)}, or write what it prints"
+        keep = f"ssh -t {login(host)} sudo scutil --set HostName {shlex.quote(host.name)}, or write what it prints"
         findings.add("hostname", host.name, str(error), False, keep)
     machine, device = _part(answer, "machine"), _part(answer, "device")
     if device is not None:
@@ -86,7 +88,7 @@ def _itself(cluster: Cluster, host: Host, answer: MachineAnswer, findings: Findi
     late = abs(answer.ahead) > CLOCK_SECONDS
     clock = f"{abs(answer.ahead):.1f} s {'ahead' if answer.ahead > 0 else 'behind'}"
     tool = "sudo sntp -sS time.apple.com" if mac else "sudo timedatectl set-ntp true"
-    findings.add("clock", host.name, clock, not late, f"ssh {host.name} {tool}" if late else "")
+    findings.add("clock", host.name, clock, not late, f"ssh -t {login(host)} {tool}" if late else "")
 
 
 def _memory(host: Host, own: Node, findings: Findings) -> None:
@@ -102,13 +104,13 @@ def _memory(host: Host, own: Node, findings: Findings) -> None:
     if host.limit_bytes is not None and host.limit_bytes > own.limit_bytes:
         limit += f", and the hostfile says {amount(host.limit_bytes)}; the smaller one counts"
         if own.chip is not None:
-            mend = f"ssh {host.name} {raising(host.limit_bytes)}"
+            mend = f"ssh -t {login(host)} {raising(host.limit_bytes)}"
     findings.add("what the GPU may use", host.name, limit, mend=mend)
 
 
 def _mac(host: Host, mac: Mapping[str, Any], folder: str, findings: Findings) -> None:
     """What only macOS has; `folder`: where runs go. Not run in CI."""
-    there = f"ssh {host.name} "
+    there = f"ssh -t {login(host)} "
     power = mac.get("power") or {}
 
     def note(what: str, found: str, mend: str) -> None:
@@ -136,16 +138,20 @@ def _mac(host: Host, mac: Mapping[str, Any], folder: str, findings: Findings) ->
         )
     vault = mac.get("filevault")
     if vault is not None:
-        words = "on: after a restart somebody has to log in there before ssh answers" if vault else "off"
-        note("FileVault", words, "sudo fdesetup authrestart, for a restart that is planned" if vault else "")
+        words = (
+            "on: after a power cut somebody has to log in there before ssh answers, not after a restart by:"
+        )
+        note("FileVault", words if vault else "off", "sudo fdesetup authrestart" if vault else "")
     if mac.get("updates") == 1:
         tool = "sudo defaults write /Library/Preferences/com.apple.SoftwareUpdate AutomaticallyInstallMacOSUpdates 0"
         note("macOS installs updates by itself", "yes: it restarts", tool)
     if mac.get("firewall"):
-        note("firewall", "on", "and see that it lets Python through: System Settings, Network, Firewall")
+        mend = "System Settings, Network, Firewall: let Python through, or ranks cannot reach one another"
+        findings.add("firewall", host.name, "on", mend=mend)
     if mac.get("excluded") is False:
         path = shlex.quote(os.path.join(os.getcwd(), folder))
-        note("Time Machine copies runs", "yes", f"tmutil addexclusion {path}; touch {path}/{SPOTLIGHT}")
+        words = f"tmutil addexclusion {path} && touch {path}/{SPOTLIGHT}"
+        note("Time Machine copies runs", "yes", shlex.quote(words))
 
 
 def _setup() -> str:
@@ -173,7 +179,8 @@ def compare_all(answers: Mapping[str, MachineAnswer], findings: Findings) -> Non
         for name, one in facts.items():
             if one.get(fact) != facts[first].get(fact):
                 mac = fact.startswith("macOS")
-                mend = f"ssh {name} softwareupdate --list" if mac else f"ssh {name} '{_setup()}'"
+                there = login(known[name].host)
+                mend = f"ssh {there} softwareupdate --list" if mac else f"ssh {there} '{_setup()}'"
                 found = f"{one.get(fact, 'none')}, and {facts[first].get(fact, 'none')} on {first}"
                 findings.add(fact, name, found, False, mend)
 

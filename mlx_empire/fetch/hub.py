@@ -113,12 +113,21 @@ class Hub:
             )
 
     def download(self) -> None:
-        """Fetch what is missing. UserError, UnreachableError, NoRoomError."""
+        """Fetch what is missing; what an earlier revision had and this one has not goes. UserError, UnreachableError,
+        NoRoomError."""
         kept = fetch_record(self.folder)
         with _in_one_line(str(self.record["source"]), self.page):
             self.folder.mkdir(parents=True, exist_ok=True)
+            for name in self._others():
+                if kept is None or name not in kept["files"]:
+                    raise UserError(
+                        f"{self.folder / name}: is not of {self.record['source']}; move it away, or name another "
+                        "model.path"
+                    )
             if kept is not None and kept != self.record:
                 (self.folder / RECORD).unlink()  # until all of it is checked it is what it was no more
+                for name in self._others():
+                    (self.folder / name).unlink()
             snapshot_download(
                 self.repository,
                 revision=str(self.record["revision"]),
@@ -127,9 +136,17 @@ class Hub:
                 endpoint=self.endpoint,
             )
 
+    def _others(self) -> list[str]:
+        """Files in the folder that a training would read and that the model does not have."""
+        there = (
+            str(path.relative_to(self.folder)) for path in sorted(self.folder.rglob("*")) if path.is_file()
+        )
+        return [name for name in there if wanted(name) and name not in self.record["files"]]
+
     def check(self, say: Say) -> None:
         """Compare every file with what the Hub says, and record it. DamagedError; a wrong file is taken away."""
-        say(f"checking {len(self.record['files'])} files")
+        total = sum(one["bytes"] for one in self.record["files"].values())
+        say(f"checking {len(self.record['files'])} files, for which {amount(total)} are read")
         wrong = differing(self.folder, self.record["files"])
         for name in wrong:
             (self.folder / name).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,12 @@ def naming_the_fetch(recipe: Recipe) -> Iterator[None]:
         raise
 
 
-def differing(
-    folder: Path, files: Mapping[str, Mapping[str, Any]], tell: Callable[[str], None] = lambda _: None
-) -> dict[str, str]:
-    """The names in `files` that are not in the folder as they should be, and why; `tell` hears each name first.
-
-    A file is read only where its size is right.
+def differing(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The names in `files` that are not in the folder as they should be, and why. Where there is any, the folder loses
+    its record. A file is read only where its size is right. OSError where the record cannot be removed.
     """
     found = {}
     for name, expected in files.items():
-        tell(name)
         try:
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
@@ -95,6 +91,8 @@ def differing(
             continue
         if digest != expected[kind]:
             found[name] = f"{kind} {digest[:16]}... and not {expected[kind][:16]}..."
+    if found:
+        (folder / RECORD).unlink(missing_ok=True)
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support.mpi import ROOT
 
-from mlx_empire.cluster.hostfile import Node
+from mlx_empire.cluster.hostfile import Host, Node
 from mlx_empire.doctor import command, judge
 from mlx_empire.doctor.asking import LOCAL_NETWORK, why
 from mlx_empire.doctor.facts import facts, swap_in_use
@@ -98,7 +98,7 @@ class Played:
     def silent(self, name: str, said: str) -> None:
         """A machine whose ssh fails with these words."""
         self.hosts.append(name)
-        (self.folder / f"{name}.said").write_text(said + "\n")
+        (self.folder / f"{name.split()[0].rpartition('@')[2]}.said").write_text(said + "\n")
 
     def answering(self, name: str, line: str = "", **more: Any) -> None:
         """A machine that prints facts: those of a sound one, and `more`."""
@@ -166,13 +166,23 @@ def test_each_failure_of_ssh_is_named_with_what_mends_it(
 
 def test_a_machine_that_answers_pings_but_has_no_route_needs_the_local_network_permission() -> None:
     said = "ssh: connect to host king port 22: No route to host"
-    assert why("king", said, lambda _: True)[1] == LOCAL_NETWORK
-    assert why("king", said, lambda _: False)[1] == "turn it on, and look at its cable and network"
+    assert why(Host("king"), said, lambda _: True)[1] == LOCAL_NETWORK
+    assert why(Host("king"), said, lambda _: False)[1] == "turn it on, and look at its cable and network"
+
+
+def test_a_mend_reaches_a_machine_as_the_hostfile_does(played: Played) -> None:
+    played.silent("me@refused.invalid port=2222", "Permission denied (publickey).")
+    _, rows = played.doctor()
+    assert row(rows, "ssh", "refused.invalid")["mend"] == "ssh-copy-id -p 2222 me@refused.invalid"
 
 
 def test_sound_machines_are_good(played: Played) -> None:
     played.answering("king.invalid", "# memory=64GiB limit=48GiB", reached={"soldier.invalid": ""})
-    played.answering("soldier.invalid", "port=2222 # memory=64GiB limit=40GiB", reached={"king.invalid": ""})
+    played.answering(
+        "soldier.invalid",
+        "port=2222 # memory=64GiB limit=40GiB",
+        reached={"king.invalid": "Connection refused"},
+    )
     code, rows = played.doctor()
     assert (code, [one for one in rows if one["mend"]]) == (0, [])
     assert (
@@ -247,12 +257,12 @@ def test_what_only_macos_has_is_told_by_machine(played: Played) -> None:
     _, rows = played.doctor()
     assert [one["what"] for one in rows if one["where"] == "king.invalid" and one["mend"]] == []
     mends = {one["what"]: one["mend"] for one in rows if one["where"] == "odd.invalid" and one["mend"]}
-    assert mends["sleeps"] == "ssh odd.invalid sudo pmset -a sleep 0"
+    assert mends["sleeps"] == "ssh -t odd.invalid sudo pmset -a sleep 0"
     assert "displaysleep 10" in mends["its display sleeps"]
     assert "autorestart 1" in mends["starts again after a power cut"]
     assert "authrestart" in mends["FileVault"]
     assert "AutomaticallyInstallMacOSUpdates 0" in mends["macOS installs updates by itself"]
-    assert "tmutil addexclusion" in mends["Time Machine copies runs"]
+    assert shlex.split(mends["Time Machine copies runs"])[-1].startswith("tmutil addexclusion /")
     assert mends["reaches king.invalid"] == LOCAL_NETWORK
     assert row(rows, "macOS build", "odd.invalid")["found"] == "25A354, and 25B78 on king.invalid"
     assert row(rows, "Thunderbolt port 1", "king.invalid")["found"] == "to odd.invalid, Up to 80 Gb/s"

@@ -45,6 +45,7 @@ def test_every_pair_is_as_fast_as_its_slower_card_and_the_hostfile_says_so(tmp_p
             timeout=170,
             check=False,
         )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     said = json.loads(ended.stdout)
     assert said == json.loads((tmp_path / "check" / "check.json").read_text())
     rows = said["found"]

@@ -135,8 +135,24 @@ def test_a_byte_that_changed_on_the_disk_is_found_by_the_same_command(
     file = tmp_path / "models/small" / WEIGHTS
     file.write_bytes(b"\7" + file.read_bytes()[1:])
     assert fetch(recipe) == 65
+    assert not (tmp_path / "models/small" / RECORD).exists()
     assert fetch(recipe) == 0
     assert held(tmp_path) == FILES
+
+
+def test_what_only_an_earlier_revision_had_goes_and_what_is_somebody_elses_is_refused(
+    stub: StubHub, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "models/small"
+    stub.files["model.safetensors.index.json"] = b"{}"
+    assert fetch(recipe) == 0
+    del stub.files["model.safetensors.index.json"]
+    (folder / "notes.txt").write_text("mine")
+    assert fetch(recipe, f"model.source={REPOSITORY}@{COMMIT}") == 0
+    assert held(tmp_path) == FILES | {"notes.txt": b"mine"}
+    (folder / "model.safetensors").write_bytes(b"of another model")
+    assert fetch(recipe, f"model.source={REPOSITORY}@{COMMIT}") == 64
+    assert f"{folder}/model.safetensors: is not of {REPOSITORY}@{COMMIT}" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_fetched(

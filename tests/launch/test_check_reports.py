@@ -1,4 +1,4 @@
-"""hosts/check.py, which is doctor --train, prints its table and writes its file whatever fails; no secret is in either."""
+"""hosts/check.py, doctor --train, prints its table and writes its file whatever fails; no secret is in either."""
 
 from __future__ import annotations
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlx_empire.cluster.hostfile import Cluster, Host, Node
 from mlx_empire.cluster.match import match_ranks
-from mlx_empire.doctor.asking import LOCAL_NETWORK, NO_ROUTE, MachineAnswer, login, resolved
+from mlx_empire.doctor.asking import LOCAL_NETWORK, NO_ROUTE, MachineAnswer, resolved, typed
 from mlx_empire.doctor.findings import Findings
 from mlx_empire.errors import UserError
 from mlx_empire.plan.wired_limit import raising
@@ -23,6 +23,7 @@ CLOCK_SECONDS = 5.0
 MEMORY_TOLERANCE = 0.05
 SWAP_BYTES = GIB
 SPOTLIGHT = ".metadata_never_index"
+UPDATES = "/Library/Preferences/com.apple.SoftwareUpdate AutomaticallyInstallMacOSUpdates"
 
 
 def per_machine(cluster: Cluster, answers: Mapping[str, MachineAnswer], findings: Findings) -> None:
@@ -41,7 +42,8 @@ def per_machine(cluster: Cluster, answers: Mapping[str, MachineAnswer], findings
         _itself(cluster, host, answer, findings)
         mac = _part(answer, "mac")
         if isinstance(mac, dict):
-            _mac(host, mac, next(iter(_part(answer, "disks") or {"runs": 0})), findings)
+            for what, said, mend in _mac_rows(mac, next(iter(_part(answer, "disks") or {"runs": 0}))):
+                findings.add(what, host.name, said, mend=typed(host, mend) if mend else "")
         for other, problem in (_part(answer, "reached") or {}).items():
             # A refusal comes from the other machine: the way to it is open.
             good = not problem or "refused" in problem
@@ -62,12 +64,12 @@ def _part(answer: MachineAnswer, name: str) -> Any:
 def _itself(cluster: Cluster, host: Host, answer: MachineAnswer, findings: Findings) -> None:
     for name, value in answer.facts.items():
         if isinstance(value, dict) and "problem" in value:
-            findings.add(name, host.name, str(value["problem"]), False, f"ssh {login(host)} '{_setup()}'")
+            findings.add(name, host.name, str(value["problem"]), False, typed(host, _setup()))
     try:
         match_ranks(cluster, [str(answer.facts.get("hostname"))], [Node("", 1, None, 1, 1)])
         findings.add("hostname", host.name, str(answer.facts.get("hostname")))
     except UserError as error:
-        keep = f"ssh -t {login(host)} sudo scutil --set HostName {shlex.quote(host.name)}, or write what it prints"
+        keep = typed(host, f"sudo scutil --set HostName {shlex.quote(host.name)}")
         findings.add("hostname", host.name, str(error), False, keep)
     machine, device = _part(answer, "machine"), _part(answer, "device")
     if device is not None:
@@ -88,70 +90,55 @@ def _itself(cluster: Cluster, host: Host, answer: MachineAnswer, findings: Findi
     late = abs(answer.ahead) > CLOCK_SECONDS
     clock = f"{abs(answer.ahead):.1f} s {'ahead' if answer.ahead > 0 else 'behind'}"
     tool = "sudo sntp -sS time.apple.com" if mac else "sudo timedatectl set-ntp true"
-    findings.add("clock", host.name, clock, not late, f"ssh -t {login(host)} {tool}" if late else "")
+    findings.add("clock", host.name, clock, not late, typed(host, tool) if late else "")
 
 
 def _memory(host: Host, own: Node, findings: Findings) -> None:
     """What the machine has beside what its line says."""
-    said = host.memory_bytes
-    wrong = said is not None and abs(said - own.memory_bytes) > MEMORY_TOLERANCE * own.memory_bytes
-    found = amount(own.memory_bytes) + (f", and the hostfile says {amount(said)}" if wrong and said else "")
-    line = f"memory={max(1, own.memory_bytes // GIB)}GiB in its line" if wrong else ""
-    findings.add(
-        "memory", host.name, found, not (wrong and said is not None and said > own.memory_bytes), line
-    )
+    said, found, mend = host.memory_bytes, amount(own.memory_bytes), ""
+    if said is not None and abs(said - own.memory_bytes) > MEMORY_TOLERANCE * own.memory_bytes:
+        found += f", and the hostfile says {amount(said)}"
+        mend = f"memory={max(1, own.memory_bytes // GIB)}GiB in its line"
+    more_than_there_is = bool(mend) and (said or 0) > own.memory_bytes
+    findings.add("memory", host.name, found, not more_than_there_is, mend)
     limit, mend = amount(own.limit_bytes), ""
     if host.limit_bytes is not None and host.limit_bytes > own.limit_bytes:
         limit += f", and the hostfile says {amount(host.limit_bytes)}; the smaller one counts"
         if own.chip is not None:
-            mend = f"ssh -t {login(host)} {raising(host.limit_bytes)}"
+            mend = typed(host, raising(host.limit_bytes))
     findings.add("what the GPU may use", host.name, limit, mend=mend)
 
 
-def _mac(host: Host, mac: Mapping[str, Any], folder: str, findings: Findings) -> None:
-    """What only macOS has; `folder`: where runs go. Not run in CI."""
-    there = f"ssh -t {login(host)} "
-    power = mac.get("power") or {}
+def _mac_rows(mac: Mapping[str, Any], folder: str) -> Iterator[tuple[str, str, str]]:
+    """(what, found, the command that would make it better) of what only macOS has; `folder`: where runs go.
 
-    def note(what: str, found: str, mend: str) -> None:
-        findings.add(what, host.name, found, mend=there + mend if mend else "")
-
-    limit = mac.get("wired_limit_mb")
-    note("iogpu.wired_limit_mb (0: macOS's own)", "not known" if limit is None else str(limit), "")
-    if "sleep" in power:
-        never = power["sleep"] == 0
-        note(
-            "sleeps",
-            "never" if never else f"after {power['sleep']} min",
-            "" if never else "sudo pmset -a sleep 0",
-        )
-    if "displaysleep" in power:
-        on = power["displaysleep"] == 0
-        found = "never" if on else f"after {power['displaysleep']} min"
-        note("its display sleeps", found, "sudo pmset -a displaysleep 10" if on else "")
-    if "autorestart" in power:
-        on = power["autorestart"] == 1
-        note(
+    Not run in CI.
+    """
+    power, path = mac.get("power") or {}, shlex.quote(os.path.join(os.getcwd(), folder))
+    if mac.get("wired_limit_mb") is not None:
+        yield "iogpu.wired_limit_mb (0: macOS's own)", str(mac["wired_limit_mb"]), ""
+    if (minutes := power.get("sleep")) is not None:
+        yield "sleeps", *((f"after {minutes} min", "sudo pmset -a sleep 0") if minutes else ("never", ""))
+    if (minutes := power.get("displaysleep")) is not None:
+        sleeps = (f"after {minutes} min", "") if minutes else ("never", "sudo pmset -a displaysleep 10")
+        yield "its display sleeps", *sleeps
+    if (on := power.get("autorestart")) is not None:
+        yield (
             "starts again after a power cut",
-            "yes" if on else "no",
-            "" if on else "sudo pmset -a autorestart 1",
+            *(("yes", "") if on else ("no", "sudo pmset -a autorestart 1")),
         )
-    vault = mac.get("filevault")
-    if vault is not None:
-        words = (
+    if (on := mac.get("filevault")) is not None:
+        locked = (
             "on: after a power cut somebody has to log in there before ssh answers, not after a restart by:"
         )
-        note("FileVault", words if vault else "off", "sudo fdesetup authrestart" if vault else "")
+        yield "FileVault", *((locked, "sudo fdesetup authrestart") if on else ("off", ""))
     if mac.get("updates") == 1:
-        tool = "sudo defaults write /Library/Preferences/com.apple.SoftwareUpdate AutomaticallyInstallMacOSUpdates 0"
-        note("macOS installs updates by itself", "yes: it restarts", tool)
+        off = f"sudo defaults write {UPDATES} 0"
+        yield "macOS installs updates by itself", "yes, and restarts", off
     if mac.get("firewall"):
-        mend = "System Settings, Network, Firewall: let Python through, or ranks cannot reach one another"
-        findings.add("firewall", host.name, "on", mend=mend)
+        yield "firewall", "on: it has to let Python through (System Settings, Network)", ""
     if mac.get("excluded") is False:
-        path = shlex.quote(os.path.join(os.getcwd(), folder))
-        words = f"tmutil addexclusion {path} && touch {path}/{SPOTLIGHT}"
-        note("Time Machine copies runs", "yes", shlex.quote(words))
+        yield "Time Machine copies runs", "yes", f"tmutil addexclusion {path} && touch {path}/{SPOTLIGHT}"
 
 
 def _setup() -> str:
@@ -178,9 +165,8 @@ def compare_all(answers: Mapping[str, MachineAnswer], findings: Findings) -> Non
     for fact in odd:
         for name, one in facts.items():
             if one.get(fact) != facts[first].get(fact):
-                mac = fact.startswith("macOS")
-                there = login(known[name].host)
-                mend = f"ssh {there} softwareupdate --list" if mac else f"ssh {there} '{_setup()}'"
+                command = "softwareupdate --list" if fact.startswith("macOS") else _setup()
+                mend = typed(known[name].host, command)
                 found = f"{one.get(fact, 'none')}, and {facts[first].get(fact, 'none')} on {first}"
                 findings.add(fact, name, found, False, mend)
 

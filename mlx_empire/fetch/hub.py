@@ -9,6 +9,8 @@ cut; a file that was not whole when the process ended is fetched anew.
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from mlx_empire.disk import free_bytes, with_headroom
+from mlx_empire.disk import free_bytes, open_private, with_headroom
 from mlx_empire.errors import DamagedError, DoesNotFitError, NoRoomError, UnreachableError, UserError
 from mlx_empire.formats.fetched import RECORD, Record, differing, fetch_record, write_record
 from mlx_empire.formats.hf_folder import INDEX_NAME, is_plain_name
@@ -37,6 +39,7 @@ from mlx_empire.sizes import amount
 
 ENDPOINT = "HF_ENDPOINT"
 PUBLIC_HUB = "https://huggingface.co"
+CLIENTS = Path(".cache") / "huggingface"  # in the folder: huggingface_hub's own notes
 WANTED = ("config.json", BESIDE, INDEX_NAME, "model*.safetensors", *SIDE_FILES)
 
 Say = Callable[[str], None]
@@ -93,7 +96,7 @@ class Hub:
             f"{self.record['source']} (commit {self.record['revision'][:12]}): {len(files)} files, {amount(total)}"
         )
         say(f"licence: {self.record['licence'] or 'not named'}, see {self.page}")
-        say(f"to {self.folder}: {amount(needed)} to fetch, {amount(free_bytes(self.folder))} are free there")
+        say(f"to {self.folder}: {amount(needed)} to fetch, {amount(self.free_bytes())} are free there")
 
     def needed_bytes(self) -> int:
         """Bytes that are not in the folder yet, by the files' sizes."""
@@ -103,9 +106,13 @@ class Hub:
             if not _has_size(self.folder / name, one["bytes"])
         )
 
+    def free_bytes(self) -> int:
+        """Bytes that are free for the folder, with what a fetch that was killed left in it, which will go."""
+        return free_bytes(self.folder) + sum(path.stat().st_size for path in self._leftovers())
+
     def require_room(self) -> None:
         """DoesNotFitError unless all that is missing fits on the folder's disk."""
-        needed, free = self.needed_bytes(), free_bytes(self.folder)
+        needed, free = self.needed_bytes(), self.free_bytes()
         if needed and with_headroom(needed) > free:
             raise DoesNotFitError(
                 f"model.path: {self.folder}: {amount(needed)} are still to fetch, and {amount(free)} are free on its "
@@ -116,8 +123,9 @@ class Hub:
         """Fetch what is missing; what an earlier revision had and this one has not goes. UserError, UnreachableError,
         NoRoomError."""
         kept = fetch_record(self.folder)
-        with _in_one_line(str(self.record["source"]), self.page):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with _in_one_line(str(self.record["source"]), self.page), _alone(self.folder):
+            for path in self._leftovers():
+                path.unlink()
             for name in self._others():
                 if kept is None or name not in kept["files"]:
                     raise UserError(
@@ -135,6 +143,10 @@ class Hub:
                 allow_patterns=list(self.record["files"]),
                 endpoint=self.endpoint,
             )
+
+    def _leftovers(self) -> list[Path]:
+        """Parts of files of a process that was killed: each process begins its own."""
+        return list((self.folder / CLIENTS / "download").rglob("*.incomplete"))
 
     def _others(self) -> list[str]:
         """Files in the folder that a training would read and that the model does not have."""
@@ -173,6 +185,20 @@ def _has_size(path: Path, nbytes: int) -> bool:
         return path.stat().st_size == nbytes
     except OSError:
         return False
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it: UserError where another process fetches into it."""
+    (folder / CLIENTS).mkdir(parents=True, exist_ok=True)
+    descriptor = open_private(folder / CLIENTS / "fetching.lock")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process fetches into it; wait until it has ended") from None
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

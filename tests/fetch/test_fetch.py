@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -203,6 +204,29 @@ def test_a_hub_that_is_not_there_is_worth_another_attempt(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens
     assert fetch(recipe) == 75
     assert "the Hub was not reached" in capsys.readouterr().err
+
+
+def test_parts_that_a_killed_process_left_are_room_and_go(
+    stub: StubHub, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "models/small/.cache/huggingface/download/x.incomplete"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"\0" * (1 << 20))
+    monkeypatch.setattr(hub, "free_bytes", lambda _: 1 << 20)
+    assert fetch(recipe) == 0
+    assert not left.exists()
+
+
+def test_two_processes_do_not_fetch_into_one_folder(
+    stub: StubHub, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = tmp_path / "models/small/.cache/huggingface/fetching.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as held_by_another:
+        fcntl.flock(held_by_another, fcntl.LOCK_EX)
+        assert fetch(recipe) == 64
+    assert "another process fetches into it" in capsys.readouterr().err
+    assert held(tmp_path) == {}
 
 
 def test_a_dry_run_says_all_of_it_and_fetches_nothing(

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mlx_empire"
 # The top floor: commands. They use everything below, and of each other only what capacity answers.
-VERBS = ("train", "export", "capacity", "verify", "daughters", "launch", "doctor", "fetch")
+VERBS = ("train", "export", "capacity", "verify", "daughters", "launch", "doctor", "setup", "fetch")
 ANSWERS = ("capacity",)
 ASKING = ("train", "verify")
 # Below it, top to bottom: a folder or a file of the package.

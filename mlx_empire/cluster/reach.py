@@ -19,6 +19,7 @@ from mlx_empire.cluster.hostfile import Cluster, Host
 PROBE_SECONDS = 20.0
 _SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10"
 _AGENTS = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")
+SHELL = set("&;|'\"")  # what this machine's shell would take for itself
 T = TypeVar("T")
 
 
@@ -51,6 +52,20 @@ def line_to(host: Host, command: Sequence[str], environment: Mapping[str, str]) 
     login = [] if host.user is None else ["-l", host.user]
     port = [] if host.port is None else ["-p", str(host.port)]
     return [*shlex.split(agent), *login, *port, host.name, shlex.join(command)]
+
+
+def login(host: Host) -> str:
+    """How ssh is told of a machine: `-p 2222 me@king.local`."""
+    port = "" if host.port is None else f"-p {host.port} "
+    user = "" if host.user is None else f"{host.user}@"
+    return f"{port}{user}{host.name}"
+
+
+def typed_for(host: Host, command: str) -> str:
+    """What a person types here to run a command there, with a terminal for the password that sudo asks for."""
+    if is_here(host):
+        return command
+    return f"ssh -t {login(host)} {shlex.quote(command) if SHELL & set(command) else command}"
 
 
 def ask(

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_empire.cluster.hostfile import Cluster, Host
-from mlx_empire.cluster.reach import ask, is_here, of_all, with_python
+from mlx_empire.cluster.reach import ask, login, of_all, with_python
 from mlx_empire.recipe.text import one_line
 
 SECONDS = 60.0
 SSH_PORT = 22
-SHELL = set("&;|'\"")  # what this machine's shell would take for itself
 LONGEST = 200  # characters of what ssh said
 LOCAL_NETWORK = (
     "allow the terminal in System Settings, Privacy & Security, Local Network, or start from an ssh session"
@@ -130,20 +129,6 @@ def why(host: Host, said: str, pings: Callable[[str], bool]) -> tuple[str, str]:
         if words in said:
             return reason, mend.format(name=host.name, login=login(host), here=shlex.quote(os.getcwd()))
     return "it does not answer as it should", f"ssh {login(host)} true"
-
-
-def login(host: Host) -> str:
-    """How ssh is told of a machine: `-p 2222 me@king.local`."""
-    port = "" if host.port is None else f"-p {host.port} "
-    user = "" if host.user is None else f"{host.user}@"
-    return f"{port}{user}{host.name}"
-
-
-def typed(host: Host, command: str) -> str:
-    """What a person types here to run a command there, with a terminal for the password that sudo asks for."""
-    if is_here(host):
-        return command
-    return f"ssh -t {login(host)} {shlex.quote(command) if SHELL & set(command) else command}"
 
 
 def answers_ping(name: str) -> bool:

@@ -7,7 +7,6 @@ last, so that who asked can compare it with the moment at which the answer came.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import socket
@@ -22,10 +21,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import mlx_empire
 from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.cluster.macos import read_mac, run_here
-from mlx_empire.comm.checks import environment
+from mlx_empire.comm.checks import environment, package_digest
 from mlx_empire.comm.connect import choose_device
 from mlx_empire.disk import free_bytes, sync_file
 
@@ -71,16 +69,6 @@ def facts(question: Mapping[str, Any]) -> dict[str, Any]:
         except Exception as error:  # whatever it is, the other answers are worth having
             found[name] = {"problem": f"{type(error).__name__}: {error}"}
     return found
-
-
-def package_digest() -> str:
-    """SHA-256 over the package's own files, so that two checkouts of one version are told apart."""
-    root = Path(mlx_empire.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*")):
-        if file.suffix in (".py", ".json") and file.is_file():
-            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def swap_in_use(meminfo: str) -> int:

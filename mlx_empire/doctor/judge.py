@@ -13,7 +13,8 @@ from typing import Any
 
 from mlx_empire.cluster.hostfile import Cluster, Host, Node
 from mlx_empire.cluster.match import match_ranks
-from mlx_empire.doctor.asking import LOCAL_NETWORK, NO_ROUTE, MachineAnswer, resolved, typed
+from mlx_empire.cluster.reach import typed_for
+from mlx_empire.doctor.asking import LOCAL_NETWORK, NO_ROUTE, MachineAnswer, resolved
 from mlx_empire.doctor.findings import Findings
 from mlx_empire.errors import UserError
 from mlx_empire.plan.wired_limit import raising
@@ -43,7 +44,7 @@ def per_machine(cluster: Cluster, answers: Mapping[str, MachineAnswer], findings
         mac = _part(answer, "mac")
         if isinstance(mac, dict):
             for what, said, mend in _mac_rows(mac, next(iter(_part(answer, "disks") or {"runs": 0}))):
-                findings.add(what, host.name, said, mend=typed(host, mend) if mend else "")
+                findings.add(what, host.name, said, mend=typed_for(host, mend) if mend else "")
         for other, problem in (_part(answer, "reached") or {}).items():
             # A refusal comes from the other machine: the way to it is open.
             good = not problem or "refused" in problem
@@ -64,12 +65,12 @@ def _part(answer: MachineAnswer, name: str) -> Any:
 def _itself(cluster: Cluster, host: Host, answer: MachineAnswer, findings: Findings) -> None:
     for name, value in answer.facts.items():
         if isinstance(value, dict) and "problem" in value:
-            findings.add(name, host.name, str(value["problem"]), False, typed(host, _setup()))
+            findings.add(name, host.name, str(value["problem"]), False, typed_for(host, _setup()))
     try:
         match_ranks(cluster, [str(answer.facts.get("hostname"))], [Node("", 1, None, 1, 1)])
         findings.add("hostname", host.name, str(answer.facts.get("hostname")))
     except UserError as error:
-        keep = typed(host, f"sudo scutil --set HostName {shlex.quote(host.name)}")
+        keep = typed_for(host, f"sudo scutil --set HostName {shlex.quote(host.name)}")
         findings.add("hostname", host.name, str(error), False, keep)
     machine, device = _part(answer, "machine"), _part(answer, "device")
     if device is not None:
@@ -90,7 +91,7 @@ def _itself(cluster: Cluster, host: Host, answer: MachineAnswer, findings: Findi
     late = abs(answer.ahead) > CLOCK_SECONDS
     clock = f"{abs(answer.ahead):.1f} s {'ahead' if answer.ahead > 0 else 'behind'}"
     tool = "sudo sntp -sS time.apple.com" if mac else "sudo timedatectl set-ntp true"
-    findings.add("clock", host.name, clock, not late, typed(host, tool) if late else "")
+    findings.add("clock", host.name, clock, not late, typed_for(host, tool) if late else "")
 
 
 def _memory(host: Host, own: Node, findings: Findings) -> None:
@@ -105,7 +106,7 @@ def _memory(host: Host, own: Node, findings: Findings) -> None:
     if host.limit_bytes is not None and host.limit_bytes > own.limit_bytes:
         limit += f", and the hostfile says {amount(host.limit_bytes)}; the smaller one counts"
         if own.chip is not None:
-            mend = typed(host, raising(host.limit_bytes))
+            mend = typed_for(host, raising(host.limit_bytes))
     findings.add("what the GPU may use", host.name, limit, mend=mend)
 
 
@@ -166,7 +167,7 @@ def compare_all(answers: Mapping[str, MachineAnswer], findings: Findings) -> Non
         for name, one in facts.items():
             if one.get(fact) != facts[first].get(fact):
                 command = "softwareupdate --list" if fact.startswith("macOS") else _setup()
-                mend = typed(known[name].host, command)
+                mend = typed_for(known[name].host, command)
                 found = f"{one.get(fact, 'none')}, and {facts[first].get(fact, 'none')} on {first}"
                 findings.add(fact, name, found, False, mend)
 

@@ -14,6 +14,7 @@ from mlx_empire.cluster.hostfile import Cluster, Host
 from mlx_empire.cluster.other_hostfiles import written_hostfile
 from mlx_empire.doctor.link_worker import MARK, SECONDS, Pair
 from mlx_empire.errors import UnreachableError
+from mlx_empire.progress import LAUNCHER_VARIABLE
 from mlx_empire.run.mpirun import worker_line
 
 START_SECONDS = 90.0
@@ -29,11 +30,14 @@ def measure_links(
     path.write_text(written_hostfile(tuple(hosts), slots=1))
     cluster = Cluster(tuple(hosts), str(path))
     program = [sys.executable, "-u", "-m", "mlx_empire.doctor.link_worker"]
-    line = worker_line(path, cluster, program, environment, interface)
+    alone = {
+        name: value for name, value in environment.items() if name != LAUNCHER_VARIABLE
+    }  # nobody reads beacons
+    line = worker_line(path, cluster, program, alone, interface)
     seconds = START_SECONDS + 4 * SECONDS * len(hosts)
     with subprocess.Popen(
         line,
-        env=dict(environment),
+        env=alone,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -42,9 +46,11 @@ def measure_links(
     ) as process:
         try:
             said, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # Ctrl-C too: mpirun has left this terminal
             os.killpg(process.pid, signal.SIGKILL)
-            raise UnreachableError(f"mpirun did not end within {seconds:.0f} s") from None
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise UnreachableError(f"mpirun did not end within {seconds:.0f} s") from None
+            raise
     marked = [text for text in said.splitlines() if text.startswith(MARK)]
     if not marked:
         last = [text for text in errors.splitlines() if text.strip(" -")]

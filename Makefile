@@ -143,7 +143,7 @@ test: lint
 
 # Everything that kills, damages and fills disks in real runs; the part of it that always runs is in `make test`.
 test-faults: setup
-	@$(FAST) $(PY) -m pytest tests/faults tests/reliability tests/launch -m "faults or not faults" $(PARALLEL) $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/doctor tests/faults tests/reliability tests/launch -m "faults or not faults" $(PARALLEL) $(PYTEST_ARGS)
 
 # Peaks of another 28 settings, whatever is the same on 1 to 3 ranks on 4, the whole oracle, and every model of mlx-lm.
 test-slow: setup

@@ -34,6 +34,11 @@ VERBS: dict[str, dict[str, Verb]] = {
         "keys": Verb("every key of a recipe: what it decides, its default", "mlx_empire.keys"),
     },
     "before a run": {
+        "doctor": Verb(
+            "whether machines are ready, and the line that mends what is not", "mlx_empire.doctor.command"
+        ),
+        "setup": Verb("keys and the same environment on every machine, over ssh", "mlx_empire.setup.command"),
+        "fetch": Verb("the model that a recipe names, from the Hugging Face Hub", "mlx_empire.fetch.command"),
         "capacity": Verb("what every machine will need, and whether it fits", "mlx_empire.capacity.command"),
         "verify": Verb("what each technique of a recipe changes, pair by pair", "mlx_empire.verify.command"),
     },

@@ -81,6 +81,12 @@ class LostRankError(EmpireError):
     exit_code = 75
 
 
+class UnreachableError(EmpireError):
+    """What a network leads to did not answer, or not to the end: trying again makes sense."""
+
+    exit_code = 75
+
+
 GPU_FAULTS = ("[METAL]",)
 NO_MEMORY = ("[metal::malloc]", "[malloc] Unable to allocate", "[malloc_or_wait] Unable to allocate")
 GPU_OUT_OF_MEMORY = "the GPU ran out of memory"  # what the supervisor looks for when it happens again

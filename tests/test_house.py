@@ -11,7 +11,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mlx_empire"
 # Above all: the table of the commands. It imports none before it is asked for.
 DOOR = ("cli", "__main__")
 # The top floor: commands. They use everything below, and of each other only what capacity answers.
-VERBS = ("train", "export", "capacity", "verify", "daughters", "launch", "runs", "init", "keys")
+VERBS = (
+    "train",
+    "export",
+    "capacity",
+    "verify",
+    "daughters",
+    "launch",
+    "runs",
+    "init",
+    "keys",
+    "doctor",
+    "setup",
+    "fetch",
+)
 ANSWERS = ("capacity",)
 ASKING = ("train", "verify")
 # Below it, top to bottom: a folder or a file of the package.

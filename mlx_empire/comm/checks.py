@@ -7,10 +7,12 @@ whom a wrong value came. Intervals are of unequal length, that of rank 0 empty; 
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from importlib import metadata
 from itertools import accumulate
+from pathlib import Path
 from typing import get_args
 
 import mlx.core as mx
@@ -42,6 +44,16 @@ def environment() -> dict[str, str | None]:
     device = str(mx.default_device().type).rpartition(".")[2]
     facts["platform"] = f"{platform.system()} {platform.machine()}, {device}"
     return facts
+
+
+def package_digest() -> str:
+    """SHA-256 over the package's own files, so that two checkouts of one version are told apart."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*")):
+        if file.suffix in (".py", ".json") and file.is_file():
+            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def shake_hands(comm: Communicator, facts: Facts, remedy: str) -> None:

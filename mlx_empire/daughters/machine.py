@@ -16,6 +16,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.daughters.many import Capacity, Daughters, Tell
 from mlx_empire.engine.multi_adapter import MultiAdapterSteps
 from mlx_empire.errors import UserError
+from mlx_empire.formats.fetched import naming_the_fetch
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.model.build import describe
 from mlx_empire.model.config import read_config
@@ -48,7 +49,9 @@ def capacity_for(recipe: Recipe, node: Node, most: int) -> Capacity:
 
 def _single(recipe: Recipe) -> Target:
     folder = recipe.model.path
-    return share_target(SoloCommunicator("here"), recipe, read_config(folder))
+    with naming_the_fetch(recipe):
+        config = read_config(folder)
+    return share_target(SoloCommunicator("here"), recipe, config)
 
 
 def _together(recipe: Recipe, count: int) -> tuple[Target, Present]:

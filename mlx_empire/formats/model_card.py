@@ -22,26 +22,31 @@ def model_card(
     metrics: Sequence[Mapping[str, Any]],
     data_digest: str,
     base_digest: str | None,
+    source: str | None = None,
 ) -> str:
-    """The text of README.md from a run's recipe, model and records (metrics.jsonl); `base_digest` of a frozen base."""
+    """The text of README.md from a run's recipe, model and records (metrics.jsonl).
+
+    `base_digest` of a frozen base; `source`: owner/name@revision on the Hub, where it is known.
+    """
     kind = recipe.tuning.type
     sections = [
-        _head(recipe),
+        _head(recipe, source),
         f"# {recipe.run.dir.name}\n\n{KINDS[kind]} of `{recipe.model.path}`, by mlx_empire {__version__}.",
         f"## Use\n\n{_use(recipe)}",
         f"## Figures\n\n{_figures(spec, metrics)}",
-        f"## Lineage\n\n{_lineage(recipe, data_digest, base_digest)}",
+        f"## Lineage\n\n{_lineage(recipe, data_digest, base_digest, source)}",
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _head(recipe: Recipe) -> str:
+def _head(recipe: Recipe, source: str | None) -> str:
     full = recipe.tuning.type == "full"
     library = "library_name: mlx" if full else "library_name: peft"
     relation = "finetune" if full else "adapter"
     tags = "\n".join(f"- {tag}" for tag in ("mlx", "mlx-empire", *(() if full else ("lora",))))
-    return f"---\nbase_model: {recipe.model.path}\nbase_model_relation: {relation}\n{library}\ntags:\n{tags}\n---"
+    base = recipe.model.path if source is None else source.partition("@")[0]
+    return f"---\nbase_model: {base}\nbase_model_relation: {relation}\n{library}\ntags:\n{tags}\n---"
 
 
 def _use(recipe: Recipe) -> str:
@@ -81,9 +86,10 @@ def _number(record: Mapping[str, Any]) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
-def _lineage(recipe: Recipe, data_digest: str, base_digest: str | None) -> str:
+def _lineage(recipe: Recipe, data_digest: str, base_digest: str | None, source: str | None) -> str:
     rows = [
         ("base", f"`{recipe.model.path}`"),
+        *([] if source is None else [("fetched from", f"`{source}`")]),
         ("digest of the base", f"`{base_digest}`" if base_digest else "not frozen, so it has none"),
         ("data", f"`{recipe.data.path}`"),
         ("digest of the data", f"`{data_digest}`"),

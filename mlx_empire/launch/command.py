@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_empire.cluster.hostfile import Cluster, load_hostfile
+from mlx_empire.cluster.reach import is_here
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UserArguments, UserError
 from mlx_empire.launch import detached
-from mlx_empire.launch.machines import is_here, memory_of, probe_with
+from mlx_empire.launch.machines import memory_of, probe_with
 from mlx_empire.launch.process import GRACE_SECONDS, Asked
 from mlx_empire.launch.supervisor import PAUSE_SECONDS, Supervisor
 from mlx_empire.recipe.arguments import RecipeArguments

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,55 +20,13 @@ from pathlib import Path
 from typing import Protocol
 
 from mlx_empire.cluster.hostfile import Cluster, Host
+from mlx_empire.cluster.macos import read_vm_stat
+from mlx_empire.cluster.reach import PROBE_SECONDS, ask, is_here, of_all
 from mlx_empire.disk import replace_private
 
-PROBE_SECONDS = 20.0
 SMALLER = "hosts-that-answer.txt"
-_SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10"
-_AGENTS = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")
 
 Probe = Callable[[Host], str]  # what is wrong with a machine; "" for nothing
-
-
-def is_here(host: Host) -> bool:
-    """Whether a hostfile's name means this machine: its own address is one that can be listened on."""
-    own = socket.gethostname().split(".")[0].lower()
-    if host.name.lower() == "localhost" or host.name.split(".")[0].lower() == own:
-        return True
-    try:
-        found = socket.getaddrinfo(host.name, 0, type=socket.SOCK_DGRAM)
-    except OSError:
-        return False
-    return any(_bindable(family, address) for family, _, _, _, address in found)
-
-
-def _bindable(family: int, address: tuple[object, ...]) -> bool:
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind(address)
-    except OSError:
-        return False
-    return True
-
-
-def ask(
-    host: Host, command: Sequence[str], environment: Mapping[str, str], seconds: float = PROBE_SECONDS
-) -> subprocess.CompletedProcess[str]:
-    """`command` run on a machine the way mpirun would reach it. OSError or SubprocessError when it cannot be."""
-    agent = next((environment[name] for name in _AGENTS if name in environment), _SSH)
-    login = [] if host.user is None else ["-l", host.user]
-    port = [] if host.port is None else ["-p", str(host.port)]
-    words = [] if is_here(host) else [*shlex.split(agent), *login, *port, host.name]
-    line = [shlex.join(command)] if words else list(command)
-    return subprocess.run(
-        [*words, *line],
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
 
 
 def probe_with(environment: Mapping[str, str], seconds: float = PROBE_SECONDS) -> Probe:
@@ -94,16 +49,8 @@ def probe_with(environment: Mapping[str, str], seconds: float = PROBE_SECONDS) -
 
 def away(cluster: Cluster, probe: Probe) -> dict[str, str]:
     """The machines that cannot be used, by name, and why. All are asked at once."""
-    found: dict[str, str] = {}
-    threads = [
-        threading.Thread(target=lambda host=host: found.__setitem__(host.name, probe(host)), daemon=True)
-        for host in cluster.nodes
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return {host.name: found[host.name] for host in cluster.nodes if found.get(host.name)}
+    found = of_all(cluster, probe)
+    return {name: problem for name, problem in found.items() if problem}
 
 
 def without(cluster: Cluster, names: Mapping[str, str] | Sequence[str], folder: Path) -> tuple[Path, Cluster]:
@@ -158,13 +105,6 @@ class VmStat:
 def memory_of(cluster: Cluster, environment: Mapping[str, str]) -> Memory:
     """How to look at the wired memory of these machines."""
     return VmStat(cluster, environment) if sys.platform == "darwin" else NothingWired()
-
-
-def read_vm_stat(text: str) -> int | None:
-    """Wired bytes in the output of `vm_stat`; None where it does not say."""
-    page = re.search(r"page size of (\d+) bytes", text)
-    wired = re.search(r"Pages wired down:\s+(\d+)", text)
-    return int(page[1]) * int(wired[1]) if page and wired else None
 
 
 def wait_until_free(

@@ -38,6 +38,7 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.unread import refuse_long_rows
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
+from mlx_empire.recipe.source import how_to_fetch
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def planned_target(recipe: Recipe, tensors: Callable[[Path], Stored | None] = la
         return catalog_target(architecture, recipe)
     raise UserError(
         f"model.path: {path}: neither a folder nor a catalog name; name its kind in model.architecture, "
-        f"such as {catalog.nearest(path.name)}"
+        f"such as {catalog.nearest(path.name)}; {how_to_fetch(recipe)}"
     )
 
 

@@ -25,6 +25,7 @@ HARMLESS = (
     "run.resume",
     "run.accept_changes",
     "run.hosts",
+    "model.source",
     "model.compare",
     "model.base_digest",
 )

@@ -86,5 +86,7 @@ PositiveDuration = Annotated[Duration, BeforeValidator(_positive_duration)]
 RunLength = Annotated[Duration, BeforeValidator(_whole_run)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[Literal[2, 3, 4, 6, 8, "ternary", "mxfp4", "mxfp8", "nvfp4"], BeforeValidator(exact_number)]
+_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+ModelSource = Annotated[str, Field(pattern=f"^{_NAME}/{_NAME}@[A-Za-z0-9][A-Za-z0-9._/-]{{0,95}}$")]
 KeyName = Annotated[str, Field(pattern=r"^[a-z_]+\.[a-z_]+$")]
 Share = Annotated[float, Field(gt=0, le=1e15)]

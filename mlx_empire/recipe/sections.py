@@ -15,6 +15,7 @@ from mlx_empire.recipe.fields import (
     Beta,
     Bits,
     Count,
+    ModelSource,
     RecipePath,
     Section,
     Share,
@@ -28,6 +29,11 @@ class ModelSection(Section):
     path: RecipePath = Field(
         title="The folder that training begins with: configuration, weights and tokenizer.",
         description="the path of a local Hugging Face folder",
+    )
+    source: ModelSource | None = Field(
+        title="Where `fetch` brings that folder from; the model card of a result names it.",
+        default=None,
+        description="owner/name@revision of a model on the Hugging Face Hub (a branch, a tag or a commit), or null",
     )
     architecture: str | None = Field(
         title="What kind of model to plan for, and to begin at random, where that folder is not there.",

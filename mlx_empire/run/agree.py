@@ -30,6 +30,7 @@ from mlx_empire.data.rows import Dataset, Table
 from mlx_empire.data.splits import Splits, load_splits
 from mlx_empire.errors import EmpireError, UserError, on_all_ranks
 from mlx_empire.evaluation.gate import GateKeeper
+from mlx_empire.formats.fetched import naming_the_fetch, refuse_other_source
 from mlx_empire.formats.hf_folder import has_weights, model_digest, open_folder
 from mlx_empire.formats.seal import check_sealed
 from mlx_empire.model.build import compute_dtype
@@ -167,7 +168,8 @@ def agree_on_model(comm: Communicator, recipe: Recipe) -> None:
     folder, fact = recipe.model.path, None
     with together(comm):
         if recipe.model.init == "pretrained" and has_weights(folder):
-            fact = model_digest(folder, contents=recipe.model.compare == "contents")[:16]
+            with naming_the_fetch(recipe):
+                fact = model_digest(folder, contents=recipe.model.compare == "contents")[:16]
     shake_hands(comm, {"model digest": fact}, f"copy {folder} to every machine again")
 
 
@@ -183,7 +185,9 @@ def share_config(comm: Communicator, recipe: Recipe) -> dict[str, Any]:
 
                 config, _ = catalog.load(name)
             else:
-                config = read_config(recipe.model.path)
+                with naming_the_fetch(recipe):
+                    config = read_config(recipe.model.path)
+                refuse_other_source(recipe)
                 refuse_other_architecture(config, recipe)
     shared = comm.broadcast_json(config)
     assert isinstance(shared, dict)
@@ -198,7 +202,8 @@ def share_target(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) 
         if digest is not None and (comm.rank == 0 or has_weights(folder)):
             check_sealed(folder, digest)
         if comm.rank == 0 and recipe.model.init == "pretrained":
-            stored = open_folder(folder).stored()
+            with naming_the_fetch(recipe):
+                stored = open_folder(folder).stored()
     stored = comm.broadcast_json(stored)
     with together(comm):
         dtype = compute_dtype(config, recipe.model.dtype)

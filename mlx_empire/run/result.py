@@ -26,6 +26,7 @@ from mlx_empire.errors import NoRoomError, UserError
 from mlx_empire.evaluation.gate import GateKeeper
 from mlx_empire.formats.adapter_folder import AdapterWriter
 from mlx_empire.formats.export_folder import FolderWriter, plan_export
+from mlx_empire.formats.fetched import source_of
 from mlx_empire.formats.hf_folder import has_weights, open_folder
 from mlx_empire.formats.hf_names import huggingface_names
 from mlx_empire.formats.model_card import model_card
@@ -83,7 +84,9 @@ def result_writer(recipe: Recipe, target: Target) -> FolderWriter | AdapterWrite
     try:
         data = str(json.loads((recipe.run.dir / "plan.json").read_text())["data_digest"])
         base = recipe.model.base_digest or sealed_digest(folder)
-        writer.card = model_card(recipe, target.spec, read_metrics(recipe.run.dir), data, base)
+        writer.card = model_card(
+            recipe, target.spec, read_metrics(recipe.run.dir), data, base, source_of(recipe)
+        )
     except (OSError, ValueError, KeyError) as error:  # somebody's hand: the weights matter more than the card
         writer.notes.append(f"no model card was written: {error}")
     return writer

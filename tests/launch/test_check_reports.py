@@ -1,4 +1,4 @@
-"""hosts/check.py prints its table and writes its file whatever fails, and no secret stands in either."""
+"""hosts/check.py, doctor --train, prints its table and writes its file whatever fails; no secret is in either."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def test_a_launch_that_is_refused_is_a_row_of_the_table(host: str, tmp_path: Pat
         "where": "",
         "found": "exit code 3",
         "good": False,
+        "mend": "",
     }
     assert rows["the device"]["good"]
     for text in (ended.stdout, json.dumps(said)):

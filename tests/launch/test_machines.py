@@ -9,16 +9,9 @@ from pathlib import Path
 import pytest
 
 from mlx_empire.cluster.hostfile import Host, load_hostfile, parse_hostfile
-from mlx_empire.launch.machines import (
-    ask,
-    away,
-    is_here,
-    memory_of,
-    probe_with,
-    read_vm_stat,
-    wait_until_free,
-    without,
-)
+from mlx_empire.cluster.macos import read_vm_stat
+from mlx_empire.cluster.reach import ask, is_here
+from mlx_empire.launch.machines import away, memory_of, probe_with, wait_until_free, without
 
 AGENT = """\
 #!/bin/sh

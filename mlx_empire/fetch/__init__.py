@@ -1,0 +1,1 @@
+"""What brings a model's folder from the Hugging Face Hub, whole and checked."""

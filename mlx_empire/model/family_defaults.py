@@ -306,6 +306,7 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 256,
     },
     "qwen3_next": {"head_dim": 256, "norm_topk_prob": True},
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "qwen3_vl_text": {"head_dim": 128},
     "seed_oss": {"head_dim": 128, "attention_bias": True},
     "smollm3": {"num_key_value_heads": 4},

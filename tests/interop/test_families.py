@@ -18,7 +18,7 @@ from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.source import FolderSource
 from mlx_empire.model.config import read_config
 from mlx_empire.model.target import make_target
-from mlx_empire.model.unread import refuse_long_rows
+from mlx_empire.model.unread import refuse_row_length
 from mlx_empire.recipe.sections import TuningSection
 
 torch = pytest.importorskip("torch", reason="torch is not installed: run `make test-interop`")
@@ -150,7 +150,7 @@ def torch_loss(model: Any) -> float:
 def our_loss(folder: Path) -> float:
     """The first loss, through the product's own reading. UserError."""
     config, stored = read_config(folder), open_folder(folder).stored()
-    refuse_long_rows(config, len(ROWS[0]) - 1, folder.name)
+    refuse_row_length(config, len(ROWS[0]) - 1, folder.name)
     target = make_target(config, TuningSection(), folder.name, "float32", stored)
     source = FolderSource(folder, target.rebuild, target.base)
     for index in range(len(target.spec.units)):

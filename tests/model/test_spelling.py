@@ -27,7 +27,15 @@ from mlx_empire.model.target import planned_target
 from mlx_empire.model.unread import UNREAD
 
 # What transformers' class has built in, so that its configuration has no such key.
-BUILT_IN = {"apertus", "glm_moe_dsa", "longcat_flash", "mimo_v2_flash", "minimax_m2", "solar_open"}
+BUILT_IN = {
+    "apertus",
+    "glm_moe_dsa",
+    "longcat_flash",
+    "mimo_v2_flash",
+    "minimax_m2",
+    "qwen3_vl_moe_text",
+    "solar_open",
+}
 
 
 def folder_of(path: Path, config: dict[str, Any]) -> Path:

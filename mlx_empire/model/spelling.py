@@ -41,7 +41,6 @@ OF_MODULE: Mapping[str, Mapping[str, Callable[[Numbers], Any]]] = {
     "lfm2": {"full_attn_idxs": lambda c: _indices(FULL, c["layer_types"])},
     "lfm2_moe": {"full_attn_idxs": lambda c: _indices(FULL, c["layer_types"])},
     "mamba2": {"intermediate_size": lambda c: int(c["expand"] * c["hidden_size"])},
-    "solar_open": {"partial_rotary_factor": lambda c: _partial(c)},
     "minimax": {"rotary_dim": lambda c: int(c["head_dim"] * _partial(c))},
 }
 

@@ -1,9 +1,9 @@
 """A folder's tensors in the names, layouts and dtypes from which mlx-lm's `sanitize` of the family starts.
 
 Decides what is done to stored tensors before mlx-lm sees them, where it would refuse what transformers 5 saves or
-compute with other numbers than torch: gpt-oss's experts that are not packed in MXFP4, GPT-2 and Olmo Hybrid under other names,
-experts of Qwen one by one or with the outputs first, exponents of FP8's power-of-two scales, and norms to which 1 is
-added in the dtype in which they are stored. What is exported never needs any of it. All on lazy arrays.
+compute with other numbers than torch: gpt-oss's experts that are not packed in MXFP4, GPT-2 and Olmo Hybrid under other
+names, experts of Qwen one by one or with the outputs first, exponents of FP8's power-of-two scales, and norms to which
+1 is added in the dtype in which they are stored. What is exported never needs any of it. All on lazy arrays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 HALF = (mx.bfloat16, mx.float16)
-RENAMED: Mapping[str, Mapping[str, str]] = {  # mlx-lm's module -> part of a name as stored, as the module has it
+RENAMED: Mapping[
+    str, Mapping[str, str]
+] = {  # mlx-lm's module -> part of a name as stored, as the module has it
     "gpt2": {"transformer.": ""},
     "olmo_hybrid": {
         ".attention_layer_norm.": ".input_layernorm.",

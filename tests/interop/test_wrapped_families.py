@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: run `make test-interop`")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from interop import test_families as plain  # noqa: E402: imports torch
+from interop import test_families as plain  # noqa: E402
 
 TOWER: dict[str, Any] = {
     **dict.fromkeys(
@@ -23,7 +23,7 @@ TOWER: dict[str, Any] = {
     **dict.fromkeys(("num_hidden_layers", "depth", "pooling_kernel_size"), 1),
     **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("head_dim", "num_position_embeddings", "position_embedding_size"), 16),
-    **dict.fromkeys(("deepstack_visual_indexes", "fullatt_block_indexes"), [0]),
+    **{key: [0] for key in ("deepstack_visual_indexes", "fullatt_block_indexes")},
     **{"image_size": 28, "patch_size": 14, "max_position_embeddings": 64, "out_hidden_size": 64},
 }
 SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}

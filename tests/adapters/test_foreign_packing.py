@@ -300,5 +300,5 @@ def test_a_tensor_that_mlx_lms_own_packed_folder_lacks_is_named(tmp_path):
     built = make_target(
         read_config(folder), TuningSection(type="lora"), "f", "float32", open_folder(folder).stored()
     )
-    with pytest.raises(UserError, match="tensor model.norm.weight is missing"):
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight is missing"):
         FolderSource(folder, built.rebuild, built.base)

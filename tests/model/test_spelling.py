@@ -209,5 +209,5 @@ def test_a_wrapped_language_model_keeps_its_own_vocabulary(family: str) -> None:
 
 
 def test_a_text_model_that_mlx_lm_reads_by_another_name_is_told_so() -> None:
-    with pytest.raises(UserError, match="with model_type: qwen3_5 in config.json it is"):
+    with pytest.raises(UserError, match=r"with model_type: qwen3_5 in config\.json it is"):
         build_model({"model_type": "qwen3_5_text"}, "f")

@@ -6,14 +6,18 @@ Weights are large, so that what a key changes shows in the loss. Needs torch: ru
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_lm.utils import load_model
 
 from mlx_empire.errors import UserError
+from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.source import FolderSource
 from mlx_empire.model.config import read_config
@@ -190,8 +194,12 @@ def our_loss(folder: Path) -> float:
     source = FolderSource(folder, target.rebuild, target.base)
     for index in range(len(target.spec.units)):
         target.model.load_weights([(t.name, array) for t, array in source.unit(index)], strict=False)
+    return mlx_loss(target.model)
+
+
+def mlx_loss(model: nn.Module) -> float:
     tokens = mx.array(ROWS)
-    logits = target.model.eval()(tokens[:, :-1]).astype(mx.float32)
+    logits = model.eval()(tokens[:, :-1]).astype(mx.float32)
     return float(nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean"))
 
 
@@ -204,6 +212,23 @@ def test_the_first_loss_of_a_saved_folder_is_that_of_torch(family: str, dtype: s
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     assert our_loss(folder) == pytest.approx(torch_loss(model.eval()), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_is_exported_has_the_same_loss_in_mlx_lm(family: str, tmp_path: Path) -> None:
+    """mlx-lm reads the exported configuration by itself: what was completed here stands in it."""
+    folder, out = tmp_path / family, tmp_path / "out"
+    torch_model(settings(family)).save_pretrained(folder)
+    target = make_target(
+        read_config(folder), TuningSection(), folder.name, "float32", open_folder(folder).stored()
+    )
+    source = FolderSource(folder, target.rebuild, target.spec)
+    with FolderWriter(out, target.spec, target.rebuild, folder) as writer:
+        for index in range(len(target.spec.units)):
+            writer.write_unit(index, {t.name: array for t, array in source.unit(index)})
+    with contextlib.redirect_stdout(io.StringIO()):  # some of its modules print
+        theirs = load_model(out)[0]
+    assert mlx_loss(theirs) == pytest.approx(our_loss(folder), rel=1e-5)
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=lambda value: str(value)[:60])

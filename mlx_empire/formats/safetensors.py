@@ -29,7 +29,7 @@ COPY_BYTES = 32 << 20
 REMEDY = "fetch the file again"
 
 ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
@@ -39,6 +39,7 @@ DTYPES = {code: name for name, code in CODES.items()}
 MLX_DTYPES = {  # what mlx loads each of them as
     **DTYPES,
     **{"BOOL": "bool_", "U8": "uint8", "I8": "int8", "F8_E4M3": "uint8", "F8_E5M2": "uint8"},
+    "F8_E8M0": "uint8",
     **{"U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64"},
     "F64": "float32",
 }

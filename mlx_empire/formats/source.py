@@ -10,7 +10,7 @@ nest the base (`q_proj.linear.weight`), so names change while loading; one tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_empire.errors import UserError, of_gpu
 from mlx_empire.formats.hf_folder import Build, open_folder
-from mlx_empire.model.build import sanitize
+from mlx_empire.model.build import read_stored
 from mlx_empire.model.config import HEADS, TIE
 from mlx_empire.model.lora import initial_adapter, magnitude
 from mlx_empire.model.quantize import Choice, quantize
@@ -31,6 +31,7 @@ NO_WEIGHTS = (
     ".masked_bias",
     ".attn.bias",
     ".attention.bias",
+    ".position_ids",
 )  # constants of older folders
 PACKED = ("uint32", "uint8")  # codes, and the scales of MLX's floating-point formats
 
@@ -67,18 +68,21 @@ class _LazySource:
     def _fill(self) -> dict[str, mx.array]:
         weights = self._open()
         wanted = {t.name: t for unit in self._spec.units for t in unit.tensors}
+        unread = sorted(weights.keys() - wanted.keys())
         for tensor in wanted.values():
-            self._check(tensor, weights.get(tensor.name))
-        for name in sorted(weights.keys() - wanted.keys()):
+            self._check(tensor, weights.get(tensor.name), unread)
+        for name in unread:
             self._refuse_unused(name, weights[name])
         return {name: weights[name] for name in wanted}
 
-    def _check(self, tensor: TensorSpec, found: mx.array | None) -> None:
+    def _check(self, tensor: TensorSpec, found: mx.array | None, unread: Sequence[str]) -> None:
         place = f"{self._where}: tensor {tensor.name}"
         if found is None:
-            raise UserError(
-                f"{place} is missing, expected shape {tensor.shape}; is this the model's own folder?"
-            )
+            why = "is this the model's own folder?"
+            if unread:
+                family = self._spec.family
+                why = f"it has {unread[0]}, which mlx-lm's {family} does not read; use a folder that mlx_lm.load opens"
+            raise UserError(f"{place} is missing, expected shape {tensor.shape}; {why}")
         if tuple(found.shape) != tensor.shape:
             raise UserError(
                 f"{place} has shape {tuple(found.shape)}, expected {tensor.shape} from config.json"
@@ -93,7 +97,7 @@ class _LazySource:
 
     def _refuse_unused(self, name: str, found: mx.array) -> None:
         repeated = name.endswith(HEADS) and self._spec.text_config.get(TIE) is not False
-        if repeated or name.endswith(NO_WEIGHTS) or found.dtype not in READABLE:
+        if repeated or name.endswith(NO_WEIGHTS):
             return
         raise UserError(
             f"{self._where}: tensor {name} has no place in mlx-lm's {self._spec.family}, which would compute another "
@@ -145,7 +149,7 @@ class FolderSource(_LazySource):
     def _open(self) -> dict[str, mx.array]:
         model = self._build()
         with mx.stream(mx.cpu):
-            return sanitize(model, self._folder.load(), self._where)
+            return read_stored(model, self._folder.load(), self._where)
 
 
 class RandomSource(_LazySource):

@@ -31,6 +31,7 @@ from mlx_empire.model.config import HEADS, TIE
 from mlx_empire.model.mlx_lm_modules import classes_of
 from mlx_empire.model.packing_config import is_packed, packing_method
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter
+from mlx_empire.model.stored_tensors import spell_tensors
 
 MOST_CHARACTERS = 160
 LACKS = re.compile(r"__init__\(\) missing \d+ required positional arguments?: (.+)")
@@ -99,6 +100,11 @@ def sanitize(model: nn.Module, weights: dict[str, mx.array], where: Path | str) 
         ) from None
 
 
+def read_stored(model: nn.Module, stored: Mapping[str, mx.array], where: Path | str) -> dict[str, mx.array]:
+    """A folder's tensors by mlx-lm's names: what transformers writes otherwise is spelled for it (`stored_tensors`)."""
+    return sanitize(model, spell_tensors(model, stored), where)
+
+
 def stand_ins(stored: Stored) -> dict[str, mx.array]:
     """Lazy zeros with the names, shapes and dtypes of tensors."""
     return {name: mx.zeros(tuple(shape), getattr(mx, dtype)) for name, (dtype, shape) in stored.items()}
@@ -111,7 +117,7 @@ def settle(model: nn.Module, stored: Stored, where: Path | str) -> dict[str, mx.
     once: the sources and the writer take the plain `build`. Works on names and shapes alone and on lazy zeros,
     so it costs nothing and opens no file.
     """
-    return sanitize(model, stand_ins(stored), where)
+    return read_stored(model, stand_ins(stored), where)
 
 
 def refuse_dropped_head(spec: ModelSpec, stored: Stored, where: Path | str) -> None:

@@ -66,6 +66,8 @@ TEXT_READERS: Mapping[str, str] = {
     "qwen3_vl": "qwen3.ModelArgs",
     "qwen3_vl_moe": "qwen3_moe.ModelArgs",
 }
+# Whose wrapping module writes a vocab_size of its own into text_config, where transformers reads the latter's.
+OWN_VOCABULARY = frozenset({"gemma3_text", "gemma4_text"})
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -164,6 +166,8 @@ def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()
             ) from None
         section.update({k: v for k, v in spelled.items() if k != "model_type"})
         spell_keys(section, read, module, family, where, stored)
+        if section is not done and module in OWN_VOCABULARY and "vocab_size" in section:
+            done["vocab_size"] = section["vocab_size"]
     tied = _tied(done, section, reader, stored)
     if tied is not None:
         section[TIE] = tied

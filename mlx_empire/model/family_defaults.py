@@ -306,9 +306,15 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 256,
     },
     "qwen3_next": {"head_dim": 256, "norm_topk_prob": True},
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "qwen3_vl_text": {"head_dim": 128},
     "seed_oss": {"head_dim": 128, "attention_bias": True},
     "smollm3": {"num_key_value_heads": 4},
-    "solar_open": {"first_k_dense_replace": 0, "intermediate_size": 0, "head_dim": 128},
+    "solar_open": {
+        "first_k_dense_replace": 0,
+        "intermediate_size": 0,
+        "head_dim": 128,
+        "partial_rotary_factor": 1.0,
+    },
     "step3p5": {"head_dim": 128, "sliding_window": None, "moe_router_scaling_factor": 1.0},
 }

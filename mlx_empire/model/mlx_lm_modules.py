@@ -35,6 +35,8 @@ REMAPPED: Mapping[str, str] = {
 BY_ARCHITECTURE: Mapping[tuple[str, str], str] = {
     ("bailing_hybrid", "BailingMoeV3ForCausalLM"): "bailing_moe_v3",
 }
+# Language models of their own that mlx-lm reads under the name of the vision-language one.
+UNDER_ANOTHER_NAME: Mapping[str, str] = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 
 
 class _Package(ModuleType):
@@ -67,5 +69,8 @@ def classes_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
     try:
         module = importlib.import_module(f"mlx_lm.models.{name}")
     except ImportError as error:
-        raise ValueError(f"Model type {name} not supported.") from error
+        why = f"Model type {name} not supported."
+        if name in UNDER_ANOTHER_NAME:
+            why += f" In a copy with model_type: {UNDER_ANOTHER_NAME[name]} in config.json it is."
+        raise ValueError(why) from error
     return module.Model, module.ModelArgs

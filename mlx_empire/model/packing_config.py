@@ -124,8 +124,22 @@ def _mlx_settings(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if method == FP8 and found.get("scale_fmt") == "ue8m0" and found.get("weight_block_size") == [32, 32]:
         return FLOATING["mxfp8"]
     if method == "compressed-tensors":
-        return COMPRESSED.get(str(found.get("format")))
+        return COMPRESSED.get(str(found.get("format"))) if _as_mlx_lm_reads(found) else None
     return FLOATING["nvfp4"] if _algorithm(found) == "NVFP4" else None
+
+
+def _as_mlx_lm_reads(found: Mapping[str, Any]) -> bool:
+    """Whether compressed-tensors' codes are what mlx-lm takes them for: of 4 bits, about the middle code, in order."""
+    groups = found.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        codes = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(codes, Mapping) and (
+            codes.get("num_bits", 4) != 4
+            or codes.get("symmetric", True) is not True
+            or codes.get("actorder") in (True, "group", "dynamic")
+        ):
+            return False
+    return True
 
 
 def _algorithm(found: Mapping[str, Any]) -> Any:

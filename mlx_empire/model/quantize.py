@@ -28,7 +28,12 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import find_layers, foreign
-from mlx_empire.model.packing_config import QUANTISATION_KEYS, foreign_packing, keeps_plain
+from mlx_empire.model.packing_config import (
+    QUANTISATION_KEYS,
+    foreign_packing,
+    keeps_plain,
+    packing_method,
+)
 from mlx_empire.model.spec import TensorSpec, is_router
 from mlx_empire.recipe.sections import TuningSection
 
@@ -210,7 +215,7 @@ def refuse_unread(
     """UserError where another tool packed the weights and mlx-lm's `sanitize` left them so: the family's does not know
     this method. `tensors`: as in `quantize_as_stored`; `config`: with what it says of packing.
     """
-    if not config.get("quantization_config"):
+    if not config.get("quantization_config") or packing_method(config) == "MLX":
         return
     for path, array in tree_flatten(model.parameters()):
         found = tensors.get(path)

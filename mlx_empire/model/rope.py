@@ -65,6 +65,7 @@ WHOLE = frozenset({"ministral3", "minimax_m3_vl"})  # scale by rope_parameters, 
 FIXED_THETA: Mapping[str, float] = {"recurrent_gemma": 10_000.0}
 FIXED_PARTIAL: Mapping[str, float] = {"recurrent_gemma": 0.5}
 GLOBAL_SCALING = frozenset({"olmo3"})  # scales the layers with full attention only
+ALWAYS_YARN = frozenset({"deepseek_v2"})  # cannot be built without; by a factor of 1 it changes nothing
 ROUNDS_YARN = frozenset({"gpt_oss"})  # mlx-lm rounds yarn's limits, which `truncate: false` asks not to
 
 
@@ -169,6 +170,8 @@ def _written(section: Config, fields: Fields, rope: dict[str, Any], speaker: _Sp
     _write_partial(out, fields, rope, speaker)
     kind = rope.get("rope_type", "default")
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type", "partial_rotary_factor")}
+    if kind in PLAIN and speaker.module in ALWAYS_YARN and not section.get("rope_scaling"):
+        kind, scaling = "yarn", {"factor": 1.0}
     if "rope_scaling" in fields and fields["rope_scaling"].default is MISSING:
         out.setdefault("rope_scaling", None)
     if kind not in PLAIN:

@@ -35,7 +35,7 @@ from mlx_empire.model.quantize import (
     unpacked,
 )
 from mlx_empire.model.spec import ModelSpec
-from mlx_empire.model.unread import refuse_long_rows
+from mlx_empire.model.unread import refuse_row_length
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
 from mlx_empire.recipe.source import how_to_fetch
@@ -173,7 +173,7 @@ def _planned(config: Mapping[str, Any], name: str, recipe: Recipe, stored: Store
     refused = None
     try:
         refuse_other_packing(config, tuning, name)
-        refuse_long_rows(config, recipe.data.sequence_length, name)
+        refuse_row_length(config, recipe.data.sequence_length, name)
     except UserError as error:
         refused = str(error)
     return replace(_tuned(config, tuning, name, dtype, stored), not_trainable=refused)

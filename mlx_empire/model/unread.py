@@ -97,13 +97,20 @@ UNREAD: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "gpt_bigcode": {"multi_query": (True,), "scale_attn_weights": (True,)},
     "gpt_neox": {"attention_bias": (True,)},
     "jamba": {"num_experts": (0, 1)},  # weighs the chosen experts by a softmax of these alone
+    "laguna": {
+        "gating": (True, "per-head", False)
+    },  # per element; false: without, or the gate's tensors are refused
     "mamba2": {"n_groups": (1,)},  # normalises all groups as one
     "olmoe": {"clip_qkv": (None,)},
+    "phimoe": {"attention_bias": (True,), "lm_head_bias": (True,)},
     "qwen2_moe": {"norm_topk_prob": (False,)},
 }
 ANY_MODULE: Mapping[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False, "vision")}
-# Stored tensors that the module's `sanitize` drops though they count.
-DROPPED: Mapping[str, tuple[str, ...]] = {"ernie4_5_moe": ("moe_statics.e_score_correction_bias",)}
+# Stored tensors that count and that the module drops or has no place for.
+DROPPED: Mapping[str, tuple[str, ...]] = {
+    "ernie4_5_moe": ("moe_statics.e_score_correction_bias",),
+    "llama4_text": ("feed_forward.experts.gate_up_proj",),
+}
 # Of one chosen expert these leave the weight as it is, where the family's own code makes it 1.
 SINGLE = frozenset({"afmoe", "deepseek_v3", "deepseek_v32", "exaone_moe", "glm4_moe", "glm4_moe_lite"})
 
@@ -158,11 +165,40 @@ def left_out_window(config: Mapping[str, Any]) -> int | None:
     return None if section.get("use_sliding_window") is False else window
 
 
-def refuse_long_rows(config: Mapping[str, Any], length: int, name: str) -> None:
-    """UserError where rows of `length` tokens reach farther than a window that mlx-lm's module leaves out."""
+def short_factors_up_to(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest row for which a completed configuration's longrope has factors of its own; None without.
+
+    mlx-lm takes those of long rows for all.
+    """
+    text = config.get("text_config")
+    section = text if isinstance(text, Mapping) else config
+    scaling = section.get("rope_scaling")
+    if not isinstance(scaling, Mapping) or scaling.get("rope_type", scaling.get("type")) not in (
+        "longrope",
+        "su",
+    ):
+        return None
+    if all(scaling.get(f"short_{key}") == scaling.get(f"long_{key}") for key in ("factor", "mscale")):
+        return None
+    name = "original_max_position_embeddings"
+    original = scaling.get(name) or section.get(name)
+    return original if isinstance(original, int) else None
+
+
+def refuse_row_length(config: Mapping[str, Any], length: int, name: str) -> None:
+    """UserError where mlx-lm's module computes another model on rows of `length` tokens than the folder's: they reach
+    farther than a window that it leaves out, or are short enough for longrope's short factors.
+    """
     window = left_out_window(config)
     if window is not None and length > window:
         raise UserError(
             f"data.sequence_length: {length}: {name} has a sliding window of {window} tokens, which mlx-lm's module "
             f"of its family leaves out; use at most {window}"
+        )
+    original = short_factors_up_to(config)
+    if original is not None and length <= original:
+        raise UserError(
+            f"data.sequence_length: {length}: {name} has RoPE factors of its own for rows up to {original} tokens, and "
+            f"mlx-lm takes those of longer rows; use more than {original}, or make short_factor and long_factor the "
+            "same in config.json, which then holds in all tools"
         )

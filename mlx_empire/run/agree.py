@@ -37,7 +37,7 @@ from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, make_target, refuse_impossible, refuse_other_architecture
-from mlx_empire.model.unread import refuse_long_rows
+from mlx_empire.model.unread import refuse_row_length
 from mlx_empire.plan.fused_attention import allow_sinks
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.evaluation import Gate
@@ -209,7 +209,7 @@ def share_target(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) 
         dtype = compute_dtype(config, recipe.model.dtype)
         target = make_target(config, recipe.tuning, str(folder), dtype, stored)
         refuse_impossible(target.spec)
-        refuse_long_rows(config, recipe.data.sequence_length, str(folder))
+        refuse_row_length(config, recipe.data.sequence_length, str(folder))
     allow_sinks(tensor.name for unit in target.spec.units for tensor in unit.tensors)
     return target
 

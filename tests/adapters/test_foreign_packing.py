@@ -272,3 +272,33 @@ def test_fp8_that_mlx_lm_takes_back_is_no_packed_base(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     before, after = load_model(folder)[0], load_model(tmp_path / "out")[0]
     assert mx.allclose(before(TOKENS), after(TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize("codes", [{"num_bits": 8}, {"symmetric": False}, {"actorder": "group"}])
+def test_codes_that_mlx_lm_would_take_for_others_are_refused(codes, tmp_path):
+    """It reads compressed-tensors as symmetric codes of 4 bits in the order of the inputs, whatever is said of them."""
+    folder = compressed_deepseek(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    weights = {"num_bits": 4, "symmetric": True, "type": "int", "strategy": "group", "group_size": 32}
+    for said, refused in ((weights, False), ({**weights, **codes}, True)):
+        config["quantization_config"]["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": said}}
+        (folder / "config.json").write_text(json.dumps(config))
+        try:
+            planned_target(recipe(folder, "tuning.type=lora"), stored_if_whole)
+            line = ""
+        except UserError as error:
+            line = str(error)
+        assert ("quantised by compressed-tensors" in line) is refused
+
+
+def test_a_tensor_that_mlx_lms_own_packed_folder_lacks_is_named(tmp_path):
+    folder = unnamed_bits(tmp_path / "base")
+    tensors = mx.load(str(folder / "model.safetensors"))
+    tensors.pop("model.norm.weight")
+    config = json.loads((folder / "config.json").read_text())
+    written(folder, tensors, config, config["quantization"])
+    built = make_target(
+        read_config(folder), TuningSection(type="lora"), "f", "float32", open_folder(folder).stored()
+    )
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight is missing"):
+        FolderSource(folder, built.rebuild, built.base)

@@ -53,7 +53,7 @@ def test_a_gpu_never_waits_for_the_disk(write_folder: Write, monkeypatch: pytest
     """Whatever is made of a lazily read tensor is made on the stream that reads it, the CPU's."""
     streams: list[object] = []
     made: list[object] = []
-    stream, contiguous, sanitize = mx.stream, mx.contiguous, source_module.sanitize
+    stream, contiguous, read_stored = mx.stream, mx.contiguous, source_module.read_stored
 
     class Entered:
         def __init__(self, device: object) -> None:
@@ -74,7 +74,7 @@ def test_a_gpu_never_waits_for_the_disk(write_folder: Write, monkeypatch: pytest
     build, spec = tiny_model("llama4")
     monkeypatch.setattr(mx, "stream", Entered)
     monkeypatch.setattr(mx, "contiguous", noted(contiguous))
-    monkeypatch.setattr(source_module, "sanitize", noted(sanitize))
+    monkeypatch.setattr(source_module, "read_stored", noted(read_stored))
     all_tensors(FolderSource(folder, build, spec), spec)
     tensors = sum(len(unit.tensors) for unit in spec.units)
     assert len(made) >= tensors + 1

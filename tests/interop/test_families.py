@@ -6,19 +6,23 @@ Weights are large, so that what a key changes shows in the loss. Needs torch: ru
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_lm.utils import load_model
 
 from mlx_empire.errors import UserError
+from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.source import FolderSource
 from mlx_empire.model.config import read_config
 from mlx_empire.model.target import make_target
-from mlx_empire.model.unread import refuse_long_rows
+from mlx_empire.model.unread import refuse_row_length
 from mlx_empire.recipe.sections import TuningSection
 
 torch = pytest.importorskip("torch", reason="torch is not installed: run `make test-interop`")
@@ -53,12 +57,26 @@ SIZES: dict[str, Any] = {
 }
 MLA = {"head_dim": 8, "num_key_value_heads": 4}
 NO_WINDOW = {"sliding_window": None}
+DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}
 FULL = {"layer_types": ["full_attention"] * 4}
+GPT_OSS_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1.5e5,
+    "factor": 32.0,
+    "original_max_position_embeddings": 64,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + 0.3 * i for i in range(8)],
+}
+BIASES = {"attention_bias": True, "lm_head_bias": True}
 # family -> what it needs besides SIZES
 PLAIN = (
     "afmoe apertus cohere cohere2 dots1 ernie4_5 exaone_moe falcon_h1 falcon_mamba gemma gemma3_text gemma4_text glm4 "
-    "glm4_moe granite granitemoe helium hunyuan_v1_dense internlm3 laguna llama mamba mellum minimax_m2 nemotron olmo2 "
-    "olmo3 olmoe phi qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm"
+    "glm4_moe gpt2 granite granitemoe helium hunyuan_v1_dense internlm3 laguna llama mamba mellum minimax_m2 nemotron "
+    "nemotron_h olmo2 olmo3 olmoe phi qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm"
 )
 FAMILIES: dict[str, dict[str, Any]] = {
     **{family: {} for family in PLAIN.split()},
@@ -70,16 +88,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_v2": MLA,
     "deepseek_v3": MLA,
+    **{family: {**MLA, **DENSE_FIRST} for family in ("deepseek_v32", "glm4_moe_lite")},
     "exaone4": {"sliding_window_pattern": None},
     "gpt_neox": {"intermediate_size": 256},
+    "gpt_oss": {"rope_parameters": {**GPT_OSS_YARN, "truncate": True}},  # mlx-lm always rounds yarn's limits
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["attention"] * 4, "mamba_n_heads": 8},
+    "jamba": {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
+    "olmo_hybrid": {
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "linear_num_key_heads": 4,
+    },
+    "phimoe": {**BIASES, **NO_WINDOW},
     "qwen3_next": {"layer_types": ["linear_attention"] * 3 + ["full_attention"]},
 }
+
+
+def longrope(original: int) -> dict[str, Any]:
+    name = "original_max_position_embeddings"
+    return {"rope_parameters": {**LONG, name: original}, name: original, **NO_WINDOW}
+
+
 LAYERED = ("layer_types", "mlp_layer_types")
 # One key is changed: torch's loss changes with it, and the folder is read or refused.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -104,10 +138,15 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("gpt_bigcode", {"scale_attn_weights": False}),
     ("granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5}),
     ("jamba", {"num_experts": 4}),
+    ("laguna", {"gating": False}),
+    ("laguna", {"gating": "per-element"}),
     ("llama", {"mlp_bias": True}),
+    ("llama4_text", {"num_experts_per_tok": 1, "intermediate_size_mlp": 96}),
     ("mamba2", {"n_groups": 2}),
     ("olmoe", {"clip_qkv": 0.3}),
     ("phi", {"qk_layernorm": True}),
+    *[("phi3", longrope(original)) for original in (47, 48)],
+    ("phimoe", {"attention_bias": False}),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
     ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"] * 2}),
 ]
@@ -125,9 +164,9 @@ def settings(family: str, **changes: Any) -> Any:
     return there(**{**sizes, **FAMILIES.get(family, {}), **changes})
 
 
-def torch_model(config: Any) -> Any:
+def torch_model(config: Any, kind: Any = transformers.AutoModelForCausalLM) -> Any:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = kind.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2 or "A_log" in name or "conv" in name:
@@ -150,23 +189,22 @@ def torch_loss(model: Any) -> float:
 def our_loss(folder: Path) -> float:
     """The first loss, through the product's own reading. UserError."""
     config, stored = read_config(folder), open_folder(folder).stored()
-    refuse_long_rows(config, len(ROWS[0]) - 1, folder.name)
+    refuse_row_length(config, len(ROWS[0]) - 1, folder.name)
     target = make_target(config, TuningSection(), folder.name, "float32", stored)
     source = FolderSource(folder, target.rebuild, target.base)
     for index in range(len(target.spec.units)):
         target.model.load_weights([(t.name, array) for t, array in source.unit(index)], strict=False)
+    return mlx_loss(target.model)
+
+
+def mlx_loss(model: nn.Module) -> float:
     tokens = mx.array(ROWS)
-    logits = target.model.eval()(tokens[:, :-1]).astype(mx.float32)
+    logits = model.eval()(tokens[:, :-1]).astype(mx.float32)
     return float(nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean"))
 
 
-# qwen3_next: mlx-lm adds 1 to the stored weights of its norms, in their own dtype, which rounds in bfloat16.
-SAVED = [
-    (f, d) for f in sorted(FAMILIES) for d in ("float32", "bfloat16") if (f, d) != ("qwen3_next", "bfloat16")
-]
-
-
-@pytest.mark.parametrize(("family", "dtype"), SAVED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_first_loss_of_a_saved_folder_is_that_of_torch(family: str, dtype: str, tmp_path: Path) -> None:
     folder = tmp_path / family
     torch_model(settings(family)).to(getattr(torch, dtype)).save_pretrained(folder)
@@ -174,6 +212,23 @@ def test_the_first_loss_of_a_saved_folder_is_that_of_torch(family: str, dtype: s
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     assert our_loss(folder) == pytest.approx(torch_loss(model.eval()), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_is_exported_has_the_same_loss_in_mlx_lm(family: str, tmp_path: Path) -> None:
+    """mlx-lm reads the exported configuration by itself: what was completed here stands in it."""
+    folder, out = tmp_path / family, tmp_path / "out"
+    torch_model(settings(family)).save_pretrained(folder)
+    target = make_target(
+        read_config(folder), TuningSection(), folder.name, "float32", open_folder(folder).stored()
+    )
+    source = FolderSource(folder, target.rebuild, target.spec)
+    with FolderWriter(out, target.spec, target.rebuild, folder) as writer:
+        for index in range(len(target.spec.units)):
+            writer.write_unit(index, {t.name: array for t, array in source.unit(index)})
+    with contextlib.redirect_stdout(io.StringIO()):  # some of its modules print
+        theirs = load_model(out)[0]
+    assert mlx_loss(theirs) == pytest.approx(our_loss(folder), rel=1e-5)
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=lambda value: str(value)[:60])

@@ -20,14 +20,22 @@ from transformers import CONFIG_MAPPING
 
 from mlx_empire.errors import UserError
 from mlx_empire.formats.staging import stored_config
-from mlx_empire.model.build import compute_dtype
+from mlx_empire.model.build import build_model, compute_dtype
 from mlx_empire.model.config import complete, read_config
 from mlx_empire.model.family_defaults import OTHERS
 from mlx_empire.model.target import planned_target
 from mlx_empire.model.unread import UNREAD
 
 # What transformers' class has built in, so that its configuration has no such key.
-BUILT_IN = {"apertus", "glm_moe_dsa", "longcat_flash", "mimo_v2_flash", "minimax_m2", "solar_open"}
+BUILT_IN = {
+    "apertus",
+    "glm_moe_dsa",
+    "longcat_flash",
+    "mimo_v2_flash",
+    "minimax_m2",
+    "qwen3_vl_moe_text",
+    "solar_open",
+}
 
 
 def folder_of(path: Path, config: dict[str, Any]) -> Path:
@@ -135,6 +143,7 @@ def test_refused_keys_are_none_that_the_module_reads() -> None:
         ("falcon_h1", "key_multiplier"),
         ("gpt_bigcode", "multi_query"),
         ("jamba", "num_experts"),
+        ("laguna", "gating"),
         ("mamba2", "n_groups"),
     }
 
@@ -160,3 +169,45 @@ def test_rows_longer_than_a_window_that_mlx_lm_lacks_are_refused(
     folder = folder_of(tmp_path / "f", config)
     found = planned_target(recipe_of(f"model.path={folder}", "data.sequence_length=256")).not_trainable
     assert (found is not None and "sliding window of 64 tokens" in found) is refused
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 256,
+}
+
+
+@pytest.mark.parametrize(
+    ("length", "changes", "refused"),
+    [
+        (256, {}, True),
+        (257, {}, False),
+        (256, {"short_factor": [2.0] * 8}, False),  # mlx-lm's long ones are those of short rows too
+    ],
+)
+def test_rows_for_which_longrope_has_short_factors_are_refused(
+    length: int, changes: dict[str, Any], refused: bool, tmp_path: Path
+) -> None:
+    """transformers chooses by the row's length; mlx-lm takes the long ones for all."""
+    config = tiny_config("phi3", max_position_embeddings=512, rope_scaling={**LONGROPE, **changes})
+    folder = folder_of(tmp_path / "f", config)
+    found = planned_target(recipe_of(f"model.path={folder}", f"data.sequence_length={length}")).not_trainable
+    assert (found is not None and "factors of its own for rows up to 256 tokens" in found) is refused
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_a_wrapped_language_model_keeps_its_own_vocabulary(family: str) -> None:
+    """mlx-lm's wrapper takes a vocab_size beside text_config, and 262,144 where there is none."""
+    config = tiny_config(family)
+    text = {**config["text_config"], "vocab_size": 320}
+    for beside in ({}, {"vocab_size": 512}):
+        bare = {k: v for k, v in config.items() if k != "vocab_size"}
+        model = build_model(complete({**bare, "text_config": text, **beside}, "f"), "f")
+        assert model.language_model.model.embed_tokens.weight.shape[0] == 320
+
+
+def test_a_text_model_that_mlx_lm_reads_by_another_name_is_told_so() -> None:
+    with pytest.raises(UserError, match=r"with model_type: qwen3_5 in config\.json it is"):
+        build_model({"model_type": "qwen3_5_text"}, "f")

@@ -46,7 +46,9 @@ def compiler(words: str, *folders: Path, temporary: Path) -> str:
     """What g++ says with only `folders` and the system's own tools on the PATH."""
     path = os.pathsep.join([*map(str, folders), os.defpath])
     variables = os.environ | {"PATH": path, "TMPDIR": str(temporary)}
-    return subprocess.run(["g++", *words.split()], env=variables, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["g++", *words.split()], env=variables, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_the_flags_reach_the_compiler_for_mlx_alone(tmp_path: Path, ours: Path, fake: Path) -> None:

@@ -1,4 +1,4 @@
-"""The compiler that `make setup` puts before others: which flags reach whom, and which kernels it leaves in the cache."""
+"""The compiler that `make setup` puts before others: whom its flags reach, and which kernels it leaves in the cache."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def test_kernels_of_other_compilers_leave_the_cache(tmp_path: Path, ours: Path, 
     elsewhere.write_text(" ".join([*first, str(int(digest) + 1), size]))
     (cache / "A.cpp").write_text("source")
     compiler("--version", fake, temporary=tmp_path)
-    assert plain.exists() and elsewhere.exists()
+    assert plain.exists()
+    assert elsewhere.exists()
     compiler("--version", ours, fake, temporary=tmp_path)
     assert sorted(path.name for path in cache.iterdir()) == ["A.cpp", "libOwn.so"]
 

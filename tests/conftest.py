@@ -48,6 +48,15 @@ HEAVY = (
 PLACES = {TESTS / name: place for place, name in enumerate(HEAVY)}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One cache of tokens for whatever this run of the suite starts: each first reading of texts imports transformers,
+    which takes longer than most of the runs. Tests about the cache have their own."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["MLX_EMPIRE_CACHE"] = str(shared / "cache")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file stay together, in their order; the other files keep theirs."""
     items.sort(key=lambda item: PLACES.get(item.path, len(PLACES)))

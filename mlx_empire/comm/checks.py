@@ -22,6 +22,7 @@ from mlx_empire import __version__
 from mlx_empire.comm.buffers import WIRE_DTYPES
 from mlx_empire.comm.environment import under_mpirun
 from mlx_empire.comm.protocol import Array, Communicator, Wire
+from mlx_empire.comm.toolchain import toolchain
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 
 PACKAGES = ("mlx", "mlx-lm", "mpi4py", "numpy")
@@ -43,7 +44,7 @@ def environment() -> dict[str, str | None]:
         facts["MPI"] = MPI.Get_library_version().split(",")[0].strip("\0 ")
     device = str(mx.default_device().type).rpartition(".")[2]
     facts["platform"] = f"{platform.system()} {platform.machine()}, {device}"
-    return facts
+    return facts | toolchain()
 
 
 def package_digest() -> str:

@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx_empire.comm.environment import DEVICE_VARIABLE, under_mpirun
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.comm.toolchain import prefer_own_compiler
 from mlx_empire.errors import UserError
 from mlx_empire.plan.traffic import DEFAULT_BUCKET_BYTES, Route
 
@@ -16,6 +17,7 @@ LARGEST_BUCKET_BYTES = 1 << 30  # MPI counts are 32-bit, and so are MLX's shapes
 
 def choose_device() -> None:
     """Compute where the environment says; UserError for a device that MLX does not have here."""
+    prefer_own_compiler()
     name = os.environ.get(DEVICE_VARIABLE)
     if not name:
         return

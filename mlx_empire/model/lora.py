@@ -35,6 +35,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import find_layers
+from mlx_empire.model.mlx_lm_modules import put_adapters_in
 from mlx_empire.model.spec import TensorSpec, is_router
 from mlx_empire.recipe.sections import TuningSection
 
@@ -146,9 +147,7 @@ def adapt(model: nn.Module, tuning: TuningSection) -> AdapterSettings:
 
 def put_in(model: nn.Module, settings: AdapterSettings) -> None:
     """Put mlx-lm's layers into a model; KeyError or ValueError where they do not fit."""
-    from mlx_lm.tuner.utils import linear_to_lora_layers  # imports transformers: only for adapters
-
-    linear_to_lora_layers(model, settings.layers, settings.parameters(), use_dora=settings.dora)
+    put_adapters_in(model, settings.layers, settings.parameters(), settings.dora)
 
 
 def targets_of(tuning: TuningSection) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 `import mlx_lm` imports generation and tokenizers, hence transformers, which reads 1,600 source files twice: most of a
 command's start, and 45 MB of every process. A model's module needs none of it. So packages of mlx-lm are entered into
 `sys.modules` with their files still to be run, which happens when somebody asks for a name of theirs (`mlx_lm.load`).
-`mlx_lm.utils` is imported only where text is read or adapters are put in.
+`mlx_lm.utils` is imported only where text is read: what puts adapters in wants one function of it, to print with.
 """
 
 from __future__ import annotations
@@ -58,6 +58,28 @@ def enter_packages() -> None:
             module = module_from_spec(spec)
             module.__class__ = _Package
             sys.modules[name] = module
+
+
+def put_adapters_in(model: Any, layers: int, parameters: Mapping[str, Any], use_dora: bool) -> None:
+    """mlx-lm's `linear_to_lora_layers`; KeyError or ValueError where the adapters do not fit."""
+    late = "mlx_lm.utils" not in sys.modules and "mlx_lm.tuner.utils" not in sys.modules
+    if late:
+        sys.modules["mlx_lm.utils"] = _Printing("mlx_lm.utils")
+    try:
+        functions = importlib.import_module("mlx_lm.tuner.utils")
+    finally:
+        if late:
+            del sys.modules["mlx_lm.utils"]
+    functions.linear_to_lora_layers(model, layers, dict(parameters), use_dora=use_dora)
+
+
+class _Printing(ModuleType):
+    """Stands for `mlx_lm.utils` while `mlx_lm.tuner.utils` takes functions from it, which are found when called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *given: getattr(importlib.import_module(self.__name__), name)(*given)
 
 
 def classes_of(config: Mapping[str, Any]) -> tuple[Any, Any]:

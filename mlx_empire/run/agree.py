@@ -133,7 +133,7 @@ def greet(comm: Communicator, recipe_path: Path, overrides: Sequence[str]) -> No
     Rank 0's recipe is the one that counts; another rank's file at the same path must ask for the same, so that an
     old copy is noticed. A rank without the file does not mind.
     """
-    shake_hands(comm, environment(), "install the same versions on every machine")
+    shake_hands(comm, environment(), "install the same versions on every machine (`make setup`)")
     text = _text(recipe_path)
     digest = None if text is None else hashlib.sha256(text.encode()).hexdigest()
     known = [answer for answer in comm.gather_json([digest, *overrides]) if answer[0] is not None]

@@ -15,12 +15,23 @@ from mlx_empire.model.mlx_lm_modules import BY_ARCHITECTURE, REMAPPED, classes_o
 
 SCRIPT = """
 import json, sys
+import mlx.nn as nn
 import mlx_empire.train.loop, mlx_empire.capacity.answer
+from mlx_empire.model.mlx_lm_modules import put_adapters_in
+model = nn.Module()
+model.layers = [nn.Module(), nn.Module()]
+for layer in model.layers:
+    layer.projection = nn.Linear(64, 64)
+put_adapters_in(model, 1, {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["projection"]}, False)
+kinds = [type(layer.projection).__name__ for layer in model.layers]
 early = [name for name in ("transformers", "huggingface_hub", "mlx_lm.utils") if name in sys.modules]
 import mlx_lm
 from mlx_lm import fuse
 from mlx_lm.tuner import train
-print(json.dumps([early, mlx_lm.__version__, callable(mlx_lm.load), callable(mlx_lm.generate), callable(train)]))
+from mlx_lm.tuner.utils import print_trainable_parameters
+print_trainable_parameters(model)
+whole = [mlx_lm.__version__, callable(mlx_lm.load), callable(mlx_lm.generate), callable(train)]
+print(json.dumps([early, kinds, *whole]))
 """
 
 
@@ -51,4 +62,7 @@ def test_commands_start_without_tokenizers_and_the_package_is_whole_for_others()
     ended = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert json.loads(ended.stdout.splitlines()[-1]) == [[], mlx_lm.__version__, True, True, True]
+    *_, printed, last = ended.stdout.splitlines()
+    assert "(0.009M/0.008M)" in printed  # with the adapter, of what the base has
+    kinds = ["Linear", "LoRALinear"]
+    assert json.loads(last) == [[], kinds, mlx_lm.__version__, True, True, True]

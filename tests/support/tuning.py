@@ -15,7 +15,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
@@ -101,6 +100,9 @@ def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Tr
 
 def reference_model(case: TunedCase, *, layers: int = 4) -> nn.Module:
     """mlx-lm's model with the case's weights, a base quantised by `nn.quantize` for qlora, and mlx-lm's adapters."""
+    # Imports transformers, so only where there is a reference.
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
     _, _, values = weights_of(case)
     model = build_model(config_of(case), case.family)
     model.load_weights(list(values.items()))

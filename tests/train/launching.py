@@ -48,7 +48,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder with `recipe.yaml` in which commands run; the cache of tokens is in it too."""
+    """A folder with `recipe.yaml` in which commands run."""
 
     folder: Path
 
@@ -100,7 +100,7 @@ class Workspace:
         return [{name: Outcome(**outcome) for name, outcome in one.items()} for one in made]
 
     def _run(self, command: Sequence[str], umask: int) -> Outcome:
-        environment = rank_environment(str(self.folder), {"MLX_EMPIRE_CACHE": str(self.folder / "cache")})
+        environment = rank_environment(str(self.folder))
         ended = subprocess.run(
             command,
             cwd=self.folder,

@@ -71,7 +71,7 @@ def command(place: Workspace, *words: object) -> tuple[list[str], dict[str, str]
         "people",
         *map(str, words),
     ]
-    return line, rank_environment(str(place.folder), {"MLX_EMPIRE_CACHE": str(place.folder / "cache")})
+    return line, rank_environment(str(place.folder))
 
 
 def run(place: Workspace, *words: object, fault: str = "") -> Outcome:

@@ -156,8 +156,10 @@ test-fuzz: setup
 
 # The suite computes on the CPU; this asks the GPU that MLX finds, and says so where there is none. On Linux that takes
 # MLX's wheel for CUDA in .venv (mlx[cuda13] or mlx[cuda12]), which was not tried.
-test-gpu test-metal: setup
+test-gpu: setup
 	@$(FAST) $(PY) tests/gpu/rehearsal.py
+
+test-metal: test-gpu
 
 # Twenty kills at random over sixty steps.
 soak: setup

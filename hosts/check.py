@@ -6,6 +6,10 @@ again. It watches whether macOS keeps the machines awake meanwhile, and how long
 away. Start it in the repository, on the first machine, after `make setup` on all of them. Nothing is written but
 into `--dir`: its `check.json` has all of the table, and no variable of the environment. The table is printed whatever
 fails. Not run in CI on macOS; on Linux what is macOS's own is left out.
+
+`--unit RECIPE` does something else in the place of both runs: it trains one layer of the recipe's model at its true
+size over all machines (`mlx_empire.run.unit`), and writes what that took beside what is planned into `unit.json`. Exit
+code 3 where a machine needs more than the plan says.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ from rich.table import Table
 from mlx_empire.cluster.hostfile import Cluster, Host, load_hostfile
 from mlx_empire.errors import UserError
 from mlx_empire.launch.machines import ask, read_vm_stat
-from mlx_empire.run.mpirun import clean_environment
+from mlx_empire.progress import LAUNCHER_VARIABLE
+from mlx_empire.run.mpirun import clean_environment, worker_line
 from mlx_empire.run.network import chosen_interface
 
 MAC = sys.platform == "darwin"
@@ -95,12 +100,18 @@ def main() -> int:
     )
     parser.add_argument("hostfile", type=Path)
     parser.add_argument("--dir", type=Path, default=Path("runs/check"), help="the folder for both runs")
+    parser.add_argument(
+        "--unit", type=Path, metavar="RECIPE", help="one true layer of its model, not both runs"
+    )
     options = parser.parse_args()
     hostfile, runs = options.hostfile, options.dir
     cluster, environment = load_hostfile(hostfile), clean_environment(os.environ)
-    findings = Findings()
+    findings, code = Findings(), 1
     try:
-        look_at_all(hostfile, runs, cluster, environment, findings)
+        if options.unit is not None:
+            code = one_layer(hostfile, options.unit, runs, cluster, environment, findings) or 1
+        else:
+            look_at_all(hostfile, runs, cluster, environment, findings)
     except KeyboardInterrupt:
         findings.add("this check", "here", "stopped by the keyboard", good=False)
     except Exception as error:  # whatever it is, what was found before is worth more
@@ -108,7 +119,35 @@ def main() -> int:
     Console().print(findings.table)
     findings.write(runs)
     print(f"all of it is in {runs / 'check.json'}")
-    return 0 if findings.good else 1
+    return 0 if findings.good else code
+
+
+def one_layer(
+    hostfile: Path,
+    recipe: Path,
+    runs: Path,
+    cluster: Cluster,
+    environment: dict[str, str],
+    findings: Findings,
+) -> int:
+    """Train one true layer over all machines; the exit code."""
+    out = runs / "unit.json"
+    out.unlink(missing_ok=True)
+    words = [str(recipe), "--out", str(out), "--hosts", str(hostfile)]
+    program = [sys.executable, "-m", "mlx_empire.run.unit", *words]
+    interface = chosen_interface(cluster) if MAC and len(cluster.nodes) > 1 else None
+    alone = {k: v for k, v in environment.items() if k != LAUNCHER_VARIABLE}  # nobody reads a beacon here
+    line = worker_line(hostfile, cluster, program, alone, interface)
+    code = subprocess.run(line, env=alone, check=False).returncode
+    findings.add("one true layer", str(hostfile), f"exit code {code}", code == 0)
+    for one in json.loads(out.read_text())["ranks"] if out.exists() else []:
+        peaks = f"{one['peak_bytes'] / 2**30:.3f} GiB of {one['predicted_peak_bytes'] / 2**30:.3f} planned"
+        findings.add("its memory", one["host"], peaks, code == 0)
+        seconds = ", ".join(f"{part} {value:.3f}" for part, value in one["seconds"].items())
+        findings.add("its seconds", one["host"], seconds)
+        longest = f"{one['longest']}: {one['longest_seconds']:.3f} s"
+        findings.add("the longest evaluation", one["host"], longest)
+    return code
 
 
 def look_at_all(

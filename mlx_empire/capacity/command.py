@@ -1,7 +1,8 @@
 """Say what every machine will need, before a byte is allocated:
 
 python -m mlx_empire.capacity RECIPE [--hosts FILE] [--json] [--html FILE] [--trace FILE] [key=value ...]
-                              [--matrix [--compare FILE] | --ladder | --daughters] [--wire NAME] [--calibrate]
+                              [--matrix [--compare FILE] | --ladder | --daughters] [--wire NAME]
+                              [--calibrate | --unit FILE]
 
 `--matrix` is of four standard clusters; with `--hosts` of those machines.
 
@@ -91,6 +92,7 @@ class Wanted:
     wire: str | None = None
     calibrate: bool = False
     trace: Path | None = None
+    unit: Path | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--calibrate", action="store_true", help="measure this machine's speed first (seconds)"
     )
+    parser.add_argument("--unit", type=Path, metavar="FILE", help="take the speed that a true layer had")
     with guard(None):
         comm = connect()
     with guard(comm):
@@ -146,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.wire,
             options.calibrate,
             options.trace,
+            options.unit,
         )
         return answer(comm, options.recipe, options.overrides, wanted)
     raise AssertionError("guard always leaves")
@@ -305,7 +309,12 @@ def in_matrix(name: str, recipe: Recipe) -> Target:
 
 
 def calibration_of(target: Target, wanted: Wanted) -> Calibration | None:
-    """What this machine does in the target's dtype, if that is to be measured."""
+    """What this machine does in the target's dtype, if that is to be measured or was (`run.unit`)."""
+    if wanted.unit is not None:
+        # It trains, which no other plan needs.
+        from mlx_empire.run.unit import calibration_from
+
+        return calibration_from(wanted.unit, target.spec)
     return calibrate(target.spec.dtype) if wanted.calibrate else None
 
 

@@ -107,6 +107,24 @@ def scaled_down_config(
     return small
 
 
+def first_layers(config: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The same model with its first `count` layers alone: nothing else is small."""
+    config = _with_defaults(config)
+    layers = max((value for name, value in _numbers(config) if kind_of(name) == "layers"), default=0)
+
+    def cut(key: str, value: Any) -> Any:
+        if TOWER.fullmatch(key):
+            return value
+        if isinstance(value, Mapping):
+            return {name: cut(name, one) for name, one in value.items()}
+        by_layer = isinstance(value, list) or (isinstance(value, str) and key.endswith("_pattern"))
+        if by_layer and len(value) == layers:
+            return value[:count]
+        return min(value, count) if kind_of(key) == "layers" and isinstance(value, int) else value
+
+    return {key: cut(key, value) for key, value in config.items()}
+
+
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     whole, text = dict(config), config.get("text_config")
     if (reader := reader_of(config)) is not None:

@@ -108,9 +108,7 @@ def resolve(
             recipe.comm.route,
             recipe.comm.bucket_bytes,
             recipe.optimizer.in_backward,
-            _LINEAR
-            and not recipe.data.packing
-            and all(_has_metal(n) for n in nodes),
+            _LINEAR and not recipe.data.packing and all(_has_metal(n) for n in nodes),
         )
         plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):

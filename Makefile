@@ -49,8 +49,8 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup model quickstart check test test-slow test-faults test-fuzz soak test-interop lint docs bench bench-optim \
-  bench-quality lock clean
+.PHONY: help setup model quickstart check test test-slow test-faults test-fuzz test-gpu test-metal soak test-interop lint docs \
+  bench bench-optim bench-quality lock clean
 
 help:
 	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
@@ -60,6 +60,7 @@ help:
 	@echo "make test-faults    every way in which a run is broken and must go on (long)"
 	@echo "make soak           twenty kills at random, and the same result"
 	@echo "make test-fuzz      2,000 broken files of each kind; only the errors of our own"
+	@echo "make test-gpu       what the GPU computes beside what the CPU computes (Metal, or CUDA); make test-metal is the same"
 	@echo "make test-interop   the tests that need torch, peft and datasets (installs them)"
 	@echo "make bench          the benchmarks, as ratios"
 	@echo "make bench-optim    the optimizer beside others of its kind, which it installs, and its speed"
@@ -152,11 +153,18 @@ test-faults: setup
 
 # Peaks of another 28 settings, whatever is the same on 1 to 3 ranks on 4, the whole oracle, and every model of mlx-lm.
 test-slow: setup
-	@$(FAST) $(PY) -m pytest tests/benchmarks tests/cli tests/engine tests/formats tests/init tests/metal tests/model tests/oracle tests/plan tests/train -m slow $(PARALLEL) $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/benchmarks tests/cli tests/engine tests/formats tests/gpu tests/init tests/metal tests/model tests/oracle tests/plan tests/train -m slow $(PARALLEL) $(PYTEST_ARGS)
 
 # Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
 test-fuzz: setup
 	@$(FAST) MLX_EMPIRE_FUZZ_EXAMPLES=2000 $(PY) -m pytest tests/fuzz $(PYTEST_ARGS)
+
+# The suite computes on the CPU; this asks the GPU that MLX finds, and says so where there is none. On Linux that takes
+# MLX's wheel for CUDA in .venv (mlx[cuda13] or mlx[cuda12]), which was not tried.
+test-gpu: setup
+	@$(FAST) $(PY) tests/gpu/rehearsal.py
+
+test-metal: test-gpu
 
 # Twenty kills at random over sixty steps.
 soak: setup

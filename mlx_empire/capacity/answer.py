@@ -87,6 +87,7 @@ class Wanted:
     wire: str | None = None
     calibrate: bool = False
     trace: Path | None = None
+    unit: Path | None = None
 
 
 def answer_command(options: argparse.Namespace) -> int:
@@ -104,6 +105,7 @@ def answer_command(options: argparse.Namespace) -> int:
             options.wire,
             options.calibrate,
             options.trace,
+            options.unit,
         )
         return answer(comm, options.recipe, options.overrides, wanted)
     raise AssertionError("guard always leaves")
@@ -263,7 +265,12 @@ def in_matrix(name: str, recipe: Recipe) -> Target:
 
 
 def calibration_of(target: Target, wanted: Wanted) -> Calibration | None:
-    """What this machine does in the target's dtype, if that is to be measured."""
+    """What this machine does in the target's dtype, if that is to be measured or was (`run.unit`)."""
+    if wanted.unit is not None:
+        # It trains, which no other plan needs.
+        from mlx_empire.run.unit import calibration_from
+
+        return calibration_from(wanted.unit, target.spec)
     return calibrate(target.spec.dtype) if wanted.calibrate else None
 
 

@@ -1,7 +1,8 @@
 """What may be typed after `mlx-empire capacity`, which says what every machine will need, before a byte is allocated:
 
 mlx-empire capacity RECIPE [--hosts FILE] [--json] [--html FILE] [--trace FILE] [key=value ...]
-                           [--matrix [--compare FILE] | --ladder | --daughters] [--wire NAME] [--calibrate]
+                           [--matrix [--compare FILE] | --ladder | --daughters] [--wire NAME]
+                           [--calibrate | --unit FILE]
 
 `--matrix` is of four standard clusters; with `--hosts` of those machines.
 
@@ -49,6 +50,7 @@ def parser() -> RecipeArguments:
     made.add_argument("--count", type=int, default=DAUGHTERS, help="with --daughters: how many to place")
     made.add_argument("--wire", metavar="NAME", help=", ".join(wire.key for wire in WIRES))
     made.add_argument("--calibrate", action="store_true", help="measure this machine's speed first (seconds)")
+    made.add_argument("--unit", type=Path, metavar="FILE", help="take the speed that a true layer had")
     return made
 
 

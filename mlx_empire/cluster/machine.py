@@ -121,7 +121,7 @@ def calibrate(dtype: str) -> Calibration:
     while speed[1] < LONG_ENOUGH and width < LARGEST_WIDTH:
         width *= 2
         speed = _layer_speed(width, dtype)
-    return Calibration(socket.gethostname(), chip, dtype, speed[0] / speed[1] / 1e12, _memory_rate())
+    return Calibration(socket.gethostname(), chip, dtype, speed[0] / speed[1] / 1e12, measured_memory_rate())
 
 
 def layer_flops(tokens: int, width: int) -> int:
@@ -153,7 +153,7 @@ def _layer_speed(width: int, dtype: str) -> tuple[int, float]:
     return layer_flops(tokens, width), _best(lambda: mx.eval(step(weights, hidden)))
 
 
-def _memory_rate() -> float:
+def measured_memory_rate() -> float:
     """Bytes per second of an element-wise sum: two arrays read, one written."""
     a, b = mx.ones(COPY_ELEMENTS), mx.ones(COPY_ELEMENTS)
     mx.eval(a, b)

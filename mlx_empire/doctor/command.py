@@ -1,11 +1,13 @@
 """Ask every machine of a hostfile what would stop a run, and say what mends it.
 
-    python -m mlx_empire.doctor [HOSTFILE] [--recipe RECIPE] [--write-links] [--train] [--json]
+    python -m mlx_empire.doctor [HOSTFILE] [--recipe RECIPE] [--write-links] [--train]
+                                  [--unit RECIPE] [--json]
 
 All machines are asked at once, over ssh; then the speed of every pair is measured by MPI. Without a hostfile it is this
 machine alone. mpirun's hostfile or MLX's (JSON). The table is printed whatever fails, and `check.json` in `--dir` has
-all of it, and no variable of the environment. `--train` also trains a tiny model over all machines (`train`). Exit code
-0 if all is as it should be, else 1.
+all of it, and no variable of the environment. `--train` also trains a tiny model over all machines (`train`), `--unit`
+one true layer of a recipe's model (`unit`). Exit code 0 if all is as it should be, 3 where that layer needs more memory
+than is planned, else 1.
 """
 
 from __future__ import annotations
@@ -46,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cluster = _machines(options)
         recipe = load_recipe(options.recipe) if options.recipe is not None else None
         options.dir.mkdir(parents=True, exist_ok=True)
-        findings = Findings()
+        findings, failed = Findings(), 1
         try:
-            _look(options, cluster, recipe, findings)
+            failed = _look(options, cluster, recipe, findings)
         except KeyboardInterrupt:
             findings.add("this check", "here", "stopped by the keyboard", good=False)
         except EmpireError as error:
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = findings.write(options.dir)
         if not options.json:
             print(f"all of it is in {path}")
-        return 0 if findings.good else 1
+        return 0 if findings.good else failed
     raise AssertionError("guard does not return from an error")
 
 
@@ -76,6 +78,9 @@ def _parser() -> UserArguments:
     )
     made.add_argument("--recipe", type=Path, help="also whether this recipe fits their memory and disks")
     made.add_argument("--train", action="store_true", help="also train a tiny model over all of them, twice")
+    made.add_argument(
+        "--unit", type=Path, metavar="RECIPE", help="also train one true layer of its model over all of them"
+    )
     made.add_argument("--no-links", action="store_true", help="do not measure the speed between the machines")
     made.add_argument(
         "--write-links", action="store_true", help="write the measured speeds into the hostfile, as link="
@@ -102,8 +107,8 @@ def _machines(options: Namespace) -> Cluster:
     return load_any_hostfile(options.hostfile)
 
 
-def _look(options: Namespace, cluster: Cluster, recipe: Recipe | None, findings: Findings) -> None:
-    """Everything, in the order in which the first fault explains the later ones."""
+def _look(options: Namespace, cluster: Cluster, recipe: Recipe | None, findings: Findings) -> int:
+    """Everything, in the order in which the first fault explains the later ones; the exit code where one is found."""
     # Only now: usage errors and --help need neither MLX nor numpy.
     from mlx_empire.doctor.asking import Question, ask_all
     from mlx_empire.doctor.judge import compare_all, per_machine, thunderbolt
@@ -125,6 +130,12 @@ def _look(options: Namespace, cluster: Cluster, recipe: Recipe | None, findings:
         from mlx_empire.doctor.train import train_twice
 
         train_twice(hostfile, options.dir, cluster, environment, findings)
+    if options.unit is None:
+        return 1
+    from mlx_empire.doctor.unit import train_one_layer
+
+    code = train_one_layer(hostfile, options.unit, options.dir, cluster, environment, interface, findings)
+    return code or 1
 
 
 def _plain_hostfile(options: Namespace, cluster: Cluster, findings: Findings) -> Path:

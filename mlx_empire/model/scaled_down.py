@@ -5,7 +5,8 @@ One principle: a configuration counts things of a few kinds (`KINDS`), and all n
 what was equal stays equal and what divided another still divides it:
 
 - counts of heads are divided by one number; a count that divides it becomes 1, which divides everything;
-- sizes of a head by one number, after which all are even, and so are their rotary parts;
+- sizes of a head by one number, after which all are even, and so are their rotary parts; where a GPU fuses attention
+  for some sizes only, those become others of them, so that the small model meets the same kernels;
 - widths by the product of both, for a width is heads times the size of a head.
 
 Layers, experts, vocabulary, windows and states stand in no such relation to others: they are cut to a small number, and
@@ -16,7 +17,7 @@ A tower beside the language model is divided by numbers of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
@@ -89,18 +90,39 @@ class Ratios:
         return min(value, AT_MOST[kind]) if kind else value
 
 
-def scaled_down_config(config: Mapping[str, Any], *, whole_vocabulary: bool = False) -> dict[str, Any]:
+def scaled_down_config(
+    config: Mapping[str, Any], *, whole_vocabulary: bool = False, fused: Collection[int] = ()
+) -> dict[str, Any]:
     """The same architecture with small numbers, also those that the configuration leaves to mlx-lm's defaults.
 
-    `whole_vocabulary`: it keeps the model's own, for text that is tokenised for it.
+    `whole_vocabulary`: it keeps the model's own, for text that is tokenised for it. `fused`: the sizes of a head that a
+    GPU has kernels for; a head is of such a size in the small model where it is in the large one, and only there.
     """
     config = _with_defaults(config)
     cut = not whole_vocabulary and config.get("model_type") not in WHOLE_VOCABULARY
-    small = _scaled(config, replace(_ratios(config), vocabulary=cut))
+    small = _scaled(config, replace(_ratios(config, fused), vocabulary=cut))
     for key, value in config.items():
         if TOWER.fullmatch(key) and isinstance(value, Mapping):
-            small[key] = _scaled(value, _ratios(value))
+            small[key] = _scaled(value, _ratios(value, fused))
     return small
+
+
+def first_layers(config: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The same model with its first `count` layers alone: nothing else is small."""
+    config = _with_defaults(config)
+    layers = max((value for name, value in _numbers(config) if kind_of(name) == "layers"), default=0)
+
+    def cut(key: str, value: Any) -> Any:
+        if TOWER.fullmatch(key):
+            return value
+        if isinstance(value, Mapping):
+            return {name: cut(name, one) for name, one in value.items()}
+        by_layer = isinstance(value, list) or (isinstance(value, str) and key.endswith("_pattern"))
+        if by_layer and len(value) == layers:
+            return value[:count]
+        return min(value, count) if kind_of(key) == "layers" and isinstance(value, int) else value
+
+    return {key: cut(key, value) for key, value in config.items()}
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +135,7 @@ def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in default_numbers(config).items() if kind_of(k)}, **whole}
 
 
-def _ratios(config: Mapping[str, Any]) -> Ratios:
+def _ratios(config: Mapping[str, Any], fused: Collection[int]) -> Ratios:
     numbers = [(name, kind_of(name), value) for name, value in _numbers(config) if value > 0]
 
     def of(kind: str) -> list[int]:
@@ -129,7 +151,8 @@ def _ratios(config: Mapping[str, Any]) -> Ratios:
 
     def sizes_allow(d: int) -> bool:
         even = all(s % (2 * d) == 0 and int(s // d * part) % 2 == 0 for s in sizes for part in parts)
-        return even and max(sizes) >= SMALLEST_HEAD * d and min(sizes) >= SMALLEST_WIDTH * d
+        same_kernels = not fused or all((s in fused) == (s // d in fused) for s in sizes)
+        return even and same_kernels and max(sizes) >= SMALLEST_HEAD * d and min(sizes) >= SMALLEST_WIDTH * d
 
     def widths_allow(d: int) -> bool:
         return hidden % d == 0 and hidden >= SMALLEST_HIDDEN * d

@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeVar
 from mlx_empire.model.closed_forms import experts, is_stacked
 from mlx_empire.model.layer_costs import LayerCosts, Need
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
+from mlx_empire.plan.fused_attention import attention_is_fused
 from mlx_empire.plan.workload import Workload
 
 
@@ -55,7 +56,8 @@ def costs_of(spec: ModelSpec, work: Workload) -> LayerCosts:
 def needs_no_scores(spec: ModelSpec, work: Workload) -> bool:
     """Whether attention is taken by a kernel that makes no scores."""
     sliding = spec.text_config.get("sliding_window")
-    return work.linear_attention and spec.family in PLAINLY_CAUSAL and not sliding
+    plain = spec.family in PLAINLY_CAUSAL and not sliding
+    return work.linear_attention and plain and attention_is_fused(spec.text_config)
 
 
 def hidden_bytes(spec: ModelSpec, work: Workload) -> int:

@@ -18,7 +18,6 @@ from typing import Literal
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.model.spec import ModelSpec
-from mlx_empire.plan.fused_attention import attention_is_fused
 from mlx_empire.plan.memory import Ledger, ledger
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan, make_plan
@@ -109,10 +108,7 @@ def resolve(
             recipe.comm.route,
             recipe.comm.bucket_bytes,
             recipe.optimizer.in_backward,
-            _LINEAR
-            and not recipe.data.packing
-            and attention_is_fused(spec.text_config)
-            and all(_has_metal(n) for n in nodes),
+            _LINEAR and not recipe.data.packing and all(_has_metal(n) for n in nodes),
         )
         plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):

@@ -1,0 +1,161 @@
+"""One true layer stands for the model: which one, what it takes beside its plan, and that a plan too low is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from support.mpi import launch_ranks
+
+from mlx_empire.capacity.command import main as capacity
+from mlx_empire.model import catalog
+from mlx_empire.model.scaled_down import first_layers
+from mlx_empire.model.target import make_target
+from mlx_empire.recipe.sections import TuningSection
+from mlx_empire.run import unit
+
+# SmolLM2-135M's layers, with a smaller vocabulary and fewer of them.
+SMOLLM2 = {
+    **{
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+    },
+    **{"intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5},
+    **{"vocab_size": 2048, "rope_theta": 1e5, "max_position_embeddings": 8192, "tie_word_embeddings": True},
+}
+
+
+def recipe_at(folder: Path, config: dict[str, object], **sections: str) -> Path:
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    lines = {
+        "model": f"{{path: {folder}/model, dtype: float32}}",
+        "data": "{path: nowhere, sequence_length: 64}",
+        "batch": "{global_size: 4, micro_size: 1, cells: 2}",
+        "optimizer": "{learning_rate: 1.0e-4}",
+        "run": f"{{dir: {folder}/run, steps: 10}}",
+    } | sections
+    (folder / "recipe.yaml").write_text("".join(f"{name}: {text}\n" for name, text in lines.items()))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(recipe, the file that was written)"""
+    folder = tmp_path_factory.mktemp("unit")
+    recipe = recipe_at(folder, SMOLLM2)
+    assert unit.main([str(recipe), "--out", str(folder / "unit.json")]) == 0
+    return recipe, folder / "unit.json"
+
+
+def test_a_layer_at_its_true_size_keeps_to_its_plan(measured):
+    found = json.loads(measured[1].read_text())
+    (rank,) = found["ranks"]
+    assert (found["layer"], found["dtype"]) == ("model.layers.0", "float32")
+    parameters = 576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536  # by hand, without norms
+    weights_and_states = (parameters + 2048 * 576) * 4 * 3
+    assert weights_and_states < rank["peak_bytes"] <= 1.021 * rank["predicted_peak_bytes"]
+    assert rank["peak_bytes"] > 0.8 * rank["predicted_peak_bytes"]
+    assert all(rank["seconds"][part] > 0 for part in ("forward", "backward", "update", "reduce"))
+    assert rank["longest_seconds"] > 0
+    operations = (8 * parameters + 12 * 9 * 64 * 64 * 1.4) * 64 * 2  # two micro-batches of 64 tokens
+    seconds = rank["seconds"]["forward"] + rank["seconds"]["backward"]
+    assert rank["tflops"] * seconds * 1e12 == pytest.approx(operations, rel=0.05)
+
+
+def test_plans_take_the_speed_that_was_measured(measured, capsys):
+    recipe, file = measured
+    document = json.loads(file.read_text())
+    document["ranks"][0] |= {"tflops": 50.0, "chip": None}
+    (changed := file.with_name("changed.json")).write_text(json.dumps(document))
+    assert capacity([str(recipe), "--json", "--unit", str(changed)]) == 0
+    assert (
+        "45-55 TFLOP/s executed (measured: calibration on " in json.loads(capsys.readouterr().out)["notes"][0]
+    )
+
+
+def test_a_peak_above_its_plan_is_refused_there_and_in_plans(tmp_path, monkeypatch, capsys):
+    recipe, file = recipe_at(tmp_path, SMOLLM2), tmp_path / "unit.json"
+    monkeypatch.setattr(unit.mx, "get_peak_memory", lambda: 1 << 40)
+    with pytest.raises(SystemExit) as ended:
+        unit.main([str(recipe), "--out", str(file)])
+    assert ended.value.code == 3
+    assert "model.layers.0" in (said := capsys.readouterr().err)
+    assert "needed 1024 GiB where the plan says" in said
+    with pytest.raises(SystemExit) as ended:
+        capacity([str(recipe), "--unit", str(file)])
+    assert ended.value.code == 3
+    assert "needed 1024 GiB where the plan says" in capsys.readouterr().err
+
+
+WRONG = {
+    "no JSON": "{",
+    "no figures": "{}",
+    "another model": '{"model": "x", "dtype": "float32", "layer": "", "ranks": [%s]}',
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_another_file_is_refused_in_one_line(measured, kind, tmp_path, capsys):
+    recipe, file = measured
+    figures = json.dumps(json.loads(file.read_text())["ranks"][0])
+    (tmp_path / "unit.json").write_text(WRONG[kind].replace("%s", figures))
+    with pytest.raises(SystemExit) as ended:
+        capacity([str(recipe), "--unit", str(tmp_path / "unit.json")])
+    assert ended.value.code == 64
+    assert capsys.readouterr().err.startswith(f"mlx_empire: --unit: {tmp_path}/unit.json: ")
+
+
+LARGEST = {"llama-3.1-8b": 1, "deepseek-v3-671b": 4, "llama-4-maverick-400b": 2, "llama-4-scout-109b": 1}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_first_of_the_largest_layers_is_measured_and_is_the_real_models(name):
+    config, _ = catalog.load(name)
+    whole = make_target(config, TuningSection(), name, "bfloat16").spec
+    layer = unit.largest_layer(whole)
+    assert layer == LARGEST[name]
+    small = make_target(first_layers(config, layer), TuningSection(), name, "bfloat16").spec
+    assert len(small.units) == layer + 1
+    assert small.units[layer] == whole.units[layer]
+    assert small.units[0] == whole.units[0]
+
+
+@pytest.mark.faults
+def test_all_machines_measure_and_one_exchange_is_timed(tmp_path):
+    recipe, file = recipe_at(tmp_path, SMOLLM2), tmp_path / "unit.json"
+    ended = launch_ranks(2, "mlx_empire.run.unit", [recipe, "--out", file])
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    ranks = json.loads(file.read_text())["ranks"]
+    assert [rank["seconds"]["gather"] > 0 and rank["seconds"]["reduce"] > 0 for rank in ranks] == [True, True]
+
+
+# A layer of 2.16 thousand million weights; frozen in bfloat16 under adapters, for trained it would take 20 GB.
+WIDE = {
+    **SMOLLM2,
+    "hidden_size": 8192,
+    "intermediate_size": 80896,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+}
+
+
+@pytest.mark.slow
+def test_a_dense_unit_of_more_than_2_to_the_31_elements(tmp_path):
+    """About 10 GB of memory and some minutes."""
+    recipe = recipe_at(
+        tmp_path,
+        {**WIDE, "num_hidden_layers": 2},
+        model=f"{{path: {tmp_path}/model, dtype: bfloat16}}",
+        data="{path: nowhere, sequence_length: 16}",
+        batch="{global_size: 1, micro_size: 1}",
+        tuning="{type: lora}",
+        memory="{zero_stage: 0}",
+    )
+    mx.clear_cache()
+    assert unit.main([str(recipe), "--out", str(tmp_path / "unit.json")]) == 0
+    assert 4 * 8192**2 + 3 * 8192 * 80896 > 1 << 31

@@ -37,7 +37,7 @@ from mlx_empire.model.config import read_config
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, make_target, refuse_impossible, refuse_other_architecture
 from mlx_empire.model.unread import refuse_long_rows
-from mlx_empire.plan.fused_attention import allow_sinks
+from mlx_empire.model.attention.fused import allow_sinks
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.evaluation import Gate
 from mlx_empire.recipe.explain import leaf_fields

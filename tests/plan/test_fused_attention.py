@@ -18,7 +18,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan import resolve as resolving
 from mlx_empire.plan.activations import attention_scores
-from mlx_empire.plan.fused_attention import (
+from mlx_empire.model.attention.fused import (
     FALLBACK_VARIABLE,
     READ_IN,
     allow_sinks,

@@ -33,10 +33,10 @@ from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserArguments
 from mlx_empire.evaluation.gate import GateKeeper, held_out_loss
+from mlx_empire.model.attention.fused import refuse_too_short
 from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.model.attention.fused import refuse_too_short
 from mlx_empire.plan.hardware import known_speed
 from mlx_empire.plan.resolve import RunPlan, kernels_differ
 from mlx_empire.plan.wired_limit import fitting_plan

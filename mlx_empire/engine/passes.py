@@ -28,8 +28,8 @@ class Running:
     """A micro-batch on its way. `position` counts this rank's micro-batches of the step.
 
     `batch`: inputs, targets and mask, each (rows, width); `hidden`: the current hidden state or cotangent
-    (rows, width, hidden); `inputs`: by layer what its backward needs; `loss`: (rows,), in the end. `documents` of packed
-    rows (rows, width), and `cuts`: where they begin.
+    (rows, width, hidden); `inputs`: by layer what its backward needs; `loss`: (rows,), in the end. `documents`
+    of packed rows: (rows, width), and `cuts`: where they begin.
     """
 
     position: int
@@ -91,9 +91,8 @@ class Passes:
         shape = tuple(inputs.shape)
         if shape not in self._shapes:
             self._shapes[shape] = self._by_pattern.settled(hidden, arguments)
-        documents, cuts = None, ()
-        if micro.documents is not None:
-            documents, cuts = mx.array(micro.documents), cuts_of(micro.documents)
+        documents = None if micro.documents is None else mx.array(micro.documents)
+        cuts = () if micro.documents is None else cuts_of(micro.documents)
         mx.eval(inputs, targets, mask, hidden, documents)
         return Running(position, (inputs, targets, mask), self._shapes[shape], documents, cuts, hidden)
 

@@ -1,8 +1,8 @@
 """The passes of a model's layers, traced as the engine runs them: forward, vjp, and the vjp of an un-recomputed tail.
 
 Layers are called on arrays without data in the dtypes that the specification names, with the arguments that the model
-gives them (`layers.SlottedModel`). The module may be in use: its arrays, its list of layers and MLX's random state are
-put back.
+gives them (`layers.SlottedModel`), and attend by the patterns by which they do in training. The module may be in use:
+its arrays, its list of layers and MLX's random state are put back.
 
 `mx.export_function` has no word for one primitive, the gradient of stacked experts by sorted tokens (SegmentedMM). A
 product of the same inputs and output stands in: the experts' products get a summand, whose cotangent is theirs, and
@@ -22,9 +22,12 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
+from mlx_empire.model.attention.by_pattern import ByPattern
+from mlx_empire.model.attention.patterns import Pattern
+from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.build import find_layers, reason_of
 from mlx_empire.model.layer_graph import NotTraceable, graph_of
-from mlx_empire.model.layers import Slot, SlottedModel, hidden_of
+from mlx_empire.model.layers import Slot, SlottedModel, given_mask, hidden_of
 from mlx_empire.model.liveness import Graph
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
@@ -44,17 +47,19 @@ class Pass:
 class LayerPasses:
     """The layers of a described model, on micro-batches of (rows, width). NotTraceable where they cannot be run so.
 
-    Units are numbered as in the specification, from 1.
+    Units are numbered as in the specification, from 1. Rows are traced as one document each, which needs the most.
     """
 
-    def __init__(self, spec: ModelSpec, rows: int, width: int) -> None:
+    def __init__(self, spec: ModelSpec, rows: int, width: int, kernels: Kernels | None = None) -> None:
         if spec.module is None:
             raise NotTraceable("there is no module to trace")
         self._spec, self._model = spec, spec.module
         with _in_peace(self._model, spec.name) as layers:
             slotted = SlottedModel(self._model, spec.name)
             try:
-                hidden, self._given = slotted.capture(mx.zeros((rows, width), mx.int32))
+                hidden, given = slotted.capture(mx.zeros((rows, width), mx.int32))
+                self._by_pattern = ByPattern(layers, kernels)
+                self._given = self._by_pattern.settled(hidden, given)
             except Exception as error:  # foreign code on a model that need not be one that trains
                 raise NotTraceable(reason_of(error)) from None
         self._layers: list[nn.Module] = layers
@@ -65,8 +70,8 @@ class LayerPasses:
         }
         dtype = getattr(mx, spec.dtype)
         self._hidden = mx.zeros(hidden.shape, dtype)
-        given = [a for _, a in tree_flatten([[g.positional, g.keywords] for g in self._given])]
-        self._arguments = {id(a): a for a in given if isinstance(a, mx.array)}
+        flat = [a for _, a in tree_flatten([[g.positional, g.keywords] for g in self._given])]
+        self._arguments = {id(a): a for a in flat if isinstance(a, mx.array)}
         self._now: dict[int, mx.array] = {}  # by id of an argument what stands for it
         self._bound: dict[str, mx.array] = {}
         self._experts = _Experts()
@@ -89,7 +94,19 @@ class LayerPasses:
             for name, value in vars(module).items()
             if isinstance(value, bool) and not name.startswith("_")
         ]
-        return type(layer), tuple(kinds), tuple(switches)
+        return type(layer), given.pattern, tuple(kinds), tuple(switches)
+
+    def pattern(self, unit: int) -> Pattern | None:
+        """By which pattern a layer attends; None where it has a mask, or does not attend."""
+        return self._given[unit - 1].pattern
+
+    @property
+    def masked(self) -> bool:
+        """Whether a layer attends by a mask, whose scores are one array."""
+        return any(
+            g.pattern is None and given_mask(layer, g) is not None
+            for layer, g in zip(self._layers, self._given, strict=True)
+        )
 
     def forward(self, unit: int) -> Pass:
         """A layer's forward; the hidden state stays with the caller."""
@@ -221,7 +238,8 @@ class LayerPasses:
         positional, keywords = tree_map(
             lambda a: self._now.get(id(a), a), [list(given.positional), given.keywords]
         )
-        output = hidden_of(self._layers[unit - 1](hidden, *positional, **keywords))
+        given = replace(given, positional=tuple(positional), keywords=keywords)
+        output = hidden_of(self._by_pattern.call(self._layers[unit - 1], hidden, given))
         if not isinstance(output, mx.array):
             raise NotTraceable(f"a layer returns {type(output).__name__}")
         return output

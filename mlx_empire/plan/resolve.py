@@ -17,9 +17,9 @@ from typing import Literal
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import DoesNotFitError, UserError
-from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.attention.fused import attention_is_fused
 from mlx_empire.model.attention.segments import SHORT
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.memory import Ledger, ledger
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan, make_plan

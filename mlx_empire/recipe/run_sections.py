@@ -21,6 +21,8 @@ from mlx_empire.recipe.fields import (
     true_or_false,
 )
 
+SHORT_ROW = 256  # positions: in rows up to here numerics.attention decides nothing
+
 
 class CommSection(Section):
     route: Literal["auto", "relay", "direct"] = Field(
@@ -70,7 +72,7 @@ class NumericsSection(Section):
         description="a whole number from 0 to 4096 (skipped steps among the last `window` ones)",
     )
     attention: Literal["auto", "pattern", "mask"] = Field(
-        title="Whether attention of rows above 256 positions leaves out what is masked, or makes a mask for every pair.",
+        title=f"Whether attention of rows above {SHORT_ROW} positions leaves out what masks hide, or computes it all.",
         default="auto",
         description="auto (pattern, but a run that began with mask goes on so), pattern (block by block, without what "
         "causal, window and chunk masks and documents hide) or mask (MLX's own way)",

@@ -63,9 +63,7 @@ def exact(arrays: list[mx.array], seen: np.ndarray, scale: float, softcap: float
     inner = (w * output).sum(-1, keepdims=True)
     by_score = p * (w @ v.swapaxes(-1, -2) - inner) * ((1 - bent**2) if softcap else 1)
     by_key, by_value = by_score.swapaxes(-1, -2) @ q * scale, p.swapaxes(-1, -2) @ w
-    by_key, by_value = (
-        x.reshape(len(x), GROUPS, -1, *x.shape[2:]).sum(2) for x in (by_key, by_value)
-    )
+    by_key, by_value = (x.reshape(len(x), GROUPS, -1, *x.shape[2:]).sum(2) for x in (by_key, by_value))
     found = [output, by_score @ k * scale, by_key, by_value]
     return [*found, -(sink * inner[..., 0]).sum((0, 2))] if sinks else found
 

@@ -15,9 +15,6 @@ from support.tiny_models import tiny_config, tiny_model
 from mlx_empire import train
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.errors import UserError
-from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan import resolve as resolving
-from mlx_empire.plan.activations import attention_scores
 from mlx_empire.model.attention.fused import (
     FALLBACK_VARIABLE,
     READ_IN,
@@ -25,6 +22,9 @@ from mlx_empire.model.attention.fused import (
     attention_is_fused,
     refuse_too_short,
 )
+from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.plan import resolve as resolving
+from mlx_empire.plan.activations import attention_scores
 from mlx_empire.plan.resolve import resolve
 
 # Counted out of `use_fallback` by hand: 100 is Open-Llama-3B's, 8 the tiny model's of the tests.

@@ -56,7 +56,8 @@ class _Attention:
     def forward(self, q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> tuple[mx.array, mx.array]:
         """The output, and the log-sum-exp of each query's scores (rows, heads, S) in fp32."""
         heads = _Heads.of(q, k)
-        outputs, sums = [], []
+        outputs: list[mx.array] = []
+        sums: list[mx.array] = []
         for a, b, low in _blocks(q.shape[2], self.window):
             query = heads.grouped(q, a, b) * self.scale
             if outputs:  # or the probabilities of a block would wait for their maximum to the end
@@ -238,9 +239,7 @@ def _of_block(a: int, b: int, low: int, window: int, per_group: int) -> mx.array
     return mx.concatenate([mx.zeros((per_group * (b - a), a - low)), corner], axis=1)
 
 
-def _of_tile(
-    queries: tuple[int, int], keys: tuple[int, int], window: int, per_group: int
-) -> mx.array | None:
+def _of_tile(queries: tuple[int, int], keys: tuple[int, int], window: int, per_group: int) -> mx.array | None:
     """What is added to the scores of a tile; None where every query sees every key."""
     (a, b), (c, d) = queries, keys
     if a >= d - 1 and not (window and b - 1 - c >= window):

@@ -8,6 +8,7 @@ element by element.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +38,7 @@ class Pattern:
         """The (first, stop) of the segments of a row of `width` positions."""
         starts = {0, *(self.cuts[row] if self.cuts else ()), *range(0, width, self.chunk or width)}
         edges = [*sorted(s for s in starts if s < width), width]
-        return tuple(zip(edges, edges[1:], strict=False))
+        return tuple(pairwise(edges))
 
     def visible(self, first: int, stop: int, width: int) -> np.ndarray:
         """(stop - first, width) booleans of an unpacked row: whether a query of these may attend to a key."""

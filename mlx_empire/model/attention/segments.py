@@ -1,6 +1,6 @@
 """Attention by pattern in the place of MLX's, while a layer is called: which segment goes to which kernel.
 
-- up to `SHORT` positions: MLX's own attention, whose scores are small, and faster;
+- up to `SHORT` positions: MLX's own attention;
 - causal, where MLX's fused kernel for Metal takes it (`fused`): MLX's own, told "causal";
 - else: `blocks`.
 
@@ -19,14 +19,15 @@ from mlx_empire.cluster.machine import computes_on_gpu
 from mlx_empire.model.attention import blocks
 from mlx_empire.model.attention.fused import takes
 from mlx_empire.model.attention.patterns import CAUSAL, Pattern
+from mlx_empire.recipe.run_sections import SHORT_ROW
 
-SHORT = 256
+SHORT = SHORT_ROW  # faster by MLX's own, and small
 Attention = Callable[..., mx.array]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What computes segments: `fused`: MLX's kernels for Metal are there; `short`: up to which length MLX's are used."""
+    """For segments. `fused`: MLX's kernels for Metal; `short`: a length up to which MLX's own is taken."""
 
     fused: bool = False
     short: int = SHORT

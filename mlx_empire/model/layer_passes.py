@@ -6,7 +6,7 @@ its arrays, its list of layers and MLX's random state are put back.
 
 `mx.export_function` has no word for one primitive, the gradient of stacked experts by sorted tokens (SegmentedMM). A
 product of the same inputs and output stands in: the experts' products get a summand, whose cotangent is theirs, and
-the summand is taken out of the graph again.
+the summand is taken out of the graph again. Attention in blocks is stood for likewise (`attention.traced`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_empire.model.attention.by_pattern import ByPattern
 from mlx_empire.model.attention.patterns import Pattern
 from mlx_empire.model.attention.segments import Kernels
+from mlx_empire.model.attention.traced import Shapes, TracedBlocks, without_summands
 from mlx_empire.model.build import find_layers, reason_of
 from mlx_empire.model.layer_graph import NotTraceable, graph_of
 from mlx_empire.model.layers import Slot, SlottedModel, given_mask, hidden_of
@@ -54,10 +55,13 @@ class LayerPasses:
         if spec.module is None:
             raise NotTraceable("there is no module to trace")
         self._spec, self._model = spec, spec.module
+        self._blocks = TracedBlocks()
         with _in_peace(self._model, spec.name) as layers:
             slotted = SlottedModel(self._model, spec.name)
             try:
                 hidden, given = slotted.capture(mx.zeros((rows, width), mx.int32))
+                if kernels is not None:
+                    kernels = replace(kernels, in_blocks=self._blocks.attend)
                 self._by_pattern = ByPattern(layers, kernels)
                 self._given = self._by_pattern.settled(hidden, given)
             except Exception as error:  # foreign code on a model that need not be one that trains
@@ -117,13 +121,13 @@ class LayerPasses:
 
         def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
             def run(*arrays: mx.array) -> list[mx.array]:
-                self._experts.begin(arrays[len(trained) + 1 :])
+                self._begin(arrays[len(trained) + 1 :])
                 self._bind(trained, arrays)
-                return [self._call(unit, arrays[len(trained)])]
+                return [self._call(unit, arrays[len(trained)]), *self._blocks.came_in()]
 
             trained, taps = self._primals([unit])
             primals = [*(self._bound[t.name] for t in trained), hidden, *taps]
-            _, found = mx.vjp(run, primals, [cotangent])
+            _, found = mx.vjp(run, primals, [cotangent, *self._blocks.cotangents])
             return [found[len(trained)], *self._added(sums, [unit], trained, found)]
 
         return self._differentiated([unit], body, adds=adds)
@@ -133,10 +137,14 @@ class LayerPasses:
 
         def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
             def run(*arrays: mx.array) -> tuple[mx.array, mx.array]:
-                self._experts.begin(arrays[len(trained) + 1 :])
+                self._begin(arrays[len(trained) + 1 :])
                 self._bind(trained, arrays)
                 state = self._through(units, arrays[len(trained)])
-                return (state * cotangent).sum(), mx.stop_gradient(state)
+                pairs = [
+                    (state, cotangent),
+                    *zip(self._blocks.came_in(), self._blocks.cotangents, strict=True),
+                ]
+                return sum((a * c).sum() for a, c in pairs), mx.stop_gradient(state)
 
             trained, taps = self._primals(units)
             primals = [*(self._bound[t.name] for t in trained), hidden, *taps]
@@ -150,16 +158,24 @@ class LayerPasses:
     def _differentiated(self, units: Sequence[int], body: Body, *, adds: bool, first: int = 0) -> Pass:
         trained = self._trained(units)
         free = [self._hidden, self._hidden, *(mx.zeros(t.shape) for t in trained if adds)]
-        try:
-            graph = self._graph(units, free, [], body)
-        except NotTraceable as error:
-            if "SegmentedMM" not in str(error):
-                raise
-            with self._experts.standing_in():
-                self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
-                graph = self._experts.taken_out(self._graph(units, free, [], body))
+        with self._blocks.differentiated(self._calls_in_blocks(units)):
+            try:
+                graph = self._blocks.put_together(self._graph(units, free, [], body))
+            except NotTraceable as error:
+                if "SegmentedMM" not in str(error):
+                    raise
+                with self._experts.standing_in():
+                    self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
+                    graph = self._blocks.put_together(self._graph(units, free, [], body))
+                    graph = self._experts.taken_out(graph)
         gradients = graph.outputs[len(graph.outputs) - len(trained) :]
         return Pass(graph, frozenset(gradients), first)
+
+    def _calls_in_blocks(self, units: Sequence[int]) -> list[Shapes]:
+        if all(self.pattern(u) is None for u in units):
+            return []
+        self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
+        return self._blocks.seen()
 
     def _trained(self, units: Sequence[int]) -> list[TensorSpec]:
         """In the order in which the engine differentiates: by unit, segment by segment."""
@@ -175,25 +191,31 @@ class LayerPasses:
         """The tensors by which is differentiated, and summands of the experts' products where those stand in."""
         trained = self._trained(units)
         if not self._experts.stand_in:
-            return trained, []
+            return trained, self._blocks.summands
         stacked = {f"{self._spec.units[u].name}.{n}" for u in units for n in _stacked(self._layers[u - 1])}
         for t in trained:
             if t.name in stacked:
                 self._bind([t], [mx.stop_gradient(self._bound[t.name])])
-        return [t for t in trained if t.name not in stacked], self._experts.summands()
+        return [t for t in trained if t.name not in stacked], [
+            *self._experts.summands(),
+            *self._blocks.summands,
+        ]
 
     def _added(
         self, sums: Arrays, units: Sequence[int], trained: Sequence[TensorSpec], found: Sequence[mx.array]
     ) -> list[mx.array]:
-        """The gradients of all trained tensors, added to `sums` where there are any."""
+        """The gradients of all trained tensors, added to `sums` where there are any; then those of `_blocks`."""
         by_name = dict(zip((t.name for t in trained), found, strict=False))
         cotangents = found[len(trained) + 1 :]
+        experts = len(self._experts.shapes)
         missing = [t for t in self._trained(units) if t.name not in by_name]
-        by_name |= self._experts.gradients(missing, cotangents)
+        by_name |= self._experts.gradients(missing, cotangents[:experts])
         gradients = [by_name[t.name] for t in self._trained(units)]
-        if not sums:
-            return gradients
-        return [a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(sums, gradients, strict=True)]
+        if sums:
+            gradients = [
+                a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(sums, gradients, strict=True)
+            ]
+        return [*gradients, *self._blocks.gradients(cotangents[experts:])]
 
     # ---- layers
 
@@ -202,13 +224,13 @@ class LayerPasses:
         tensors = [t for u in units for t in self._spec.units[u].tensors]
         weights = [mx.zeros(t.shape, getattr(mx, t.dtype)) for t in tensors]
         arguments, own = list(self._arguments.values()), len(free) + len(held)
-        taps = self._experts.placeholders()
+        taps = [*self._experts.placeholders(), *self._blocks.placeholders()]
 
         def run(*arrays: mx.array) -> list[mx.array]:
             self._bind(tensors, arrays[own:])
             rest = arrays[own + len(tensors) :]
             self._now = dict(zip(self._arguments, rest, strict=False))
-            self._experts.begin(arrays[len(arrays) - len(taps) :])
+            self._begin(arrays[len(arrays) - len(taps) :])
             return body(*arrays[:own])
 
         given = [*free, *held, *weights, *arguments, *taps]
@@ -221,6 +243,12 @@ class LayerPasses:
         finally:
             for container, key, array in before:
                 container[key] = array
+
+    def _begin(self, placeholders: Arrays) -> None:
+        """A call of layers: what stands in for primitives gets these."""
+        experts = len(self._experts.shapes)
+        self._experts.begin(placeholders[:experts])
+        self._blocks.begin(placeholders[experts:])
 
     def _bind(self, tensors: Sequence[TensorSpec], arrays: Arrays) -> None:
         for t, array in zip(tensors, arrays, strict=False):
@@ -339,20 +367,7 @@ class _Experts:
 
     def taken_out(self, graph: Graph) -> Graph:
         """The graph without the summands, which are its last sources that were given."""
-        own = set(graph.given[len(graph.given) - len(self.shapes) :])
-        same: dict[int, int] = {}
-        nodes = []
-        for node in graph.nodes:
-            if node.name == "Add" and own & {*node.inputs}:
-                (left,) = (a for a in node.inputs if a not in own)
-                same[node.outputs[0]] = same.get(left, left)
-            elif not (node.name == "Copy" and own & {*node.inputs}):
-                nodes.append(node)
-            else:
-                own.add(node.outputs[0])
-        nodes = [n._replace(inputs=tuple(same.get(a, a) for a in n.inputs)) for n in nodes]
-        sources = [a for a in graph.sources if a not in own]
-        return replace(graph, nodes=nodes, sources=sources, held=graph.held - own)
+        return without_summands(graph, graph.given[len(graph.given) - len(self.shapes) :])
 
 
 def _segmented(x: mx.array, dy: mx.array, indices: mx.array, shape: tuple[int, ...]) -> mx.array:

@@ -37,7 +37,7 @@ def attend(
     q (rows, heads, S, D), k (rows, groups, S, D), v (rows, groups, S, Dv), sinks (heads,): the result is (rows, heads,
     S, Dv) in q's dtype. `window`: see `Pattern`; `softcap`: scores become softcap tanh(scores / softcap).
     """
-    function = _function(_Attention(scale, window, softcap))
+    function = _function(Attention(scale, window, softcap))
     output: mx.array = function(q, k, v, *(() if sinks is None else (sinks,)))[0]
     return output
 
@@ -48,7 +48,9 @@ def largest_scores(length: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Attention:
+class Attention:
+    """Of one segment: forward and vjp as MLX asks for them."""
+
     scale: float
     window: int
     softcap: float
@@ -110,7 +112,7 @@ class _Attention:
 
 
 @cache
-def _function(attention: _Attention) -> Any:
+def _function(attention: Attention) -> Any:
     """MLX's function with our vjp."""
     function = mx.custom_function(attention.forward)
     function.vjp(attention.backward)
@@ -172,7 +174,7 @@ class _Tile:
     minus the row's figure, against ones), which saves two passes over the tile.
     """
 
-    def __init__(self, attention: _Attention, heads: _Heads, k: mx.array, v: mx.array) -> None:
+    def __init__(self, attention: Attention, heads: _Heads, k: mx.array, v: mx.array) -> None:
         self._attention, self._heads = attention, heads
         self._wide = k.dtype == mx.float32 and not attention.softcap
         self._k, self._v = (_with_column(x, mx.ones((*x.shape[:-1], 1))) if self._wide else x for x in (k, v))

@@ -31,6 +31,7 @@ class Kernels:
 
     fused: bool = False
     short: int = SHORT
+    in_blocks: Attention = blocks.attend
 
     @classmethod
     def here(cls) -> Kernels:
@@ -92,7 +93,7 @@ def attend(
         if not softcap and (fused or b - a <= kernels.short):
             mask = _mask(b - a, window) if window else CAUSAL
             return plain(query, key, value, scale=scale, mask=mask, sinks=sinks)
-        return blocks.attend(query, key, value, sinks, scale=scale, window=window, softcap=softcap)
+        return kernels.in_blocks(query, key, value, sinks, scale=scale, window=window, softcap=softcap)
 
     def of_rows(row: slice, segments: Sequence[tuple[int, int]]) -> mx.array:
         return _joined([of_segment(row, a, b) for a, b in segments], axis=2)

@@ -1,9 +1,9 @@
 """Attention by pattern against MLX's own with a mask: `python benchmarks/attention.py [--lengths 1024 2048 4096]`.
 
 Forward and vjp of 9 heads in 3 groups of 64 channels in float32, on one row: causal, eight documents, a window of an
-eighth, chunks of a quarter. Both ways run in one process, one right after the other, MLX's first; ratios are of CPU time
-and of the peak above what was there before. Then whole steps of SmolLM2's shape (`--steps`, tokens x layers): CPU time,
-and the measured peak beside the ledger's.
+eighth, chunks of a quarter. Both ways run in one process, one right after the other, MLX's first; ratios are of CPU
+time and of the peak above what was there before. Then whole steps of SmolLM2's shape (`--steps`, tokens x layers): the
+measured peak beside the ledger's.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ LEAST_QUERIES, MOST_QUERIES = 32, 256  # of a block of the forward
 MASKED = -1e30  # added to scores: exp() of it is 0, and it is a number in every dtype of 8 exponent bits
 
 
-def attend(
+def attend_in_blocks(
     q: mx.array,
     k: mx.array,
     v: mx.array,

@@ -31,7 +31,7 @@ class Kernels:
 
     fused: bool = False
     short: int = SHORT
-    in_blocks: Attention = blocks.attend
+    in_blocks: Attention = blocks.attend_in_blocks
 
     @classmethod
     def here(cls) -> Kernels:
@@ -84,7 +84,7 @@ def attend(
     sinks: mx.array | None = None,
     softcap: float = 0.0,
 ) -> mx.array:
-    """Attention of rows by `pattern`; shapes as in `blocks.attend`. `plain` is MLX's."""
+    """Attention of rows by `pattern`; shapes as in `attend_in_blocks`. `plain` is MLX's."""
 
     def of_segment(row: slice, a: int, b: int) -> mx.array:
         query, key, value = (x[row, :, a:b] for x in (q, k, v))

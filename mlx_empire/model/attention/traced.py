@@ -31,7 +31,7 @@ class _Call:
 
 @dataclass
 class TracedBlocks:
-    """The calls of `blocks.attend` in a pass; `shapes`: by call of what came in and of the output, once known."""
+    """The calls of `attend_in_blocks` in a pass; `shapes`: by call of what came in and of the output, once known."""
 
     shapes: list[Shapes] = field(default_factory=list)
     calls: list[_Call] = field(default_factory=list)
@@ -49,7 +49,7 @@ class TracedBlocks:
         window: int = 0,
         softcap: float = 0.0,
     ) -> mx.array:
-        """As `blocks.attend`; its derivative is what the summand's is."""
+        """As `attend_in_blocks`; its derivative is what the summand's is."""
         attention = Attention(scale, window, softcap)
         given = [q, k, v, *(() if sinks is None else (sinks,))]
         # MLX's node of the function keeps what came in until its results are there; so does this one.

@@ -84,7 +84,7 @@ class Attention:
         inner = (by_output.astype(mx.float32) * output.astype(mx.float32)).sum(-1)
         tile = _Tile(self, heads, k, v)
         by_query = []
-        by_key, by_value = mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
+        by_key, by_value = _KeySum(), _KeySum()
         done: list[mx.array] = []
         for (a, b), columns in _tiles(q.shape[2], self.window):
             query, cotangent, total, dot = (
@@ -99,12 +99,10 @@ class Attention:
                 part = (by_score @ k[:, :, c:d]).astype(mx.float32)
                 found = part if found is None else found + part
                 more = [by_score.swapaxes(-1, -2) @ query, probabilities.swapaxes(-1, -2) @ cotangent]
-                by_key = by_key.at[:, :, c:d].add(more[0].astype(mx.float32))
-                by_value = by_value.at[:, :, c:d].add(more[1].astype(mx.float32))
-                done = [found, by_key, by_value]
+                done = [found, *by_key.add(c, more[0]), *by_value.add(c, more[1])]
             assert found is not None, "a query sees itself"
             by_query.append(heads.by_head((found * self.scale).astype(q.dtype)))
-        gradients = [heads.joined(by_query), by_key.astype(k.dtype), by_value.astype(v.dtype)]
+        gradients = [heads.joined(by_query), by_key.whole(k.dtype), by_value.whole(v.dtype)]
         if sinks:
             share = mx.exp(sinks[0].astype(mx.float32)[None, :, None] - sums)
             gradients.append(-(share * inner).sum((0, 2)).astype(sinks[0].dtype))
@@ -206,6 +204,26 @@ class _Tile:
         if softcap:
             by_score = by_score * (1 - mx.square(bent))
         return probabilities.astype(query.dtype), by_score.astype(query.dtype)
+
+
+class _KeySum:
+    """A sum by keys in fp32, in pieces of QUERIES keys: a tile is added to those that it covers."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, mx.array] = {}
+
+    def add(self, first: int, part: mx.array) -> list[mx.array]:
+        """Add `part` (rows, groups, n, D) from the key `first` on, a multiple of QUERIES; the pieces it went to."""
+        places = range(first, first + part.shape[2], QUERIES)
+        for place in places:
+            piece = part[:, :, place - first : place - first + QUERIES].astype(mx.float32)
+            held = self._pieces.get(place)
+            self._pieces[place] = piece if held is None else held + piece
+        return [self._pieces[place] for place in places]
+
+    def whole(self, dtype: mx.Dtype) -> mx.array:
+        """(rows, groups, S, D)"""
+        return mx.concatenate([self._pieces[place] for place in sorted(self._pieces)], axis=2).astype(dtype)
 
 
 def _with_column(x: mx.array, column: mx.array) -> mx.array:

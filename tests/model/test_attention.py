@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_empire.model.attention import blocks
 from mlx_empire.model.attention.patterns import Pattern
 from mlx_empire.model.attention.segments import Kernels, attend
 
@@ -102,6 +103,16 @@ def test_output_and_gradients_are_those_of_float64(name, dtype):
     ]
     print(f"{name} {dtype}: {' '.join(f'{e:.1e}' for e in errors)}")
     assert max(errors) < (2e-6 if dtype == mx.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(window=200)])
+def test_coarser_tiles_of_longer_rows_are_right_too(pattern, monkeypatch):
+    monkeypatch.setattr(blocks, "FINE", 60)  # so that tiles are four times as long and as wide
+    arrays = drawn(900, 1, False, mx.float32)
+    expected = exact(arrays, allowed(pattern, 1, 900), DEPTH**-0.5, 0.0)
+    found = differentiated(by_pattern(pattern), arrays)
+    for a, e in zip(found, expected, strict=True):
+        assert np.abs(np.array(a) - e).max() < 2e-6 * np.abs(e).max()
 
 
 def test_a_document_in_a_packed_row_is_the_same_document_alone():

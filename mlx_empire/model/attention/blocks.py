@@ -16,8 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 
-QUERIES, KEYS = 128, 512  # of a tile of the vjp
-SCORES = 1 << 18  # of a block of the forward, for a head
+QUERIES, KEYS = 128, 512  # of a tile of the vjp, where a query sees at most FINE keys
+FINE = 4096
+SCORES = 1 << 18  # of a block of the forward, for a head, likewise
 LEAST_QUERIES, MOST_QUERIES = 32, 256  # of a block of the forward
 MASKED = -1e30  # added to scores: exp() of it is 0, and it is a number in every dtype of 8 exponent bits
 
@@ -44,7 +45,7 @@ def attend_in_blocks(
 
 def largest_scores(length: int) -> int:
     """The most scores of a head that are in one array for a segment of `length`."""
-    return min(max(SCORES, LEAST_QUERIES * length), length * min(MOST_QUERIES, length))
+    return max((b - a) * (b - low) for a, b, low in _blocks(length, 0))
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Attention:
         inner = (by_output.astype(mx.float32) * output.astype(mx.float32)).sum(-1)
         tile = _Tile(self, heads, k, v)
         by_query = []
-        by_key, by_value = _KeySum(), _KeySum()
+        step = QUERIES if self.window else KEYS * _coarseness(q.shape[2], self.window)
+        by_key, by_value = _KeySum(step), _KeySum(step)
         done: list[mx.array] = []
         for (a, b), columns in _tiles(q.shape[2], self.window):
             query, cotangent, total, dot = (
@@ -207,18 +209,27 @@ class _Tile:
 
 
 class _KeySum:
-    """A sum by keys in fp32, in pieces of QUERIES keys: a tile is added to those that it covers."""
+    """A sum by keys in fp32, in pieces of `step` keys: a tile is added to those that it covers.
 
-    def __init__(self) -> None:
+    A piece begins as long as the first tile that reaches it, and grows with those further down the diagonal.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step = step
         self._pieces: dict[int, mx.array] = {}
 
     def add(self, first: int, part: mx.array) -> list[mx.array]:
-        """Add `part` (rows, groups, n, D) from the key `first` on, a multiple of QUERIES; the pieces it went to."""
-        places = range(first, first + part.shape[2], QUERIES)
+        """Add `part` (rows, groups, n, D) from the key `first` on, a multiple of `step`; the pieces it went to."""
+        places = range(first, first + part.shape[2], self._step)
+        part = part.astype(mx.float32)
         for place in places:
-            piece = part[:, :, place - first : place - first + QUERIES].astype(mx.float32)
-            held = self._pieces.get(place)
-            self._pieces[place] = piece if held is None else held + piece
+            piece = part if len(places) == 1 else part[:, :, place - first : place - first + self._step]
+            if (held := self._pieces.get(place)) is not None:
+                n = held.shape[2]
+                rest = [piece[:, :, n:]] if n < piece.shape[2] else []
+                piece = held + (piece[:, :, :n] if rest else piece)
+                piece = mx.concatenate([piece, *rest], axis=2) if rest else piece
+            self._pieces[place] = piece
         return [self._pieces[place] for place in places]
 
     def whole(self, dtype: mx.Dtype) -> mx.array:
@@ -233,20 +244,32 @@ def _with_column(x: mx.array, column: mx.array) -> mx.array:
 # ---- where blocks and tiles lie, and what is masked in them
 
 
+def _coarseness(length: int, window: int) -> int:
+    """How many times as long and as wide tiles are: twice where a query sees four times as many keys, so that their
+    number grows with the length and not with its square.
+    """
+    keys, times = min(length, window or length), 1
+    while keys > FINE * times**2:
+        times *= 2
+    return times
+
+
 def _blocks(length: int, window: int) -> Iterator[tuple[int, int, int]]:
     """(first query, stop, first key that one of them sees) of the forward's blocks."""
-    keys = min(length, 2 * window or length)
-    size = min(MOST_QUERIES, max(LEAST_QUERIES, SCORES // keys))
+    keys, times = min(length, 2 * window or length), _coarseness(length, window)
+    size = min(MOST_QUERIES, max(LEAST_QUERIES, SCORES * times**2 // keys))
     for a in range(0, length, size):
         yield a, min(a + size, length), max(0, a - window + 1) if window else 0
 
 
 def _tiles(length: int, window: int) -> Iterator[tuple[tuple[int, int], list[tuple[int, int]]]]:
     """The vjp's blocks of queries, each with the tiles of keys that one of them sees."""
-    for a in range(0, length, QUERIES):
-        b = min(a + QUERIES, length)
+    times = _coarseness(length, window)
+    queries, keys = QUERIES * times, KEYS * times
+    for a in range(0, length, queries):
+        b = min(a + queries, length)
         low = max(0, a - window + 1) // QUERIES * QUERIES if window else 0
-        yield (a, b), [(c, min(c + KEYS, b)) for c in range(low, b, KEYS)]
+        yield (a, b), [(c, min(c + keys, b)) for c in range(low, b, keys)]
 
 
 def _of_block(a: int, b: int, low: int, window: int, per_group: int) -> mx.array:

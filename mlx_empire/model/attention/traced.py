@@ -53,7 +53,7 @@ class TracedBlocks:
         attention = Attention(scale, window, softcap)
         given = [q, k, v, *(() if sinks is None else (sinks,))]
         # MLX's node of the function keeps what came in until its results are there; so does this one.
-        results = mx.depends(list(attention.forward(*given)), given)
+        results: list[mx.array] = mx.depends(list(attention.forward(*given)), given)
         place = len(self.calls)
         self.calls.append(_Call(attention, given, results))
         if place < len(self.summands):

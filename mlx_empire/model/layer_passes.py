@@ -140,11 +140,10 @@ class LayerPasses:
                 self._begin(arrays[len(trained) + 1 :])
                 self._bind(trained, arrays)
                 state = self._through(units, arrays[len(trained)])
-                pairs = [
-                    (state, cotangent),
-                    *zip(self._blocks.came_in(), self._blocks.cotangents, strict=True),
-                ]
-                return sum((a * c).sum() for a, c in pairs), mx.stop_gradient(state)
+                surrogate = (state * cotangent).sum()
+                for array, own in zip(self._blocks.came_in(), self._blocks.cotangents, strict=True):
+                    surrogate = surrogate + (array * own).sum()
+                return surrogate, mx.stop_gradient(state)
 
             trained, taps = self._primals(units)
             primals = [*(self._bound[t.name] for t in trained), hidden, *taps]

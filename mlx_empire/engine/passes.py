@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,9 @@ from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
 from mlx_empire.engine.loss import head_chunks, head_gradients, head_loss, head_scores, joined_chunks
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
+from mlx_empire.model.attention.by_pattern import ByPattern
+from mlx_empire.model.attention.patterns import Cuts, cuts_of
+from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.layers import LayerArguments, LayerNoise, SlottedModel, hidden_of, separate
 
 
@@ -25,13 +28,15 @@ class Running:
     """A micro-batch on its way. `position` counts this rank's micro-batches of the step.
 
     `batch`: inputs, targets and mask, each (rows, width); `hidden`: the current hidden state or cotangent
-    (rows, width, hidden); `inputs`: by layer what its backward needs; `loss`: (rows,), in the end.
+    (rows, width, hidden); `inputs`: by layer what its backward needs; `loss`: (rows,), in the end. `documents`
+    of packed rows: (rows, width), and `cuts`: where they begin.
     """
 
     position: int
     batch: tuple[mx.array, mx.array, mx.array]
     arguments: list[LayerArguments]
     documents: mx.array | None
+    cuts: Cuts
     hidden: mx.array
     inputs: dict[int, mx.array] = field(default_factory=dict)
     loss: mx.array | None = None
@@ -43,7 +48,7 @@ class Passes:
     `head_tensors` and `embed_tensors` are positions among the root's trainable tensors that the head and the embedding
     depend on (a tied matrix stands in both); `tokens`: of a chunk of the loss; `noise` is there where layers have
     dropout; `table` is the position of the matrix in which tokens are looked up, where nothing else of the root goes by
-    tokens. Layers are counted from 0.
+    tokens. Layers are counted from 0. Without `kernels` every layer attends by the mask that it is given.
     """
 
     def __init__(
@@ -55,9 +60,11 @@ class Passes:
         tokens: int,
         noise: LayerNoise | None = None,
         table: int | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self._slotted, self._store, self._noise, self._tokens = slotted, store, noise, tokens
         self._table = table
+        self._by_pattern = ByPattern(slotted.layers, kernels)
         self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
         self._shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
 
@@ -81,10 +88,13 @@ class Passes:
         inputs, targets, mask = (mx.array(x) for x in (micro.inputs, micro.targets, micro.mask))
         hidden, arguments = self._slotted.capture(inputs)
         # They depend on the shape alone (checked before training): micro-batches of one shape share them.
-        arguments = self._shapes.setdefault(tuple(inputs.shape), arguments)
+        shape = tuple(inputs.shape)
+        if shape not in self._shapes:
+            self._shapes[shape] = self._by_pattern.settled(hidden, arguments)
         documents = None if micro.documents is None else mx.array(micro.documents)
+        cuts = () if micro.documents is None else cuts_of(micro.documents)
         mx.eval(inputs, targets, mask, hidden, documents)
-        return Running(position, (inputs, targets, mask), arguments, documents, hidden)
+        return Running(position, (inputs, targets, mask), self._shapes[shape], documents, cuts, hidden)
 
     def forward(self, layer: int, r: Running, *, keep_input: bool) -> None:
         """Run a layer; its input is kept where the backward will come back to it."""
@@ -96,11 +106,13 @@ class Passes:
 
     def _layer(self, index: int, hidden: mx.array, r: Running) -> mx.array:
         layer, given = self._slotted.layers[index], r.arguments[index]
-        if r.documents is not None:
+        if given.pattern is not None:
+            given = replace(given, pattern=given.pattern.packed(r.cuts))
+        elif r.documents is not None:
             given = separate(layer, given, r.documents)
         if self._noise is not None and layer.training:
             self._noise.seed(r.position, index)
-        output = hidden_of(layer(hidden, *given.positional, **given.keywords))
+        output = hidden_of(self._by_pattern.call(layer, hidden, given))
         if not isinstance(output, mx.array):
             raise UserError(
                 f"{self._slotted.name}: layer {index} returns {type(output).__name__}, not one array; "

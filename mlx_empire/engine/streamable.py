@@ -14,7 +14,7 @@ model's have, and its rows are long enough for that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -33,12 +33,13 @@ from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
+from mlx_empire.model.attention.fused import FUSED_HEAD_DIMS
+from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.build import build_model, describe, foreign
 from mlx_empire.model.layers import LayerArguments, SlottedModel, refuse_sharing, separable
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.scaled_down import VOCABULARY, scaled_down_config
 from mlx_empire.model.spec import RootNames, base_name
-from mlx_empire.plan.fused_attention import FUSED_HEAD_DIMS
 from mlx_empire.plan.schedule import StepShape
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.workload import CellLayout, chunk_tokens
@@ -157,8 +158,10 @@ MOST_PARAMETERS = 1 << 27
 NOISE = 1e-3  # of the largest gradient: smaller ones, in good part rounding, are compared with that
 
 
-def verify_scaled_down(config: Mapping[str, Any], name: str) -> RootNames:
+def verify_scaled_down(config: Mapping[str, Any], name: str, *, by_pattern: bool = False) -> RootNames:
     """Train-step it both ways in fp32 and compare; UserError naming what differs, or that it cannot be built.
+
+    `by_pattern`: streamed layers attend in blocks, though rows are short, and those of the whole model by their masks.
 
     Returns which parameters of the root its head and embedding depend on: the model's own, by their names.
     """
@@ -179,7 +182,7 @@ def verify_scaled_down(config: Mapping[str, Any], name: str) -> RootNames:
     with foreign(f"{name}: mlx-lm's model cannot be differentiated here"):
         loss, gradients = _whole(model, batch)
     with foreign(f"{name}: mlx-lm's model cannot be run layer by layer", mixed=True):
-        streamed_loss, streamed, root = _streamed(model, small, name, batch)
+        streamed_loss, streamed, root = _streamed(model, small, name, batch, by_pattern)
     worst, where = abs(loss - streamed_loss) / max(abs(loss), 1e-9), "the loss"
     floor = max(NOISE * max(float(np.abs(g).max()) for g in gradients.values()), 1e-6)
     for path, expected in gradients.items():
@@ -217,7 +220,7 @@ def _whole(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, np.nda
 
 
 def _streamed(
-    model: nn.Module, config: Mapping[str, Any], name: str, batch: MicroBatch
+    model: nn.Module, config: Mapping[str, Any], name: str, batch: MicroBatch, by_pattern: bool
 ) -> tuple[float, dict[str, np.ndarray], RootNames]:
     weights = dict(tree_flatten(model.parameters()))
     spec = describe(model, config, name, "float32")
@@ -231,7 +234,9 @@ def _streamed(
         use = probe_root(slotted, store, VOCABULARY)
         layout = CellLayout(1, 1, 1)
         sums = GradientStore(store, comm, thread, layout, "float32")
-        passes = Passes(slotted, store, use.head, use.embed, chunk_tokens(VOCABULARY), table=use.table)
+        kernels = replace(Kernels.here(), short=0) if by_pattern else None
+        tokens = chunk_tokens(VOCABULARY)
+        passes = Passes(slotted, store, use.head, use.embed, tokens, table=use.table, kernels=kernels)
         step = StreamedStep(passes, store, sums, StepShape(3, plan.trained, (1,)))
         (rows,) = step.gradients([[batch]], int(batch.mask.sum()))
     finally:

@@ -29,6 +29,7 @@ from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.streamable import check_packing, probe_root
 from mlx_empire.engine.update import OptimizerInBackward, Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
+from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.build import foreign
 from mlx_empire.model.layers import LayerNoise, SlottedModel
 from mlx_empire.model.spec import ModelSpec
@@ -114,7 +115,10 @@ class Trainer:
         except UserError as error:  # the same model on every rank, so the same verdict
             raise on_all_ranks(error) from None
         tokens = chunk_tokens(vocabulary, frozen=not self.store.trainable(0))
-        passes = Passes(self._slotted, self.store, use.head, use.embed, tokens, self._noise, use.table)
+        kernels = Kernels.here() if self.work.by_pattern else None
+        passes = Passes(
+            self._slotted, self.store, use.head, use.embed, tokens, self._noise, use.table, kernels
+        )
         self._shape = step_shape(self.store.plan, self.work, self._comm.rank)
         self.streamed = StreamedStep(passes, self.store, self._sums, self._shape, self._updater)
         if fresh:

@@ -8,10 +8,12 @@ added. Where MLX does not tell a graph there are no costs, and the plan takes wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from mlx_empire.model.attention.patterns import Pattern
+from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.layer_graph import NotTraceable
 from mlx_empire.model.layer_passes import LayerPasses, Pass
 from mlx_empire.model.liveness import TASKS_IN_BUNDLE, Graph, Played, evaluations, play
@@ -65,15 +67,19 @@ class TailNeed:
 class LayerCosts:
     """The needs of a model's layers on micro-batches of (rows, width).
 
-    `linear`: attention scores are never made (kernels that work block by block), so they count nothing. Methods return
-    None where the layers cannot be traced. `adds`: gradients are added to sums in fp32 that are there.
+    `linear`: kernels that make no scores compute causal attention without a mask, so those scores count nothing;
+    `by_pattern`: layers attend by segments where they can. Methods return None where the layers cannot be traced.
+    `adds`: gradients are added to sums in fp32 that are there.
     """
 
-    def __init__(self, spec: ModelSpec, rows: int, width: int, *, linear: bool) -> None:
-        self._spec, self._width, self._linear = spec, width, linear
+    def __init__(
+        self, spec: ModelSpec, rows: int, width: int, *, linear: bool, by_pattern: bool = False
+    ) -> None:
+        self._spec, self._width, self._linear, self._patterned = spec, width, linear, by_pattern
         self._known: dict[tuple[object, ...], object] = {}
         try:
-            self._passes: LayerPasses | None = LayerPasses(spec, rows, width)
+            kernels = Kernels(fused=linear) if by_pattern else None
+            self._passes: LayerPasses | None = LayerPasses(spec, rows, width, kernels)
         except NotTraceable:
             self._passes = None
         # By identity of a unit its number; alike layers have the number of the first of them.
@@ -93,15 +99,20 @@ class LayerCosts:
         """Bytes of the masks that layers are given."""
         return self._passes.argument_bytes if self._passes else 0
 
+    @property
+    def masked(self) -> bool:
+        """Whether there are layers that attend by a mask."""
+        return self._passes is None or self._passes.masked
+
     def forward(self, unit: UnitSpec) -> Need | None:
         """One layer's forward, its output included."""
         n = self._numbers[id(unit)]
-        return self._once(("forward", n), lambda p: self._worst(p.forward(n))[-1])
+        return self._once(("forward", n), lambda p: self._worst(p, (n,), p.forward(n))[-1])
 
     def backward(self, unit: UnitSpec, *, adds: bool) -> Need | None:
         """One layer's vjp, which recomputes it."""
         n = self._numbers[id(unit)]
-        return self._once(("backward", n, adds), lambda p: self._worst(p.backward(n, adds=adds))[-1])
+        return self._once(("backward", n, adds), lambda p: self._worst(p, (n,), p.backward(n, adds=adds))[-1])
 
     def tail(self, units: Sequence[UnitSpec], *, adds: bool) -> TailNeed | None:
         """The vjp of layers that are not recomputed; their output is evaluated before."""
@@ -116,7 +127,7 @@ class LayerCosts:
 
     def _tail(self, numbers: tuple[int, ...], adds: bool) -> TailNeed | None:
         def ask(passes: LayerPasses) -> TailNeed:
-            forward, kept, backward = self._worst(passes.tail(numbers, adds=adds))
+            forward, kept, backward = self._worst(passes, numbers, passes.tail(numbers, adds=adds))
             return TailNeed(forward, kept, backward)
 
         return self._once(("tail", numbers, adds), ask)
@@ -132,9 +143,11 @@ class LayerCosts:
                 return None
         return self._known[question]  # type: ignore[return-value]
 
-    def _worst(self, traced: Pass) -> list[Need]:
+    def _worst(self, passes: LayerPasses, units: Sequence[int], traced: Pass) -> list[Need]:
         """Of each evaluation its worst moment, and of all but the last also what is there when the next work comes."""
-        graph = _without_scores(traced.graph, self._width) if self._linear else traced.graph
+        graph = traced.graph
+        if self._linear:
+            graph = _without_scores(graph, {n for u in units for n in self._fused(passes.pattern(u))})
         tapes = evaluations(graph, traced.first)
         played = [play(graph, tapes, traced.first, bundled=start) for start in STARTS]
         found = []
@@ -149,11 +162,18 @@ class LayerCosts:
         gradients = sum(n for a, n in one.alive.items() if a in one.results and traced.gradients)
         return Need(one.peak, scores, gradients)
 
+    def _fused(self, pattern: Pattern | None) -> set[int]:
+        """The lengths of the segments whose attention is fused on Metal."""
+        if pattern is None:
+            return set() if self._patterned else {self._width}
+        return set() if pattern.window else {b - a for a, b in pattern.segments(0, self._width)}
+
 
 def _is_score(shape: Sequence[int], width: int) -> bool:
     return len(shape) >= 4 and tuple(shape[-2:]) == (width, width)
 
 
-def _without_scores(graph: Graph, width: int) -> Graph:
-    items = [0 if _is_score(s, width) else n for s, n in zip(graph.shapes, graph.items, strict=True)]
+def _without_scores(graph: Graph, lengths: Collection[int]) -> Graph:
+    unmade = [any(_is_score(shape, n) for n in lengths) for shape in graph.shapes]
+    items = [0 if none else n for none, n in zip(unmade, graph.items, strict=True)]
     return replace(graph, items=items)

@@ -1,12 +1,12 @@
 """The passes of a model's layers, traced as the engine runs them: forward, vjp, and the vjp of an un-recomputed tail.
 
 Layers are called on arrays without data in the dtypes that the specification names, with the arguments that the model
-gives them (`layers.SlottedModel`). The module may be in use: its arrays, its list of layers and MLX's random state are
-put back.
+gives them (`layers.SlottedModel`), and attend by the patterns by which they do in training. The module may be in use:
+its arrays, its list of layers and MLX's random state are put back.
 
 `mx.export_function` has no word for one primitive, the gradient of stacked experts by sorted tokens (SegmentedMM). A
 product of the same inputs and output stands in: the experts' products get a summand, whose cotangent is theirs, and
-the summand is taken out of the graph again.
+the summand is taken out of the graph again. Attention in blocks is stood for likewise (`attention.traced`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
+from mlx_empire.model.attention.by_pattern import ByPattern
+from mlx_empire.model.attention.patterns import Pattern
+from mlx_empire.model.attention.segments import Kernels
+from mlx_empire.model.attention.traced import Shapes, TracedBlocks, without_summands
 from mlx_empire.model.build import find_layers, reason_of
 from mlx_empire.model.layer_graph import NotTraceable, graph_of
-from mlx_empire.model.layers import Slot, SlottedModel, hidden_of
+from mlx_empire.model.layers import Slot, SlottedModel, given_mask, hidden_of
 from mlx_empire.model.liveness import Graph
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
@@ -44,17 +48,22 @@ class Pass:
 class LayerPasses:
     """The layers of a described model, on micro-batches of (rows, width). NotTraceable where they cannot be run so.
 
-    Units are numbered as in the specification, from 1.
+    Units are numbered as in the specification, from 1. Rows are traced as one document each, which needs the most.
     """
 
-    def __init__(self, spec: ModelSpec, rows: int, width: int) -> None:
+    def __init__(self, spec: ModelSpec, rows: int, width: int, kernels: Kernels | None = None) -> None:
         if spec.module is None:
             raise NotTraceable("there is no module to trace")
         self._spec, self._model = spec, spec.module
+        self._blocks = TracedBlocks()
         with _in_peace(self._model, spec.name) as layers:
             slotted = SlottedModel(self._model, spec.name)
             try:
-                hidden, self._given = slotted.capture(mx.zeros((rows, width), mx.int32))
+                hidden, given = slotted.capture(mx.zeros((rows, width), mx.int32))
+                if kernels is not None:
+                    kernels = replace(kernels, in_blocks=self._blocks.attend)
+                self._by_pattern = ByPattern(layers, kernels)
+                self._given = self._by_pattern.settled(hidden, given)
             except Exception as error:  # foreign code on a model that need not be one that trains
                 raise NotTraceable(reason_of(error)) from None
         self._layers: list[nn.Module] = layers
@@ -65,8 +74,8 @@ class LayerPasses:
         }
         dtype = getattr(mx, spec.dtype)
         self._hidden = mx.zeros(hidden.shape, dtype)
-        given = [a for _, a in tree_flatten([[g.positional, g.keywords] for g in self._given])]
-        self._arguments = {id(a): a for a in given if isinstance(a, mx.array)}
+        flat = [a for _, a in tree_flatten([[g.positional, g.keywords] for g in self._given])]
+        self._arguments = {id(a): a for a in flat if isinstance(a, mx.array)}
         self._now: dict[int, mx.array] = {}  # by id of an argument what stands for it
         self._bound: dict[str, mx.array] = {}
         self._experts = _Experts()
@@ -89,7 +98,19 @@ class LayerPasses:
             for name, value in vars(module).items()
             if isinstance(value, bool) and not name.startswith("_")
         ]
-        return type(layer), tuple(kinds), tuple(switches)
+        return type(layer), given.pattern, tuple(kinds), tuple(switches)
+
+    def pattern(self, unit: int) -> Pattern | None:
+        """By which pattern a layer attends; None where it has a mask, or does not attend."""
+        return self._given[unit - 1].pattern
+
+    @property
+    def masked(self) -> bool:
+        """Whether a layer attends by a mask, whose scores are one array."""
+        return any(
+            g.pattern is None and given_mask(layer, g) is not None
+            for layer, g in zip(self._layers, self._given, strict=True)
+        )
 
     def forward(self, unit: int) -> Pass:
         """A layer's forward; the hidden state stays with the caller."""
@@ -100,13 +121,13 @@ class LayerPasses:
 
         def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
             def run(*arrays: mx.array) -> list[mx.array]:
-                self._experts.begin(arrays[len(trained) + 1 :])
+                self._begin(arrays[len(trained) + 1 :])
                 self._bind(trained, arrays)
-                return [self._call(unit, arrays[len(trained)])]
+                return [self._call(unit, arrays[len(trained)]), *self._blocks.came_in()]
 
             trained, taps = self._primals([unit])
             primals = [*(self._bound[t.name] for t in trained), hidden, *taps]
-            _, found = mx.vjp(run, primals, [cotangent])
+            _, found = mx.vjp(run, primals, [cotangent, *self._blocks.cotangents])
             return [found[len(trained)], *self._added(sums, [unit], trained, found)]
 
         return self._differentiated([unit], body, adds=adds)
@@ -116,10 +137,13 @@ class LayerPasses:
 
         def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
             def run(*arrays: mx.array) -> tuple[mx.array, mx.array]:
-                self._experts.begin(arrays[len(trained) + 1 :])
+                self._begin(arrays[len(trained) + 1 :])
                 self._bind(trained, arrays)
                 state = self._through(units, arrays[len(trained)])
-                return (state * cotangent).sum(), mx.stop_gradient(state)
+                surrogate = (state * cotangent).sum()
+                for array, own in zip(self._blocks.came_in(), self._blocks.cotangents, strict=True):
+                    surrogate = surrogate + (array * own).sum()
+                return surrogate, mx.stop_gradient(state)
 
             trained, taps = self._primals(units)
             primals = [*(self._bound[t.name] for t in trained), hidden, *taps]
@@ -133,16 +157,24 @@ class LayerPasses:
     def _differentiated(self, units: Sequence[int], body: Body, *, adds: bool, first: int = 0) -> Pass:
         trained = self._trained(units)
         free = [self._hidden, self._hidden, *(mx.zeros(t.shape) for t in trained if adds)]
-        try:
-            graph = self._graph(units, free, [], body)
-        except NotTraceable as error:
-            if "SegmentedMM" not in str(error):
-                raise
-            with self._experts.standing_in():
-                self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
-                graph = self._experts.taken_out(self._graph(units, free, [], body))
+        with self._blocks.differentiated(self._calls_in_blocks(units)):
+            try:
+                graph = self._blocks.put_together(self._graph(units, free, [], body))
+            except NotTraceable as error:
+                if "SegmentedMM" not in str(error):
+                    raise
+                with self._experts.standing_in():
+                    self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
+                    graph = self._blocks.put_together(self._graph(units, free, [], body))
+                    graph = self._experts.taken_out(graph)
         gradients = graph.outputs[len(graph.outputs) - len(trained) :]
         return Pass(graph, frozenset(gradients), first)
+
+    def _calls_in_blocks(self, units: Sequence[int]) -> list[Shapes]:
+        if all(self.pattern(u) is None for u in units):
+            return []
+        self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
+        return self._blocks.seen()
 
     def _trained(self, units: Sequence[int]) -> list[TensorSpec]:
         """In the order in which the engine differentiates: by unit, segment by segment."""
@@ -158,25 +190,31 @@ class LayerPasses:
         """The tensors by which is differentiated, and summands of the experts' products where those stand in."""
         trained = self._trained(units)
         if not self._experts.stand_in:
-            return trained, []
+            return trained, self._blocks.summands
         stacked = {f"{self._spec.units[u].name}.{n}" for u in units for n in _stacked(self._layers[u - 1])}
         for t in trained:
             if t.name in stacked:
                 self._bind([t], [mx.stop_gradient(self._bound[t.name])])
-        return [t for t in trained if t.name not in stacked], self._experts.summands()
+        return [t for t in trained if t.name not in stacked], [
+            *self._experts.summands(),
+            *self._blocks.summands,
+        ]
 
     def _added(
         self, sums: Arrays, units: Sequence[int], trained: Sequence[TensorSpec], found: Sequence[mx.array]
     ) -> list[mx.array]:
-        """The gradients of all trained tensors, added to `sums` where there are any."""
+        """The gradients of all trained tensors, added to `sums` where there are any; then those of `_blocks`."""
         by_name = dict(zip((t.name for t in trained), found, strict=False))
         cotangents = found[len(trained) + 1 :]
+        experts = len(self._experts.shapes)
         missing = [t for t in self._trained(units) if t.name not in by_name]
-        by_name |= self._experts.gradients(missing, cotangents)
+        by_name |= self._experts.gradients(missing, cotangents[:experts])
         gradients = [by_name[t.name] for t in self._trained(units)]
-        if not sums:
-            return gradients
-        return [a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(sums, gradients, strict=True)]
+        if sums:
+            gradients = [
+                a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(sums, gradients, strict=True)
+            ]
+        return [*gradients, *self._blocks.gradients(cotangents[experts:])]
 
     # ---- layers
 
@@ -185,13 +223,13 @@ class LayerPasses:
         tensors = [t for u in units for t in self._spec.units[u].tensors]
         weights = [mx.zeros(t.shape, getattr(mx, t.dtype)) for t in tensors]
         arguments, own = list(self._arguments.values()), len(free) + len(held)
-        taps = self._experts.placeholders()
+        taps = [*self._experts.placeholders(), *self._blocks.placeholders()]
 
         def run(*arrays: mx.array) -> list[mx.array]:
             self._bind(tensors, arrays[own:])
             rest = arrays[own + len(tensors) :]
             self._now = dict(zip(self._arguments, rest, strict=False))
-            self._experts.begin(arrays[len(arrays) - len(taps) :])
+            self._begin(arrays[len(arrays) - len(taps) :])
             return body(*arrays[:own])
 
         given = [*free, *held, *weights, *arguments, *taps]
@@ -204,6 +242,12 @@ class LayerPasses:
         finally:
             for container, key, array in before:
                 container[key] = array
+
+    def _begin(self, placeholders: Arrays) -> None:
+        """A call of layers: what stands in for primitives gets these."""
+        experts = len(self._experts.shapes)
+        self._experts.begin(placeholders[:experts])
+        self._blocks.begin(placeholders[experts:])
 
     def _bind(self, tensors: Sequence[TensorSpec], arrays: Arrays) -> None:
         for t, array in zip(tensors, arrays, strict=False):
@@ -221,7 +265,8 @@ class LayerPasses:
         positional, keywords = tree_map(
             lambda a: self._now.get(id(a), a), [list(given.positional), given.keywords]
         )
-        output = hidden_of(self._layers[unit - 1](hidden, *positional, **keywords))
+        given = replace(given, positional=tuple(positional), keywords=keywords)
+        output = hidden_of(self._by_pattern.call(self._layers[unit - 1], hidden, given))
         if not isinstance(output, mx.array):
             raise NotTraceable(f"a layer returns {type(output).__name__}")
         return output
@@ -321,20 +366,7 @@ class _Experts:
 
     def taken_out(self, graph: Graph) -> Graph:
         """The graph without the summands, which are its last sources that were given."""
-        own = set(graph.given[len(graph.given) - len(self.shapes) :])
-        same: dict[int, int] = {}
-        nodes = []
-        for node in graph.nodes:
-            if node.name == "Add" and own & {*node.inputs}:
-                (left,) = (a for a in node.inputs if a not in own)
-                same[node.outputs[0]] = same.get(left, left)
-            elif not (node.name == "Copy" and own & {*node.inputs}):
-                nodes.append(node)
-            else:
-                own.add(node.outputs[0])
-        nodes = [n._replace(inputs=tuple(same.get(a, a) for a in n.inputs)) for n in nodes]
-        sources = [a for a in graph.sources if a not in own]
-        return replace(graph, nodes=nodes, sources=sources, held=graph.held - own)
+        return without_summands(graph, graph.given[len(graph.given) - len(self.shapes) :])
 
 
 def _segmented(x: mx.array, dy: mx.array, indices: mx.array, shape: tuple[int, ...]) -> mx.array:

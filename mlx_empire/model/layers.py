@@ -24,7 +24,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +32,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_empire.errors import UserError
+from mlx_empire.model.attention.patterns import Pattern
 from mlx_empire.model.build import find_layers
 
 
@@ -41,10 +42,11 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class LayerArguments:
-    """What the model passes to a layer besides the hidden state."""
+    """What the model passes to a layer besides the hidden state; `pattern`: what its mask "causal" stands for."""
 
     positional: tuple[Any, ...]
     keywords: dict[str, Any]
+    pattern: Pattern | None = None
 
 
 class Besides:
@@ -255,13 +257,17 @@ def separate(layer: nn.Module, given: LayerArguments, documents: mx.array) -> La
 
     Made anew for each call of a layer: a mask of width x width booleans is cheap to compute and dear to keep.
     """
+    return with_mask(layer, given, combine(given_mask(layer, given), same_document(documents)))
+
+
+def with_mask(layer: nn.Module, given: LayerArguments, mask: Any) -> LayerArguments:
+    """A layer's arguments with another mask."""
     position = mask_position(layer)
-    assert position is not None, "checked before training"
-    mask = combine(given_mask(layer, given), same_document(documents))
+    assert position is not None, "checked before"
     if position < len(given.positional):
         positional = (*given.positional[:position], mask, *given.positional[position + 1 :])
-        return LayerArguments(positional, given.keywords)
-    return LayerArguments(given.positional, {**given.keywords, "mask": mask})
+        return replace(given, positional=positional)
+    return replace(given, keywords={**given.keywords, "mask": mask})
 
 
 class LayerNoise:

@@ -9,7 +9,8 @@ is the larger of two moments:
     recompute x W + attention x A    (at the attention's backward)
     gradients x W + G                (at the end, when all gradients are there)
 
-On Metal, where causal attention without an array mask is linear, both count no scores and are unmeasured.
+On Metal, where causal attention without an array mask is linear, both count no scores and are unmeasured. Nor does the
+graph of a layer that attends by pattern have scores of pairs that are masked.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import NamedTuple, TypeVar
 
+from mlx_empire.model.attention.blocks import largest_scores
+from mlx_empire.model.attention.fused import attention_is_fused
+from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.closed_forms import experts, is_stacked
 from mlx_empire.model.layer_costs import LayerCosts, Need
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
-from mlx_empire.plan.fused_attention import attention_is_fused
 from mlx_empire.plan.workload import Workload
 
 
@@ -45,10 +48,13 @@ ADAPTED_FORWARD = 1.1  # more in the forward with adapters
 
 def costs_of(spec: ModelSpec, work: Workload) -> LayerCosts:
     """The costs of the model's layers on such micro-batches, traced where they can be."""
-    linear = needs_no_scores(spec, work)
-    question = "layer costs", work.micro_size, work.width, linear
+    by_pattern = work.by_pattern and work.width > SHORT
+    linear = work.linear_attention if by_pattern else needs_no_scores(spec, work)
+    question = "layer costs", work.micro_size, work.width, linear, by_pattern
     if question not in spec.known:
-        spec.known[question] = LayerCosts(spec, work.micro_size, work.width, linear=linear)
+        spec.known[question] = LayerCosts(
+            spec, work.micro_size, work.width, linear=linear, by_pattern=by_pattern
+        )
     found: LayerCosts = spec.known[question]
     return found
 
@@ -76,7 +82,8 @@ def once(
 
     @wraps(function)
     def answer(unit: UnitSpec, spec: ModelSpec, work: Workload) -> Cost:
-        question = (function.__name__, unit.kind, work.micro_size, work.width, work.linear_attention)
+        way = work.linear_attention, work.by_pattern
+        question = (function.__name__, unit.kind, work.micro_size, work.width, *way)
         if question not in spec.known:
             spec.known[question] = function(unit, spec, work)
         found: Cost = spec.known[question]
@@ -192,6 +199,8 @@ def attention_scores(spec: ModelSpec, work: Workload) -> int:
     if needs_no_scores(spec, work):
         return 0
     heads = int(text.get("num_attention_heads") or text.get("n_head") or 0)
+    if work.by_pattern and work.width > SHORT and not costs_of(spec, work).masked:
+        return heads * work.micro_size * largest_scores(work.width) * ITEM_BYTES["float32"]
     return heads * work.micro_size * work.width**2 * ITEM_BYTES[spec.dtype]
 
 

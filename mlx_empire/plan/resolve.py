@@ -17,6 +17,7 @@ from typing import Literal
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import DoesNotFitError, UserError
+from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.memory import Ledger, ledger
 from mlx_empire.plan.optimizer_bytes import StateBytes
@@ -108,7 +109,8 @@ def resolve(
             recipe.comm.route,
             recipe.comm.bucket_bytes,
             recipe.optimizer.in_backward,
-            _LINEAR and not recipe.data.packing and all(_has_metal(n) for n in nodes),
+            _LINEAR and not _needs_masks(recipe) and all(_has_metal(n) for n in nodes),
+            by_pattern=recipe.numerics.attention != "mask",
         )
         plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):
@@ -122,6 +124,12 @@ def resolve(
                 tight.append(plan)
         tried += plans
     return tight[0] if tight else min(tried, key=_overload)
+
+
+def _needs_masks(recipe: Recipe) -> bool:
+    """Whether documents of a row are kept apart by a mask."""
+    short = recipe.data.sequence_length <= SHORT
+    return recipe.data.packing and (short or recipe.numerics.attention == "mask")
 
 
 def kernels_differ(nodes: Sequence[Node]) -> str:

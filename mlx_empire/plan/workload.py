@@ -77,7 +77,8 @@ class Workload:
     """A step's shape. `width` is the number of input positions of a row, `tail` the un-recomputed layers.
 
     `linear_attention`: causal attention without an array mask needs no scores (Metal). `optimizer_in_backward`: a unit
-    is updated as soon as its gradient is complete, which is then not kept.
+    is updated as soon as its gradient is complete, which is then not kept. `by_pattern`: long rows are attended
+    by segments where layers allow it.
     """
 
     micro_size: int
@@ -89,6 +90,7 @@ class Workload:
     bucket_bytes: int
     optimizer_in_backward: bool = False
     linear_attention: bool = False
+    by_pattern: bool = False
 
     @property
     def tokens(self) -> int:

@@ -11,7 +11,10 @@ from typing import Any
 
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.explain import leaf_fields
+from mlx_empire.recipe.load import parse_recipe
+from mlx_empire.recipe.run_sections import SHORT_ROW
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.recipe.text import parse_yaml
 
 # They change where and how a run computes, what it shows and keeps, but no bit of its result.
 HARMLESS_SECTIONS = ("comm", "report", "memory", "evaluation")
@@ -32,6 +35,18 @@ HARMLESS = (
 NOT_HARMLESS = ("memory.gradient_dtype",)
 
 
+def parse_stored(text: str, source: str) -> Recipe:
+    """The recipe that a run stored, as the run meant it. UserError as from `parse_recipe`.
+
+    One without numerics.attention is older than that key: its run attended by masks.
+    """
+    recipe = parse_recipe(text, source)
+    told, _ = parse_yaml(text, source)
+    assert isinstance(told, dict), "it was parsed as a recipe"
+    attention = (told.get("numerics") or {}).get("attention", "mask")
+    return variant(recipe, {"numerics.attention": "pattern" if attention == "auto" else attention})
+
+
 def changes(before: Recipe, now: Recipe) -> dict[str, tuple[object, object]]:
     """Key -> (value before, value now), for every key that differs."""
     found = {}
@@ -47,6 +62,8 @@ def harmless(key: str, before: Recipe, now: Recipe) -> bool:
     """Whether `key` may differ without being named in run.accept_changes."""
     if key == "run.steps":  # under any other schedule it changes every step's learning rate
         return before.schedule.type == now.schedule.type == "constant" and not _relative(before, now)
+    if key == "numerics.attention":
+        return max(before.data.sequence_length, now.data.sequence_length) <= SHORT_ROW
     return key in HARMLESS or (key.split(".")[0] in HARMLESS_SECTIONS and key not in NOT_HARMLESS)
 
 

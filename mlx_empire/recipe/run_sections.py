@@ -1,6 +1,7 @@
 """The sections of a recipe on how a run is carried out: exchanges, watches, reports, checkpoints.
 
-Fields as in `sections`. No key here but run.steps, run.seed and what numerics.spikes leaves out changes a result.
+Fields as in `sections`. No key here but run.steps, run.seed, numerics.attention and what numerics.spikes leaves out
+changes a result.
 """
 
 from typing import Annotated, Literal
@@ -19,6 +20,8 @@ from mlx_empire.recipe.fields import (
     step_as_text,
     true_or_false,
 )
+
+SHORT_ROW = 256  # positions: in rows up to here numerics.attention decides nothing
 
 
 class CommSection(Section):
@@ -67,6 +70,12 @@ class NumericsSection(Section):
         title="How many steps may be skipped before the run ends.",
         default=8,
         description="a whole number from 0 to 4096 (skipped steps among the last `window` ones)",
+    )
+    attention: Literal["auto", "pattern", "mask"] = Field(
+        title=f"Whether attention of rows above {SHORT_ROW} positions leaves out what masks hide, or computes it all.",
+        default="auto",
+        description="auto (pattern, but a run that began with mask goes on so), pattern (block by block, without what "
+        "causal, window and chunk masks and documents hide) or mask (MLX's own way)",
     )
 
 

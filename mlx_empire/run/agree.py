@@ -33,12 +33,12 @@ from mlx_empire.evaluation.gate import GateKeeper
 from mlx_empire.formats.fetched import naming_the_fetch, refuse_other_source
 from mlx_empire.formats.hf_folder import has_weights, model_digest, open_folder
 from mlx_empire.formats.seal import check_sealed
+from mlx_empire.model.attention.fused import allow_sinks
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, make_target, refuse_impossible, refuse_other_architecture
 from mlx_empire.model.unread import refuse_row_length
-from mlx_empire.plan.fused_attention import allow_sinks
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.evaluation import Gate
 from mlx_empire.recipe.explain import leaf_fields

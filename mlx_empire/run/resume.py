@@ -22,7 +22,7 @@ from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import EmpireError, StoppedError, UnsavedError, UserError, on_all_ranks
 from mlx_empire.model.target import Target
 from mlx_empire.plan.resolve import RunPlan
-from mlx_empire.recipe.changes import require_acceptable
+from mlx_empire.recipe.changes import parse_stored, require_acceptable, value, variant
 from mlx_empire.recipe.load import dump_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
@@ -38,11 +38,11 @@ def require_same(before: Origin, now: Origin, where: str) -> list[str]:
 
     What `now`'s recipe accepts by run.accept_changes may differ, and keys that change no bit of the result.
     """
-    recipe = parse_recipe(now.recipe, "the recipe")
+    recipe = parse_stored(now.recipe, "the recipe")
     accepted = recipe.run.accept_changes
     by_digest = [DATA, *([MODEL] if before.config else [])]
     lines = require_acceptable(
-        parse_recipe(before.recipe, f"the recipe of {where}"), recipe, [*accepted, *by_digest], where
+        parse_stored(before.recipe, f"the recipe of {where}"), recipe, [*accepted, *by_digest], where
     )
     for same, key, what in (
         (before.data == now.data, DATA, f"{recipe.data.path} holds other rows"),
@@ -120,8 +120,7 @@ def where_to_begin(comm: Communicator, recipe: Recipe, target: Target, splits: S
     Reads every byte of the checkpoint once, to verify it.
     """
     found, notes = find_checkpoint(comm, recipe)
-    if found is not None:
-        recipe = _settled(recipe, found.manifest.resolved)
+    recipe = _settled(recipe, found)
     config = comm.broadcast_json(config_digest(recipe.model.path) if comm.rank == 0 else None)
     now = Origin(dump_recipe(recipe), splits.digest, base_of(comm, recipe, target), config)
     if found is None:
@@ -151,18 +150,28 @@ def find_checkpoint(comm: Communicator, recipe: Recipe) -> tuple[FoundCheckpoint
 def _origin_of(found: FoundCheckpoint) -> Origin:
     """What a checkpoint's run began with, its recipe with what was resolved then."""
     manifest = found.manifest
-    recipe = _settled(parse_recipe(manifest.recipe, f"the recipe of {found.folder}"), manifest.resolved)
+    recipe = _settled(_stored(found), found)
     return Origin(dump_recipe(recipe), manifest.data_digest, manifest.base, manifest.config)
 
 
-def _settled(recipe: Recipe, resolved: Resolved) -> Recipe:
-    """The recipe with what its first start resolved in place of `auto`."""
-    batch, memory = recipe.batch, recipe.memory
-    if batch.cells == "auto":
-        batch = batch.model_copy(update={"cells": resolved.cells})
-    if memory.gradient_dtype == "auto":
-        memory = memory.model_copy(update={"gradient_dtype": resolved.gradient_dtype})
-    return recipe.model_copy(update={"batch": batch, "memory": memory})
+def _stored(found: FoundCheckpoint) -> Recipe:
+    return parse_stored(found.manifest.recipe, f"the recipe of {found.folder}")
+
+
+def _settled(recipe: Recipe, found: FoundCheckpoint | None) -> Recipe:
+    """The recipe with what affects bits in place of `auto`: as the run's first start resolved it.
+
+    What the plan resolves stands beside the recipe in a checkpoint; before the first one it is `auto` still.
+    """
+    settled: dict[str, object] = {"numerics.attention": "pattern"}
+    if found is not None:
+        resolved = found.manifest.resolved
+        settled = {
+            "numerics.attention": _stored(found).numerics.attention,
+            "batch.cells": resolved.cells,
+            "memory.gradient_dtype": resolved.gradient_dtype,
+        }
+    return variant(recipe, {key: v for key, v in settled.items() if value(recipe, key) == "auto"})
 
 
 def folder_of(recipe: Recipe, comm: Communicator) -> Path:

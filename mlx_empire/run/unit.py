@@ -34,11 +34,11 @@ from mlx_empire.data.batches import MicroBatch
 from mlx_empire.disk import replace_private
 from mlx_empire.engine.trace import StepTrace
 from mlx_empire.errors import DoesNotFitError, UserArguments, UserError, on_all_ranks
+from mlx_empire.model.attention.fused import refuse_too_short
 from mlx_empire.model.scaled_down import first_layers
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan.fused_attention import refuse_too_short
 from mlx_empire.plan.resolve import RunPlan, resolve
 from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, Event
 from mlx_empire.plan.wired_limit import fitting_plan

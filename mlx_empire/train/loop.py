@@ -31,10 +31,10 @@ from mlx_empire.data.splits import Splits
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.evaluation.gate import GateKeeper, held_out_loss
+from mlx_empire.model.attention.fused import refuse_too_short
 from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan.fused_attention import refuse_too_short
 from mlx_empire.plan.hardware import known_speed
 from mlx_empire.plan.resolve import RunPlan, kernels_differ
 from mlx_empire.plan.wired_limit import fitting_plan
@@ -131,7 +131,9 @@ def carry_out(
     with together(comm):
         if comm.rank == 0:
             with said_if_slow(f"{recipe.model.path}: {VERIFYING}"):
-                shown = asdict(verify_scaled_down(config, str(recipe.model.path)))
+                by_pattern = recipe.numerics.attention != "mask"
+                name = str(recipe.model.path)
+                shown = asdict(verify_scaled_down(config, name, by_pattern=by_pattern))
     root_names = RootNames(**comm.broadcast_json(shown))
     target = replace(target, spec=replace(target.spec, root_names=root_names))
 

@@ -34,8 +34,8 @@ from mlx_empire.comm.buffers import empty_rows, host_view
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.trainer import Trainer
+from mlx_empire.model.attention.fused import allow_sinks
 from mlx_empire.optim.protocol import ChunkId, StepScalars
-from mlx_empire.plan.fused_attention import allow_sinks
 
 TOLERANCE = {"float32": 2e-3, "bfloat16": 3e-2}
 A_TENSOR = 3  # times the tolerance of all together

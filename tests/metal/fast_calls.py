@@ -2,7 +2,7 @@
 
 On a CPU these calls are put together from other nodes, so the watch over evaluations does not see them. Calls are noted
 while graphs are built, and nothing has to be evaluated. The rules were read out of MLX 0.32.4's wheel for Apple silicon
-(`mlx_empire/plan/fused_attention.py`) and, that queries and values have heads of one size, out of its sources; none
+(`mlx_empire/model/attention/fused.py`) and, that queries and values have heads of one size, out of its sources; none
 was measured.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_empire.plan.fused_attention import FALLBACK_VARIABLE, FUSED_HEAD_DIMS, MOST_WITHOUT_BACKWARD
+from mlx_empire.model.attention.fused import FALLBACK_VARIABLE, FUSED_HEAD_DIMS, MOST_WITHOUT_BACKWARD
 
 ATTENTION = "scaled_dot_product_attention"
 NORMS = ("rms_norm", "layer_norm", "rope", "cross_entropy")

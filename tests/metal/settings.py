@@ -7,6 +7,7 @@ from support.tiny_models import FAMILIES, MIXTURES, OTHER_FAMILIES
 from support.tuning import TunedCase
 
 SMALL = {"micro_batches": 2, "rows": 2, "width": 32, "state_bits": 8}
+LONG = {**SMALL, "micro_batches": 1, "rows": 1, "width": 400, "packed": True, "by_pattern": True}
 _DENSE = [name for name in (*FAMILIES, *OTHER_FAMILIES) if name not in MIXTURES]
 
 SETTINGS: dict[str, Case] = {
@@ -23,6 +24,8 @@ SETTINGS: dict[str, Case] = {
     "stage 1, bfloat16 gradients": Case(stage=1, dtype="bfloat16", gradient_dtype="bfloat16", **SMALL),
     "two cells": Case(stage=2, cells=2, **SMALL),
     "packed": Case(packed=True, **SMALL),
+    "in blocks": Case("gpt_oss", **LONG),
+    "in blocks, bfloat16": Case(dtype="bfloat16", **LONG),
     "un-recomputed": Case(tail=2, **SMALL),
     "gradient release": Case(release=True, dtype="bfloat16", **SMALL),
     "lora": TunedCase(tuning={"type": "lora", "dropout": 0.1}, **SMALL),
@@ -50,6 +53,7 @@ DAILY = (
     "sgd none",
     "two cells",
     "packed",
+    "in blocks",
     "lora",
     "dora",
     "qlora 4",

@@ -21,12 +21,12 @@ from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.streamable import _batch
+from mlx_empire.model.attention.fused import FALLBACK_VARIABLE, FUSED_HEAD_DIMS, allow_sinks
 from mlx_empire.model.build import build_model, describe
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.activations import PLAINLY_CAUSAL, needs_no_scores
-from mlx_empire.plan.fused_attention import FALLBACK_VARIABLE, FUSED_HEAD_DIMS, allow_sinks
 from mlx_empire.plan.workload import CellLayout, Workload
 
 # Those that mlx-lm has no module for, or that are refused before they are scaled down.

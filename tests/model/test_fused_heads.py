@@ -8,8 +8,8 @@ from support import published
 from support.tiny_models import tiny_config
 
 from mlx_empire.engine import streamable
+from mlx_empire.model.attention.fused import FUSED_HEAD_DIMS, MOST_WITHOUT_BACKWARD
 from mlx_empire.model.scaled_down import scaled_down_config
-from mlx_empire.plan.fused_attention import FUSED_HEAD_DIMS, MOST_WITHOUT_BACKWARD
 
 # Grouped heads, sinks beside sliding windows, latent heads with a rotary part of their own.
 NAMES = [

@@ -14,16 +14,16 @@ from support.tiny_models import tiny_config, tiny_model
 
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.errors import UserError
-from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan import resolve as resolving
-from mlx_empire.plan.activations import attention_scores
-from mlx_empire.plan.fused_attention import (
+from mlx_empire.model.attention.fused import (
     FALLBACK_VARIABLE,
     READ_IN,
     allow_sinks,
     attention_is_fused,
     refuse_too_short,
 )
+from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.plan import resolve as resolving
+from mlx_empire.plan.activations import attention_scores
 from mlx_empire.plan.resolve import resolve
 from mlx_empire.train import loop as train
 

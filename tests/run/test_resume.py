@@ -57,14 +57,14 @@ def recipe(*overrides: str) -> Recipe:
     return parse_recipe(TEXT, "x.yaml", overrides)
 
 
-def found_one() -> FoundCheckpoint:
+def found_one(text: str = TEXT) -> FoundCheckpoint:
     """A checkpoint of a run that resolved `batch.cells` and `memory.gradient_dtype` itself."""
     manifest = Manifest(
         format=1,
         step=7,
         written_by={},
-        recipe=TEXT,
-        recipe_digest=digest_of(TEXT.encode()),
+        recipe=text,
+        recipe_digest=digest_of(text.encode()),
         data_digest="rows",
         next_row=28,
         seed=0,
@@ -83,7 +83,7 @@ def origin(*overrides: str, **fields: str | None) -> Origin:
 
 
 def begin(
-    monkeypatch: pytest.MonkeyPatch, found: FoundCheckpoint, *overrides: str, rows: str = "rows"
+    monkeypatch: pytest.MonkeyPatch, found: FoundCheckpoint | None, *overrides: str, rows: str = "rows"
 ) -> Start:
     """Where a run of 10 steps that trains all weights on `rows` begins, if `found` is what it finds."""
     monkeypatch.setattr(resume, "find_checkpoint", lambda comm, recipe: (found, ["said"]))
@@ -145,6 +145,38 @@ def test_a_run_goes_on_with_what_it_resolved_before(monkeypatch: pytest.MonkeyPa
     assert begun.recipe.memory.gradient_dtype == "float32"
     assert begun.origin == Origin(dump_recipe(begun.recipe), "rows", None, config_digest(Path("m")))
     assert begun.notes == ("said", "changed since the checkpoint: run.eval_every: None -> 5")
+
+
+LONG = "data.sequence_length=2048"
+
+
+def test_a_run_older_than_attention_by_pattern_goes_on_by_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint's recipe does not name the key; what it began with is stored again."""
+    old = found_one(TEXT.replace("sequence_length: 8", "sequence_length: 2048"))
+    begun = begin(monkeypatch, old, LONG)
+    assert begun.recipe.numerics.attention == "mask"
+    assert "attention: mask" in begun.origin.recipe
+    assert begun.notes == ("said",)
+    with pytest.raises(UserError, match=r"numerics\.attention: mask -> pattern; .*numerics\.attention\]"):
+        begin(monkeypatch, old, LONG, "numerics.attention=pattern")
+    accepted = "run.accept_changes=[numerics.attention]"
+    begun = begin(monkeypatch, old, LONG, "numerics.attention=pattern", accepted)
+    assert begun.recipe.numerics.attention == "pattern"
+
+
+def test_a_run_stores_how_it_attends_and_goes_on_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = begin(monkeypatch, None, LONG)
+    assert new.recipe.numerics.attention == "pattern"
+    stored = found_one(new.origin.recipe)
+    assert begin(monkeypatch, stored, LONG).recipe.numerics.attention == "pattern"
+    with pytest.raises(UserError, match=r"numerics\.attention: pattern -> mask"):
+        begin(monkeypatch, stored, LONG, "numerics.attention=mask")
+
+
+def test_how_short_rows_attend_does_not_matter() -> None:
+    assert require_same(origin("numerics.attention=mask"), origin(), "c")
+    with pytest.raises(UserError, match=r"numerics\.attention: mask -> pattern"):
+        require_same(origin("numerics.attention=mask", LONG), origin(LONG), "c")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ class Case:
     rows: int = 2
     width: int = 32
     packed: bool = False
+    documents: int = 2
+    by_pattern: bool = False
     dtype: str = "float32"
     clip_norm: float | None = 1.0
     learning_rate: float = 1e-5
@@ -90,8 +92,13 @@ def batches_of(case: Case, step: int = 0) -> list[MicroBatch]:
         mask[0, : (5 * j) % case.width] = 0
         documents = None
         if case.packed:
-            cut = 5 + 3 * (j % 4)
-            documents = np.repeat((np.arange(case.width) >= cut).astype(np.int32)[None], case.rows, 0)
+            place, cut = np.arange(case.width), 5 + 3 * (j % 4)
+            starts = [
+                cut,
+                *(cut + n * case.width // (case.documents - 1) for n in range(1, case.documents - 1)),
+            ]
+            row = np.searchsorted(starts, place, side="right").astype(np.int32)
+            documents = np.repeat(row[None], case.rows, 0)
         made.append(MicroBatch(tokens[:, :-1], tokens[:, 1:], mask, documents, tuple(range(case.rows))))
     return made
 
@@ -107,7 +114,15 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
     shares = [case.shares[r % len(case.shares)] for r in range(comm.size)]
     layout = cell_layout(case.micro_batches * case.rows, case.rows, case.cells, comm.size)
     work = Workload(
-        case.rows, case.width, layout, case.tail, case.gradient_dtype, case.route, 8192, case.release
+        case.rows,
+        case.width,
+        layout,
+        case.tail,
+        case.gradient_dtype,
+        case.route,
+        8192,
+        case.release,
+        by_pattern=case.by_pattern,
     )
     plan = make_plan(spec.units, shares, case.stage)
     optimizer = optimizer_of(case)

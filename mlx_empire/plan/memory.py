@@ -18,7 +18,7 @@ from mlx_empire.plan.activations import costs_of, forward_bytes, hidden_bytes, l
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
 from mlx_empire.plan.root_memory import RootMemory
 from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, folded_step
-from mlx_empire.plan.shards import Segment, ShardPlan, Unit
+from mlx_empire.plan.shards import SQUARED_ELEMENTS, Segment, ShardPlan, Unit
 from mlx_empire.plan.traffic import staging_bytes
 from mlx_empire.plan.workload import Workload, step_shape
 
@@ -28,7 +28,6 @@ PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
 
 BASE = 1 << 16  # MLX buffers that are no tensor: rotary tables, scalars
-NORM_AHEAD = 10 << 20  # elements of a segment whose squares are there at once: ten pieces, as played
 ROUNDING = 1 << 13  # half a page of Metal's allocator
 
 
@@ -262,12 +261,12 @@ class StepBytes(Reader):
         return "update" if self._phase == "finish" else "release"
 
     def norm(self, action: Action) -> None:
-        """The squares of a segment's gradients, and their sums by halves, a few pieces at a time."""
+        """The squares of a piece of a segment's gradients, and their sums by halves."""
         units = self._plan.units if action.unit == ALL_UNITS else (self._plan.units[action.unit],)
         trained = (s for unit in units for s in unit.segments if s.kind != "frozen")
         spans = (self._plan.state_interval(segment, self._rank) for segment in trained)
         largest = max((b - a for a, b in spans), default=0)
-        self._moment({"norm of gradients": 2 * 4 * min(largest, NORM_AHEAD)}, self._updating)
+        self._moment({"norm of gradients": 2 * 4 * min(largest, SQUARED_ELEMENTS)}, self._updating)
 
     def update(self, action: Action) -> None:
         """Segment by segment: its new weights, and what the optimizer's calls need besides."""

@@ -97,7 +97,7 @@ _TERMS = {
         "2 more bytes for each element of the tail's share until the last round", "exact"
     ),
     "norm of gradients": Term(
-        "squares of at most 10 x 2^20 elements of the largest buffer, and their sums", "derived"
+        "squares of at most 2^20 elements of the largest buffer, and their sums by halves", "exact"
     ),
     "optimizer chunk": Term("new states and temporaries of a chunk of at most 2^21 elements", "fitted"),
     "new weights of a unit": Term(

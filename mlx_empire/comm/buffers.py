@@ -18,6 +18,7 @@ import numpy as np
 
 from mlx_empire.comm.protocol import Array, Pieces, Wire
 from mlx_empire.model.spec import BLOCK
+from mlx_empire.plan.traffic import ADDED_AT_ONCE
 
 DTYPES = {
     "bfloat16": mx.bfloat16,
@@ -57,8 +58,6 @@ WIRE_DTYPES: dict[Wire, np.dtype[Any]] = {
     "bfloat16": np.dtype(np.uint16),
     "float16": np.dtype(np.float16),
 }
-# Elements added at once: the total (256 KiB) and the converted values stay in the second-level cache.
-ADDED_AT_ONCE = 1 << 16
 
 
 def check_buffer(buffer: Array, edges: Sequence[int], size: int) -> None:

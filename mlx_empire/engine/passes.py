@@ -14,12 +14,13 @@ import numpy as np
 
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
-from mlx_empire.engine.loss import head_chunks, head_gradients, head_loss, head_scores, joined_chunks
+from mlx_empire.engine.loss import head_gradients, head_loss, head_scores
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.by_pattern import ByPattern
 from mlx_empire.model.attention.patterns import Cuts, cuts_of
 from mlx_empire.model.attention.segments import Kernels
+from mlx_empire.model.head_loss import head_chunks, joined_chunks
 from mlx_empire.model.layers import LayerArguments, LayerNoise, SlottedModel, hidden_of, separate
 
 

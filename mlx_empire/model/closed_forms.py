@@ -51,9 +51,16 @@ def root_use(spec: ModelSpec) -> tuple[int, int]:
     As the scaled-down model showed (`root_names`), else by shapes and names: a matrix with a row per token of the
     vocabulary is the embedding or the head, and both where there is only one; everything else is the head's.
     """
+    head, embed = root_parts(spec)
+    return sum(t.size for t in head), sum(t.size for t in embed)
+
+
+def root_parts(spec: ModelSpec) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """The tensors that `root_use` counts, in the root's order."""
     tensors = spec.units[0].tensors
     tied = all(is_embedding(t.name) for t in tensors if len(t.shape) == 2)
-    head = embed = 0
+    head: list[TensorSpec] = []
+    embed: list[TensorSpec] = []
     for tensor in (t for t in tensors if t.trainable):
         if spec.root_names is not None:
             name = base_name(tensor.name)
@@ -62,8 +69,8 @@ def root_use(spec: ModelSpec) -> tuple[int, int]:
             of_embed = len(tensor.shape) == 2 and is_embedding(tensor.name)
             position = "wpe" in tensor.name or "position" in tensor.name
             of_head = (tied and not position) if of_embed else True
-        head += tensor.size * of_head
-        embed += tensor.size * of_embed
+        head += [tensor] * of_head
+        embed += [tensor] * of_embed
     return head, embed
 
 

@@ -1,4 +1,4 @@
-"""What running and differentiating a layer needs in bytes: its graphs are traced once and played without an array.
+"""What running and differentiating layers and head needs in bytes: graphs are traced once, played without an array.
 
 A layer's costs depend on its tensors (`UnitSpec.kind`), on what the model gives it besides the hidden state, on its
 switches (a layer without rotary positions) and on the micro-batch's shape. Layers that are alike in these are traced
@@ -44,28 +44,11 @@ class Need:
         return self.whole, self.scores, self.gradients
 
 
-@dataclass(frozen=True)
-class TailNeed:
-    """Of an un-recomputed tail: its forward, what is there when the head begins, and its backward (all of it)."""
-
-    forward: Need
-    kept: Need
-    backward: Need
-
-    def __add__(self, other: TailNeed) -> TailNeed:
-        return TailNeed(self.forward + other.forward, self.kept + other.kept, self.backward + other.backward)
-
-    def more_than(self, other: TailNeed) -> TailNeed:
-        """The difference."""
-        return TailNeed(
-            self.forward.more_than(other.forward),
-            self.kept.more_than(other.kept),
-            self.backward.more_than(other.backward),
-        )
+Needs = tuple[Need, ...]  # of evaluations that follow one another
 
 
 class LayerCosts:
-    """The needs of a model's layers on micro-batches of (rows, width).
+    """The needs of a model's layers and head on micro-batches of (rows, width), `chunk` tokens of the loss at a time.
 
     `linear`: kernels that make no scores compute causal attention without a mask, so those scores count nothing;
     `by_pattern`: layers attend by segments where they can. Methods return None where the layers cannot be traced.
@@ -73,13 +56,13 @@ class LayerCosts:
     """
 
     def __init__(
-        self, spec: ModelSpec, rows: int, width: int, *, linear: bool, by_pattern: bool = False
+        self, spec: ModelSpec, rows: int, width: int, chunk: int, *, linear: bool, by_pattern: bool = False
     ) -> None:
         self._spec, self._width, self._linear, self._patterned = spec, width, linear, by_pattern
         self._known: dict[tuple[object, ...], object] = {}
         try:
             kernels = Kernels(fused=linear) if by_pattern else None
-            self._passes: LayerPasses | None = LayerPasses(spec, rows, width, kernels)
+            self._passes: LayerPasses | None = LayerPasses(spec, rows, width, chunk, kernels)
         except NotTraceable:
             self._passes = None
         # By identity of a unit its number; alike layers have the number of the first of them.
@@ -114,21 +97,24 @@ class LayerCosts:
         n = self._numbers[id(unit)]
         return self._once(("backward", n, adds), lambda p: self._worst(p, (n,), p.backward(n, adds=adds))[-1])
 
-    def tail(self, units: Sequence[UnitSpec], *, adds: bool) -> TailNeed | None:
-        """The vjp of layers that are not recomputed; their output is evaluated before."""
+    def head(self) -> Needs | None:
+        """The loss with its gradients: the need of a first chunk, and of a later one where there is one."""
+        return self._once(("head",), lambda p: self._worst(p, (), p.head()))
+
+    def tail(self, units: Sequence[UnitSpec], *, adds: bool) -> Needs | None:
+        """The loss behind layers that are not recomputed, and their vjp: each chunk's needs, then the backward's."""
         numbers = tuple(self._numbers[id(u)] for u in units)
         need = self._tail(numbers[-TRACED_TAIL:], adds)
         for n in numbers[:-TRACED_TAIL]:
             more, fewer = (self._tail((n,) * k, adds) for k in (TRACED_TAIL, TRACED_TAIL - 1))
             if need is None or more is None or fewer is None:
                 return None
-            need = need + more.more_than(fewer)
+            need = tuple(a + b.more_than(c) for a, b, c in zip(need, more, fewer, strict=True))
         return need
 
-    def _tail(self, numbers: tuple[int, ...], adds: bool) -> TailNeed | None:
-        def ask(passes: LayerPasses) -> TailNeed:
-            forward, kept, backward = self._worst(passes, numbers, passes.tail(numbers, adds=adds))
-            return TailNeed(forward, kept, backward)
+    def _tail(self, numbers: tuple[int, ...], adds: bool) -> Needs | None:
+        def ask(passes: LayerPasses) -> Needs:
+            return self._worst(passes, numbers, passes.tail(numbers, adds=adds))
 
         return self._once(("tail", numbers, adds), ask)
 
@@ -143,24 +129,23 @@ class LayerCosts:
                 return None
         return self._known[question]  # type: ignore[return-value]
 
-    def _worst(self, passes: LayerPasses, units: Sequence[int], traced: Pass) -> list[Need]:
-        """Of each evaluation its worst moment, and of all but the last also what is there when the next work comes."""
+    def _worst(self, passes: LayerPasses, units: Sequence[int], traced: Pass) -> Needs:
+        """The worst moment of each evaluation."""
         graph = traced.graph
         if self._linear:
             graph = _without_scores(graph, {n for u in units for n in self._fused(passes.pattern(u))})
-        tapes = evaluations(graph, traced.first)
-        played = [play(graph, tapes, traced.first, bundled=start) for start in STARTS]
-        found = []
-        for evaluation in zip(*played, strict=True):
-            found.append(self._need(traced, max(evaluation, key=lambda one: one.peak)))
-            found.append(Need(max(one.ahead for one in evaluation)))
-        return found[:-1]
+        tapes = evaluations(graph, traced.before)
+        played = [play(graph, tapes, traced.before, bundled=start) for start in STARTS]
+        return tuple(
+            self._need(traced, max(evaluation, key=lambda one: one.peak))
+            for evaluation in zip(*played, strict=True)
+        )
 
     def _need(self, traced: Pass, one: Played) -> Need:
         graph = traced.graph
         scores = sum(n for a, n in one.alive.items() if a >= 0 and _is_score(graph.shapes[a], self._width))
-        gradients = sum(n for a, n in one.alive.items() if a in one.results and traced.gradients)
-        return Need(one.peak, scores, gradients)
+        made = {one.results[a] for a in traced.gradients if a in one.results}
+        return Need(one.peak, scores, sum(n for a, n in one.alive.items() if a in made))
 
     def _fused(self, pattern: Pattern | None) -> set[int]:
         """The lengths of the segments whose attention is fused on Metal."""

@@ -1,4 +1,5 @@
-"""The passes of a model's layers, traced as the engine runs them: forward, vjp, and the vjp of an un-recomputed tail.
+"""The passes of layers and head, traced as the engine runs them: a layer's forward and vjp, and the loss with the vjp
+of an un-recomputed tail.
 
 Layers are called on arrays without data in the dtypes that the specification names, with the arguments that the model
 gives them (`layers.SlottedModel`), and attend by the patterns by which they do in training. The module may be in use:
@@ -27,6 +28,8 @@ from mlx_empire.model.attention.patterns import Pattern
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.attention.traced import Shapes, TracedBlocks, without_summands
 from mlx_empire.model.build import find_layers, reason_of
+from mlx_empire.model.closed_forms import root_parts
+from mlx_empire.model.head_loss import head_chunks, joined_chunks
 from mlx_empire.model.layer_graph import NotTraceable, graph_of
 from mlx_empire.model.layers import Slot, SlottedModel, given_mask, hidden_of
 from mlx_empire.model.liveness import Graph
@@ -38,28 +41,31 @@ Body = Callable[..., list[mx.array]]
 
 @dataclass(frozen=True)
 class Pass:
-    """A graph, the arrays of it that are gradients, and how many outputs are evaluated before all others."""
+    """A graph, the arrays of it that are gradients, and how many outputs each evaluation before the last has."""
 
     graph: Graph
     gradients: frozenset[int] = frozenset()
-    first: int = 0
+    before: tuple[int, ...] = ()
 
 
 class LayerPasses:
-    """The layers of a described model, on micro-batches of (rows, width). NotTraceable where they cannot be run so.
+    """The parts of a described model, on micro-batches of (rows, width). NotTraceable where they cannot be run so.
 
-    Units are numbered as in the specification, from 1. Rows are traced as one document each, which needs the most.
+    Units are numbered as in the specification, layers from 1. `chunk`: tokens of the loss at a time. Rows are traced as
+    one document each, which needs the most.
     """
 
-    def __init__(self, spec: ModelSpec, rows: int, width: int, kernels: Kernels | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, rows: int, width: int, chunk: int, kernels: Kernels | None = None
+    ) -> None:
         if spec.module is None:
             raise NotTraceable("there is no module to trace")
         self._spec, self._model = spec, spec.module
         self._blocks = TracedBlocks()
         with _in_peace(self._model, spec.name) as layers:
-            slotted = SlottedModel(self._model, spec.name)
+            self._slotted = SlottedModel(self._model, spec.name)
             try:
-                hidden, given = slotted.capture(mx.zeros((rows, width), mx.int32))
+                hidden, given = self._slotted.capture(mx.zeros((rows, width), mx.int32))
                 if kernels is not None:
                     kernels = replace(kernels, in_blocks=self._blocks.attend)
                 self._by_pattern = ByPattern(layers, kernels)
@@ -71,9 +77,12 @@ class LayerPasses:
             t.name: _place(layer, t.name.removeprefix(f"{unit.name}."))
             for unit, layer in zip(spec.units[1:], layers, strict=True)
             for t in unit.tensors
-        }
+        } | {t.name: _place(self._model, t.name) for t in spec.units[0].tensors}
         dtype = getattr(mx, spec.dtype)
         self._hidden = mx.zeros(hidden.shape, dtype)
+        self._chunk, self._positions = chunk, max(chunk // rows, 1)
+        head, _ = root_parts(spec)
+        self._heads = [t for kind in ("trainable", "small") for t in head if t.kind == kind]
         flat = [a for _, a in tree_flatten([[g.positional, g.keywords] for g in self._given])]
         self._arguments = {id(a): a for a in flat if isinstance(a, mx.array)}
         self._now: dict[int, mx.array] = {}  # by id of an argument what stands for it
@@ -130,45 +139,91 @@ class LayerPasses:
             _, found = mx.vjp(run, primals, [cotangent, *self._blocks.cotangents])
             return [found[len(trained)], *self._added(sums, [unit], trained, found)]
 
-        return self._differentiated([unit], body, adds=adds)
+        return self._differentiated([unit], body, adds=adds, besides=[self._hidden])
+
+    def head(self) -> Pass:
+        """The loss and its gradients, an evaluation for each chunk of positions: of two at most, for more are alike."""
+
+        def body(hidden: mx.array, *batch: mx.array) -> list[mx.array]:
+            return [array for one in self._chunks(hidden, batch) for array in one]
+
+        two = mx.zeros_like(self._hidden[:, : 2 * self._positions])
+        return self._of_chunks(self._graph([0], [], [two, *self._batch(two)], body), two.shape[1])
 
     def tail(self, units: Sequence[int], *, adds: bool) -> Pass:
-        """The vjp of layers that are not recomputed, in order; the last one's output is evaluated first."""
+        """The loss and the vjp of layers that are not recomputed, in order. The chunks of the loss are evaluated first,
+        with the first of them the layers' forward."""
 
-        def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
-            def run(*arrays: mx.array) -> tuple[mx.array, mx.array]:
+        def body(hidden: mx.array, *rest: mx.array) -> list[mx.array]:
+            batch, sums = rest[:3], rest[3:]
+
+            def run(*arrays: mx.array) -> tuple[mx.array, ...]:
                 self._begin(arrays[len(trained) + 1 :])
                 self._bind(trained, arrays)
                 state = self._through(units, arrays[len(trained)])
+                chunks = list(self._chunks(mx.stop_gradient(state), batch))
+                cotangent = mx.stop_gradient(joined_chunks([part for *_, part in chunks]))
                 surrogate = (state * cotangent).sum()
                 for array, own in zip(self._blocks.came_in(), self._blocks.cotangents, strict=True):
                     surrogate = surrogate + (array * own).sum()
-                return surrogate, mx.stop_gradient(state)
+                return surrogate, *(array for one in chunks for array in one)
 
             trained, taps = self._primals(units)
             primals = [*(self._bound[t.name] for t in trained), hidden, *taps]
-            (_, last), found = mx.value_and_grad(run, argnums=tuple(range(len(primals))))(*primals)
-            return [last, found[len(trained)], *self._added(sums, units, trained, found)]
+            (_, *chunks), found = mx.value_and_grad(run, argnums=tuple(range(len(primals))))(*primals)
+            return [*chunks, found[len(trained)], *self._added(sums, units, trained, found)]
 
-        return self._differentiated(units, body, adds=adds, first=1)
+        traced = self._differentiated(units, body, adds=adds, besides=self._batch(self._hidden), head=True)
+        chunks = self._of_chunks(traced.graph, self._hidden.shape[1])
+        return replace(chunks, gradients=chunks.gradients | traced.gradients)
+
+    # ---- head
+
+    def _chunks(self, hidden: mx.array, batch: Arrays) -> Iterator[list[mx.array]]:
+        """By chunk the losses so far, the head's gradients so far and that by the chunk of `hidden`."""
+        heads = [self._bound[t.name] for t in self._heads]
+        inputs, targets, mask = batch
+        given = hidden, (inputs, targets, mask), mx.array(1.0), self._chunk
+        for loss, sums, part in head_chunks(self._call_head, heads, *given):
+            yield [loss, *sums, part]
+
+    def _call_head(self, arrays: Arrays, hidden: mx.array, tokens: mx.array) -> mx.array:
+        self._bind(self._heads, arrays)
+        self._slotted.put_slots()
+        return self._slotted.head(tokens, hidden)
+
+    def _batch(self, hidden: mx.array) -> list[mx.array]:
+        """Inputs, targets and mask."""
+        shape = hidden.shape[:2]
+        return [mx.zeros(shape, mx.int32), mx.zeros(shape, mx.int32), mx.zeros(shape)]
+
+    def _of_chunks(self, graph: Graph, width: int) -> Pass:
+        """A graph whose first outputs are those of the chunks of `width` positions, each of them an evaluation."""
+        chunks, size = -(-width // self._positions), len(self._heads) + 2
+        gradients = {a for n in range(chunks) for a in graph.outputs[n * size + 1 : (n + 1) * size - 1]}
+        more = len(graph.outputs) > chunks * size
+        return Pass(graph, frozenset(gradients), (size,) * (chunks - (not more)))
 
     # ---- what is differentiated
 
-    def _differentiated(self, units: Sequence[int], body: Body, *, adds: bool, first: int = 0) -> Pass:
+    def _differentiated(
+        self, units: Sequence[int], body: Body, *, adds: bool, besides: Arrays = (), head: bool = False
+    ) -> Pass:
         trained = self._trained(units)
-        free = [self._hidden, self._hidden, *(mx.zeros(t.shape) for t in trained if adds)]
+        free = [self._hidden, *besides, *(mx.zeros(t.shape) for t in trained if adds)]
+        bound = [*units, 0] if head else units
         with self._blocks.differentiated(self._calls_in_blocks(units)):
             try:
-                graph = self._blocks.put_together(self._graph(units, free, [], body))
+                graph = self._blocks.put_together(self._graph(bound, free, [], body))
             except NotTraceable as error:
                 if "SegmentedMM" not in str(error):
                     raise
                 with self._experts.standing_in():
                     self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
-                    graph = self._blocks.put_together(self._graph(units, free, [], body))
+                    graph = self._blocks.put_together(self._graph(bound, free, [], body))
                     graph = self._experts.taken_out(graph)
         gradients = graph.outputs[len(graph.outputs) - len(trained) :]
-        return Pass(graph, frozenset(gradients), first)
+        return Pass(graph, frozenset(gradients))
 
     def _calls_in_blocks(self, units: Sequence[int]) -> list[Shapes]:
         if all(self.pattern(u) is None for u in units):

@@ -96,13 +96,19 @@ class SlottedModel:
         owner, key, _ = find_layers(model, name)
         self.model, self.name = model, name
         self.layers: list[nn.Module] = list(owner[key])
-        owner[key] = [Slot(self, i, layer) for i, layer in enumerate(self.layers)]
+        self._slots = [Slot(self, i, layer) for i, layer in enumerate(self.layers)]
+        self.put_slots()
         self._mode = "idle"
         self._noted: list[LayerArguments] = []
         self._hidden: mx.array | None = None
         # By class of layer what it returns after the hidden state; None where that is all.
         self._besides: dict[type, tuple[Besides | None, ...] | None] = {}
         self._noise: Sequence[float] | None = None
+
+    def put_slots(self) -> None:
+        """Put the slots into the model's list of layers, whatever is there."""
+        owner, key, _ = find_layers(self.model, self.name)
+        owner[key] = list(self._slots)
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from mlx_empire.model.primitives import place_outputs
 from mlx_empire.model.storage import Buffers, Primitive, Shape
 
 WIDTH = 20  # MLX_BFS_MAX_WIDTH
-HEAD_AHEAD = 20  # primitives of the head before its arrays of logits are there: final norm, product, loss
 TASKS_IN_BUNDLE, BUNDLES = 10, 10  # DISPATCHES_PER_TASK, MAX_ACTIVE_TASKS
 
 
@@ -115,22 +115,21 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Played:
-    """An evaluation: bytes beside the sources at its worst moment, and (`ahead`) when a head that follows makes logits.
+    """An evaluation: bytes beside the sources at its worst moment.
 
-    `alive`: what is alive at the worst moment, by the array that was first in a buffer (-1: temporaries). `results`:
-    the arrays that were first in the outputs' buffers.
+    `alive`: what is alive then, by the array that was first in a buffer (-1: temporaries). `results`: by output so far
+    the array that was first in its buffer.
     """
 
     peak: int
-    ahead: int
     alive: Mapping[int, int]
-    results: frozenset[int]
+    results: Mapping[int, int]
 
 
-def evaluations(graph: Graph, first: int = 0) -> list[list[int]]:
-    """The nodes in order of one evaluation of all outputs, or of two: the `first` outputs before the others."""
+def evaluations(graph: Graph, before: Sequence[int] = ()) -> list[list[int]]:
+    """The nodes in order of each evaluation: of so many outputs one after the other as `before` says, then the rest."""
     found: list[list[int]] = []
-    for part in _parts(graph, first):
+    for part in _parts(graph, before):
         found.append(order(graph, part, {n for tape in found for n in tape}))
     return found
 
@@ -138,13 +137,13 @@ def evaluations(graph: Graph, first: int = 0) -> list[list[int]]:
 def play(
     graph: Graph,
     tapes: Sequence[Sequence[int]],
-    first: int = 0,
+    before: Sequence[int] = (),
     *,
     bundled: int = 0,
     donates: bool = True,
     shares: bool = True,
 ) -> list[Played]:
-    """Play the `evaluations` of a graph: one `Played` for each. Outputs of the first of two are dropped after it."""
+    """Play the `evaluations` of a graph: one `Played` for each. Outputs of all but the last are dropped after them."""
     memory = Buffers(graph.shapes, graph.items, donates=donates, shares=shares)
     for array in graph.sources:
         memory.fresh(array)
@@ -158,24 +157,23 @@ def play(
         memory.release(array)
     stream = Tasks(memory, bundled)
     found: list[Played] = []
-    for tape, part in zip(tapes, _parts(graph, first), strict=True):
+    results: dict[int, int] = {}
+    for tape, part in zip(tapes, _parts(graph, before), strict=True):
         memory.begin()
         for n in tape:
             _evaluate(memory, stream, graph.nodes[n])
-        for _ in range(HEAD_AHEAD):
-            stream.hand_over(1, ())
-        ahead = memory.active
         stream.finish()
-        results = frozenset(memory.firsts[memory.views[a].buffer] for a in part)
+        results = results | {a: memory.firsts[memory.views[a].buffer] for a in part}
         if len(found) < len(tapes) - 1:
             for array in part:
                 memory.release(array)
-        found.append(Played(memory.peak, ahead, memory.alive_at_peak(), results))
+        found.append(Played(memory.peak, memory.alive_at_peak(), results))
     return found
 
 
-def _parts(graph: Graph, first: int) -> list[Sequence[int]]:
-    return [graph.outputs[:first], graph.outputs[first:]] if first else [graph.outputs]
+def _parts(graph: Graph, before: Sequence[int]) -> list[Sequence[int]]:
+    edges = [0, *accumulate(before), len(graph.outputs)]
+    return [graph.outputs[a:b] for a, b in pairwise(edges)]
 
 
 def _evaluate(memory: Buffers, stream: Tasks, node: Primitive) -> None:

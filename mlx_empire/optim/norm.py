@@ -23,10 +23,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.plan.shards import ShardPlan, Unit
+from mlx_empire.plan.shards import SQUARED_ELEMENTS, ShardPlan, Unit
 
 CHUNK_ROWS = (1 << 20) // BLOCK
-_PIECE_ROWS = 1 << 14  # rows squared at once: bounds the temporaries to a few MB
+_PIECE_ROWS = SQUARED_ELEMENTS // BLOCK
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,20 @@ class GradientNorm:
 
 
 def block_sums(*gradients: mx.array) -> list[np.ndarray]:
-    """For each of `gradients` (rows, 64), float32 or bfloat16: float32 (rows,), the sums of squares of its rows."""
-    pieces = [
-        [_piece_sums(gradient[row : row + _PIECE_ROWS]) for row in range(0, gradient.shape[0], _PIECE_ROWS)]
-        for gradient in gradients
-    ]
-    mx.eval(pieces)
+    """For each of `gradients` (rows, 64), float32 or bfloat16: float32 (rows,), the sums of squares of its rows.
+
+    Evaluated piece by piece: together MLX would hold the squares of twenty and more at once.
+    """
     nothing = np.zeros(0, np.float32)
-    return [np.concatenate([nothing, *(np.array(p, copy=False)[:, 0] for p in own)]) for own in pieces]
+    found = []
+    for gradient in gradients:
+        pieces = [nothing]
+        for row in range(0, gradient.shape[0], _PIECE_ROWS):
+            sums = _piece_sums(gradient[row : row + _PIECE_ROWS])
+            mx.eval(sums)
+            pieces.append(np.array(sums)[:, 0])
+        found.append(np.concatenate(pieces))
+    return found
 
 
 def clip_scale(norm: float, clip_norm: float | None) -> float:

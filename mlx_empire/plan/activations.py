@@ -25,7 +25,8 @@ from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.closed_forms import experts, is_stacked
 from mlx_empire.model.layer_costs import LayerCosts, Need
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
-from mlx_empire.plan.workload import Workload
+from mlx_empire.plan.root_memory import RootMemory
+from mlx_empire.plan.workload import Workload, chunk_tokens
 
 
 class Fit(NamedTuple):
@@ -52,8 +53,10 @@ def costs_of(spec: ModelSpec, work: Workload) -> LayerCosts:
     linear = work.linear_attention if by_pattern else needs_no_scores(spec, work)
     question = "layer costs", work.micro_size, work.width, linear, by_pattern
     if question not in spec.known:
+        vocabulary = int(spec.text_config.get("vocab_size") or 0)
+        chunk = chunk_tokens(vocabulary, frozen=spec.frozen_root)
         spec.known[question] = LayerCosts(
-            spec, work.micro_size, work.width, linear=linear, by_pattern=by_pattern
+            spec, work.micro_size, work.width, chunk, linear=linear, by_pattern=by_pattern
         )
     found: LayerCosts = spec.known[question]
     return found
@@ -113,26 +116,32 @@ def forward_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
     return int(factor * width_bytes(unit, spec, work) + scores) + hidden_bytes(spec, work)
 
 
-def tail_costs(
+def head_costs(
     units: Sequence[UnitSpec], spec: ModelSpec, work: Workload, *, adds: bool
-) -> tuple[int, list[dict[str, int]]]:
-    """Bytes that the un-recomputed tail needs of its forward while the head runs, and what its backward needs, by name,
-    at each moment that may be the worst.
+) -> list[dict[str, int]]:
+    """What the loss of one micro-batch needs behind an un-recomputed tail of `units`, gradients included, by name, at
+    each moment that may be the worst.
     """
-    if not units:
-        return 0, []
-    need = costs_of(spec, work).tail(units, adds=adds)
-    if need is None:
-        return _fitted_tail(units, spec, work)
-    kept = need.kept.whole
-    backward = _named(need.backward, "un-recomputed tail", "tail gradients")
-    return kept, [_named(need.forward, "un-recomputed tail", "tail gradients"), backward]
+    root, hidden = RootMemory(spec, work), hidden_bytes(spec, work)
+    chunked = {"layer inputs": hidden} if root.chunked else {}  # gradients of earlier chunks
+    costs = costs_of(spec, work)
+    needs = costs.tail(units, adds=adds) if units else costs.head()
+    if needs is None:
+        return _fitted_head(units, spec, work)
+    names = "un-recomputed tail" if units else "logits chunk", "root gradients"
+    chunks = needs[:-1] if units else needs
+    moments = [chunked | _named(need, *names) for need in chunks]
+    if units:
+        backward = _named(needs[-1], "un-recomputed tail", "tail gradients")
+        moments.append({"root gradients": root.head * (root.wide if root.chunked else 1)} | backward)
+    return moments
 
 
 def _named(need: Need, rest: str, gradients: str) -> dict[str, int]:
     """A need by the ledger's names; what went of the layer's own inputs lessens the rest."""
     known = need.scores + need.gradients
-    return {rest: need.whole - known, "attention": need.scores, gradients: need.gradients}
+    named = {rest: need.whole - known, "attention": need.scores, gradients: need.gradients}
+    return {name: size for name, size in named.items() if size}
 
 
 @once
@@ -147,6 +156,17 @@ def _fitted_costs(unit: UnitSpec, spec: ModelSpec, work: Workload) -> dict[str, 
         "one unit's gradients": gradient_bytes(unit, spec, work)[0],
     }
     return max(during, after, key=lambda items: sum(items.values()))
+
+
+def _fitted_head(units: Sequence[UnitSpec], spec: ModelSpec, work: Workload) -> list[dict[str, int]]:
+    root = RootMemory(spec, work)
+    one = root.head * (root.wide if root.chunked else 1) + root.head * root.chunked
+    always = {"layer inputs": 2 * hidden_bytes(spec, work), "root gradients": one}
+    if not units:
+        return [always | {"logits chunk": root.fitted_logits}]
+    kept, moments = _fitted_tail(units, spec, work)
+    logits = {"un-recomputed tail": kept, "logits chunk": root.fitted_logits}
+    return [always | moment for moment in (logits, *moments)]
 
 
 def _fitted_tail(

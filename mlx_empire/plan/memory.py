@@ -14,12 +14,12 @@ from functools import cached_property
 from itertools import accumulate
 
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
-from mlx_empire.plan.activations import costs_of, forward_bytes, hidden_bytes, layer_costs, tail_costs
+from mlx_empire.plan.activations import costs_of, forward_bytes, head_costs, hidden_bytes, layer_costs
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
 from mlx_empire.plan.root_memory import RootMemory
 from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, folded_step
-from mlx_empire.plan.shards import Segment, ShardPlan, Unit
-from mlx_empire.plan.traffic import staging_bytes
+from mlx_empire.plan.shards import SQUARED_ELEMENTS, Segment, ShardPlan, Unit
+from mlx_empire.plan.traffic import ADDED_AT_ONCE, staging_bytes
 from mlx_empire.plan.workload import Workload, step_shape
 
 Items = dict[str, int]
@@ -28,7 +28,6 @@ PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
 
 BASE = 1 << 16  # MLX buffers that are no tensor: rotary tables, scalars
-NORM_AHEAD = 10 << 20  # elements of a segment whose squares are there at once: ten pieces, as played
 ROUNDING = 1 << 13  # half a page of Metal's allocator
 
 
@@ -65,7 +64,7 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         "weights": sum(s.kept for s in sizes) - adapters,
         "adapters": adapters,
         **states,
-        "exchange buffers": staging,
+        "exchange buffers": staging + 4 * ADDED_AT_ONCE,
         "MLX base": BASE + costs_of(spec, work).argument_bytes,
         "allocator margin": ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
     }
@@ -93,7 +92,7 @@ class StepBytes(Reader):
         # A cell of one micro-batch keeps its gradients as they are; otherwise they are added up in fp32.
         self._adds_up = work.layout.micro_batches > work.layout.cells
         self._wide = 4 // self._item
-        self._root = RootMemory(spec, work, self._sizes[0].gradient, adds_up=self._adds_up)
+        self._root = RootMemory(spec, work, self._sizes[0].gradient)
         self._first = set(accumulate(self.shape.cells, initial=0))  # micro-batches that begin a cell
         self._held: Items = {}
         self._total = 0
@@ -156,20 +155,10 @@ class StepBytes(Reader):
 
     def head(self, action: Action) -> None:
         self._phase = "head"
-        one, first = self._root.head * (self._wide if self._root.chunked else 1), action.micro in self._first
-        now = {
-            "layer inputs": 2 * self._hidden,
-            "root gradients": one + self._root.head * self._root.chunked,
-        }
         kept = self._spec.units[self.shape.boundary + 1 :]
-        if not kept:
-            self._moment(now | {"logits chunk": self._root.logits})
-        else:
-            before, moments = tail_costs(kept, self._spec, self._work, adds=self._adds(action))
-            self._moment(now | {"un-recomputed tail": before, "logits chunk": self._root.logits})
-            for moment in moments:
-                self._moment(now | moment)
-        if first:
+        for moment in head_costs(kept, self._spec, self._work, adds=self._adds(action)):
+            self._moment(moment)
+        if action.micro in self._first:
             self._hold("root gradients", self._root.head_sum * action.times)
             for u in range(self.shape.boundary + 1, self.shape.layers + 1):
                 self._hold_cell(u, "tail sums")
@@ -262,12 +251,12 @@ class StepBytes(Reader):
         return "update" if self._phase == "finish" else "release"
 
     def norm(self, action: Action) -> None:
-        """The squares of a segment's gradients, and their sums by halves, a few pieces at a time."""
+        """The squares of a piece of a segment's gradients, and their sums by halves."""
         units = self._plan.units if action.unit == ALL_UNITS else (self._plan.units[action.unit],)
         trained = (s for unit in units for s in unit.segments if s.kind != "frozen")
         spans = (self._plan.state_interval(segment, self._rank) for segment in trained)
         largest = max((b - a for a, b in spans), default=0)
-        self._moment({"norm of gradients": 2 * 4 * min(largest, NORM_AHEAD)}, self._updating)
+        self._moment({"norm of gradients": 2 * 4 * min(largest, SQUARED_ELEMENTS)}, self._updating)
 
     def update(self, action: Action) -> None:
         """Segment by segment: its new weights, and what the optimizer's calls need besides."""

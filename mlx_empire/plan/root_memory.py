@@ -12,18 +12,22 @@ from mlx_empire.model.closed_forms import root_use
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.workload import Workload, chunk_tokens
 
+# Where the head cannot be traced:
 LOGITS_COPIES = 3.2  # fp32 arrays of a chunk's logits alive in the gradient of the loss
 SOFT_CAPPED = 2.2  # more of them where logits are soft-capped
 
 
 class RootMemory:
-    """The root's numbers. `contribution`: bytes of its gradients on the wire; `adds_up`: a cell has several
-    micro-batches, whose gradients are added in fp32."""
+    """The root's numbers. `contribution`: bytes of its gradients on the wire; `wide`: how much longer fp32 is.
 
-    def __init__(self, spec: ModelSpec, work: Workload, contribution: int, *, adds_up: bool) -> None:
-        self._spec, self._work, self._contribution, self._adds_up = spec, work, contribution, adds_up
+    A cell of several micro-batches adds their gradients up in fp32.
+    """
+
+    def __init__(self, spec: ModelSpec, work: Workload, contribution: int = 0) -> None:
+        self._spec, self._work, self._contribution = spec, work, contribution
+        self._adds_up = work.layout.micro_batches > work.layout.cells
         self._item = ITEM_BYTES[spec.dtype]
-        self._wide = 4 // self._item
+        self.wide = 4 // self._item
 
     @cached_property
     def _vocabulary(self) -> int:
@@ -39,7 +43,7 @@ class RootMemory:
         return self._work.tokens > self._chunk_tokens
 
     @cached_property
-    def logits(self) -> int:
+    def fitted_logits(self) -> int:
         """In fewer bits than fp32 the head's own logits and their gradient lie beside the wide ones."""
         elements = min(self._chunk_tokens, self._work.tokens) * self._vocabulary
         size = elements * (4 * LOGITS_COPIES + 2.25 * self._item * (self._item < 4))
@@ -73,10 +77,10 @@ class RootMemory:
         contribution."""
         elements = self._contribution // self._item
         tied = max((self.head + self.embed) // self._item - elements, 0)
-        wide = self._wide if self._adds_up and not self.by_row else 1
+        wide = self.wide if self._adds_up and not self.by_row else 1
         return max(4 * tied, wide * self._contribution)
 
     @cached_property
     def head_sum(self) -> int:
         """A cell's sum of the head's gradients."""
-        return self.head * (self._wide if self._adds_up or self.chunked else 1)
+        return self.head * (self.wide if self._adds_up or self.chunked else 1)

@@ -23,6 +23,8 @@ DEFAULT_BUCKET_BYTES = 4 << 20
 # Between machines buckets travel in pieces that TCP takes without a handshake (`comm.exchange` tells why); so many more
 # of them are in flight. Smaller ones cost more of a core: 64 KiB twice as much as these at 10 Gbit/s.
 PIECE_BYTES = 256 << 10
+# Elements that are added at once: total and converted values (256 KiB each) stay in the second-level cache.
+ADDED_AT_ONCE = 1 << 16
 
 
 def interval_sizes(edges: Sequence[int]) -> list[int]:

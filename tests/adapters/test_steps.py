@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.stepping import batches_of, counted_tokens, stock_losses, whole_weights
+from support.stepping import batches_of, counted_tokens, our_losses, stock_losses, whole_weights
 from support.tuning import (
     LINEAR,
     TunedCase,
@@ -16,7 +16,6 @@ from support.tuning import (
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.loss import row_losses
 
 FAMILIES = ("llama", "qwen3_moe", "llama4")
 TUNINGS = {
@@ -51,7 +50,7 @@ def steps(trainer, case, count):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_are_those_of_mlx_lms_own_layers(family, tuning, comm, thread):
     # AdamW divides by a root: one of DoRA's gradients here is so near zero that it shows how the loss was rounded.
-    by_row = row_losses if (family, tuning["type"]) == ("qwen3_moe", "dora") else stock_losses
+    by_row = our_losses if (family, tuning["type"]) == ("qwen3_moe", "dora") else stock_losses
     compare(TunedCase(family, tuning=tuning, tail=1, **COMMON), comm, thread, by_row)
 
 

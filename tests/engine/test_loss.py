@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.stepping import stock_losses
-
-from mlx_empire.engine.loss import row_losses
+from support.stepping import our_losses, stock_losses
 
 
 def in_float64(logits, targets, mask, total):
@@ -26,11 +24,11 @@ def in_float64(logits, targets, mask, total):
 
 
 def ours(logits, targets, mask, total):
-    """The same by `row_losses`."""
+    """The same by `our_losses`."""
     given = mx.array(targets), mx.array(mask), mx.array(float(total))
 
     def summed(wide):
-        by_row = row_losses(wide, *given)
+        by_row = our_losses(wide, *given)
         return by_row.sum(), by_row
 
     (_, by_row), gradient = mx.value_and_grad(summed)(mx.array(logits))
@@ -62,7 +60,7 @@ def test_it_is_as_close_to_the_truth_as_mlx_own():
     targets, mask = random.integers(0, 5000, (2, 64)).astype(np.int32), np.ones((2, 64), np.float32)
     expected, _ = in_float64(logits, targets, mask, 128)
     given = mx.array(logits), mx.array(targets), mx.array(mask), mx.array(128.0)
-    errors = [np.abs(np.array(f(*given)) / expected - 1).max() for f in (row_losses, stock_losses)]
+    errors = [np.abs(np.array(f(*given)) / expected - 1).max() for f in (our_losses, stock_losses)]
     assert errors[0] <= max(errors[1], 3e-7)
 
 
@@ -78,7 +76,7 @@ def test_what_is_not_finite_stays_visible(bad):
 def test_bfloat16_logits_get_a_bfloat16_gradient():
     logits = mx.random.normal((1, 3, 8)).astype(mx.bfloat16)
     targets, mask = mx.array([[1, 2, 3]]), mx.ones((1, 3))
-    gradient = mx.grad(lambda wide: row_losses(wide, targets, mask, mx.array(3.0)).sum())(logits)
+    gradient = mx.grad(lambda wide: our_losses(wide, targets, mask, mx.array(3.0)).sum())(logits)
     assert gradient.dtype == mx.bfloat16
     _, expected = in_float64(np.array(logits.astype(mx.float32)), np.array(targets), np.ones((1, 3)), 3)
     np.testing.assert_allclose(np.array(gradient.astype(mx.float32)), expected, rtol=2**-8, atol=1e-6)

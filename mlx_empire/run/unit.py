@@ -94,11 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_intermixed_args(arguments)
         recipe = share_recipe(comm, options.recipe, options.overrides)
         comm = connect(recipe.comm.route, recipe.comm.bucket_bytes, recipe.comm.deadline_seconds)
-        measure(comm, recipe, options.hosts, options.out)
+        train_layer(comm, recipe, options.hosts, options.out)
     return 0
 
 
-def measure(comm: Communicator, recipe: Recipe, hosts: Path | None, out: Path) -> None:
+def train_layer(comm: Communicator, recipe: Recipe, hosts: Path | None, out: Path) -> None:
     """Train the layer, write `out` and say what was found. Collective. DoesNotFitError for a peak above its plan."""
     nodes = share_nodes(comm, recipe, hosts)
     recipe, target, layer = one_layer(comm, recipe, nodes)

@@ -26,6 +26,9 @@ from typing import Any
 MARK = "@mlx_empire "
 LAUNCHER_VARIABLE = "MLX_EMPIRE_BEACON"
 PHASES = (
+    "start",  # the ranks know each other, and read what they train on
+    "proof",  # a scaled-down model is streamed and compared
+    "plan",
     "load",
     "data",
     "forward",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_empire import progress
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
 from mlx_empire.cluster.match import find_hostfile, match_ranks
@@ -74,6 +75,7 @@ def standing(comm: Communicator, recipe: Recipe) -> Iterator[Safeguards]:
     with ExitStack() as stack:
         stack.enter_context(Watchdog(comm, recipe.comm.deadline_seconds, recipe.comm.deadline_floor_seconds))
         self_test(comm)
+        progress.reach("start")
         yield Safeguards(comm, stack)
 
 

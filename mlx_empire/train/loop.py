@@ -127,6 +127,7 @@ def carry_out(
     recipe = start.recipe
 
     # ---------------------------------------------------------------- the proof that it can be streamed
+    progress.reach("proof")
     shown = None
     with together(comm):
         if comm.rank == 0:
@@ -138,6 +139,7 @@ def carry_out(
     target = replace(target, spec=replace(target.spec, root_names=root_names))
 
     # ---------------------------------------------------------------- the plan, before anything is allocated
+    progress.reach("plan")
     with together(comm):
         refuse_idle_keys(recipe, splits)
         if mx.metal.is_available() and computes_on_gpu():

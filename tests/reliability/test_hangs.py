@@ -52,16 +52,17 @@ def test_a_stopped_rank_is_found(workspace: Workspace) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("phase", "place"), [("reduce", "backward"), ("evaluate", "evaluate"), ("load", "load")]
+    ("phase", "place"), [("reduce", "backward"), ("evaluate", "evaluate"), ("load", "load"), ("plan", "plan")]
 )
 def test_a_stopped_rank_is_found_in_every_phase(workspace: Workspace, phase: str, place: str) -> None:
-    step = "" if phase == "load" else "step=3;"
+    step = "" if phase in ("load", "plan") else "step=3;"
     ended = train(
         workspace,
         stop_at(f"rank=0;{step}phase={phase}"),
         *SHORT,
         f"run.dir=stopped-{phase}",
         "run.eval_every=3",
+        "data.validation_split=0.25",
         ranks=3,
     )
     assert ended.code == 75

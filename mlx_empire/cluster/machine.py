@@ -25,12 +25,24 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_empire.cluster.hostfile import Node, default_limit
+from mlx_empire.errors import UserError
 
 OWN_MEMORY_USABLE = 0.95  # of a GPU's own memory: where MLX's allocator stops
 
 
+OLDEST_MACOS, WIRING_MACOS = 14, 15  # for which MLX has a wheel; with Metal's residency sets
+
+
 def measure_this_machine() -> Node:
-    """The machine of this process as one whole node, named as the network knows it (`socket.gethostname`)."""
+    """The machine of this process as one whole node, named as the network knows it (`socket.gethostname`).
+
+    UserError on a macOS that MLX does not support.
+    """
+    mac = macos_version()
+    if mac is not None and mac < OLDEST_MACOS:
+        raise UserError(
+            f"{socket.gethostname()}: macOS {platform.mac_ver()[0]}: MLX needs macOS {OLDEST_MACOS} or newer; update it"
+        )
     memory = min(_installed_memory(), cgroup_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
     limit, chip, compiles = default_limit(memory), None, None
     if computes_on_gpu():
@@ -48,6 +60,12 @@ def measure_this_machine() -> Node:
 def computes_on_gpu() -> bool:
     """Whether MLX computes on a GPU here."""
     return bool(mx.default_device().type == mx.DeviceType.gpu)
+
+
+def macos_version() -> int | None:
+    """The first number of this macOS; None elsewhere."""
+    mac = platform.mac_ver()[0]
+    return int(mac.split(".")[0]) if mac else None
 
 
 def _system() -> str:

@@ -18,7 +18,7 @@ from mlx_empire.checkpoint.find import CheckpointSearch
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
-from mlx_empire.cluster.machine import computes_on_gpu
+from mlx_empire.cluster.machine import WIRING_MACOS, computes_on_gpu, macos_version
 from mlx_empire.comm.buffers import DTYPES, host_view
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
@@ -125,6 +125,8 @@ def limit_memory(plan: RunPlan, rank: int, asked: str | int, node: Node) -> str 
     if mx.metal.is_available() and computes_on_gpu():
         most = int(mx.device_info()["max_recommended_working_set_size"])
         wired, why = wired_bytes(asked, peak, node)
+        if (macos_version() or WIRING_MACOS) < WIRING_MACOS:
+            wired, why = 0, f"macOS {macos_version()} cannot; {WIRING_MACOS} and newer can"
         wired = min(wired, most)
         mx.set_wired_limit(wired)
         said = f"{node.name}: {amount(wired)} of memory wired ({why})"

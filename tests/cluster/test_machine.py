@@ -10,6 +10,7 @@ import pytest
 from mlx_empire.cluster import machine
 from mlx_empire.cluster.hostfile import default_limit
 from mlx_empire.cluster.machine import cgroup_limit, measure_this_machine
+from mlx_empire.errors import UserError
 
 NO_LIMIT = 2**63
 
@@ -94,3 +95,11 @@ def test_the_gpu_is_asked_and_not_the_host(
     assert (node.memory_bytes, node.limit_bytes, node.chip) == (memory, limit, info["device_name"])
     assert node.compiles == compiles
     assert node.measured
+
+
+def test_a_macos_that_mlx_does_not_support_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.platform, "mac_ver", lambda: ("13.6.1", ("", "", ""), "arm64"))
+    with pytest.raises(UserError, match=r"macOS 13\.6\.1: MLX needs macOS 14 or newer"):
+        measure_this_machine()
+    monkeypatch.setattr(machine.platform, "mac_ver", lambda: ("14.7", ("", "", ""), "arm64"))
+    assert measure_this_machine().measured

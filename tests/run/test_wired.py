@@ -68,3 +68,22 @@ def test_metal_is_asked_for_it_and_no_other_device(
     assert calls == [wired]
     assert said is not None
     assert said.startswith(f"air: {amount(wired)} of memory wired (")
+
+
+@pytest.mark.parametrize(("mac", "wired"), [(14, 0), (15, 2 * GIB), (26, 2 * GIB), (None, 2 * GIB)])
+def test_a_macos_that_cannot_wire_says_so(
+    mac: int | None, wired: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of()
+    plan = resolve(recipe, llama_like(), [SMALL], state_bytes_of(recipe.optimizer))
+    calls: list[int] = []
+    for name in ("set_memory_limit", "set_cache_limit"):
+        monkeypatch.setattr(mx, name, lambda size: None)
+    monkeypatch.setattr(mx, "set_wired_limit", calls.append)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(trainer, "computes_on_gpu", lambda: True)
+    monkeypatch.setattr(trainer, "macos_version", lambda: mac)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12 * GIB})
+    said = trainer.limit_memory(plan, 0, 2 * GIB, SMALL)
+    assert calls == [wired]
+    assert ("macOS 14 cannot" in str(said)) == (mac == 14)

@@ -78,6 +78,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {path.stat().st_size} bytes is no model configuration")
         config = untagged(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
+        if (folder / "adapter_config.json").exists():
+            raise UserError(
+                f"{folder}: an adapter, and no model; name its base in model.path, or first put it into the base by "
+                "mlx_lm.fuse (for PEFT's: merge_and_unload)"
+            ) from None
         raise UserError(f"{path}: {error.strerror}; model.path must be a local Hugging Face folder") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({str(error)[:80]}); fetch the model again") from None

@@ -102,7 +102,6 @@ UNREAD: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     },  # per element; false: without, or the gate's tensors are refused
     "mamba2": {"n_groups": (1,)},  # normalises all groups as one
     "olmoe": {"clip_qkv": (None,)},
-    "phimoe": {"attention_bias": (True,), "lm_head_bias": (True,)},
     "qwen2_moe": {"norm_topk_prob": (False,)},
 }
 ANY_MODULE: Mapping[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False, "vision")}

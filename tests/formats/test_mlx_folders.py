@@ -10,6 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm import utils
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from support.tiny_models import tiny_config
 
@@ -86,3 +89,40 @@ def test_the_first_loss_is_that_of_mlx_lm_load(family: str, how: str | None, tmp
             "model.layers.0.mlp.down_proj" in json.loads((folder / "config.json").read_text())["quantization"]
         )
     assert our_loss(folder) == pytest.approx(loss(load_model(folder)[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [None, "4 bits"])
+def test_shards_with_an_index_are_one_folder(
+    how: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a model larger than one file; a layer's tensors lie in several."""
+
+    def by_five(weights: dict[str, mx.array], max_file_size_gb: int = 5) -> list[dict[str, mx.array]]:
+        items = list(weights.items())
+        return [dict(items[i : i + 5]) for i in range(0, len(items), 5)]
+
+    monkeypatch.setattr(utils, "make_shards", by_five)
+    folder = convert(tmp_path / "f", "llama", HOW[how] if how else None, twice=True)
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 5
+    assert our_loss(folder) == pytest.approx(loss(load_model(folder)[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("how", [None, "4 bits"])
+def test_what_mlx_lm_fuse_writes_is_read_as_by_mlx_lm_load(
+    how: str | None, dora: bool, tmp_path: Path
+) -> None:
+    folder, out = convert(tmp_path / "f", "llama", HOW[how] if how else None, twice=True), tmp_path / "fused"
+    model, config = load_model(folder)
+    before = loss(load_model(folder)[0])
+    model.freeze()
+    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 20.0, "dropout": 0.0}, use_dora=dora)
+    adapters = tree_flatten(model.trainable_parameters())
+    model.load_weights([(n, 0.1 * mx.random.normal(a.shape)) for n, a in adapters], strict=False)
+    fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+    save_model(out, model)
+    save_config(config, out / "config.json")
+    expected = loss(load_model(out)[0])
+    assert our_loss(out) == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(before, rel=1e-4)

@@ -72,6 +72,8 @@ def test_the_exported_configuration_means_the_same_to_transformers(name: str, tm
 
     def said(rope: dict[str, Any]) -> dict[str, Any]:
         whole = ("partial_rotary_factor", 1.0)  # may be left out
+        if (rope.get("rope_type"), rope.get("factor")) == ("yarn", 1.0):  # changes nothing
+            rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
         return {
             k: said(v) if isinstance(v, dict) else v
             for k, v in rope.items()
@@ -196,3 +198,13 @@ def test_a_head_that_mlx_lm_would_drop_is_refused(tmp_path: Path) -> None:
         refuse_dropped_head(spec, stored, "f")
     tied = {**found, TIE: True}
     refuse_dropped_head(describe(build_model(tied, "f"), tied, "f", "float32"), stored, "f")
+
+
+@pytest.mark.parametrize("weights", ["adapters.safetensors", "adapter_model.safetensors"])
+def test_an_adapter_in_the_place_of_a_model_is_told_from_an_incomplete_folder(
+    weights: str, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    mx.save_safetensors(str(tmp_path / weights), {"a": mx.zeros((1,))})
+    with pytest.raises(UserError, match="an adapter, and no model; name its base in model"):
+        read_config(tmp_path)

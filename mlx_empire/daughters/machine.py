@@ -25,6 +25,7 @@ from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
 from mlx_empire.recipe.changes import variant
+from mlx_empire.recipe.idle import without_effect
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_target
 from mlx_empire.run.trainer import limit_memory, load_weights, make_trainer
@@ -45,6 +46,11 @@ def capacity_for(recipe: Recipe, node: Node, most: int) -> Capacity:
         else:
             high = middle
     return Capacity(low, best)
+
+
+def idle_keys(recipe: Recipe) -> list[str]:
+    """What there is to say of keys without effect; each daughter is one machine's."""
+    return without_effect(recipe, _single(recipe).spec.trained_dtypes, ranks=1)
 
 
 def _single(recipe: Recipe) -> Target:

@@ -143,6 +143,8 @@ def work(
     wanted = max(len(left), 1, *(place + 1 for place in kept.values()))
     with together(comm):
         capacity = machine.capacity_for(recipe, node, min(most, wanted))
+        for line in machine.idle_keys(recipe) if comm.rank == 0 else ():
+            print(line)
     weights = {name: machine.data_bytes(people, name) for name in left}
     places = comm.gather_json(capacity.places)
     homes = homes_of(comm.gather_json(sorted(kept)))

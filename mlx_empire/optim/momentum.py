@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx_empire.optim import codec
 from mlx_empire.optim.compile import fused
 from mlx_empire.optim.flat import FlatOptimizer
-from mlx_empire.optim.protocol import State, StepScalars
+from mlx_empire.optim.protocol import State, StateCost, StepScalars
 
 Rule = Callable[..., tuple[mx.array, mx.array]]
 
@@ -135,6 +135,14 @@ class Sgd(MomentumOptimizer):
         """Momentum, clip scale, lr, lr weight_decay."""
         lr = scalars.learning_rate
         return (self.momentum, scalars.clip_scale, lr, lr * self.weight_decay if decay else 0.0)
+
+    def state_bytes(self, elements: int, weight_dtype: str, *, quantised: bool) -> StateCost:
+        """Beside weights in fp32 one array less than Lion's: they move by the new moment itself."""
+        cost = super().state_bytes(elements, weight_dtype, quantised=quantised)
+        if "m" in cost and (weight_dtype == "float32" or self.master_weights == "fp32"):
+            cost.alone -= 4
+            cost.together -= 4
+        return cost
 
     def largest_update(self, state: State, step: int) -> mx.array:
         """max |m|."""

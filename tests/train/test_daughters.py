@@ -286,10 +286,13 @@ def test_one_persons_bad_data_or_disk_fails_alone(place: Workspace) -> None:
     place.write("some/scored/valid.jsonl", jsonl([{"tokens": VALID[0][:9]}]))
     place.write("some/bad/train.jsonl", '{"tokens": [5, 99999]}\n')
     words = ["--people", "some", "run.dir=partly", "run.eval_every=null", "run.steps=2", "run.save_every=1"]
+    words += ["run.eval_batches=3"]
     full = "action=enospc"
     ended = run(place, *words, fault=f"step=2;phase=evaluate;{full} phase=finish;once=struck;{full}")
     assert ended.code == 65
     said = ended.stdout.replace("\n", "")
+    idle = r"without effect here: [^\n]*run\.eval_batches: 3 \(run\.eval_every is null"
+    assert len(re.findall(idle, ended.stdout)) == 1
     assert "bad: failed" in said
     assert "some/bad/train.jsonl:1: token id 99999" in said
     for name in ("scored", "written"):

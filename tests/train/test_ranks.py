@@ -311,6 +311,20 @@ def test_both_ranks_save_and_evaluate_when_the_clock_of_rank_0_says(
     assert evaluated == [0, *by_hand(45), 8] == [0, 6, 8]
 
 
+def test_a_run_that_goes_on_counts_wall_time_from_its_new_beginning(
+    workspace: Workspace, variants: dict[int, dict[str, Path]]
+) -> None:
+    """From step 3 on, by clocks that begin anew: the third step from there is the first of 30 minutes."""
+    timed, run = workspace.folder / "timed", workspace.folder / "timed-on"
+    shutil.copytree(timed / "checkpoints/step-000003", run / "checkpoints/step-000003")
+    (ended, _) = workspace.train_many({"on": [*TIMED, "run.dir=timed-on"]}, 2)
+    succeeded(ended["on"])
+    saved = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    assert saved == [3, 3 + by_hand(30)[0], 8] == [3, 6, 8]
+    assert [record["step"] for record in step_records(run)] == [4, 5, 6, 7, 8]
+    assert raw_tensors(run / "final") == raw_tensors(timed / "final")
+
+
 def test_fewer_bits_of_state_take_less_memory(variants: dict[int, dict[str, Path]]) -> None:
     def state(name: str) -> int:
         ledgers = [

@@ -34,7 +34,7 @@ def capacity_for(recipe: Recipe, node: Node, most: int) -> Capacity:
     low, best = 1, _planned(recipe, node, 1)
     require_fit(best, [node])
     high = most + 1
-    if not may_share(_single(recipe).model):
+    if not may_share(single_target(recipe).model):
         return Capacity(1, best)
     while high - low > 1:
         middle = (low + high) // 2
@@ -46,13 +46,14 @@ def capacity_for(recipe: Recipe, node: Node, most: int) -> Capacity:
     return Capacity(low, best)
 
 
-def _single(recipe: Recipe) -> Target:
+def single_target(recipe: Recipe) -> Target:
+    """The base with one daughter's adapter."""
     folder = recipe.model.path
     return share_target(SoloCommunicator("here"), recipe, read_config(folder))
 
 
 def _together(recipe: Recipe, count: int) -> tuple[Target, Present]:
-    target = _single(recipe)
+    target = single_target(recipe)
     present = put_together(target.model, count) if may_share(target.model) else Present([0])
     spec = describe(target.model, target.spec.config, target.spec.name, target.spec.dtype)
     return replace(target, spec=spec), present
@@ -88,7 +89,7 @@ def train_adapters(
         trainer.prepare(packing=recipe.data.packing)
         adapters = MultiAdapterSteps(trainer, present, recipe.optimizer.clip_norm, recipe.run.seed)
         base = sampled_digest(recipe.model.path)
-        jobs = Daughters(recipe, people, node, capacity, _single(recipe), base, adapters, tell)
+        jobs = Daughters(recipe, people, node, capacity, single_target(recipe), base, adapters, tell)
         return jobs.run(list(names))
 
 

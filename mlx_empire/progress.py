@@ -132,6 +132,11 @@ def tell_failure(code: int, message: str, rank: int | None = None, host: str | N
     tell("failure", code=code, message=message, **elsewhere)
 
 
+def tell_notice(kind: str, message: str) -> None:
+    """What the recipe's owner may want to hear wherever they are; `kind` as in `recipe.notices`."""
+    tell("notice", kind=kind, message=message)
+
+
 def _tell_place(thread: str, phase: str, step: int) -> None:
     """Tell that a thread begins `phase` in `step`, if it is not where it was."""
     if _told.get(thread) != (phase, step):

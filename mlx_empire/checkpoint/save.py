@@ -204,6 +204,8 @@ class Saver:
             newest = f"the newest is {step_name(self.newest)}" if self.newest else "there is none yet"
             problem = f"{name} could not be saved, training goes on; {newest}: {error}"
             self._news.append(f"WARNING: {problem}{_after(commit.notes)}")
+            if self._main.rank == 0:
+                progress.tell_notice("disk", str(problem))
         except BaseException as error:
             self._broken = error
             raise

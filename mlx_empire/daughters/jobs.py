@@ -17,6 +17,7 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import one_line
 
 WAITING, TRAINING, DONE, BEFORE, FAILED, LOST = "waiting", "training", "done", "done before", "failed", "lost"
+CHANGED = "changed"  # finished before, by another recipe or on other rows
 FINISHED = (DONE, BEFORE)
 MARK = "@daughter "  # begins a worker's line about one
 MOST_PEOPLE = 100_000

@@ -36,7 +36,7 @@ def capacity_for(recipe: Recipe, node: Node, most: int) -> Capacity:
     low, best = 1, _planned(recipe, node, 1)
     require_fit(best, [node])
     high = most + 1
-    if not may_share(_single(recipe).model):
+    if not may_share(single_target(recipe).model):
         return Capacity(1, best)
     while high - low > 1:
         middle = (low + high) // 2
@@ -50,10 +50,11 @@ def capacity_for(recipe: Recipe, node: Node, most: int) -> Capacity:
 
 def idle_keys(recipe: Recipe) -> list[str]:
     """What there is to say of keys without effect; each daughter is one machine's."""
-    return without_effect(recipe, _single(recipe).spec.trained_dtypes, ranks=1)
+    return without_effect(recipe, single_target(recipe).spec.trained_dtypes, ranks=1)
 
 
-def _single(recipe: Recipe) -> Target:
+def single_target(recipe: Recipe) -> Target:
+    """The base with one daughter's adapter."""
     folder = recipe.model.path
     with naming_the_fetch(recipe):
         config = read_config(folder)
@@ -61,7 +62,7 @@ def _single(recipe: Recipe) -> Target:
 
 
 def _together(recipe: Recipe, count: int) -> tuple[Target, Present]:
-    target = _single(recipe)
+    target = single_target(recipe)
     present = put_together(target.model, count) if may_share(target.model) else Present([0])
     spec = describe(target.model, target.spec.config, target.spec.name, target.spec.dtype)
     return replace(target, spec=spec), present
@@ -97,7 +98,7 @@ def train_adapters(
         trainer.prepare(packing=recipe.data.packing)
         adapters = MultiAdapterSteps(trainer, present, recipe.optimizer.clip_norm, recipe.run.seed)
         base = sampled_digest(recipe.model.path)
-        jobs = Daughters(recipe, people, node, capacity, _single(recipe), base, adapters, tell)
+        jobs = Daughters(recipe, people, node, capacity, single_target(recipe), base, adapters, tell)
         return jobs.run(list(names))
 
 

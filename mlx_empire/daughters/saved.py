@@ -32,6 +32,7 @@ from mlx_empire.model.lora import own_name
 
 FILE_NAME, DRAFT_NAME = "unfinished.safetensors", ".unfinished.partial"
 FORMAT = "mlx_empire unfinished 1"
+COMPLETE = "COMPLETE"
 KEPT_FILES = ("metrics.jsonl", FILE_NAME)  # of a daughter that goes on
 OWN_FILES = (
     *KEPT_FILES,
@@ -39,6 +40,7 @@ OWN_FILES = (
     "recipe.yaml",
     "plan.json",
     "metrics.tmp",  # a draft of an earlier version
+    COMPLETE,
     *map(draft_of, ("metrics.jsonl", "recipe.yaml", "plan.json", "COMPLETE")),
     "final",
     ".final.partial",
@@ -168,6 +170,7 @@ def clear(folder: Path, *, goes_on: bool) -> None:
     for path in folder.iterdir():
         if path.name not in OWN_FILES:
             raise UserError(f"{path}: mlx_empire did not write this; move it away")
+    remove(folder / COMPLETE)  # first: what lies there is no result from now on
     unseal(folder / "final")
     for path in folder.iterdir():
         if not (goes_on and path.name in KEPT_FILES):

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mlx_empire.daughters.jobs import BEFORE, DONE, FAILED, LOST, TRAINING, WAITING, Jobs, JobState
+from mlx_empire.daughters.jobs import BEFORE, CHANGED, DONE, FAILED, LOST, TRAINING, WAITING, Jobs, JobState
 from mlx_empire.report.text import duration, number, terminal_size
 
 COLOURS = {
@@ -20,9 +20,10 @@ COLOURS = {
     TRAINING: "cyan",
     WAITING: "dim",
     FAILED: "bold red",
+    CHANGED: "yellow",
     LOST: "red",
 }
-ORDER = (TRAINING, FAILED, LOST, DONE, BEFORE, WAITING)
+ORDER = (TRAINING, FAILED, LOST, CHANGED, DONE, BEFORE, WAITING)
 REFRESHES = 4  # a second
 
 

@@ -21,8 +21,10 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import arm_faults, guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.daughters import machine
+from mlx_empire.daughters.changed import changed
 from mlx_empire.daughters.jobs import (
     BEFORE,
+    CHANGED,
     WAITING,
     Jobs,
     JobState,
@@ -37,6 +39,7 @@ from mlx_empire.daughters.many import place_of
 from mlx_empire.daughters.table import DaughterTable
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_nodes, share_recipe
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.lock import RunLock
@@ -67,10 +70,14 @@ def oversee(
     machine.refuse_unbuilt(recipe)
     names = people_of(people)
     hosts = hosts or recipe.run.hosts
-    jobs = Jobs({n: JobState(n, state=BEFORE if is_finished(recipe, n) else WAITING) for n in names})
-    if jobs.finished == len(names):
-        print(f"all {len(names)} daughters in {recipe.run.dir} are finished")
-        return 0
+    other = changed(recipe, people, names)
+    anew = recipe.run.resume == "never"
+    jobs = Jobs({n: _state(n, is_finished(recipe, n), other.get(n), anew=anew) for n in names})
+    if not any(state.state == WAITING for state in jobs.states.values()):
+        if other:
+            with DaughterTable(jobs) as update:
+                update()
+        return _over(recipe, jobs)
     cluster = load_hostfile(hosts) if hosts is not None else None
     alone = cluster is None or sum(host.slots for host in cluster.nodes) == 1
     line = [sys.executable, "-u", "-m", "mlx_empire.daughters", *words, "--work"]
@@ -85,12 +92,29 @@ def oversee(
         if lock.note:
             print(lock.note)
         code = _listen(line, jobs, update)
-    print(f"{jobs.finished} of {len(names)} daughters are in {recipe.run.dir}")
-    if finished := [name for name in names if is_finished(recipe, name)]:
+    over = _over(recipe, jobs)
+    return code or over
+
+
+def _state(name: str, finished: bool, other: str | None, *, anew: bool) -> JobState:
+    """Where a daughter stands before anything is started; `other`: what has changed since it was finished."""
+    if not finished or (other and anew):
+        return JobState(name)
+    return JobState(name, state=CHANGED, note=other) if other else JobState(name, state=BEFORE)
+
+
+def _over(recipe: Recipe, jobs: Jobs) -> int:
+    """Say how many daughters there are, what to do about changed ones, and what comes next; the exit code."""
+    left = [name for name, state in jobs.states.items() if state.state == CHANGED]
+    print(f"{jobs.finished} of {len(jobs.states)} daughters are in {recipe.run.dir}")
+    if left:
+        print(
+            f"{', '.join(left)}: changed since they were finished, and left as they are: run.resume=never trains them "
+            "anew and replaces their final/; run.accept_changes=[data.path] (or another key) keeps them"
+        )
+    if finished := [name for name in jobs.states if is_finished(recipe, name)]:
         print(*next_of_many(recipe, finished[0]), sep="\n")
-    if code == 0 and jobs.finished < len(names):
-        return SOME_FAILED
-    return code
+    return SOME_FAILED if jobs.finished < len(jobs.states) else 0
 
 
 def _listen(line: Sequence[str], jobs: Jobs, update: Callable[[], None]) -> int:
@@ -134,6 +158,8 @@ def work(
         names = people_of(people)
         machine.refuse_unbuilt(recipe)
         done = {name for name in names if is_finished(recipe, name)}
+        if recipe.run.resume == "never":
+            done -= set(changed(recipe, people, names))
     for other in comm.gather_json(sorted(done)):
         done |= set(other)
     left = [name for name in names if name not in done]

@@ -31,7 +31,8 @@ from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UserArguments, UserError
 from mlx_empire.launch import detached
 from mlx_empire.launch.machines import memory_of, probe_with
-from mlx_empire.launch.process import GRACE_SECONDS, Asked
+from mlx_empire.launch.notices import Notifier
+from mlx_empire.launch.process import GRACE_SECONDS, Asked, say
 from mlx_empire.launch.supervisor import PAUSE_SECONDS, Supervisor
 from mlx_empire.recipe.arguments import RecipeArguments
 from mlx_empire.recipe.load import load_recipe
@@ -139,7 +140,8 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
     resume = (
         f"cd {shlex.quote(os.getcwd())} && {printed([sys.executable, '-m', 'mlx_empire.launch', *words])}"
     )
-    with folder, listening(asked):
+    title = recipe.run.dir.absolute().name
+    with folder, listening(asked), Notifier(recipe.report.notify, os.environ, title, say) as notices:
         return Supervisor(
             launch,
             folder,
@@ -151,6 +153,7 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
             memory_of(cluster, environment),
             options.grace,
             options.pause,
+            notify=notices.send,
         ).run()
 
 

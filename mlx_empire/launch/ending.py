@@ -51,7 +51,7 @@ class Failure:
 @dataclass
 class Events:
     """One launch so far. `places`: (phase, step) by rank and thread; `pids`: on each rank's machine; `told`: exit codes
-    that all ranks agreed on."""
+    that all ranks agreed on; `notices`: (kind, sentence) for the owner that nobody has sent yet."""
 
     places: dict[int, dict[str, tuple[str, int]]] = field(default_factory=dict)
     hosts: dict[int, str] = field(default_factory=dict)
@@ -59,6 +59,7 @@ class Events:
     failures: list[Failure] = field(default_factory=list)
     exits: list[RankExit] = field(default_factory=list)
     told: list[int] = field(default_factory=list)
+    notices: list[tuple[str, str]] = field(default_factory=list)
 
     def note(self, event: dict[str, Any]) -> None:
         """A rank's line. KeyError, TypeError or ValueError for one that is not what a rank sends."""
@@ -75,6 +76,8 @@ class Events:
                 self.failures.append(Failure(int(event["code"]), str(event["message"]), rank, host))
             case "exit":
                 self.told.append(int(event["code"]))
+            case "notice":
+                self.notices.append((str(event["kind"]), str(event["message"])))
 
     @property
     def failing(self) -> bool:

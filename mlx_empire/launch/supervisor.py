@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from mlx_empire.errors import GPU_OUT_OF_MEMORY, DoesNotFitError, LostRankError
 from mlx_empire.launch.ending import LOST, Ending, Events, ending_of
 from mlx_empire.launch.machines import Memory, NothingWired, Probe, away, wait_until_free, without
+from mlx_empire.launch.notices import StallWatch
 from mlx_empire.launch.process import GRACE_SECONDS, Asked, LaunchProcess, say
 from mlx_empire.run.launched import LaunchState, RunFolder
 from mlx_empire.run.mpirun import Launch, mpirun_line, printed
@@ -41,6 +42,7 @@ class Supervisor:
     grace: float = GRACE_SECONDS
     pause: float = PAUSE_SECONDS
     say: Callable[[str], None] = say
+    notify: Callable[[str, str], None] = lambda kind, sentence: None
     state: LaunchState = field(default_factory=LaunchState)
 
     def run(self) -> int:
@@ -81,14 +83,19 @@ class Supervisor:
             committed = self.folder.committed
             begin = "from the beginning" if committed is None else f"from the checkpoint of step {committed}"
             self.say(f"restart {self.state.restarts} of {self.budget}, {begin}")
+            self.notify(
+                "restart", f"{ending.sentence}; restart {self.state.restarts} of {self.budget}, {begin}"
+            )
 
     def _once(self, launch: Launch) -> tuple[Ending, Events]:
         line = mpirun_line(launch, self.environment)
         self.say(printed(line))
         self.state.machines = [host.name for host in launch.cluster.nodes]
         self._note(STARTING)  # nothing is written at first: the run makes its folder when it may begin
+        self._stalls = StallWatch()
         launched = LaunchProcess(line, self.environment, self.asked, self._tick, self.grace)
         code = launched.run()
+        self._pass_on(launched.events)
         ending = ending_of(launched.events, code, self.folder.complete, self._stopped())
         return ending, launched.events
 
@@ -108,6 +115,15 @@ class Supervisor:
             if self.state.failures:
                 self.state.failures[-1]["again"] = time.time()
             self._note("training")
+        self._pass_on(events)
+        stalled = self._stalls.stalled(events, time.monotonic())
+        if stalled:
+            self.notify("stalled", stalled)
+
+    def _pass_on(self, events: Events) -> None:
+        """Send what ranks want the owner to hear."""
+        while events.notices:
+            self.notify(*events.notices.pop(0))
 
     def _stopped(self) -> bool:
         return self.asked.times > 0
@@ -183,5 +199,12 @@ class Supervisor:
             self.say(f"{ending.cause}; there is {self._saved()}; to go on: {self.resume}")
         elif ending.code not in (0, LOST, *REPORTED):
             self.say(f"ended with exit code {ending.code}: {ending.sentence}")
+        if ending.kind in ("complete", "stopped"):
+            self.notify("end", f"{ending.cause}, exit code {ending.code}; there is {self._saved()}")
+        else:
+            self.notify(
+                "failure",
+                f"{ending.sentence}; exit code {ending.code}; there is {self._saved()}; to go on: {self.resume}",
+            )
         self._note(ending.kind, ending.code)
         return ending.code

@@ -20,6 +20,7 @@ from mlx_empire.recipe.fields import (
     step_as_text,
     true_or_false,
 )
+from mlx_empire.recipe.notices import NOTIFY, Notify
 
 SHORT_ROW = 256  # positions: in rows up to here numerics.attention decides nothing
 
@@ -99,6 +100,11 @@ class ReportSection(Section):
         title="How often a step is told in a line, where it is not redrawn; metrics.jsonl has every step.",
         default=None,
         description=f"a duration above 0: {OFTEN}; or null (every step)",
+    )
+    notify: Notify | None = Field(
+        title="Where the launcher posts a sentence when a run ends, fails, restarts, stalls or meets its gate.",
+        default=None,
+        description=NOTIFY,
     )
 
 

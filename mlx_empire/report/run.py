@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
 
+from mlx_empire import progress
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.model.spec import ModelSpec
@@ -94,9 +95,9 @@ class RunReport:
         self._metrics.write(record)
         if self._metrics.waiting and not self._told_full:
             self._told_full = True
-            self.message(
-                f"WARNING: {self._metrics.path}: the disk is full; records wait in memory until it is not"
-            )
+            full = f"{self._metrics.path}: the disk is full; records wait in memory until it is not"
+            self.message(f"WARNING: {full}")
+            self.notify("disk", full)
         if self._tensorboard is not None and not self._metrics.waiting:  # its thread dies of a full disk
             write = self._tensorboard.evaluation if "eval_loss" in record else self._tensorboard.step
             write(record)
@@ -110,6 +111,11 @@ class RunReport:
         """Several lines for the user, from rank 0."""
         for text in texts:
             self.message(text)
+
+    def notify(self, kind: str, sentence: str) -> None:
+        """A notice for whoever is elsewhere (`report.notify`), which the launcher sends; from rank 0."""
+        if self._display is not None:
+            progress.tell_notice(kind, sentence)
 
     def show_status(self, status: Callable[[], str | None]) -> None:
         """Have the live display show what `status` says, such as how far a save is."""

@@ -214,6 +214,8 @@ class Patience:
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             while not self._try_again(found.needed, until):
                 if time.monotonic() - told >= LONGEST_PAUSE_SECONDS:
+                    if told < 0:  # once is enough for whoever is elsewhere
+                        self.report.notify("disk", self._waiting(found))
                     told = time.monotonic()
                     self.report.message(self._waiting(found))
                 for _ in range(SIGNS_OF_LIFE):

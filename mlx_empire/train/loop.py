@@ -180,6 +180,8 @@ def carry_out(
             report.show_status(lambda: saver.status)
             idle = without_effect(recipe, target.spec.trained_dtypes, comm.size)
             report.messages([*guards.notes, *short, *splits.report, *idle, *start.told(started_over)])
+            if recipe.report.notify is not None and not progress.launched():
+                report.message("report.notify: mlx_empire.launch sends notices, and did not start this run")
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
             run = Run(comm, recipe, plan, nodes, target, trainer, job, splits, evaluator, report, saver, stop)
@@ -262,6 +264,7 @@ def take_step(run: Run, step: int) -> float:
     report.step(line, sum(moved.sent), sum(moved.received))
     if taken.note:
         report.message(taken.note)
+        report.notify("spike", taken.note)
     if taken.go_back:
         report.message(go_back(comm, run.recipe, trainer, run.saver))
     return float(line["time"])
@@ -305,7 +308,8 @@ def evaluate(run: Run, step: int, gate: GateKeeper) -> None:
     if run.evaluator is not None:
         found["scores"] = run.evaluator.scores(run.trainer, comm, most)
     run.report.evaluation(found)
-    gate.observe(found)
+    if gate.observe(found):
+        run.report.notify("gate", gate.sentence())
 
 
 def write_result(run: Run, step: int, gate: GateKeeper) -> None:

@@ -1,8 +1,8 @@
 """Stands in for mpirun: does what a script in the folder says, one line a launch.
 
-`save 3`: commit the checkpoint of step 3. `place RANK PHASE STEP`, `fail CODE MESSAGE`, `die RANK SIGNAL` say what
-ranks and mpirun say. `complete`, `exit N`, `sleep SECONDS`; `wait`: for SIGUSR1, then tell 143; `ignore`: signals.
-Separated by semicolons.
+`save 3`: commit the checkpoint of step 3. `place RANK PHASE STEP`, `fail CODE MESSAGE`, `notice KIND MESSAGE` and
+`die RANK SIGNAL` say what ranks and mpirun say. `complete`, `exit N`, `sleep SECONDS`; `wait`: for SIGUSR1, then tell
+143; `ignore`: signals. Separated by semicolons.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def main(run: Path) -> None:
                 )
             case "fail":
                 tell(event="failure", code=int(words[0]), message=" ".join(words[1:]))
+            case "notice":
+                tell(event="notice", kind=words[0], message=" ".join(words[1:]))
             case "die":
                 said = f"prterun noticed that process rank {words[0]} with PID 7 on node king exited on"
                 print(DASHES, said, f"signal {words[1]} (x).", DASHES, sep="\n", file=sys.stderr, flush=True)

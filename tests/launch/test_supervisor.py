@@ -32,6 +32,7 @@ class Scene:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.run = folder, folder / "run"
         self.said: list[str] = []
+        self.notices: list[tuple[str, str]] = []
         self.launched: list[Launch] = []
         self.asked = Asked()
         (folder / "hosts.txt").write_text(HOSTS)
@@ -69,6 +70,7 @@ class Scene:
                 grace,
                 0.0,
                 self.said.append,
+                lambda kind, sentence: self.notices.append((kind, sentence)),
             ).run()
 
     @property
@@ -238,3 +240,24 @@ def test_a_gpu_that_runs_out_of_memory_again_does_not_fit(scene: Scene) -> None:
     assert len(scene.launched) == 3
     assert scene.report.count("the run failed") == 3
     assert scene.state["code"] == 3
+
+
+def test_the_owner_hears_of_what_ranks_say_of_the_restart_and_of_the_end(scene: Scene) -> None:
+    assert scene.play([f"notice spike step 2: loss leaps; save 3; {KILLED}", "complete"]) == 0
+    assert [kind for kind, _ in scene.notices] == ["spike", "restart", "end"]
+    sentences = dict(scene.notices)
+    assert sentences["spike"] == "step 2: loss leaps"
+    assert sentences["restart"].startswith("rank 1 on king was killed by SIGKILL; restart 1 of 5")
+    assert "the checkpoint of step 3" in sentences["end"]
+
+
+def test_the_owner_hears_of_a_failure_once_and_how_to_go_on(scene: Scene) -> None:
+    assert scene.play(["fail 65 the loss is not finite; exit 65"]) == 65
+    ((kind, sentence),) = scene.notices
+    assert kind == "failure"
+    assert "the loss is not finite; exit code 65; there is no checkpoint" in sentence
+    assert sentence.endswith("to go on: the same command again")
+
+
+def test_a_kind_of_notice_that_the_launcher_does_not_know_ends_nothing(scene: Scene) -> None:
+    assert scene.play(["notice newer something; complete"]) == 0

@@ -33,6 +33,8 @@ FORBIDDEN_MODULES = {
     ),  # listen, or unpickle what comes
     *("urllib.request", "http.client", "requests", "httpx", "ftplib", "telnetlib"),  # call out
 }
+# Who may call out, and by what: notices go where the recipe says, and nowhere else.
+ALLOWED = {"launch/notices.py": {"imports urllib.request"}}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "execfile"}
 FORBIDDEN_CALLS = {
     *("os.system", "os.popen", "os.startfile", "commands.getoutput", "subprocess.getoutput"),
@@ -114,7 +116,7 @@ def sins_of_call(node: ast.Call) -> Iterator[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_the_code_stays_within_bounds(file: Path) -> None:
-    assert list(sins(file.read_text())) == []
+    assert set(sins(file.read_text())) == ALLOWED.get(file.relative_to(PACKAGE).as_posix(), set())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, m
 from train.test_result import TRAIN, VALID
 
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.daughters.changed import changed
 from mlx_empire.daughters.machine import capacity_for
 from mlx_empire.daughters.saved import resume_point_of
 from mlx_empire.recipe.load import load_recipe
@@ -155,8 +157,62 @@ def test_given_again_it_does_nothing(place: Workspace, together: Outcome) -> Non
         if p.is_file() and p.name != "LOCK"
     }
     again = succeeded(run(place))
-    assert "all 4 daughters in runs are finished" in again.stdout
+    assert again.stdout.startswith("4 of 4 daughters are in runs\n")
     assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+
+
+@pytest.fixture
+def copied(place: Workspace, together: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The four finished daughters and their rows, for a test of its own, which runs in the folder."""
+    shutil.copytree(place.folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLX_EMPIRE_CACHE", str(tmp_path / "cache"))
+    return Workspace(tmp_path)
+
+
+def other_than_finished(*overrides: str) -> dict[str, str]:
+    return changed(load_recipe("recipe.yaml", list(overrides)), Path("people"), NAMES)
+
+
+def test_new_rows_of_a_finished_daughter_are_never_passed_off_as_done(copied: Workspace) -> None:
+    rows = copied.folder / "people" / "anna" / "train.jsonl"
+    before, was = rows.read_text(), raw_tensors(copied.folder / "runs" / "anna" / "final")
+    rows.write_text(before + before.splitlines()[0].replace("[", "[7, ", 1) + "\n")
+    told = run(copied)
+    assert told.code == 65
+    assert "anna: changed: people/anna holds other rows" in told.stdout
+    assert "3 of 4 daughters are in runs" in told.stdout
+    assert "run.resume=never trains them anew" in told.stdout
+    assert raw_tensors(copied.folder / "runs" / "anna" / "final") == was
+    assert run(copied, "run.accept_changes=[data.path]").code == 0
+
+    # On demand it is trained anew, it alone, and is what it would have been from the start.
+    assert worker(copied, "run.resume=never").code == 0
+    now = raw_tensors(copied.folder / "runs" / "anna" / "final")
+    assert now != was
+    assert other_than_finished() == {}
+    shutil.rmtree(copied.folder / "runs")
+    for name in NAMES[1:]:
+        shutil.rmtree(copied.folder / "people" / name)
+    assert worker(copied).code == 0
+    assert raw_tensors(copied.folder / "runs" / "anna" / "final") == now
+    assert len(curve(copied.folder / "runs" / "anna")) == 6
+
+
+def test_what_makes_a_finished_daughter_a_changed_one(copied: Workspace) -> None:
+    assert other_than_finished() == {}
+    assert set(other_than_finished("tuning.rank=8").values()) == {"tuning.rank: 4 -> 8"}
+    assert set(other_than_finished("run.steps=7").values()) == {"run.steps: 6 -> 7"}
+    assert other_than_finished("tuning.rank=8", "run.accept_changes=[tuning.rank]") == {}
+    assert other_than_finished("run.save_every=1", "report.progress=never", "memory.zero_stage=2") == {}
+    # The same rows spelled in another way are the same; rows that are gone are no new ones.
+    rows = copied.folder / "people" / "bert" / "train.jsonl"
+    rows.write_text(rows.read_text().replace(", ", ",  "))
+    (copied.folder / "people" / "carl" / "train.jsonl").unlink()
+    (copied.folder / "people" / "eva").mkdir()
+    assert other_than_finished() == {}
+    rows.write_text("\n".join(rows.read_text().splitlines()[1:]) + "\n")
+    assert other_than_finished() == {"bert": "people/bert holds other rows"}
 
 
 def test_a_kill_loses_no_finished_daughter_and_repeats_none(

@@ -139,18 +139,21 @@ class GradientStore:
         views = [host_view(t) for t in totals]
         flags = self._layout.contributes(round_index)
         name = "reduce", index
-        job = self._thread.submit(self._reduce_scatter, index, pieces, views, flags, name=name)
+        fresh = round_index == 0
+        job = self._thread.submit(self._reduce_scatter, index, pieces, views, flags, fresh, name=name)
         self._in_flight.append(job)
 
     def _reduce_scatter(
-        self, index: int, pieces: list[Pieces], totals: list[np.ndarray], flags: list[bool]
+        self, index: int, pieces: list[Pieces], totals: list[np.ndarray], flags: list[bool], fresh: bool
     ) -> None:
-        """On the communication thread: each segment's contributions to their owners' totals."""
+        """On the communication thread: each segment's contributions to their owners' totals. These are `fresh` in the
+        first round: nobody has filled them with zeros."""
         progress.reach("reduce")
         for segment, piece, total in zip(self._trained(index), pieces, totals, strict=True):
             a, b = segment.interval(self._comm.rank)
             own = total[a:b] if self._plan.zero_stage == 0 else total
-            self._comm.reduce_scatter(piece, segment.edges, own, flags, cast(Wire, segment.dtype))
+            wire = cast(Wire, segment.dtype)
+            self._comm.reduce_scatter(piece, segment.edges, own, flags, wire, fresh=fresh)
 
     def replicate(self, index: int) -> None:
         """Begin to give unit `index`'s complete totals to every rank (stage 0)."""
@@ -181,8 +184,6 @@ class GradientStore:
         if index not in self.totals:
             spans = [self._plan.state_interval(s, self._comm.rank) for s in self._trained(index)]
             self.totals[index] = empty_rows([(b - a, "float32") for a, b in spans])
-            for total in self.totals[index]:
-                host_view(total)[:] = 0
         return self.totals[index]
 
     def _suspect(self, suspects: set[str], index: int, cell: MicroBatchSum) -> None:

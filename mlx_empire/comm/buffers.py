@@ -1,8 +1,8 @@
 """Flat buffers: evaluated MLX arrays seen as numpy arrays without copying, and a reduce-scatter's arithmetic on them.
 
 Views are the form in which bytes cross the network. numpy has no bfloat16, so those are seen as uint16. The views are
-writable: MPI receives straight into MLX memory. They must be made on the main thread (MLX streams belong to threads)
-and may be used anywhere.
+writable: MPI receives straight into MLX memory. Of what is being evaluated any one thread may make them, which waits
+for it; what nobody has asked for yet is evaluated by the main thread (MLX streams belong to threads).
 
 The arithmetic (packing and fp32 additions over buffers with gaps) decides the order of additions within an element
 (that of the ranks) and nothing else; no communication here.
@@ -11,7 +11,7 @@ The arithmetic (packing and fp32 additions over buffers with gaps) decides the o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,23 +30,25 @@ DTYPES = {
 }
 
 
-def empty_rows(wanted: Sequence[tuple[int, str]]) -> list[mx.array]:
+def empty_rows(
+    wanted: Sequence[tuple[int, str]], evaluate: Callable[[list[mx.array]], None] = mx.eval
+) -> list[mx.array]:
     """For each (elements, dtype) an uninitialised buffer of shape (elements / 64, 64), evaluated together.
 
     Rows, so that no dimension passes 32 bits.
     """
     buffers = [mx.empty((elements // BLOCK, BLOCK), DTYPES[dtype]) for elements, dtype in wanted]
-    mx.eval(buffers)
+    evaluate(buffers)
     return buffers
 
 
 def host_view(array: mx.array) -> np.ndarray:
-    """The flat numpy view of a contiguous array's memory; bfloat16 is seen as uint16. Evaluates the array.
+    """The flat numpy view of a contiguous array's memory; bfloat16 is seen as uint16. Evaluates the array,
+    or waits for its evaluation.
 
     No node is added to a graph, so an array that is evaluated costs no evaluation. BufferError for one whose elements
     do not follow one another.
     """
-    mx.eval(array)
     if array.dtype != mx.bfloat16:
         return np.array(array, copy=False).reshape(-1)
     memory: Any = array  # numpy does not know bfloat16: it is given the bytes, through the buffer protocol

@@ -83,13 +83,13 @@ class Passes:
         # They depend on the shape alone (checked before training): micro-batches of one shape share them.
         arguments = self._shapes.setdefault(tuple(inputs.shape), arguments)
         documents = None if micro.documents is None else mx.array(micro.documents)
-        mx.eval(inputs, targets, mask, hidden, documents)
+        self._store.evaluate(hidden, documents)
         return Running(position, (inputs, targets, mask), arguments, documents, hidden)
 
     def forward(self, layer: int, r: Running, *, keep_input: bool) -> None:
         """Run a layer; its input is kept where the backward will come back to it."""
         output = self._layer(layer, r.hidden, r)
-        mx.eval(output)
+        self._store.evaluate(output)
         if keep_input:
             r.inputs[layer] = r.hidden
         r.hidden = output

@@ -38,7 +38,7 @@ from mlx_empire.engine.numerics import GradientError, bad_totals
 from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.optim.norm import NormLayout, NormPartials, block_sums, clip_scale
+from mlx_empire.optim.norm import NormLayout, NormPartials, clip_scale, joined, piece_sums
 from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars, decays
 from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, Unit
 
@@ -115,7 +115,7 @@ class Updater:
         elements = 0
         for chunk in chunks:
             if waiting and elements + chunk.spec.rows * BLOCK > SHARED_ELEMENTS:
-                mx.eval([(c.weights, c.state) for c in waiting])
+                self._store.evaluate([(c.weights, c.state) for c in waiting])
                 waiting, elements = [], 0
             a = chunk.spec.start_row - first
             gradient = total[a : a + chunk.spec.rows]
@@ -128,7 +128,7 @@ class Updater:
             )
             waiting.append(chunk)
             elements += chunk.spec.rows * BLOCK
-        mx.eval([(c.weights, c.state) for c in waiting])
+        self._store.evaluate([(c.weights, c.state) for c in waiting])
 
     def norm(self) -> float:
         """The norm of all gradients: every rank counts its own interval, also where it holds more. Collective.
@@ -142,14 +142,19 @@ class Updater:
         """The norm over the trained segments of `units`, which are those of `layout`. As `norm`."""
         partials = NormPartials(layout, self._comm.rank)
         segments: list[tuple[int, int]] = []  # unit, and which of its totals
+        pieces: list[list[mx.array]] = []  # of their sums
         for unit in units:
             totals, first = self._sums.totals.get(unit.index, []), len(segments)
             segments += [(unit.index, s) for s in range(len(totals))]
             if self._store.plan.zero_stage == 0:
                 spans = [layout.interval(first + s, self._comm.rank) for s in range(len(totals))]
                 totals = [total[a:b] for total, (a, b) in zip(totals, spans, strict=True)]
-            for s, sums in enumerate(block_sums(*totals)):
-                partials.add(first + s, sums)
+            own = [piece_sums(total) for total in totals]
+            self._store.evaluate(own)
+            pieces += own
+        mx.eval(pieces)
+        for s, parts in enumerate(pieces):
+            partials.add(s, joined(parts))
         sums, blocks = partials.packed()
         packed = list(zip(self._comm.gather_arrays(sums), self._comm.gather_arrays(blocks), strict=True))
         norm = layout.combine(packed)

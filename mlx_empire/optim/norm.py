@@ -39,13 +39,20 @@ class GradientNorm:
 
 def block_sums(*gradients: mx.array) -> list[np.ndarray]:
     """For each of `gradients` (rows, 64), float32 or bfloat16: float32 (rows,), the sums of squares of its rows."""
-    pieces = [
-        [_piece_sums(gradient[row : row + _PIECE_ROWS]) for row in range(0, gradient.shape[0], _PIECE_ROWS)]
-        for gradient in gradients
-    ]
+    pieces = [piece_sums(gradient) for gradient in gradients]
     mx.eval(pieces)
-    nothing = np.zeros(0, np.float32)
-    return [np.concatenate([nothing, *(np.array(p, copy=False)[:, 0] for p in own)]) for own in pieces]
+    return [joined(own) for own in pieces]
+
+
+def piece_sums(gradient: mx.array) -> list[mx.array]:
+    """The same of one gradient, lazily and in pieces (rows, 1); `joined` puts them together once they are evaluated."""
+    rows = range(0, gradient.shape[0], _PIECE_ROWS)
+    return [_piece_sums(gradient[row : row + _PIECE_ROWS]) for row in rows]
+
+
+def joined(pieces: Sequence[mx.array]) -> np.ndarray:
+    """The block sums of one gradient as one array (rows,)."""
+    return np.concatenate([np.zeros(0, np.float32), *(np.array(p, copy=False)[:, 0] for p in pieces)])
 
 
 def clip_scale(norm: float, clip_norm: float | None) -> float:

@@ -1,5 +1,5 @@
 """Started under the watch: evaluations with work and stops of the main thread in the second step of SmolLM2's kind of
-model, small, in bfloat16; as JSON, a line for each (layers, micro-batches, stage)."""
+model, small, in bfloat16; as JSON, a line for each (layers, micro-batches, stage, whether it runs ahead)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from mlx_empire.comm.thread import CommThread
 
 if __name__ == "__main__":
     with CommThread() as thread:
-        for layers, micro_batches, stage in json.loads(sys.argv[1]):
+        for layers, micro_batches, stage, run_ahead in json.loads(sys.argv[1]):
             case = Case(
                 tied=True,
                 dtype="bfloat16",
                 state_bits=8,
                 stage=stage,
                 micro_batches=micro_batches,
+                run_ahead=run_ahead,
                 config={"num_hidden_layers": layers},
             )
             trainer = trainer_of(case, SoloCommunicator("here"), thread)
@@ -28,7 +29,9 @@ if __name__ == "__main__":
                 batches, before = batches_of(case, step), evaluations()
                 own = own_batches(trainer, batches, 0)
                 trainer.train_step(own, counted_tokens(batches), step + 1, case.learning_rate)
-                blocking, asynchronous, stops = (now - then for now, then in zip(evaluations(), before, strict=True))
+                blocking, asynchronous, stops = (
+                    now - then for now, then in zip(evaluations(), before, strict=True)
+                )
             chunks = sum(len(chunks) for unit in trainer.store.chunks for chunks in unit)
             found = {"evaluations": blocking + asynchronous, "stops": stops, "chunks": chunks}
-            print(json.dumps([[layers, micro_batches, stage], found]), flush=True)
+            print(json.dumps([[layers, micro_batches, stage, run_ahead], found]), flush=True)

@@ -59,6 +59,7 @@ class Case:
     release: bool = False
     steps: int = 1
     route: str = "auto"
+    run_ahead: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -107,7 +108,15 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
     shares = [case.shares[r % len(case.shares)] for r in range(comm.size)]
     layout = cell_layout(case.micro_batches * case.rows, case.rows, case.cells, comm.size)
     work = Workload(
-        case.rows, case.width, layout, case.tail, case.gradient_dtype, case.route, 8192, case.release
+        case.rows,
+        case.width,
+        layout,
+        case.tail,
+        case.gradient_dtype,
+        case.route,
+        8192,
+        case.release,
+        run_ahead=case.run_ahead,
     )
     plan = make_plan(spec.units, shares, case.stage)
     optimizer = optimizer_of(case)

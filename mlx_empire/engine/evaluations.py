@@ -27,7 +27,7 @@ class Evaluations:
         if self.waits:
             mx.eval(*arrays)
         else:
-            mx.async_eval(*arrays)
+            mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
             self._outstanding = True
 
     def mark(self) -> mx.array | None:
@@ -38,7 +38,7 @@ class Evaluations:
         if not self._outstanding:
             return None
         mark = mx.zeros(1)
-        mx.async_eval(mark)
+        mx.async_eval(mark)  # type: ignore[no-untyped-call]
         return mark
 
     def finish(self) -> None:

@@ -290,6 +290,10 @@ class ShardStore:
         segments = self.plan.units[index].segments
         return [(s, p) for s, seg in enumerate(segments) if seg.kind != "frozen" for p in seg.placements]
 
+    def wait_for(self, mark: mx.array) -> None:
+        """Return when an array is there that was handed over; the communication thread waits for it."""
+        self._thread.wait(self._thread.submit(host_view, mark), "update")
+
     def _settle(self, index: int) -> None:
         pending = self._pending.pop(index, None)
         if pending is not None:

@@ -58,6 +58,7 @@ class Updater:
         self._store, self._sums, self._optimizer, self._comm = store, sums, optimizer, comm
         self._clip_norm, self.statistics = clip_norm, statistics
         self._scalars_of: Callable[[str], StepScalars] = _not_begun
+        self._handed_over: mx.array | None = None  # is there once the last unit's update is done
         self._layout = NormLayout.of(store.plan)
         self._decays = {
             name: decays(name, placement.tensor.shape)
@@ -92,7 +93,10 @@ class Updater:
         raise NotImplementedError("units are updated at the end of the step")
 
     def update(self, index: int) -> None:
-        """Update a unit from its totals, which go."""
+        """Update a unit from its totals, which go.
+
+        Running ahead, wait for the unit before, which holds its old state; where weights stay whole, `adopt` does.
+        """
         unit = self._store.plan.units[index]
         totals = self._sums.totals.pop(index)
         trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
@@ -100,6 +104,10 @@ class Updater:
         for s, total in zip(trained, totals, strict=True):
             chunks = self._store.chunks[index][s]
             self._update_segment(unit.segments[s], chunks, total, self._scalars_of)
+        if not self._store.keeps_whole:
+            before, self._handed_over = self._handed_over, self._store.evaluate.mark()
+            if before is not None:
+                self._store.wait_for(before)
 
     def _update_segment(
         self,

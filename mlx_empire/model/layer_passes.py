@@ -11,7 +11,7 @@ the summand is taken out of the graph again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,11 +34,15 @@ Body = Callable[..., list[mx.array]]
 
 @dataclass(frozen=True)
 class Pass:
-    """A graph, the arrays of it that are gradients, and how many outputs are evaluated before all others."""
+    """A graph, the arrays of it that are gradients, and how many outputs are evaluated before all others.
+
+    `flat`: by gradient its copy for the exchange, where it needs one and the pass makes it.
+    """
 
     graph: Graph
-    gradients: frozenset[int] = frozenset()
+    gradients: tuple[int, ...] = ()
     first: int = 0
+    flat: Mapping[int, int] = field(default_factory=dict)
 
 
 class LayerPasses:
@@ -95,8 +99,9 @@ class LayerPasses:
         """A layer's forward; the hidden state stays with the caller."""
         return Pass(self._graph([unit], [], [self._hidden], lambda x: [self._call(unit, x)]))
 
-    def backward(self, unit: int, *, adds: bool) -> Pass:
-        """A layer's vjp; `adds`: its gradients are added to sums in fp32 that are there."""
+    def backward(self, unit: int, *, adds: bool, flat: bool = False) -> Pass:
+        """A layer's vjp; `adds`: its gradients are added to sums in fp32 that are there; `flat`: rounded to the wire's
+        dtype and flat, too, as the exchange takes them."""
 
         def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
             def run(*arrays: mx.array) -> list[mx.array]:
@@ -107,7 +112,13 @@ class LayerPasses:
             trained, taps = self._primals([unit])
             primals = [*(self._bound[t.name] for t in trained), hidden, *taps]
             _, found = mx.vjp(run, primals, [cotangent])
-            return [found[len(trained)], *self._added(sums, [unit], trained, found)]
+            added = self._added(sums, [unit], trained, found)
+            wires = [(a, _wire(t)) for a, t in zip(added, self._trained([unit]), strict=True) if flat]
+            return [
+                found[len(trained)],
+                *added,
+                *(a.astype(w).flatten() for a, w in wires if _is_copied(a, w)),
+            ]
 
         return self._differentiated([unit], body, adds=adds)
 
@@ -141,8 +152,17 @@ class LayerPasses:
             with self._experts.standing_in():
                 self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
                 graph = self._experts.taken_out(self._graph(units, free, [], body))
-        gradients = graph.outputs[len(graph.outputs) - len(trained) :]
-        return Pass(graph, frozenset(gradients), first)
+        before = 1 + first
+        gradients, flat = (
+            graph.outputs[before : before + len(trained)],
+            graph.outputs[before + len(trained) :],
+        )
+        copied = [
+            a
+            for a, t in zip(gradients, trained, strict=True)
+            if len(t.shape) != 1 or graph.items[a] != _wire(t).size
+        ]
+        return Pass(graph, tuple(gradients), first, dict(zip(copied, flat, strict=bool(flat))))
 
     def _trained(self, units: Sequence[int]) -> list[TensorSpec]:
         """In the order in which the engine differentiates: by unit, segment by segment."""
@@ -225,6 +245,17 @@ class LayerPasses:
         if not isinstance(output, mx.array):
             raise NotTraceable(f"a layer returns {type(output).__name__}")
         return output
+
+
+def _wire(tensor: TensorSpec) -> mx.Dtype:
+    """The dtype in which a tensor's gradient is exchanged."""
+    found: mx.Dtype = mx.float32 if tensor.kind == "small" else getattr(mx, tensor.dtype)
+    return found
+
+
+def _is_copied(gradient: mx.array, wire: mx.Dtype) -> bool:
+    """Whether a gradient is another array once it is flat and in the wire's dtype."""
+    return gradient.ndim != 1 or gradient.dtype != wire
 
 
 def _place(layer: nn.Module, name: str) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ from mlx_empire.engine.numerics import GradientError, bad_totals
 from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.optim.norm import NormLayout, NormPartials, clip_scale, joined, piece_sums
+from mlx_empire.optim.norm import NormLayout, NormPartials, clip_scale, on_host, piece_sums
 from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars, decays
 from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, Unit
 
@@ -162,7 +162,7 @@ class Updater:
             pieces += own
         mx.eval(pieces)
         for s, parts in enumerate(pieces):
-            partials.add(s, joined(parts))
+            partials.add(s, on_host(parts))
         sums, blocks = partials.packed()
         packed = list(zip(self._comm.gather_arrays(sums), self._comm.gather_arrays(blocks), strict=True))
         norm = layout.combine(packed)

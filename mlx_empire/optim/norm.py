@@ -41,16 +41,16 @@ def block_sums(*gradients: mx.array) -> list[np.ndarray]:
     """For each of `gradients` (rows, 64), float32 or bfloat16: float32 (rows,), the sums of squares of its rows."""
     pieces = [piece_sums(gradient) for gradient in gradients]
     mx.eval(pieces)
-    return [joined(own) for own in pieces]
+    return [on_host(own) for own in pieces]
 
 
 def piece_sums(gradient: mx.array) -> list[mx.array]:
-    """The same of one gradient, lazily and in pieces (rows, 1); `joined` puts them together once they are evaluated."""
+    """The same of one gradient, lazily and in pieces (rows, 1); `on_host` puts them together once they are evaluated."""
     rows = range(0, gradient.shape[0], _PIECE_ROWS)
     return [_piece_sums(gradient[row : row + _PIECE_ROWS]) for row in rows]
 
 
-def joined(pieces: Sequence[mx.array]) -> np.ndarray:
+def on_host(pieces: Sequence[mx.array]) -> np.ndarray:
     """The block sums of one gradient as one array (rows,)."""
     return np.concatenate([np.zeros(0, np.float32), *(np.array(p, copy=False)[:, 0] for p in pieces)])
 

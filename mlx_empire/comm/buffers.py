@@ -1,8 +1,8 @@
 """Flat buffers: evaluated MLX arrays seen as numpy arrays without copying, and a reduce-scatter's arithmetic on them.
 
 Views are the form in which bytes cross the network. numpy has no bfloat16, so those are seen as uint16. The views are
-writable: MPI receives straight into MLX memory. They must be made on the main thread (MLX streams belong to threads)
-and may be used anywhere.
+writable: MPI receives straight into MLX memory. Of what is being evaluated any one thread may make them, which waits
+for it; what nobody has asked for yet is evaluated by the main thread (MLX streams belong to threads).
 
 The arithmetic (packing and fp32 additions over buffers with gaps) decides the order of additions within an element
 (that of the ranks) and nothing else; no communication here.
@@ -10,7 +10,9 @@ The arithmetic (packing and fp32 additions over buffers with gaps) decides the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +20,7 @@ import numpy as np
 
 from mlx_empire.comm.protocol import Array, Pieces, Wire
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.plan.traffic import ADDED_AT_ONCE
+from mlx_empire.plan.traffic import ADDED_AT_ONCE, ADDERS, SHARED_AMONG_THREADS
 
 DTYPES = {
     "bfloat16": mx.bfloat16,
@@ -29,23 +31,25 @@ DTYPES = {
 }
 
 
-def empty_rows(wanted: Sequence[tuple[int, str]]) -> list[mx.array]:
+def empty_rows(
+    wanted: Sequence[tuple[int, str]], evaluate: Callable[[list[mx.array]], None] = mx.eval
+) -> list[mx.array]:
     """For each (elements, dtype) an uninitialised buffer of shape (elements / 64, 64), evaluated together.
 
     Rows, so that no dimension passes 32 bits.
     """
     buffers = [mx.empty((elements // BLOCK, BLOCK), DTYPES[dtype]) for elements, dtype in wanted]
-    mx.eval(buffers)
+    evaluate(buffers)
     return buffers
 
 
 def host_view(array: mx.array) -> np.ndarray:
-    """The flat numpy view of a contiguous array's memory; bfloat16 is seen as uint16. Evaluates the array.
+    """The flat numpy view of a contiguous array's memory; bfloat16 is seen as uint16. Evaluates the array,
+    or waits for its evaluation.
 
     No node is added to a graph, so an array that is evaluated costs no evaluation. BufferError for one whose elements
     do not follow one another.
     """
-    mx.eval(array)
     if array.dtype != mx.bfloat16:
         return np.array(array, copy=False).reshape(-1)
     memory: Any = array  # numpy does not know bfloat16: it is given the bytes, through the buffer protocol
@@ -121,36 +125,72 @@ def copy_interval(pieces: Pieces, low: int, high: int, out: Array) -> Array:
 
 
 class Adder:
-    """Adds contributions to fp32 totals block by block; owns one block of scratch memory.
+    """Adds contributions to fp32 totals block by block; owns a block of scratch memory for each of its threads.
 
     bfloat16 is the upper half of a float32, so the conversion is a shift and exact; float16 converts
-    exactly too.
+    exactly too. Large totals are cut into runs for several threads (numpy lets the others run while it adds): which
+    thread adds an element changes nothing, for the order of additions is each element's own.
     """
 
-    def __init__(self) -> None:
-        self._bits = np.empty(ADDED_AT_ONCE, np.uint32)
+    def __init__(self, threads: int | None = None) -> None:
+        """`threads`: of large totals; all cores, up to `ADDERS`, if not given."""
+        self._threads = threads or min(os.cpu_count() or 1, ADDERS)
+        self._bits = [np.empty(ADDED_AT_ONCE, np.uint32)]
+        self._pool: ThreadPoolExecutor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self._bits.nbytes
+        return sum(bits.nbytes for bits in self._bits)
 
-    def add(self, total: Array, contributions: Sequence[Pieces], wire: Wire) -> None:
+    def add(self, total: Array, contributions: Sequence[Pieces], wire: Wire, *, fresh: bool = False) -> None:
         """total[i] += c[i] for each contribution c in order; total: float32, and pieces count from its
-        first element.
+        first element. `fresh`: total counts as zeros, whatever it holds.
 
         Overflow and NaN pass silently: whoever looks at the gradient's norm finds them.
         """
+        runs = self._threads if total.size >= SHARED_AMONG_THREADS else 1
+        blocks = -(-total.size // ADDED_AT_ONCE)
+        edges = [blocks * n // runs * ADDED_AT_ONCE for n in range(runs + 1)]
+        while len(self._bits) < runs:
+            self._bits.append(np.empty(ADDED_AT_ONCE, np.uint32))
+
+        def run(n: int) -> None:
+            starts = range(edges[n], min(edges[n + 1], total.size), ADDED_AT_ONCE)
+            self._add_blocks(starts, total, contributions, wire, fresh, self._bits[n])
+
+        if runs == 1:
+            return run(0)
+        self._pool = self._pool or ThreadPoolExecutor(self._threads - 1, "adder")
+        others = [self._pool.submit(run, n) for n in range(1, runs)]
+        run(0)
+        for other in others:
+            other.result()
+        return None
+
+    def _add_blocks(
+        self,
+        starts: range,
+        total: Array,
+        contributions: Sequence[Pieces],
+        wire: Wire,
+        fresh: bool,
+        bits: Array,
+    ) -> None:
+        """The blocks of `total` from `starts`: each is zeroed and added to while it is in the cache."""
         with np.errstate(all="ignore"):
-            for low in range(0, total.size, ADDED_AT_ONCE):
-                block = total[low : low + ADDED_AT_ONCE]
+            for low in starts:
+                block = total[low : min(low + ADDED_AT_ONCE, starts.stop)]
+                if fresh:
+                    block.fill(0)
                 for pieces in contributions:
                     for offset, part in overlaps(pieces, low, low + block.size):
-                        self._add_part(block[offset : offset + part.size], part, wire)
+                        target = block[offset : offset + part.size]
+                        np.add(target, _wide(part, bits) if wire == "bfloat16" else part, out=target)
 
-    def _add_part(self, target: Array, part: Array, wire: Wire) -> None:
-        if wire == "bfloat16":
-            bits = self._bits[: part.size]
-            bits[:] = part
-            np.left_shift(bits, 16, out=bits)
-            part = bits.view(np.float32)
-        np.add(target, part, out=target)
+
+def _wide(part: Array, bits: Array) -> Array:
+    """The float32 values of bfloat16 ones, in scratch memory."""
+    wide = bits[: part.size]
+    wide[:] = part
+    np.left_shift(wide, 16, out=wide)
+    return wide.view(np.float32)

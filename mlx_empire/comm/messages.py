@@ -142,7 +142,7 @@ class Staging:
 @dataclass
 class ReduceScatter:
     """The state of one reduce-scatter on one rank. `total` is the own interval, float32; `slots`: buckets in flight
-    from and for every peer."""
+    from and for every peer; `fresh`: the total counts as zeros."""
 
     rank: int
     contribution: Pieces
@@ -154,6 +154,7 @@ class ReduceScatter:
     staging: Staging
     adder: Adder
     slots: int = SLOTS
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         self.buckets = self._cut(self.rank)
@@ -176,7 +177,8 @@ class ReduceScatter:
             contributions = [
                 self._values(source, low, high) for source, flag in enumerate(self.contributes) if flag
             ]
-            self.adder.add(self.total[low - start : high - start], contributions, self.wire)
+            own = self.total[low - start : high - start]
+            self.adder.add(own, contributions, self.wire, fresh=self.fresh)
             self.added += 1
 
     def _values(self, source: int, low: int, high: int) -> Pieces:

@@ -121,6 +121,8 @@ class MpiCommunicator:
         total: Array | None,
         contributes: Sequence[bool],
         wire: Wire = "float32",
+        *,
+        fresh: bool = False,
     ) -> None:
         total = check_reduction(self.rank, contribution, edges, total, contributes, wire)
         reduction = ReduceScatter(
@@ -134,6 +136,7 @@ class MpiCommunicator:
             self._staging,
             self._adder,
             self._slots,
+            fresh,
         )
         self._data.run("reduce-scatter", REDUCE, reduction.streams())
         reduction.add_arrived()

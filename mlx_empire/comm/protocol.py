@@ -114,9 +114,11 @@ class Communicator(Protocol):
         total: Array | None,
         contributes: Sequence[bool],
         wire: Wire = "float32",
+        *,
+        fresh: bool = False,
     ) -> None:
         """total += contribution of rank 0, 1, .. N-1, one after the other in fp32, of the ranks that
-        contribute.
+        contribute. `fresh`: total counts as zeros, whatever it holds.
 
         contribution: this rank's whole flat buffer as pieces of the wire's dtype; ignored unless it
         contributes. total: float32, 1-D, of the length of the own interval; None stands for an empty

@@ -36,10 +36,11 @@ class SoloCommunicator:
         total: Array | None,
         contributes: Sequence[bool],
         wire: Wire = "float32",
+        *,
+        fresh: bool = False,
     ) -> None:
         total = check_reduction(0, contribution, edges, total, contributes, wire)
-        if contributes[0]:
-            self._adder.add(total, [contribution], wire)
+        self._adder.add(total, [contribution] if contributes[0] else [], wire, fresh=fresh)
 
     def scatter(self, source: Array | None, edges: Sequence[int], out: Array, root: int) -> None:
         assert source is not None, "the root needs a source"

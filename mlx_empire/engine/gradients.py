@@ -23,7 +23,7 @@ import numpy as np
 
 from mlx_empire import progress
 from mlx_empire.comm.buffers import DTYPES, empty_rows, host_view
-from mlx_empire.comm.protocol import Communicator, Pieces, Wire
+from mlx_empire.comm.protocol import Communicator, Wire
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.plan.shards import Segment
@@ -121,11 +121,15 @@ class GradientStore:
     def round_off(self, index: int, cell: MicroBatchSum) -> None:
         """Round a complete sum to the wire's dtype, in place: its arrays are then evaluated and flat.
 
-        One tensor at a time: vjp gives transposed gradients, so flat ones are copies.
+        One tensor at a time: vjp gives transposed gradients, so flat ones are copies. Running ahead, all at once.
         """
+        evaluate = self._store.evaluate
         for i, wire in enumerate(self._wires(index)):
             cell.arrays[i] = cell.arrays[i].astype(wire).flatten()
-            mx.eval(cell.arrays[i])
+            if evaluate.waits:
+                evaluate(cell.arrays[i])
+        if not evaluate.waits:
+            evaluate(cell.arrays)
 
     def _wires(self, index: int) -> list[mx.Dtype]:
         """The wire's dtype of each trainable tensor of a unit."""
@@ -136,30 +140,38 @@ class GradientStore:
         """Begin to reduce unit `index`'s sum of this rank's cell in this round; None where the rank has no cell."""
         totals = self._totals(index)
         pieces = self._pieces(index, cell)
-        views = [host_view(t) for t in totals]
         flags = self._layout.contributes(round_index)
         name = "reduce", index
-        job = self._thread.submit(self._reduce_scatter, index, pieces, views, flags, name=name)
+        fresh = round_index == 0
+        job = self._thread.submit(self._reduce_scatter, index, pieces, totals, flags, fresh, name=name)
         self._in_flight.append(job)
 
     def _reduce_scatter(
-        self, index: int, pieces: list[Pieces], totals: list[np.ndarray], flags: list[bool]
+        self,
+        index: int,
+        arrays: list[list[tuple[int, mx.array]]],
+        totals: list[mx.array],
+        flags: list[bool],
+        fresh: bool,
     ) -> None:
-        """On the communication thread: each segment's contributions to their owners' totals."""
+        """On the communication thread: each segment's contributions to their owners' totals. These are `fresh` in the
+        first round: nobody has filled them with zeros."""
         progress.reach("reduce")
-        for segment, piece, total in zip(self._trained(index), pieces, totals, strict=True):
+        for segment, placed, total in zip(self._trained(index), arrays, totals, strict=True):
             a, b = segment.interval(self._comm.rank)
-            own = total[a:b] if self._plan.zero_stage == 0 else total
-            self._comm.reduce_scatter(piece, segment.edges, own, flags, cast(Wire, segment.dtype))
+            own = host_view(total)[a:b] if self._plan.zero_stage == 0 else host_view(total)
+            pieces = [(start, host_view(array)) for start, array in placed]
+            wire = cast(Wire, segment.dtype)
+            self._comm.reduce_scatter(pieces, segment.edges, own, flags, wire, fresh=fresh)
 
     def replicate(self, index: int) -> None:
         """Begin to give unit `index`'s complete totals to every rank (stage 0)."""
-        views = [host_view(t) for t in self._totals(index)]
-        self._in_flight.append(self._thread.submit(self._all_gather, index, views, name=("replicate", index)))
+        job = self._thread.submit(self._all_gather, index, self._totals(index), name=("replicate", index))
+        self._in_flight.append(job)
 
-    def _all_gather(self, index: int, totals: list[np.ndarray]) -> None:
+    def _all_gather(self, index: int, totals: list[mx.array]) -> None:
         for segment, total in zip(self._trained(index), totals, strict=True):
-            self._comm.all_gather(total, segment.edges)
+            self._comm.all_gather(host_view(total), segment.edges)
 
     def settle(self, index: int, *, last: bool) -> None:
         """Wait for what is in flight, which is unit `index`'s; after the last round its totals get their dtype."""
@@ -168,7 +180,7 @@ class GradientStore:
         self._in_flight = []
         if last and self._dtype != mx.float32:
             self.totals[index] = [t.astype(self._dtype) for t in self.totals[index]]
-            mx.eval(self.totals[index])
+            self._store.evaluate(self.totals[index])
 
     def clear(self) -> None:
         """Drop all totals (after the update)."""
@@ -180,9 +192,7 @@ class GradientStore:
     def _totals(self, index: int) -> list[mx.array]:
         if index not in self.totals:
             spans = [self._plan.state_interval(s, self._comm.rank) for s in self._trained(index)]
-            self.totals[index] = empty_rows([(b - a, "float32") for a, b in spans])
-            for total in self.totals[index]:
-                host_view(total)[:] = 0
+            self.totals[index] = empty_rows([(b - a, "float32") for a, b in spans], self._store.evaluate)
         return self.totals[index]
 
     def _suspect(self, suspects: set[str], index: int, cell: MicroBatchSum) -> None:
@@ -190,12 +200,12 @@ class GradientStore:
             if not mx.isfinite(array).all().item():
                 suspects.add(placement.tensor.name)
 
-    def _pieces(self, index: int, cell: MicroBatchSum | None) -> list[Pieces]:
+    def _pieces(self, index: int, cell: MicroBatchSum | None) -> list[list[tuple[int, mx.array]]]:
         """The contribution by segment: tensors at their places, without copying them into one buffer."""
-        parts: list[list[tuple[int, np.ndarray]]] = [[] for _ in self._trained(index)]
+        parts: list[list[tuple[int, mx.array]]] = [[] for _ in self._trained(index)]
         if cell is not None:
             self.round_off(index, cell)
             for (s, placement), array in zip(self._store.trainable(index), cell.arrays, strict=True):
-                parts[s].append((placement.start, host_view(array)))
+                parts[s].append((placement.start, array))
             cell.arrays = []
-        return list(parts)
+        return parts

@@ -94,13 +94,13 @@ class Passes:
             self._shapes[shape] = self._by_pattern.settled(hidden, arguments)
         documents = None if micro.documents is None else mx.array(micro.documents)
         cuts = () if micro.documents is None else cuts_of(micro.documents)
-        mx.eval(inputs, targets, mask, hidden, documents)
+        self._store.evaluate(hidden, documents)
         return Running(position, (inputs, targets, mask), self._shapes[shape], documents, cuts, hidden)
 
     def forward(self, layer: int, r: Running, *, keep_input: bool) -> None:
         """Run a layer; its input is kept where the backward will come back to it."""
         output = self._layer(layer, r.hidden, r)
-        mx.eval(output)
+        self._store.evaluate(output)
         if keep_input:
             r.inputs[layer] = r.hidden
         r.hidden = output

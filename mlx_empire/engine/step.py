@@ -7,6 +7,7 @@ update in `update`. Collectives only ever see evaluated arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -58,12 +59,14 @@ class StreamedStep(Reader):
 
     def play(self, actions: Iterable[Action]) -> None:
         """As `Reader.play`; with a trace every action is noted."""
-        if self.trace is None:
-            return super().play(actions)
-        for action in actions:
-            with self.trace.action(action):
-                super().play((action,))
-        return None
+        evaluate = self._store.evaluate
+        try:
+            for action in actions:
+                evaluate.waits = self._shape.waits(action)
+                with nullcontext() if self.trace is None else self.trace.action(action):
+                    super().play((action,))
+        finally:
+            evaluate.waits = True
 
     def gradients(
         self, rounds: Sequence[Sequence[MicroBatch]], total_tokens: int, *, update: bool = False
@@ -132,6 +135,7 @@ class StreamedStep(Reader):
     def head(self, action: Action) -> None:
         if action.micro == 0:
             progress.reach("backward")
+            self._store.evaluate.finish()
         r, boundary = self._running[action.micro], self._shape.boundary
         weights = {u - 1: w for u, w in self._weights.items() if u > boundary}
         onward = self._needed(boundary + 1)
@@ -147,9 +151,10 @@ class StreamedStep(Reader):
         r, cell = self._running[action.micro], self._cell(action.unit, action.round)
         onward = self._needed(action.unit)
         cell.add(self._passes.backward(action.unit - 1, r, self._weights[action.unit], onward=onward))
-        mx.eval(r.hidden, cell.arrays)
+        self._store.evaluate(r.hidden, cell.arrays)
 
     def embed(self, action: Action) -> None:
+        self._store.evaluate.finish()
         if self._passes.embed_tensors:
             cell = self._embeds.setdefault(action.round, EmbeddingSum())
             self._passes.embed(self._running[action.micro], cell)

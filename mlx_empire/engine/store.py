@@ -30,6 +30,7 @@ from mlx_empire import progress
 from mlx_empire.comm.buffers import DTYPES, empty_rows, host_view
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.evaluations import Evaluations
 from mlx_empire.model.spec import BLOCK, TensorSpec
 from mlx_empire.plan.shards import Chunk, Placement, Segment, ShardPlan, Unit
 
@@ -60,26 +61,27 @@ class _Spares:
     """
 
     def __init__(self) -> None:
-        self._free: list[list[mx.array]] = []
+        self._free: list[tuple[list[mx.array], mx.array | None]] = []
         self._used = self._most = 0  # bytes
 
-    def take(self, wanted: list[tuple[int, str]]) -> list[mx.array]:
-        """Uninitialised buffers for (elements, dtype), as `empty_rows` gives them."""
-        for i, buffers in enumerate(self._free):
+    def take(self, wanted: list[tuple[int, str]]) -> tuple[list[mx.array], mx.array | None]:
+        """Uninitialised buffers for (elements, dtype), as `empty_rows` gives them, and what to wait for before they are
+        written."""
+        for i, (buffers, _) in enumerate(self._free):
             if [(b.size, b.dtype) for b in buffers] == [(size, DTYPES[dtype]) for size, dtype in wanted]:
                 self._used += _bytes(buffers)
                 return self._free.pop(i)
         asked = sum(size * DTYPES[dtype].size for size, dtype in wanted)
         self._used += asked
         self._most = max(self._most, self._used)
-        while self._free and self._used + sum(map(_bytes, self._free)) > self._most:
+        while self._free and self._used + sum(_bytes(buffers) for buffers, _ in self._free) > self._most:
             self._free.pop(0)
-        return empty_rows(wanted)
+        return empty_rows(wanted), None
 
-    def give(self, buffers: list[mx.array]) -> None:
-        """What nothing reads any more."""
+    def give(self, buffers: list[mx.array], mark: mx.array | None = None) -> None:
+        """What nothing reads any more once `mark` is there."""
         self._used -= _bytes(buffers)
-        self._free.append(buffers)
+        self._free.append((buffers, mark))
 
     def drop(self) -> None:
         """Give back what is not in use."""
@@ -92,6 +94,7 @@ class ShardStore:
     def __init__(self, plan: ShardPlan, model: nn.Module, comm: Communicator, thread: CommThread) -> None:
         self.plan, self._comm, self._thread = plan, comm, thread
         self.hold: Callable[[int], None] = lambda unit: None  # called before a unit's chunks are updated
+        self.evaluate = Evaluations()
         self.chunks: list[list[list[LiveChunk]]] = [[[] for _ in u.segments] for u in plan.units]
         self.loads: list[tuple[int, float, float]] = []  # unit, beginning and end by `time.perf_counter`
         self._whole: dict[int, list[mx.array]] = {}
@@ -174,19 +177,28 @@ class ShardStore:
     def _start_gather(self, index: int, what: str) -> None:
         """Find buffers, where the unit has none, and queue the exchange; frozen weights are never renewed."""
         segments = self.plan.units[index].segments
+        mark = None
         if index not in self._whole:
-            self._whole[index] = self._spares.take([(s.size, s.dtype) for s in segments])
+            self._whole[index], mark = self._spares.take([(s.size, s.dtype) for s in segments])
         jobs = []
         for s, segment in enumerate(segments):
             if what == "gather" or segment.kind != "frozen":
-                own = [(c.spec.start_row * BLOCK, host_view(c.weights)) for c in self.chunks[index][s]]
-                jobs.append((host_view(self._whole[index][s]), own, segment.edges))
-        self._pending[index] = self._thread.submit(self._exchange, jobs, name=(what, index))
+                own = [(c.spec.start_row * BLOCK, c.weights) for c in self.chunks[index][s]]
+                jobs.append((self._whole[index][s], own, segment.edges))
+        self._pending[index] = self._thread.submit(self._exchange, mark, jobs, name=(what, index))
 
-    def _exchange(self, jobs: list[tuple[np.ndarray, list[tuple[int, np.ndarray]], tuple[int, ...]]]) -> None:
+    def _exchange(
+        self,
+        mark: mx.array | None,
+        jobs: list[tuple[mx.array, list[tuple[int, mx.array]], tuple[int, ...]]],
+    ) -> None:
         """On the communication thread: copy this rank's chunks into the buffers and all-gather the rest."""
-        for view, own, edges in jobs:
-            for start, values in own:
+        if mark is not None:
+            host_view(mark)
+        for buffer, own, edges in jobs:
+            view = host_view(buffer)
+            for start, weights in own:
+                values = host_view(weights)
                 view[start : start + values.size] = values
             if self.plan.zero_stage > 0:
                 self._comm.all_gather(view, edges)
@@ -240,7 +252,7 @@ class ShardStore:
         self._bound.pop(index, None)
         self._unbind(self.plan.units[index])
         if not self.keeps_whole and index in self._whole:
-            self._spares.give(self._whole.pop(index))
+            self._spares.give(self._whole.pop(index), self.evaluate.mark())
 
     def drop_spares(self) -> None:
         """After more units were whole at once than a step needs: keep no buffers for the next ones."""
@@ -257,7 +269,7 @@ class ShardStore:
             for chunk in self.chunks[index][s]:
                 chunk.weights = buffer[chunk.spec.start_row : chunk.spec.start_row + chunk.spec.rows]
                 renewed.append(chunk.weights)
-        mx.eval(renewed)
+        self.evaluate(renewed)
 
     def put(self, values: Mapping[str, mx.array]) -> None:
         """Replace tensors between steps, where weights stay whole (stages 0-2), and nothing is bound."""
@@ -277,6 +289,10 @@ class ShardStore:
         """(segment index, placement) of the unit's trainable tensors, in the order of `bind`."""
         segments = self.plan.units[index].segments
         return [(s, p) for s, seg in enumerate(segments) if seg.kind != "frozen" for p in seg.placements]
+
+    def wait_for(self, mark: mx.array) -> None:
+        """Return when an array is there that was handed over; the communication thread waits for it."""
+        self._thread.wait(self._thread.submit(host_view, mark), "update")
 
     def _settle(self, index: int) -> None:
         pending = self._pending.pop(index, None)

@@ -38,7 +38,7 @@ from mlx_empire.engine.numerics import GradientError, bad_totals
 from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.optim.norm import NormLayout, NormPartials, block_sums, clip_scale
+from mlx_empire.optim.norm import NormLayout, NormPartials, clip_scale, on_host, piece_sums
 from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars, decays
 from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, Unit
 
@@ -58,6 +58,7 @@ class Updater:
         self._store, self._sums, self._optimizer, self._comm = store, sums, optimizer, comm
         self._clip_norm, self.statistics = clip_norm, statistics
         self._scalars_of: Callable[[str], StepScalars] = _not_begun
+        self._handed_over: mx.array | None = None  # is there once the last unit's update is done
         self._layout = NormLayout.of(store.plan)
         self._decays = {
             name: decays(name, placement.tensor.shape)
@@ -92,7 +93,10 @@ class Updater:
         raise NotImplementedError("units are updated at the end of the step")
 
     def update(self, index: int) -> None:
-        """Update a unit from its totals, which go."""
+        """Update a unit from its totals, which go.
+
+        Running ahead, wait for the unit before, which holds its old state; where weights stay whole, `adopt` does.
+        """
         unit = self._store.plan.units[index]
         totals = self._sums.totals.pop(index)
         trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
@@ -100,6 +104,10 @@ class Updater:
         for s, total in zip(trained, totals, strict=True):
             chunks = self._store.chunks[index][s]
             self._update_segment(unit.segments[s], chunks, total, self._scalars_of)
+        if not self._store.keeps_whole:
+            before, self._handed_over = self._handed_over, self._store.evaluate.mark()
+            if before is not None:
+                self._store.wait_for(before)
 
     def _update_segment(
         self,
@@ -115,7 +123,7 @@ class Updater:
         elements = 0
         for chunk in chunks:
             if waiting and elements + chunk.spec.rows * BLOCK > SHARED_ELEMENTS:
-                mx.eval([(c.weights, c.state) for c in waiting])
+                self._store.evaluate([(c.weights, c.state) for c in waiting])
                 waiting, elements = [], 0
             a = chunk.spec.start_row - first
             gradient = total[a : a + chunk.spec.rows]
@@ -128,7 +136,7 @@ class Updater:
             )
             waiting.append(chunk)
             elements += chunk.spec.rows * BLOCK
-        mx.eval([(c.weights, c.state) for c in waiting])
+        self._store.evaluate([(c.weights, c.state) for c in waiting])
 
     def norm(self) -> float:
         """The norm of all gradients: every rank counts its own interval, also where it holds more. Collective.
@@ -142,14 +150,20 @@ class Updater:
         """The norm over the trained segments of `units`, which are those of `layout`. As `norm`."""
         partials = NormPartials(layout, self._comm.rank)
         segments: list[tuple[int, int]] = []  # unit, and which of its totals
+        pieces: list[list[mx.array]] = []  # of their sums
         for unit in units:
             totals, first = self._sums.totals.get(unit.index, []), len(segments)
             segments += [(unit.index, s) for s in range(len(totals))]
             if self._store.plan.zero_stage == 0:
                 spans = [layout.interval(first + s, self._comm.rank) for s in range(len(totals))]
                 totals = [total[a:b] for total, (a, b) in zip(totals, spans, strict=True)]
-            for s, sums in enumerate(block_sums(*totals)):
-                partials.add(first + s, sums)
+            own = [piece_sums(total) for total in totals]
+            for piece in (piece for parts in own for piece in parts):
+                self._store.evaluate(piece)  # one by one: together MLX would hold the squares of many
+            pieces += own
+        mx.eval(pieces)
+        for s, parts in enumerate(pieces):
+            partials.add(s, on_host(parts))
         sums, blocks = partials.packed()
         packed = list(zip(self._comm.gather_arrays(sums), self._comm.gather_arrays(blocks), strict=True))
         norm = layout.combine(packed)

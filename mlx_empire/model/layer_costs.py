@@ -8,7 +8,7 @@ added. Where MLX does not tell a graph there are no costs, and the plan takes wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -16,11 +16,24 @@ from mlx_empire.model.attention.patterns import Pattern
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.layer_graph import NotTraceable
 from mlx_empire.model.layer_passes import LayerPasses, Pass
-from mlx_empire.model.liveness import TASKS_IN_BUNDLE, Graph, Played, evaluations, play
+from mlx_empire.model.liveness import (
+    BUNDLES,
+    TASKS_IN_BUNDLE,
+    Graph,
+    HandedOver,
+    Played,
+    evaluations,
+    layouts_of,
+    play,
+    play_ahead,
+    repeated,
+)
 from mlx_empire.model.spec import ModelSpec, UnitSpec
+from mlx_empire.model.storage import View
 
 T = TypeVar("T")
 TRACED_TAIL = 4
+TASKS_AHEAD = (BUNDLES + 1) * TASKS_IN_BUNDLE  # as many wait at most; a primitive is two or more
 STARTS = range(0, TASKS_IN_BUNDLE, 3)  # an evaluation begins anywhere in a bundle of tasks: the worst counts
 
 
@@ -87,15 +100,55 @@ class LayerCosts:
         """Whether there are layers that attend by a mask."""
         return self._passes is None or self._passes.masked
 
-    def forward(self, unit: UnitSpec) -> Need | None:
-        """One layer's forward, its output included."""
+    def forward(self, unit: UnitSpec, *, ahead: bool = False) -> Need | None:
+        """One layer's forward, its output included; `ahead`: handed over while those before it run."""
         n = self._numbers[id(unit)]
+        if ahead:
+            return self._once(("forward ahead", n), lambda p: self._forward_ahead(p, n))
         return self._once(("forward", n), lambda p: self._worst(p, (n,), p.forward(n))[-1])
 
-    def backward(self, unit: UnitSpec, *, adds: bool) -> Need | None:
-        """One layer's vjp, which recomputes it."""
+    def backward(self, unit: UnitSpec, *, adds: bool, ahead: bool = False) -> Need | None:
+        """One layer's vjp, which recomputes it; `ahead`: handed over while the one before runs, whose gradients are
+        then made flat."""
         n = self._numbers[id(unit)]
+        if ahead:
+            return self._once(("backward ahead", n, adds), lambda p: self._backward_ahead(p, n, adds))
         return self._once(("backward", n, adds), lambda p: self._worst(p, (n,), p.backward(n, adds=adds))[-1])
+
+    def _forward_ahead(self, passes: LayerPasses, n: int) -> Need:
+        one = passes.forward(n)
+        (given,), (output,), size = one.graph.given[:1], one.graph.outputs, len(one.graph.shapes)
+        times = 1 + -(-TASKS_AHEAD // len(one.graph.nodes))
+        row = repeated(self._played(passes, (n,), one.graph), times, {given: output})
+        handed = [HandedOver([k * size + output], [k * size + output]) for k in range(times - 1)]
+        return self._worst_ahead(one, row, [*handed, HandedOver([(times - 1) * size + output])], {})
+
+    def _backward_ahead(self, passes: LayerPasses, n: int, adds: bool) -> Need:
+        """Of two layers in a row: at a reduction the main thread waits for the one before."""
+        one = passes.backward(n, adds=adds, flat=True)
+        graph, size = one.graph, len(one.graph.shapes)
+        onward, (hidden, cotangent, *sums) = graph.outputs[0], graph.given[: 2 + adds * len(one.gradients)]
+        layouts = {}
+        if adds:  # sums lie as gradients do: those of matrices are transposed
+            alone = passes.backward(n, adds=False)
+            views = layouts_of(alone.graph, alone.gradients)
+            layouts = {k * size + a: v for k in (0, 1) for a, v in zip(sums, views, strict=True)}
+        row = repeated(self._played(passes, (n,), graph), 2, {cotangent: onward}, kept=[hidden])
+        handed: list[HandedOver] = []
+        for start in (0, size):
+            outputs = [start + a for a in (onward, *one.gradients)]
+            copied = [start + a for a in one.flat]
+            rest = [a for a in outputs[1:] if a not in copied]
+            flat = [start + a for a in one.flat.values()]
+            dropped = copied if start else [*copied, onward]
+            handed += [HandedOver(outputs, dropped), HandedOver(flat, taken=[*flat, *rest])]
+        return self._worst_ahead(one, row, handed, layouts)
+
+    def _worst_ahead(
+        self, one: Pass, row: Graph, handed: Sequence[HandedOver], layouts: Mapping[int, View]
+    ) -> Need:
+        played = [play_ahead(row, handed, bundled=start, layouts=layouts) for start in STARTS]
+        return self._need(replace(one, graph=row), max(played, key=lambda found: found.peak))
 
     def head(self) -> Needs | None:
         """The loss with its gradients: the need of a first chunk, and of a later one where there is one."""
@@ -129,11 +182,14 @@ class LayerCosts:
                 return None
         return self._known[question]  # type: ignore[return-value]
 
+    def _played(self, passes: LayerPasses, units: Sequence[int], graph: Graph) -> Graph:
+        if not self._linear:
+            return graph
+        return _without_scores(graph, {n for u in units for n in self._fused(passes.pattern(u))})
+
     def _worst(self, passes: LayerPasses, units: Sequence[int], traced: Pass) -> Needs:
         """The worst moment of each evaluation."""
-        graph = traced.graph
-        if self._linear:
-            graph = _without_scores(graph, {n for u in units for n in self._fused(passes.pattern(u))})
+        graph = self._played(passes, units, traced.graph)
         tapes = evaluations(graph, traced.before)
         played = [play(graph, tapes, traced.before, bundled=start) for start in STARTS]
         return tuple(

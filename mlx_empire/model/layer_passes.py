@@ -12,7 +12,7 @@ the summand is taken out of the graph again. Attention in blocks is stood for li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -41,11 +41,15 @@ Body = Callable[..., list[mx.array]]
 
 @dataclass(frozen=True)
 class Pass:
-    """A graph, the arrays of it that are gradients, and how many outputs each evaluation before the last has."""
+    """A graph, the arrays of it that are gradients, and how many outputs each evaluation before the last has.
+
+    `flat`: by gradient its copy for the exchange, where it needs one and the pass makes it.
+    """
 
     graph: Graph
-    gradients: frozenset[int] = frozenset()
+    gradients: tuple[int, ...] = ()
     before: tuple[int, ...] = ()
+    flat: Mapping[int, int] = field(default_factory=dict)
 
 
 class LayerPasses:
@@ -125,8 +129,9 @@ class LayerPasses:
         """A layer's forward; the hidden state stays with the caller."""
         return Pass(self._graph([unit], [], [self._hidden], lambda x: [self._call(unit, x)]))
 
-    def backward(self, unit: int, *, adds: bool) -> Pass:
-        """A layer's vjp; `adds`: its gradients are added to sums in fp32 that are there."""
+    def backward(self, unit: int, *, adds: bool, flat: bool = False) -> Pass:
+        """A layer's vjp; `adds`: its gradients are added to sums in fp32 that are there; `flat`: rounded to the wire's
+        dtype and flat, too, as the exchange takes them."""
 
         def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
             def run(*arrays: mx.array) -> list[mx.array]:
@@ -137,7 +142,12 @@ class LayerPasses:
             trained, taps = self._primals([unit])
             primals = [*(self._bound[t.name] for t in trained), hidden, *taps]
             _, found = mx.vjp(run, primals, [cotangent, *self._blocks.cotangents])
-            return [found[len(trained)], *self._added(sums, [unit], trained, found)]
+            every = self._trained([unit])
+            made = self._added(sums, [unit], trained, found)
+            added, others = made[: len(every)], made[len(every) :]
+            wires = [(a, _wire(t)) for a, t in zip(added, every, strict=True) if flat]
+            copies = [a.astype(w).flatten() for a, w in wires if _is_copied(a, w)]
+            return [found[len(trained)], *added, *copies, *others]
 
         return self._differentiated([unit], body, adds=adds, besides=[self._hidden])
 
@@ -175,7 +185,7 @@ class LayerPasses:
 
         traced = self._differentiated(units, body, adds=adds, besides=self._batch(self._hidden), head=True)
         chunks = self._of_chunks(traced.graph, self._hidden.shape[1])
-        return replace(chunks, gradients=chunks.gradients | traced.gradients)
+        return replace(chunks, gradients=(*chunks.gradients, *traced.gradients))
 
     # ---- head
 
@@ -200,9 +210,9 @@ class LayerPasses:
     def _of_chunks(self, graph: Graph, width: int) -> Pass:
         """A graph whose first outputs are those of the chunks of `width` positions, each of them an evaluation."""
         chunks, size = -(-width // self._positions), len(self._heads) + 2
-        gradients = {a for n in range(chunks) for a in graph.outputs[n * size + 1 : (n + 1) * size - 1]}
+        gradients = tuple(a for n in range(chunks) for a in graph.outputs[n * size + 1 : (n + 1) * size - 1])
         more = len(graph.outputs) > chunks * size
-        return Pass(graph, frozenset(gradients), (size,) * (chunks - (not more)))
+        return Pass(graph, gradients, (size,) * (chunks - (not more)))
 
     # ---- what is differentiated
 
@@ -222,8 +232,14 @@ class LayerPasses:
                     self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
                     graph = self._blocks.put_together(self._graph(bound, free, [], body))
                     graph = self._experts.taken_out(graph)
-        gradients = graph.outputs[len(graph.outputs) - len(trained) :]
-        return Pass(graph, frozenset(gradients))
+        start = len(graph.outputs) - len(trained) if head else 1
+        gradients, flat = graph.outputs[start : start + len(trained)], graph.outputs[start + len(trained) :]
+        copied = [
+            a
+            for a, t in zip(gradients, trained, strict=True)
+            if len(t.shape) != 1 or graph.items[a] != _wire(t).size
+        ]
+        return Pass(graph, tuple(gradients), flat=dict(zip(copied, flat, strict=bool(flat))))
 
     def _calls_in_blocks(self, units: Sequence[int]) -> list[Shapes]:
         if all(self.pattern(u) is None for u in units):
@@ -325,6 +341,17 @@ class LayerPasses:
         if not isinstance(output, mx.array):
             raise NotTraceable(f"a layer returns {type(output).__name__}")
         return output
+
+
+def _wire(tensor: TensorSpec) -> mx.Dtype:
+    """The dtype in which a tensor's gradient is exchanged."""
+    found: mx.Dtype = mx.float32 if tensor.kind == "small" else getattr(mx, tensor.dtype)
+    return found
+
+
+def _is_copied(gradient: mx.array, wire: mx.Dtype) -> bool:
+    """Whether a gradient is another array once it is flat and in the wire's dtype."""
+    return gradient.ndim != 1 or gradient.dtype != wire
 
 
 def _place(layer: nn.Module, name: str) -> tuple[Any, Any]:

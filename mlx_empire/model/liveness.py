@@ -12,12 +12,13 @@ this peak or, with small arrays, less.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from mlx_empire.model.primitives import place_outputs
-from mlx_empire.model.storage import Buffers, Primitive, Shape
+from mlx_empire.model.storage import Buffers, Primitive, Shape, View
 
 WIDTH = 20  # MLX_BFS_MAX_WIDTH
 TASKS_IN_BUNDLE, BUNDLES = 10, 10  # DISPATCHES_PER_TASK, MAX_ACTIVE_TASKS
@@ -169,6 +170,100 @@ def play(
                 memory.release(array)
         found.append(Played(memory.peak, memory.alive_at_peak(), results))
     return found
+
+
+# ---- evaluations that are handed over and not waited for
+
+
+def repeated(graph: Graph, times: int, fed: Mapping[int, int], kept: Collection[int] = ()) -> Graph:
+    """`graph` so many times in a row: for `fed` {a: b} the source `a` of one is the output `b` of the one before.
+
+    Array a of the n-th is number n * len(graph.shapes) + a. Of the first `kept` are held, too.
+    """
+    size = len(graph.shapes)
+
+    def number(n: int, a: int) -> int:
+        return (n - 1) * size + fed[a] if n and a in fed else n * size + a
+
+    def numbers(arrays: Iterable[int]) -> list[int]:
+        return [number(n, a) for n in range(times) for a in arrays]
+
+    nodes = [
+        node._replace(
+            inputs=tuple(number(n, a) for a in node.inputs), outputs=tuple(n * size + a for a in node.outputs)
+        )
+        for n in range(times)
+        for node in graph.nodes
+    ]
+    sources = [n * size + a for n in range(times) for a in graph.sources if not (n and a in fed)]
+    known = {*sources}
+    held = frozenset([*kept, *(a for a in numbers(graph.held) if a in known)])
+    outputs, given = numbers(graph.outputs), numbers(graph.given)
+    return Graph(list(graph.shapes) * times, list(graph.items) * times, nodes, outputs, given, sources, held)
+
+
+class HandedOver(NamedTuple):
+    """An evaluation of `outputs`. `dropped`: arrays that the caller lets go once it is handed over; `taken`: those that
+    another thread lets go once it is done."""
+
+    outputs: Sequence[int]
+    dropped: Sequence[int] = ()
+    taken: Sequence[int] = ()
+
+
+def play_ahead(
+    graph: Graph, handed: Sequence[HandedOver], *, bundled: int = 0, layouts: Mapping[int, View] | None = None
+) -> Played:
+    """Play evaluations that follow one another at once.
+
+    `layouts`: how sources lie that are not in the order of rows.
+    """
+    memory = Buffers(graph.shapes, graph.items)
+    for array in graph.sources:
+        memory.fresh(array)
+    for array, view in (layouts or {}).items():
+        memory.views[array].strides, memory.views[array].flags = view.strides, view.flags
+    memory.begin()
+    tapes: list[list[int]] = []
+    for one in handed:
+        tapes.append(order(graph, one.outputs, {n for tape in tapes for n in tape}))
+    owned = {a for one in handed for a in (*one.outputs, *one.dropped, *one.taken)}  # by the caller
+    for array in (*graph.held, *graph.sources, *owned):
+        memory.refer(array)
+    for n in (n for tape in tapes for n in tape):
+        for array in (*graph.nodes[n].inputs, *graph.nodes[n].outputs):
+            memory.refer(array)
+    for array in graph.sources:
+        memory.release(array)
+    stream = Tasks(memory, bundled)
+    results: dict[int, int] = {}
+    for tape, one in zip(tapes, handed, strict=True):
+        for n in tape:
+            _evaluate(memory, stream, graph.nodes[n])
+        results |= {a: memory.firsts[memory.views[a].buffer] for a in one.outputs}
+        taken = {memory.views[a].buffer for a in one.taken}
+        for buffer in taken:
+            memory.hold(buffer)
+        for array in (*one.dropped, *one.taken):
+            memory.release(array)
+        stream.hand_over(0, taken)
+    return Played(memory.peak, memory.alive_at_peak(), results)
+
+
+def layouts_of(graph: Graph, arrays: Sequence[int]) -> list[View]:
+    """How `arrays`, outputs of the graph, lie in memory once they are evaluated."""
+    memory = Buffers(graph.shapes, graph.items)
+    for array in graph.sources:
+        memory.fresh(array)
+    stream = Tasks(memory)
+    for array in (*graph.outputs, *graph.sources):
+        memory.refer(array)
+    tape = order(graph, graph.outputs)
+    for array in (a for n in tape for a in (*graph.nodes[n].inputs, *graph.nodes[n].outputs)):
+        memory.refer(array)
+    for n in tape:
+        _evaluate(memory, stream, graph.nodes[n])
+    return [memory.views[a] for a in arrays]
 
 
 def _parts(graph: Graph, before: Sequence[int]) -> list[Sequence[int]]:

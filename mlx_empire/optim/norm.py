@@ -42,16 +42,21 @@ def block_sums(*gradients: mx.array) -> list[np.ndarray]:
 
     Evaluated piece by piece: together MLX would hold the squares of twenty and more at once.
     """
-    nothing = np.zeros(0, np.float32)
-    found = []
-    for gradient in gradients:
-        pieces = [nothing]
-        for row in range(0, gradient.shape[0], _PIECE_ROWS):
-            sums = _piece_sums(gradient[row : row + _PIECE_ROWS])
-            mx.eval(sums)
-            pieces.append(np.array(sums)[:, 0])
-        found.append(np.concatenate(pieces))
-    return found
+    found = [piece_sums(gradient) for gradient in gradients]
+    for piece in (piece for pieces in found for piece in pieces):
+        mx.eval(piece)
+    return [on_host(pieces) for pieces in found]
+
+
+def piece_sums(gradient: mx.array) -> list[mx.array]:
+    """The same of one gradient, lazily and in pieces (rows, 1); `on_host` puts them together once evaluated."""
+    rows = range(0, gradient.shape[0], _PIECE_ROWS)
+    return [_piece_sums(gradient[row : row + _PIECE_ROWS]) for row in rows]
+
+
+def on_host(pieces: Sequence[mx.array]) -> np.ndarray:
+    """The block sums of one gradient as one array (rows,)."""
+    return np.concatenate([np.zeros(0, np.float32), *(np.array(p, copy=False)[:, 0] for p in pieces)])
 
 
 def clip_scale(norm: float, clip_norm: float | None) -> float:

@@ -40,13 +40,16 @@ _UPDATE: dict[tuple[bool, bool], dict[str, int]] = {
     (True, True): {"float32": 21, "exact": 35, "diet": 38, "fp32": 25, "none": 37},
     (True, False): {"float32": 23, "exact": 29, "diet": 36, "fp32": 27, "none": 35},
 }
+# Of 110 tasks, which may wait: a call takes two for each kernel (with 8-bit states 16 or more of them).
+_CALLS_AHEAD = {"float32": 38, "fp32": 17}
 _SMALL_CHUNKS = 0.83  # of that with 8-bit states for chunks evaluated together: they are freed one by one
 
 
 class StateCost(dict[str, int]):
     """Bytes of each array of a state, by name; and what an update needs besides, in bytes per element.
 
-    `alone`: of a large chunk, which is evaluated alone; `together`: of small ones that are evaluated at once.
+    `alone`: of a large chunk, which is evaluated alone; `together`: of small ones that are evaluated at once;
+    `calls_ahead`: how many such calls may be under way where none is waited for, which is until MLX waits.
     """
 
     def __init__(self, sizes: dict[str, int], moments: tuple[str, ...], master: str, *, codes: bool) -> None:
@@ -54,6 +57,7 @@ class StateCost(dict[str, int]):
         super().__init__(sizes)
         self.alone: float = _UPDATE[codes, "v" in moments][master]
         self.together = _SMALL_CHUNKS * self.alone if codes else self.alone
+        self.calls_ahead = 4 if codes else _CALLS_AHEAD.get(master, 10)
 
 
 State = dict[str, mx.array]

@@ -100,15 +100,17 @@ def layer_costs(unit: UnitSpec, spec: ModelSpec, work: Workload, *, adds: bool) 
 
     `adds`: the gradients are added to a sum that is held already.
     """
-    need = costs_of(spec, work).backward(unit, adds=adds)
+    need = costs_of(spec, work).backward(unit, adds=adds, ahead=work.run_ahead)
     if need is None:
-        return _fitted_costs(unit, spec, work)
+        fitted = _fitted_costs(unit, spec, work)
+        ahead = gradient_bytes(unit, spec, work)[0] if work.run_ahead else 0
+        return {**fitted, "one unit's gradients": fitted.get("one unit's gradients", 0) + ahead}
     return _named(need, "one layer's recompute", "one unit's gradients")
 
 
 def forward_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
     """Peak of one layer's forward for one micro-batch, its output included."""
-    need = costs_of(spec, work).forward(unit)
+    need = costs_of(spec, work).forward(unit, ahead=work.run_ahead)
     if need is not None:
         return need.whole
     factor = FITTED.forward * (ADAPTED_FORWARD if _is_adapted(unit) else 1)

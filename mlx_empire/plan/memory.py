@@ -13,17 +13,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
+from mlx_empire.model.spec import BLOCK, ITEM_BYTES, ModelSpec
 from mlx_empire.plan.activations import costs_of, forward_bytes, head_costs, hidden_bytes, layer_costs
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
 from mlx_empire.plan.root_memory import RootMemory
 from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, folded_step
 from mlx_empire.plan.shards import SQUARED_ELEMENTS, Segment, ShardPlan, Unit
-from mlx_empire.plan.traffic import ADDED_AT_ONCE, staging_bytes
+from mlx_empire.plan.traffic import ADDED_AT_ONCE, ADDERS, SHARED_AMONG_THREADS, staging_bytes
 from mlx_empire.plan.workload import Workload, step_shape
 
 Items = dict[str, int]
 
+# Squared at once where nobody waits: as many pieces are in flight, as played.
+NORM_AHEAD = 10 * SQUARED_ELEMENTS
 PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
 
@@ -64,13 +66,20 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         "weights": sum(s.kept for s in sizes) - adapters,
         "adapters": adapters,
         **states,
-        "exchange buffers": staging + 4 * ADDED_AT_ONCE,
+        "exchange buffers": staging + _adders(plan, rank) * 4 * ADDED_AT_ONCE,
         "MLX base": BASE + costs_of(spec, work).argument_bytes,
         "allocator margin": ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
     }
     step = StepBytes(spec, plan, work, rank, state_bytes)
     step.play(folded_step(step.shape))
     return Ledger({k: v for k, v in resident.items() if v}, step.phases, costs_of(spec, work).derived)
+
+
+def _adders(plan: ShardPlan, rank: int) -> int:
+    """How many threads add at most to a total of this rank, each with a block of its own."""
+    trained = (s for unit in plan.units for s in unit.segments if s.kind != "frozen")
+    spans = (plan.state_interval(segment, rank) for segment in trained)
+    return ADDERS if any(b - a >= SHARED_AMONG_THREADS for a, b in spans) else 1
 
 
 class StepBytes(Reader):
@@ -101,6 +110,8 @@ class StepBytes(Reader):
         self._whole = self._most_whole = 0  # bytes of gathered units, now and at most
         self._cell: dict[int, tuple[str, int]] = {}  # by layer: the name and size of the current round's sum
         self._handed_over: set[int] = set()  # rounds whose head's sum has become a part of the root's
+        self._flying = 0  # bytes of the last unit's update, which may not be done where it is not waited for
+        self._own = 0  # of the unit that is updated
         self._new: dict[int, int] = {}  # by unit that was updated: bytes of its new weights on this rank
 
     bind = score = replicate = Reader.nothing
@@ -211,9 +222,11 @@ class StepBytes(Reader):
             self._hold("contributions in flight", self._contribution(action))
 
     def _copy(self, action: Action) -> Items:
-        """Of a sum that is handed over one tensor at a time is made flat."""
+        """Of a sum that is handed over one tensor at a time is made flat; running ahead, a layer's all at once."""
+        size = self._sizes[action.unit]
+        copied = size.largest if self.shape.waits(action) else size.gradient
         name = "unit gradient sums" if action.unit else "root gradients"
-        return {name: self._sizes[action.unit].largest} if self._contribution(action) else {}
+        return {name: copied} if self._contribution(action) else {}
 
     def settle(self, action: Action) -> None:
         if self.shape.zero_stage == 1:
@@ -253,22 +266,39 @@ class StepBytes(Reader):
     def norm(self, action: Action) -> None:
         """The squares of a piece of a segment's gradients, and their sums by halves."""
         units = self._plan.units if action.unit == ALL_UNITS else (self._plan.units[action.unit],)
+        self._flying = 0
         trained = (s for unit in units for s in unit.segments if s.kind != "frozen")
-        spans = (self._plan.state_interval(segment, self._rank) for segment in trained)
+        spans = [self._plan.state_interval(segment, self._rank) for segment in trained]
         largest = max((b - a for a, b in spans), default=0)
-        self._moment({"norm of gradients": 2 * 4 * min(largest, SQUARED_ELEMENTS)}, self._updating)
+        at_once, most = largest, SQUARED_ELEMENTS
+        if self.shape.run_ahead:
+            at_once, most = sum(b - a for a, b in spans), NORM_AHEAD
+        self._moment({"norm of gradients": 2 * 4 * min(at_once, most)}, self._updating)
 
     def update(self, action: Action) -> None:
         """Segment by segment: its new weights, and what the optimizer's calls need besides."""
-        new = 0
+        new, before = 0, self._flying
+        self._flying = self._own = 0
         for segment in self._plan.units[action.unit].segments:
             if segment.kind != "frozen":
                 a, b = self._plan.state_interval(segment, self._rank)
                 new += (b - a) * segment.itemsize
                 chunk = update_bytes(segment, a, b, self._state_bytes)
+                if not self.shape.waits(action):
+                    chunk = self._in_flight(segment, chunk, b - a, before)
                 self._moment({"optimizer chunk": chunk, "new weights of a unit": new}, self._updating)
         self._hold("gradients", -self._final * self._sizes[action.unit].trained)
         self._new[action.unit] = new
+
+    def _in_flight(self, segment: Segment, chunk: int, elements: int, before: int) -> int:
+        """What chunks hold at most that are handed over and may not be done: of this unit, up to `segment`, and of the
+        one before, whose gradients and, at stage 3, new weights they keep as well."""
+        sizes = self._state_bytes(BLOCK, segment.dtype, quantised=segment.kind == "trainable")
+        more = self._final + segment.itemsize * self.shape.sharded
+        self._flying += int((sizes.alone + more) * elements)
+        self._own += int(sizes.alone * elements)
+        most = sizes.calls_ahead * chunk * (sizes.alone + more) / sizes.alone
+        return max(chunk, min(before + self._own, int(most)))
 
     def renew(self, action: Action) -> None:
         self._hold("new weights of a unit", self._new[action.unit])

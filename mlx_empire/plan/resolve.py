@@ -119,7 +119,8 @@ def resolve(
                     plan, partial(_shared, recipe, spec, nodes, plan.shards.zero_stage, state_bytes)
                 )
             if plan.comfortable:
-                return plan
+                ahead = partial(_shared, recipe, spec, nodes, plan.shards.zero_stage, state_bytes)
+                return _running_ahead(plan, ahead) if memory.run_ahead else plan
             if plan.fits:
                 tight.append(plan)
         tried += plans
@@ -167,6 +168,12 @@ _LINEAR = linear_in(version("mlx"))
 def _has_metal(node: Node) -> bool:
     """Whether a node is known to compute on Apple's GPU; a hostfile says so by its chip, such as chip=M3-Ultra."""
     return (node.chip or "").startswith(("Apple", "M1", "M2", "M3", "M4", "M5"))
+
+
+def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPlan:
+    """`plan` with a main thread that runs ahead of the device, where that leaves headroom."""
+    ahead = with_work(replace(plan.work, run_ahead=True))
+    return ahead if ahead.comfortable else plan
 
 
 def _longest_tail(none: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPlan:

@@ -18,6 +18,10 @@ Every rank's list has the same collectives in the same order, whatever its micro
 `replicate`, `renew` use the wires, `norm` the control plane. They run one after the other, beside the computation;
 `bind`, `settle` and `adopt` wait for them (and `free` for a renewal of its unit). One reduction is in flight at a time.
 
+Where a rank runs ahead (`StepShape.run_ahead`), what most actions evaluate is handed to the device, and the main
+thread goes on to the next layer. It waits in head, embed and score, for the root's sums and for the norm: there memory
+is at its peak, or a number is asked for. Before the first head and each embed it waits for all that it handed over.
+
 | kind | what happens |
 |-----------|---------------------------------------------------------------------------------------------|
 | gather    | begin to make a unit whole (stage 3)                                                        |
@@ -48,6 +52,9 @@ from itertools import accumulate, groupby
 from typing import Literal, NamedTuple
 
 ALL_UNITS = -1  # the unit of a norm over everything
+HANDED_OVER = frozenset(
+    {"capture", "forward", "backward", "keep", "reduce", "settle", "norm", "update", "adopt"}
+)
 
 
 class Action(NamedTuple):
@@ -70,7 +77,7 @@ class StepShape:
 
     `cells`: number of this rank's micro-batches in each round (0 where it has no cell); `trained`: by unit, whether
     anything of it trains; `unrecomputed`: how many last layers keep their activations; `in_backward`: a unit is
-    updated as soon as its gradient is complete.
+    updated as soon as its gradient is complete; `run_ahead`: the next layer is handed to the device while one runs.
     """
 
     zero_stage: int
@@ -78,6 +85,12 @@ class StepShape:
     cells: tuple[int, ...]
     unrecomputed: int = 0
     in_backward: bool = False
+    run_ahead: bool = False
+
+    def waits(self, action: Action) -> bool:
+        """Whether the main thread waits for what the action evaluates, or hands it over and goes on."""
+        sums_of_root = action.unit == 0 and action.kind in ("keep", "reduce")
+        return not self.run_ahead or sums_of_root or action.kind not in HANDED_OVER
 
     @property
     def layers(self) -> int:

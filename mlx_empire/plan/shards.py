@@ -30,7 +30,7 @@ from mlx_empire.model.spec import BLOCK, ITEM_BYTES, TensorSpec, UnitSpec
 KINDS = ("trainable", "small", "frozen")
 CHUNK_ELEMENTS = 1 << 21  # one optimizer call; bounds its temporaries
 SHARED_ELEMENTS = 1 << 18  # small chunks up to so many elements together are evaluated at once
-SQUARED_ELEMENTS = 1 << 20  # squared at once for the norm
+SQUARED_ELEMENTS = 1 << 22  # squared at once for the norm: few waits, and some megabytes
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ class Workload:
     """A step's shape. `width` is the number of input positions of a row, `tail` the un-recomputed layers.
 
     `linear_attention`: causal attention without an array mask needs no scores (Metal). `optimizer_in_backward`: a unit
-    is updated as soon as its gradient is complete, which is then not kept. `by_pattern`: long rows are attended
-    by segments where layers allow it.
+    is updated as soon as its gradient is complete, which is then not kept. `by_pattern`: long rows are attended by
+    segments where layers allow it. `run_ahead`: the next layer is handed to the device while one runs.
     """
 
     micro_size: int
@@ -91,6 +91,7 @@ class Workload:
     optimizer_in_backward: bool = False
     linear_attention: bool = False
     by_pattern: bool = False
+    run_ahead: bool = False
 
     @property
     def tokens(self) -> int:
@@ -105,4 +106,5 @@ class Workload:
 def step_shape(plan: ShardPlan, work: Workload, rank: int) -> StepShape:
     """What the order of `rank`'s step depends on."""
     cells = tuple(len(cell) for cell in work.layout.of_rank(rank))
-    return StepShape(plan.zero_stage, plan.trained, cells, work.unrecomputed, work.optimizer_in_backward)
+    release = work.optimizer_in_backward
+    return StepShape(plan.zero_stage, plan.trained, cells, work.unrecomputed, release, work.run_ahead)

@@ -254,6 +254,11 @@ class MemorySection(Section):
         default="auto",
         description="auto, float32 or bfloat16",
     )
+    run_ahead: bool = Field(
+        title="Whether the next layers are handed to the device while one runs; not where memory would be tight.",
+        default=False,
+        description="true or false",
+    )
     wired: Literal["auto", "off"] | Annotated[int, Field(ge=2**20, le=2**50)] = Field(
         title="How much memory macOS may neither page out nor compress.",
         default="auto",

@@ -4,7 +4,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_empire.comm.buffers import ADDED_AT_ONCE, Adder, check_reduction, copy_interval, window
+from mlx_empire.comm.buffers import (
+    ADDED_AT_ONCE,
+    SHARED_AMONG_THREADS,
+    Adder,
+    check_reduction,
+    copy_interval,
+    window,
+)
+from mlx_empire.comm.protocol import Wire
+from mlx_empire.comm.solo import SoloCommunicator
 
 
 def test_bfloat16_converts_exactly_as_mlx_does() -> None:
@@ -29,6 +38,33 @@ def test_blocks_leave_no_seams() -> None:
     cut = ADDED_AT_ONCE + 3
     Adder().add(total, [[(5, parts[1][5:cut]), (cut, parts[1][cut:])], [(0, parts[2])]], "float32")
     assert total.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_any_number_of_threads_gives_the_bits_of_one(wire: Wire, fresh: bool) -> None:
+    random = np.random.default_rng(2)
+    length = SHARED_AMONG_THREADS + 5 * ADDED_AT_ONCE + 77
+    dtype = {"float32": np.float32, "bfloat16": np.uint16}[wire]
+    own = random.integers(0, 1 << 14, (3, length)).astype(dtype)
+    pieces = [[(0, own[0])], [(5, own[1][5:300_000]), (400_000, own[1][400_000:])], [(0, own[2])]]
+    start = random.standard_normal(length).astype(np.float32)
+    expected = np.zeros_like(start) if fresh else start.copy()
+    for offset, values in (piece for one in pieces for piece in one):
+        wide = values.astype(np.uint32) << 16 if wire == "bfloat16" else values
+        expected[offset : offset + values.size] += wide.view(np.float32)
+    for threads in (1, 2, 3, 7):
+        total = start.copy()
+        Adder(threads).add(total, pieces, wire, fresh=fresh)
+        assert total.tobytes() == expected.tobytes()
+
+
+def test_a_fresh_total_counts_as_zeros_whatever_it_holds() -> None:
+    total = np.full(100, np.nan, np.float32)
+    Adder().add(total, [[(10, np.full(5, -0.0, np.float32))]], "float32", fresh=True)
+    assert total.tobytes() == np.zeros(100, np.float32).tobytes()
+    SoloCommunicator("here").reduce_scatter([], [0, 100], total, [False], fresh=True)
+    assert not total.any()
 
 
 def test_one_piece_is_sent_without_a_copy() -> None:

@@ -4,10 +4,13 @@
 //
 // For each kind of node (primitive, stream, dtypes) it keeps how often it was seen, the largest array, and how many
 // buffers a fused kernel takes. For each edge on which one stream waits for another within one evaluation it keeps the
-// primitives at both ends. It counts the evaluations that had work. `watch_report` writes all of it and begins anew.
+// primitives at both ends. It counts the evaluations that had work, and how often the main thread stopped for one: it
+// evaluated and waited, or waited for (or read) an array that was evaluated asynchronously, whether that was done by then
+// or not. `watch_report` writes all of it and begins anew.
 //
 // Compiled by tests/metal/watching.py against the headers of the MLX that is installed.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -36,7 +39,7 @@ struct Watch {
   std::mutex mutex;
   std::map<std::string, Kind> kinds;
   std::map<std::string, long> waits;
-  long worked[2] = {0, 0};  // evaluations with work: blocking ones, asynchronous ones
+  long worked[3] = {0, 0, 0};  // evaluations with work: blocking ones, asynchronous ones; stops of the main thread
 };
 
 Watch& watch() {
@@ -111,6 +114,30 @@ void walk(const std::vector<array>& asked, int how) {
   }
 }
 
+thread_local bool stopping = false;  // within a stop that is counted
+
+// Whether someone who asks for `a` may have to wait. An array that another one's evaluation found done has no event.
+bool pending(const array& a) {
+  return waiting(a) || (a.status() == array::Status::evaluated && a.event().valid());
+}
+
+// Counts a stop of the main thread, for as long as it lasts: what it waits for within is the same one.
+class Stop {
+ public:
+  explicit Stop(bool pending) : outermost_(pending && !stopping && getpid() == gettid()) {
+    if (!outermost_) return;
+    stopping = true;
+    std::lock_guard<std::mutex> lock(watch().mutex);
+    watch().worked[2]++;
+  }
+  ~Stop() {
+    if (outermost_) stopping = false;
+  }
+
+ private:
+  bool outermost_;
+};
+
 template <typename Function>
 Function next(const char* symbol) {
   return reinterpret_cast<Function>(dlsym(RTLD_NEXT, symbol));
@@ -120,7 +147,7 @@ Function next(const char* symbol) {
 
 extern "C" void watch_counts(long* worked) {
   std::lock_guard<std::mutex> lock(watch().mutex);
-  std::copy(watch().worked, watch().worked + 2, worked);
+  std::copy(watch().worked, watch().worked + 3, worked);
 }
 
 extern "C" int watch_report(const char* path) {
@@ -128,14 +155,14 @@ extern "C" int watch_report(const char* path) {
   std::lock_guard<std::mutex> lock(w.mutex);
   FILE* file = std::fopen(path, "w");
   if (!file) return 1;
-  std::fprintf(file, "worked\t%ld\t%ld\n", w.worked[0], w.worked[1]);
+  std::fprintf(file, "worked\t%ld\t%ld\t%ld\n", w.worked[0], w.worked[1], w.worked[2]);
   for (const auto& [key, kind] : w.kinds)
     std::fprintf(file, "kind\t%s\t%ld\t%zu\t%zu\n", key.c_str(), kind.count, kind.largest, kind.buffers);
   for (const auto& [key, count] : w.waits) std::fprintf(file, "wait\t%s\t%ld\n", key.c_str(), count);
   std::fclose(file);
   w.kinds.clear();
   w.waits.clear();
-  std::fill(w.worked, w.worked + 2, 0L);
+  std::fill(w.worked, w.worked + 3, 0L);
   return 0;
 }
 
@@ -144,6 +171,7 @@ namespace mlx::core {
 void eval(std::vector<array> outputs) {
   static auto real = next<void (*)(std::vector<array>)>("_ZN3mlx4core4evalESt6vectorINS0_5arrayESaIS2_EE");
   walk(outputs, 0);
+  Stop stop(std::any_of(outputs.begin(), outputs.end(), pending));
   real(std::move(outputs));
 }
 
@@ -151,6 +179,12 @@ void async_eval(std::vector<array> outputs) {
   static auto real = next<void (*)(std::vector<array>)>("_ZN3mlx4core10async_evalESt6vectorINS0_5arrayESaIS2_EE");
   walk(outputs, 1);
   real(std::move(outputs));
+}
+
+void array::wait() {
+  static auto real = next<void (*)(array*)>("_ZN3mlx4core5array4waitEv");
+  Stop stop(pending(*this));
+  real(this);
 }
 
 }  // namespace mlx::core

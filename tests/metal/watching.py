@@ -36,12 +36,14 @@ class Kind:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was evaluated: `waits` holds (node, what it waits for), each as primitive@stream; evaluations with work."""
+    """What was evaluated: `waits` holds (node, what it waits for), each as primitive@stream; evaluations with work, and
+    how often the main thread stopped for one."""
 
     kinds: tuple[Kind, ...]
     waits: tuple[tuple[str, str], ...]
     blocking: int
     asynchronous: int
+    stops: int
 
 
 @dataclass
@@ -58,11 +60,11 @@ class Watch:
         self.seen.append(_report())
 
 
-def evaluations() -> tuple[int, int]:
-    """Evaluations that had work so far, blocking and asynchronous ones."""
-    counts = (ctypes.c_long * 2)()
+def evaluations() -> tuple[int, int, int]:
+    """Evaluations that had work so far, blocking and asynchronous ones; how often the main thread stopped for one."""
+    counts = (ctypes.c_long * 3)()
     ctypes.CDLL(None).watch_counts(counts)
-    return counts[0], counts[1]
+    return counts[0], counts[1], counts[2]
 
 
 def library(folder: Path) -> Path:
@@ -101,10 +103,10 @@ def _report() -> Seen:
     with tempfile.NamedTemporaryFile("r") as file:
         assert ctypes.CDLL(None).watch_report(file.name.encode()) == 0
         lines = [line.rstrip("\n").split("\t") for line in file]
-    kinds, waits, worked = [], [], (0, 0)
+    kinds, waits, worked = [], [], (0, 0, 0)
     for what, *rest in lines:
         if what == "worked":
-            worked = (int(rest[0]), int(rest[1]))
+            worked = (int(rest[0]), int(rest[1]), int(rest[2]))
         elif what == "wait":
             waits.append((rest[0], rest[1]))
         else:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.planning import llama_like
 
+from mlx_empire.engine.evaluations import Evaluations
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.memory import StepBytes
@@ -169,7 +171,7 @@ SHAPE = StepShape(3, PLAN.trained, (2,))
 def readers() -> list[Reader]:
     """One of each kind."""
     return [
-        StreamedStep(None, None, None, SHAPE),  # type: ignore[arg-type]
+        StreamedStep(None, SimpleNamespace(evaluate=Evaluations()), None, SHAPE),  # type: ignore[arg-type]
         StepBytes(SPEC, PLAN, WORK, 0, AdamW().state_bytes),
         StepTraffic(PLAN, WORK),
     ]

@@ -62,6 +62,7 @@ class Case:
     release: bool = False
     steps: int = 1
     route: str = "auto"
+    run_ahead: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -124,6 +125,7 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
         8192,
         case.release,
         by_pattern=case.by_pattern,
+        run_ahead=case.run_ahead,
     )
     plan = make_plan(spec.units, shares, case.stage)
     optimizer = optimizer_of(case)

@@ -82,8 +82,17 @@ def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Tr
     built = built_of(case)
     shares = [case.shares[r % len(case.shares)] for r in range(comm.size)]
     layout = cell_layout(case.micro_batches * case.rows, case.rows, case.cells, comm.size)
-    way = case.gradient_dtype, case.route, 8192
-    work = Workload(case.rows, case.width, layout, case.tail, *way, by_pattern=case.by_pattern)
+    work = Workload(
+        case.rows,
+        case.width,
+        layout,
+        case.tail,
+        case.gradient_dtype,
+        case.route,
+        8192,
+        by_pattern=case.by_pattern,
+        run_ahead=case.run_ahead,
+    )
     plan = make_plan(built.spec.units, shares, case.stage)
     optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
     noise = SEED if case.tuning.get("dropout") else None

@@ -1,0 +1,22 @@
+"""Run by mpirun: what two steps of settings give to the last bit, by whether the main thread runs ahead."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+from oracle.plans import case_of
+from oracle.settings import SETTINGS
+from oracle.worker import bits_of
+from support.mpi import report
+
+from mlx_empire.comm.connect import connect
+from mlx_empire.comm.failure import guard
+
+if __name__ == "__main__":
+    world = connect(bucket_bytes=8192)
+    with guard(world):
+        for name in json.loads(sys.argv[1]):
+            case = case_of(SETTINGS[name], world.size)
+            report({name: [bits_of(replace(case, run_ahead=ahead), world) for ahead in (False, True)]})

@@ -45,7 +45,7 @@ def block_sums(*gradients: mx.array) -> list[np.ndarray]:
 
 
 def piece_sums(gradient: mx.array) -> list[mx.array]:
-    """The same of one gradient, lazily and in pieces (rows, 1); `on_host` puts them together once they are evaluated."""
+    """The same of one gradient, lazily and in pieces (rows, 1); `on_host` puts them together once evaluated."""
     rows = range(0, gradient.shape[0], _PIECE_ROWS)
     return [_piece_sums(gradient[row : row + _PIECE_ROWS]) for row in rows]
 

@@ -184,6 +184,7 @@ class ShardStore:
         for s, segment in enumerate(segments):
             if what == "gather" or segment.kind != "frozen":
                 own = [(c.spec.start_row * BLOCK, c.weights) for c in self.chunks[index][s]]
+                mx.async_eval([w for _, w in own])  # type: ignore[no-untyped-call]  # what is lazy, by this thread
                 jobs.append((self._whole[index][s], own, segment.edges))
         self._pending[index] = self._thread.submit(self._exchange, mark, jobs, name=(what, index))
 

@@ -71,6 +71,14 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
             for name, tail, more in (("full", 2, {}), ("lora", 10, {"tuning": tuned("lora")}))
         },
         "llama 384 stage 2, dora": setting("llama", 384, 2, [1], tuning=tuned("dora")),
+        **{  # where the update is the peak, the ledger of running ahead is an upper bound
+            f"{name}, running ahead": setting("llama", 384, stage, [1], run_ahead=True, **more)
+            for name, stage, more in (
+                ("llama 384 stage 2, dora", 2, {"tuning": tuned("dora")}),
+                ("llama 384 stage 3, lora", 3, {"tuning": tuned("lora")}),
+                ("llama 384 stage 2, tail of 10", 2, {"tail": 10}),
+            )
+        },
         "qwen3_moe 384 stage 2, qlora of experts": setting(
             "qwen3_moe", 384, 2, [1], tuning=tuned("qlora", targets=["q_proj", "experts"])
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from support.stepping import Case, batches_of, counted_tokens, own_batches, trainer_of, whole_weights
@@ -51,14 +52,17 @@ def test_no_unit_is_allocated_after_the_first_step(asked, family):
 def test_no_more_bytes_are_held_than_were_whole_at_once():
     spares = store._Spares()
     small, large = [(64, "float32")], [(640, "float32")]
-    one, two = spares.take(small), spares.take(small)
+    (one, _), (two, _) = spares.take(small), spares.take(small)
     spares.give(one)
     spares.give(two)
-    big = spares.take(large)  # 2,560 bytes beside which nothing has ever lain
-    assert spares.take(small)[0].size == 64
+    big, _ = spares.take(large)  # 2,560 bytes beside which nothing has ever lain
+    assert spares.take(small)[0][0].size == 64
     assert spares._free == []
-    spares.give(big)
-    assert spares.take(large)[0] is big[0]
+    mark = mx.zeros(1)
+    spares.give(big, mark)
+    again, waits_for = spares.take(large)
+    assert again[0] is big[0]
+    assert waits_for is mark, "it is not written before what reads it is done"
 
 
 def test_after_the_whole_model_was_there_nothing_is_kept(asked):

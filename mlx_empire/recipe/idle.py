@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator
 from mlx_empire.recipe.evaluation import GENERATED
 from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import written
-from mlx_empire.recipe.run_sections import SHORT_ROW
 from mlx_empire.recipe.schema import Recipe
 
 Reason = tuple[str, str]  # a key, and why it has no effect
@@ -77,8 +76,6 @@ def _of_the_rest(recipe: Recipe) -> Iterator[Reason]:
     numerics, run = recipe.numerics, recipe.run
     if recipe.data.format in ("text", "tokens"):
         yield "data.mask_prompt", f"rows of {recipe.data.format} have no prompt"
-    if recipe.data.sequence_length <= SHORT_ROW:
-        yield "numerics.attention", f"rows have at most {SHORT_ROW} positions"
     if numerics.spikes == "off":
         yield "numerics.threshold", "numerics.spikes is off"
         yield "numerics.window", "numerics.spikes is off"

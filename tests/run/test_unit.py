@@ -154,12 +154,12 @@ WIDE = {
 
 @pytest.mark.slow
 def test_a_dense_unit_of_more_than_2_to_the_31_elements(tmp_path):
-    """About 10 GB of memory and some minutes."""
+    """About 9 GB of memory and some minutes: bfloat16 is slow on a CPU."""
     recipe = recipe_at(
         tmp_path,
         {**WIDE, "num_hidden_layers": 2},
         model=f"{{path: {tmp_path}/model, dtype: bfloat16}}",
-        data="{path: nowhere, sequence_length: 16}",
+        data="{path: nowhere, sequence_length: 4}",
         batch="{global_size: 1, micro_size: 1}",
         tuning="{type: lora}",
         memory="{zero_stage: 0}",

@@ -9,7 +9,7 @@ then the longest tail that fits. Any plan that leaves headroom comes before any 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -258,23 +258,26 @@ def _shared(
     ledgers = tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks)
     listed = not isinstance(recipe.memory.shares, str)  # checked on one node too
     if listed or (recipe.memory.shares == "memory" and len(nodes) > 1):
-        whole = max(sum(_sharded(one, phase, stage) for one in ledgers) for phase in ledgers[0].phases)
+        by_phase = {phase: [_sharded(one, phase, stage) for one in ledgers] for phase in ledgers[0].phases}
+        whole = max(map(sum, by_phase.values()))
+        # Equal shares differ by a tensor's end and by which unit is whose in a phase, which unequal ones would move.
+        equal = {phase: max(sizes) for phase, sizes in by_phase.items()}
         fixed = [
-            limit - int(whole * _room(one, limit, stage)) for one, limit in zip(ledgers, limits, strict=True)
+            limit - int(whole * _room(one, limit, equal, stage))
+            for one, limit in zip(ledgers, limits, strict=True)
         ]
         shards = make_plan(spec.units, solve_shares(recipe.memory.shares, limits, fixed), stage)
         ledgers = tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks)
     return RunPlan(shards, work, ledgers, limits)
 
 
-def _room(one: Ledger, limit: int, stage: int) -> float:
-    """How large a rank's share could be, in equal shares' units, in the phase that allows the least."""
+def _room(one: Ledger, limit: int, equal: Mapping[str, int], stage: int) -> float:
+    """How large a rank's share could be, in the units of `equal` shares, in the phase that allows the least."""
     room = []
     for phase, items in one.phases.items():
-        sharded = _sharded(one, phase, stage)
-        fixed = sum(one.resident.values()) + sum(items.values()) - sharded
-        if sharded:
-            room.append((limit - fixed) / sharded)
+        fixed = sum(one.resident.values()) + sum(items.values()) - _sharded(one, phase, stage)
+        if equal[phase]:
+            room.append((limit - fixed) / equal[phase])
     return min(room, default=1.0)
 
 

@@ -6,6 +6,8 @@ import pytest
 from support.planning import MIB, assess, catalog_spec, llama_like, nodes_of, recipe_of
 
 from mlx_empire.cluster.hostfile import Node, load_hostfile
+from mlx_empire.formats.hf_folder import stored_if_whole
+from mlx_empire.model.target import planned_target
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, Assessment, chunk_count
 from mlx_empire.recipe.load import load_recipe
 
@@ -142,3 +144,16 @@ def test_where_nothing_fits_the_least_overfull_plan_is_reported():
     assert {a.verdict for a in by_stage.values()} == {"no"}
     assert min(lack, key=lambda s: lack[s]) != (best := min(overload, key=lambda s: overload[s]))
     assert found.zero_stage == best
+
+
+@pytest.mark.parametrize("limits", [(1, 1, 1), (3, 2, 2)])
+def test_where_memory_abounds_shares_are_as_the_limits(limits):
+    """Whose unit a tensor's gradient is when a step needs most makes no machine's share larger than its equal's."""
+    recipe = recipe_of(
+        f"model.path={ROOT / 'tests/fixtures/tiny-llama-260k'}", "model.dtype=float32", "data.sequence_length=64",
+        "batch.global_size=6", "batch.micro_size=1", "batch.cells=4", "memory.zero_stage=2",
+    )  # fmt: skip
+    spec = planned_target(recipe, stored_if_whole).spec
+    found = assess(recipe, spec, nodes_of([limit << 30 for limit in limits]))
+    expected = [limit / sum(limits) for limit in limits]
+    assert [node.share for node in found.nodes] == pytest.approx(expected, rel=0.01)

@@ -47,7 +47,9 @@ _TERMS = {
     "optimizer master": Term(
         "4 bytes for each bfloat16 element of the share: master weights in fp32", "exact"
     ),
-    "exchange buffers": Term("two buckets in flight from and for every peer", "exact"),
+    "exchange buffers": Term(
+        "two buckets in flight from and for every peer, and 256 KiB for adding them", "exact"
+    ),
     "MLX base": Term("64 KiB for rotary tables and scalars, and the masks that layers are given", "fitted"),
     "allocator margin": Term(
         "half a page of 16 KiB for every buffer and for every tensor that is small", "unmeasured"
@@ -87,8 +89,11 @@ _TERMS = {
         "scores alive at that moment, heads x rows x width^2 each: on a CPU and wherever a mask is an array",
         "derived",
     ),
-    "logits chunk": Term("three fp32 arrays of a chunk of tokens x vocabulary", "fitted"),
-    "un-recomputed tail": Term("what the layers that are not recomputed keep for their backward", "derived"),
+    "logits chunk": Term("what is alive at the worst moment of a chunk's loss and its vjp", "derived"),
+    "un-recomputed tail": Term(
+        "what the layers that are not recomputed keep for their backward, with the logits of a chunk",
+        "derived",
+    ),
     "tail gradients": Term("gradients of un-recomputed layers that are there at that moment", "derived"),
     "tail sums": Term(
         "4 bytes for each element of the un-recomputed layers, over a cell's micro-batches", "exact"

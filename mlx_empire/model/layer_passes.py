@@ -164,6 +164,8 @@ class LayerPasses:
         """The loss and the vjp of layers that are not recomputed, in order. The chunks of the loss are evaluated first,
         with the first of them the layers' forward."""
 
+        two = min(2 * self._positions, self._hidden.shape[1])  # of the chunks that follow nothing is new
+
         def body(hidden: mx.array, *rest: mx.array) -> list[mx.array]:
             batch, sums = rest[:3], rest[3:]
 
@@ -171,8 +173,10 @@ class LayerPasses:
                 self._begin(arrays[len(trained) + 1 :])
                 self._bind(trained, arrays)
                 state = self._through(units, arrays[len(trained)])
-                chunks = list(self._chunks(mx.stop_gradient(state), batch))
-                cotangent = mx.stop_gradient(joined_chunks([part for *_, part in chunks]))
+                chunks = list(self._chunks(mx.stop_gradient(state)[:, :two], [x[:, :two] for x in batch]))
+                parts = [part for *_, part in chunks]
+                parts += [mx.zeros_like(state[:, two:])] * (two < state.shape[1])
+                cotangent = mx.stop_gradient(joined_chunks(parts))
                 surrogate = (state * cotangent).sum()
                 for array, own in zip(self._blocks.came_in(), self._blocks.cotangents, strict=True):
                     surrogate = surrogate + (array * own).sum()
@@ -184,7 +188,7 @@ class LayerPasses:
             return [*chunks, found[len(trained)], *self._added(sums, units, trained, found)]
 
         traced = self._differentiated(units, body, adds=adds, besides=self._batch(self._hidden), head=True)
-        chunks = self._of_chunks(traced.graph, self._hidden.shape[1])
+        chunks = self._of_chunks(traced.graph, two)
         return replace(chunks, gradients=(*chunks.gradients, *traced.gradients))
 
     # ---- head

@@ -99,7 +99,7 @@ def test_a_verb_that_is_not_there_is_named_with_the_nearest(capsys: pytest.Captu
 
 def test_every_verb_with_a_recipe_takes_it_first_and_hosts_by_the_same_option() -> None:
     made = {name: import_module(verb.module) for name, verb in VERBS.items() if not verb.words}
-    parsers = {name: module.parser() for name, module in made.items()}
+    parsers = {name: module.parser() for name, module in made.items() if hasattr(module, "parser")}
     recipes = {name for name, parser in parsers.items() if isinstance(parser, RecipeArguments)}
     assert recipes == {"train", "launch", "daughters", "capacity", "verify"}
     for name in recipes:

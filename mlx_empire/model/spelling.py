@@ -57,6 +57,10 @@ def _leading(first: str, rest: str, kinds: Sequence[str]) -> int:
     return count
 
 
+# Keys that say whether there are biases, and the tensors that show it.
+BIASES: Mapping[str, str] = {"attention_bias": ".q_proj.bias"}
+
+
 def spell_keys(
     section: dict[str, Any], fields: Fields, module: str, family: str, where: str, stored: Collection[str]
 ) -> None:
@@ -73,13 +77,20 @@ def spell_keys(
             section[key] = section[ALIASES[key]]
         elif key in defaults:
             if key not in section:  # null is a value of its own
-                section[key] = defaults[key]
+                section[key] = _as_stored(key, defaults[key], stored)
         elif key in DERIVED and (field.default is MISSING or field.default is not None):
             _derive(section, key, DERIVED[key])
     for key, rule in OF_MODULE.get(module, {}).items():
         _derive(section, key, rule)
     _spell_layers(section, fields, where)
     refuse_unread_keys(section, module, where, stored)
+
+
+def _as_stored(key: str, default: Any, stored: Collection[str]) -> Any:
+    """transformers' default, unless the folder's tensors say otherwise: others leave out what is mlx-lm's default."""
+    if key in BIASES and default and stored:
+        return any(name.endswith(BIASES[key]) for name in stored)
+    return default
 
 
 def _derive(section: dict[str, Any], key: str, rule: Callable[[Numbers], Any]) -> None:

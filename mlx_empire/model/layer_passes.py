@@ -24,7 +24,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from mlx_empire.model.attention.by_pattern import ByPattern
-from mlx_empire.model.attention.patterns import Pattern
+from mlx_empire.model.attention.patterns import Pattern, telling_width
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.attention.traced import Shapes, TracedBlocks, without_summands
 from mlx_empire.model.build import find_layers, reason_of
@@ -72,7 +72,7 @@ class LayerPasses:
                 hidden, given = self._slotted.capture(mx.zeros((rows, width), mx.int32))
                 if kernels is not None:
                     kernels = replace(kernels, in_blocks=self._blocks.attend)
-                self._by_pattern = ByPattern(layers, kernels)
+                self._by_pattern = ByPattern(layers, kernels, self._told(layers, kernels, width))
                 self._given = self._by_pattern.settled(hidden, given)
             except Exception as error:  # foreign code on a model that need not be one that trains
                 raise NotTraceable(reason_of(error)) from None
@@ -92,6 +92,20 @@ class LayerPasses:
         self._now: dict[int, mx.array] = {}  # by id of an argument what stands for it
         self._bound: dict[str, mx.array] = {}
         self._experts = _Experts()
+
+    def _told(
+        self, layers: Sequence[nn.Module], kernels: Kernels | None, width: int
+    ) -> list[Pattern | None] | None:
+        """The layers' patterns, seen on rows that are long enough to tell: a mask of long ones is never made."""
+        if kernels is None or width <= kernels.short:
+            return None
+        seen = telling_width(self._spec.text_config, width)
+        question = "patterns", seen
+        if question not in self._spec.known:
+            hidden, given = self._slotted.capture(mx.zeros((1, seen), mx.int32))
+            self._spec.known[question] = ByPattern(layers, kernels).patterns(hidden, given)
+        found: list[Pattern | None] = self._spec.known[question]
+        return found
 
     @property
     def argument_bytes(self) -> int:

@@ -19,10 +19,15 @@ from mlx_empire.model.layers import LayerArguments, given_mask, mask_position, w
 
 
 class ByPattern:
-    """The patterns of a model's layers, found once for each shape of micro-batch; without `kernels` all keep masks."""
+    """The patterns of a model's layers, found once for each shape of micro-batch; without `kernels` all keep masks.
 
-    def __init__(self, layers: Sequence[nn.Module], kernels: Kernels | None) -> None:
-        self._layers, self._kernels = layers, kernels
+    `told`: by layer the pattern, where it is known for rows of any width and no mask is to be looked at.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], kernels: Kernels | None, told: list[Pattern | None] | None = None
+    ) -> None:
+        self._layers, self._kernels, self._told = layers, kernels, told
         self._known: dict[tuple[int, ...], list[Pattern | None]] = {}
 
     def settled(self, hidden: mx.array, arguments: Sequence[LayerArguments]) -> list[LayerArguments]:
@@ -32,13 +37,21 @@ class ByPattern:
         """
         if self._kernels is None or hidden.shape[1] <= self._kernels.short:
             return list(arguments)
+        return [
+            given if pattern is None else replace(with_mask(layer, given, CAUSAL), pattern=pattern)
+            for layer, given, pattern in zip(
+                self._layers, arguments, self.patterns(hidden, arguments), strict=True
+            )
+        ]
+
+    def patterns(self, hidden: mx.array, arguments: Sequence[LayerArguments]) -> list[Pattern | None]:
+        """By layer the pattern; None where it keeps its mask."""
+        if self._told is not None:
+            return self._told
         shape = tuple(hidden.shape)
         if shape not in self._known:
             self._known[shape] = self._found(hidden, arguments)
-        return [
-            given if pattern is None else replace(with_mask(layer, given, CAUSAL), pattern=pattern)
-            for layer, given, pattern in zip(self._layers, arguments, self._known[shape], strict=True)
-        ]
+        return self._known[shape]
 
     def call(self, layer: nn.Module, hidden: mx.array, given: LayerArguments) -> Any:
         """What the layer returns."""

@@ -7,8 +7,10 @@ element by element.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -76,6 +78,19 @@ def _is(pattern: Pattern, mask: np.ndarray) -> bool:
         np.array_equal(mask[a : a + _COMPARED], pattern.visible(a, min(a + _COMPARED, width), width))
         for a in range(0, width, _COMPARED)
     )
+
+
+def telling_width(config: Mapping[str, Any], width: int) -> int:
+    """A width, up to `width`, at which the masks of a model with this text configuration tell what they are at `width`.
+
+    A mask of long rows has as many elements as their square; windows and chunks show behind their length.
+    """
+    lengths = [
+        value
+        for key, value in config.items()
+        if any(word in key for word in ("window", "chunk")) and isinstance(value, int) and 0 < value < width
+    ]
+    return min(width, max(lengths, default=_COMPARED) + _COMPARED)
 
 
 def cuts_of(documents: np.ndarray) -> Cuts:

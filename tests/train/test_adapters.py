@@ -19,7 +19,7 @@ from mlx_lm.utils import quantize_model, save, save_model
 from train.launching import MODEL, Workspace, curve, held_out, jsonl, raw_tensors, step_records, succeeded
 from train.test_result import TRAIN, VALID, mean_loss
 
-from mlx_empire import export
+from mlx_empire.export import command as export
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.source import FolderSource, TunedSource
 from mlx_empire.model.config import read_config

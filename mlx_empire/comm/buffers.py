@@ -20,7 +20,7 @@ import numpy as np
 
 from mlx_empire.comm.protocol import Array, Pieces, Wire
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.plan.traffic import ADDED_AT_ONCE, ADDERS, SHARED_AMONG_THREADS
+from mlx_empire.plan.traffic import ADDED_AT_ONCE
 
 DTYPES = {
     "bfloat16": mx.bfloat16,
@@ -62,6 +62,8 @@ WIRE_DTYPES: dict[Wire, np.dtype[Any]] = {
     "bfloat16": np.dtype(np.uint16),
     "float16": np.dtype(np.float16),
 }
+SHARED_AMONG_THREADS = 1 << 20  # elements of a total from which several threads add
+ADDERS = 8  # threads at most: the memory's bandwidth is then used up
 
 
 def check_buffer(buffer: Array, edges: Sequence[int], size: int) -> None:
@@ -125,7 +127,7 @@ def copy_interval(pieces: Pieces, low: int, high: int, out: Array) -> Array:
 
 
 class Adder:
-    """Adds contributions to fp32 totals block by block; owns a block of scratch memory for each of its threads.
+    """Adds contributions to fp32 totals block by block; its threads share one block of scratch memory.
 
     bfloat16 is the upper half of a float32, so the conversion is a shift and exact; float16 converts
     exactly too. Large totals are cut into runs for several threads (numpy lets the others run while it adds): which
@@ -135,12 +137,12 @@ class Adder:
     def __init__(self, threads: int | None = None) -> None:
         """`threads`: of large totals; all cores, up to `ADDERS`, if not given."""
         self._threads = threads or min(os.cpu_count() or 1, ADDERS)
-        self._bits = [np.empty(ADDED_AT_ONCE, np.uint32)]
+        self._bits = np.empty(ADDED_AT_ONCE, np.uint32)
         self._pool: ThreadPoolExecutor | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(bits.nbytes for bits in self._bits)
+        return self._bits.nbytes
 
     def add(self, total: Array, contributions: Sequence[Pieces], wire: Wire, *, fresh: bool = False) -> None:
         """total[i] += c[i] for each contribution c in order; total: float32, and pieces count from its
@@ -149,14 +151,14 @@ class Adder:
         Overflow and NaN pass silently: whoever looks at the gradient's norm finds them.
         """
         runs = self._threads if total.size >= SHARED_AMONG_THREADS else 1
-        blocks = -(-total.size // ADDED_AT_ONCE)
-        edges = [blocks * n // runs * ADDED_AT_ONCE for n in range(runs + 1)]
-        while len(self._bits) < runs:
-            self._bits.append(np.empty(ADDED_AT_ONCE, np.uint32))
+        size = ADDED_AT_ONCE // runs
+        blocks = -(-total.size // size)
+        edges = [blocks * n // runs * size for n in range(runs + 1)]
 
         def run(n: int) -> None:
-            starts = range(edges[n], min(edges[n + 1], total.size), ADDED_AT_ONCE)
-            self._add_blocks(starts, total, contributions, wire, fresh, self._bits[n])
+            starts = range(edges[n], min(edges[n + 1], total.size), size)
+            bits = self._bits[n * size : (n + 1) * size]
+            self._add_blocks(starts, total, contributions, wire, fresh, bits)
 
         if runs == 1:
             return run(0)
@@ -179,7 +181,7 @@ class Adder:
         """The blocks of `total` from `starts`: each is zeroed and added to while it is in the cache."""
         with np.errstate(all="ignore"):
             for low in starts:
-                block = total[low : min(low + ADDED_AT_ONCE, starts.stop)]
+                block = total[low : min(low + starts.step, starts.stop)]
                 if fresh:
                     block.fill(0)
                 for pieces in contributions:

@@ -1,6 +1,6 @@
 """Ask every machine of a hostfile what would stop a run, and say what mends it.
 
-    python -m mlx_empire.doctor [HOSTFILE] [--recipe RECIPE] [--write-links] [--train]
+    mlx-empire doctor [HOSTFILE] [--recipe RECIPE] [--write-links] [--train]
                                   [--unit RECIPE] [--json]
 
 All machines are asked at once, over ssh; then the speed of every pair is measured by MPI. Without a hostfile it is this
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> UserArguments:
     made = UserArguments(
-        prog="python -m mlx_empire.doctor",
+        prog="mlx-empire doctor",
         description="Ask every machine of a hostfile what would stop a run, and say what mends it.",
     )
     made.add_argument(

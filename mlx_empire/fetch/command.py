@@ -1,6 +1,6 @@
 """Bring the model that a recipe names in `model.source` from the Hugging Face Hub to `model.path`.
 
-    python -m mlx_empire.fetch RECIPE [--everywhere] [--hosts HOSTFILE] [--dry-run] [key=value ...]
+    mlx-empire fetch RECIPE [--everywhere] [--hosts HOSTFILE] [--dry-run] [key=value ...]
 
 A run needs the folder on its first machine only, which hands the others their parts; `--everywhere` copies it to all,
 over ssh, from this one. The same command goes on where it was cut off: whole files are kept, and all are checked again.
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> UserArguments:
     """The options of the command."""
     made = UserArguments(
-        prog="python -m mlx_empire.fetch",
+        prog="mlx-empire fetch",
         description="Bring the model that a recipe names in model.source to model.path, whole and checked.",
     )
     made.add_argument("recipe", type=Path, help="the YAML recipe")

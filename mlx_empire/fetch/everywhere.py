@@ -84,7 +84,7 @@ def folder_there(
         reason = str(error)
     except (ValueError, KeyError, TypeError):
         reason = " ".join(answer.stderr.split())[-160:] or f"exit code {answer.returncode}"
-    raise UnreachableError(f"{host.name}: {reason}; `python -m mlx_empire.doctor HOSTFILE` says what to mend")
+    raise UnreachableError(f"{host.name}: {reason}; `mlx-empire doctor HOSTFILE` says what to mend")
 
 
 def send(host: Host, folder: Path, names: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_byte
 from mlx_empire.plan.root_memory import RootMemory
 from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, folded_step
 from mlx_empire.plan.shards import SQUARED_ELEMENTS, Segment, ShardPlan, Unit
-from mlx_empire.plan.traffic import ADDED_AT_ONCE, ADDERS, SHARED_AMONG_THREADS, staging_bytes
+from mlx_empire.plan.traffic import ADDED_AT_ONCE, staging_bytes
 from mlx_empire.plan.workload import Workload, step_shape
 
 Items = dict[str, int]
@@ -66,20 +66,13 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         "weights": sum(s.kept for s in sizes) - adapters,
         "adapters": adapters,
         **states,
-        "exchange buffers": staging + _adders(plan, rank) * 4 * ADDED_AT_ONCE,
+        "exchange buffers": staging + 4 * ADDED_AT_ONCE,
         "MLX base": BASE + costs_of(spec, work).argument_bytes,
         "allocator margin": ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
     }
     step = StepBytes(spec, plan, work, rank, state_bytes)
     step.play(folded_step(step.shape))
     return Ledger({k: v for k, v in resident.items() if v}, step.phases, costs_of(spec, work).derived)
-
-
-def _adders(plan: ShardPlan, rank: int) -> int:
-    """How many threads add at most to a total of this rank, each with a block of its own."""
-    trained = (s for unit in plan.units for s in unit.segments if s.kind != "frozen")
-    spans = (plan.state_interval(segment, rank) for segment in trained)
-    return ADDERS if any(b - a >= SHARED_AMONG_THREADS for a, b in spans) else 1
 
 
 class StepBytes(Reader):

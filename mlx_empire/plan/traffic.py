@@ -25,8 +25,6 @@ DEFAULT_BUCKET_BYTES = 4 << 20
 PIECE_BYTES = 256 << 10
 # Elements that are added at once: total and converted values (256 KiB each) stay in the second-level cache.
 ADDED_AT_ONCE = 1 << 16
-SHARED_AMONG_THREADS = 1 << 20  # elements of a total from which several threads add
-ADDERS = 8  # threads at most: the memory's bandwidth is then used up
 
 
 def interval_sizes(edges: Sequence[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from mlx_empire.recipe.schema import Recipe
 
-FETCH = "python -m mlx_empire.fetch RECIPE"
+FETCH = "mlx-empire fetch RECIPE"
 
 
 def how_to_fetch(recipe: Recipe) -> str:

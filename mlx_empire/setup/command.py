@@ -1,7 +1,7 @@
 """Make the machines of a hostfile ready for a run, as far as that can be done over ssh from the first one.
 
-    python -m mlx_empire.setup HOSTFILE [--dry-run]
-    python -m mlx_empire.setup HOSTFILE --launchd RECIPE > mlx-empire.plist
+    mlx-empire setup HOSTFILE [--dry-run]
+    mlx-empire setup HOSTFILE --launchd RECIPE > mlx-empire.plist
 
 Keys, known hosts, and this repository with its environment at the same path. Each command is printed before it runs; a
 machine that is ready is left alone. What is left to a person is said at the end. `--launchd` prints a job for macOS
@@ -23,7 +23,7 @@ from mlx_empire.cluster.reach import is_here, of_all, typed_for
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UnreachableError, UserArguments, UserError
 
-DOCTOR = "`python -m mlx_empire.doctor HOSTFILE` says what is wrong"
+DOCTOR = "`mlx-empire doctor HOSTFILE` says what is wrong"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> UserArguments:
     made = UserArguments(
-        prog="python -m mlx_empire.setup",
+        prog="mlx-empire setup",
         description="Make the machines of a hostfile ready for a run, over ssh from the first one.",
     )
     made.add_argument("hostfile", type=Path, help="mpirun's or MLX's, the first machine first")

@@ -108,8 +108,9 @@ def test_a_ledger_adds_up_and_every_rank_is_there():
 
 
 def test_one_array_above_the_buffer_limit_is_a_no_whatever_is_left():
-    # A node that is not known to be a Mac: the scores of one layer's attention are an array of their own.
-    found = on_one_soldier("llama-3.2-1b", "data.sequence_length=65536", "optimizer.state_bits=8")
+    # By masks, on a node that is not known to be a Mac: the scores of one layer's attention are an array of their own.
+    asked = "data.sequence_length=65536", "optimizer.state_bits=8", "numerics.attention=mask"
+    found = on_one_soldier("llama-3.2-1b", *asked)
     assert found.nodes[0].largest_array_bytes == 32 * 65536**2 * 2
     assert found.verdict == "no"
 

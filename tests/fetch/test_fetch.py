@@ -252,7 +252,7 @@ def test_a_missing_folder_names_the_command(recipe: Path) -> None:
     ):
         raise UserError("config.json: No such file or directory")
     with (
-        pytest.raises(UserError, match=r"with model.source: owner/name@revision, `python"),
+        pytest.raises(UserError, match=r"with model.source: owner/name@revision, `mlx-empire"),
         naming_the_fetch(load_recipe(recipe, ["model.source=null"])),
     ):
         raise UserError("config.json: No such file or directory")

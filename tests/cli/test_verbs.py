@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -179,3 +180,11 @@ def test_a_verbs_own_option_is_never_taken_for_another_trainers() -> None:
     assert made.parse_intermixed_args(["r.yaml", "--seed", "3"]).seed == 3
     with pytest.raises(UserError, match=r"^--lr: here a key of the recipe: write optimizer\.learning_rate="):
         made.parse_intermixed_args(["r.yaml", "--lr", "1e-4"])
+
+
+@pytest.mark.parametrize("verb", ["train", "export"])
+def test_a_verb_that_was_a_file_is_called_as_before(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"mlx_empire.{verb}").main(["tiny.yaml", "--nonsense"])
+    assert ended.value.code == 64
+    assert "--nonsense" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
@@ -185,6 +184,6 @@ def test_a_verbs_own_option_is_never_taken_for_another_trainers() -> None:
 @pytest.mark.parametrize("verb", ["train", "export"])
 def test_a_verb_that_was_a_file_is_called_as_before(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"mlx_empire.{verb}").main(["tiny.yaml", "--nonsense"])
+        import_module(f"mlx_empire.{verb}").main(["merge", "--nonsense"])
     assert ended.value.code == 64
-    assert "--nonsense" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("mlx_empire: ")

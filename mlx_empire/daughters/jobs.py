@@ -15,6 +15,7 @@ from typing import Any
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import one_line
+from mlx_empire.run.launched import COMPLETE
 
 WAITING, TRAINING, DONE, BEFORE, FAILED, LOST = "waiting", "training", "done", "done before", "failed", "lost"
 CHANGED = "changed"  # finished before, by another recipe or on other rows
@@ -111,7 +112,7 @@ def recipe_for(recipe: Recipe, people: Path, name: str) -> Recipe:
 
 def is_finished(recipe: Recipe, name: str) -> bool:
     """Whether a daughter's result lies there whole."""
-    return (recipe.run.dir / name / "COMPLETE").exists()
+    return (recipe.run.dir / name / COMPLETE).exists()
 
 
 def homes_of(kept: Sequence[Sequence[str]]) -> dict[str, int]:

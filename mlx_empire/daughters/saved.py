@@ -29,10 +29,10 @@ from mlx_empire.formats.safetensors import COPY_BYTES, Entry, file_bytes, read_h
 from mlx_empire.formats.seal import unseal
 from mlx_empire.formats.staging import remove
 from mlx_empire.model.lora import own_name
+from mlx_empire.run.launched import COMPLETE
 
 FILE_NAME, DRAFT_NAME = "unfinished.safetensors", ".unfinished.partial"
 FORMAT = "mlx_empire unfinished 1"
-COMPLETE = "COMPLETE"
 KEPT_FILES = ("metrics.jsonl", FILE_NAME)  # of a daughter that goes on
 OWN_FILES = (
     *KEPT_FILES,
@@ -41,7 +41,7 @@ OWN_FILES = (
     "plan.json",
     "metrics.tmp",  # a draft of an earlier version
     COMPLETE,
-    *map(draft_of, ("metrics.jsonl", "recipe.yaml", "plan.json", "COMPLETE")),
+    *map(draft_of, ("metrics.jsonl", "recipe.yaml", "plan.json", COMPLETE)),
     "final",
     ".final.partial",
     ".final.replaced",

@@ -20,6 +20,7 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.run.launched import COMPLETE
 
 CLIPPING = {  # what plan.json says, by whether gradients are released
     False: "by the step's own global norm",
@@ -29,7 +30,7 @@ CLIPPING = {  # what plan.json says, by whether gradients are released
 
 def refuse_finished(folder: Path) -> None:
     """UserError where a finished run lies: its weights are not ours to replace."""
-    if (folder / "COMPLETE").exists():
+    if (folder / COMPLETE).exists():
         raise UserError(
             f"run.dir: {folder} holds a finished run; choose another run.dir or remove that folder"
         )

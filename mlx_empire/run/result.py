@@ -36,6 +36,7 @@ from mlx_empire.model.target import Target
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
 from mlx_empire.report.run import RunReport
+from mlx_empire.run.launched import COMPLETE
 
 POLL_SECONDS = 2.0
 SIGNS_OF_LIFE = 8  # in that time, for the watchdog
@@ -140,7 +141,7 @@ def seal(recipe: Recipe, gate: GateKeeper) -> list[str]:
         unseal(final_of(recipe))
         said.append(_freeze(recipe, gate))
         progress.reach("freeze")
-    replace_private(recipe.run.dir / "COMPLETE", "\n")
+    replace_private(recipe.run.dir / COMPLETE, "\n")
     return said
 
 

@@ -2,8 +2,8 @@
 
 On a CPU these calls are put together from other nodes, so the watch over evaluations does not see them. Calls are noted
 while graphs are built, and nothing has to be evaluated. The rules were read out of MLX 0.32.4's wheel for Apple silicon
-(`mlx_empire/model/attention/fused.py`) and, that queries and values have heads of one size, out of its sources; none
-was measured.
+(`mlx_empire/model/attention/fused.py`); that queries and values have heads of one size is the CUDA sources' rule, taken
+to hold on Metal. None was measured.
 """
 
 from __future__ import annotations

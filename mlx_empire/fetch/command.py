@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mlx_empire.cluster.hostfile import load_hostfile
 from mlx_empire.comm.failure import guard
-from mlx_empire.errors import UserArguments, UserError
+from mlx_empire.errors import UserError
+from mlx_empire.recipe.arguments import RecipeArguments
 from mlx_empire.recipe.load import load_recipe
 
 
@@ -50,20 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raise AssertionError("guard does not return from an error")
 
 
-def _parser() -> UserArguments:
+def _parser() -> RecipeArguments:
     """The options of the command."""
-    made = UserArguments(
-        prog="mlx-empire fetch",
-        description="Bring the model that a recipe names in model.source to model.path, whole and checked.",
-    )
-    made.add_argument("recipe", type=Path, help="the YAML recipe")
-    made.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as model.source=owner/name@main"
+    made = RecipeArguments(
+        "fetch",
+        "Bring the model that a recipe names in model.source to model.path, whole and checked.",
+        hosts="the machines; without it run.hosts",
+        example="model.source=owner/name@main",
     )
     made.add_argument(
         "--everywhere", action="store_true", help="to every machine of the hostfile, not only this one"
     )
-    made.add_argument("--hosts", type=Path, metavar="HOSTFILE", help="the machines; without it run.hosts")
     made.add_argument(
         "--dry-run", action="store_true", help="only say what would be fetched, and whether it fits"
     )

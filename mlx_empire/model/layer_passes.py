@@ -5,9 +5,7 @@ Layers are called on arrays without data in the dtypes that the specification na
 gives them (`layers.SlottedModel`), and attend by the patterns by which they do in training. The module may be in use:
 its arrays, its list of layers and MLX's random state are put back.
 
-`mx.export_function` has no word for one primitive, the gradient of stacked experts by sorted tokens (SegmentedMM). A
-product of the same inputs and output stands in: the experts' products get a summand, whose cotangent is theirs, and
-the summand is taken out of the graph again. Attention in blocks is stood for likewise (`attention.traced`).
+What `mx.export_function` has no word for is stood for: `traced_experts` and `attention.traced`.
 """
 
 from __future__ import annotations
@@ -20,13 +18,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from mlx_empire.model.attention.by_pattern import ByPattern
 from mlx_empire.model.attention.patterns import Pattern, telling_width
 from mlx_empire.model.attention.segments import Kernels
-from mlx_empire.model.attention.traced import Shapes, TracedBlocks, without_summands
+from mlx_empire.model.attention.traced import Shapes, TracedBlocks
 from mlx_empire.model.build import find_layers, reason_of
 from mlx_empire.model.closed_forms import root_parts
 from mlx_empire.model.head_loss import head_chunks, joined_chunks
@@ -34,6 +30,7 @@ from mlx_empire.model.layer_graph import NotTraceable, graph_of
 from mlx_empire.model.layers import Slot, SlottedModel, given_mask, hidden_of
 from mlx_empire.model.liveness import Graph
 from mlx_empire.model.spec import ModelSpec, TensorSpec
+from mlx_empire.model.traced_experts import TracedExperts, stacked_tensors
 
 Arrays = Sequence[mx.array]
 Body = Callable[..., list[mx.array]]
@@ -91,7 +88,7 @@ class LayerPasses:
         self._arguments = {id(a): a for a in flat if isinstance(a, mx.array)}
         self._now: dict[int, mx.array] = {}  # by id of an argument what stands for it
         self._bound: dict[str, mx.array] = {}
-        self._experts = _Experts()
+        self._experts = TracedExperts()
 
     def _told(
         self, layers: Sequence[nn.Module], kernels: Kernels | None, width: int
@@ -280,7 +277,9 @@ class LayerPasses:
         trained = self._trained(units)
         if not self._experts.stand_in:
             return trained, self._blocks.summands
-        stacked = {f"{self._spec.units[u].name}.{n}" for u in units for n in _stacked(self._layers[u - 1])}
+        stacked = {
+            f"{self._spec.units[u].name}.{n}" for u in units for n in stacked_tensors(self._layers[u - 1])
+        }
         for t in trained:
             if t.name in stacked:
                 self._bind([t], [mx.stop_gradient(self._bound[t.name])])
@@ -381,15 +380,6 @@ def _place(layer: nn.Module, name: str) -> tuple[Any, Any]:
     return container, int(last) if isinstance(container, list) else last
 
 
-def _stacked(layer: nn.Module) -> Iterator[str]:
-    """The names of a layer's stacked experts and of their adapters."""
-    for path, module in layer.named_modules():
-        if isinstance(module, SwitchLinear):
-            yield f"{path}.weight"
-        elif isinstance(module, LoRASwitchLinear):
-            yield from (f"{path}.lora_a", f"{path}.lora_b")
-
-
 @contextmanager
 def _in_peace(model: nn.Module, name: str) -> Iterator[list[nn.Module]]:
     """The real layers of a model that may have slots in their place; what was there and MLX's randomness come back."""
@@ -403,78 +393,3 @@ def _in_peace(model: nn.Module, name: str) -> Iterator[list[nn.Module]]:
     finally:
         owner[key] = before
         mx.random.seed(high << 32 | low)
-
-
-@dataclass
-class _Experts:
-    """What stands in for SegmentedMM: the experts' sorted products of a pass, each with a summand."""
-
-    stand_in: bool = False
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-    calls: list[tuple[mx.array, mx.array, mx.array]] = field(
-        default_factory=list
-    )  # tokens, matrices, indices
-    given: list[mx.array] = field(default_factory=list)
-
-    @contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """`mx.gather_mm` gets summands; the layers are called once before, to see how many and of what shape."""
-        original = mx.gather_mm
-
-        def gather_mm(a: mx.array, b: mx.array, *rest: Any, **keywords: Any) -> mx.array:
-            y = original(a, b, *rest, **keywords)
-            if not keywords.get("sorted_indices"):
-                return y
-            place = len(self.calls)
-            self.calls.append((a, b, keywords["rhs_indices"]))
-            if place < len(self.given):
-                return y + self.given[place]
-            self.shapes.append(tuple(y.shape))
-            return y
-
-        self.stand_in, self.shapes = True, []
-        mx.gather_mm = gather_mm
-        try:
-            yield
-        finally:
-            mx.gather_mm = original
-            self.stand_in, self.shapes, self.calls, self.given = False, [], [], []
-
-    def placeholders(self) -> list[mx.array]:
-        """Arrays without data for the summands."""
-        return [mx.zeros(shape) for shape in self.shapes]
-
-    def begin(self, summands: Arrays) -> None:
-        """A call of layers: its products get these."""
-        self.given, self.calls = list(summands), []
-
-    def summands(self) -> list[mx.array]:
-        """Those of the graph."""
-        return list(self.given)
-
-    def gradients(self, tensors: Sequence[TensorSpec], cotangents: Arrays) -> dict[str, mx.array]:
-        """By name the gradient of each stacked tensor, as MLX makes it of the tokens and of the product's cotangent."""
-        found: dict[str, mx.array] = {}
-        for (x, matrices, indices), dy in zip(self.calls, cotangents, strict=True):
-            total, inputs, outputs = matrices.shape
-            own = next(
-                (t for t in tensors if t.name not in found and t.shape == (total, outputs, inputs)), None
-            )
-            if own is not None:
-                found[own.name] = _segmented(x, dy, indices, own.shape)
-        return {t.name: mx.zeros(t.shape) for t in tensors} | found
-
-    def taken_out(self, graph: Graph) -> Graph:
-        """The graph without the summands, which are its last sources that were given."""
-        return without_summands(graph, graph.given[len(graph.given) - len(self.shapes) :])
-
-
-def _segmented(x: mx.array, dy: mx.array, indices: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """MLX's `gather_mm_grad` of sorted indices; a batched product stands for the segmented one."""
-    segments = mx.zeros((shape[0],), mx.uint32).at[indices].add(mx.array(x.shape[-2], mx.uint32))
-    segments = mx.concatenate([mx.array([0], mx.uint32), mx.cumsum(segments)])
-    first = mx.as_strided(segments, (shape[0], 2), (1, 1), 0)[:, 0]
-    cotangents = mx.swapaxes(dy.flatten(0, -2), 0, 1)
-    product = mx.gather_mm(cotangents[None], x.flatten(0, -2)[None], lhs_indices=first, rhs_indices=first)
-    gradient = product.reshape(shape)
-    return mx.swapaxes(mx.swapaxes(gradient, -1, -2), -1, -2)

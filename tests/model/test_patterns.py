@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.base import create_attention_mask, create_causal_mask
-from support.tiny_models import tiny_model
+from support.tiny_models import tiny_config, tiny_model
 
 from mlx_empire.model.attention.by_pattern import ByPattern
-from mlx_empire.model.attention.patterns import Pattern, cuts_of, recognise
+from mlx_empire.model.attention.patterns import Pattern, cuts_of, recognise, telling_width
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.layers import SlottedModel, given_mask
 
@@ -40,6 +40,21 @@ def test_layers_attend_by_the_patterns_of_their_masks(family):
     for layer, before, after in zip(slotted.layers, arguments, settled, strict=True):
         kept = given_mask(layer, before) if after.pattern is None else "causal"
         assert given_mask(layer, after) is kept or given_mask(layer, after) == kept
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_what_long_rows_attend_to_shows_on_rows_that_are_just_long_enough(family):
+    """So a plan for them makes no mask of their square."""
+    config = tiny_config(family)
+    seen = telling_width(config.get("text_config") or config, 100_000)
+    assert 256 < seen <= 600
+    build, _ = tiny_model(family)
+    slotted = SlottedModel(build(), family)
+    short, long = (
+        ByPattern(slotted.layers, Kernels()).patterns(*slotted.capture(mx.zeros((1, width), mx.int32)))
+        for width in (seen, 1200)
+    )
+    assert short == long
 
 
 def test_short_rows_keep_their_masks():

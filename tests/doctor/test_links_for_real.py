@@ -29,22 +29,27 @@ REASON = why_not() or ("" if shutil.which("tc") else "no tc here")
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(bool(REASON), reason=REASON or "namespaces work here")]
 
 
+def doctor(machines: Machines, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command on the king, for the hostfile in the folder, which gets its check."""
+    command = [sys.executable, "-m", "mlx_empire.doctor", str(folder / "hosts.txt"), "--json", *words]
+    return subprocess.run(
+        machines.on("king", [*command, "--dir", str(folder / "check")]),
+        cwd=ROOT,
+        env=rank_environment(str(folder), machines.environment()),
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+
+
 def test_every_pair_is_as_fast_as_its_slower_card_and_the_hostfile_says_so(tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts.txt"
     hostfile.write_text(HOSTS)
     with Machines(tmp_path, dict.fromkeys(MBIT, 3 * GIB)) as machines:
         for name, mbit in MBIT.items():
             machines.throttle(name, mbit)
-        command = [sys.executable, "-m", "mlx_empire.doctor", str(hostfile), "--write-links", "--json"]
-        ended = subprocess.run(
-            machines.on("king", [*command, "--dir", str(tmp_path / "check")]),
-            cwd=ROOT,
-            env=rank_environment(str(tmp_path), machines.environment()),
-            capture_output=True,
-            text=True,
-            timeout=170,
-            check=False,
-        )
+        ended = doctor(machines, tmp_path, "--write-links")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     said = json.loads(ended.stdout)
     assert said == json.loads((tmp_path / "check" / "check.json").read_text())
@@ -71,16 +76,7 @@ def test_a_machine_whose_cable_is_out_is_a_row_and_the_others_are_measured(tmp_p
     (tmp_path / "hosts.txt").write_text("king\nsoldier1\nsoldier2\n")
     with Machines(tmp_path, dict.fromkeys(MBIT, 3 * GIB)) as machines:
         machines.cut("soldier2")
-        command = [sys.executable, "-m", "mlx_empire.doctor", str(tmp_path / "hosts.txt"), "--json"]
-        ended = subprocess.run(
-            machines.on("king", [*command, "--dir", str(tmp_path / "check")]),
-            cwd=ROOT,
-            env=rank_environment(str(tmp_path), machines.environment()),
-            capture_output=True,
-            text=True,
-            timeout=170,
-            check=False,
-        )
+        ended = doctor(machines, tmp_path)
     assert ended.returncode == 1
     rows = json.loads(ended.stdout)["found"]
     ssh = {row["where"]: row for row in rows if row["what"] == "ssh"}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from support.saying import said
 
-from mlx_empire import cli
 from mlx_empire.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,16 +26,7 @@ def say(
     """What `mlx-empire WORDS` prints in an empty folder; it must end with `code`."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: object, code: int = 0) -> str:
-        try:
-            ended = cli.main([str(word) for word in words])
-        except SystemExit as left:
-            ended = int(left.code or 0)
-        captured = capsys.readouterr()
-        assert ended == code, captured.err
-        return captured.out + captured.err
-
-    return run
+    return partial(said, capsys)
 
 
 def answers(text: str) -> dict[str, str]:

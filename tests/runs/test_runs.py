@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.saying import said
 
-from mlx_empire import cli
 from mlx_empire.run.lock import RUN, RunLock
 from mlx_empire.run.status import date, status_rows
 
@@ -78,16 +79,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What `mlx-empire WORDS` prints; it must end with `code`."""
 
-    def run(*words: object, code: int = 0) -> str:
-        try:
-            ended = cli.main([str(word) for word in words])
-        except SystemExit as left:
-            ended = int(left.code or 0)
-        captured = capsys.readouterr()
-        assert ended == code, captured.err
-        return captured.out + captured.err
-
-    return run
+    return partial(said, capsys)
 
 
 def cells(text: str) -> list[list[str]]:

@@ -16,13 +16,22 @@ from typing import Any
 
 from mlx_empire.capacity.improve import PaceOf, faster, larger
 from mlx_empire.capacity.whatif import Advice as Advice
-from mlx_empire.capacity.whatif import Settings, fits, fullest_node, with_least_memory, with_settings
+from mlx_empire.capacity.whatif import (
+    Settings,
+    fits,
+    fits_at_least,
+    fullest_node,
+    hopeless,
+    with_least_memory,
+    with_settings,
+)
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.cluster.machine import Calibration
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.hardware import KING, SOLDIER, Chip, Machine, Wire, chip_of, wire_of
 from mlx_empire.plan.pace import Pace, cloud_of, pace_of, spell
+from mlx_empire.plan.resolve import impossible
 from mlx_empire.plan.wired_limit import FORGETS, most_raised, raising
 from mlx_empire.recipe.changes import typed, value, variant
 from mlx_empire.recipe.schema import Recipe
@@ -112,9 +121,13 @@ def _adapters_alone(assessment: Assessment, free: Settings, retuned: Retuned | N
     """Adapters in the place of the whole model, on its own weights or on packed ones; nothing where none fit."""
     if retuned is None or assessment.recipe.tuning.type != "full":
         return []
+    nodes = [n.node for n in assessment.nodes]
     for settings in ADAPTERS:
         changed = variant(assessment.recipe, {**settings, **free})
-        other = assess(changed, retuned(changed), [n.node for n in assessment.nodes], assessment.states_of)
+        spec = retuned(changed)
+        if impossible(spec, nodes, assessment.states_of(changed.optimizer)):
+            continue
+        other = assess(changed, spec, nodes, assessment.states_of)
         if fits(other):
             effect = f"adapters only, the model itself stays as it is; {fullest_node(other)}"
             return [Advice(_resolved({**settings, **free}, other), effect, other.verdict)]
@@ -128,13 +141,13 @@ def _costly_settings(assessment: Assessment, free: Settings) -> Settings:
     while length // 2 >= SHORTEST_SEQUENCE:
         length, size = length // 2, size * 2
         changes = {"data.sequence_length": length, "batch.global_size": size}
-        if fits(with_least_memory(assessment, {**free, **changes})):
+        if fits_at_least(assessment, {**free, **changes}):
             return changes
     least = max(len(assessment.nodes), value(variant(recipe, free), "batch.micro_size"))
     size = recipe.batch.global_size
     while size // 2 >= least and size % 2 == 0:
         size //= 2
-        if fits(with_least_memory(assessment, {**free, "batch.global_size": size})):
+        if fits_at_least(assessment, {**free, "batch.global_size": size}):
             return {"batch.global_size": size}
     return {}
 
@@ -158,6 +171,8 @@ def _fewest(assessment: Assessment, ordered: Sequence[Settings]) -> Settings | N
 
 def _can(assessment: Assessment, settings: Settings) -> bool:
     """Whether it fits so. Stage 3 needs least but for models of few layers, so where it fails `auto` is asked."""
+    if hopeless(assessment, settings):
+        return False
     return fits(with_least_memory(assessment, settings)) or fits(with_settings(assessment, settings))
 
 
@@ -183,7 +198,7 @@ def _raised(assessment: Assessment, free: Settings) -> list[Advice]:
     nodes = [n.node for n in assessment.nodes]
     more = [most_raised(node) for node in nodes]
     changed = [n for n, old in zip(more, nodes, strict=True) if n != old]
-    if not changed or not fits(with_least_memory(assessment, free, more)):
+    if not changed or not fits_at_least(assessment, free, more):
         return []
     better = with_settings(assessment, free, more)
     if better.verdict == assessment.verdict:
@@ -247,7 +262,7 @@ def _added(
     nodes = [n.node for n in assessment.nodes]
     for count in range(1, MOST_NEW_MACHINES + 1):
         more = [*nodes, *(make(i + 1) for i in range(count))]
-        if fits(with_least_memory(assessment, free, more)):
+        if fits_at_least(assessment, free, more):
             better = with_settings(assessment, free, more)
             change = f"{count} more {name}" if count > 1 else f"another {name}"
             cost = f"; {count * dollars:,} dollars" if dollars else ""

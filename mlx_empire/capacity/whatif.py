@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.plan.assess import VERDICTS, Assessment, assess
+from mlx_empire.plan.resolve import impossible
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.sizes import amount
@@ -52,6 +53,19 @@ def with_least_memory(
     if memory.gradient_dtype == "auto" and spec.dtype == "bfloat16":
         least["memory.gradient_dtype"] = "bfloat16"
     return with_settings(assessment, {**settings, **least}, nodes)
+
+
+def hopeless(assessment: Assessment, settings: Settings, nodes: Sequence[Node] | None = None) -> bool:
+    """Whether nothing else can make it fit with such settings: weights and states alone are too much."""
+    states = assessment.states_of(
+        variant(assessment.recipe, _consistent(assessment.recipe, settings)).optimizer
+    )
+    return impossible(assessment.spec, nodes or [n.node for n in assessment.nodes], states)
+
+
+def fits_at_least(assessment: Assessment, settings: Settings, nodes: Sequence[Node] | None = None) -> bool:
+    """Whether `with_least_memory` fits."""
+    return not hopeless(assessment, settings, nodes) and fits(with_least_memory(assessment, settings, nodes))
 
 
 def fits(assessment: Assessment) -> bool:

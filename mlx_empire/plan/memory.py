@@ -58,14 +58,9 @@ class Ledger:
 
 def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_bytes: StateBytes) -> Ledger:
     """What `rank` needs for a training step of `work`; `state_bytes` comes from the optimizer."""
-    states = state_sizes(plan, rank, state_bytes)
-    sizes = plan.sizes[rank]
-    adapters = sum(s.adapters for s in sizes)
     staging = max((_staging(u, rank, work.bucket_bytes) for u in plan.units), default=0)
     resident = {
-        "weights": sum(s.kept for s in sizes) - adapters,
-        "adapters": adapters,
-        **states,
+        **stored(plan, rank, state_bytes),
         "exchange buffers": staging + 4 * ADDED_AT_ONCE,
         "MLX base": BASE + costs_of(spec, work).argument_bytes,
         "allocator margin": ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
@@ -73,6 +68,14 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
     step = StepBytes(spec, plan, work, rank, state_bytes)
     step.play(folded_step(step.shape))
     return Ledger({k: v for k, v in resident.items() if v}, step.phases, costs_of(spec, work).derived)
+
+
+def stored(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> Items:
+    """What `rank` keeps between steps, by name: weights, adapters and the optimizer's states."""
+    sizes = plan.sizes[rank]
+    adapters = sum(s.adapters for s in sizes)
+    weights = sum(s.kept for s in sizes) - adapters
+    return {"weights": weights, "adapters": adapters, **state_sizes(plan, rank, state_bytes)}
 
 
 class StepBytes(Reader):

@@ -19,7 +19,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.spec import ModelSpec
-from mlx_empire.plan.memory import Ledger, ledger
+from mlx_empire.plan.memory import Ledger, ledger, stored
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan, make_plan
 from mlx_empire.plan.step_traffic import step_traffic
@@ -97,6 +97,7 @@ def resolve(
     if spec.dtype == "float32" and memory.gradient_dtype == "auto":
         dtypes = ("float32",)
     stages = _stages(memory.zero_stage, nodes)
+    seeks_tail = memory.gradient_checkpointing == "auto" and not impossible(spec, nodes, state_bytes)
     tried: list[RunPlan] = []
     tight: list[RunPlan] = []
     for dtype in dtypes:
@@ -114,7 +115,7 @@ def resolve(
         )
         plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):
-            if memory.gradient_checkpointing == "auto":
+            if seeks_tail:
                 plan = _longest_tail(
                     plan, partial(_shared, recipe, spec, nodes, plan.shards.zero_stage, state_bytes)
                 )
@@ -125,6 +126,15 @@ def resolve(
                 tight.append(plan)
         tried += plans
     return tight[0] if tight else min(tried, key=_overload)
+
+
+def impossible(spec: ModelSpec, nodes: Sequence[Node], state_bytes: StateBytes) -> bool:
+    """Whether weights and states, each kept once, are more than all nodes together may use.
+
+    Then nothing fits, whatever a step needs besides, and no layer has to be traced to say so.
+    """
+    least = stored(make_plan(spec.units, [1.0], 3), 0, state_bytes)
+    return sum(least.values()) > sum(int(n.limit_bytes or 0) for n in nodes)
 
 
 def _needs_masks(recipe: Recipe) -> bool:

@@ -94,15 +94,14 @@ def _joined(exported: _Exported, drawing: str, held: Sequence[int]) -> Graph:
     inputs: dict[str, list[str]] = {}
     outputs: dict[str, list[str]] = {}
     makers: dict[str, str] = {}
-    for line in _DOT.finditer(drawing):
-        if line["node"]:
-            labels[line["node"]] = line["label"]
-            inputs[line["node"]], outputs[line["node"]] = [], []
-        elif line["input"]:
-            inputs[line["reader"]].append(line["input"])
+    for node, label, array, reader, maker, made in _DOT.findall(drawing):
+        if node:
+            labels[node], inputs[node], outputs[node] = label, [], []
+        elif array:
+            inputs[reader].append(array)
         else:
-            outputs[line["maker"]].append(line["output"])
-            makers[line["output"]] = line["maker"]
+            outputs[maker].append(made)
+            makers[made] = maker
     twins = {f"i{i}": name for i, name in enumerate(exported.inputs)}
     primitives: dict[str, tuple[str, Sequence[Any]]] = {}
     pairs = [(f"o{i}", name) for i, name in enumerate(exported.outputs)]
@@ -117,13 +116,14 @@ def _joined(exported: _Exported, drawing: str, held: Sequence[int]) -> Graph:
             primitives[node] = "Copy", ()
             pairs.append((inputs[node][0], twin))
             continue
-        maker = exported.makers[twin]
-        primitives[node] = maker["name"], maker["arguments"]
-        for side, key in ((inputs, "inputs"), (outputs, "outputs")):
-            pairs += zip(side[node], (name for name, _, _ in maker[key]), strict=True)
+        told = exported.makers[twin]
+        primitives[node] = told["name"], told["arguments"]
+        pairs += zip(inputs[node], [name for name, _, _ in told["inputs"]], strict=True)
+        pairs += zip(outputs[node], [name for name, _, _ in told["outputs"]], strict=True)
     numbers = {name: n for n, name in enumerate(twins)}
+    number = numbers.__getitem__
     nodes = [
-        Primitive(*primitives[node], *(tuple(numbers[a] for a in side[node]) for side in (inputs, outputs)))
+        Primitive(*primitives[node], tuple(map(number, inputs[node])), tuple(map(number, outputs[node])))
         for node in labels
     ]
     given = [numbers[f"i{i}"] for i in range(len(exported.inputs))]

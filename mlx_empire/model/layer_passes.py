@@ -63,7 +63,11 @@ class LayerPasses:
             raise NotTraceable("there is no module to trace")
         self._spec, self._model = spec, spec.module
         self._blocks = TracedBlocks()
-        with _in_peace(self._model, spec.name) as layers:
+        self._in_blocks: dict[tuple[int, ...], list[Shapes]] = {}  # by layers the calls that are in blocks
+        self._segmented: set[object] = set()  # kinds of layers whose experts' gradients need stand-ins
+        owner, key, _ = find_layers(self._model, spec.name)
+        self._list = owner, key
+        with _in_peace(owner, key) as layers:
             self._slotted = SlottedModel(self._model, spec.name)
             try:
                 hidden, given = self._slotted.capture(mx.zeros((rows, width), mx.int32))
@@ -138,7 +142,7 @@ class LayerPasses:
 
     def forward(self, unit: int) -> Pass:
         """A layer's forward; the hidden state stays with the caller."""
-        return Pass(self._graph([unit], [], [self._hidden], lambda x: [self._call(unit, x)]))
+        return Pass(self._through_graph([unit]))
 
     def backward(self, unit: int, *, adds: bool, flat: bool = False) -> Pass:
         """A layer's vjp; `adds`: its gradients are added to sums in fp32 that are there; `flat`: rounded to the wire's
@@ -238,15 +242,9 @@ class LayerPasses:
         free = [self._hidden, *besides, *(mx.zeros(t.shape) for t in trained if adds)]
         bound = [*units, 0] if head else units
         with self._blocks.differentiated(self._calls_in_blocks(units)):
-            try:
-                graph = self._blocks.put_together(self._graph(bound, free, [], body))
-            except NotTraceable as error:
-                if "SegmentedMM" not in str(error):
-                    raise
-                with self._experts.standing_in():
-                    self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
-                    graph = self._blocks.put_together(self._graph(bound, free, [], body))
-                    graph = self._experts.taken_out(graph)
+            graph = self._with_experts(
+                units, lambda: self._blocks.put_together(self._graph(bound, free, [], body))
+            )
         start = len(graph.outputs) - len(trained) if head else 1
         gradients, flat = graph.outputs[start : start + len(trained)], graph.outputs[start + len(trained) :]
         copied = [
@@ -256,11 +254,27 @@ class LayerPasses:
         ]
         return Pass(graph, tuple(gradients), flat=dict(zip(copied, flat, strict=bool(flat))))
 
+    def _with_experts(self, units: Sequence[int], trace: Callable[[], Graph]) -> Graph:
+        """What `trace` gives, with stand-ins for the experts' gradients where MLX has no word for them."""
+        kinds = {self._spec.units[u].kind for u in units}
+        if not kinds & self._segmented:
+            try:
+                return trace()
+            except NotTraceable as error:
+                if "SegmentedMM" not in str(error):
+                    raise
+            if len(kinds) == 1:
+                self._segmented |= kinds
+        with self._experts.standing_in():
+            self._through_graph(units)
+            return self._experts.taken_out(trace())
+
     def _calls_in_blocks(self, units: Sequence[int]) -> list[Shapes]:
         if all(self.pattern(u) is None for u in units):
             return []
-        self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
-        return self._blocks.seen()
+        if (*units,) not in self._in_blocks:
+            self._through_graph(units)
+        return self._in_blocks[*units,]
 
     def _trained(self, units: Sequence[int]) -> list[TensorSpec]:
         """In the order in which the engine differentiates: by unit, segment by segment."""
@@ -325,11 +339,17 @@ class LayerPasses:
             (container, key, container[key]) for container, key in (self._places[t.name] for t in tensors)
         ]
         try:
-            with _in_peace(self._model, self._spec.name):
+            with _in_peace(*self._list):
                 return graph_of(run, given, range(len(free), len(given)))
         finally:
             for container, key, array in before:
                 container[key] = array
+
+    def _through_graph(self, units: Sequence[int]) -> Graph:
+        """That of the layers' forward in a row."""
+        graph = self._graph(units, [], [self._hidden], lambda x: [self._through(units, x)])
+        self._in_blocks[*units,] = self._blocks.seen()
+        return graph
 
     def _begin(self, placeholders: Arrays) -> None:
         """A call of layers: what stands in for primitives gets these."""
@@ -381,9 +401,8 @@ def _place(layer: nn.Module, name: str) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _in_peace(model: nn.Module, name: str) -> Iterator[list[nn.Module]]:
-    """The real layers of a model that may have slots in their place; what was there and MLX's randomness come back."""
-    owner, key, _ = find_layers(model, name)
+def _in_peace(owner: nn.Module, key: str) -> Iterator[list[nn.Module]]:
+    """The real layers in a model's list that may have slots in it; what was there and MLX's randomness come back."""
     state: Any = mx.random.state
     before, (high, low) = owner[key], state[0].tolist()
     real = [layer.__dict__["_layer"] if type(layer) is Slot else layer for layer in before]

@@ -12,9 +12,9 @@ this peak or, with small arrays, less.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 from mlx_empire.model.primitives import place_outputs
@@ -80,38 +80,40 @@ def order(graph: Graph, outputs: Sequence[int], done: Collection[int] = ()) -> l
 
 
 class Tasks:
-    """The other thread's list of tasks: each gives back buffers once done. `bundled`: tasks of the open bundle."""
+    """The other thread's bundles of tasks: each gives back buffers once done. `bundled`: tasks of the open bundle."""
 
     def __init__(self, memory: Buffers, bundled: int = 0) -> None:
         self._memory, self._bundled = memory, bundled
-        self._tasks: deque[tuple[Collection[int], bool]] = deque()
-        self._bundles = 0
+        self._closed: deque[list[int]] = deque()  # by bundle the buffers that go with it
+        self._open: list[int] = []
 
     def hand_over(self, tasks: int, buffers: Collection[int]) -> None:
         """`tasks` of a primitive, and one that holds its `buffers` until then."""
-        for n in range(tasks + 1):
-            self._bundled = (self._bundled + 1) % TASKS_IN_BUNDLE
-            closes = self._bundled == 0
-            self._bundles += closes
-            self._tasks.append((buffers if n == tasks else (), closes))
-        if self._bundles > BUNDLES:
-            self._finish_bundle()
+        closes, self._bundled = divmod(self._bundled + tasks + 1, TASKS_IN_BUNDLE)
+        ends = closes > 0 and self._bundled == 0  # the last one closes a bundle itself
+        for _ in range(closes - ends):
+            self._close()
+        self._open += buffers
+        if ends:
+            self._close()
+        if len(self._closed) > BUNDLES:
+            self._give_back(self._closed.popleft())
 
     def finish(self) -> None:
         """Wait for all."""
-        while self._tasks:
-            self._finish_task()
+        for bundle in self._closed:
+            self._give_back(bundle)
+        self._give_back(self._open)
+        self._closed.clear()
+        self._open = []
 
-    def _finish_bundle(self) -> None:
-        while not self._finish_task():
-            pass
+    def _close(self) -> None:
+        self._closed.append(self._open)
+        self._open = []
 
-    def _finish_task(self) -> bool:
-        buffers, closes = self._tasks.popleft()
+    def _give_back(self, buffers: Iterable[int]) -> None:
         for buffer in buffers:
             self._memory.drop(buffer)
-        self._bundles -= closes
-        return closes
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,8 @@ def play(
     for array in graph.sources:
         memory.fresh(array)
     memory.begin()
-    for array in (*graph.outputs, *graph.held, *graph.sources):
-        memory.refer(array)
-    for n in (n for tape in tapes for n in tape):
-        for array in (*graph.nodes[n].inputs, *graph.nodes[n].outputs):
-            memory.refer(array)
+    memory.refer((*graph.outputs, *graph.held, *graph.sources))
+    memory.refer(_used(graph, tapes))
     for array in graph.sources:  # whoever is not held is left to the graph
         memory.release(array)
     stream = Tasks(memory, bundled)
@@ -228,11 +227,8 @@ def play_ahead(
     for one in handed:
         tapes.append(order(graph, one.outputs, {n for tape in tapes for n in tape}))
     owned = {a for one in handed for a in (*one.outputs, *one.dropped, *one.taken)}  # by the caller
-    for array in (*graph.held, *graph.sources, *owned):
-        memory.refer(array)
-    for n in (n for tape in tapes for n in tape):
-        for array in (*graph.nodes[n].inputs, *graph.nodes[n].outputs):
-            memory.refer(array)
+    memory.refer((*graph.held, *graph.sources, *owned))
+    memory.refer(_used(graph, tapes))
     for array in graph.sources:
         memory.release(array)
     stream = Tasks(memory, bundled)
@@ -256,11 +252,9 @@ def layouts_of(graph: Graph, arrays: Sequence[int]) -> list[View]:
     for array in graph.sources:
         memory.fresh(array)
     stream = Tasks(memory)
-    for array in (*graph.outputs, *graph.sources):
-        memory.refer(array)
     tape = order(graph, graph.outputs)
-    for array in (a for n in tape for a in (*graph.nodes[n].inputs, *graph.nodes[n].outputs)):
-        memory.refer(array)
+    memory.refer((*graph.outputs, *graph.sources))
+    memory.refer(_used(graph, [tape]))
     for n in tape:
         _evaluate(memory, stream, graph.nodes[n])
     return [memory.views[a] for a in arrays]
@@ -271,10 +265,17 @@ def _parts(graph: Graph, before: Sequence[int]) -> list[Sequence[int]]:
     return [graph.outputs[a:b] for a, b in pairwise(edges)]
 
 
+def _used(graph: Graph, tapes: Sequence[Sequence[int]]) -> Iterator[int]:
+    """The arrays that the nodes of the tapes read and make, each as often as it is."""
+    nodes = (graph.nodes[n] for tape in tapes for n in tape)
+    return chain.from_iterable(side for node in nodes for side in (node.inputs, node.outputs))
+
+
 def _evaluate(memory: Buffers, stream: Tasks, node: Primitive) -> None:
     done = place_outputs(memory, node)
-    own = memory.views[node.outputs[0]].buffer
-    buffers = {memory.views[a].buffer for a in (*node.inputs, *node.outputs[1:])} - {own}
+    views = memory.views
+    buffers = {views[a].buffer for a in (*node.inputs, *node.outputs[1:])}
+    buffers.discard(views[node.outputs[0]].buffer)
     for buffer in buffers:
         memory.hold(buffer)
     stream.hand_over(done.tasks, (*buffers, *done.temporaries))

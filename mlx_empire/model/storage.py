@@ -7,8 +7,10 @@ primitives do with buffers is said in `primitives`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 Shape = tuple[int, ...]
@@ -32,7 +34,7 @@ class Flags(NamedTuple):
     columns: bool
 
 
-@dataclass
+@dataclass(slots=True)
 class View:
     """How an array lies in its buffer; `size`: elements of the data that it spans."""
 
@@ -42,6 +44,7 @@ class View:
     size: int
 
 
+@cache  # few shapes, and each many times
 def row_strides(shape: Shape) -> Shape:
     """Strides of an array in the order of rows."""
     strides, step = [], 1
@@ -51,11 +54,13 @@ def row_strides(shape: Shape) -> Shape:
     return tuple(reversed(strides))
 
 
+@cache
 def whole(shape: Shape) -> Flags:
     """The flags of an array in the order of rows."""
     return Flags(True, True, math.prod(shape) <= 1 or math.prod(shape) == max(shape, default=1))
 
 
+@cache
 def contiguity(shape: Shape, strides: Shape) -> tuple[int, bool, bool]:
     """(elements without broadcast dimensions, whether in the order of rows, whether in that of columns)."""
     return (
@@ -87,7 +92,7 @@ class Buffers:
     ) -> None:
         self.shapes, self.items = shapes, items
         self.views: dict[int, View] = {}
-        self.references: dict[int, int] = {}
+        self.references: Counter[int] = Counter()
         self.sizes: list[int] = []  # of buffers, in bytes
         self.firsts: list[int] = []  # of buffers, the array that was first in it; -1: a temporary
         self.holders: list[int] = []
@@ -139,9 +144,9 @@ class Buffers:
             self.active -= self.sizes[buffer]
             self._events.append(~buffer)
 
-    def refer(self, array: int, count: int = 1) -> None:
-        """`count` more hold `array`."""
-        self.references[array] = self.references.get(array, 0) + count
+    def refer(self, arrays: Iterable[int]) -> None:
+        """One more holds each of `arrays`."""
+        self.references.update(arrays)
 
     def release(self, array: int) -> None:
         """One fewer holds `array`; with the last one its part in the buffer goes."""

@@ -27,11 +27,11 @@ from mlx_empire.capacity.whatif import (
 )
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.cluster.machine import Calibration
-from mlx_empire.model.spec import ModelSpec
+from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.hardware import KING, SOLDIER, Chip, Machine, Wire, chip_of, wire_of
 from mlx_empire.plan.pace import Pace, cloud_of, pace_of, spell
-from mlx_empire.plan.resolve import impossible
+from mlx_empire.plan.resolve import impossible, usable
 from mlx_empire.plan.wired_limit import FORGETS, most_raised, raising
 from mlx_empire.recipe.changes import typed, value, variant
 from mlx_empire.recipe.schema import Recipe
@@ -123,6 +123,8 @@ def _adapters_alone(assessment: Assessment, free: Settings, retuned: Retuned | N
         return []
     nodes = [n.node for n in assessment.nodes]
     for settings in ADAPTERS:
+        if _frozen_bytes(assessment.spec, settings) > usable(nodes):
+            continue  # said without describing the model anew
         changed = variant(assessment.recipe, {**settings, **free})
         spec = retuned(changed)
         if impossible(spec, nodes, assessment.states_of(changed.optimizer)):
@@ -132,6 +134,14 @@ def _adapters_alone(assessment: Assessment, free: Settings, retuned: Retuned | N
             effect = f"adapters only, the model itself stays as it is; {fullest_node(other)}"
             return [Advice(_resolved({**settings, **free}, other), effect, other.verdict)]
     return []
+
+
+def _frozen_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """The least that the weights of a model that is trained whole take below adapters."""
+    packed = settings.get("tuning.bits")
+    if packed:
+        return spec.base_parameters * int(packed) // 8
+    return sum(t.size * ITEM_BYTES[t.dtype] for unit in spec.units for t in unit.tensors)
 
 
 def _costly_settings(assessment: Assessment, free: Settings) -> Settings:

@@ -133,8 +133,16 @@ def impossible(spec: ModelSpec, nodes: Sequence[Node], state_bytes: StateBytes) 
 
     Then nothing fits, whatever a step needs besides, and no layer has to be traced to say so.
     """
-    least = stored(make_plan(spec.units, [1.0], 3), 0, state_bytes)
-    return sum(least.values()) > sum(int(n.limit_bytes or 0) for n in nodes)
+    question = ("on one rank",)
+    if question not in spec.known:
+        spec.known[question] = make_plan(spec.units, [1.0], 3)
+    alone: ShardPlan = spec.known[question]
+    return sum(stored(alone, 0, state_bytes).values()) > usable(nodes)
+
+
+def usable(nodes: Sequence[Node]) -> int:
+    """Bytes that all nodes together may use."""
+    return sum(int(n.limit_bytes or 0) for n in nodes)
 
 
 def _needs_masks(recipe: Recipe) -> bool:

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 from support.planning import MIB, assess, catalog_spec, llama_like, nodes_of, recipe_of
 
+from mlx_empire.capacity.whatif import fits_at_least
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.formats.hf_folder import stored_if_whole
 from mlx_empire.model.target import planned_target
+from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, Assessment, chunk_count
+from mlx_empire.plan.resolve import impossible
 from mlx_empire.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -158,3 +161,33 @@ def test_where_memory_abounds_shares_are_as_the_limits(limits):
     found = assess(recipe, spec, nodes_of([limit << 30 for limit in limits]))
     expected = [limit / sum(limits) for limit in limits]
     assert [node.share for node in found.nodes] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("shares", ["equal", "memory"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_weights_and_states_are_too_much_from_the_byte_on_where_the_whole_ledger_has_them(stage, shares):
+    """At stage 3 all ranks together keep each once; at stage 0, and for all else, a step needs more."""
+    recipe = recipe_of(f"memory.zero_stage={stage}", f"memory.shares={shares}")
+    spec, states = llama_like(), state_bytes_of(recipe.optimizer)
+    found = assess(recipe, spec, nodes_of([1 << 40, 1 << 39]))
+    kept = [
+        size
+        for one in found.plan.ledgers
+        for name, size in one.resident.items()
+        if name == "weights" or name.startswith("optimizer ")
+    ]
+    least = sum(kept) // (1 if stage == 3 else 2)
+    for limits in ([least - 64, 64], [least // 2, least - least // 2]):
+        assert not impossible(spec, nodes_of(limits), states)
+    too_few = nodes_of([least - 65, 64])
+    assert impossible(spec, too_few, states)
+    assert assess(recipe, spec, too_few).verdict == "no"
+
+
+def test_no_plan_is_made_to_say_that_weights_and_states_are_too_much(monkeypatch):
+    recipe = recipe_of("memory.gradient_checkpointing=auto")
+    found = assess(recipe, llama_like(), nodes_of([MIB]))
+    with monkeypatch.context() as patched:
+        patched.setattr("mlx_empire.capacity.whatif.assess", None)
+        assert not fits_at_least(found, {"data.sequence_length": 256})
+    assert fits_at_least(found, {}, nodes_of([MIB << 10]))

@@ -50,6 +50,13 @@ PHASES = (
     "freeze",  # the result is frozen, and nothing says yet that the run is complete
 )
 
+_STALL_SECONDS, _STALL_FACTOR = 600.0, 3.0
+
+
+def stalled_after(step: float) -> float:
+    """Seconds without the end of a step after which a run is said to have stalled; `step`: how long one may take."""
+    return max(_STALL_SECONDS, _STALL_FACTOR * step)
+
 
 @dataclass
 class Place:

@@ -14,6 +14,8 @@ from hypothesis import settings
 
 if os.environ.get("MLX_EMPIRE_TEST_GPU") != "1":
     os.environ["MLX_EMPIRE_DEVICE"] = "cpu"
+# Hundreds of processes import the package: whoever wants no caches of compiled code would compile it in each of them.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))

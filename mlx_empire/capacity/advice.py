@@ -31,7 +31,7 @@ from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.hardware import KING, SOLDIER, Chip, Machine, Wire, chip_of, wire_of
 from mlx_empire.plan.pace import Pace, cloud_of, pace_of, spell
-from mlx_empire.plan.resolve import impossible, usable
+from mlx_empire.plan.resolve import never_fits, usable
 from mlx_empire.plan.wired_limit import FORGETS, most_raised, raising
 from mlx_empire.recipe.changes import typed, value, variant
 from mlx_empire.recipe.schema import Recipe
@@ -127,7 +127,7 @@ def _adapters_alone(assessment: Assessment, free: Settings, retuned: Retuned | N
             continue  # said without describing the model anew
         changed = variant(assessment.recipe, {**settings, **free})
         spec = retuned(changed)
-        if impossible(spec, nodes, assessment.states_of(changed.optimizer)):
+        if never_fits(spec, nodes, assessment.states_of(changed.optimizer)):
             continue
         other = assess(changed, spec, nodes, assessment.states_of)
         if fits(other):

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.plan.assess import VERDICTS, Assessment, assess
-from mlx_empire.plan.resolve import impossible
+from mlx_empire.plan.resolve import never_fits
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.sizes import amount
@@ -60,7 +60,7 @@ def hopeless(assessment: Assessment, settings: Settings, nodes: Sequence[Node] |
     states = assessment.states_of(
         variant(assessment.recipe, _consistent(assessment.recipe, settings)).optimizer
     )
-    return impossible(assessment.spec, nodes or [n.node for n in assessment.nodes], states)
+    return never_fits(assessment.spec, nodes or [n.node for n in assessment.nodes], states)
 
 
 def fits_at_least(assessment: Assessment, settings: Settings, nodes: Sequence[Node] | None = None) -> bool:

@@ -27,6 +27,7 @@ from typing import IO, Self
 
 from mlx_empire.errors import UserError
 from mlx_empire.launch.ending import MAIN_THREAD, Events
+from mlx_empire.progress import stalled_after
 from mlx_empire.recipe.notices import Notify
 from mlx_empire.report.text import duration
 
@@ -34,8 +35,6 @@ TIMEOUT_SECONDS = 5.0
 LONGEST_SENTENCE = 1500  # Discord refuses 2,000 characters
 URGENT = ("failure", "stalled", "disk")
 
-STALLED_SECONDS = 600.0  # at the least
-STALLED_FACTOR = 3.0  # of the longest step so far
 # Only in a step's own phases: what else takes long (a first evaluation, loading) has nothing to be compared with, and
 # the ranks' deadlines watch it.
 _STEP_PHASES = ("data", "forward", "backward", "collectives", "optimizer")
@@ -183,7 +182,7 @@ class StallWatch:
             return None
         self.inside = True
         waited = now - self.since
-        if self.told or not self.longest or waited < max(STALLED_SECONDS, STALLED_FACTOR * self.longest):
+        if self.told or not self.longest or waited < stalled_after(self.longest):
             return None
         self.told = True
         where = "; ".join(

@@ -97,7 +97,7 @@ def resolve(
     if spec.dtype == "float32" and memory.gradient_dtype == "auto":
         dtypes = ("float32",)
     stages = _stages(memory.zero_stage, nodes)
-    seeks_tail = memory.gradient_checkpointing == "auto" and not impossible(spec, nodes, state_bytes)
+    seeks_tail = memory.gradient_checkpointing == "auto" and not never_fits(spec, nodes, state_bytes)
     tried: list[RunPlan] = []
     tight: list[RunPlan] = []
     for dtype in dtypes:
@@ -128,7 +128,7 @@ def resolve(
     return tight[0] if tight else min(tried, key=_overload)
 
 
-def impossible(spec: ModelSpec, nodes: Sequence[Node], state_bytes: StateBytes) -> bool:
+def never_fits(spec: ModelSpec, nodes: Sequence[Node], state_bytes: StateBytes) -> bool:
     """Whether weights and states, each kept once, are more than all nodes together may use.
 
     Then nothing fits, whatever a step needs besides, and no layer has to be traced to say so.

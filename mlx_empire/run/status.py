@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from mlx_empire.progress import stalled_after
 from mlx_empire.report.text import duration
 from mlx_empire.run.launched import LOG, LaunchState
 from mlx_empire.run.overview import Overview, held_on_disk, look_at
 from mlx_empire.sizes import amount
 
-QUIET = 5  # times as long as a step takes, and at least QUIET_SECONDS: then it is said that no step ended
-QUIET_SECONDS = 120
 LAST_LINES, _TAIL_BYTES = 5, 16 << 10
 
 Row = tuple[str, str]
@@ -88,7 +87,7 @@ def _progress_rows(run: Overview, now: float) -> Iterator[Row]:
         yield "ends", f"about {date(now + run.seconds_left)}"
     if run.held and run.pace is not None and isinstance(last.get("time"), int | float):
         silent = now - last["time"]
-        if silent > max(QUIET * run.pace, QUIET_SECONDS):
+        if silent >= stalled_after(run.pace):
             yield "quiet", f"no step has ended for {duration(silent)}; one takes {duration(run.pace)}"
 
 

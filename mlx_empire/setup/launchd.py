@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.run.launched import COMPLETE
 
 LABEL = "mlx-empire"
 PAUSE_SECONDS = 60
@@ -25,7 +26,7 @@ def job(hostfile: Path, recipe_path: Path) -> bytes:
     """The property list, XML; for /Library/LaunchDaemons. UserError for a recipe that cannot be read."""
     run = load_recipe(recipe_path).run.dir
     words = [sys.executable, "-m", "mlx_empire.launch", str(hostfile), str(recipe_path)]
-    complete = shlex.quote(str(run / "COMPLETE"))
+    complete = shlex.quote(str(run / COMPLETE))
     # launchd repeats what ends with another code than 0: only what is worth it.
     line = f"test -e {complete} || {shlex.join(words)}; test $? -ne {TEMPORARY}"
     return plistlib.dumps(

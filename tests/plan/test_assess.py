@@ -11,7 +11,7 @@ from mlx_empire.formats.hf_folder import stored_if_whole
 from mlx_empire.model.target import planned_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, Assessment, chunk_count
-from mlx_empire.plan.resolve import impossible
+from mlx_empire.plan.resolve import never_fits
 from mlx_empire.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -178,9 +178,9 @@ def test_weights_and_states_are_too_much_from_the_byte_on_where_the_whole_ledger
     ]
     least = sum(kept) // (1 if stage == 3 else 2)
     for limits in ([least - 64, 64], [least // 2, least - least // 2]):
-        assert not impossible(spec, nodes_of(limits), states)
+        assert not never_fits(spec, nodes_of(limits), states)
     too_few = nodes_of([least - 65, 64])
-    assert impossible(spec, too_few, states)
+    assert never_fits(spec, too_few, states)
     assert assess(recipe, spec, too_few).verdict == "no"
 
 

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from capacity import browser, made_up
+from support import browser, made_up
 
 from mlx_empire.capacity.page import capacity_page
 

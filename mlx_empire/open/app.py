@@ -95,7 +95,7 @@ class Pages:
         runs = [look_at(look.overview.folder) for look in looks]
         tables = [
             ("What differs in their recipes", list(differences(runs))),
-            ("What came of it", list(figures(runs))),
+            ("What came of it", list(figures(runs, curves=False))),
         ]
         document = [chart.document() for chart in compared(looks)]
         names = [look.name for look in looks]

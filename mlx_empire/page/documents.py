@@ -6,7 +6,7 @@ Templates print these and decide nothing. All of it comes from the run's folder;
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_empire.checkpoint.paths import PIN, is_folder, steps_in
@@ -14,7 +14,7 @@ from mlx_empire.page.charts import CAUSES
 from mlx_empire.page.watch import Look
 from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import written
-from mlx_empire.report.text import duration, fraction, number
+from mlx_empire.report.text import duration, fraction
 from mlx_empire.run.overview import RECENT, Overview
 from mlx_empire.run.status import condition_sentence, date, failure_sentence, last_lines, quiet_sentence
 from mlx_empire.sizes import amount
@@ -104,13 +104,11 @@ class RunDocument:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Planned against measured: by rank the plan's peak and the run's, then what the plan's consists of."""
+    """Planned against measured. peaks: by rank its name, the run's peak, the plan's, and the one as a part of the
+    other; rows: what the plan's consist of, by rank."""
 
-    heads: Sequence[str] = ()
-    planned: Sequence[str] = ()
-    measured: Sequence[str] = ()
-    of_plan: Sequence[str] = ()
-    rows: Sequence[tuple[str, Sequence[str]]] = field(default_factory=tuple)
+    peaks: Sequence[tuple[str, str, str, str]] = ()
+    rows: Sequence[tuple[str, Sequence[str]]] = ()
 
 
 def run_document(look: Look, now: float) -> RunDocument:
@@ -163,9 +161,7 @@ def _figures(look: Look, now: float) -> Iterator[Figure]:
     yield Figure(step_of(run), "step")
     if run.steps:
         smoothed = series.curves.get("smoothed")
-        yield Figure(number(run.steps[-1].get("loss"), ".4f"), "loss of the last step")
-        if smoothed:
-            yield Figure(f"{smoothed.y[-1]:.4f}", "loss, smoothed")
+        yield Figure(f"{smoothed.y[-1]:.4f}" if smoothed else "nan", "loss, smoothed")
     if run.evaluations:
         last = run.evaluations[-1]
         yield Figure(f"{last['eval_loss']:.4f}", f"held out, after step {last['step']:,}")
@@ -293,9 +289,14 @@ def _ledger(run: Overview) -> Ledger:
         return Ledger()
     names = {name: None for one in ranks for name, size in one.get("ledger", {}).items() if size}
     return Ledger(
-        heads=[str(one["node"]["name"]) for one in ranks],
-        planned=[amount(one["peak_bytes"]) for one in ranks],
-        measured=[amount(peak) for peak in peaks],
-        of_plan=[f"{fraction(peak, one['peak_bytes']):.0%}" for peak, one in zip(peaks, ranks, strict=True)],
+        peaks=[
+            (
+                str(one["node"]["name"]),
+                amount(peak),
+                amount(one["peak_bytes"]),
+                f"{fraction(peak, one['peak_bytes']):.0%}",
+            )
+            for peak, one in zip(peaks, ranks, strict=True)
+        ],
         rows=[(name, [amount(one.get("ledger", {}).get(name, 0)) for one in ranks]) for name in names],
     )

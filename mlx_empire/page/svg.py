@@ -81,11 +81,11 @@ class _Frame:
 
     def grid(self) -> Iterator[Markup]:
         right, bottom = self.width - RIGHT, HEIGHT - BOTTOM
-        for value in ticks(self.low, self.high, 4):
+        for value in ticks(self.low, self.high, 6):
             y = self.y(value)
             yield Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, f"{y:.1f}", right)
             yield _text(LEFT - 7, y + 4, f"{value:.4g}", "end")
-        for value in ticks(self.first, self.last, 6):
+        for value in ticks(self.first, self.last, 8 if self.width > 500 else 5):
             if value == int(value):
                 yield _text(self.x(value), bottom + 17, f"{value:,.0f}", "middle")
         yield Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, bottom, right)

@@ -66,6 +66,10 @@ function traces(chart) {
   return drawn;
 }
 
+function tiny(chart) {
+  return chart.lines.every((line) => line.points[1].every((value) => Math.abs(value) < 1e-3));
+}
+
 function layout(made) {
   const chart = made.document;
   const axis = {
@@ -97,7 +101,7 @@ function layout(made) {
     xaxis: { ...axis, showgrid: false, title: { text: "step", font: { size: 11 }, standoff: 6 } },
     yaxis: {
       ...axis, type: made.log ? "log" : "linear", rangemode: chart.zero && !made.log ? "tozero" : "normal", nticks: 6,
-      tickformat: ".3~g",
+      tickformat: tiny(chart) ? ".2~e" : ".3~g",
     },
     yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
     shapes,

@@ -27,7 +27,7 @@ LAST_SECONDS = 1  # for open pages, when the server is stopped
 
 def serve(folder: Path, lan: bool, port: int | None, *, browser: bool) -> int:
     """Serve the runs at `folder` until Ctrl-C; 0. UserError where there is no such folder, or the port is taken."""
-    root, start = place_of(folder)
+    root, start = root_of(folder)
     token = secrets.token_urlsafe(TOKEN_BYTES) if lan else None
     hosts = lan_hosts() if lan else []
     with _listening("0.0.0.0" if lan else LOOPBACK, port) as listener:  # noqa: S104  asked for by --lan
@@ -47,7 +47,7 @@ def serve(folder: Path, lan: bool, port: int | None, *, browser: bool) -> int:
     return 0
 
 
-def place_of(folder: Path) -> tuple[Path, str]:
+def root_of(folder: Path) -> tuple[Path, str]:
     """The folder whose runs are shown, and the page at which one begins. UserError where there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give that of a run, or one with runs in it")

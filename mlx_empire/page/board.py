@@ -9,7 +9,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from mlx_empire.page.documents import mood_of, step_of
+from mlx_empire.page.documents import mood_of, progress_of
 from mlx_empire.page.svg import sparkline
 from mlx_empire.page.watch import Gallery, Look
 from mlx_empire.report.text import duration
@@ -35,7 +35,7 @@ class RunRow:
 
 
 @dataclass(frozen=True)
-class Daughter:
+class DaughterRow:
     """One line of a board. `name`: of the run, `title`: of the person."""
 
     name: str
@@ -54,7 +54,7 @@ class Board:
 
     name: str
     counts: str
-    rows: Sequence[Daughter]
+    rows: Sequence[DaughterRow]
 
 
 def run_rows(gallery: Gallery, now: float) -> list[RunRow]:
@@ -86,18 +86,18 @@ def _board(folder: Path, looks: Sequence[Look]) -> Board:
     return Board(folder.name, ", ".join(f"{count} {state}" for state, count in counts.items()), rows)
 
 
-def _daughter(look: Look, at_work: bool) -> Daughter:
+def _daughter(look: Look, at_work: bool) -> DaughterRow:
     run = look.overview
     state, mood = run.condition, mood_of(run)
     if at_work and not run.complete:
         state, mood = "training", "running"
     losses = [float(record["eval_loss"]) for record in run.evaluations]
-    return Daughter(
+    return DaughterRow(
         name=look.name,
         title=run.folder.name,
         state=state,
         mood=mood,
-        step=step_of(run),
+        step=progress_of(run),
         spark=_spark(look),
         before=f"{losses[0]:.4f}" if len(losses) > 1 else "–",
         now=f"{losses[-1]:.4f}" if losses else "–",
@@ -112,7 +112,7 @@ def _row(size: int, look: Look, now: float) -> RunRow:
         condition=run.condition,
         mood=mood_of(run),
         spark=_spark(look),
-        step=step_of(run),
+        step=progress_of(run),
         done=run.step,
         loss=run.steps[-1].get("loss") if run.steps else None,
         held_out=run.evaluations[-1]["eval_loss"] if run.evaluations else None,

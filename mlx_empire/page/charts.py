@@ -25,7 +25,7 @@ WIDE, NARROW = 8, 4  # columns of twelve
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """A curve and its looks. `colour` is a role in the style sheet."""
 
     name: str
@@ -49,7 +49,7 @@ class Chart:
 
     key: str
     title: str
-    lines: tuple[Line, ...]
+    lines: tuple[ChartLine, ...]
     columns: int = NARROW
     marks: tuple[Mark, ...] = ()
     bound: tuple[float, str] | None = None
@@ -81,9 +81,9 @@ def charts_of(look: Look) -> list[Chart]:
     curves, marks = look.series.curves, tuple(marks_of(look))
     gate = look.overview.recipe.evaluation.stop_when if look.overview.recipe is not None else None
 
-    def line(source: str, name: str, form: Form = "line", colour: str = "accent") -> tuple[Line, ...]:
+    def line(source: str, name: str, form: Form = "line", colour: str = "accent") -> tuple[ChartLine, ...]:
         curve = curves.get(source)
-        return (Line(name, curve, form, colour),) if curve is not None and len(curve) else ()
+        return (ChartLine(name, curve, form, colour),) if curve is not None and len(curve) else ()
 
     loss = (
         *line("loss", "training", "faint"),
@@ -115,7 +115,7 @@ def compared(looks: Sequence[Look]) -> list[Chart]:
     for source, title, columns in wanted:
         form: Form = "line" if source == "smoothed" else "dots"
         lines = [
-            Line(look.name, look.series.curves[source], form, _equal(number))
+            ChartLine(look.name, look.series.curves[source], form, _equal(number))
             for number, look in enumerate(looks)
             if len(look.series.curves.get(source, ()))
         ]
@@ -141,7 +141,7 @@ def marks_of(look: Look) -> Iterator[Mark]:
 
 def _scores(look: Look, gate: Gate | None) -> Iterator[Chart]:
     for name in look.series.named(SCORE):
-        line = Line(name, look.series.curves[SCORE + name], "dots", "fits")
+        line = ChartLine(name, look.series.curves[SCORE + name], "dots", "fits")
         if len(line.curve):
             yield Chart(SCORE + name, name, (line,), bound=_bound(gate, name))
 

@@ -99,11 +99,11 @@ class RunDocument:
     command: str | None
     log: Sequence[str]
     recipe: Sequence[tuple[str, str]]
-    ledger: Ledger
+    ledger: MemoryTable
 
 
 @dataclass(frozen=True)
-class Ledger:
+class MemoryTable:
     """Planned against measured. peaks: by rank its name, the run's peak, the plan's, and the one as a part of the
     other; rows: what the plan's consist of, by rank."""
 
@@ -151,14 +151,14 @@ def mood_of(run: Overview) -> str:
     return MOODS["failed" if lost else "idle"]
 
 
-def step_of(run: Overview) -> str:
+def progress_of(run: Overview) -> str:
     """How far a run is."""
     return f"{run.step:,}" if run.total is None else f"{run.step:,} of {run.total:,}"
 
 
 def _figures(look: Look, now: float) -> Iterator[Figure]:
     run, series = look.overview, look.series
-    yield Figure(step_of(run), "step")
+    yield Figure(progress_of(run), "step")
     if run.steps:
         smoothed = series.curves.get("smoothed")
         yield Figure(f"{smoothed.y[-1]:.4f}" if smoothed else "nan", "loss, smoothed")
@@ -282,13 +282,13 @@ def _recipe(run: Overview) -> Iterator[tuple[str, str]]:
             yield key, written(value)
 
 
-def _ledger(run: Overview) -> Ledger:
+def _ledger(run: Overview) -> MemoryTable:
     ranks = _ranks(run)
     peaks = _floats(run.steps[-1].get("peak_bytes")) if run.steps else []
     if not ranks or len(peaks) != len(ranks):
-        return Ledger()
+        return MemoryTable()
     names = {name: None for one in ranks for name, size in one.get("ledger", {}).items() if size}
-    return Ledger(
+    return MemoryTable(
         peaks=[
             (
                 str(one["node"]["name"]),

@@ -30,7 +30,7 @@ PANELS = ("head", "machines", "time", "story", "capacity", "recipe", "log")
 
 
 @cache
-def environment() -> Environment:
+def templates() -> Environment:
     """The templates, with what they may call."""
     made = Environment(
         loader=FileSystemLoader(HERE / "templates"),
@@ -76,11 +76,11 @@ def saved_page(run: RunDocument, charts: Sequence[Chart]) -> str:
 
 
 def _page(screen: str, **values: Any) -> str:
-    return environment().get_template(f"{screen}.html").render(made=date(time.time()), **values)
+    return templates().get_template(f"{screen}.html").render(made=date(time.time()), **values)
 
 
 def _panel(name: str, **values: Any) -> Markup:
-    return Markup(environment().get_template(f"panel_{name}.html").render(**values).strip())
+    return Markup(templates().get_template(f"panel_{name}.html").render(**values).strip())
 
 
 def _percent(part: float, whole: float) -> str:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-from mlx_empire.page.charts import Chart, Line, Mark
+from mlx_empire.page.charts import Chart, ChartLine, Mark
 from mlx_empire.page.series import Curve
 from mlx_empire.report.picture import ticks
 
@@ -105,7 +105,7 @@ class _Frame:
                 x, TOP, SIGNS[mark.kind]
             )
 
-    def line(self, line: Line, points: Points) -> Iterator[Markup]:
+    def line(self, line: ChartLine, points: Points) -> Iterator[Markup]:
         places = [(self.x(x), self.y(y)) for x, y in zip(*points, strict=True)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         yield Markup('<polyline class="{}" style="stroke:var(--{})" points="{}"/>').format(
@@ -126,7 +126,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> Markup:
     )
 
 
-def _told(line: Line) -> str:
+def _told(line: ChartLine) -> str:
     return f"{line.name} from {line.curve.y[0]:.4g} to {line.curve.y[-1]:.4g}"
 
 

@@ -83,7 +83,8 @@ def _board(folder: Path, looks: Sequence[Look]) -> Board:
     counts: dict[str, int] = defaultdict(int)
     for row in rows:
         counts[row.state] += 1
-    return Board(folder.name, ", ".join(f"{count} {state}" for state, count in counts.items()), rows)
+    counted = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
+    return Board(folder.name, ", ".join(f"{count} {state}" for state, count in counted), rows)
 
 
 def _daughter(look: Look, at_work: bool) -> DaughterRow:

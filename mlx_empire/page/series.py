@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +53,7 @@ class Series:
     """
 
     def __init__(self) -> None:
-        self.curves: dict[str, Curve] = {}
+        self.curves: defaultdict[str, Curve] = defaultdict(Curve)
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.evaluations: list[dict[str, Any]] = []
         self.spikes: list[int] = []
@@ -67,16 +67,16 @@ class Series:
         step = int(record["step"])
         if "eval_loss" in record:
             self.evaluations.append(record)
-            self._curve("held out").add(step, record["eval_loss"])
+            self.curves["held out"].add(step, record["eval_loss"])
             for name, value in _mapping(record.get("scores")).items():
-                self._curve(SCORE + name).add(step, value)
+                self.curves[SCORE + name].add(step, value)
             return
         self.steps += 1
         self.recent.append(record)
         for name in ("loss", "grad_norm", "learning_rate", "step_seconds"):
-            self._curve(name).add(step, record.get(name))
+            self.curves[name].add(step, record.get(name))
         for cause, seconds in _mapping(record.get("waited_for")).items():
-            self._curve(WAITED + cause).add(step, seconds)
+            self.curves[WAITED + cause].add(step, seconds)
         self._smooth(step, record.get("loss"))
         if record.get("skipped"):
             self.spikes.append(step)
@@ -94,10 +94,7 @@ class Series:
             return
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * loss
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-        self._curve("smoothed").add(step, self._mean / self._weight)
-
-    def _curve(self, name: str) -> Curve:
-        return self.curves.setdefault(name, Curve())
+        self.curves["smoothed"].add(step, self._mean / self._weight)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

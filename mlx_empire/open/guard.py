@@ -57,9 +57,9 @@ class Guard:
             return PlainTextResponse(
                 "the address needs its token: take it as `mlx-empire open` printed it", 403
             )
-        answer = RedirectResponse(
-            str(request.url.remove_query_params(WORD).replace(scheme="", netloc="")), 303
-        )
+        rest = request.url.remove_query_params(WORD).query
+        here = "/" + request.url.path.lstrip("/")  # two slashes would lead to another machine
+        answer = RedirectResponse(f"{here}?{rest}" if rest else here, 303)
         answer.set_cookie(COOKIE, self._token, max_age=DAYS * 86400, httponly=True, samesite="strict")
         return answer
 

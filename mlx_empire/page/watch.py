@@ -83,7 +83,11 @@ class Gallery:
 
     def run(self, name: str) -> WatchedRun | None:
         """The run of that name; None where there is none. No name leads out of the folder."""
-        return next((run for run in self.runs() if run.name == name), None)
+        found = next((run for run in self.runs() if run.name == name), None)
+        if found is None:  # it may be one that has just begun
+            self._listed = (-FOLDERS_SECONDS, [])
+            found = next((run for run in self.runs() if run.name == name), None)
+        return found
 
     def runs(self) -> list[WatchedRun]:
         """All runs, by name."""

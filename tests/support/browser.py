@@ -42,7 +42,8 @@ for (const e of document.querySelectorAll('body *')) {
   if (e.tagName === 'SCRIPT') continue;
   const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
   if (!own) continue;
-  const ground = under(e), ink = rgba(getComputedStyle(e).color), opacity = +getComputedStyle(e).opacity;
+  const style = getComputedStyle(e), ground = under(e), opacity = +style.opacity;
+  const ink = rgba(e instanceof SVGElement ? style.fill : style.color);
   const seen = ink.slice(0, 3).map((c, i) => c * opacity + ground[i] * (1 - opacity));
   texts.push({text: e.textContent.trim().slice(0, 40), contrast: contrast(seen, ground)});
 }

@@ -30,7 +30,7 @@ class Browser:
         take, self._out = os.pipe()
         self._in, give = os.pipe()
         command = [
-            *("sh", "-c", f'exec "$@" 3<&{take} 4>&{give}', "sh", program, "--headless", "--disable-gpu"),
+            *("bash", "-c", f'exec "$@" 3<&{take} 4>&{give}', "bash", program, "--headless", "--disable-gpu"),
             "--no-sandbox",  # Chromium's own sandbox does not start as root
             "--remote-debugging-pipe",
             "--disable-background-networking",

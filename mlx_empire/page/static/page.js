@@ -101,7 +101,7 @@ function layout(made) {
     xaxis: { ...axis, showgrid: false, title: { text: "step", font: { size: 11 }, standoff: 6 } },
     yaxis: {
       ...axis, type: made.log ? "log" : "linear", rangemode: chart.zero && !made.log ? "tozero" : "normal", nticks: 6,
-      tickformat: tiny(chart) ? ".2~e" : ".3~g",
+      ...(tiny(chart) ? { exponentformat: "e" } : { tickformat: ".3~g" }),
     },
     yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
     shapes,

@@ -13,6 +13,7 @@ from mlx_empire.page import live
 from mlx_empire.page.live import RunFeed
 from mlx_empire.page.series import MOST_POINTS
 from mlx_empire.page.watch import Gallery, WatchedRun
+from mlx_empire.run.lock import RUN, RunLock
 
 
 class Reader:
@@ -98,6 +99,20 @@ def test_a_page_never_has_more_points_than_may_be_drawn(
         assert reader.curves["loss", "training"][0][-1] == first + 9
     assert reader.wholes > 3
     assert live.AT_FIRST < MOST_POINTS
+
+
+def test_a_run_that_goes_on_says_when_it_ends_and_where_its_ranks_are(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "run", 30, cause="was killed by SIGKILL")
+    ended = Reader(RunFeed(WatchedRun(folder, "run")))
+    ended.hear()
+    with RunLock(folder, RUN):
+        alive = Reader(RunFeed(WatchedRun(folder, "run")))
+        alive.hear()
+    assert "forward, step 31" in alive.panels["machines"]
+    assert "ends, in 11 min 40 s" in alive.panels["head"], "70 steps of 10 seconds"
+    assert "no step has ended for" in alive.panels["head"]
+    assert "forward" not in ended.panels["machines"]
+    assert "ends" not in ended.panels["head"]
 
 
 def test_readers_of_one_run_do_not_take_from_each_other(folder: Path) -> None:

@@ -59,6 +59,8 @@ const result = document.createElement('pre');
 result.id = 'measured';
 result.textContent = JSON.stringify({
   ground: luminance(under(document.body)), texts, bars, images: document.images.length,
+  thin: [...document.querySelectorAll('.thin .fill')].map(e => (
+    {torn: getComputedStyle(e).clipPath !== 'none'})),
   cells: [...document.querySelectorAll('td.cell')].map(c => ({text: c.innerText, shade: under(c)})),
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth});
 document.body.append(result);

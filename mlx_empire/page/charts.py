@@ -54,6 +54,7 @@ class Chart:
     marks: tuple[Mark, ...] = ()
     bound: tuple[float, str] | None = None
     zero: bool = False  # the value axis begins at zero
+    log: bool = False  # it is logarithmic, where there is no script
 
     def document(self, most: int = MOST_POINTS) -> dict[str, Any]:
         """As JSON: what it says, and at most `most` points of each curve."""

@@ -30,10 +30,10 @@ PANELS = ("head", "machines", "time", "story", "capacity", "recipe", "log")
 
 
 @cache
-def templates() -> Environment:
-    """The templates, with what they may call."""
+def templates(*others: Path) -> Environment:
+    """The templates, with what they may call; `others`: folders with more of them."""
     made = Environment(
-        loader=FileSystemLoader(HERE / "templates"),
+        loader=FileSystemLoader([HERE / "templates", *others]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -66,17 +66,21 @@ def people_panels(boards: Sequence[Board]) -> dict[str, Markup]:
 
 def live_page(screen: str, events: str | None, **values: Any) -> str:
     """A whole screen for the browser; `events`: where it hears what is new."""
-    return _page(screen, live=True, events=events, charts=(), **values)
+    return _page(templates(), screen, live=True, events=events, charts=(), **values)
 
 
 def saved_page(run: RunDocument, charts: Sequence[Chart]) -> str:
     """A run's screen as one file that needs no other."""
-    values = {"run": run, "panels": run_panels(run), "charts": charts}
-    return _page("run", live=False, events=None, style=Markup(style()), **values)
+    return still_page(HERE / "templates", "run", run=run, panels=run_panels(run), charts=charts)
 
 
-def _page(screen: str, **values: Any) -> str:
-    return templates().get_template(f"{screen}.html").render(made=date(time.time()), **values)
+def still_page(folder: Path, screen: str, **values: Any) -> str:
+    """A screen whose template stands in `folder`, as one file without a script."""
+    return _page(templates(folder), screen, live=False, events=None, style=Markup(style()), **values)
+
+
+def _page(made: Environment, screen: str, **values: Any) -> str:
+    return made.get_template(f"{screen}.html").render(made=date(time.time()), **values)
 
 
 def _panel(name: str, **values: Any) -> Markup:

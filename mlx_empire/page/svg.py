@@ -61,14 +61,15 @@ class _Frame:
     """Where steps and values lie on the drawing."""
 
     def __init__(self, chart: Chart, drawn: Sequence[Points]) -> None:
-        self.width = WIDTHS[chart.columns]
+        self.width, self._log = WIDTHS[chart.columns], chart.log
         xs = [step for points in drawn for step in points[0]]
-        ys = [value for points in drawn for value in points[1]]
+        ys = [self._scaled(value) for points in drawn for value in points[1]]
         self._bound = chart.bound
         self.first, self.last = min(xs), max(max(xs), min(xs) + 1)
         low, high = min(ys), max(ys)
         if chart.bound is not None:
-            low, high = min(low, chart.bound[0]), max(high, chart.bound[0])
+            bound = self._scaled(chart.bound[0])
+            low, high = min(low, bound), max(high, bound)
         room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
         self.low = min(0.0, low) if chart.zero else low - room
         self.high = high + room
@@ -77,11 +78,15 @@ class _Frame:
         return LEFT + (step - self.first) / (self.last - self.first) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
+        return (
+            HEIGHT
+            - BOTTOM
+            - (self._scaled(value) - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
+        )
 
     def grid(self) -> Iterator[Markup]:
         right, bottom = self.width - RIGHT, HEIGHT - BOTTOM
-        for value in ticks(self.low, self.high, 6):
+        for value in self._values():
             y = self.y(value)
             yield Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, f"{y:.1f}", right)
             yield _text(LEFT - 7, y + 4, f"{value:.4g}", "end")
@@ -95,6 +100,18 @@ class _Frame:
             y = self.y(value)
             yield Markup('<path class="bound" d="M{} {}H{}"/>').format(LEFT, f"{y:.1f}", right)
             yield _text(right, y - 5, f"{name} {value:g}", "end")
+
+    def _values(self) -> list[float]:
+        """Where the value axis has its figures: round numbers, or whole powers of ten."""
+        found = ticks(self.low, self.high, 6)
+        return (
+            [10**value for value in found if value == int(value)] or [10**v for v in found]
+            if self._log
+            else found
+        )
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(value) if self._log else value
 
     def mark(self, mark: Mark) -> Iterator[Markup]:
         if self.first <= mark.step <= self.last:

@@ -39,7 +39,7 @@ function contrast(a, b) {
 document.querySelectorAll('details').forEach(d => d.open = true);
 const texts = [];
 for (const e of document.querySelectorAll('body *')) {
-  if (e.tagName === 'SCRIPT') continue;
+  if (e.tagName === 'SCRIPT' || e.tagName === 'title') continue;  // neither is shown
   const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
   if (!own) continue;
   const style = getComputedStyle(e), ground = under(e), opacity = +style.opacity;

@@ -15,7 +15,7 @@ from mlx_empire.page.charts import Chart, ChartLine, Mark
 from mlx_empire.page.series import Curve
 from mlx_empire.report.picture import ticks
 
-WIDTHS = {4: 400, 8: 820}  # of the drawing, by columns of the page
+WIDTHS = {4: 400, 6: 600, 8: 820}  # of the drawing, by columns of the page
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 52, 10, 12, 40
 MOST_POINTS = 800  # of a curve: more than a screen of this width has columns
 SPARK_WIDTH, SPARK_HEIGHT, SPARK_POINTS = 110, 26, 120

@@ -106,7 +106,11 @@ def _chart(finding: Finding) -> Chart | None:
         spread = [stdev(at) / abs(mean(at)) if mean(at) else 0.0 for at in zip(*losses, strict=False)]
         lines.insert(0, ChartLine("spread between seeds", _curve(spread), "faint", "muted"))
     name = finding.pair.name
-    return Chart(name, name, tuple(one for one in lines if len(one.curve)), log=True) if lines else None
+    return (
+        Chart(name, name, tuple(one for one in lines if len(one.curve)), columns=6, log=True)
+        if lines
+        else None
+    )
 
 
 def _lines(finding: Finding) -> list[ChartLine]:

@@ -56,6 +56,7 @@ VERBS: dict[str, dict[str, Verb]] = {
     "runs": {
         "list": Verb("the runs in a folder: state, step, losses, size", "mlx_empire.runs.command", ("list",)),
         "status": Verb("how a run goes", "mlx_empire.launch.command", ("status",)),
+        "open": Verb("runs as pages in a browser, while they go on", "mlx_empire.open.command"),
         "compare": Verb(
             "what differs between runs, and their figures", "mlx_empire.runs.command", ("compare",)
         ),

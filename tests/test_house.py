@@ -24,11 +24,13 @@ VERBS = (
     "doctor",
     "setup",
     "fetch",
+    "open",
 )
 ANSWERS = ("capacity",)
 ASKING = ("train", "verify")
 # Below it, top to bottom: a folder or a file of the package.
 FLOORS = (
+    "page",
     "run",
     "report",
     "checkpoint",

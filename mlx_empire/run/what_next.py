@@ -19,7 +19,7 @@ def next_commands(recipe: Recipe) -> list[str]:
     else:
         speak = _generate(recipe.model.path, run / "final")
         use = {f"mlx-empire export merge {_word(run)} OUT": WHOLE}
-    return _told({speak: "let it speak", f"mlx-empire status {_word(run)}": "what came of it", **use})
+    return _told({speak: "let it speak", f"mlx-empire open {_word(run)}": "look at it", **use})
 
 
 def next_of_many(recipe: Recipe, name: str) -> list[str]:

@@ -35,6 +35,7 @@ from mlx_empire.model.attention.fused import refuse_too_short
 from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.page.saved import try_report
 from mlx_empire.plan.hardware import known_speed
 from mlx_empire.plan.resolve import RunPlan, kernels_differ
 from mlx_empire.plan.wired_limit import fitting_plan
@@ -188,7 +189,7 @@ def carry_out(
             write_result(run, *train(run))
             report.messages(saver.unsaved())
     if comm.rank == 0:
-        print(*next_commands(recipe), sep="\n", flush=True)
+        print(try_report(recipe.run.dir), *next_commands(recipe), sep="\n", flush=True)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def test_a_run_ends_with_three_commands(
     assert speak[0] == "mlx_lm.generate"
     options = setup_arg_parser().parse_args(speak[1:])
     assert (options.model, options.adapter_path) == (model, adapter)
-    assert look == ["mlx-empire", "status", "runs/my run"]
+    assert look == ["mlx-empire", "open", "runs/my run"]
     assert use[:2] == ["mlx-empire", "export"]
     way = export_parser().parse_args(use[2:])
     assert [way.way, str(way.source)] == exported

@@ -43,6 +43,7 @@ def test_a_run_leaves_exactly_what_it_promises(alone_dir: Path) -> None:
         "metrics.jsonl",
         "final",
         "COMPLETE",
+        "report.html",
     }
 
 

@@ -39,10 +39,11 @@ function contrast(a, b) {
 document.querySelectorAll('details').forEach(d => d.open = true);
 const texts = [];
 for (const e of document.querySelectorAll('body *')) {
-  if (e.tagName === 'SCRIPT') continue;
+  if (e.tagName === 'SCRIPT' || e.tagName === 'title') continue;  // neither is shown
   const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
   if (!own) continue;
-  const ground = under(e), ink = rgba(getComputedStyle(e).color), opacity = +getComputedStyle(e).opacity;
+  const style = getComputedStyle(e), ground = under(e), opacity = +style.opacity;
+  const ink = rgba(e instanceof SVGElement ? style.fill : style.color);
   const seen = ink.slice(0, 3).map((c, i) => c * opacity + ground[i] * (1 - opacity));
   texts.push({text: e.textContent.trim().slice(0, 40), contrast: contrast(seen, ground)});
 }
@@ -58,6 +59,8 @@ const result = document.createElement('pre');
 result.id = 'measured';
 result.textContent = JSON.stringify({
   ground: luminance(under(document.body)), texts, bars, images: document.images.length,
+  thin: [...document.querySelectorAll('.thin .fill')].map(e => (
+    {torn: getComputedStyle(e).clipPath !== 'none'})),
   cells: [...document.querySelectorAll('td.cell')].map(c => ({text: c.innerText, shade: under(c)})),
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth});
 document.body.append(result);

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from capacity import browser, made_up
+from capacity import made_up
+from support import browser
 
 from mlx_empire.capacity.page import capacity_page
 

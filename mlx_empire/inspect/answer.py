@@ -16,7 +16,7 @@ from typing import Any
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.errors import UserError
+from mlx_empire.errors import UserError, on_all_ranks
 from mlx_empire.inspect.command import LOSS_ROWS, RECIPES
 from mlx_empire.inspect.document import Document, inspection_document
 from mlx_empire.inspect.look import Inspection, counting, look, reading_of
@@ -45,6 +45,10 @@ def inspect_command(options: argparse.Namespace) -> int:
     with guard(comm):
         whole = options.recipe.suffix in RECIPES
         recipe = share_recipe(comm, options.recipe, options.overrides) if whole else alone(options)
+        if options.loss and recipe.model.init == "random":
+            raise on_all_ranks(
+                UserError("model.init: random: a model that begins at random knows no row; leave --loss out")
+            )
         found, rows = None, None
         with together(comm):
             if comm.rank == 0:

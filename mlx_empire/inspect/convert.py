@@ -20,6 +20,7 @@ from mlx_empire.comm.failure import guard
 from mlx_empire.data.files import RawRow
 from mlx_empire.disk import create_private, draft_of
 from mlx_empire.errors import UserError
+from mlx_empire.inspect.findings import row_count
 from mlx_empire.inspect.layouts import Layout, Unusable, layout_of
 from mlx_empire.inspect.look import Tell, counting
 from mlx_empire.inspect.tables import Foreign, Rows, foreign
@@ -97,7 +98,7 @@ def converted(name: str, rows: Rows, file: Path, columns: Sequence[str] | None, 
                     tell(done.written)
         if not done.written:
             why = f" (the first, {': '.join(done.dropped[0])})" if done.dropped else ""
-            raise UserError(f"--convert: {name}: none of {done.dropped_count:,} rows can be used{why}")
+            raise UserError(f"--convert: {name}: of {row_count(done.dropped_count)} none can be used{why}")
         draft.rename(file)
     except OSError as error:
         raise UserError(
@@ -153,13 +154,13 @@ def lines_of(source: Path, out: Path, found: Foreign, done: Sequence[Converted])
     """What was done, for a person."""
     for one in done:
         assert one.layout is not None, "a split without rows is refused"
-        yield f"written: {one.file}, {one.written:,} rows"
+        yield f"written: {one.file}, {row_count(one.written)}"
         yield f"  read as {one.layout.title}: {one_line(one.layout.mapping)}"
         if one.left:
             listed = ", ".join(f"{one_line(str(key))} ({count:,})" for key, count in one.left.most_common(12))
             yield f"  not carried, with the rows that have it: {listed}"
         if one.dropped_count:
-            yield f"  dropped: {one.dropped_count:,} rows"
+            yield f"  dropped: {row_count(one.dropped_count)}"
             yield from (f"    {one_line(where)}: {one_line(why)}" for where, why in one.dropped[:PRINTED])
             if one.dropped_count > PRINTED:
                 yield f"    … {one.dropped_count - PRINTED:,} more: --json has them"

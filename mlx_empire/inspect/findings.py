@@ -80,7 +80,7 @@ def _refused(parts: Sequence[Part]) -> Iterator[Finding]:
     if count:
         places = [Place(where, reason) for one in seen for where, reason in one.refused]
         yield Finding(
-            "refused", "refused", count, f"{_rows(count)} that a run refuses", tuple(places[:MOST_PLACES])
+            "refused", "refused", count, f"{row_count(count)} that a run refuses", tuple(places[:MOST_PLACES])
         )
 
 
@@ -107,7 +107,7 @@ def _leaks(parts: Sequence[Part]) -> Iterator[Finding]:
             if len(places):
                 pairs = [(valid.where(p), train.where(int(first[p]))) for p in places[:MOST_PLACES].tolist()]
                 named = tuple(Place(here, f"as {there}") for here, there in pairs)
-                yield Finding(name, level, len(places), f"{_rows(len(places))} {says}", named)
+                yield Finding(name, level, len(places), f"{row_count(len(places))} {says}", named)
 
 
 def _not_learnt(reading: Reading, parts: Sequence[Part]) -> Iterator[Finding]:
@@ -124,7 +124,7 @@ def _not_learnt(reading: Reading, parts: Sequence[Part]) -> Iterator[Finding]:
                 f"dropped_{part.name}",
                 "look",
                 len(dropped),
-                f"{_rows(len(dropped))} of {part.name} dropped: {why}",
+                f"{row_count(len(dropped))} of {part.name} dropped: {why}",
                 places,
             )
         lost = rows["tokens"].astype(np.int64) - rows["kept"]
@@ -135,7 +135,9 @@ def _not_learnt(reading: Reading, parts: Sequence[Part]) -> Iterator[Finding]:
                 Place(part.where(p), f"{rows['tokens'][p]} tokens, {lost[p]} lost")
                 for p in cut[:MOST_PLACES].tolist()
             )
-            sentence = f"{_rows(len(cut))} of {part.name} cut at {length} positions: {total:,} tokens lost"
+            sentence = (
+                f"{row_count(len(cut))} of {part.name} cut at {length} positions: {total:,} tokens lost"
+            )
             yield Finding(f"cut_{part.name}", "look", len(cut), sentence, places)
 
 
@@ -143,7 +145,9 @@ def _unknown(parts: Sequence[Part]) -> Iterator[Finding]:
     for part in parts:
         (places,) = np.nonzero(part.rows["unknown"])
         if len(places):
-            sentence = f"{_rows(len(places))} of {part.name} with characters that the tokenizer does not know"
+            sentence = (
+                f"{row_count(len(places))} of {part.name} with characters that the tokenizer does not know"
+            )
             named = (
                 Place(part.where(p), f"{part.rows['unknown'][p]} tokens")
                 for p in places[:MOST_PLACES].tolist()
@@ -164,7 +168,7 @@ def _repeated(train: Part) -> Iterator[Finding]:
                 Place(train.where(p), f"as {train.where(int(first[p]))}")
                 for p in places[:MOST_PLACES].tolist()
             )
-            yield Finding(name, "look", len(places), f"{_rows(len(places))} {says}", tuple(named))
+            yield Finding(name, "look", len(places), f"{row_count(len(places))} {says}", tuple(named))
 
 
 def _contradictions(train: Part) -> Iterator[Finding]:
@@ -176,7 +180,7 @@ def _contradictions(train: Part) -> Iterator[Finding]:
             Place(train.where(p), f"otherwise {train.where(int(first[p]))}")
             for p in places[:MOST_PLACES].tolist()
         )
-        sentence = f"{_rows(len(places))} with another answer than an earlier row has to the same prompt"
+        sentence = f"{row_count(len(places))} with another answer than an earlier row has to the same prompt"
         yield Finding("contradictions", "look", len(places), sentence, tuple(named))
 
 
@@ -247,5 +251,6 @@ def _among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.where(distinct[at] == values, first[at], -1)
 
 
-def _rows(count: int) -> str:
+def row_count(count: int) -> str:
+    """So many rows, in words."""
     return f"{count:,} row{'' if count == 1 else 's'}"

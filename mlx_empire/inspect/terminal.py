@@ -61,7 +61,8 @@ def _head(document: Mapping[str, Any]) -> Iterator[Text]:
 
 
 def _rows(document: Mapping[str, Any], rows: int, coloured: bool) -> Iterator[Text]:
-    shown = [row for row in document["shown"] if row["part"] == "train"][:rows]
+    every = [row for row in document["shown"] if row["part"] == "train"]
+    shown = every[:: max(1, len(every) // rows)][:rows]  # a page has more of them
     for row in shown:
         if row["tokens"]:
             cut = f", {row['cut']:,} cut off" if row["cut"] else ""

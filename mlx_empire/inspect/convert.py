@@ -117,7 +117,7 @@ def _usable(
         return
     done.layout = layout_of(first, columns)
     for raw in chain([first], read):
-        filled = (key for key, value in raw.value.items() if value not in (None, "", []))
+        filled = (key for key, value in raw.value.items() if value not in (None, "", [], {}))
         done.left.update(key for key in filled if key not in done.layout.keys)
         try:
             made = done.layout.row(raw)

@@ -16,6 +16,7 @@ from mlx_empire.inspect.walk import Reading
 
 REFUSED, LEAKED = 64, 65
 EDGES = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+MOST_KEYS = 50
 Document = dict[str, Any]
 
 
@@ -44,6 +45,7 @@ def inspection_document(
             "text": found.begins[0],
             "template": found.begins[1],
         },
+        "not_read": dict(found.parts[0].seen.unread.most_common(MOST_KEYS)),
         "variety": asdict(found.variety) if found.variety is not None else None,
         "findings": [asdict(one) for one in findings],
         "told": list(found.told),

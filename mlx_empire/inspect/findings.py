@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from mlx_empire.data.files import FOREIGN, converting
 from mlx_empire.inspect.texts import words
 from mlx_empire.inspect.walk import Reading, Seen
 
@@ -70,7 +71,7 @@ def find(reading: Reading, parts: Sequence[Part]) -> list[Finding]:
     found = [*_refused(parts), *_leaks(parts)]
     if reading.makes_tokens:
         found += [*_not_learnt(reading, parts), *_unknown(parts)]
-    found += [*_repeated(train), *_contradictions(train)]
+    found += [*_repeated(train), *_contradictions(train), *_other_layout(reading, train)]
     return found
 
 
@@ -182,6 +183,15 @@ def _contradictions(train: Part) -> Iterator[Finding]:
         )
         sentence = f"{row_count(len(places))} with another answer than an earlier row has to the same prompt"
         yield Finding("contradictions", "look", len(places), sentence, tuple(named))
+
+
+def _other_layout(reading: Reading, train: Part) -> Iterator[Finding]:
+    """Keys that nothing reads, though another tool would learn from them."""
+    for key in FOREIGN:
+        if count := train.seen.unread[key]:
+            convert = converting(reading.path)
+            sentence = f"{row_count(count)} with {key!r}, which another tool reads and training does not; `{convert}`"
+            yield Finding("other_layout", "look", count, sentence)
 
 
 @dataclass(frozen=True)

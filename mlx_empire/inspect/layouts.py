@@ -110,7 +110,7 @@ def _listed(row: RawRow) -> str:
 
 def _filled(value: Value, names: Sequence[str]) -> str | None:
     """The first of these keys that says something."""
-    found = (name for name in names if value.get(name) not in (None, "", []))
+    found = (name for name in names if value.get(name) not in (None, "", [], {}))
     return next(found, None)
 
 

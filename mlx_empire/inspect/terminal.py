@@ -121,6 +121,11 @@ def _about_all(document: Mapping[str, Any]) -> Iterator[Text]:
         yield Text(f"\nevery row begins with {begins['tokens']:,} tokens: {begins['text'][:300]!r}")
         if begins["template"]:
             yield Text(f"of that the chat template writes {begins['template'][:300]!r}")
+    if document["not_read"]:
+        keys = ", ".join(
+            f"{one_line(key)} ({count:,})" for key, count in [*document["not_read"].items()][:12]
+        )
+        yield Text(f"keys that training does not read, with the rows that have them: {keys}")
     if answers:
         distinct = ", ".join(f"distinct-{n} {value:.2f}" for n, value in answers["distinct"].items())
         yield Text(

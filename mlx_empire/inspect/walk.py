@@ -8,6 +8,7 @@ Decides what is kept of a row that has been read, since the data may be larger t
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ import numpy as np
 from mlx_empire import progress
 from mlx_empire.data.chat import Remarks
 from mlx_empire.data.encode import BATCH, Document, encode_rows
-from mlx_empire.data.files import RawRow, Source, check_row
+from mlx_empire.data.files import KEYS, RawRow, Source, check_row
 from mlx_empire.data.messages import read_conversation
 from mlx_empire.data.rows import build_table
 from mlx_empire.data.splits import SPLITTABLE
@@ -44,6 +45,7 @@ COLUMNS = {
     "unknown": "I",
     "characters": "I",
 }
+READ = KEYS | {"chat": (*KEYS["chat"], "tools", "functions")}
 MOST_REFUSED = 1000  # are kept with their reasons; all are counted
 TEXTS, TEXT_LENGTH = 2000, 4000  # answers that are looked at together, and how much of each
 
@@ -87,7 +89,8 @@ class SeenRow:
 
 @dataclass
 class Seen:
-    """What one pass found. `shared`: the tokens with which every row begins; `first`: the first row and its tokens."""
+    """What one pass found. `shared`: the tokens with which every row begins; `first`: the first row and its tokens;
+    `unread`: keys beside those that are read, with the rows that have them."""
 
     rows: np.ndarray
     lengths: np.ndarray  # of all pieces, in tokens
@@ -96,6 +99,7 @@ class Seen:
     refused_count: int
     shared: np.ndarray
     first: tuple[RawRow, Document | None] | None
+    unread: Counter[str]
     shown: list[tuple[int, SeenRow]]
     measured: list[tuple[int, SeenRow]]
     answers: list[tuple[int, str]]
@@ -122,6 +126,7 @@ class Walk:
         self._refused_count = 0
         self._shared: np.ndarray | None = None
         self._first: tuple[RawRow, Document | None] | None = None
+        self._unread: Counter[str] = Counter()
         self._shown: Sample[SeenRow] = Sample(self.shown)
         self._measured: Sample[SeenRow] = Sample(self.measured)
         self._answers: Sample[str] = Sample(TEXTS)
@@ -133,6 +138,7 @@ class Walk:
             for row, document in self._encoded(batch):
                 texts = texts_of(row, self.reading.format)
                 self._first = self._first or (row, document)
+                self._unread.update(key for key in row.value if key not in READ[self.reading.format])
                 self.take(row.where, texts, document, partial(plain, row, self.reading.format, TEXT_LENGTH))
             tell(len(self._columns["line"]) + self._refused_count)
         return self.seen()
@@ -180,6 +186,7 @@ class Walk:
             self._refused_count,
             np.empty(0, np.int32) if self._shared is None else self._shared,
             self._first,
+            self._unread,
             self._shown.items(),
             self._measured.items(),
             self._answers.items(),

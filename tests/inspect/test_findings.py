@@ -161,6 +161,21 @@ def test_a_system_prompt_that_only_the_template_has_is_told(
     assert document["findings"] == []
 
 
+def test_keys_that_only_another_tool_reads_are_told(
+    found: Callable[..., Any], write: Callable[..., Any]
+) -> None:
+    """Stanford's Alpaca has a column text too, with all of it rendered: a run would learn the prompts."""
+    write(
+        "rows.jsonl", *({"instruction": f"{n}?", "output": "x", "text": f"{n}? x", "id": n} for n in range(3))
+    )
+    document = found("rows.jsonl")
+    assert document["format"] == "text"
+    assert document["not_read"] == {"instruction": 3, "output": 3, "id": 3}
+    (other,) = document["findings"]
+    assert (other["name"], other["count"]) == ("other_layout", 3)
+    assert "mlx-empire inspect rows.jsonl --convert OUT" in other["sentence"]
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_answers_that_say_one_thing_are_told(
     alike: bool, found: Callable[..., Any], write: Callable[..., Any]

@@ -19,7 +19,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.errors import UserError, on_all_ranks
 from mlx_empire.inspect.command import LOSS_ROWS, RECIPES
 from mlx_empire.inspect.document import Document, inspection_document
-from mlx_empire.inspect.look import Inspection, counting, look, reading_of
+from mlx_empire.inspect.look import Inspection, counting, inspect_data, reading_of
 from mlx_empire.inspect.page import inspection_page
 from mlx_empire.inspect.terminal import print_inspection
 from mlx_empire.recipe.load import parse_override, parse_recipe, written
@@ -64,7 +64,7 @@ def inspect_command(options: argparse.Namespace) -> int:
                 document["recipe"] = str(options.recipe) if whole else None
                 document["model"] = str(recipe.model.path) if whole or options.model else None
                 document["next"] = next_command(options, whole, document)
-                show(document, options)
+                show_inspection(document, options)
                 code = document["exit_code"]
         return int(comm.broadcast_json(code))
     raise AssertionError("guard always leaves")
@@ -91,7 +91,7 @@ def inspected(recipe: Recipe, options: argparse.Namespace, whole: bool) -> Inspe
     reading, train, valid = reading_of(recipe, with_model=whole or options.model is not None)
     shown = options.rows or (ROWS if options.html is None else ROWS_OF_A_PAGE)
     measured = (options.loss_rows or LOSS_ROWS) if options.loss else 0
-    return look(reading, train, valid, shown, measured)
+    return inspect_data(reading, train, valid, shown, measured)
 
 
 def _measured(
@@ -133,7 +133,7 @@ def _changes(options: argparse.Namespace) -> str:
     return "".join(f" {shlex.quote(change)}" for change in options.overrides)
 
 
-def show(document: Document, options: argparse.Namespace) -> None:
+def show_inspection(document: Document, options: argparse.Namespace) -> None:
     """Print the document as it is asked for, and write the page."""
     if options.html is not None:
         _write(options.html, inspection_page(document))

@@ -21,9 +21,9 @@ from mlx_empire.data.files import RawRow
 from mlx_empire.disk import create_private, draft_of
 from mlx_empire.errors import UserError
 from mlx_empire.inspect.findings import row_count
-from mlx_empire.inspect.layouts import Layout, Unusable, layout_of
+from mlx_empire.inspect.layouts import RowLayout, Unusable, layout_of
 from mlx_empire.inspect.look import Tell, counting
-from mlx_empire.inspect.tables import Foreign, Rows, foreign
+from mlx_empire.inspect.tables import Foreign, Rows, foreign_data
 from mlx_empire.recipe.text import one_line
 
 PRINTED, MOST_KEPT = 10, 100_000  # dropped rows: on the terminal, and with reasons at all
@@ -35,7 +35,7 @@ class Converted:
 
     name: str
     file: Path
-    layout: Layout | None = None
+    layout: RowLayout | None = None
     written: int = 0
     left: Counter[str] = field(default_factory=Counter)
     dropped: list[tuple[str, str]] = field(default_factory=list)
@@ -53,7 +53,7 @@ def convert_command(options: argparse.Namespace) -> int:
     with guard(None):
         source, out = options.recipe, options.convert
         columns = [name.strip() for name in options.columns.split(",")] if options.columns else None
-        found = foreign(source, options.subset)
+        found = foreign_data(source, options.subset)
         files = targets(found, out)
         with counting() as tell:
             done = [
@@ -63,7 +63,7 @@ def convert_command(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps(conversion_document(source, out, found, done), indent=1))
         else:
-            print(*lines_of(source, out, found, done), sep="\n")
+            print(*conversion_lines(source, out, found, done), sep="\n")
         return 0
     raise AssertionError("guard always leaves")
 
@@ -150,7 +150,7 @@ def conversion_document(source: Path, out: Path, found: Foreign, done: Sequence[
     }
 
 
-def lines_of(source: Path, out: Path, found: Foreign, done: Sequence[Converted]) -> Iterator[str]:
+def conversion_lines(source: Path, out: Path, found: Foreign, done: Sequence[Converted]) -> Iterator[str]:
     """What was done, for a person."""
     for one in done:
         assert one.layout is not None, "a split without rows is refused"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_empire.data.rows import packed_rows
-from mlx_empire.inspect.findings import Finding, Part
+from mlx_empire.inspect.findings import DataFinding, SplitRows
 from mlx_empire.inspect.look import Inspection
 from mlx_empire.inspect.tokens import shown_tokens, states_of
 from mlx_empire.inspect.walk import Reading
@@ -21,7 +21,7 @@ Document = dict[str, Any]
 
 
 def inspection_document(
-    found: Inspection, more: Sequence[Finding], loss: Mapping[str, Any] | None, rows_per_step: int | None
+    found: Inspection, more: Sequence[DataFinding], loss: Mapping[str, Any] | None, rows_per_step: int | None
 ) -> Document:
     """All that is told but the next command. `more`: findings beside its own; `rows_per_step`: of the recipe."""
     reading, parts = found.reading, [_part(part, found.reading) for part in found.parts]
@@ -56,19 +56,19 @@ def inspection_document(
     }
 
 
-def exit_code(findings: Sequence[Finding]) -> int:
+def exit_code(findings: Sequence[DataFinding]) -> int:
     """64 where a run would refuse the data, 65 where it leaks, else 0."""
     levels = {one.level for one in findings}
     return REFUSED if "refused" in levels else LEAKED if "leak" in levels else 0
 
 
-def _empty(found: Inspection, parts: Sequence[Document]) -> list[Finding]:
+def _empty(found: Inspection, parts: Sequence[Document]) -> list[DataFinding]:
     """Splits that a run refuses because nothing of them is learnt."""
     if not found.reading.makes_tokens:
         return []
     length = found.reading.sequence_length
     return [
-        Finding(
+        DataFinding(
             f"empty_{part['name']}",
             "refused",
             part["rows"],
@@ -79,7 +79,7 @@ def _empty(found: Inspection, parts: Sequence[Document]) -> list[Finding]:
     ]
 
 
-def _part(part: Part, reading: Reading) -> Document:
+def _part(part: SplitRows, reading: Reading) -> Document:
     """The figures of a split: `tokens` of all rows, `kept` within the sequence length, `learnt` in an epoch; the rows
     that a run has of them, and their input positions."""
     rows = part.rows
@@ -109,7 +109,7 @@ def _part(part: Part, reading: Reading) -> Document:
     }
 
 
-def _lengths(part: Part, reading: Reading) -> list[Document]:
+def _lengths(part: SplitRows, reading: Reading) -> list[Document]:
     """How many rows have how many tokens (characters without a tokenizer); `over`: such rows are cut or split."""
     size = part.rows["tokens" if reading.makes_tokens else "characters"]
     fits = reading.sequence_length + 2  # the first that does not: a row has one token more than positions

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_empire.data.files import FOREIGN, converting
 from mlx_empire.inspect.texts import words
-from mlx_empire.inspect.walk import Reading, Seen
+from mlx_empire.inspect.walk import Reading, SeenRows
 
 Level = Literal["refused", "leak", "look"]
 MOST_PLACES = 1000
@@ -28,7 +28,7 @@ ORDERS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
-class Place:
+class RowPlace:
     """A row, and what there is to say of it: why it is refused, or the row that it repeats."""
 
     where: str
@@ -36,22 +36,22 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Finding:
+class DataFinding:
     """Something about `count` rows. `level`: a run refuses them; they leak; or a person should look."""
 
     name: str
     level: Level
     count: int
     sentence: str
-    places: tuple[Place, ...] = ()
+    places: tuple[RowPlace, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class SplitRows:
     """The rows of one split: those of `seen` at `index`."""
 
     name: str
-    seen: Seen
+    seen: SeenRows
     index: np.ndarray
 
     @property
@@ -65,7 +65,7 @@ class Part:
         return self.seen.where(int(self.index[place]))
 
 
-def find(reading: Reading, parts: Sequence[Part]) -> list[Finding]:
+def find(reading: Reading, parts: Sequence[SplitRows]) -> list[DataFinding]:
     """All findings about the splits, training first, that are made from what the rows say and become."""
     train = parts[0]
     found = [*_refused(parts), *_leaks(parts)]
@@ -75,17 +75,17 @@ def find(reading: Reading, parts: Sequence[Part]) -> list[Finding]:
     return found
 
 
-def _refused(parts: Sequence[Part]) -> Iterator[Finding]:
+def _refused(parts: Sequence[SplitRows]) -> Iterator[DataFinding]:
     seen = list({id(part.seen): part.seen for part in parts}.values())
     count = sum(one.refused_count for one in seen)
     if count:
-        places = [Place(where, reason) for one in seen for where, reason in one.refused]
-        yield Finding(
+        places = [RowPlace(where, reason) for one in seen for where, reason in one.refused]
+        yield DataFinding(
             "refused", "refused", count, f"{row_count(count)} that a run refuses", tuple(places[:MOST_PLACES])
         )
 
 
-def _leaks(parts: Sequence[Part]) -> Iterator[Finding]:
+def _leaks(parts: Sequence[SplitRows]) -> Iterator[DataFinding]:
     """Rows of the validation split that are in the training split too: what is measured on them is memory."""
     train, *others = parts
     for valid in others:
@@ -107,11 +107,11 @@ def _leaks(parts: Sequence[Part]) -> Iterator[Finding]:
             (places,) = np.nonzero(first >= 0)
             if len(places):
                 pairs = [(valid.where(p), train.where(int(first[p]))) for p in places[:MOST_PLACES].tolist()]
-                named = tuple(Place(here, f"as {there}") for here, there in pairs)
-                yield Finding(name, level, len(places), f"{row_count(len(places))} {says}", named)
+                named = tuple(RowPlace(here, f"as {there}") for here, there in pairs)
+                yield DataFinding(name, level, len(places), f"{row_count(len(places))} {says}", named)
 
 
-def _not_learnt(reading: Reading, parts: Sequence[Part]) -> Iterator[Finding]:
+def _not_learnt(reading: Reading, parts: Sequence[SplitRows]) -> Iterator[DataFinding]:
     length = reading.sequence_length
     for part in parts:
         rows = part.rows
@@ -119,9 +119,9 @@ def _not_learnt(reading: Reading, parts: Sequence[Part]) -> Iterator[Finding]:
         if len(dropped):
             why = f"nothing to learn within {length} positions"
             places = tuple(
-                Place(part.where(p), f"{rows['tokens'][p]} tokens") for p in dropped[:MOST_PLACES].tolist()
+                RowPlace(part.where(p), f"{rows['tokens'][p]} tokens") for p in dropped[:MOST_PLACES].tolist()
             )
-            yield Finding(
+            yield DataFinding(
                 f"dropped_{part.name}",
                 "look",
                 len(dropped),
@@ -133,16 +133,16 @@ def _not_learnt(reading: Reading, parts: Sequence[Part]) -> Iterator[Finding]:
         if len(cut):
             total = int(lost.sum())
             places = tuple(
-                Place(part.where(p), f"{rows['tokens'][p]} tokens, {lost[p]} lost")
+                RowPlace(part.where(p), f"{rows['tokens'][p]} tokens, {lost[p]} lost")
                 for p in cut[:MOST_PLACES].tolist()
             )
             sentence = (
                 f"{row_count(len(cut))} of {part.name} cut at {length} positions: {total:,} tokens lost"
             )
-            yield Finding(f"cut_{part.name}", "look", len(cut), sentence, places)
+            yield DataFinding(f"cut_{part.name}", "look", len(cut), sentence, places)
 
 
-def _unknown(parts: Sequence[Part]) -> Iterator[Finding]:
+def _unknown(parts: Sequence[SplitRows]) -> Iterator[DataFinding]:
     for part in parts:
         (places,) = np.nonzero(part.rows["unknown"])
         if len(places):
@@ -150,13 +150,13 @@ def _unknown(parts: Sequence[Part]) -> Iterator[Finding]:
                 f"{row_count(len(places))} of {part.name} with characters that the tokenizer does not know"
             )
             named = (
-                Place(part.where(p), f"{part.rows['unknown'][p]} tokens")
+                RowPlace(part.where(p), f"{part.rows['unknown'][p]} tokens")
                 for p in places[:MOST_PLACES].tolist()
             )
-            yield Finding(f"unknown_{part.name}", "look", len(places), sentence, tuple(named))
+            yield DataFinding(f"unknown_{part.name}", "look", len(places), sentence, tuple(named))
 
 
-def _repeated(train: Part) -> Iterator[Finding]:
+def _repeated(train: SplitRows) -> Iterator[DataFinding]:
     exact, nearly = _first_places(train.rows["exact"]), _first_places(train.rows["words"])
     here = np.arange(len(exact))
     for name, repeats, first, says in (
@@ -166,32 +166,32 @@ def _repeated(train: Part) -> Iterator[Finding]:
         (places,) = np.nonzero(repeats)
         if len(places):
             named = (
-                Place(train.where(p), f"as {train.where(int(first[p]))}")
+                RowPlace(train.where(p), f"as {train.where(int(first[p]))}")
                 for p in places[:MOST_PLACES].tolist()
             )
-            yield Finding(name, "look", len(places), f"{row_count(len(places))} {says}", tuple(named))
+            yield DataFinding(name, "look", len(places), f"{row_count(len(places))} {says}", tuple(named))
 
 
-def _contradictions(train: Part) -> Iterator[Finding]:
+def _contradictions(train: SplitRows) -> Iterator[DataFinding]:
     rows = train.rows
     first = _first_places(rows["prompt"])
     (places,) = np.nonzero((rows["prompt"] != 0) & (rows["reply"] != rows["reply"][first]))
     if len(places):
         named = (
-            Place(train.where(p), f"otherwise {train.where(int(first[p]))}")
+            RowPlace(train.where(p), f"otherwise {train.where(int(first[p]))}")
             for p in places[:MOST_PLACES].tolist()
         )
         sentence = f"{row_count(len(places))} with another answer than an earlier row has to the same prompt"
-        yield Finding("contradictions", "look", len(places), sentence, tuple(named))
+        yield DataFinding("contradictions", "look", len(places), sentence, tuple(named))
 
 
-def _other_layout(reading: Reading, train: Part) -> Iterator[Finding]:
+def _other_layout(reading: Reading, train: SplitRows) -> Iterator[DataFinding]:
     """Keys that nothing reads, though another tool would learn from them."""
     for key in FOREIGN:
         if count := train.seen.unread[key]:
             convert = converting(reading.path)
             sentence = f"{row_count(count)} with {key!r}, which another tool reads and training does not; `{convert}`"
-            yield Finding("other_layout", "look", count, sentence)
+            yield DataFinding("other_layout", "look", count, sentence)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Variety:
         return self.answers >= LEAST_ANSWERS and few
 
 
-def variety(train: Part) -> Variety | None:
+def variety(train: SplitRows) -> Variety | None:
     """How much the answers of a sample differ; None where there are none."""
     answers = [text for _, text in train.seen.answers]
     if not answers or not len(train.index):
@@ -235,14 +235,16 @@ def variety(train: Part) -> Variety | None:
     )
 
 
-def collapse(found: Variety) -> Finding:
+def collapse(found: Variety) -> DataFinding:
     """The finding about answers that are all alike."""
     parts = ", ".join(f"distinct-{n} {value:.2f}" for n, value in found.distinct.items())
     sentence = (
         f"{found.answers:,} answers that say much the same: they compress {found.compression:.1f} times; {parts}; "
         f"{found.commonest:.0%} are the same one"
     )
-    return Finding("collapse", "look", found.answers, sentence, (Place(found.where, "the commonest answer"),))
+    return DataFinding(
+        "collapse", "look", found.answers, sentence, (RowPlace(found.where, "the commonest answer"),)
+    )
 
 
 def _first_places(values: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ class Unusable(ValueError):
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """`title`: its name; `mapping`: in words, what becomes of which key; `keys`: those that are read."""
 
     title: str
@@ -61,7 +61,7 @@ class Layout:
         return made
 
 
-def layout_of(first: RawRow, columns: Sequence[str] | None) -> Layout:
+def layout_of(first: RawRow, columns: Sequence[str] | None) -> RowLayout:
     """The layout of rows like the first one; `columns`: the prompt's and the answer's, where a person names them.
 
     Errors: UserError where it is none that is known.
@@ -85,7 +85,9 @@ def layout_of(first: RawRow, columns: Sequence[str] | None) -> Layout:
         if prompt in keys and answer is not None:
             return _pair("prompt and answer", prompt, answer)
     if "text" in keys:
-        return Layout("texts", "text stays text", ("text",), lambda value: {"text": text_at(value, "text")})
+        return RowLayout(
+            "texts", "text stays text", ("text",), lambda value: {"text": text_at(value, "text")}
+        )
     raise UserError(
         f"{first.where}: no layout that is known; its columns are {_listed(first)}: say which are learnt from with "
         "--columns PROMPT,ANSWER"
@@ -120,7 +122,7 @@ def _system(value: Value) -> list[Row]:
     return [] if name is None else [{"role": "system", "content": text_at(value, name)}]
 
 
-def _conversation(name: str) -> Layout:
+def _conversation(name: str) -> RowLayout:
     """ShareGPT's conversations, or messages: who says what, in order; a system message beside them goes first."""
 
     def make(value: Value) -> Row:
@@ -135,7 +137,7 @@ def _conversation(name: str) -> Layout:
     mapping = (
         f"{name} become messages (from and value: role and content), system the first of them; tools stay"
     )
-    return Layout(title, mapping, (name, *SYSTEM, *TOOLS), make)
+    return RowLayout(title, mapping, (name, *SYSTEM, *TOOLS), make)
 
 
 def _message(message: Any, number: int) -> Row:
@@ -168,7 +170,7 @@ def _calls(content: str, number: int) -> list[Row]:
     ]
 
 
-def _alpaca(answer: str) -> Layout:
+def _alpaca(answer: str) -> RowLayout:
     """instruction, input and output: the input stands below the instruction, where there is one."""
 
     def make(value: Value) -> Row:
@@ -177,14 +179,14 @@ def _alpaca(answer: str) -> Layout:
         return _turns(value, asked + below, text_at(value, answer))
 
     mapping = f"instruction, and input or context below it, become user, {answer} assistant"
-    return Layout("Alpaca", mapping, ("instruction", *ALPACA_INPUTS, answer, *SYSTEM), make)
+    return RowLayout("Alpaca", mapping, ("instruction", *ALPACA_INPUTS, answer, *SYSTEM), make)
 
 
-def _pair(title: str, prompt: str, answer: str) -> Layout:
+def _pair(title: str, prompt: str, answer: str) -> RowLayout:
     def make(value: Value) -> Row:
         return _turns(value, text_at(value, prompt), text_at(value, answer))
 
-    return Layout(title, f"{prompt} becomes user, {answer} assistant", (prompt, answer, *SYSTEM), make)
+    return RowLayout(title, f"{prompt} becomes user, {answer} assistant", (prompt, answer, *SYSTEM), make)
 
 
 def _turns(value: Value, asked: str, answered: str) -> Row:

@@ -22,7 +22,7 @@ from mlx_empire.data.files import Source, detect_format, locate
 from mlx_empire.data.splits import end_held_out, held_out_rows
 from mlx_empire.errors import UserError
 from mlx_empire.formats.fetched import naming_the_fetch
-from mlx_empire.inspect.findings import Finding, Part, Variety, collapse, find, variety
+from mlx_empire.inspect.findings import DataFinding, SplitRows, Variety, collapse, find, variety
 from mlx_empire.inspect.texts import words
 from mlx_empire.inspect.walk import Reading, Walk, beginning, texts_of_tokens
 from mlx_empire.model.config import read_config
@@ -40,8 +40,8 @@ class Inspection:
     and how much of it only the chat template writes."""
 
     reading: Reading
-    parts: Sequence[Part]
-    findings: Sequence[Finding]
+    parts: Sequence[SplitRows]
+    findings: Sequence[DataFinding]
     variety: Variety | None
     begins: tuple[str, str]
     told: Sequence[str]
@@ -83,7 +83,9 @@ def _first_row(train: Source) -> Any:
     return first
 
 
-def look(reading: Reading, train: Source, valid: Source | None, shown: int, measured: int) -> Inspection:
+def inspect_data(
+    reading: Reading, train: Source, valid: Source | None, shown: int, measured: int
+) -> Inspection:
     """Read all rows once, and tell what there is to tell. UserError where nothing can be read."""
     remarks = Remarks()
     with counting() as tell:
@@ -92,13 +94,13 @@ def look(reading: Reading, train: Source, valid: Source | None, shown: int, meas
         if valid is not None:
             other = Walk(reading, shown, 0, remarks).over(valid, tell("validation rows"))
             parts = [
-                Part("train", seen, np.arange(len(seen.rows))),
-                Part("valid", other, np.arange(len(other.rows))),
+                SplitRows("train", seen, np.arange(len(seen.rows))),
+                SplitRows("valid", other, np.arange(len(other.rows))),
             ]
         elif reading.validation_split and len(seen.rows):
             parts = _held_out(reading, walk, measured)
         else:
-            parts = [Part("train", seen, np.arange(len(seen.rows)))]
+            parts = [SplitRows("train", seen, np.arange(len(seen.rows)))]
     found, answers = find(reading, parts), variety(parts[0])
     found += [collapse(answers)] if answers is not None and answers.collapsed else []
     begins = beginning(parts[0].seen, reading)
@@ -107,7 +109,7 @@ def look(reading: Reading, train: Source, valid: Source | None, shown: int, meas
     return Inspection(reading, parts, found, answers, begins, told)
 
 
-def _held_out(reading: Reading, walk: Walk, measured: int) -> list[Part]:
+def _held_out(reading: Reading, walk: Walk, measured: int) -> list[SplitRows]:
     """The splits of a source of which a part is held out, as a run chooses it."""
     seen, fraction = walk.seen(), reading.validation_split
     if len(seen.rows) == 1 and reading.splittable and seen.first is not None and seen.first[1] is not None:
@@ -117,14 +119,14 @@ def _held_out(reading: Reading, walk: Walk, measured: int) -> list[Part]:
             for name, half in zip(("train", "valid"), halves, strict=True):
                 one = Walk(replace(reading, validation_split=0.0), walk.shown, measured)
                 one.take(half.where, texts_of_tokens(half), half, lambda: "")
-                found.append(Part(name, one.seen(), np.arange(1)))
+                found.append(SplitRows(name, one.seen(), np.arange(1)))
             return found
     held = np.zeros(len(seen.rows), bool)
     held[held_out_rows(len(seen.rows), fraction, reading.path)] = True
-    return [Part(name, seen, np.flatnonzero(mask)) for name, mask in (("train", ~held), ("valid", held))]
+    return [SplitRows(name, seen, np.flatnonzero(mask)) for name, mask in (("train", ~held), ("valid", held))]
 
 
-def _hidden(written: str, reading: Reading, count: int) -> list[Finding]:
+def _hidden(written: str, reading: Reading, count: int) -> list[DataFinding]:
     """A system prompt that the chat template puts before every row."""
     if reading.tokenizer is None:
         return []
@@ -135,7 +137,7 @@ def _hidden(written: str, reading: Reading, count: int) -> list[Finding]:
         return []
     text = re.sub(r"\s+", " ", written).strip()
     sentence = f"every row begins with words that only the chat template has: {text[:200]!r}"
-    return [Finding("hidden_prompt", "look", count, sentence)]
+    return [DataFinding("hidden_prompt", "look", count, sentence)]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.evaluation.evaluator import micro_batches, score_answers
 from mlx_empire.evaluation.questions import Answer
-from mlx_empire.inspect.findings import MOST_PLACES, Finding, Place
+from mlx_empire.inspect.findings import MOST_PLACES, DataFinding, RowPlace
 from mlx_empire.inspect.walk import SeenRow
 from mlx_empire.model.spec import RootNames
 from mlx_empire.optim.choose import state_bytes_of
@@ -125,14 +125,14 @@ def losses(
     )
 
 
-def loss_findings(found: Losses) -> list[Finding]:
+def loss_findings(found: Losses) -> list[DataFinding]:
     """Rows that the model knows, and rows that stand out."""
     told = []
     known = np.flatnonzero(found.likeliest == found.learnt)
     if len(known):
         sentence = f"{len(known):,} of {len(found.loss):,} rows that the model knows: it would write each learnt token"
         places = tuple(_place(found, p) for p in known[:MOST_PLACES].tolist())
-        told.append(Finding("known", "look", len(known), sentence, places))
+        told.append(DataFinding("known", "look", len(known), sentence, places))
     bound = found.bound
     strange = np.flatnonzero(found.loss > bound) if bound is not None else np.empty(0, np.int64)
     if len(strange):
@@ -142,7 +142,7 @@ def loss_findings(found: Losses) -> list[Finding]:
         )
         worst = sorted(strange.tolist(), key=lambda p: -found.loss[p])
         told.append(
-            Finding(
+            DataFinding(
                 "incoherent",
                 "look",
                 len(strange),
@@ -168,8 +168,8 @@ def loss_document(found: Losses) -> dict[str, Any]:
     }
 
 
-def _place(found: Losses, row: int) -> Place:
-    return Place(
+def _place(found: Losses, row: int) -> RowPlace:
+    return RowPlace(
         found.wheres[row],
         f"loss {found.loss[row]:.2f}, {found.likeliest[row]} of {found.learnt[row]} tokens likeliest",
     )

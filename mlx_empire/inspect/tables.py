@@ -34,7 +34,7 @@ class Foreign:
     left_out: tuple[str, ...] = ()
 
 
-def foreign(path: Path, subset: str | None) -> Foreign:
+def foreign_data(path: Path, subset: str | None) -> Foreign:
     """The splits at `path`, a file, a folder, or a data set of the Hub. UserError, UnreachableError."""
     if not path.exists() and HUB_NAME.fullmatch(str(path)):
         return _hub(str(path), subset)

@@ -38,7 +38,7 @@ def texts_of(row: RawRow, data_format: str) -> RowTexts:
     """What a row of that format says, which `check_row` and, for a conversation, `read_conversation` let through."""
     value = row.value
     if data_format == "tokens":
-        exact = digest(value["tokens"])
+        exact = digest64(value["tokens"])
         return RowTexts(exact, exact, 0, exact, "", 0)
     whole: list[Any] = [value[key] for key in KEYS[data_format]]
     if data_format == "chat":
@@ -52,19 +52,19 @@ def texts_of(row: RawRow, data_format: str) -> RowTexts:
         said, answer = [value["prompt"], value["completion"]], value["completion"]
     else:
         before, after, said, answer = [], [value["text"]], [value["text"]], value["text"]
-    exact = digest(whole)
+    exact = digest64(whole)
     in_words = "\n".join(map(normalised, said))
     return RowTexts(
         exact,
-        digest(in_words) if in_words.strip() else exact,
-        digest(before) if before else 0,
-        digest(after),
+        digest64(in_words) if in_words.strip() else exact,
+        digest64(before) if before else 0,
+        digest64(after),
         answer,
         sum(map(len, said)),
     )
 
 
-def digest(value: Any) -> int:
+def digest64(value: Any) -> int:
     """64 bits of anything that is JSON, never 0. Of ten million rows some two look alike once in 400,000 data sets."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) or 1

@@ -27,7 +27,7 @@ from mlx_empire.data.rows import build_table
 from mlx_empire.data.splits import SPLITTABLE
 from mlx_empire.errors import UserError
 from mlx_empire.inspect.sample import Sample
-from mlx_empire.inspect.texts import RowTexts, digest, first_content, plain, texts_of
+from mlx_empire.inspect.texts import RowTexts, digest64, first_content, plain, texts_of
 
 # By name, as `array` and numpy have them, 64 bytes a row: where it stands; digests of what it says; its tokens, those
 # within the sequence length, those that are learnt, the pieces that it is trained in; unknown tokens; characters.
@@ -88,7 +88,7 @@ class SeenRow:
 
 
 @dataclass
-class Seen:
+class SeenRows:
     """What one pass found. `shared`: the tokens with which every row begins; `first`: the first row and its tokens;
     `unread`: keys beside those that are read, with the rows that have them."""
 
@@ -111,7 +111,7 @@ class Seen:
 
 @dataclass
 class Walk:
-    """Collects what `Seen` tells. `shown`, `measured`: how many rows are kept whole, to be shown and to be scored."""
+    """Collects what `SeenRows` tells. `shown`, `measured`: how many rows are kept whole, to be shown and scored."""
 
     reading: Reading
     shown: int
@@ -131,7 +131,7 @@ class Walk:
         self._measured: Sample[SeenRow] = Sample(self.measured)
         self._answers: Sample[str] = Sample(TEXTS)
 
-    def over(self, source: Source, tell: Callable[[int], None]) -> Seen:
+    def over(self, source: Source, tell: Callable[[int], None]) -> SeenRows:
         """Read all rows of a source; `tell` hears after each batch how many there were. UserError where nothing can be
         read."""
         for batch in _batches(source.rows(self._refuse)):
@@ -173,12 +173,12 @@ class Walk:
         if texts.answer:
             self._answers.offer(place, lambda: texts.answer[:TEXT_LENGTH])
 
-    def seen(self) -> Seen:
+    def seen(self) -> SeenRows:
         """What there is so far."""
         rows = np.zeros(len(self._columns["line"]), list(COLUMNS.items()))
         for name, column in self._columns.items():
             rows[name] = column
-        return Seen(
+        return SeenRows(
             rows,
             np.array(self._lengths, np.int64),
             list(self._files),
@@ -285,11 +285,11 @@ def _whole(where: str, text: str, document: Document | None, kept: int, learnt: 
 
 def texts_of_tokens(document: Document) -> RowTexts:
     """What a part of a document says, by its tokens."""
-    exact = digest(document.tokens.tolist())
+    exact = digest64(document.tokens.tolist())
     return RowTexts(exact, exact, 0, exact, "", 0)
 
 
-def beginning(seen: Seen, reading: Reading) -> tuple[str, str]:
+def beginning(seen: SeenRows, reading: Reading) -> tuple[str, str]:
     """What every row begins with, as text, and how much of it no row has itself: the chat template writes it."""
     if seen.first is None or not len(seen.shared) or reading.tokenizer is None:
         return "", ""

@@ -13,7 +13,7 @@ from support.rows import FIXTURES, MODEL, chat
 
 from mlx_empire.data.encode import load_tokenizer
 from mlx_empire.data.splits import Splits, load_splits
-from mlx_empire.inspect.look import look, reading_of
+from mlx_empire.inspect.look import inspect_data, reading_of
 from mlx_empire.inspect.sample import Sample
 from mlx_empire.inspect.tokens import token_texts, visible
 from mlx_empire.recipe.load import load_recipe
@@ -160,7 +160,7 @@ def test_however_many_rows_there_are_few_of_them_are_kept_whole(
     path = write("rows.jsonl", *({"tokens": [1 + n % 500] * 40} for n in range(1000)))
     file = recipe_for(path, [], tmp_path)
     reading, train, valid = reading_of(load_recipe(file), with_model=True)
-    seen = look(reading, train, valid, shown=3, measured=5).parts[0].seen
+    seen = inspect_data(reading, train, valid, shown=3, measured=5).parts[0].seen
     assert (len(seen.rows), len(seen.shown), len(seen.measured), len(seen.answers)) == (1000, 3, 5, 0)
     assert seen.rows.itemsize == 64
 

@@ -240,11 +240,9 @@ def collapse(found: Variety) -> DataFinding:
     parts = ", ".join(f"distinct-{n} {value:.2f}" for n, value in found.distinct.items())
     sentence = (
         f"{found.answers:,} answers that say much the same: they compress {found.compression:.1f} times; {parts}; "
-        f"{found.commonest:.0%} are the same one"
+        f"{found.commonest:.0%} are the same one, first at {found.where}"
     )
-    return DataFinding(
-        "collapse", "look", found.answers, sentence, (RowPlace(found.where, "the commonest answer"),)
-    )
+    return DataFinding("collapse", "look", found.answers, sentence)
 
 
 def _first_places(values: np.ndarray) -> np.ndarray:

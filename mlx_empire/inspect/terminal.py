@@ -21,6 +21,10 @@ WIDTH = 110
 PLACES = 8  # of a finding are printed; JSON and the page have more
 BAR = 40
 LEVELS = {"refused": ("bold red", "✗"), "leak": ("bold red", "✗"), "look": ("yellow", "!")}
+MEND = {
+    64: "mend or remove the rows that a run refuses, and inspect the data again",
+    65: "take the rows that are in both out of one of the two, and inspect the data again",
+}
 STYLES = {"read": "grey50", "learnt": "black on green", "cut": "red strike"}
 SIGNS = {"read": ("", ""), "learnt": ("⟦", "⟧"), "cut": ("⟨cut ", "⟩")}
 
@@ -35,8 +39,7 @@ def print_inspection(document: Mapping[str, Any], rows: int) -> None:
     console.print(_lengths(document["lengths"], "tokens" if document["tokenized"] else "characters"))
     for line in (*_about_all(document), *_findings(document["findings"]), *_told(document)):
         console.print(line)
-    if document["next"]:
-        console.print(Text(f"\nnext:\n  {document['next']}"))
+    console.print(Text(f"\nnext:\n  {document['next'] or MEND[document['exit_code']]}"))
 
 
 def _head(document: Mapping[str, Any]) -> Iterator[Text]:

@@ -66,7 +66,7 @@ def texts_of(row: RawRow, data_format: str) -> RowTexts:
 
 def digest64(value: Any) -> int:
     """64 bits of anything that is JSON, never 0. Of ten million rows some two look alike once in 400,000 data sets."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) or 1
 
 
@@ -110,7 +110,7 @@ def _last_answer(messages: Sequence[Mapping[str, Any]]) -> int:
 def _said(message: Mapping[str, Any]) -> str:
     """What a message says: its content, and the calls that it makes."""
     calls = message.get("tool_calls") or message.get("function_call")
-    called = [json.dumps(calls, ensure_ascii=False)] if calls else []
+    called = [json.dumps(calls, ensure_ascii=False, default=str)] if calls else []
     return "\n".join([*_contents(message.get("content")), *called])
 
 

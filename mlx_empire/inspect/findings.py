@@ -119,7 +119,7 @@ def _not_learnt(reading: Reading, parts: Sequence[SplitRows]) -> Iterator[DataFi
         if len(dropped):
             why = f"nothing to learn within {length} positions"
             places = tuple(
-                RowPlace(part.where(p), f"{rows['tokens'][p]} tokens") for p in dropped[:MOST_PLACES].tolist()
+                RowPlace(part.where(p), _tokens(rows["tokens"][p])) for p in dropped[:MOST_PLACES].tolist()
             )
             yield DataFinding(
                 f"dropped_{part.name}",
@@ -133,11 +133,11 @@ def _not_learnt(reading: Reading, parts: Sequence[SplitRows]) -> Iterator[DataFi
         if len(cut):
             total = int(lost.sum())
             places = tuple(
-                RowPlace(part.where(p), f"{rows['tokens'][p]} tokens, {lost[p]} lost")
+                RowPlace(part.where(p), f"{_tokens(rows['tokens'][p])}, {lost[p]:,} lost")
                 for p in cut[:MOST_PLACES].tolist()
             )
             sentence = (
-                f"{row_count(len(cut))} of {part.name} cut at {length} positions: {total:,} tokens lost"
+                f"{row_count(len(cut))} of {part.name} cut at {length} positions: {_tokens(total)} lost"
             )
             yield DataFinding(f"cut_{part.name}", "look", len(cut), sentence, places)
 
@@ -150,7 +150,7 @@ def _unknown(parts: Sequence[SplitRows]) -> Iterator[DataFinding]:
                 f"{row_count(len(places))} of {part.name} with characters that the tokenizer does not know"
             )
             named = (
-                RowPlace(part.where(p), f"{part.rows['unknown'][p]} tokens")
+                RowPlace(part.where(p), _tokens(part.rows["unknown"][p]))
                 for p in places[:MOST_PLACES].tolist()
             )
             yield DataFinding(f"unknown_{part.name}", "look", len(places), sentence, tuple(named))
@@ -264,3 +264,7 @@ def _among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
 def row_count(count: int) -> str:
     """So many rows, in words."""
     return f"{count:,} row{'' if count == 1 else 's'}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"

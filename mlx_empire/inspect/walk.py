@@ -236,8 +236,14 @@ class Walk:
         return kept, int(np.count_nonzero(table.counted)), len(sizes)
 
     def _unknown(self, document: Document | None) -> int:
-        unknown = getattr(self.reading.tokenizer, "unk_token_id", None)
+        """How many of a row's tokens stand for characters that the tokenizer does not know."""
+        tokenizer = self.reading.tokenizer
+        unknown = getattr(tokenizer, "unk_token_id", None)
         if document is None or unknown is None:
+            return 0
+        if (
+            unknown == tokenizer.bos_token_id or unknown in tokenizer.eos_token_ids
+        ):  # GPT-2 names its only special one
             return 0
         return int(np.count_nonzero(document.tokens == unknown))
 

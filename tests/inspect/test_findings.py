@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.rows import FIXTURES, MODEL, chat
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 LONG = "once upon a time there was a little girl who liked to play " * 3
 # By line of train.jsonl, from 1.
@@ -159,6 +160,26 @@ def test_a_system_prompt_that_only_the_template_has_is_told(
     document = found("rows.jsonl", "--model", "model")
     assert document["begins_with"]["template"] == "<s>system\n"
     assert document["findings"] == []
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_told(
+    found: Callable[..., Any], write: Callable[..., Any], tmp_path: Any
+) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "cat": 2, "dog": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(["<unk>", "</s>"])
+    (tmp_path / "model").mkdir()
+    words.save(str(tmp_path / "model" / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"}
+    write("model/tokenizer_config.json", config)
+    write("model/config.json", {"model_type": "llama", "vocab_size": 4})
+    write("rows.jsonl", *({"text": text} for text in ("cat dog cat", "cat bird", "dog", "猫 猫 dog")))
+    (unknown,) = found("rows.jsonl", "--model", "model")["findings"]
+    assert unknown["name"] == "unknown_train"
+    assert unknown["places"] == [
+        {"where": "rows.jsonl:2", "says": "1 token"},
+        {"where": "rows.jsonl:4", "says": "2 tokens"},
+    ]
 
 
 def test_keys_that_only_another_tool_reads_are_told(

@@ -55,7 +55,7 @@ def inspect_command(options: argparse.Namespace) -> int:
                 if options.html is not None:
                     _write(options.html, "")  # said before the work, not after
                 found = inspected(recipe, options, whole)
-                rows = [row for _, row in found.parts[0].seen.measured]
+                rows = found.parts[0].own(found.parts[0].seen.measured)
         more, loss = _measured(comm, recipe, options, rows) if options.loss else ([], None)
         code = None
         with together(comm):
@@ -98,11 +98,8 @@ def _measured(
     comm: Communicator, recipe: Recipe, options: argparse.Namespace, rows: Sequence[Any] | None
 ) -> tuple[list[Any], Document | None]:
     """The findings by the model's losses, and their figures. Collective."""
-    from mlx_empire.inspect.loss import (
-        loss_document,
-        loss_findings,
-        losses,
-    )  # what trains is only needed here
+    # Only here what trains is needed.
+    from mlx_empire.inspect.loss import loss_document, loss_findings, losses
 
     if not comm.broadcast_json(None if rows is None else len(rows)):
         return [], None

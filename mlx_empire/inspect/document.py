@@ -126,20 +126,18 @@ def _shown(found: Inspection) -> list[Document]:
     """The rows that are shown whole, in the order of the file, those of the training split first."""
     told = []
     for part in found.parts:
-        own = np.isin([place for place, _ in part.seen.shown], part.index)
-        for is_own, (_, row) in zip(own, part.seen.shown, strict=True):
-            if is_own:
-                states = states_of(row)
-                tokens = shown_tokens(row, found.reading) if found.reading.makes_tokens else []
-                told.append(
-                    {
-                        "where": row.where,
-                        "part": part.name,
-                        "text": "" if tokens else row.text,
-                        "tokens": [[text, state] for text, state in tokens],
-                        "count": len(states),
-                        "learnt": states.count("learnt"),
-                        "cut": states.count("cut"),
-                    }
-                )
+        for row in part.own(part.seen.shown):
+            states = states_of(row)
+            tokens = shown_tokens(row, found.reading) if found.reading.makes_tokens else []
+            told.append(
+                {
+                    "where": row.where,
+                    "part": part.name,
+                    "text": "" if tokens else row.text,
+                    "tokens": [[text, state] for text, state in tokens],
+                    "count": len(states),
+                    "learnt": states.count("learnt"),
+                    "cut": states.count("cut"),
+                }
+            )
     return told

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from mlx_empire.data.files import FOREIGN, converting
 from mlx_empire.inspect.texts import words
 from mlx_empire.inspect.walk import Reading, SeenRows
 
+Item = TypeVar("Item")
 Level = Literal["refused", "leak", "look"]
 MOST_PLACES = 1000
 REPEATS = (
@@ -63,6 +64,11 @@ class SplitRows:
     def where(self, place: int) -> str:
         """Where the row at `place` of this split stands."""
         return self.seen.where(int(self.index[place]))
+
+    def own(self, kept: Sequence[tuple[int, Item]]) -> list[Item]:
+        """Of what a sample kept of `seen`, that of this split's rows."""
+        mine = np.isin([place for place, _ in kept], self.index)
+        return [item for is_mine, (_, item) in zip(mine, kept, strict=True) if is_mine]
 
 
 def find(reading: Reading, parts: Sequence[SplitRows]) -> list[DataFinding]:
@@ -215,7 +221,7 @@ class Variety:
 
 def variety(train: SplitRows) -> Variety | None:
     """How much the answers of a sample differ; None where there are none."""
-    answers = [text for _, text in train.seen.answers]
+    answers = train.own(train.seen.answers)
     if not answers or not len(train.index):
         return None
     raw = "\n".join(answers).encode("utf-8", "replace")

@@ -32,7 +32,7 @@ VALUES = st.recursive(
 ROWS = st.dictionaries(st.sampled_from(KEYS), st.lists(MESSAGE, max_size=3) | VALUES, max_size=4)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(rows=st.lists(ROWS, min_size=1, max_size=4))
 @example(rows=[{"messages": [{"role": "assistant", "content": None, "tool_calls": [{"function": 3}]}]}])
 def test_a_row_is_read_or_refused(tmp_path_factory: Any, rows: list[dict[str, Any]]) -> None:
@@ -51,6 +51,7 @@ def test_a_row_is_read_or_refused(tmp_path_factory: Any, rows: list[dict[str, An
     variety(part)
 
 
+@settings(max_examples=50)
 @given(first=ROWS, row=ROWS)
 def test_a_row_is_converted_or_dropped(first: dict[str, Any], row: dict[str, Any]) -> None:
     try:

@@ -29,7 +29,7 @@ PAIRS = [{"prompt": f"What is {n}?", "completion": f"It is {n}. " * (n % 7)} for
 NUMBERS = [{"tokens": list(range(1, 2 + 37 * n % 90))} for n in range(1, 30)]
 TEXTS = [{"text": "Once upon a time there was a cat. " * n} for n in range(1, 12)]
 WORDNET = {
-    f"set/{name}.jsonl": (FIXTURES / "wordnet" / f"{name}.jsonl").read_text().splitlines()[:40]
+    f"set/{name}.jsonl": (FIXTURES / "wordnet" / f"{name}.jsonl").read_text().splitlines()[:16]
     for name in ("train", "valid")
 }
 CASES: dict[str, tuple[dict[str, list[Any]], list[str]]] = {

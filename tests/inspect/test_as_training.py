@@ -97,6 +97,27 @@ def test_learnt_tokens_rows_and_positions_are_those_of_the_run(
     assert document["steps_per_epoch"] == len(splits.train) / 4
 
 
+@pytest.mark.parametrize("case", ["chat with a validation file", "short rows", "everything is learnt"])
+def test_each_learnt_token_is_a_target_of_the_run(
+    case: str, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    files, changes = CASES[case]
+    for name, rows in files.items():
+        folder = write(name, *rows).parent
+    file = recipe_for(folder, changes, tmp_path)
+    reading, train, valid = reading_of(load_recipe(file, changes), with_model=True)
+    parts = inspect_data(reading, train, valid, shown=500, measured=0).parts
+    splits = as_a_run(file, changes)
+    for part, own in zip(parts, (splits.train, splits.valid), strict=True):
+        assert own is not None
+        rows = [own.row(i) for i in range(len(own))]
+        seen = [one for one in part.own(part.seen.shown) if one.learnt.any()]
+        assert [one.tokens[one.learnt].tolist() for one in seen] == [
+            row.targets[row.mask == 1].tolist() for row in rows
+        ]
+        assert [one.tokens[: one.kept - 1].tolist() for one in seen] == [row.inputs.tolist() for row in rows]
+
+
 def test_the_rows_that_are_held_out_are_the_runs(
     found: Callable[..., Any], write: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -172,7 +172,7 @@ soak: setup
 
 test-interop: setup
 	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH) peft==0.21.2 datasets==5.2.0
-	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py tests/inspect/test_as_datasets.py $(PYTEST_ARGS)
 
 bench: setup
 	@$(FAST) $(PY) benchmarks/run.py && $(PY) benchmarks/adapters.py && $(PY) benchmarks/attention.py && $(PY) benchmarks/capacity_report.py

@@ -39,6 +39,9 @@ VERBS: dict[str, dict[str, Verb]] = {
         ),
         "setup": Verb("keys and the same environment on every machine, over ssh", "mlx_empire.setup.command"),
         "fetch": Verb("the model that a recipe names, from the Hugging Face Hub", "mlx_empire.fetch.command"),
+        "inspect": Verb(
+            "what the model will see of data; other tools' rows as ours", "mlx_empire.inspect.command"
+        ),
         "capacity": Verb("what every machine will need, and whether it fits", "mlx_empire.capacity.command"),
         "verify": Verb("what each technique of a recipe changes, pair by pair", "mlx_empire.verify.command"),
     },

@@ -20,6 +20,7 @@ VERBS = (
     "launch",
     "runs",
     "init",
+    "inspect",
     "keys",
     "doctor",
     "setup",

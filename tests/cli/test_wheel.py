@@ -22,6 +22,7 @@ SHORT = {
     "train": ["run.steps=1", "run.eval_batches=1", "data.sequence_length=64", "batch.global_size=2"],
     "launch": ["--dry-run"],
     "open": ["--save", "mine.html"],
+    "inspect": ["--html", "seen.html"],  # the template of the page comes with the wheel
 }
 # Tested in tests/test_readme.py.
 NEEDS_THE_CLONE = {"train recipes/tiny.yaml"}
@@ -104,8 +105,8 @@ def test_every_command_of_the_readme_runs_from_a_wheel(environment: Path, tmp_pa
         assert ended.returncode == 0, (words, ended.stderr)
         assert "Traceback" not in ended.stderr
     assert (tmp_path / "runs" / "mine" / "COMPLETE").exists()
-    assert (tmp_path / "scout.html").stat().st_size > 10_000
-    assert (tmp_path / "mine.html").stat().st_size > 10_000
+    for page in ("scout.html", "seen.html", "mine.html"):
+        assert (tmp_path / page).stat().st_size > 10_000
     assert (Path(where.strip()).parent / "page" / "static" / "page.js").is_file(), (
         "what is served is there, too"
     )

@@ -164,15 +164,19 @@ def _hold_out(
             ends = (slice(edge + 1), slice(edge, None))
             first, last = (Document(whole.where, whole.tokens[e], whole.counted[e]) for e in ends)
             return [first], [last]
-    held_out = _share(count, settings.validation_split)
-    if held_out >= count:
+    chosen = held_out_rows(count, settings.validation_split)
+    if len(chosen) >= count:
         raise UserError(
             f"{source.path}: {count} row(s) are too few for data.validation_split "
             f"{settings.validation_split:g}; add rows or set it to 0"
         )
-    chosen = set(fixed_permutation(count)[:held_out].tolist())
     kept = [document for index, document in enumerate(documents) if index not in chosen]
     return kept, [documents[index] for index in sorted(chosen)]
+
+
+def held_out_rows(count: int, fraction: float) -> set[int]:
+    """Which of `count` rows are held out."""
+    return set(fixed_permutation(count)[: _share(count, fraction)].tolist())
 
 
 def _share(count: int, fraction: float) -> int:

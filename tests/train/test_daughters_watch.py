@@ -124,7 +124,8 @@ def test_one_command_shows_it_and_another_goes_back(place: Workspace, tmp_path: 
         " generation 3",
     ]
     # Without --watch what the generations were offered is no change, and what comes next names the one in use.
-    plain = run(copy, "daughters.replay=0", "optimizer.learning_rate=0.05")
+    same = ["optimizer.learning_rate=0.05", "run.accept_changes=[optimizer.learning_rate]"]
+    plain = run(copy, *same)
     assert plain.code == 0, plain.stdout
     assert "--adapter-path runs/anna/current" in plain.stdout
 

@@ -23,13 +23,19 @@ MAX_TOKENS, MOST_TOKENS = 512, 1 << 20
 def parser() -> UserArguments:
     """The words of this command."""
     made = UserArguments(prog="mlx-empire chat", description="Let a finished result answer.")
-    made.add_argument("run", type=Path, metavar="RUN", help="a finished run, its final/, or an adapter's folder")
     made.add_argument(
-        "--against", metavar="base|RUN", help="answer beside it: its base, or another result"
+        "run", type=Path, metavar="RUN", help="a finished run, its final/, or an adapter's folder"
     )
-    made.add_argument("--model", type=Path, metavar="FOLDER", help="the base of an adapter, where no recipe tells")
-    made.add_argument("--temp", type=float, default=0.0, metavar="T", help="temperature of sampling (0: none)")
-    made.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this much of probability (1)")
+    made.add_argument("--against", metavar="base|RUN", help="answer beside it: its base, or another result")
+    made.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="the base of an adapter, where no recipe tells"
+    )
+    made.add_argument(
+        "--temp", type=float, default=0.0, metavar="T", help="temperature of sampling (0: none)"
+    )
+    made.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from this much of probability (1)"
+    )
     made.add_argument(
         "--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"of an answer ({MAX_TOKENS})"
     )

@@ -25,7 +25,6 @@ from rich.text import Text
 from mlx_empire.chat.command import BASE
 from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
-from mlx_empire.errors import UserError
 from mlx_empire.run.finished import Finished, finished
 from mlx_empire.run.resident import Resident, base_of, load_model, with_adapter
 
@@ -79,7 +78,7 @@ def chat_command(options: argparse.Namespace) -> int:
 
 
 def speakers_of(options: argparse.Namespace) -> list[Speaker]:
-    """Those who answer: the result, after what it is compared with. A base that both stand on is read once. UserError."""
+    """Those who answer: the result, after what it is compared with. A base of both is read once. UserError."""
     bases: dict[Path, Resident] = {}
 
     def base(folder: Path) -> Resident:

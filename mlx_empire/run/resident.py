@@ -1,7 +1,7 @@
 """Finished results in memory, to speak: mlx-lm's models, of which several with adapters share one base's arrays.
 
-A model with an adapter is a copy of the base's modules, not of its arrays, with mlx-lm's adapter layers in it. So a base
-is read and held once, however many adapters speak on it, and none changes it.
+A model with an adapter is a copy of the base's modules, not of its arrays, with mlx-lm's adapter layers in it. So a
+base is read and held once, however many adapters speak on it, and none changes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Resident:
 
 
 def base_of(found: Finished, named: Path | None, key: str) -> Path:
-    """The folder of a finished adapter's base: `named`, else that of its recipe. UserError for another tool's adapter."""
+    """The folder of an adapter's base: `named`, else that of its recipe. UserError for another tool's adapter."""
     if named is not None:
         return named
     if found.run is None:
@@ -42,6 +42,10 @@ def base_of(found: Finished, named: Path | None, key: str) -> Path:
 
 def load_model(folder: Path) -> Resident:
     """A whole model. UserError where mlx-lm does not open it."""
+    if not (folder / "config.json").exists():  # mlx-lm would look for that name on the Hub
+        raise UserError(
+            f"{folder}: no model is there (config.json is missing); name a finished run, or its base"
+        )
     try:
         model, tokenizer = mlx_lm.load(str(folder))[:2]
     except (OSError, ValueError, KeyError, RuntimeError) as error:

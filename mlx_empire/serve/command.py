@@ -21,14 +21,22 @@ LOOPBACK, PORT, MAX_TOKENS = "127.0.0.1", 8080, 512
 def parser() -> UserArguments:
     """The words of this command."""
     made = UserArguments(prog="mlx-empire serve", description="Serve many adapters of one base.")
-    made.add_argument("people", type=Path, metavar="PEOPLE", help="a folder with a finished daughter in each sub-folder")
-    made.add_argument("--model", type=Path, metavar="FOLDER", help="the base, if not the one that their recipes name")
+    made.add_argument(
+        "people", type=Path, metavar="PEOPLE", help="a folder with a finished daughter in each sub-folder"
+    )
+    made.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="the base, if not the one that their recipes name"
+    )
     made.add_argument(
         "--host", default=LOOPBACK, metavar="NAME", help=f"where to listen ({LOOPBACK}: only this machine)"
     )
     made.add_argument("--port", type=int, default=PORT, metavar="N", help=f"({PORT}; 0: any that is free)")
     made.add_argument(
-        "--allowed-origins", nargs="+", default=[], metavar="URL", help="web pages that may ask (none; * for all)"
+        "--allowed-origins",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="web pages that may ask (none; * for all)",
     )
     made.add_argument(
         "--max-tokens", type=int, default=MAX_TOKENS, metavar="N",

@@ -25,7 +25,7 @@ class UnknownPersonError(ValueError):
 
 @dataclass(frozen=True)
 class Version:
-    """An adapter's folder, and what tells it from one that took its place (device, inode, time and size of its file)."""
+    """An adapter's folder, and what tells it from one that took its place: device, inode, time and size of its file."""
 
     weights: Path
     mark: tuple[int, int, int, int]

@@ -73,7 +73,9 @@ class Provider(ModelProvider):  # type: ignore[misc]
         self._base = Resident(self.model, self.tokenizer)
         self.loaded.set()
 
-    def load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> Any:
+    def load(
+        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> Any:
         """(model, tokenizer) of a person, with the adapter of this moment. UnknownPersonError, UserError."""
         version = self.people.version(model_path)
         if version.name not in self._speaking:
@@ -94,6 +96,7 @@ class Handler(APIHandler):  # type: ignore[misc]
     """mlx_lm.server's, which refuses what is nobody's name and whatever else would load a model."""
 
     unknown = False
+    adapter: str | None
 
     @property
     def people(self) -> People:
@@ -137,11 +140,12 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int) -> None:
         """UserError where nothing can listen there."""
         try:
-            family, *_, address = getaddrinfo(host, port, type=SOCK_STREAM, flags=AI_PASSIVE)[0]
-            self.address_family = family
-            super().__init__(address[:2], Handler)
+            self.address_family = getaddrinfo(host, port, type=SOCK_STREAM, flags=AI_PASSIVE)[0][0]
+            super().__init__((host, port), Handler)
         except (OSError, gaierror) as error:
-            raise UserError(f"--port: {host}:{port}: {error.strerror}; choose another --port or --host") from None
+            raise UserError(
+                f"--port: {host}:{port}: {error.strerror}; choose another --port or --host"
+            ) from None
         self.generator: ResponseGenerator | None = None
 
     def finish_request(self, request: Any, client_address: Any) -> None:
@@ -152,7 +156,11 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         """Where it listens."""
         host, port = self.server_address[:2]
-        return f"http://[{host!s}]:{port}/v1" if self.address_family == AF_INET6 else f"http://{host!s}:{port}/v1"
+        return (
+            f"http://[{host!s}]:{port}/v1"
+            if self.address_family == AF_INET6
+            else f"http://{host!s}:{port}/v1"
+        )
 
 
 def serve_command(options: argparse.Namespace) -> int:
@@ -176,7 +184,10 @@ def serve(server: Server, people: People, options: argparse.Namespace) -> None:
             if not generator.generation_available():
                 raise EmpireError(f"{people.base}: mlx-lm does not open it: {provider.error[:200]}")
         if not ip_address(str(server.server_address[0])).is_loopback:
-            print("WARNING: whoever reaches this machine can ask; nobody is asked for a password", file=sys.stderr)
+            print(
+                "WARNING: whoever reaches this machine can ask; nobody is asked for a password",
+                file=sys.stderr,
+            )
         print(f"serving {', '.join(people.names)} on {server.url} (Ctrl-C ends it)", flush=True)
         server.serve_forever()
     finally:

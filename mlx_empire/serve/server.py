@@ -136,6 +136,9 @@ class Server(ThreadingHTTPServer):
     """Answers each request in a thread that ends with the process."""
 
     daemon_threads = True
+    request_queue_size = (
+        128  # who asks at the same moment; more than socketserver's 5, beyond which they are turned away
+    )
 
     def __init__(self, host: str, port: int) -> None:
         """UserError where nothing can listen there."""

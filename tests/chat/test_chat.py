@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
-from support.speaking import MODEL, answer, finish, write_adapter
+from support.speaking import MODEL, answers, finish, write_adapter
 
 from mlx_empire.chat.command import read
 from mlx_empire.chat.talk import side_by_side, speakers_of
@@ -35,6 +35,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def said(question: str, adapter: Path | None) -> str:
+    """What mlx-lm alone says."""
+    return answers([question], adapter, TOKENS, chat=True)[0]
+
+
 def asked(words: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """What the command prints where every line of its input is a question."""
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\n".join(QUESTIONS) + "\n"))
@@ -46,10 +51,7 @@ def test_every_line_is_answered_by_both_sides_as_mlx_lm_answers(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alice = runs / "alice"
-    lines = [
-        f"> {q}\nbase: {answer(q, None, TOKENS)}\n{alice}: {answer(q, alice / 'final', TOKENS)}"
-        for q in QUESTIONS
-    ]
+    lines = [f"> {q}\nbase: {said(q, None)}\n{alice}: {said(q, alice / 'final')}" for q in QUESTIONS]
     assert lines[0].count("\n") == 2
     assert asked([alice, "--against", "base"], monkeypatch, capsys) == "\n".join(lines).splitlines()
 
@@ -58,9 +60,9 @@ def test_a_full_result_and_an_adapters_folder_answer_too(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, final = runs / "whole", runs / "alice/final"
-    assert asked([whole], monkeypatch, capsys)[1] == f"{whole}: {answer(QUESTIONS[0], None, TOKENS)}"
+    assert asked([whole], monkeypatch, capsys)[1] == f"{whole}: {said(QUESTIONS[0], None)}"
     lines = asked([final, "--against", whole], monkeypatch, capsys)
-    assert lines[2] == f"{final}: {answer(QUESTIONS[0], final, TOKENS)}"
+    assert lines[2] == f"{final}: {said(QUESTIONS[0], final)}"
 
 
 def test_sampling_is_by_temperature_and_seed(
@@ -90,7 +92,7 @@ def test_two_answers_grow_side_by_side(runs: Path) -> None:
     console = Console(file=io.StringIO(), width=160, force_terminal=True)
     side_by_side(speakers, QUESTIONS[0], options, console)
     assert [speaker.said[-1]["content"] for speaker in speakers] == [
-        answer(QUESTIONS[0], adapter, TOKENS) for adapter in (None, runs / "alice/final")
+        said(QUESTIONS[0], adapter) for adapter in (None, runs / "alice/final")
     ]
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "base" in shown
@@ -98,7 +100,7 @@ def test_two_answers_grow_side_by_side(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "told"),
     [
         (["nowhere"], "no such folder; name a finished run, or the folder of its weights"),
         (["begun"], "this run is not finished; the command that began it goes on with it"),
@@ -110,7 +112,7 @@ def test_two_answers_grow_side_by_side(runs: Path) -> None:
 )
 def test_what_cannot_answer_is_one_line(
     words: list[str],
-    said: str,
+    told: str,
     runs: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -120,5 +122,5 @@ def test_what_cannot_answer_is_one_line(
         cli(["chat", *words])
     assert ended.value.code == 64
     printed = capsys.readouterr().err
-    assert said in printed
+    assert told in printed
     assert printed.count("\n") == 1

@@ -22,7 +22,7 @@ from typing import Any
 import mlx_lm.server
 import pytest
 from support.mpi import rank_environment
-from support.speaking import MODEL, answer, finish, write_adapter
+from support.speaking import MODEL, answers, finish, write_adapter
 
 from mlx_empire.cli import main as cli
 from mlx_empire.serve.command import read
@@ -36,7 +36,7 @@ PEOPLE: dict[str, dict[str, Any]] = {
     "dora": {"seed": 400},
 }
 PROMPTS = ("Once upon a time", "Tom said", "The little dog", "In the garden there was", "She")
-TOKENS = 12
+TOKENS = 8
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,9 @@ def server(runs: Path) -> Iterator[Asked]:
     mlx_lm.server.load = real
 
 
-def expected(runs: Path, name: str, prompt: str) -> str:
-    return answer(prompt, runs / name / ("current" if name == "dora" else "final"), TOKENS)
+def expected(adapter: Path, *prompts: str) -> list[str]:
+    """What mlx-lm alone says with the adapter in a folder."""
+    return answers(prompts, adapter, TOKENS)
 
 
 def test_twenty_at_once_are_each_answered_as_mlx_lm_alone_answers(runs: Path, server: Asked) -> None:
@@ -117,7 +118,10 @@ def test_twenty_at_once_are_each_answered_as_mlx_lm_alone_answers(runs: Path, se
     assert len(asked) == 20
     with ThreadPoolExecutor(len(asked)) as pool:
         found = list(pool.map(lambda one: server.said(*one), asked))
-    assert found == [expected(runs, *one) for one in asked]
+    for name in PEOPLE:
+        used = runs / name / ("current" if name == "dora" else "final")
+        mine = [text for (who, _), text in zip(asked, found, strict=True) if who == name]
+        assert mine == expected(used, *PROMPTS)
     assert len(set(found)) > 10, "adapters and prompts matter"
     assert server.loads == [str(MODEL)], "the base is read once"
 
@@ -149,20 +153,19 @@ def test_nothing_else_is_loaded(more: dict[str, str], server: Asked) -> None:
 
 def test_what_takes_its_place_answers_from_then_on(runs: Path, server: Asked) -> None:
     """A generation that is rolled back, one that is trained anew, and somebody who is finished meanwhile."""
+    before = server.said("alice", "Tom said")
     try:
-        for name, prompt in (("dora", "Tom said"), ("alice", "Tom said")):
-            assert server.said(name, prompt) == expected(runs, name, prompt)
         draft = runs / "dora/.current"
         draft.symlink_to("final")
         os.replace(draft, runs / "dora/current")
-        assert server.said("dora", "Tom said") == answer("Tom said", runs / "dora/final", TOKENS)
-        (runs / "alice/final").rename(runs / "alice/before")
+        assert [server.said("dora", "Tom said")] == expected(runs / "dora/final", "Tom said")
+        shutil.rmtree(runs / "alice/final")
         write_adapter(runs / "alice/final", seed=700)
-        changed = server.said("alice", "Tom said")
-        assert changed == answer("Tom said", runs / "alice/final", TOKENS)
-        assert changed != answer("Tom said", runs / "alice/before", TOKENS)
+        after = server.said("alice", "Tom said")
+        assert [after] == expected(runs / "alice/final", "Tom said")
+        assert after != before
         finish(runs / "late")
-        assert server.said("late", "She") == answer("She", runs / "late/final", TOKENS)
+        assert [server.said("late", "She")] == expected(runs / "late/final", "She")
         assert server.loads == [str(MODEL)]
     finally:
         (runs / "late/COMPLETE").unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -50,9 +51,13 @@ def finish(run: Path, model: Path = MODEL) -> None:
     (run / "COMPLETE").write_text("\n")
 
 
-def answer(prompt: str, adapter: Path | None, tokens: int, model: Path = MODEL) -> str:
-    """What mlx-lm alone makes of a prompt."""
+def answers(prompts: Sequence[str], adapter: Path | None, tokens: int, *, chat: bool = False) -> list[str]:
+    """What mlx-lm alone makes of texts, or in a `chat` of a question."""
     path = None if adapter is None else str(adapter)
-    spoken, tokenizer = mlx_lm.load(str(model), adapter_path=path)[:2]
-    said: str = mlx_lm.generate(spoken, tokenizer, prompt, max_tokens=tokens)
+    model, tokenizer = mlx_lm.load(str(MODEL), adapter_path=path)[:2]
+    said = []
+    for prompt in prompts:
+        question = [{"role": "user", "content": prompt}]
+        asked = tokenizer.apply_chat_template(question, add_generation_prompt=True) if chat else prompt
+        said.append(str(mlx_lm.generate(model, tokenizer, asked, max_tokens=tokens)))
     return said

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from train.launching import MODEL, Workspace, curve, held_out, jsonl, raw_tensors, succeeded
-from train.test_daughters import command, run, worker
+from train.test_daughters import command, hostfile, run, worker
 from train.test_result import TRAIN, VALID
 
 from mlx_empire.daughters.generations import Decision, Generations
@@ -179,6 +179,27 @@ def test_killed_anywhere_it_comes_to_the_same_generation(
     assert raw_tensors(used) == raw_tensors(whole / "final")
     assert (second / "DECISION.json").read_bytes() == (whole / "DECISION.json").read_bytes()
     assert not list((copy.folder / "runs").rglob(".*"))
+
+
+@pytest.mark.faults
+def test_two_workers_share_out_who_has_new_rows(place: Workspace, tmp_path: Path) -> None:
+    """Under mpirun, on one disk: each next generation is begun once, and trained by one of them."""
+    copy = Workspace(tmp_path)
+    copy.write("recipe.yaml", RECIPE)
+    for name, rows in (("anna", [*OLD, *NEW]), ("bert", TRAIN[:5])):
+        give(copy, "people", name, rows, NEW)
+        kept = shutil.ignore_patterns("generations", "current")
+        shutil.copytree(place.folder / "runs" / name, copy.folder / "runs" / name, ignore=kept)
+    told = run(copy, "--hosts", hostfile(copy, 1 << 30, slots=2), *WATCH)
+    assert told.code == 0, told.stderr
+    assert told.stdout.count("1 of 2 daughters") == 2
+    for name in ("anna", "bert"):
+        own = Generations(copy.folder / "runs" / name)
+        assert (own.numbers, own.unfinished) == ([1, 2], None)
+        found = own.decision(2)
+        assert found is not None
+        assert own.current == (2 if found.promoted else 1)
+    assert curve(copy.folder / "runs/anna/generations/2") == curve(place.folder / "runs/anna/generations/2")
 
 
 @pytest.mark.faults

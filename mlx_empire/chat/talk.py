@@ -26,7 +26,7 @@ from mlx_empire.chat.command import BASE
 from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
 from mlx_empire.run.finished import Finished, finished
-from mlx_empire.run.resident import Resident, base_of, load_model, with_adapter
+from mlx_empire.run.resident import Resident, base_folder_of, load_model, speaking_with
 
 Message = Mapping[str, str]
 
@@ -90,12 +90,14 @@ def speakers_of(options: argparse.Namespace) -> list[Speaker]:
     def speaker(named: Path, found: Finished, key: str) -> Speaker:
         if not found.adapter:
             return Speaker(str(named), base(found.weights))
-        return Speaker(str(named), with_adapter(base(base_of(found, options.model, key)), found.weights))
+        return Speaker(
+            str(named), speaking_with(base(base_folder_of(found, options.model, key)), found.weights)
+        )
 
     found = finished(options.run, "RUN")
     others = []
     if options.against == BASE:
-        others = [Speaker(BASE, base(base_of(found, options.model, "--against")))]
+        others = [Speaker(BASE, base(base_folder_of(found, options.model, "--against")))]
     elif options.against is not None:
         named = Path(options.against)
         others = [speaker(named, finished(named, "--against"), "--against")]

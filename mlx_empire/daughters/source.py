@@ -50,7 +50,7 @@ class JobSource:
 
     def done(self, name: str) -> str:
         """The job is complete: decide which generation is in use; what there is to say. OSError."""
-        return settle(self.generations(name)) if self.watched else ""
+        return decide_newest(self.generations(name)) if self.watched else ""
 
     def other_base(self, name: str, base: str) -> str | None:
         """What to say where the generation in use was trained on another base; `base`: the digest of that of now."""
@@ -64,7 +64,7 @@ class JobSource:
         OSError.
         """
         own, first = self.generations(name), recipe_for(self.recipe, self.people, name)
-        settle(own)
+        decide_newest(own)
         if own.pinned:
             return False
         offered = rows_of(first.data)
@@ -110,7 +110,7 @@ def next_recipe(first: Recipe, own: Generations, number: int) -> Recipe:
     )
 
 
-def settle(own: Generations) -> str:
+def decide_newest(own: Generations) -> str:
     """Decide about the newest generation if it is complete and nothing is decided yet; what is to be said. OSError."""
     number = own.newest
     if not (own.folder / CURRENT).is_symlink() and own.numbers[:1] == [1]:

@@ -38,7 +38,7 @@ from mlx_empire.model.target import Target, make_target, with_adapter
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
-from mlx_empire.run.finished import in_use
+from mlx_empire.run.finished import current_of
 from mlx_empire.run.packing_loss import packing_loss
 
 
@@ -92,7 +92,7 @@ def _packing(bits: str | None, option: str) -> QuantFormat | None:
 
 
 def _source(folder: Path, model: Path | None, packing: QuantFormat | None) -> ExportSource:
-    folder = in_use(folder)
+    folder = current_of(folder)
     recipe_file = next(
         (f / "recipe.yaml" for f in (folder, folder.parent) if (f / "recipe.yaml").exists()), None
     )

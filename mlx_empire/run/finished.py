@@ -36,7 +36,7 @@ def finished(named: Path, key: str) -> Finished:
     """What `named`, the value of `key`, means. UserError where it is not there or not finished."""
     if not named.is_dir():
         raise UserError(f"{key}: {named}: no such folder; name a finished run, or the folder of its weights")
-    weights = in_use(named).resolve()
+    weights = current_of(named).resolve()
     if (weights / RECIPE).exists():
         weights /= FINAL
     inner = weights.parent if weights.name == PEFT_NAME else weights
@@ -50,7 +50,7 @@ def finished(named: Path, key: str) -> Finished:
     return Finished(weights, run)
 
 
-def in_use(named: Path) -> Path:
+def current_of(named: Path) -> Path:
     """The folder itself, and where a link says which of several is in use that one: itself `current`, or beside it."""
     place = named / CURRENT if (named / CURRENT).is_symlink() else named
     return place.resolve() if place.is_symlink() else place

@@ -31,7 +31,7 @@ class Resident:
     tokenizer: Any
 
 
-def base_of(found: Finished, named: Path | None, key: str) -> Path:
+def base_folder_of(found: Finished, named: Path | None, key: str) -> Path:
     """The folder of an adapter's base: `named`, else that of its recipe. UserError for another tool's adapter."""
     if named is not None:
         return named
@@ -53,7 +53,7 @@ def load_model(folder: Path) -> Resident:
     return Resident(model, tokenizer)
 
 
-def with_adapter(base: Resident, weights: Path) -> Resident:
+def speaking_with(base: Resident, weights: Path) -> Resident:
     """The base with the adapter in a folder of mlx-lm's form; it shares the base's arrays. UserError."""
     if not (weights / WEIGHTS_NAME).exists():
         raise UserError(f"{weights}: no {WEIGHTS_NAME}; mlx-empire export mlx-lm makes it of PEFT's form")

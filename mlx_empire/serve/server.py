@@ -23,7 +23,7 @@ from mlx_lm.server import APIHandler, LRUPromptCache, ModelProvider, ResponseGen
 from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import EmpireError, UserError
-from mlx_empire.run.resident import Resident, with_adapter
+from mlx_empire.run.resident import Resident, speaking_with
 from mlx_empire.serve.people import People, UnknownPersonError, Version, people_in
 
 MOST_IN_MEMORY = 64  # adapters that spoke last; one of rank 8 on 8 billion parameters is 84 MB
@@ -89,7 +89,7 @@ class Provider(ModelProvider):  # type: ignore[misc]
 
     def _with(self, version: Version) -> Resident:
         assert self._base is not None, "the base is loaded first"
-        return with_adapter(self._base, version.weights)
+        return speaking_with(self._base, version.weights)
 
 
 class Handler(APIHandler):  # type: ignore[misc]

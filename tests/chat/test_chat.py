@@ -16,7 +16,7 @@ from support.speaking import MODEL, answers, finish, write_adapter
 from mlx_empire.chat.command import read
 from mlx_empire.chat.talk import side_by_side, speakers_of
 from mlx_empire.cli import main as cli
-from mlx_empire.run.resident import load_model, with_adapter
+from mlx_empire.run.resident import load_model, speaking_with
 
 QUESTIONS = ("Tom said", "Once upon a time")
 TOKENS = 12
@@ -77,7 +77,7 @@ def test_the_base_is_held_once_and_never_changed(runs: Path) -> None:
     base = load_model(MODEL)
     tokens = mx.array([[1, 5, 9]])
     before = base.model(tokens)
-    tuned = with_adapter(base, runs / "alice/final")
+    tuned = speaking_with(base, runs / "alice/final")
     assert not mx.array_equal(tuned.model(tokens), before)
     assert mx.array_equal(base.model(tokens), before)
     held = {id(array) for _, array in tree_flatten(base.model.parameters())}

@@ -13,7 +13,7 @@ import pytest
 from mlx_empire import progress
 from mlx_empire.daughters.generations import Generations
 from mlx_empire.daughters.promote import judge
-from mlx_empire.daughters.source import JobSource, settle
+from mlx_empire.daughters.source import JobSource, decide_newest
 from mlx_empire.daughters.watch import manage
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.evaluation import EvaluationSection
@@ -102,7 +102,7 @@ def test_a_kill_at_any_moment_is_made_good_by_the_next_round(
     if phase != "prepare":
         strike_at(phase)
         with pytest.raises(KeyboardInterrupt):
-            settle(alice)
+            decide_newest(alice)
         assert alice.decision(2) is None
         assert alice.current == (2 if phase == "promote" else 1)
         progress.on_reach(None)

@@ -68,6 +68,8 @@ VERBS: dict[str, dict[str, Verb]] = {
         ),
     },
     "results": {
+        "chat": Verb("let a result answer, alone or beside its base", "mlx_empire.chat.command"),
+        "serve": Verb("many adapters of one base by the API of OpenAI", "mlx_empire.serve.command"),
         "export": Verb("merge an adapter, change its format, pack a base", "mlx_empire.export.command"),
     },
 }

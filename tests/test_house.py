@@ -13,6 +13,8 @@ DOOR = ("cli", "__main__")
 # The top floor: commands. They use everything below, and of each other only what capacity answers.
 VERBS = (
     "train",
+    "chat",
+    "serve",
     "export",
     "capacity",
     "verify",

@@ -156,23 +156,24 @@ def _hold_out(
         halves = end_held_out(documents[0], settings.sequence_length, fraction)
         if halves is not None:
             return [halves[0]], [halves[1]]
-    chosen = set(held_out_rows(len(documents), fraction, source.path))
+    refuse_too_few(len(documents), fraction, source.path)
+    chosen = set(held_out_rows(len(documents), fraction))
     kept = [document for index, document in enumerate(documents) if index not in chosen]
     return kept, [documents[index] for index in sorted(chosen)]
 
 
-def held_out_rows(count: int, fraction: float, path: Path) -> list[int]:
-    """Which of `count` rows at `path` are held out: a fixed shuffle chooses, which run.seed must not move.
+def held_out_rows(count: int, fraction: float) -> list[int]:
+    """Which of `count` rows are held out: a fixed shuffle chooses, which run.seed must not move."""
+    chosen: list[int] = fixed_permutation(count)[: _share(count, fraction)].tolist()
+    return chosen
 
-    Errors: UserError where none would be left.
-    """
-    held_out = _share(count, fraction)
-    if held_out >= count:
+
+def refuse_too_few(count: int, fraction: float, path: Path) -> None:
+    """UserError where of `count` rows at `path` none would be left to learn from."""
+    if _share(count, fraction) >= count:
         raise UserError(
             f"{path}: {count} row(s) are too few for data.validation_split {fraction:g}; add rows or set it to 0"
         )
-    chosen: list[int] = fixed_permutation(count)[:held_out].tolist()
-    return chosen
 
 
 def end_held_out(whole: Document, length: int, fraction: float) -> tuple[Document, Document] | None:

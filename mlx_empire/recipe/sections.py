@@ -109,6 +109,12 @@ class TuningSection(Section):
         default=None,
         description="true (adapters are scaled by alpha / the square root of rank), or null (alpha / rank)",
     )
+    start: RecipePath | None = Field(
+        title="The earlier adapter that this one goes on from, with a fresh optimizer.",
+        default=None,
+        description="the path of a finished run with adapters or of an adapter's folder (mlx-lm's or PEFT's), of the "
+        "same base, shape and scale ({person} stands for a daughter's name), or null (a fresh adapter)",
+    )
 
 
 class DataSection(Section):

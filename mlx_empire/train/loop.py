@@ -62,6 +62,7 @@ from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.disks import require_disks
 from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.run.job import Job, refuse_idle_keys
+from mlx_empire.run.parent import beside_plan, lineage_of, share_parent
 from mlx_empire.run.resume import open_saver, stopped, where_to_begin
 from mlx_empire.run.stop import StopRequest
 from mlx_empire.run.trainer import explaining_memory, go_back, limit_memory, load_state, make_trainer
@@ -126,6 +127,7 @@ def carry_out(
     # ---------------------------------------------------------------- where it goes on
     start = where_to_begin(comm, recipe, target, splits, job.steps)
     recipe = start.recipe
+    parent = share_parent(comm, recipe, target, start.origin.base) if start.found is None else None
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     progress.reach("proof")
@@ -161,15 +163,23 @@ def carry_out(
     guards.notes += [said for said in comm.gather_json(wired) if said is not None]
     with explaining_memory(plan, comm.rank), CommThread() as thread:
         trainer = make_trainer(comm, thread, recipe, target, plan)
-        sent = load_state(comm, target, trainer, start)
+        sent = load_state(comm, target, trainer, start, parent)
         trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
 
         # ------------------------------------------------------------ from here on something is written
         started_over = (recipe.run.dir / "metrics.jsonl").exists()
         with together(comm):
             if comm.rank == 0:
+                lineage = lineage_of(recipe.run.dir) if parent is None else parent.lineage
                 write_plan(
-                    recipe, plan, nodes, target.spec, splits, job.steps, resumed=start.found is not None
+                    recipe,
+                    plan,
+                    nodes,
+                    target.spec,
+                    splits,
+                    job.steps,
+                    resumed=start.found is not None,
+                    origin=beside_plan(start.origin.base, lineage if recipe.tuning.start else None),
                 )
         with (
             RunReport(
@@ -218,7 +228,7 @@ def train(run: Run) -> tuple[int, GateKeeper]:
     comm, job, report, saver = run.comm, run.job, run.report, run.saver
     if job.save_every:
         saver.open()
-    gate = share_gate(comm, run.recipe.run.dir, job.gate)
+    gate = share_gate(comm, run.recipe, job.gate)
     if job.evaluates(0) and not saver.newest:
         evaluate(run, 0, gate)
     trace = traced(run) if run.recipe.report.trace else None

@@ -1,7 +1,8 @@
 """How much a step computes and moves: operations, bytes of memory and bytes per wire, as functions of the plan.
 
 Operations are executed ones, recomputation counted: 2 per weight and token in a forward pass, 2 more for the
-gradient by the input, 2 for the gradient by a weight that trains, 2 for a recomputed forward. So full fine-tuning
+gradient by the input, 2 for the gradient by a weight that trains, 2 for a recomputed forward, less what of it was kept.
+So full fine-tuning
 executes 8 per active parameter and token with recomputation and 6 without; LoRA about 6 and 4. Attention adds
 2 x heads x (key + value channels) per position attended to, once per such pass; masked positions are counted, for
 array masks compute them. The embedding counts as if it were a product, so figures are up to 7 % high for 8 B and
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_empire.model.closed_forms import experts, is_stacked
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
 from mlx_empire.plan.hardware import Wire
-from mlx_empire.plan.schedule import Action, Reader, StepShape, training_step
+from mlx_empire.plan.kept import saved_operations
+from mlx_empire.plan.schedule import Action, Reader, StepShape, folded_step, training_step
+from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.traffic import Route
 from mlx_empire.plan.workload import Workload, step_shape
 
@@ -26,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def flops_per_token(spec: ModelSpec, work: Workload) -> float:
-    """Executed operations per token of a training step."""
+    """Executed operations per token of a training step in which no result is kept."""
     trained = tuple(any(t.trainable for t in u.tensors) for u in spec.units)
     shape = StepShape(3, trained, (1,), work.unrecomputed)
-    reader = StepFlops(unit_flops(spec, work.width), shape)
+    reader = StepFlops(spec, work, shape)
     reader.play(training_step(shape))
     return reader.total
 
@@ -71,9 +75,9 @@ def head_flops(units: Sequence[UnitFlops], shape: StepShape) -> float:
 class StepFlops(Reader):
     """Counts the operations of a step per token of a micro-batch: plays the actions of `schedule`."""
 
-    def __init__(self, units: Sequence[UnitFlops], shape: StepShape) -> None:
-        self._units = units
-        self._head = head_flops(units, shape)
+    def __init__(self, spec: ModelSpec, work: Workload, shape: StepShape) -> None:
+        self._units, self._saved = unit_flops(spec, work.width), partial(saved_flops, spec, work)
+        self._head = head_flops(self._units, shape)
         self.total = 0.0
 
     def forward(self, action: Action) -> None:
@@ -85,11 +89,17 @@ class StepFlops(Reader):
         self.total += action.times * self._head
 
     def backward(self, action: Action) -> None:
-        """A layer, recomputed."""
-        self.total += action.times * sum(self._units[action.unit])
+        """A layer, recomputed but for what was kept."""
+        self.total += action.times * (sum(self._units[action.unit]) - self._saved(action))
 
+    stash, reuse = forward, backward
     gather = bind = free = capture = score = embed = Reader.nothing
     keep = reduce = settle = replicate = norm = update = renew = adopt = Reader.nothing
+
+
+def saved_flops(spec: ModelSpec, work: Workload, action: Action) -> float:
+    """Operations per token of what a layer's backward finds and need not compute."""
+    return saved_operations(spec.units[action.unit], action.products, spec, work) / work.tokens
 
 
 def attends(unit: UnitSpec) -> bool:
@@ -114,10 +124,12 @@ def attention_flops(spec: ModelSpec, width: int) -> float:
     return 2.0 * heads * width * ((keys or plain) + int(text.get("v_head_dim") or plain))
 
 
-def step_flops(assessment: Assessment, rank: int) -> float:
+def step_flops(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int) -> float:
     """Operations of `rank` in a step."""
-    work = assessment.plan.work
-    return work.micro_batches(rank) * work.tokens * flops_per_token(assessment.spec, work)
+    shape = step_shape(plan, work, rank)
+    reader = StepFlops(spec, work, shape)
+    reader.play(folded_step(shape))
+    return work.tokens * reader.total
 
 
 def whole_weights(assessment: Assessment) -> int:
@@ -152,6 +164,7 @@ class ChipCosts:
         self._flops, self._memory_rate, self._adding = flops, memory_rate, adding
         self._tokens, self._units = work.tokens, unit_flops(assessment.spec, work.width)
         self._bytes = [u.gathered_bytes for u in plan.shards.units]
+        self._saved = partial(saved_flops, assessment.spec, work)
         self._updates = update_memory_traffic(assessment, rank)
         shape = step_shape(plan.shards, work, rank)
         self._head = head_flops(self._units, shape)
@@ -165,10 +178,10 @@ class ChipCosts:
         u, times = action.unit, action.times
         if action.kind == "update":
             return self._updates[u] / self._memory_rate
-        if action.kind == "forward":
+        if action.kind in ("forward", "stash"):
             return times * self._pass(self._units[u].forward, self._bytes[u])
-        if action.kind == "backward":
-            return times * self._pass(sum(self._units[u]), 2 * self._bytes[u])
+        if action.kind in ("backward", "reuse"):
+            return times * self._pass(sum(self._units[u]) - self._saved(action), 2 * self._bytes[u])
         if action.kind == "head":
             return times * self._pass(self._head, self._head_bytes)
         return 0.0  # the embedding's part is counted with the head

@@ -121,7 +121,7 @@ def resolve(
             if memory.gradient_checkpointing == "auto":
                 plan = _longest_tail(plan, with_work)
             if plan.comfortable:
-                keeps = _keeps_products(recipe, nodes) and plan.work.unrecomputed < layers
+                keeps = keeps_products(recipe, nodes) and plan.work.unrecomputed < layers
                 found = [plan]
                 if keeps and plan.work.unrecomputed and without_tail.comfortable:
                     found.append(without_tail)
@@ -185,7 +185,7 @@ def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan]) -> R
     return ahead if ahead.comfortable else plan
 
 
-def _keeps_products(recipe: Recipe, nodes: Sequence[Node]) -> bool:
+def keeps_products(recipe: Recipe, nodes: Sequence[Node]) -> bool:
     """Whether spare memory may keep results of recomputed layers."""
     asked = recipe.memory.keep_products
     allowed = not any(_has_metal(n) for n in nodes) if asked == "auto" else asked

@@ -186,9 +186,9 @@ def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan]) -> R
 
 
 def keeps_products(recipe: Recipe, nodes: Sequence[Node]) -> bool:
-    """Whether spare memory may keep results of recomputed layers."""
+    """Whether spare memory may keep results of recomputed layers; unless asked for, on CPUs alone."""
     asked = recipe.memory.keep_products
-    allowed = not any(_has_metal(n) for n in nodes) if asked == "auto" else asked
+    allowed = all(n.chip is None for n in nodes) if asked == "auto" else asked
     return allowed and recipe.memory.gradient_checkpointing == "auto"
 
 

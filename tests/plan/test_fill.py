@@ -68,12 +68,13 @@ def test_what_is_kept_is_the_faster_of_the_ways_to_use_the_memory():
         ((), None, True),
         ((), "Apple M3 Ultra", False),
         (("memory.keep_products=true",), "Apple M3 Ultra", True),
+        ((), "NVIDIA H200", False),
         (("memory.keep_products=false",), None, False),
         (("memory.gradient_checkpointing=true",), None, False),
         (("memory.gradient_checkpointing=true", "memory.keep_products=true"), None, False),
     ],
 )
-def test_only_auto_keeps_and_on_apples_gpu_only_where_it_is_asked_for(words, chip, keeps):
+def test_only_auto_keeps_and_on_a_gpu_only_where_it_is_asked_for(words, chip, keeps):
     plan = planned(*words, chip=chip)
     assert bool(plan.work.stashes) == keeps
     assert bool(bought(SPEC, plan.shards, plan.work, plan.ledgers)) == keeps

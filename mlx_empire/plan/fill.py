@@ -13,8 +13,8 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.kept import order_of
 from mlx_empire.plan.memory import KEPT, Ledger, ledger
 from mlx_empire.plan.optimizer_bytes import StateBytes
-from mlx_empire.plan.schedule import Stash
 from mlx_empire.plan.shards import ShardPlan
+from mlx_empire.plan.stash import NOTHING, Stash
 from mlx_empire.plan.work import step_flops
 from mlx_empire.plan.workload import Workload
 from mlx_empire.sizes import amount
@@ -42,14 +42,14 @@ def fill(
         middle = high - 1  # all of it, or a search for how much
         while high - low > 1:
             stash = Stash(order, middle)
-            tried = ledger(spec, plan, replace(work, stashes=(Stash(),) * rank + (stash,)), rank, state_bytes)
+            tried = ledger(spec, plan, replace(work, stashes=(NOTHING,) * rank + (stash,)), rank, state_bytes)
             if tried.peak <= most[rank]:
                 low, best = middle, tried
             else:
                 high = middle
             middle = (low + high) // 2
         found.append(best)
-        stashes.append(Stash(order, low) if low else Stash())
+        stashes.append(Stash(order, low) if low else NOTHING)
     return replace(work, stashes=tuple(stashes) if any(s.visits for s in stashes) else ()), tuple(found)
 
 

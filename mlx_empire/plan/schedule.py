@@ -53,6 +53,8 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from typing import Literal, NamedTuple
 
+from mlx_empire.plan.stash import NOTHING, Stash
+
 ALL_UNITS = -1  # the unit of a norm over everything
 _PASSES = ("capture", "forward", "stash", "backward", "reuse")
 HANDED_OVER = frozenset((*_PASSES, "keep", "reduce", "settle", "norm", "update", "adopt"))
@@ -75,32 +77,6 @@ class Action(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stash:
-    """Which results of recomputed layers stay: the first `visits` of a list of visits to layers by micro-batches.
-
-    `order`: (unit, products), what saves most a byte first; each stands for all micro-batches of a rank, in order.
-    """
-
-    order: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    visits: int = 0
-
-    def products(self, unit: int, micro: int, micro_batches: int) -> tuple[int, ...]:
-        """What stays of a layer for a micro-batch, in the order of the layer's calls."""
-        if not self.visits:
-            return ()
-        entries = enumerate(self.order[: -(-self.visits // micro_batches)])
-        found = (own for n, (u, own) in entries if u == unit and n * micro_batches + micro < self.visits)
-        return tuple(sorted(product for own in found for product in own))
-
-    def arrays(self, micro_batches: int) -> int:
-        """How many results stay at most at a time, of so many micro-batches."""
-        entries = enumerate(self.order)
-        return sum(
-            len(own) * min(max(self.visits - n * micro_batches, 0), micro_batches) for n, (_, own) in entries
-        )
-
-
-@dataclass(frozen=True)
 class StepShape:
     """What the order of a rank's step depends on.
 
@@ -116,7 +92,7 @@ class StepShape:
     unrecomputed: int = 0
     in_backward: bool = False
     run_ahead: bool = False
-    stash: Stash = Stash()
+    stash: Stash = NOTHING
 
     def waits(self, action: Action) -> bool:
         """Whether the main thread waits for what the action evaluates, or hands it over and goes on."""
@@ -226,7 +202,7 @@ def updates(shape: StepShape) -> Iterator[Action]:
 
 def evaluation(shape: StepShape) -> Iterator[Action]:
     """A forward pass over this rank's micro-batches, in which no input is kept and every layer runs."""
-    step = _Step(replace(shape, stash=Stash()), update=False, fold="nothing")
+    step = _Step(replace(shape, stash=NOTHING), update=False, fold="nothing")
     yield from step.forward(shape.layers)
     yield from step.each("score", 0, range(shape.micro_batches))
     yield Action("free", shape.layers)

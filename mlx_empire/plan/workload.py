@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.schedule import Stash, StepShape
+from mlx_empire.plan.schedule import StepShape
 from mlx_empire.plan.shards import ShardPlan
+from mlx_empire.plan.stash import NOTHING, Stash
 from mlx_empire.plan.traffic import Route
 
 
@@ -97,7 +98,7 @@ class Workload:
 
     def stash(self, rank: int) -> Stash:
         """Which results of recomputed layers stay on `rank`."""
-        return self.stashes[rank] if self.stashes else Stash()
+        return self.stashes[rank] if self.stashes else NOTHING
 
     @property
     def tokens(self) -> int:

@@ -19,13 +19,13 @@ from mlx_empire.plan.schedule import (
     ALL_UNITS,
     Action,
     Reader,
-    Stash,
     StepShape,
     evaluation,
     gradients,
     training_step,
 )
 from mlx_empire.plan.shards import make_plan
+from mlx_empire.plan.stash import Stash
 from mlx_empire.plan.step_traffic import StepTraffic
 from mlx_empire.plan.workload import CellLayout, Workload
 

@@ -144,13 +144,12 @@ class LayerPasses:
 
     def products(self, unit: int) -> list[Product]:
         """What a layer's vjp computes again and could find kept."""
-        self.backward(unit, adds=False)
-        every = self._products.numbers
-        return self._products.needed(self.backward(unit, adds=False, kept=every).graph)
+        return self._products.needed(self.backward(unit, adds=False, kept=None).graph)
 
-    def backward(self, unit: int, *, adds: bool, flat: bool = False, kept: Sequence[int] = ()) -> Pass:
+    def backward(self, unit: int, *, adds: bool, flat: bool = False, kept: Sequence[int] | None = ()) -> Pass:
         """A layer's vjp; `adds`: its gradients are added to sums in fp32 that are there; `flat`: rounded to the wire's
-        dtype and flat, too, as the exchange takes them; `kept`: products whose results are there, its last sources."""
+        dtype and flat, too, as the exchange takes them; `kept`: products whose results are there, its last sources (None:
+        all)."""
         self._products.wanted = kept
 
         def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:

@@ -39,10 +39,11 @@ class _Made(NamedTuple):
 
 @dataclass
 class TracedProducts:
-    """The products of a layer's last run, of which those of `wanted` numbers are kept; in blocks attends `blocks`."""
+    """The products of a layer's last run, of which those of `wanted` numbers are kept, None: all; in blocks attends
+    `blocks`."""
 
     blocks: TracedBlocks
-    wanted: Sequence[int] = ()
+    wanted: Sequence[int] | None = ()
     _watching: Watching = field(default_factory=Watching)
     _attention: list[AttentionCall] = field(default_factory=list)
     _places: list[list[tuple[list[int], list[int]]]] = field(default_factory=list)  # among the extra outputs
@@ -54,15 +55,16 @@ class TracedProducts:
         return calling(self._watching)
 
     @property
-    def numbers(self) -> list[int]:
-        """Of all that was run."""
+    def _numbers(self) -> Sequence[int]:
+        if self.wanted is not None:
+            return self.wanted
         return [*([ATTENTION] if self._attention else []), *range(len(self._watching.products))]
 
     def extra(self) -> list[mx.array]:
         """Further outputs of the graph, each array once."""
         found: dict[int, mx.array] = {}
         self._places, self._attention = [], list(self.blocks.calls)
-        for calls in map(self._made, self.wanted):
+        for calls in map(self._made, self._numbers):
             found |= {id(a): a for made in calls for arrays in made for a in arrays}
             order = list(found)
             self._places.append(
@@ -108,7 +110,7 @@ class TracedProducts:
         sizes = [sum(len(results) for results, _ in calls) for calls in self._places]
         sources = iter(graph.given[len(graph.given) - sum(sizes) :])
         found = []
-        for number, size in zip(self.wanted, sizes, strict=True):
+        for number, size in zip(self._numbers, sizes, strict=True):
             if read & {*islice(sources, size)}:
                 found.append(self._product(number))
         return found

@@ -148,8 +148,8 @@ class LayerPasses:
 
     def backward(self, unit: int, *, adds: bool, flat: bool = False, kept: Sequence[int] | None = ()) -> Pass:
         """A layer's vjp; `adds`: its gradients are added to sums in fp32 that are there; `flat`: rounded to the wire's
-        dtype and flat, too, as the exchange takes them; `kept`: products whose results are there, its last sources (None:
-        all)."""
+        dtype and flat, too, as the exchange takes them; `kept`: products whose results are there (None: all), as its
+        last sources."""
         self._products.wanted = kept
 
         def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:

@@ -109,7 +109,8 @@ class LayerCosts:
         return self._once(("forward", n), lambda p: self._worst(p, (n,), p.forward(n))[-1])
 
     def products(self, unit: UnitSpec) -> list[Product]:
-        """What one layer's vjp computes again and could find kept; nothing where layers cannot be traced."""
+        """What one layer's run computes that could be kept, and whether its vjp computes it again; nothing where layers
+        cannot be traced."""
         n = self._numbers[id(unit)]
         return self._once(("products", n), lambda p: p.products(n)) or []
 

@@ -143,8 +143,8 @@ class LayerPasses:
         return Pass(self._graph([unit], [], [self._hidden], lambda x: [self._call(unit, x)]))
 
     def products(self, unit: int) -> list[Product]:
-        """What a layer's vjp computes again and could find kept."""
-        return self._products.needed(self.backward(unit, adds=False, kept=None).graph)
+        """What a layer's run computes that could be kept, and whether its vjp computes it again."""
+        return self._products.told(self.backward(unit, adds=False, kept=None).graph)
 
     def backward(self, unit: int, *, adds: bool, flat: bool = False, kept: Sequence[int] | None = ()) -> Pass:
         """A layer's vjp; `adds`: its gradients are added to sums in fp32 that are there; `flat`: rounded to the wire's

@@ -23,11 +23,13 @@ from mlx_empire.model.storage import Primitive
 
 
 class Product(NamedTuple):
-    """What can be kept of a layer's run: its number (`kept`), and for a micro-batch its bytes and its operations."""
+    """What a layer's run computes: its number (`kept`), for a micro-batch the bytes of its result and its operations,
+    and whether the backward computes it `again`."""
 
     number: int
     nbytes: int
     operations: int
+    again: bool
 
 
 class _Made(NamedTuple):
@@ -103,16 +105,15 @@ class TracedProducts:
             sources=[*graph.sources, *kept],
         )
 
-    def needed(self, graph: Graph) -> list[Product]:
-        """Of the wanted ones those that `graph`, which `kept_in` gave, reads."""
+    def told(self, graph: Graph) -> list[Product]:
+        """The wanted ones; computed again are those whose results `graph`, which `kept_in` gave, reads."""
         tapes = evaluations(graph)
         read = {a for tape in tapes for n in tape for a in graph.nodes[n].inputs}
         sizes = [sum(len(results) for results, _ in calls) for calls in self._places]
         sources = iter(graph.given[len(graph.given) - sum(sizes) :])
         found = []
         for number, size in zip(self._numbers, sizes, strict=True):
-            if read & {*islice(sources, size)}:
-                found.append(self._product(number))
+            found.append(self._product(number, again=bool(read & {*islice(sources, size)})))
         return found
 
     def _made(self, number: int) -> list[_Made]:
@@ -122,10 +123,10 @@ class TracedProducts:
         given, result = self._watching.products[number]
         return [_Made([result], [given])]
 
-    def _product(self, number: int) -> Product:
+    def _product(self, number: int, *, again: bool) -> Product:
         nbytes = sum(a.nbytes for made in self._made(number) for a in made.results)
         if number != ATTENTION:
             given, result = self._watching.products[number]
-            return Product(number, nbytes, 2 * result.size * given.shape[-1])
+            return Product(number, nbytes, 2 * result.size * given.shape[-1], again)
         operations = (forward_operations(c.attention, *c.given[:3]) for c in self._attention)
-        return Product(number, nbytes, sum(operations))
+        return Product(number, nbytes, sum(operations), again)

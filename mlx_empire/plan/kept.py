@@ -25,7 +25,8 @@ def order_of(spec: ModelSpec, work: Workload, trained: tuple[bool, ...]) -> Orde
     for u in range(shape.lowest, shape.boundary + 1):
         by_worth: dict[int, list[int]] = {}
         for product in costs_of(spec, work).products(spec.units[u]):
-            by_worth.setdefault(product.operations // product.nbytes, []).append(product.number)
+            if product.again:
+                by_worth.setdefault(product.operations // product.nbytes, []).append(product.number)
         entries += [(worth, u, tuple(numbers)) for worth, numbers in by_worth.items()]
     return tuple((u, numbers) for _, u, numbers in sorted(entries, reverse=True))
 
@@ -38,6 +39,17 @@ def kept_bytes(unit: UnitSpec, products: Sequence[int], spec: ModelSpec, work: W
 def saved_operations(unit: UnitSpec, products: Sequence[int], spec: ModelSpec, work: Workload) -> int:
     """What need not be computed again of a layer for one micro-batch."""
     return sum(p.operations for p in _chosen(unit, products, spec, work))
+
+
+def never_again(unit: UnitSpec, spec: ModelSpec, work: Workload) -> float:
+    """Operations per token of a layer's forward that its backward never computes again: mostly those of the last
+    product, whose result nothing reads. They do not hang on the width, so one is asked for."""
+    question = "never again", unit.kind
+    if question not in spec.known:
+        spared = sum(p.operations for p in costs_of(spec, work).products(unit) if not p.again)
+        spec.known[question] = spared / work.tokens
+    found: float = spec.known[question]
+    return found
 
 
 def _chosen(unit: UnitSpec, products: Sequence[int], spec: ModelSpec, work: Workload) -> list[Product]:

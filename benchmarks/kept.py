@@ -77,6 +77,7 @@ def step(case: Case) -> dict[str, Any]:
         started = time.process_time()
         result = trainer.train_step(batches, counted_tokens(batches), 1, case.learning_rate)
         seconds = time.process_time() - started
+        print(f"  {case.kept:.0%} kept: {seconds:.2f} CPU seconds", file=sys.stderr, flush=True)
         plan, work = trainer.store.plan, trainer.work
         return {
             "seconds": seconds,

@@ -99,7 +99,13 @@ def thin_bars(nodes: Sequence[tuple[str, NodeAssessment]], scale: int) -> str:
 CLOSE = 1 / 400  # of the step: gaps below are not seen
 LANES = ("compute", "network")
 KINDS = ("forward", "head", "backward", "update", "gather", "reduce", "add")
-_KIND_OF = {"embed": "backward", "renew": "gather", "replicate": "reduce"}
+_KIND_OF = {
+    "stash": "forward",
+    "reuse": "backward",
+    "embed": "backward",
+    "renew": "gather",
+    "replicate": "reduce",
+}
 _COLOURS = {
     "forward": "weights",
     "head": "gathered",

@@ -80,6 +80,10 @@ _TERMS = {
         "one hidden state for each layer that the backward reaches and each micro-batch, and the current ones",
         "exact",
     ),
+    "kept products": Term(
+        "results of recomputed layers that stay from forward to backward, which then does not compute them",
+        "exact",
+    ),
     "one layer's forward": Term("what is alive at the worst moment of one layer's forward", "derived"),
     "one layer's recompute": Term(
         "what is alive at the worst moment of one layer's vjp for a micro-batch, with what MLX hands over ahead",
@@ -153,6 +157,7 @@ _RULES = (
     ("logits", "logits"),
     ("weights", "weights"),
     ("layer", "activations"),
+    ("kept products", "activations"),
     ("recompute", "activations"),
     ("attention", "activations"),
     ("tail", "activations"),

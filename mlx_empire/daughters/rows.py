@@ -63,7 +63,7 @@ def of_the_first(offered: Offered, fraction: float | None) -> Learnt:
     split = (
         offered.valid is None and fraction and len(names) > 1
     )  # a lone document is cut, and held out in part
-    held = held_out_rows(len(names), fraction) if split and fraction else set()
+    held = set(held_out_rows(len(names), fraction)) if split and fraction else set()
     valid = offered.valid or [name for i, name in enumerate(names) if i in held]
     return Learnt(tuple(n for i, n in enumerate(names) if i not in held), tuple(valid), offered.digest)
 

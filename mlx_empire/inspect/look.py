@@ -19,7 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from mlx_empire.data.chat import Remarks
 from mlx_empire.data.encode import check_tokenizer, load_tokenizer
 from mlx_empire.data.files import Source, detect_format, locate
-from mlx_empire.data.splits import end_held_out, held_out_rows
+from mlx_empire.data.splits import end_held_out, held_out_rows, refuse_too_few
 from mlx_empire.errors import UserError
 from mlx_empire.formats.fetched import naming_the_fetch
 from mlx_empire.inspect.findings import DataFinding, SplitRows, Variety, collapse, find, variety
@@ -122,7 +122,8 @@ def _held_out(reading: Reading, walk: Walk, measured: int) -> list[SplitRows]:
                 found.append(SplitRows(name, one.seen(), np.arange(1)))
             return found
     held = np.zeros(len(seen.rows), bool)
-    held[held_out_rows(len(seen.rows), fraction, reading.path)] = True
+    refuse_too_few(len(seen.rows), fraction, reading.path)
+    held[held_out_rows(len(seen.rows), fraction)] = True
     return [SplitRows(name, seen, np.flatnonzero(mask)) for name, mask in (("train", ~held), ("valid", held))]
 
 

@@ -30,6 +30,7 @@ from mlx_empire.model.liveness import (
 )
 from mlx_empire.model.spec import ModelSpec, UnitSpec
 from mlx_empire.model.storage import View
+from mlx_empire.model.traced_products import Product
 
 T = TypeVar("T")
 TRACED_TAIL = 4
@@ -107,13 +108,22 @@ class LayerCosts:
             return self._once(("forward ahead", n), lambda p: self._forward_ahead(p, n))
         return self._once(("forward", n), lambda p: self._worst(p, (n,), p.forward(n))[-1])
 
-    def backward(self, unit: UnitSpec, *, adds: bool, ahead: bool = False) -> Need | None:
-        """One layer's vjp, which recomputes it; `ahead`: handed over while the one before runs, whose gradients are
-        then made flat."""
+    def products(self, unit: UnitSpec) -> list[Product]:
+        """What one layer's run computes that could be kept, and whether its vjp computes it again; nothing where layers
+        cannot be traced."""
         n = self._numbers[id(unit)]
+        return self._once(("products", n), lambda p: p.products(n)) or []
+
+    def backward(
+        self, unit: UnitSpec, *, adds: bool, ahead: bool = False, kept: tuple[int, ...] = ()
+    ) -> Need | None:
+        """One layer's vjp, which recomputes it but for what is `kept`; `ahead`: handed over while the one before runs,
+        whose gradients are then made flat."""
+        n = self._numbers[id(unit)]
+        question = "backward", n, adds, ahead, kept
         if ahead:
-            return self._once(("backward ahead", n, adds), lambda p: self._backward_ahead(p, n, adds))
-        return self._once(("backward", n, adds), lambda p: self._worst(p, (n,), p.backward(n, adds=adds))[-1])
+            return self._once(question, lambda p: self._backward_ahead(p, n, adds, kept))
+        return self._once(question, lambda p: self._worst(p, (n,), p.backward(n, adds=adds, kept=kept))[-1])
 
     def _forward_ahead(self, passes: LayerPasses, n: int) -> Need:
         one = passes.forward(n)
@@ -123,9 +133,9 @@ class LayerCosts:
         handed = [HandedOver([k * size + output], [k * size + output]) for k in range(times - 1)]
         return self._worst_ahead(one, row, [*handed, HandedOver([(times - 1) * size + output])], {})
 
-    def _backward_ahead(self, passes: LayerPasses, n: int, adds: bool) -> Need:
+    def _backward_ahead(self, passes: LayerPasses, n: int, adds: bool, kept: tuple[int, ...]) -> Need:
         """Of two layers in a row: at a reduction the main thread waits for the one before."""
-        one = passes.backward(n, adds=adds, flat=True)
+        one = passes.backward(n, adds=adds, flat=True, kept=kept)
         graph, size = one.graph, len(one.graph.shapes)
         onward, (hidden, cotangent, *sums) = graph.outputs[0], graph.given[: 2 + adds * len(one.gradients)]
         layouts = {}

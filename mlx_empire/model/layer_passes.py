@@ -31,6 +31,7 @@ from mlx_empire.model.layers import Slot, SlottedModel, given_mask, hidden_of
 from mlx_empire.model.liveness import Graph
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 from mlx_empire.model.traced_experts import TracedExperts, stacked_tensors
+from mlx_empire.model.traced_products import Product, TracedProducts
 
 Arrays = Sequence[mx.array]
 Body = Callable[..., list[mx.array]]
@@ -93,6 +94,7 @@ class LayerPasses:
         self._now: dict[int, mx.array] = {}  # by id of an argument what stands for it
         self._bound: dict[str, mx.array] = {}
         self._experts = TracedExperts()
+        self._products = TracedProducts(self._blocks)
 
     def _told(
         self, layers: Sequence[nn.Module], kernels: Kernels | None, width: int
@@ -144,9 +146,15 @@ class LayerPasses:
         """A layer's forward; the hidden state stays with the caller."""
         return Pass(self._through_graph([unit]))
 
-    def backward(self, unit: int, *, adds: bool, flat: bool = False) -> Pass:
+    def products(self, unit: int) -> list[Product]:
+        """What a layer's run computes that could be kept, and whether its vjp computes it again."""
+        return self._products.told(self.backward(unit, adds=False, kept=None).graph)
+
+    def backward(self, unit: int, *, adds: bool, flat: bool = False, kept: Sequence[int] | None = ()) -> Pass:
         """A layer's vjp; `adds`: its gradients are added to sums in fp32 that are there; `flat`: rounded to the wire's
-        dtype and flat, too, as the exchange takes them."""
+        dtype and flat, too, as the exchange takes them; `kept`: products whose results are there (None: all), as its
+        last sources."""
+        self._products.wanted = kept
 
         def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
             def run(*arrays: mx.array) -> list[mx.array]:
@@ -162,7 +170,7 @@ class LayerPasses:
             added, others = made[: len(every)], made[len(every) :]
             wires = [(a, _wire(t)) for a, t in zip(added, every, strict=True) if flat]
             copies = [a.astype(w).flatten() for a, w in wires if _is_copied(a, w)]
-            return [found[len(trained)], *added, *copies, *others]
+            return [found[len(trained)], *added, *copies, *self._products.extra(), *others]
 
         return self._differentiated([unit], body, adds=adds, besides=[self._hidden])
 
@@ -245,6 +253,8 @@ class LayerPasses:
             graph = self._with_experts(
                 units, lambda: self._blocks.put_together(self._graph(bound, free, [], body))
             )
+        if not head:
+            graph = self._products.kept_in(graph)
         start = len(graph.outputs) - len(trained) if head else 1
         gradients, flat = graph.outputs[start : start + len(trained)], graph.outputs[start + len(trained) :]
         copied = [
@@ -374,7 +384,8 @@ class LayerPasses:
             lambda a: self._now.get(id(a), a), [list(given.positional), given.keywords]
         )
         given = replace(given, positional=tuple(positional), keywords=keywords)
-        output = hidden_of(self._by_pattern.call(self._layers[unit - 1], hidden, given))
+        with self._products.watch():
+            output = hidden_of(self._by_pattern.call(self._layers[unit - 1], hidden, given))
         if not isinstance(output, mx.array):
             raise NotTraceable(f"a layer returns {type(output).__name__}")
         return output

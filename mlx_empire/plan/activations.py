@@ -95,12 +95,14 @@ def once(
     return answer
 
 
-def layer_costs(unit: UnitSpec, spec: ModelSpec, work: Workload, *, adds: bool) -> dict[str, int]:
+def layer_costs(
+    unit: UnitSpec, spec: ModelSpec, work: Workload, *, adds: bool, kept: tuple[int, ...] = ()
+) -> dict[str, int]:
     """What one layer's vjp for one micro-batch needs at its worst moment, its gradients included, by name.
 
-    `adds`: the gradients are added to a sum that is held already.
+    `adds`: the gradients are added to a sum that is held already; `kept`: products that are not computed again.
     """
-    need = costs_of(spec, work).backward(unit, adds=adds, ahead=work.run_ahead)
+    need = costs_of(spec, work).backward(unit, adds=adds, ahead=work.run_ahead, kept=kept)
     if need is None:
         fitted = _fitted_costs(unit, spec, work)
         ahead = gradient_bytes(unit, spec, work)[0] if work.run_ahead else 0

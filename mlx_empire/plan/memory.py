@@ -15,6 +15,7 @@ from itertools import accumulate
 
 from mlx_empire.model.spec import BLOCK, ITEM_BYTES, ModelSpec
 from mlx_empire.plan.activations import costs_of, forward_bytes, head_costs, hidden_bytes, layer_costs
+from mlx_empire.plan.kept import kept_bytes
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
 from mlx_empire.plan.root_memory import RootMemory
 from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, folded_step
@@ -28,6 +29,7 @@ Items = dict[str, int]
 NORM_AHEAD = 10 * SQUARED_ELEMENTS
 PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
+KEPT = "kept products"
 
 BASE = 1 << 16  # MLX buffers that are no tensor: rotary tables, scalars
 ROUNDING = 1 << 13  # half a page of Metal's allocator
@@ -104,6 +106,7 @@ class StepBytes(Reader):
         self._worst = dict.fromkeys(PHASES, -1)
         self._phase = "forward"
         self._whole = self._most_whole = 0  # bytes of gathered units, now and at most
+        self._stashed: dict[int, int] = {}  # by layer: bytes of its results that stay
         self._cell: dict[int, tuple[str, int]] = {}  # by layer: the name and size of the current round's sum
         self._handed_over: set[int] = set()  # rounds whose head's sum has become a part of the root's
         self._flying = 0  # bytes of the last unit's update, which may not be done where it is not waited for
@@ -147,6 +150,7 @@ class StepBytes(Reader):
             self._phase = "finish"
         elif self._phase == "backward":  # its inputs went one by one; they count until the layer is left
             self._hold("layer inputs", -self._hidden * self.shape.micro_batches)
+            self._hold(KEPT, -self._stashed.pop(action.unit, 0))
 
     # ---- micro-batches
 
@@ -155,10 +159,15 @@ class StepBytes(Reader):
 
     def forward(self, action: Action) -> None:
         kept = self._hidden if action.unit >= self.shape.lowest else 0
-        self._hold("layer inputs", kept * (action.times - 1))
         unit = self._spec.units[action.unit]
+        stashed = kept_bytes(unit, action.products, self._spec, self._work)
+        self._stashed[action.unit] = self._stashed.get(action.unit, 0) + stashed * action.times
+        self._hold("layer inputs", kept * (action.times - 1))
+        self._hold(KEPT, stashed * action.times)
         self._moment({"one layer's forward": forward_bytes(unit, self._spec, self._work)})
         self._hold("layer inputs", kept)
+
+    stash = forward
 
     def head(self, action: Action) -> None:
         self._phase = "head"
@@ -176,9 +185,12 @@ class StepBytes(Reader):
         if self._plan.world_size == 1:  # a copy, done before the layer's worst moment
             self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
         unit = self._spec.units[action.unit]
-        self._moment(layer_costs(unit, self._spec, self._work, adds=self._adds(action)))
+        adds, kept = self._adds(action), action.products
+        self._moment(layer_costs(unit, self._spec, self._work, adds=adds, kept=kept))
         if first:
             self._hold_cell(action.unit, "unit gradient sums")
+
+    reuse = backward
 
     def embed(self, action: Action) -> None:
         """Of a table only the tokens' rows: they in fp32, their gradient, and the sum of a cell's."""

@@ -242,6 +242,11 @@ class MemorySection(Section):
         default="auto",
         description="true, false or auto",
     )
+    keep_products: bool | Literal["auto"] = Field(
+        title="Whether memory that is left keeps results of layers that would be computed again.",
+        default="auto",
+        description="true, false or auto (not on a GPU); with gradient_checkpointing auto",
+    )
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(exact_number)] = Field(
         title="What machines divide: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights.",
         default="auto",

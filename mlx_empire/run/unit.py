@@ -171,8 +171,8 @@ def trained(
         peak = mx.get_peak_memory() + comm.staging_bytes
     seconds = {part: spent(trace.events, kinds, layer) for part, kinds in PARTS.items()}
     longest = max((e for e in trace.events if e.lane == COMPUTE), key=lambda e: e.end - e.start)
-    forward, gradients = unit_flops(target.spec, plan.work.width)[layer]
-    flops = (2 * forward + gradients) * plan.work.tokens * len(own)
+    operations = unit_flops(target.spec, plan.work)[layer]
+    flops = (operations.forward + operations.backward) * plan.work.tokens * len(own)
     return UnitFigures(
         host=node.name,
         chip=node.chip,

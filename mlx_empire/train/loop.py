@@ -37,7 +37,7 @@ from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.page.saved import try_report
 from mlx_empire.plan.hardware import known_speed
-from mlx_empire.plan.resolve import RunPlan, kernels_differ
+from mlx_empire.plan.resolve import RunPlan, keeps_products, kernels_differ
 from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.idle import without_effect
@@ -137,7 +137,8 @@ def carry_out(
             with said_if_slow(f"{recipe.model.path}: {VERIFYING}"):
                 by_pattern = recipe.numerics.attention != "mask"
                 name = str(recipe.model.path)
-                shown = asdict(verify_scaled_down(config, name, by_pattern=by_pattern))
+                keeps = keeps_products(recipe, nodes)
+                shown = asdict(verify_scaled_down(config, name, by_pattern=by_pattern, keeps=keeps))
     root_names = RootNames(**comm.broadcast_json(shown))
     target = replace(target, spec=replace(target.spec, root_names=root_names))
 

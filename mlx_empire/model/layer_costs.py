@@ -2,8 +2,8 @@
 
 A layer's costs depend on its tensors (`UnitSpec.kind`), on what the model gives it besides the hidden state, on its
 switches (a layer without rotary positions) and on the micro-batch's shape. Layers that are alike in these are traced
-once. A long tail of un-recomputed layers is traced up to `TRACED_TAIL` layers and continued by what the last of them
-added. Where MLX does not tell a graph there are no costs, and the plan takes what was fitted.
+once. A long tail of un-recomputed layers is traced up to `TRACED_TAIL` layers, and continued by what each layer before
+adds in front of the others. Where MLX does not tell a graph there are no costs, and the plan takes what was fitted.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class LayerCosts:
             self._passes: LayerPasses | None = LayerPasses(spec, rows, width, chunk, kernels)
         except NotTraceable:
             self._passes = None
-        # By identity of a unit its number; alike layers have the number of the first of them.
+        # By identity of a unit its place; in `_numbers` alike layers have that of the first of them.
+        self._places = {id(unit): n for n, unit in enumerate(spec.units)}
         self._numbers: dict[int, int] = {}
         firsts: dict[tuple[object, ...], int] = {}
         for n, unit in enumerate(spec.units[1:], 1):
@@ -156,20 +157,23 @@ class LayerCosts:
 
     def tail(self, units: Sequence[UnitSpec], *, adds: bool) -> Needs | None:
         """The loss behind layers that are not recomputed, and their vjp: each chunk's needs, then the backward's."""
-        numbers = tuple(self._numbers[id(u)] for u in units)
-        need = self._tail(numbers[-TRACED_TAIL:], adds)
-        for n in numbers[:-TRACED_TAIL]:
-            more, fewer = (self._tail((n,) * k, adds) for k in (TRACED_TAIL, TRACED_TAIL - 1))
+        last, behind = units[-TRACED_TAIL:], units[1 - TRACED_TAIL :]
+        need = self._tail(last, adds)
+        for unit in units[:-TRACED_TAIL]:
+            more, fewer = self._tail([unit, *behind], adds), self._tail(behind, adds)
             if need is None or more is None or fewer is None:
                 return None
             need = tuple(a + b.more_than(c) for a, b, c in zip(need, more, fewer, strict=True))
         return need
 
-    def _tail(self, numbers: tuple[int, ...], adds: bool) -> Needs | None:
+    def _tail(self, units: Sequence[UnitSpec], adds: bool) -> Needs | None:
+        """Of each layer itself, not of one that is alike: those that share tensors would share gradients."""
+
         def ask(passes: LayerPasses) -> Needs:
+            numbers = [self._places[id(u)] for u in units]
             return self._worst(passes, numbers, passes.tail(numbers, adds=adds))
 
-        return self._once(("tail", numbers, adds), ask)
+        return self._once(("tail", tuple(self._numbers[id(u)] for u in units), adds), ask)
 
     def _once(self, question: tuple[object, ...], ask: Callable[[LayerPasses], T]) -> T | None:
         if self._passes is None:

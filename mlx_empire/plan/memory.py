@@ -68,7 +68,7 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         **states,
         "exchange buffers": staging + 4 * ADDED_AT_ONCE,
         "MLX base": BASE + costs_of(spec, work).argument_bytes,
-        "allocator margin": ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
+        "allocator margin": work.paged * ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
     }
     step = StepBytes(spec, plan, work, rank, state_bytes)
     step.play(folded_step(step.shape))

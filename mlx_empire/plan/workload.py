@@ -78,7 +78,8 @@ class Workload:
 
     `linear_attention`: causal attention without an array mask needs no scores (Metal). `optimizer_in_backward`: a unit
     is updated as soon as its gradient is complete, which is then not kept. `by_pattern`: long rows are attended by
-    segments where layers allow it. `run_ahead`: the next layer is handed to the device while one runs.
+    segments where layers allow it. `run_ahead`: the next layer is handed to the device while one runs. `paged`: buffers
+    take whole pages (Metal; a CPU's are as long as what is in them).
     """
 
     micro_size: int
@@ -92,6 +93,7 @@ class Workload:
     linear_attention: bool = False
     by_pattern: bool = False
     run_ahead: bool = False
+    paged: bool = True
 
     @property
     def tokens(self) -> int:

@@ -92,6 +92,7 @@ def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Tr
         8192,
         by_pattern=case.by_pattern,
         run_ahead=case.run_ahead,
+        paged=False,
     )
     plan = make_plan(built.spec.units, shares, case.stage)
     optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)

@@ -157,7 +157,9 @@ class ShardStore:
             a = chunk.start_row - first_row
             weights = buffer[a : a + chunk.rows]
             mx.eval(weights)
-            if not self.keeps_whole and segment.kind != "frozen":  # an update in place would keep the whole buffer
+            if (
+                not self.keeps_whole and segment.kind != "frozen"
+            ):  # an update in place would keep the whole buffer
                 (own,) = empty_rows([(weights.size, segment.dtype)])
                 host_view(own)[:] = host_view(weights)
                 weights = own

@@ -15,7 +15,7 @@ from typing import TypeVar
 from mlx_empire.model.attention.patterns import Pattern
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.layer_graph import NotTraceable
-from mlx_empire.model.layer_passes import LayerPasses, Pass
+from mlx_empire.model.layer_passes import Adds, LayerPasses, Pass
 from mlx_empire.model.liveness import (
     BUNDLES,
     TASKS_IN_BUNDLE,
@@ -65,7 +65,6 @@ class LayerCosts:
 
     `linear`: kernels that make no scores compute causal attention without a mask, so those scores count nothing;
     `by_pattern`: layers attend by segments where they can. Methods return None where the layers cannot be traced.
-    `adds`: gradients are added to sums in fp32 that are there.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class LayerCosts:
             return self._once(("forward ahead", n), lambda p: self._forward_ahead(p, n))
         return self._once(("forward", n), lambda p: self._worst(p, (n,), p.forward(n))[-1])
 
-    def backward(self, unit: UnitSpec, *, adds: bool, ahead: bool = False) -> Need | None:
+    def backward(self, unit: UnitSpec, *, adds: Adds, ahead: bool = False) -> Need | None:
         """One layer's vjp, which recomputes it; `ahead`: handed over while the one before runs, whose gradients are
         then made flat."""
         n = self._numbers[id(unit)]
@@ -124,14 +123,17 @@ class LayerCosts:
         handed = [HandedOver([k * size + output], [k * size + output]) for k in range(times - 1)]
         return self._worst_ahead(one, row, [*handed, HandedOver([(times - 1) * size + output])], {})
 
-    def _backward_ahead(self, passes: LayerPasses, n: int, adds: bool) -> Need:
+    def _backward_ahead(self, passes: LayerPasses, n: int, adds: Adds) -> Need:
         """Of two layers in a row: at a reduction the main thread waits for the one before."""
         one = passes.backward(n, adds=adds, flat=True)
         graph, size = one.graph, len(one.graph.shapes)
-        onward, (hidden, cotangent, *sums) = graph.outputs[0], graph.given[: 2 + adds * len(one.gradients)]
+        onward, (hidden, cotangent, *sums) = (
+            graph.outputs[0],
+            graph.given[: 2 + bool(adds) * len(one.gradients)],
+        )
         layouts = {}
         if adds:  # sums lie as gradients do: those of matrices are transposed
-            alone = passes.backward(n, adds=False)
+            alone = passes.backward(n, adds="")
             views = layouts_of(alone.graph, alone.gradients)
             layouts = {k * size + a: v for k in (0, 1) for a, v in zip(sums, views, strict=True)}
         row = repeated(self._played(passes, (n,), graph), 2, {cotangent: onward}, kept=[hidden])
@@ -155,7 +157,7 @@ class LayerCosts:
         """The loss with its gradients: the need of a first chunk, and of a later one where there is one."""
         return self._once(("head",), lambda p: self._worst(p, (), p.head()))
 
-    def tail(self, units: Sequence[UnitSpec], *, adds: bool) -> Needs | None:
+    def tail(self, units: Sequence[UnitSpec], *, adds: Adds) -> Needs | None:
         """The loss behind layers that are not recomputed, and their vjp: each chunk's needs, then the backward's."""
         last, behind = units[-TRACED_TAIL:], units[1 - TRACED_TAIL :]
         need = self._tail(last, adds)
@@ -166,7 +168,7 @@ class LayerCosts:
             need = tuple(a + b.more_than(c) for a, b, c in zip(need, more, fewer, strict=True))
         return need
 
-    def _tail(self, units: Sequence[UnitSpec], adds: bool) -> Needs | None:
+    def _tail(self, units: Sequence[UnitSpec], adds: Adds) -> Needs | None:
         """Of each layer itself, not of one that is alike: those that share tensors would share gradients."""
 
         def ask(passes: LayerPasses) -> Needs:

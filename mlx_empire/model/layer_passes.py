@@ -65,7 +65,13 @@ class LayerPasses:
             raise NotTraceable("there is no module to trace")
         self._spec, self._model = spec, spec.module
         self._blocks = TracedBlocks()
-        with _in_peace(self._model, spec.name) as layers:
+        self._places = {t.name: _place(self._model, t.name) for t in spec.units[0].tensors}
+        # What layers are given may have the embedding's dtype; a model that is planned has not got its own yet.
+        root = {t.name: mx.zeros(t.shape, _dtype(t)) for t in spec.units[0].tensors}
+        with _in_peace(self._model, spec.name) as layers, self._put_back(spec.units[0].tensors):
+            for name, array in root.items():
+                container, key = self._places[name]
+                container[key] = array
             self._slotted = SlottedModel(self._model, spec.name)
             try:
                 hidden, given = self._slotted.capture(mx.zeros((rows, width), mx.int32))
@@ -76,11 +82,11 @@ class LayerPasses:
             except Exception as error:  # foreign code on a model that need not be one that trains
                 raise NotTraceable(reason_of(error)) from None
         self._layers: list[nn.Module] = layers
-        self._places = {
+        self._places |= {
             t.name: _place(layer, t.name.removeprefix(f"{unit.name}."))
             for unit, layer in zip(spec.units[1:], layers, strict=True)
             for t in unit.tensors
-        } | {t.name: _place(self._model, t.name) for t in spec.units[0].tensors}
+        }
         dtype = getattr(mx, spec.dtype)
         self._hidden = mx.zeros(hidden.shape, dtype)
         self._chunk, self._positions = chunk, max(chunk // rows, 1)
@@ -329,12 +335,15 @@ class LayerPasses:
             return body(*arrays[:own])
 
         given = [*free, *held, *weights, *arguments, *taps]
-        before = [
-            (container, key, container[key]) for container, key in (self._places[t.name] for t in tensors)
-        ]
+        with self._put_back(tensors), _in_peace(self._model, self._spec.name):
+            return graph_of(run, given, range(len(free), len(given)))
+
+    @contextmanager
+    def _put_back(self, tensors: Sequence[TensorSpec]) -> Iterator[None]:
+        """Afterwards the model has the arrays that it has now."""
+        before = [(*self._places[t.name], self._places[t.name][0][self._places[t.name][1]]) for t in tensors]
         try:
-            with _in_peace(self._model, self._spec.name):
-                return graph_of(run, given, range(len(free), len(given)))
+            yield
         finally:
             for container, key, array in before:
                 container[key] = array

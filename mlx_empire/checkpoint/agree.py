@@ -95,7 +95,7 @@ def find_folders(comm: Communicator, root: Path) -> Folders:
     told = comm.gather_json([str(real), str(real.relative_to(mount)), disk_of(root, comm.hostname)])
     in_root = [os.path.exists(root / name) for name in names]
     on_disk = [
-        found or any(os.path.exists(way / name) for way in (Path(path), mount / below))
+        found or any(_is_beside(root, way / name) for way in (Path(path), mount / below))
         for found, name, (path, below, _) in zip(in_root, names, told, strict=True)
     ]
     answers = comm.gather_json([in_root.index(True), on_disk.index(True)])
@@ -104,6 +104,14 @@ def find_folders(comm: Communicator, root: Path) -> Folders:
     for rank, (_, first) in enumerate(answers):
         disks.append(told[rank][2] if first == rank else disks[first])
     return Folders(root, comm.rank, tuple(leader for leader, _ in answers), tuple(disks))
+
+
+def _is_beside(root: Path, probe: Path) -> bool:
+    """Whether `probe` is there, on the file system of `root`."""
+    try:
+        return os.stat(probe).st_dev == os.stat(root).st_dev
+    except OSError:
+        return False
 
 
 def replicas_agree(store: ShardStore, comm: Communicator) -> None:

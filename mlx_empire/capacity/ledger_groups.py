@@ -52,7 +52,8 @@ _TERMS = {
     ),
     "MLX base": Term("64 KiB for rotary tables and scalars, and the masks that layers are given", "fitted"),
     "allocator margin": Term(
-        "half a page of 16 KiB for every buffer and for every tensor that is small", "unmeasured"
+        "half a page of 16 KiB for every buffer and for every tensor that is small; none on a CPU",
+        "unmeasured",
     ),
     "gathered root": Term(
         "embedding, final norm and head, whole from the first phase to the last but one", "exact"

@@ -155,10 +155,14 @@ class ShardStore:
     def _cut(self, segment: Segment, buffer: mx.array, first_row: int) -> Iterator[LiveChunk]:
         for chunk in segment.chunks(*self.plan.state_interval(segment, self._comm.rank)):
             a = chunk.start_row - first_row
-            weights = buffer[
-                a : a + chunk.rows
-            ]  # a view; the buffer goes once all its chunks have been updated
+            weights = buffer[a : a + chunk.rows]
             mx.eval(weights)
+            if (
+                not self.keeps_whole and segment.kind != "frozen"
+            ):  # an update in place would keep the whole buffer
+                (own,) = empty_rows([(weights.size, segment.dtype)])
+                host_view(own)[:] = host_view(weights)
+                weights = own
             yield LiveChunk(chunk, weights)
 
     # ---- whole units

@@ -2,8 +2,8 @@
 
 A layer's costs depend on its tensors (`UnitSpec.kind`), on what the model gives it besides the hidden state, on its
 switches (a layer without rotary positions) and on the micro-batch's shape. Layers that are alike in these are traced
-once. A long tail of un-recomputed layers is traced up to `TRACED_TAIL` layers and continued by what the last of them
-added. Where MLX does not tell a graph there are no costs, and the plan takes what was fitted.
+once. A long tail of un-recomputed layers is traced up to `TRACED_TAIL` layers, and continued by what each layer before
+adds in front of the others. Where MLX does not tell a graph there are no costs, and the plan takes what was fitted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 from mlx_empire.model.attention.patterns import Pattern
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.layer_graph import NotTraceable
-from mlx_empire.model.layer_passes import LayerPasses, Pass
+from mlx_empire.model.layer_passes import Adds, LayerPasses, Pass
 from mlx_empire.model.liveness import (
     BUNDLES,
     TASKS_IN_BUNDLE,
@@ -66,7 +66,6 @@ class LayerCosts:
 
     `linear`: kernels that make no scores compute causal attention without a mask, so those scores count nothing;
     `by_pattern`: layers attend by segments where they can. Methods return None where the layers cannot be traced.
-    `adds`: gradients are added to sums in fp32 that are there.
     """
 
     def __init__(
@@ -79,7 +78,8 @@ class LayerCosts:
             self._passes: LayerPasses | None = LayerPasses(spec, rows, width, chunk, kernels)
         except NotTraceable:
             self._passes = None
-        # By identity of a unit its number; alike layers have the number of the first of them.
+        # By identity of a unit its place; in `_numbers` alike layers have that of the first of them.
+        self._places = {id(unit): n for n, unit in enumerate(spec.units)}
         self._numbers: dict[int, int] = {}
         firsts: dict[tuple[object, ...], int] = {}
         for n, unit in enumerate(spec.units[1:], 1):
@@ -115,7 +115,7 @@ class LayerCosts:
         return self._once(("products", n), lambda p: p.products(n)) or []
 
     def backward(
-        self, unit: UnitSpec, *, adds: bool, ahead: bool = False, kept: tuple[int, ...] = ()
+        self, unit: UnitSpec, *, adds: Adds, ahead: bool = False, kept: tuple[int, ...] = ()
     ) -> Need | None:
         """One layer's vjp, which recomputes it but for what is `kept`; `ahead`: handed over while the one before runs,
         whose gradients are then made flat."""
@@ -133,14 +133,17 @@ class LayerCosts:
         handed = [HandedOver([k * size + output], [k * size + output]) for k in range(times - 1)]
         return self._worst_ahead(one, row, [*handed, HandedOver([(times - 1) * size + output])], {})
 
-    def _backward_ahead(self, passes: LayerPasses, n: int, adds: bool, kept: tuple[int, ...]) -> Need:
+    def _backward_ahead(self, passes: LayerPasses, n: int, adds: Adds, kept: tuple[int, ...]) -> Need:
         """Of two layers in a row: at a reduction the main thread waits for the one before."""
         one = passes.backward(n, adds=adds, flat=True, kept=kept)
         graph, size = one.graph, len(one.graph.shapes)
-        onward, (hidden, cotangent, *sums) = graph.outputs[0], graph.given[: 2 + adds * len(one.gradients)]
+        onward, (hidden, cotangent, *sums) = (
+            graph.outputs[0],
+            graph.given[: 2 + bool(adds) * len(one.gradients)],
+        )
         layouts = {}
         if adds:  # sums lie as gradients do: those of matrices are transposed
-            alone = passes.backward(n, adds=False)
+            alone = passes.backward(n, adds="")
             views = layouts_of(alone.graph, alone.gradients)
             layouts = {k * size + a: v for k in (0, 1) for a, v in zip(sums, views, strict=True)}
         row = repeated(self._played(passes, (n,), graph), 2, {cotangent: onward}, kept=[hidden])
@@ -164,22 +167,25 @@ class LayerCosts:
         """The loss with its gradients: the need of a first chunk, and of a later one where there is one."""
         return self._once(("head",), lambda p: self._worst(p, (), p.head()))
 
-    def tail(self, units: Sequence[UnitSpec], *, adds: bool) -> Needs | None:
+    def tail(self, units: Sequence[UnitSpec], *, adds: Adds) -> Needs | None:
         """The loss behind layers that are not recomputed, and their vjp: each chunk's needs, then the backward's."""
-        numbers = tuple(self._numbers[id(u)] for u in units)
-        need = self._tail(numbers[-TRACED_TAIL:], adds)
-        for n in numbers[:-TRACED_TAIL]:
-            more, fewer = (self._tail((n,) * k, adds) for k in (TRACED_TAIL, TRACED_TAIL - 1))
+        last, behind = units[-TRACED_TAIL:], units[1 - TRACED_TAIL :]
+        need = self._tail(last, adds)
+        for unit in units[:-TRACED_TAIL]:
+            more, fewer = self._tail([unit, *behind], adds), self._tail(behind, adds)
             if need is None or more is None or fewer is None:
                 return None
             need = tuple(a + b.more_than(c) for a, b, c in zip(need, more, fewer, strict=True))
         return need
 
-    def _tail(self, numbers: tuple[int, ...], adds: bool) -> Needs | None:
+    def _tail(self, units: Sequence[UnitSpec], adds: Adds) -> Needs | None:
+        """Of each layer itself, not of one that is alike: those that share tensors would share gradients."""
+
         def ask(passes: LayerPasses) -> Needs:
+            numbers = [self._places[id(u)] for u in units]
             return self._worst(passes, numbers, passes.tail(numbers, adds=adds))
 
-        return self._once(("tail", numbers, adds), ask)
+        return self._once(("tail", tuple(self._numbers[id(u)] for u in units), adds), ask)
 
     def _once(self, question: tuple[object, ...], ask: Callable[[LayerPasses], T]) -> T | None:
         if self._passes is None:

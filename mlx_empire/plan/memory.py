@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+from mlx_empire.model.layer_passes import Adds
 from mlx_empire.model.spec import BLOCK, ITEM_BYTES, ModelSpec
 from mlx_empire.plan.activations import costs_of, forward_bytes, head_costs, hidden_bytes, layer_costs
 from mlx_empire.plan.kept import kept_bytes
@@ -65,7 +66,9 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         **stored(plan, rank, state_bytes),
         "exchange buffers": staging + 4 * ADDED_AT_ONCE,
         "MLX base": BASE + costs_of(spec, work).argument_bytes,
-        "allocator margin": ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
+        "allocator margin": work.paged
+        * ROUNDING
+        * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
     }
     step = StepBytes(spec, plan, work, rank, state_bytes)
     step.play(folded_step(step.shape))
@@ -175,20 +178,23 @@ class StepBytes(Reader):
         for moment in head_costs(kept, self._spec, self._work, adds=self._adds(action)):
             self._moment(moment)
         if action.micro in self._first:
-            self._hold("root gradients", self._root.head_sum * action.times)
-            for u in range(self.shape.boundary + 1, self.shape.layers + 1):
-                self._hold_cell(u, "tail sums")
+            self._hold("root gradients", self._root.head_sum(1) * action.times)
+        elif action.micro - 1 in self._first:
+            rounds = action.times // max(
+                self.shape.cells[action.round] - 2, 1
+            )  # alike ones that it stands for
+            self._hold("root gradients", (self._root.head_sum(2) - self._root.head_sum(1)) * rounds)
+        for u in range(self.shape.boundary + 1, self.shape.layers + 1):
+            self._hold_cell(action, u, "tail sums")
 
     def backward(self, action: Action) -> None:
         self._phase = "backward"
-        first = action.micro in self._first
         if self._plan.world_size == 1:  # a copy, done before the layer's worst moment
             self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
         unit = self._spec.units[action.unit]
         adds, kept = self._adds(action), action.products
         self._moment(layer_costs(unit, self._spec, self._work, adds=adds, kept=kept))
-        if first:
-            self._hold_cell(action.unit, "unit gradient sums")
+        self._hold_cell(action, action.unit, "unit gradient sums")
 
     reuse = backward
 
@@ -205,10 +211,11 @@ class StepBytes(Reader):
             sums = self._root.embed * self._wide * self._adds_up
             self._moment({"root gradients": 2 * self._root.embed + sums})
 
-    def _adds(self, action: Action) -> bool:
-        """Whether gradients are added to a sum; of a cell of several micro-batches those needs count, for they come
-        on top of the sum."""
-        return self.shape.cells[action.round] > 1
+    def _adds(self, action: Action) -> Adds:
+        """What gradients are added to: a cell's first are left as they are, the second make a sum in fp32 of them."""
+        if action.micro in self._first:
+            return ""
+        return "own" if self._item < 4 and action.micro - 1 in self._first else "wide"
 
     # ---- sums
 
@@ -248,11 +255,12 @@ class StepBytes(Reader):
         """Bytes of a unit's contribution in the wire's dtype; none where this rank has no cell in the round."""
         return self._sizes[action.unit].gradient if self.shape.cells[action.round] else 0
 
-    def _hold_cell(self, unit: int, name: str) -> None:
+    def _hold_cell(self, action: Action, unit: int, name: str) -> None:
         """A cell's sum of a layer, from its first micro-batch until it is handed over."""
-        size = self._sizes[unit].gradient * (self._wide if self._adds_up else 1)
+        size = self._sizes[unit].gradient * (1 if action.micro in self._first else self._wide)
+        _, before = self._cell.get(unit, ("", 0))
         self._cell[unit] = name, size
-        self._hold(name, size)
+        self._hold(name, size - before)
 
     def _drop_cell(self, action: Action) -> None:
         """A round's sum is handed over, if it has not been."""
@@ -260,7 +268,7 @@ class StepBytes(Reader):
         if action.unit == 0 and self.shape.cells[action.round] and action.round not in self._handed_over:
             self._handed_over.add(action.round)
             self._moment({"root gradients": self._root.joined})
-            name, size = "root gradients", self._root.head_sum * action.times
+            name, size = "root gradients", self._root.head_sum(self.shape.cells[action.round]) * action.times
             self._hold("embedding gradients", -self._held.get("embedding gradients", 0))
         self._hold(name, -size)
 

@@ -114,6 +114,7 @@ def resolve(
             recipe.optimizer.in_backward,
             _LINEAR and not _needs_masks(recipe) and all(_has_metal(n) for n in nodes),
             by_pattern=recipe.numerics.attention != "mask",
+            paged=not all(_is_cpu(node) for node in nodes),
         )
         plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):
@@ -195,6 +196,11 @@ _LINEAR = linear_in(version("mlx"))
 def _has_metal(node: Node) -> bool:
     """Whether a node is known to compute on Apple's GPU; a hostfile says so by its chip, such as chip=M3-Ultra."""
     return (node.chip or "").startswith(("Apple", "M1", "M2", "M3", "M4", "M5"))
+
+
+def _is_cpu(node: Node) -> bool:
+    """Whether a node was asked and computes on a CPU."""
+    return node.measured and node.compiles is None and not _has_metal(node)
 
 
 def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPlan:

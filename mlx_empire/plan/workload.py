@@ -80,7 +80,8 @@ class Workload:
     `linear_attention`: causal attention without an array mask needs no scores (Metal). `optimizer_in_backward`: a unit
     is updated as soon as its gradient is complete, which is then not kept. `by_pattern`: long rows are attended by
     segments where layers allow it. `run_ahead`: the next layer is handed to the device while one runs. `stashes`: by
-    rank, which results of recomputed layers stay; none where it is empty.
+    rank, which results of recomputed layers stay; none where it is empty. `paged`: buffers take whole pages (Metal; a
+    CPU's are as long as what is in them).
     """
 
     micro_size: int
@@ -95,6 +96,7 @@ class Workload:
     by_pattern: bool = False
     run_ahead: bool = False
     stashes: tuple[Stash, ...] = ()
+    paged: bool = True
 
     def stash(self, rank: int) -> Stash:
         """Which results of recomputed layers stay on `rank`."""

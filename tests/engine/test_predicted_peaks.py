@@ -54,6 +54,11 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "llama 128 stage 2, cells of 1 and 2": setting("llama", 128, 2, [1], micro_batches=6, cells=4),
         "llama 128 stage 0, 8 bits": setting("llama", 128, 0, [1], state_bits=8),
         "qwen3_moe 384 stage 2": setting("qwen3_moe", 384, 2, [1]),
+        "llama 128 stage 3, lion": setting("llama", 128, 3, [1], optimizer="lion"),
+        "llama 64 stage 2, bfloat16, tail of 10": setting(
+            "llama", 64, 2, [1], dtype="bfloat16", gradient_dtype="bfloat16", tail=10
+        ),
+        "qwen3_moe 128 stage 2, tail of 6": setting("qwen3_moe", 128, 2, [1], tail=6),
         "gemma2 384 stage 0, tail of 2": setting("gemma2", 384, 0, [1], tail=2),
         "phi3 384 stage 2": setting("phi3", 384, 2, [1], micro_batches=1),
         "mamba2 384 stage 3": setting("mamba2", 384, 3, [1]),
@@ -170,6 +175,9 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
 DAILY: dict[int, set[str]] = {  # beside those of `test_random_peaks.py`
     1: {
         "llama 128 stage 2",
+        "llama 128 stage 3, lion",
+        "llama 64 stage 2, bfloat16, tail of 10",
+        "qwen3_moe 128 stage 2, tail of 6",
         "llama 384 stage 3, lora in 4 layers, tail of 2",
         "llama 64 stage 3, released, bfloat16, 8 bits",
         "llama 384 stage 3, lora, 50% kept",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -78,3 +80,21 @@ def test_after_the_whole_model_was_there_nothing_is_kept(asked):
         assert trainer.store._spares._free == []
         after = whole_weights(trainer)
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
+def test_no_update_keeps_the_buffer_of_its_neighbours(optimizer):
+    """MLX computes in place of an input that nobody else reads, which may be a part of a larger buffer."""
+    case = Case(micro_batches=2, optimizer=optimizer, state_bits=32)
+    gc.collect()
+    before = mx.get_active_memory()
+    with CommThread() as thread:
+        trainer = trainer_of(case, SoloCommunicator("here"), thread)
+        list(steps(trainer, case, 2))
+        gc.collect()
+        chunks = [chunk for unit in trainer.store.chunks for segment in unit for chunk in segment]
+        arrays = [array for chunk in chunks for array in (chunk.weights, *chunk.state.values())]
+        spares = [array for buffers, _ in trainer.store._spares._free for array in buffers]
+        known = sum(array.nbytes for array in (*arrays, *spares))
+        assert known > 1 << 20
+        assert mx.get_active_memory() - before <= known + (1 << 16)

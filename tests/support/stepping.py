@@ -130,6 +130,7 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
         case.release,
         by_pattern=case.by_pattern,
         run_ahead=case.run_ahead,
+        paged=False,
     )
     plan = make_plan(spec.units, shares, case.stage)
     work = keeping(work, spec, plan, case.kept)

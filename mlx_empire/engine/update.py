@@ -98,12 +98,13 @@ class Updater:
         Running ahead, wait for the unit before, which holds its old state; where weights stay whole, `adopt` does.
         """
         unit = self._store.plan.units[index]
-        totals = self._sums.totals.pop(index)
+        totals = self._sums.totals[index]
         trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
         self._store.hold(index)
         for s, total in zip(trained, totals, strict=True):
             chunks = self._store.chunks[index][s]
             self._update_segment(unit.segments[s], chunks, total, self._scalars_of)
+        self._sums.drop(index)
         if not self._store.keeps_whole:
             before, self._handed_over = self._handed_over, self._store.evaluate.mark()
             if before is not None:

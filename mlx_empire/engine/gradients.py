@@ -127,14 +127,16 @@ class GradientStore:
     def round_off(self, index: int, cell: MicroBatchSum) -> None:
         """Round a complete sum to the wire's dtype, in place: its arrays are then evaluated and flat.
 
-        One tensor at a time: vjp gives transposed gradients, so flat ones are copies. Running ahead, all at once.
+        vjp gives transposed gradients, so flat ones are copies: of as many at once as are no larger than the largest
+        one. Running ahead, all at once.
         """
         evaluate = self._store.evaluate
         for i, wire in enumerate(self._wires(index)):
             cell.arrays[i] = cell.arrays[i].astype(wire).flatten()
-            if evaluate.waits:
-                evaluate(cell.arrays[i])
-        if not evaluate.waits:
+        if evaluate.waits:
+            sizes = [array.nbytes for array in cell.arrays]
+            evaluate.in_groups(cell.arrays, sizes, max(sizes, default=0))
+        else:
             evaluate(cell.arrays)
 
     def _wires(self, index: int) -> list[mx.Dtype]:

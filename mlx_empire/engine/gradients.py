@@ -111,7 +111,10 @@ class GradientStore:
         )
 
     def reuse(self, most: int) -> None:
-        """Keep totals' buffers for the next unit or step, up to so many bytes with those in use (`Ledger.spare`)."""
+        """Keep totals' buffers for the next unit or step, up to so many bytes with those in use (`Ledger.spare`).
+
+        In float32, which is what contributions are added in; totals in bfloat16 are what MLX makes of them.
+        """
         self._spares = Spares(most)
 
     @property

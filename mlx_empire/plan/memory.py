@@ -38,11 +38,16 @@ ROUNDING = 1 << 13  # half a page of Metal's allocator
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes by name: for the whole step, and by phase. `derived`: whether the layers' own graphs could be played."""
+    """Bytes by name: for the whole step, and by phase. `derived`: whether the layers' own graphs could be played.
+
+    `spare`: as much as the buffers of "gradients" may take at any moment, those included that are not in use then, and
+    the peak stays what it is.
+    """
 
     resident: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
     derived: bool = True
+    spare: int = 0
 
     @cached_property
     def largest_phase(self) -> str:
@@ -72,7 +77,8 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
     }
     step = StepBytes(spec, plan, work, rank, state_bytes)
     step.play(folded_step(step.shape))
-    return Ledger({k: v for k, v in resident.items() if v}, step.phases, costs_of(spec, work).derived)
+    named = {name: size for name, size in resident.items() if size}
+    return Ledger(named, step.phases, costs_of(spec, work).derived, step.spare)
 
 
 def stored(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> Items:
@@ -105,7 +111,7 @@ class StepBytes(Reader):
         self._root = RootMemory(spec, work, self._sizes[0].gradient)
         self._first = set(accumulate(self.shape.cells, initial=0))  # micro-batches that begin a cell
         self._held: Items = {}
-        self._total = 0
+        self._total = self._most_others = 0
         self._worst = dict.fromkeys(PHASES, -1)
         self._phase = "forward"
         self._whole = self._most_whole = 0  # bytes of gathered units, now and at most
@@ -118,6 +124,11 @@ class StepBytes(Reader):
 
     bind = score = replicate = Reader.nothing
 
+    @property
+    def spare(self) -> int:
+        """What the peak leaves for gradients beside the most that lies beside them at any moment."""
+        return max(0, *self._worst.values()) - self._most_others
+
     # ---- bookkeeping
 
     def _hold(self, name: str, size: int) -> None:
@@ -128,6 +139,7 @@ class StepBytes(Reader):
         """What is held, and `now` besides: the worst moment of a phase is kept."""
         phase = phase or self._phase
         total = self._total + sum(now.values())
+        self._most_others = max(self._most_others, total - self._held.get("gradients", 0))
         if total > self._worst[phase]:
             self._worst[phase] = total
             items = dict(self._held)

@@ -102,7 +102,9 @@ def make_trainer(
 ) -> Trainer:
     """A rank's trainer, without weights: they are loaded next, and `Trainer.prepare` ends it."""
     optimizer, settings = make_optimizer(recipe.optimizer), trainer_settings(recipe)
-    return Trainer(target.model, target.spec, plan.shards, plan.work, comm, thread, optimizer, settings)
+    trainer = Trainer(target.model, target.spec, plan.shards, plan.work, comm, thread, optimizer, settings)
+    trainer.gradients.reuse(plan.ledgers[comm.rank].spare)
+    return trainer
 
 
 def trainer_settings(recipe: Recipe) -> TrainerSettings:

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(save_report(options.run, options.save))
             return 0
-        from mlx_empire.open.serve import serve
+        from mlx_empire.open.serve import serve_pages
 
-        return serve(options.run, options.lan, options.port, browser=not options.no_browser)
+        return serve_pages(options.run, options.lan, options.port, browser=not options.no_browser)
     raise AssertionError("guard always leaves")

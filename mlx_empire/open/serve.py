@@ -25,7 +25,7 @@ TOKEN_BYTES = 18
 LAST_SECONDS = 1  # for open pages, when the server is stopped
 
 
-def serve(folder: Path, lan: bool, port: int | None, *, browser: bool) -> int:
+def serve_pages(folder: Path, lan: bool, port: int | None, *, browser: bool) -> int:
     """Serve the runs at `folder` until Ctrl-C; 0. UserError where there is no such folder, or the port is taken."""
     root, start = root_of(folder)
     token = secrets.token_urlsafe(TOKEN_BYTES) if lan else None

@@ -50,7 +50,7 @@ FIND_PYTHON = for python in $(PYTHON); do \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
 .PHONY: help setup model quickstart check test test-slow test-faults test-fuzz test-gpu test-metal soak test-interop lint docs \
-  bench bench-optim bench-quality lock clean
+  golden bench bench-optim bench-quality lock clean
 
 help:
 	@echo "make quickstart     fine-tune a small real model over two processes and let it speak before and after"
@@ -62,6 +62,7 @@ help:
 	@echo "make test-fuzz      2,000 broken files of each kind; only the errors of our own"
 	@echo "make test-gpu       what the GPU computes beside what the CPU computes (Metal, or CUDA); make test-metal is the same"
 	@echo "make test-interop   the tests that need torch, peft and datasets (installs them)"
+	@echo "make golden         300 steps of SmolLM2 beside a plain loop on torch, kept in docs/golden.md (an hour on two cores)"
 	@echo "make bench          the benchmarks, as ratios"
 	@echo "make bench-optim    the optimizer beside others of its kind, which it installs, and its speed"
 	@echo "make bench-quality  8-bit training against 32-bit on two models, five paired seeds (an hour on two cores)"
@@ -153,7 +154,7 @@ test-faults: setup
 
 # Peaks of another 28 settings, whatever is the same on 1 to 3 ranks on 4, the whole oracle, and every model of mlx-lm.
 test-slow: setup
-	@$(FAST) $(PY) -m pytest tests/benchmarks tests/cli tests/engine tests/formats tests/gpu tests/init tests/metal tests/model tests/oracle tests/plan tests/train -m slow $(PARALLEL) $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/benchmarks tests/cli tests/engine tests/formats tests/gpu tests/init tests/inspect tests/metal tests/model tests/open tests/oracle tests/page tests/plan tests/train -m slow $(PARALLEL) $(PYTEST_ARGS)
 
 # Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
 test-fuzz: setup
@@ -170,9 +171,16 @@ test-metal: test-gpu
 soak: setup
 	@$(FAST) $(PY) tests/faults/soak.py
 
+golden: model
+	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH)
+	@mkdir -p build
+	@$(FAST) $(PY) benchmarks/golden.py --json build/golden.json --page docs/golden.md
+
+# Of TRL only the chat templates are read, so it comes without what it depends on.
 test-interop: setup
 	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH) peft==0.21.2 datasets==5.2.0
-	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py $(PYTEST_ARGS)
+	$(PY) -m pip install -qq --disable-pip-version-check --no-deps trl==1.16.0
+	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py tests/inspect/test_as_datasets.py $(PYTEST_ARGS)
 
 bench: setup
 	@$(FAST) $(PY) benchmarks/run.py && $(PY) benchmarks/adapters.py && $(PY) benchmarks/attention.py && $(PY) benchmarks/capacity_report.py

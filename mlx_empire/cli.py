@@ -39,6 +39,9 @@ VERBS: dict[str, dict[str, Verb]] = {
         ),
         "setup": Verb("keys and the same environment on every machine, over ssh", "mlx_empire.setup.command"),
         "fetch": Verb("the model that a recipe names, from the Hugging Face Hub", "mlx_empire.fetch.command"),
+        "inspect": Verb(
+            "what the model will see of data; other tools' rows as ours", "mlx_empire.inspect.command"
+        ),
         "capacity": Verb("what every machine will need, and whether it fits", "mlx_empire.capacity.command"),
         "verify": Verb("what each technique of a recipe changes, pair by pair", "mlx_empire.verify.command"),
     },
@@ -56,6 +59,7 @@ VERBS: dict[str, dict[str, Verb]] = {
     "runs": {
         "list": Verb("the runs in a folder: state, step, losses, size", "mlx_empire.runs.command", ("list",)),
         "status": Verb("how a run goes", "mlx_empire.launch.command", ("status",)),
+        "open": Verb("runs as pages in a browser, while they go on", "mlx_empire.open.command"),
         "compare": Verb(
             "what differs between runs, and their figures", "mlx_empire.runs.command", ("compare",)
         ),
@@ -64,6 +68,8 @@ VERBS: dict[str, dict[str, Verb]] = {
         ),
     },
     "results": {
+        "chat": Verb("let a result answer, alone or beside its base", "mlx_empire.chat.command"),
+        "serve": Verb("many adapters of one base by the API of OpenAI", "mlx_empire.serve.command"),
         "export": Verb("merge an adapter, change its format, pack a base", "mlx_empire.export.command"),
     },
 }

@@ -115,6 +115,12 @@ def disk_of(place: Path, host: str) -> str:
     return f"{host}:{_nearest(place).stat().st_dev}"
 
 
+def mount_point(place: Path) -> Path:
+    """Where the file system of a folder is mounted; no link is left in the path."""
+    real = place.resolve()
+    return next(path for path in (real, *real.parents) if path.is_mount())
+
+
 def is_full(error: OSError) -> bool:
     """Whether a write failed because nothing more fits."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

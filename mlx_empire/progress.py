@@ -48,6 +48,9 @@ PHASES = (
     "save-wait",  # nothing is wrong: this thread waits for the checkpoint's
     "finish",
     "freeze",  # the result is frozen, and nothing says yet that the run is complete
+    "prepare",  # a daughter's next generation has its rows, and is not in its place
+    "decide",  # a generation is complete, and nothing is decided about it
+    "promote",  # it is in use, and nothing says yet that this was decided
 )
 
 _STALL_SECONDS, _STALL_FACTOR = 600.0, 3.0

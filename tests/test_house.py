@@ -13,6 +13,8 @@ DOOR = ("cli", "__main__")
 # The top floor: commands. They use everything below, and of each other only what capacity answers.
 VERBS = (
     "train",
+    "chat",
+    "serve",
     "export",
     "capacity",
     "verify",
@@ -20,15 +22,18 @@ VERBS = (
     "launch",
     "runs",
     "init",
+    "inspect",
     "keys",
     "doctor",
     "setup",
     "fetch",
+    "open",
 )
 ANSWERS = ("capacity",)
 ASKING = ("train", "verify")
 # Below it, top to bottom: a folder or a file of the package.
 FLOORS = (
+    "page",
     "run",
     "report",
     "checkpoint",

@@ -94,6 +94,17 @@ def test_a_page_is_short(page: str) -> None:
     assert len(TEXTS[page].splitlines()) <= most
 
 
+def test_every_finding_of_the_audit_names_its_test_or_its_answer() -> None:
+    rows = re.findall(r"^\| (\d+) \|[^|]+\| ([^|]+) \| ([^|]+) \|$", TEXTS["docs/first-hour.md"], re.M)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 26))
+    for number, state, where in rows:
+        assert re.match("mended|answered|in part|open|bits that differ", state), number
+        tests = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", where)
+        texts = [(test, (ROOT / file).read_text()) for file, test in tests]
+        assert [test for test, text in texts if test and f"def {test}(" not in text] == [], number
+        assert tests or "](" in where, number
+
+
 def test_the_readme_leads_to_every_page() -> None:
     assert [page for page in TEXTS if page != "README.md" and f"]({page})" not in README] == []
 

@@ -69,6 +69,7 @@ from mlx_empire.recipe.text import read_small_text
 from mlx_empire.report.trace import trace_document
 from mlx_empire.run.agree import share_nodes, share_recipe
 from mlx_empire.run.disks import ledgers_of, planned_places, seen_places, what_else
+from mlx_empire.run.parent import read_parent
 
 Found = TypeVar("Found")
 MOST_CSV_BYTES = 1 << 20
@@ -175,6 +176,8 @@ def show_part(
 def report_of(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wanted) -> CapacityReport:
     """The report of the recipe on the nodes."""
     target = planned_target(recipe, stored_if_whole)
+    if recipe.tuning.start is not None:
+        read_parent(recipe, target, base=None)
     assessment = assess(recipe, target.spec, nodes, state_bytes_of)
     size, counted = size_of(recipe, target.spec)
     known = size is not None or recipe.run.steps.unit == "steps"

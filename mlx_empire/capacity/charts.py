@@ -62,8 +62,8 @@ def _node(node: NodeAssessment, scale: int) -> str:
         f'<div class="bar" role="img" aria-label="{escape(label)}">'
         f'<i class="machine" style="left:0;width:{percent(node.node.memory_bytes, scale)}"></i>{_parts(node, scale)}'
         f'<i class="limit" style="left:{percent(node.limit_bytes, scale)}"></i></div>'
-        f'<div class="says">{badge(node.verdict)}<br><span class="small">{amount(node.peak_bytes)} of '
-        f'{amount(node.limit_bytes)}</span><br><span class="muted small">{room}</span></div></div>'
+        f'<div class="says v-{node.verdict}"><b>{SIGNS[node.verdict]} {room}</b><br><span class="muted small">'
+        f"{amount(node.peak_bytes)} of {amount(node.limit_bytes)}</span></div></div>"
     )
 
 
@@ -89,7 +89,8 @@ def thin_bars(nodes: Sequence[tuple[str, NodeAssessment]], scale: int) -> str:
         f'<span class="small number">{amount(node.peak_bytes)} {SIGNS[node.verdict]}</span>'
         f'<div class="thin v-{node.verdict}">'
         f'<i class="machine" style="left:0;width:{percent(node.limit_bytes, scale)}"></i>'
-        f'<i class="fill" style="left:0;width:{percent(node.peak_bytes, scale)}"></i>'
+        f'<i class="fill{" torn" if node.peak_bytes > scale else ""}" '
+        f'style="left:0;width:{percent(node.peak_bytes, scale)}"></i>'
         f'<i class="limit" style="left:{percent(node.limit_bytes, scale)}"></i></div>'
         for names, node in nodes
     )
@@ -98,7 +99,13 @@ def thin_bars(nodes: Sequence[tuple[str, NodeAssessment]], scale: int) -> str:
 CLOSE = 1 / 400  # of the step: gaps below are not seen
 LANES = ("compute", "network")
 KINDS = ("forward", "head", "backward", "update", "gather", "reduce", "add")
-_KIND_OF = {"embed": "backward", "renew": "gather", "replicate": "reduce"}
+_KIND_OF = {
+    "stash": "forward",
+    "reuse": "backward",
+    "embed": "backward",
+    "renew": "gather",
+    "replicate": "reduce",
+}
 _COLOURS = {
     "forward": "weights",
     "head": "gathered",

@@ -160,7 +160,7 @@ def _placement(one: Placed) -> list[str]:
         _weights(one.way),
         "adapters over one base" if one.shared_base else "whole models",
         *(
-            f"{len(homes)}, {amount(used)}" if homes else "-"
+            f"{len(homes)} in {amount(used)}" if homes else "-"
             for homes, used in zip(found.homes, found.used_bytes, strict=True)
         ),
         str(len(found.homeless)),

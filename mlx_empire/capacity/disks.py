@@ -84,6 +84,11 @@ def disk_notes(ledgers: Sequence[DiskLedger]) -> list[str]:
         "token cache": any(one.tokens for one in ledgers),
     }
     notes = [f"{name}: {FORMULAS[name]}" for name, occurs in used.items() if occurs]
+    if len({one.disk.partition(":")[0] for one in ledgers}) > 1:
+        notes.append(
+            "a disk on a network that several machines share cannot be told from their own here, so each counts it for "
+            "itself; when the run begins it is found by probe files, and counted once"
+        )
     if any(one.free is None for one in ledgers):
         notes.append(
             "what is free on a machine that is not this one: write disk=1TB into its line of the hostfile"

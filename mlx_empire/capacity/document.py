@@ -20,6 +20,7 @@ from mlx_empire.model.closed_forms import active_parameters
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import VERDICTS, Assessment, NodeAssessment
 from mlx_empire.plan.disk import DiskLedger, disk_verdict
+from mlx_empire.plan.fill import bought
 from mlx_empire.plan.hardware import Chip
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
 from mlx_empire.plan.wired_limit import FORGETS, raising_commands, untouched
@@ -115,6 +116,7 @@ class CapacityReport:
             f"{size} x {recipe.data.sequence_length:,} positions a step, {micro} rows at a time",
             f"ZeRO {plan.shards.zero_stage}, shares by {shares}" if len(self.nodes) > 1 else "one node",
             f"{layers - unrecomputed} of {layers} layers recomputed",
+            *((kept,) if (kept := bought(self.spec, plan.shards, plan.work, plan.ledgers)) else ()),
             f"{recipe.optimizer.state_bits}-bit states, master {recipe.optimizer.master_weights}",
             f"gradients {plan.work.gradient_dtype}",
         ]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_empire.capacity.whatif import (
+    AS_IT_IS,
     Advice,
     Settings,
     as_good,
@@ -67,7 +68,7 @@ def _fastest(assessment: Assessment, now: Pace, pace: PaceOf) -> Advice:
     over = f" over {now.wire.name}" if len(assessment.nodes) > 1 else ""
     if not chosen:
         effect = f"no other stage or checkpointing is faster than {before} s a step{over}"
-        return Advice("as it is", effect, assessment.verdict)
+        return Advice(AS_IT_IS, effect, assessment.verdict)
     different = {k: v for k, v in chosen.items() if v != _present(assessment, k)}
     effect = f"{spell(best_pace.step_seconds)} s a step{over} where it is {before} now; {fullest_node(best)}"
     return Advice(typed(different or chosen), effect, best.verdict)

@@ -52,7 +52,8 @@ _TERMS = {
     ),
     "MLX base": Term("64 KiB for rotary tables and scalars, and the masks that layers are given", "fitted"),
     "allocator margin": Term(
-        "half a page of 16 KiB for every buffer and for every tensor that is small", "unmeasured"
+        "half a page of 16 KiB for every buffer and for every tensor that is small; none on a CPU",
+        "unmeasured",
     ),
     "gathered root": Term(
         "embedding, final norm and head, whole from the first phase to the last but one", "exact"
@@ -78,6 +79,10 @@ _TERMS = {
     ),
     "layer inputs": Term(
         "one hidden state for each layer that the backward reaches and each micro-batch, and the current ones",
+        "exact",
+    ),
+    "kept products": Term(
+        "results of recomputed layers that stay from forward to backward, which then does not compute them",
         "exact",
     ),
     "one layer's forward": Term("what is alive at the worst moment of one layer's forward", "derived"),
@@ -153,6 +158,7 @@ _RULES = (
     ("logits", "logits"),
     ("weights", "weights"),
     ("layer", "activations"),
+    ("kept products", "activations"),
     ("recompute", "activations"),
     ("attention", "activations"),
     ("tail", "activations"),

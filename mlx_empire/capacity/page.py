@@ -16,6 +16,7 @@ from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSur
 from mlx_empire.capacity.ladder import Rung
 from mlx_empire.capacity.ledger_groups import alike, ledger_lines
 from mlx_empire.capacity.matrix import Cell, Comparison, MatrixRow
+from mlx_empire.capacity.whatif import AS_IT_IS
 from mlx_empire.capacity.when import milestones
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS
 from mlx_empire.plan.pace import Pace
@@ -30,16 +31,40 @@ def matrix_section(survey: MatrixSurvey) -> str:
     """Every model against every cluster; a dashed frame where pooled memory would have said otherwise."""
     clusters = survey.matrix.clusters
     title = "four clusters" if len(clusters) > 1 else escape(clusters[0])
-    heads = "".join(f'<th class="cluster">{escape(name)}</th>' for name in clusters)
-    rows = "".join(_matrix_row(row, clusters) for row in survey.by_size)
+    telling = [row for row in survey.by_size if _is_telling(row)]
+    rest = [row for row in survey.by_size if not _is_telling(row)]
+    shown = _heat(telling, clusters) if telling else '<p class="muted">The same everywhere.</p>'
+    folded = f"<details><summary>{_alike(rest)}</summary>{_heat(rest, clusters)}</details>" if rest else ""
     return (
         f"<section><h2>Every model on {title}</h2>"
         '<p class="muted small">With the settings of this recipe: verdict, what is left on the fullest machine, '
         "and the ZeRO stage. A dashed frame: "
         "adding up the memory of all machines would have said something else.</p>"
+        f"{shown}{folded}{_differences(survey.comparison)}</section>"
+    )
+
+
+def _is_telling(row: MatrixRow) -> bool:
+    """Whether not all clusters say the same, or one says something else than pooled memory would."""
+    cells = row.cells.values()
+    return len({cell.verdict for cell in cells}) > 1 or any(c.pooled_says != c.verdict for c in cells)
+
+
+def _alike(rows: Sequence[MatrixRow]) -> str:
+    """How many models fit everywhere, and nowhere."""
+    counts = dict.fromkeys(WORDS, 0)
+    for row in rows:
+        counts[next(iter(row.cells.values())).verdict] += 1
+    said = {"fits": "fit everywhere", "tight": "are tight everywhere", "no": "fit nowhere"}
+    return ", ".join(f"{count} {said[verdict]}" for verdict, count in counts.items() if count)
+
+
+def _heat(rows: Sequence[MatrixRow], clusters: Sequence[str]) -> str:
+    heads = "".join(f'<th class="cluster">{escape(name)}</th>' for name in clusters)
+    body = "".join(_matrix_row(row, clusters) for row in rows)
+    return (
         f'<div class="scroll"><table class="heat"><thead><tr><th>model</th>'
-        f'<th class="number">parameters</th>{heads}</tr>'
-        f"</thead><tbody>{rows}</tbody></table></div>{_differences(survey.comparison)}</section>"
+        f'<th class="number">parameters</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
@@ -86,7 +111,7 @@ def ladder_section(ladder: LadderSurvey) -> str:
     return (
         f"<section><h2>The ladder: {escape(ladder.model)}</h2>"
         '<p class="muted small">Each rung adds one technique to those above it. Bars: the memory that a machine needs, '
-        f"against its limit.</p>{rungs}</section>"
+        f"against its limit. A bar with a torn end goes on: it is longer than the drawing.</p>{rungs}</section>"
     )
 
 
@@ -152,17 +177,21 @@ def capacity_page(
 
 
 def _header(report: CapacityReport) -> str:
-    spec, verdict, pace = report.spec, report.verdict, report.paces[0]
-    figures = [(f"{spec.base_parameters:,}", "parameters")]
-    if report.active_parameters != spec.base_parameters:
-        figures.append((f"{report.active_parameters:,}", "active per token"))
-    if spec.trainable_parameters != spec.base_parameters:
-        figures.append((f"{spec.trainable_parameters:,}", "trained"))
-    figures += [
-        (span(pace.positions_per_second), "positions per second"),
+    spec, verdict, pace, worst = report.spec, report.verdict, report.paces[0], report.assessment.worst
+    left = worst.headroom_bytes
+    figures = [
+        (amount(abs(left)), f"{'free' if left >= 0 else 'too much'} on {worst.node.name}"),
+        (report.last_days(pace), f"ends, after {run_length(pace.run_hours)}"),
+        *([(run_length(pace.first_checkpoint), "to the first checkpoint")] if pace.first_checkpoint else []),
         (span(pace.step_seconds, " s"), "a step"),
-        (run_length(pace.run_hours), "the whole run"),
+        (span(pace.positions_per_second), "positions per second"),
+        (billions(spec.base_parameters), "parameters"),
     ]
+    counts = [f"{spec.base_parameters:,} parameters"]
+    if report.active_parameters != spec.base_parameters:
+        counts.append(f"{report.active_parameters:,} active per token")
+    if spec.trainable_parameters != spec.base_parameters:
+        counts.append(f"{spec.trainable_parameters:,} trained")
     boxes = "".join(
         f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in figures
     )
@@ -176,7 +205,7 @@ def _header(report: CapacityReport) -> str:
     )
     return (
         f'<header class="v-{verdict}">{badge(verdict)}<h1>{escape(spec.name)}</h1>'
-        f'<p class="muted">{escape(report.setting)}</p>{reason}{limits}{barred}'
+        f'<p class="muted">{escape(report.setting)}<br>{", ".join(counts)}</p>{reason}{limits}{barred}'
         f'<div class="figures">{boxes}</div></header>'
     )
 
@@ -249,13 +278,21 @@ def _wire(report: CapacityReport, pace: Pace) -> str:
 
 
 def _advice(report: CapacityReport) -> str:
-    if not report.advice:
-        return ""
+    """What to change, what that brings and what it comes to; then what no change would better."""
     items = "".join(
         f"<li><code>{escape(a.change)}</code><span>{escape(a.effect)}</span>{_advised(a.verdict)}</li>"
         for a in report.advice
+        if a.change != AS_IT_IS
     )
-    return f'<section><h2>What to change</h2><ol class="advice">{items}</ol></section>'
+    best = "".join(
+        f'<p class="muted small">{escape(a.effect[0].upper() + a.effect[1:])}.</p>'
+        for a in report.advice
+        if a.change == AS_IT_IS
+    )
+    if not items + best:
+        return ""
+    listed = f'<ol class="advice">{items}</ol>' if items else ""
+    return f"<section><h2>What to change</h2>{listed}{best}</section>"
 
 
 def _advised(verdict: str) -> str:
@@ -290,7 +327,8 @@ def _ledger(report: CapacityReport) -> str:
         '<p class="muted small">Exact: counted from the shapes. Derived: played from the graphs of the layers. '
         "Fitted: measured on a CPU and fitted. "
         "Unmeasured: by reasoning alone.</p>"
-        f"{table(head, rows, range(1, len(kinds) + 1))}"
+        f"<details><summary>{len(rows) - 1} entries, and their sum</summary>"
+        f"{table(head, rows, range(1, len(kinds) + 1))}</details>"
         f"<details><summary>The other limits, and the cache</summary>"
         f"{table(['node', 'largest array', 'live buffers', 'MLX’s cache'], limits, (1, 2, 3))}</details></section>"
     )

@@ -16,6 +16,9 @@ from mlx_empire.sizes import amount
 Settings = dict[str, Any]
 
 
+AS_IT_IS = "as it is"  # the change that nothing is better than
+
+
 @dataclass(frozen=True)
 class Advice:
     """One change as a user would type or buy it, what it does in one sentence with figures, and the verdict then."""

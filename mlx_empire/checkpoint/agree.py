@@ -8,6 +8,7 @@ accidents, not forgeries, at several GB/s.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from mlx_empire import progress
 from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.disk import create_private, disk_of
+from mlx_empire.disk import create_private, disk_of, mount_point
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 from mlx_empire.plan.disk import keeper_of
@@ -55,7 +56,8 @@ def in_words(error: OSError) -> str:
 class Folders:
     """Where this rank keeps checkpoints, and which ranks share a folder: the lowest of them, by rank, leads it.
 
-    `disks`: by rank, what identifies the file system of its folder (`disk.disk_of`).
+    `disks`: by rank, what identifies the file system of its folder (`disk.disk_of`); on a disk that several machines
+    see, what identifies it for the lowest rank.
     """
 
     root: Path
@@ -74,7 +76,10 @@ class Folders:
 
 
 def find_folders(comm: Communicator, root: Path) -> Folders:
-    """Make this rank's folder and find out by probe files who shares it. Collective; UserError agreed on."""
+    """Make this rank's folder and find out by probe files who shares it, or its disk. Collective; UserError agreed on.
+
+    A disk on a network is found by the path of another's folder, as it is there or below the disk's own mount point.
+    """
     nonce = comm.broadcast_json(uuid4().hex[:8])
     names = [f".probe-{nonce}-{rank}" for rank in range(comm.size)]
     own = root / names[comm.rank]
@@ -86,11 +91,27 @@ def find_folders(comm: Communicator, root: Path) -> Folders:
             raise UserError(
                 f"run.checkpoints: {root}: {error.strerror}; choose a folder that can be written"
             ) from None
-    seen = [rank for rank, name in enumerate(names) if (root / name).exists()]
-    answers = comm.gather_json([min(seen), disk_of(root, comm.hostname)])
+    mount, real = mount_point(root), root.resolve()
+    told = comm.gather_json([str(real), str(real.relative_to(mount)), disk_of(root, comm.hostname)])
+    in_root = [os.path.exists(root / name) for name in names]
+    on_disk = [
+        found or any(_is_beside(root, way / name) for way in (Path(path), mount / below))
+        for found, name, (path, below, _) in zip(in_root, names, told, strict=True)
+    ]
+    answers = comm.gather_json([in_root.index(True), on_disk.index(True)])
     own.unlink(missing_ok=True)
-    leaders = tuple(leader for leader, _ in answers)
-    return Folders(root, comm.rank, leaders, tuple(answers[leader][1] for leader in leaders))
+    disks: list[str] = []
+    for rank, (_, first) in enumerate(answers):
+        disks.append(told[rank][2] if first == rank else disks[first])
+    return Folders(root, comm.rank, tuple(leader for leader, _ in answers), tuple(disks))
+
+
+def _is_beside(root: Path, probe: Path) -> bool:
+    """Whether `probe` is there, on the file system of `root`."""
+    try:
+        return os.stat(probe).st_dev == os.stat(root).st_dev
+    except OSError:
+        return False
 
 
 def replicas_agree(store: ShardStore, comm: Communicator) -> None:

@@ -7,8 +7,9 @@ line. What is inside a conversation is read in `data/messages.py`.
 """
 
 import json
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +18,11 @@ from typing import Any
 from mlx_empire.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
+TABLES = (".csv", ".tsv")  # read only to be converted
 VALID_NAMES = ("valid", "validation")
 EXPECTED = "train.jsonl (and valid.jsonl), .txt files or a folder written by datasets' save_to_disk"
+
+Refuse = Callable[[str, UserError], None]  # told of a line that cannot be used: its place, and why
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,16 @@ class RawRow:
 
     where: str
     value: dict[str, Any]
+
+    @property
+    def converting(self) -> str:
+        """The command that makes rows that we read of the file where this one stands."""
+        return converting(Path(self.where.rpartition(":")[0]))
+
+
+def converting(path: Path) -> str:
+    """The command that makes rows that we read of what lies at `path`."""
+    return f"mlx-empire inspect {shlex.quote(str(path))} --convert OUT"
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,9 @@ class Source:
     path: Path
     files: tuple[Path, ...]
 
-    def rows(self) -> Iterator[RawRow]:
-        """Yield every row in file order. Errors: UserError with file and line."""
+    def rows(self, refuse: Refuse | None = None) -> Iterator[RawRow]:
+        """Yield every row in file order. Errors: UserError with file and line; with `refuse` that is told of each line
+        that cannot be used, and reading goes on."""
         if self.kind == "arrow":
             yield from _arrow_rows(self.path)
         for file in self.files if self.kind != "arrow" else ():
@@ -48,7 +63,7 @@ class Source:
                 elif self.kind == ".parquet":
                     yield from _parquet_rows(file)
                 else:
-                    yield from _json_lines(file)
+                    yield from _json_lines(file, refuse)
             except OSError as error:
                 raise UserError(
                     f"{file}: cannot be read: {error.strerror or error}; check data.path"
@@ -62,8 +77,9 @@ def locate(path: Path) -> tuple[Source, Source | None]:
     """
     if path.is_file():
         if path.suffix not in SUFFIXES:
+            other = f"; `{converting(path)}` makes one of it" if path.suffix in TABLES else ""
             raise UserError(
-                f"data.path {path}: unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}"
+                f"data.path {path}: unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}{other}"
             )
         return Source(path.suffix, path, (path,)), None
     if not path.is_dir():
@@ -98,36 +114,49 @@ def _arrow_source(folder: Path) -> Source:
     return Source("arrow", folder, tuple(sorted(f for f in folder.rglob("*") if f.is_file())))
 
 
-def _json_lines(file: Path) -> Iterator[RawRow]:
+def _json_lines(file: Path, refuse: Refuse | None) -> Iterator[RawRow]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{file}:{number}"
             try:
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-            except json.JSONDecodeError as error:
-                if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[") and number == 1:
-                    raise _array(where, file) from error
-                reason = f"{error.msg} at column {error.colno}"
-                raise UserError(f"{where}: not JSON ({reason}); write one JSON object a line") from error
-            except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 nested brackets
-                raise UserError(f"{where}: not usable JSON ({error}); simplify the row") from error
-            if isinstance(value, list) and number == 1:
-                raise _array(where, file)
-            if not isinstance(value, dict):
-                kind = type(value).__name__
-                raise UserError(f"{where}: a JSON {kind}, not an object; write one JSON object a line")
-            yield RawRow(where, value)
+                value = _json_object(where, file, line, number)
+            except UserError as error:
+                if refuse is None or isinstance(error, _ArrayError):
+                    raise
+                refuse(where, error)
+            else:
+                yield RawRow(where, value)
 
 
-def _array(where: str, file: Path) -> UserError:
-    lines = file.with_suffix(".jsonl").name if file.suffix != ".jsonl" else f"{file.stem}-lines.jsonl"
-    return UserError(
-        f"{where}: a JSON array; write one JSON object a line: jq -c '.[]' {file.name} > {lines} does that"
-    )
+def _json_object(where: str, file: Path, line: bytes, number: int) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[") and number == 1:
+            raise _ArrayError(where, file) from error
+        reason = f"{error.msg} at column {error.colno}"
+        raise UserError(f"{where}: not JSON ({reason}); write one JSON object a line") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 nested brackets
+        raise UserError(f"{where}: not usable JSON ({error}); simplify the row") from error
+    if isinstance(value, list) and number == 1:
+        raise _ArrayError(where, file)
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise UserError(f"{where}: a JSON {kind}, not an object; write one JSON object a line")
+    return value
+
+
+class _ArrayError(UserError):
+    """A file that is one JSON array: none of its lines is a row."""
+
+    def __init__(self, where: str, file: Path) -> None:
+        super().__init__(
+            f"{where}: a JSON array; write one JSON object a line: `{converting(file)}` does that"
+        )
 
 
 def _text_document(file: Path) -> RawRow:
@@ -140,7 +169,7 @@ def _text_document(file: Path) -> RawRow:
         raise UserError(f"{file}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
 
 
-def _optional(name: str, path: Path) -> ModuleType:
+def optional_package(name: str, path: Path) -> ModuleType:
     """Import `datasets` or a part of pyarrow: an extra, because they weigh more than all the rest."""
     try:
         return __import__(name, fromlist=["_"])
@@ -150,7 +179,7 @@ def _optional(name: str, path: Path) -> ModuleType:
 
 
 def _arrow_rows(folder: Path) -> Iterator[RawRow]:
-    datasets = _optional("datasets", folder)
+    datasets = optional_package("datasets", folder)
     try:
         table = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -161,7 +190,7 @@ def _arrow_rows(folder: Path) -> Iterator[RawRow]:
 
 
 def _parquet_rows(file: Path) -> Iterator[RawRow]:
-    parquet = _optional("pyarrow.parquet", file)
+    parquet = optional_package("pyarrow.parquet", file)
     try:
         table = parquet.ParquetFile(file)
     except ValueError as error:  # pyarrow's ArrowInvalid
@@ -181,10 +210,8 @@ KEYS = {
 }
 # A key that gives another tool's format away, and what to do about it.
 FOREIGN = {
-    "conversations": "'conversations' is ShareGPT's format; rename it to messages, and in it from and value to "
-    "role and content",
-    "instruction": "'instruction' is Alpaca's format; write its instruction (and input below it) as prompt, and its "
-    "output as completion",
+    "conversations": "'conversations' is ShareGPT's format; `{convert}` writes it as messages",
+    "instruction": "'instruction' is Alpaca's format; `{convert}` writes it as messages",
     "chosen": "'chosen' is a format of preferences; this learns answers: keep the chosen one, as messages or as prompt "
     "and completion",
     "input_ids": "'input_ids' are tokens that another tool made; rename them to tokens (all count), or give the "
@@ -205,7 +232,7 @@ def detect_format(row: RawRow) -> str:
         raise UserError(f"{row.where}: could be {' or '.join(found)}; say which with data.format")
     for key, remedy in FOREIGN.items():
         if key in row.value:
-            raise UserError(f"{row.where}: {remedy}")
+            raise UserError(f"{row.where}: {remedy.format(convert=row.converting)}")
     wanted = ", ".join("+".join(keys) for keys in KEYS.values())
     has = ", ".join(row.value) or "none"
     raise UserError(f"{row.where}: no known keys (it has {has}); a row needs one of {wanted}")

@@ -55,6 +55,10 @@ def read_conversation(row: RawRow, messages: Any) -> Conversation:
     read, learnt, flagged = [], [], False
     for number, message in enumerate(messages, start=1):
         where = f"{row.where}: message {number}"
+        if isinstance(message, dict) and "from" in message and "value" in message:
+            raise UserError(
+                f"{where} has 'from' and 'value'; `{row.converting}` writes them as role and content"
+            )
         standard = _standard(where, message)
         flag = _pop_flag(where, standard)
         if flag and standard["role"] != "assistant":
@@ -86,8 +90,6 @@ def _standard(where: str, message: Any) -> Message:
     if not isinstance(message, dict):
         kind = type(message).__name__
         raise UserError(f"{where} is a {kind}; it must be an object with role and content")
-    if "from" in message and "value" in message:
-        raise UserError(f"{where} has 'from' and 'value'; rename them to role and content")
     found = {key: value for key, value in message.items() if value is not None or key == "content"}
     role = found.get("role")
     if not isinstance(role, str) or not role.strip():

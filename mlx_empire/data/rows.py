@@ -10,7 +10,7 @@ position p = step * global_size + k reads row p mod n of epoch p div n. So any s
 resumes anywhere on any number of machines.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -94,10 +94,10 @@ def build_table(
     counts = Counts(read, cut, dropped)
     if not kept:
         return None, counts
+    per_row = [1] * len(kept)
     if packing:
-        kept, per_row = _pack(kept, sequence_length)
-    else:
-        per_row = [1] * len(kept)
+        together = packed_rows([len(tokens) for tokens, _ in kept], sequence_length)
+        kept, per_row = [kept[i] for row in together for i in row], [len(row) for row in together]
     counted = np.concatenate([flags for _, flags in kept])
     offsets = _offsets([len(tokens) for tokens, _ in kept])
     counted[offsets[:-1]] = 0  # a piece's first token is an input only
@@ -113,21 +113,19 @@ def _offsets(lengths: list[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
-def _pack(
-    pieces: list[tuple[np.ndarray, np.ndarray]], capacity: int
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[int]]:
-    """Best fit, longest first: each piece goes to the open row that it leaves least room in.
+def packed_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Which pieces share a row of `capacity` input positions, by their places in `lengths` (of tokens, each).
 
-    Equal lengths come in a fixed shuffled order, so that neighbours in the file (often alike) seldom share a
-    row. An integer is the set of the free spaces that occur: its lowest bit at or above the need is the best
-    fit, found without a search over rows.
+    Best fit, longest first: each piece goes to the open row that it leaves least room in. Equal lengths come in a
+    fixed shuffled order, so that neighbours in the file (often alike) seldom share a row. An integer is the set of the
+    free spaces that occur: its lowest bit at or above the need is the best fit, found without a search over rows.
     """
-    shuffled = fixed_permutation(len(pieces)).tolist()
+    shuffled = fixed_permutation(len(lengths)).tolist()
     rows: list[list[int]] = []
     open_rows: dict[int, list[int]] = {}  # free positions -> rows that have them
     spaces = 0
-    for index in sorted(shuffled, key=lambda i: -len(pieces[i][0])):
-        need = len(pieces[index][0]) - 1
+    for index in sorted(shuffled, key=lambda i: -lengths[i]):
+        need = lengths[index] - 1
         fitting = spaces >> need
         if fitting:
             free = need + (fitting & -fitting).bit_length() - 1
@@ -142,7 +140,7 @@ def _pack(
         if left > 0:
             open_rows.setdefault(left, []).append(row)
             spaces |= 1 << left
-    return [pieces[index] for row in rows for index in row], [len(row) for row in rows]
+    return rows
 
 
 class Row(NamedTuple):

@@ -150,29 +150,42 @@ def _documents(source: Source, settings: _Settings, tokenizer: Any, remarks: Rem
 def _hold_out(
     documents: list[Document], source: Source, settings: _Settings
 ) -> tuple[list[Document], list[Document]]:
-    """Hold a fraction of the documents out, chosen by a fixed shuffle: run.seed must not move them.
-
-    A lone document that may be split (a book in one .txt file) gives its end instead, cut where two rows
-    meet.
-    """
-    count, length = len(documents), settings.sequence_length
-    if count == 1 and settings.format in SPLITTABLE:
-        (whole,) = documents
-        pieces = -(-(len(whole.tokens) - 1) // length)
-        edge = (pieces - _share(pieces, settings.validation_split)) * length
-        if edge > 0:
-            ends = (slice(edge + 1), slice(edge, None))
-            first, last = (Document(whole.where, whole.tokens[e], whole.counted[e]) for e in ends)
-            return [first], [last]
-    held_out = _share(count, settings.validation_split)
-    if held_out >= count:
-        raise UserError(
-            f"{source.path}: {count} row(s) are too few for data.validation_split "
-            f"{settings.validation_split:g}; add rows or set it to 0"
-        )
-    chosen = set(fixed_permutation(count)[:held_out].tolist())
+    """Hold a fraction of the documents out, or the end of a lone one that may be split."""
+    fraction = settings.validation_split
+    if len(documents) == 1 and settings.format in SPLITTABLE:
+        halves = end_held_out(documents[0], settings.sequence_length, fraction)
+        if halves is not None:
+            return [halves[0]], [halves[1]]
+    refuse_too_few(len(documents), fraction, source.path)
+    chosen = set(held_out_rows(len(documents), fraction))
     kept = [document for index, document in enumerate(documents) if index not in chosen]
     return kept, [documents[index] for index in sorted(chosen)]
+
+
+def held_out_rows(count: int, fraction: float) -> list[int]:
+    """Which of `count` rows are held out: a fixed shuffle chooses, which run.seed must not move."""
+    chosen: list[int] = fixed_permutation(count)[: _share(count, fraction)].tolist()
+    return chosen
+
+
+def refuse_too_few(count: int, fraction: float, path: Path) -> None:
+    """UserError where of `count` rows at `path` none would be left to learn from."""
+    if _share(count, fraction) >= count:
+        raise UserError(
+            f"{path}: {count} row(s) are too few for data.validation_split {fraction:g}; add rows or set it to 0"
+        )
+
+
+def end_held_out(whole: Document, length: int, fraction: float) -> tuple[Document, Document] | None:
+    """A lone document that may be split (a book in one .txt file) without its end, and that, cut where two rows meet;
+    None where it is too short."""
+    pieces = -(-(len(whole.tokens) - 1) // length)
+    edge = (pieces - _share(pieces, fraction)) * length
+    if edge <= 0:
+        return None
+    ends = (slice(edge + 1), slice(edge, None))
+    first, last = (Document(whole.where, whole.tokens[e], whole.counted[e]) for e in ends)
+    return first, last
 
 
 def _share(count: int, fraction: float) -> int:

@@ -1,27 +1,34 @@
-"""Decides whether a finished daughter is still what its recipe and rows ask for, or has changed since.
+"""Decides whether a finished daughter is still what its recipe, base and rows ask for, or has changed since.
 
-The recipe and the digest of the rows, as tokens, lie in its folder since it began (`recipe.yaml`, `plan.json`). A
-changed daughter is never passed off as done, and never trained again unasked: `run.resume=never` does that and replaces
-its result, `run.accept_changes` keeps it. What leaves the result as it is (`recipe.changes.harmless`) is no change, but
-for the run's length, which a finished one has come to the end of.
+The recipe, the digest of the base's weights and that of the rows, as tokens, lie in its folder since it began
+(`recipe.yaml`, `plan.json`). A changed daughter is never passed off as done, and never trained again unasked:
+`run.resume=never` does that and replaces its result, `run.accept_changes` keeps it, `--watch` goes on from it. What
+leaves the result as it is (`recipe.changes.harmless`) is no change, but for the run's length, which a finished one has
+come to the end of. Of one with generations the newest counts: rows that it was offered are no new ones, learnt or not.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from mlx_empire.checkpoint.manifest import sampled_digest
+from mlx_empire.daughters.generations import Generations
 from mlx_empire.daughters.jobs import is_finished, recipe_for
 from mlx_empire.daughters.machine import single_target
+from mlx_empire.daughters.rows import rows_of
 from mlx_empire.errors import EmpireError
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.recipe.changes import changes, harmless
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import load_data
 
-# Where things lie; what is found there is compared by digest.
+# Where things lie; what is found there is compared by digest. A later generation has rows and a start of its own.
 _PLACES = ("run.dir", "data.path", "model.path")
+_OF_LATER = ("data.validation_split", "tuning.start")
 _LENGTH = "run.steps"
 
 
@@ -30,26 +37,47 @@ def changed(recipe: Recipe, people: Path, names: Sequence[str]) -> dict[str, str
     finished = [name for name in names if is_finished(recipe, name)]
     if not finished:
         return {}
-    spec = single_target(recipe).spec
+    spec, base = single_target(recipe).spec, sampled_digest(recipe.model.path)
     found = {}
     for name in finished:
         own = recipe_for(recipe, people, name)
-        accepted = own.run.accept_changes
-        try:
-            told = _recipe_differs(own, accepted)
-            if not any(key.startswith("data.") for key in accepted):
-                began_with = json.loads((own.run.dir / "plan.json").read_text())["data_digest"]
-                if load_data(own, spec).digest != began_with:
-                    told.append(f"{own.data.path} holds other rows")
-        except (EmpireError, OSError, ValueError, KeyError, TypeError):
-            continue  # what cannot be compared, such as rows that were moved away once learnt, is no new work
-        if told:
-            found[name] = "; ".join(told)
+        with suppress(EmpireError, OSError, ValueError, KeyError, TypeError):
+            # What cannot be compared, such as rows that were moved away once learnt, is no new work.
+            if told := _told(own, Generations(own.run.dir), spec, base):
+                found[name] = "; ".join(told)
     return found
 
 
-def _recipe_differs(own: Recipe, accepted: Sequence[str]) -> list[str]:
-    before = load_recipe(own.run.dir / "recipe.yaml")
+def base_differs(folder: Path, base: str) -> bool:
+    """Whether the run in a folder was trained on a base of another digest; where none is noted, it is the same."""
+    with suppress(OSError, ValueError, RecursionError, AttributeError):
+        return bool(json.loads((folder / "plan.json").read_text()).get("base_digest", base) != base)
+    return False
+
+
+def rows_differ(own: Recipe, spec: ModelSpec | None = None) -> bool:
+    """Whether data.path holds other rows, as tokens, than the run in run.dir began with; errors of reading them."""
+    began_with = json.loads((own.run.dir / "plan.json").read_text())["data_digest"]
+    return bool(load_data(own, spec or single_target(own).spec).digest != began_with)
+
+
+def _told(own: Recipe, generations: Generations, spec: ModelSpec, base: str) -> list[str]:
+    accepted = own.run.accept_changes
+    newest = max(generations.finished)
+    place = generations.place(newest)
+    told = _recipe_differs(own, place, [*accepted, *(_OF_LATER if newest > 1 else ())])
+    if base_differs(place, base) and not any(key.startswith("model.") for key in accepted):
+        told.append(f"{own.model.path} holds other weights")
+    if not any(key.startswith("data.") for key in accepted):
+        learnt = generations.learnt(newest) if newest > 1 else None
+        other = rows_of(own.data).digest != learnt.offered if learnt is not None else rows_differ(own, spec)
+        if other:
+            told.append(f"{own.data.path} holds other rows")
+    return told
+
+
+def _recipe_differs(own: Recipe, place: Path, accepted: Sequence[str]) -> list[str]:
+    before = load_recipe(place / "recipe.yaml")
     return [
         f"{key}: {a} -> {b}"
         for key, (a, b) in changes(before, own).items()

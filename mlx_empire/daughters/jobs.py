@@ -103,11 +103,14 @@ def people_of(folder: Path) -> list[str]:
 
 
 def recipe_for(recipe: Recipe, people: Path, name: str) -> Recipe:
-    """The recipe of one daughter: its own data and questions, and a folder of its own inside run.dir."""
+    """The recipe of one daughter: its own data, questions and start, and a folder of its own inside run.dir."""
     data = recipe.data.model_copy(update={"path": people / name})
     run = recipe.run.model_copy(update={"dir": recipe.run.dir / name})
     evaluation = recipe.evaluation.of_person(name)
-    return recipe.model_copy(update={"data": data, "run": run, "evaluation": evaluation})
+    start = recipe.tuning.start and Path(str(recipe.tuning.start).replace("{person}", name))
+    tuning = recipe.tuning.model_copy(update={"start": start})
+    own = {"data": data, "run": run, "evaluation": evaluation, "tuning": tuning}
+    return recipe.model_copy(update=own)
 
 
 def is_finished(recipe: Recipe, name: str) -> bool:

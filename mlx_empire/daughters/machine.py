@@ -13,7 +13,7 @@ from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.daughters.many import Capacity, Daughters, Tell
+from mlx_empire.daughters.many import Capacity, Daughters, JobsOf, Tell
 from mlx_empire.engine.multi_adapter import MultiAdapterSteps
 from mlx_empire.errors import UserError
 from mlx_empire.formats.fetched import naming_the_fetch
@@ -83,7 +83,7 @@ def _planned(recipe: Recipe, node: Node, count: int) -> RunPlan:
 
 
 def train_adapters(
-    recipe: Recipe, people: Path, names: Sequence[str], node: Node, capacity: Capacity, tell: Tell
+    recipe: Recipe, jobs: JobsOf, names: Sequence[str], node: Node, capacity: Capacity, tell: Tell
 ) -> list[str]:
     """Train all `names`; returns those that failed."""
     target, present = _together(recipe, capacity.places)
@@ -98,8 +98,8 @@ def train_adapters(
         trainer.prepare(packing=recipe.data.packing)
         adapters = MultiAdapterSteps(trainer, present, recipe.optimizer.clip_norm, recipe.run.seed)
         base = sampled_digest(recipe.model.path)
-        jobs = Daughters(recipe, people, node, capacity, single_target(recipe), base, adapters, tell)
-        return jobs.run(list(names))
+        many = Daughters(jobs, node, capacity, single_target(recipe), base, adapters, tell)
+        return many.run(list(names))
 
 
 def data_bytes(people: Path, name: str) -> int:

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -28,7 +27,7 @@ from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.data.batches import validation_micro_batches
 from mlx_empire.data.splits import Splits
 from mlx_empire.daughters import saved
-from mlx_empire.daughters.jobs import DONE, FAILED, TRAINING, recipe_for
+from mlx_empire.daughters.jobs import DONE, FAILED, TRAINING
 from mlx_empire.daughters.saved import ResumePoint
 from mlx_empire.engine.multi_adapter import MultiAdapterSteps, StepInput, StepOutput
 from mlx_empire.errors import EmpireError, NumericsError, UnreadableError, UserError
@@ -45,9 +44,26 @@ from mlx_empire.run import result
 from mlx_empire.run.agree import load_data, load_evaluator, share_gate
 from mlx_empire.run.folder import write_plan
 from mlx_empire.run.job import Job, refuse_idle_keys
+from mlx_empire.run.parent import Lineage, beside_plan, lineage_of, read_parent
 from mlx_empire.run.resume import require_same, require_steps_left
 
 Tell = Callable[..., None]  # tell(name, **fields)
+
+
+class JobsOf(Protocol):
+    """What each daughter is to learn (`source.JobSource`)."""
+
+    def of(self, name: str) -> Recipe:
+        """The recipe of its job."""
+        ...
+
+    def begun(self, name: str) -> None:
+        """Its folder is there. UserError, OSError."""
+        ...
+
+    def done(self, name: str) -> str:
+        """Its result is written; what there is to say of that. UserError, OSError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,7 @@ class Daughter:
     """A daughter in a place, after `step` steps of the job; `saved`: the step of the file. When it was saved and
     evaluated last, this machine's monotonic clock says, or when it came."""
 
+    name: str
     recipe: Recipe
     splits: Splits
     origin: Origin
@@ -74,11 +91,6 @@ class Daughter:
     saved: int
     saved_at: float = field(default_factory=time.monotonic)
     evaluated_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def name(self) -> str:
-        """The person's."""
-        return self.recipe.run.dir.name
 
     @property
     def done(self) -> bool:
@@ -101,8 +113,7 @@ class Daughters:
 
     def __init__(
         self,
-        recipe: Recipe,
-        people: Path,
+        jobs: JobsOf,
         node: Node,
         capacity: Capacity,
         single: Target,
@@ -110,7 +121,7 @@ class Daughters:
         adapters: MultiAdapterSteps,
         tell: Tell,
     ) -> None:
-        self._recipe, self._people, self._node, self._capacity = recipe, people, node, capacity
+        self._jobs, self._node, self._capacity = jobs, node, capacity
         self._single, self._base, self._adapters, self._tell = single, base, adapters, tell
         self._comm = SoloCommunicator(node.name)
         self._daughters: dict[int, Daughter] = {}
@@ -119,7 +130,7 @@ class Daughters:
 
     def run(self, waiting: list[str]) -> list[str]:
         """Until none waits and every place is empty; those that failed. What had a place takes it again first."""
-        places = {name: place_of(recipe_for(self._recipe, self._people, name)) for name in waiting}
+        places = {name: place_of(self._jobs.of(name)) for name in waiting}
         waiting.sort(key=lambda name: places[name] is None)
         for name, place in places.items():
             if place is not None and place < self._capacity.places and place not in self._daughters:
@@ -136,7 +147,7 @@ class Daughters:
     # ---- coming
 
     def _admit(self, place: int, name: str) -> None:
-        recipe = recipe_for(self._recipe, self._people, name)
+        recipe = self._jobs.of(name)
         try:
             result.refuse_taken(recipe)
             plan, spec = self._capacity.plan, self._single.spec
@@ -152,14 +163,19 @@ class Daughters:
             self._adapters.begin(place)
             step, note = self._resumed(place, recipe, origin, job.steps)
             note = "; ".join(filter(None, (note, *splits.warnings)))
+            lineage = self._begun_from(place, recipe, step)
             saved.clear(recipe.run.dir, goes_on=step > 0)
-            write_plan(recipe, plan, [self._node], spec, splits, job.steps, resumed=step > 0)
+            comes_from = beside_plan(self._base, lineage)
+            write_plan(
+                recipe, plan, [self._node], spec, splits, job.steps, resumed=step > 0, origin=comes_from
+            )
+            self._jobs.begun(name)
             metrics = MetricsWriter(recipe.run.dir, step)
-            gate = share_gate(self._comm, recipe.run.dir, job.gate)
+            gate = share_gate(self._comm, recipe, job.gate)
         except (EmpireError, OSError) as error:
             self._fail(name, str(error))
             return
-        daughter = Daughter(recipe, splits, origin, job, evaluator, gate, metrics, step, saved=step)
+        daughter = Daughter(name, recipe, splits, origin, job, evaluator, gate, metrics, step, saved=step)
         self._daughters[place] = daughter
         self._tell(name, state=TRAINING, machine=self._node.name, step=step, steps=job.steps, note=note)
         with self._alone(place, daughter):
@@ -188,6 +204,16 @@ class Daughters:
         require_steps_left(found.step, steps, where)
         saved.restore(arrays, self._adapters.store, place, folder)
         return found.step, f"goes on after step {found.step}"
+
+    def _begun_from(self, place: int, recipe: Recipe, step: int) -> Lineage | None:
+        """Put the adapter that tuning.start names into the place of one that begins; where it comes from. UserError."""
+        if recipe.tuning.start is None:
+            return None
+        if step:
+            return lineage_of(recipe.run.dir)
+        parent = read_parent(recipe, self._single, self._base)
+        self._adapters.begin(place, parent.weights)
+        return parent.lineage
 
     # ---- learning
 
@@ -296,7 +322,8 @@ class Daughters:
         for write in (writer.close, partial(result.seal, daughter.recipe, daughter.gate)):
             result.until_there_is_room(write, lambda note: self._tell(daughter.name, note=note))
         saved.forget(daughter.recipe.run.dir)
-        note = daughter.gate.sentence() if daughter.gate.asks else ""
+        said = daughter.gate.sentence() if daughter.gate.asks else ""
+        note = "; ".join(filter(None, (said, self._jobs.done(daughter.name))))
         self._tell(daughter.name, state=DONE, step=daughter.step, note=note)
 
     @contextmanager

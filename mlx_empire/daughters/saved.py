@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from mlx_empire.checkpoint.manifest import Origin
 from mlx_empire.checkpoint.shard import WEIGHTS, LivePiece
+from mlx_empire.daughters.generations import FOLDER, NOTE, PINNED, ROWS
 from mlx_empire.disk import draft_of, sync_folder
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
@@ -29,19 +30,24 @@ from mlx_empire.formats.safetensors import COPY_BYTES, Entry, file_bytes, read_h
 from mlx_empire.formats.seal import unseal
 from mlx_empire.formats.staging import remove
 from mlx_empire.model.lora import own_name
+from mlx_empire.run.finished import CURRENT
 from mlx_empire.run.launched import COMPLETE
 
 FILE_NAME, DRAFT_NAME = "unfinished.safetensors", ".unfinished.partial"
 FORMAT = "mlx_empire unfinished 1"
 KEPT_FILES = ("metrics.jsonl", FILE_NAME)  # of a daughter that goes on
+ROW_FILES = (NOTE, ROWS)  # of a generation that begins
 OWN_FILES = (
     *KEPT_FILES,
+    *ROW_FILES,
     DRAFT_NAME,
     "recipe.yaml",
     "plan.json",
     "metrics.tmp",  # a draft of an earlier version
     COMPLETE,
-    *map(draft_of, ("metrics.jsonl", "recipe.yaml", "plan.json", COMPLETE)),
+    *map(draft_of, ("metrics.jsonl", "recipe.yaml", "plan.json", NOTE, COMPLETE)),
+    CURRENT,
+    draft_of(CURRENT),
     "final",
     ".final.partial",
     ".final.replaced",
@@ -168,12 +174,14 @@ def clear(folder: Path, *, goes_on: bool) -> None:
     if not folder.exists():
         return
     for path in folder.iterdir():
+        if path.name in (FOLDER, PINNED):
+            raise UserError(f"{path}: generations of it are kept here; move {folder} away to begin anew")
         if path.name not in OWN_FILES:
             raise UserError(f"{path}: mlx_empire did not write this; move it away")
     remove(folder / COMPLETE)  # first: what lies there is no result from now on
     unseal(folder / "final")
     for path in folder.iterdir():
-        if not (goes_on and path.name in KEPT_FILES):
+        if not (goes_on and path.name in KEPT_FILES) and path.name not in ROW_FILES:
             remove(path)
 
 

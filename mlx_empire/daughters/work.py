@@ -13,18 +13,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from mlx_empire import progress
-from mlx_empire.cluster.hostfile import load_hostfile
+from mlx_empire.checkpoint.manifest import sampled_digest
+from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import arm_faults, guard, together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.daughters import machine
+from mlx_empire.daughters import machine, watch
 from mlx_empire.daughters.changed import changed
 from mlx_empire.daughters.jobs import (
     BEFORE,
     CHANGED,
+    FAILED,
     WAITING,
     Jobs,
     JobState,
@@ -33,11 +36,11 @@ from mlx_empire.daughters.jobs import (
     homes_of,
     is_finished,
     people_of,
-    recipe_for,
 )
 from mlx_empire.daughters.many import place_of
+from mlx_empire.daughters.source import JobSource
 from mlx_empire.daughters.table import DaughterTable
-from mlx_empire.errors import UserError
+from mlx_empire.errors import EmpireError, UserError
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_nodes, share_recipe
@@ -55,25 +58,40 @@ def daughters_command(options: argparse.Namespace, words: Sequence[str]) -> int:
     """What the command line, `words`, asks for: to oversee, or to be a worker. Returns the exit code."""
     with guard(None):
         if not options.work:
-            return oversee(words, options.recipe, options.overrides, options.people, options.hosts)
+            return oversee(words, options)
         comm = connect()
     with guard(comm):
-        return work(comm, options.recipe, options.overrides, options.people, options.hosts, options.together)
+        return work(comm, options)
     raise AssertionError("guard does not return from an error")
 
 
-def oversee(
-    words: Sequence[str], recipe_path: Path, overrides: Sequence[str], people: Path, hosts: Path | None
-) -> int:
-    """Start the workers and show what they say, until they end."""
-    recipe = load_recipe(recipe_path, overrides)
+def oversee(words: Sequence[str], options: argparse.Namespace) -> int:
+    """What the command does but the work: once, again and again, or about generations that there are."""
+    recipe, people = load_recipe(options.recipe, options.overrides), options.people
     machine.refuse_unbuilt(recipe)
+    if options.rollback or options.pin or options.unpin:
+        return watch.manage(JobSource(recipe, people), options.rollback, options.pin, options.unpin)
+    hosts = options.hosts or recipe.run.hosts
+    if not options.watch:
+        return oversee_once(words, recipe, people, hosts)
+    watch.refuse_unwatchable(recipe)
+    one_round = partial(oversee_once, words, recipe, people, hosts, watched=True)
+    return (
+        one_round()
+        if options.once
+        else watch.again_and_again(JobSource(recipe, people), one_round, options.every, (0, SOME_FAILED))
+    )
+
+
+def oversee_once(
+    words: Sequence[str], recipe: Recipe, people: Path, hosts: Path | None, *, watched: bool = False
+) -> int:
+    """Start the workers and show what they say, until they end; `watched`: they find out what is new."""
     names = people_of(people)
-    hosts = hosts or recipe.run.hosts
-    other = changed(recipe, people, names)
+    other = {} if watched else changed(recipe, people, names)
     anew = recipe.run.resume == "never"
     jobs = Jobs({n: _state(n, is_finished(recipe, n), other.get(n), anew=anew) for n in names})
-    if not any(state.state == WAITING for state in jobs.states.values()):
+    if not watched and not any(state.state == WAITING for state in jobs.states.values()):
         if other:
             with DaughterTable(jobs) as update:
                 update()
@@ -92,7 +110,7 @@ def oversee(
         if lock.note:
             print(lock.note)
         code = _listen(line, jobs, update)
-    over = _over(recipe, jobs)
+    over = _over(recipe, jobs, watched=watched)
     return code or over
 
 
@@ -103,14 +121,17 @@ def _state(name: str, finished: bool, other: str | None, *, anew: bool) -> JobSt
     return JobState(name, state=CHANGED, note=other) if other else JobState(name, state=BEFORE)
 
 
-def _over(recipe: Recipe, jobs: Jobs) -> int:
+def _over(recipe: Recipe, jobs: Jobs, *, watched: bool = False) -> int:
     """Say how many daughters there are, what to do about changed ones, and what comes next; the exit code."""
     left = [name for name, state in jobs.states.items() if state.state == CHANGED]
     print(f"{jobs.finished} of {len(jobs.states)} daughters are in {recipe.run.dir}")
-    if left:
+    if left and watched:
+        print(f"{', '.join(left)}: left as they are: bring their base back, or begin anew in another run.dir")
+    elif left:
         print(
-            f"{', '.join(left)}: changed since they were finished, and left as they are: run.resume=never trains them "
-            "anew and replaces their final/; run.accept_changes=[data.path] (or another key) keeps them"
+            f"{', '.join(left)}: changed since they were finished, and left as they are: --watch goes on from them "
+            "with their new rows; run.resume=never trains them anew and replaces their final/; "
+            "run.accept_changes=[data.path] (or another key) keeps them"
         )
     if finished := [name for name in jobs.states if is_finished(recipe, name)]:
         print(*next_of_many(recipe, finished[0]), sep="\n")
@@ -140,30 +161,60 @@ def _listen(line: Sequence[str], jobs: Jobs, update: Callable[[], None]) -> int:
     return code if code >= 0 else 75
 
 
-def work(
-    comm: Communicator,
-    recipe_path: Path,
-    overrides: Sequence[str],
-    people: Path,
-    hosts: Path | None,
-    most: int,
-) -> int:
+def work(comm: Communicator, options: argparse.Namespace) -> int:
     """A worker: find out which daughters are left and on which worker, and train its own."""
     arm_faults(comm.rank)
     keep_awake()
-    recipe = share_recipe(comm, recipe_path, overrides)
-    nodes = share_nodes(comm, recipe, hosts)
-    node = nodes[comm.rank]
+    people = options.people
+    recipe = share_recipe(comm, options.recipe, options.overrides)
+    nodes = share_nodes(comm, recipe, options.hosts)
+    node, jobs = nodes[comm.rank], JobSource(recipe, people, options.watch)
     with together(comm):
         names = people_of(people)
         machine.refuse_unbuilt(recipe)
         done = {name for name in names if is_finished(recipe, name)}
         if recipe.run.resume == "never":
             done -= set(changed(recipe, people, names))
+    here, failed = _next_generations(comm, jobs, sorted(done)) if options.watch else ([], [])
     for other in comm.gather_json(sorted(done)):
         done |= set(other)
+    done -= {name for other in comm.gather_json(here) for name in other}
     left = [name for name in names if name not in done]
-    begun = {n: place_of(recipe_for(recipe, people, n), node.name) for n in left}
+    if left:
+        failed += _train_left(comm, jobs, options.together, left, here, node)
+    return SOME_FAILED if any(comm.gather_json(len(failed))) else 0
+
+
+def _next_generations(
+    comm: Communicator, jobs: JobSource, names: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Which of those that are finished on this rank's disk have a next generation, and which failed. Collective.
+
+    One rank after the other, for ranks may share a disk.
+    """
+    begun, failed = [], []
+    for rank in range(comm.size):
+        base = sampled_digest(jobs.recipe.model.path) if rank == comm.rank and names else ""
+        for name in names if rank == comm.rank else ():
+            try:
+                if (why := jobs.other_base(name, base)) is not None:
+                    tell_overseer(name, state=CHANGED, note=why)
+                elif jobs.prepare(name):
+                    begun.append(name)
+                    tell_overseer(name, state=WAITING)
+            except (EmpireError, OSError) as error:
+                failed.append(name)
+                tell_overseer(name, state=FAILED, note=str(error))
+        comm.gather_json(None)
+    return begun, failed
+
+
+def _train_left(
+    comm: Communicator, jobs: JobSource, most: int, left: Sequence[str], here: Sequence[str], node: Node
+) -> list[str]:
+    """Train this worker's part of those that are `left`; those that failed. `here`: what only this disk has."""
+    recipe = jobs.recipe
+    begun = {n: place_of(jobs.of(n), node.name) for n in left}
     kept = {name: place for name, place in begun.items() if place is not None}
     # An interrupted daughter needs its own place, also where fewer are left: rows stand in the order of places.
     wanted = max(len(left), 1, *(place + 1 for place in kept.values()))
@@ -171,9 +222,9 @@ def work(
         capacity = machine.capacity_for(recipe, node, min(most, wanted))
         for line in machine.idle_keys(recipe) if comm.rank == 0 else ():
             print(line)
-    weights = {name: machine.data_bytes(people, name) for name in left}
+    weights = {name: machine.data_bytes(jobs.people, name) for name in left}
     places = comm.gather_json(capacity.places)
-    homes = homes_of(comm.gather_json(sorted(kept)))
+    homes = homes_of(comm.gather_json(sorted({*kept, *here})))
     mine = deal(left, comm.broadcast_json(weights), places, homes)[comm.rank]
     print(
         f"{node.name}: {len(mine)} of {len(left)} daughters, up to {capacity.places} together "
@@ -181,8 +232,7 @@ def work(
     )
     for name in mine:
         tell_overseer(name, machine=node.name)
-    failed = machine.train_adapters(recipe, people, mine, node, capacity, tell_overseer) if mine else []
-    return SOME_FAILED if any(comm.gather_json(len(failed))) else 0
+    return machine.train_adapters(recipe, jobs, mine, node, capacity, tell_overseer) if mine else []
 
 
 def tell_overseer(name: str, **fields: object) -> None:

@@ -10,6 +10,7 @@ Streams work in order. So the bits are the same, and what is handed over later i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +30,16 @@ class Evaluations:
         else:
             mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
             self._outstanding = True
+
+    def in_groups(self, arrays: Sequence[mx.array], sizes: Sequence[int], most: int) -> None:
+        """Evaluate arrays in their order: together as many as have no more than `most` of `sizes`, or one."""
+        start = size = 0
+        for i, own in enumerate(sizes):
+            if size and size + own > most:
+                self(arrays[start:i])
+                start, size = i, 0
+            size += own
+        self(arrays[start:])
 
     def mark(self) -> mx.array | None:
         """An array that is there once all is done that was handed over before; None where nothing was.

@@ -22,9 +22,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_empire import progress
-from mlx_empire.comm.buffers import DTYPES, empty_rows, host_view
+from mlx_empire.comm.buffers import DTYPES, host_view
 from mlx_empire.comm.protocol import Communicator, Wire
 from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.spares import Spares
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.plan.shards import Segment
 from mlx_empire.plan.workload import CellLayout
@@ -103,10 +104,18 @@ class GradientStore:
         self._dtype = DTYPES[dtype]
         self._plan = store.plan
         self.totals: dict[int, list[mx.array]] = {}
+        self._spares = Spares(0)
         self._in_flight: list[Future[None]] = []
         self.suspects: set[str] | None = (
             None  # if there: the tensors of which this rank's sums are not finite
         )
+
+    def reuse(self, most: int) -> None:
+        """Keep totals' buffers for the next unit or step, up to so many bytes with those in use (`Ledger.spare`).
+
+        In float32, which is what contributions are added in; totals in bfloat16 are what MLX makes of them.
+        """
+        self._spares = Spares(most)
 
     @property
     def last_round(self) -> int:
@@ -121,14 +130,16 @@ class GradientStore:
     def round_off(self, index: int, cell: MicroBatchSum) -> None:
         """Round a complete sum to the wire's dtype, in place: its arrays are then evaluated and flat.
 
-        One tensor at a time: vjp gives transposed gradients, so flat ones are copies. Running ahead, all at once.
+        vjp gives transposed gradients, so flat ones are copies: of as many at once as are no larger than the largest
+        one. Running ahead, all at once.
         """
         evaluate = self._store.evaluate
         for i, wire in enumerate(self._wires(index)):
             cell.arrays[i] = cell.arrays[i].astype(wire).flatten()
-            if evaluate.waits:
-                evaluate(cell.arrays[i])
-        if not evaluate.waits:
+        if evaluate.waits:
+            sizes = [array.nbytes for array in cell.arrays]
+            evaluate.in_groups(cell.arrays, sizes, max(sizes, default=0))
+        else:
             evaluate(cell.arrays)
 
     def _wires(self, index: int) -> list[mx.Dtype]:
@@ -138,12 +149,15 @@ class GradientStore:
 
     def reduce(self, index: int, round_index: int, cell: MicroBatchSum | None) -> None:
         """Begin to reduce unit `index`'s sum of this rank's cell in this round; None where the rank has no cell."""
-        totals = self._totals(index)
-        pieces = self._pieces(index, cell)
+        mark, fresh = None, round_index == 0
+        if fresh:
+            spans = [self._plan.state_interval(s, self._comm.rank) for s in self._trained(index)]
+            wanted = [(b - a, "float32") for a, b in spans]
+            self.totals[index], mark = self._spares.take(wanted, self._store.evaluate)
+        totals, pieces = self.totals[index], self._pieces(index, cell)
         flags = self._layout.contributes(round_index)
         name = "reduce", index
-        fresh = round_index == 0
-        job = self._thread.submit(self._reduce_scatter, index, pieces, totals, flags, fresh, name=name)
+        job = self._thread.submit(self._reduce_scatter, index, pieces, totals, flags, fresh, mark, name=name)
         self._in_flight.append(job)
 
     def _reduce_scatter(
@@ -153,10 +167,13 @@ class GradientStore:
         totals: list[mx.array],
         flags: list[bool],
         fresh: bool,
+        mark: mx.array | None,
     ) -> None:
         """On the communication thread: each segment's contributions to their owners' totals. These are `fresh` in the
-        first round: nobody has filled them with zeros."""
+        first round: nobody has filled them with zeros, and what they held is read until `mark` is there."""
         progress.reach("reduce")
+        if mark is not None:
+            host_view(mark)
         for segment, placed, total in zip(self._trained(index), arrays, totals, strict=True):
             a, b = segment.interval(self._comm.rank)
             own = host_view(total)[a:b] if self._plan.zero_stage == 0 else host_view(total)
@@ -166,7 +183,7 @@ class GradientStore:
 
     def replicate(self, index: int) -> None:
         """Begin to give unit `index`'s complete totals to every rank (stage 0)."""
-        job = self._thread.submit(self._all_gather, index, self._totals(index), name=("replicate", index))
+        job = self._thread.submit(self._all_gather, index, self.totals[index], name=("replicate", index))
         self._in_flight.append(job)
 
     def _all_gather(self, index: int, totals: list[mx.array]) -> None:
@@ -179,21 +196,30 @@ class GradientStore:
             self._thread.wait(future, "reduce")
         self._in_flight = []
         if last and self._dtype != mx.float32:
-            self.totals[index] = [t.astype(self._dtype) for t in self.totals[index]]
+            wide, self.totals[index] = self.totals[index], [t.astype(self._dtype) for t in self.totals[index]]
             self._store.evaluate(self.totals[index])
+            self._spares.count(self.totals[index])
+            self._spares.give(wide, self._store.evaluate.mark())
+
+    def drop(self, index: int) -> None:
+        """Unit `index`'s totals are not needed any more: all that reads them is handed over."""
+        totals = self.totals.pop(index)
+        if self._dtype == mx.float32:
+            self._spares.give(totals, self._store.evaluate.mark())
+        else:
+            self._spares.count([], gone=totals)
 
     def clear(self) -> None:
         """Drop all totals (after the update)."""
-        self.totals = {}
+        for index in list(self.totals):
+            self.drop(index)
+
+    def drop_spares(self) -> None:
+        """Something that is no step needs the memory."""
+        self._spares.drop()
 
     def _trained(self, index: int) -> list[Segment]:
         return [s for s in self._plan.units[index].segments if s.kind != "frozen"]
-
-    def _totals(self, index: int) -> list[mx.array]:
-        if index not in self.totals:
-            spans = [self._plan.state_interval(s, self._comm.rank) for s in self._trained(index)]
-            self.totals[index] = empty_rows([(b - a, "float32") for a, b in spans], self._store.evaluate)
-        return self.totals[index]
 
     def _suspect(self, suspects: set[str], index: int, cell: MicroBatchSum) -> None:
         for (_, placement), array in zip(self._store.trainable(index), cell.arrays, strict=True):

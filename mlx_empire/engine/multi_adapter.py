@@ -17,7 +17,7 @@ import numpy as np
 from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
-from mlx_empire.model.lora import Present, initial_adapter, own_name
+from mlx_empire.model.lora import Present, as_first_values, initial_adapter, own_name
 from mlx_empire.model.spec import BLOCK
 from mlx_empire.optim.norm import clip_scale
 from mlx_empire.optim.protocol import StepScalars
@@ -61,17 +61,13 @@ class MultiAdapterSteps:
         """Where the adapters and states of all places are."""
         return self._trainer.store
 
-    def begin(self, place: int) -> None:
-        """Put a daughter that has learnt nothing into a place: first values, fresh states."""
+    def begin(self, place: int, start: Mapping[str, mx.array] | None = None) -> None:
+        """Put a daughter that has learnt nothing into a place: first values, fresh states.
+
+        `start`: the first values by mlx-lm's names, of an earlier adapter, all of them; None: fresh ones.
+        """
         trainer, store = self._trainer, self._trainer.store
-        store.put(
-            {
-                name: self._magnitudes[name]
-                if name in self._magnitudes
-                else initial_adapter(store.plan.tensors[name][2].tensor, self._seed)
-                for name in self._tensors[place]
-            }
-        )
+        store.put({name: self._first(name, start) for name in self._tensors[place]})
         names = set(self._tensors[place])
         for unit in store.plan.units:
             for segment, chunks in zip(unit.segments, store.chunks[unit.index], strict=True):
@@ -80,6 +76,13 @@ class MultiAdapterSteps:
                         quantised = segment.kind == "trainable"
                         chunk.state = trainer.optimizer.init(chunk.weights, quantised=quantised)
                         mx.eval(chunk.state)
+
+    def _first(self, name: str, start: Mapping[str, mx.array] | None) -> mx.array:
+        if start is not None:
+            return as_first_values(start[own_name(name)[1]])
+        if name in self._magnitudes:
+            return self._magnitudes[name]
+        return initial_adapter(self._trainer.store.plan.tensors[name][2].tensor, self._seed)
 
     def step(self, inputs: Mapping[int, StepInput]) -> dict[int, StepOutput]:
         """One step of the daughters in these places; what it came to, by place.

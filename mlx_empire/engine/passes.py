@@ -21,6 +21,7 @@ from mlx_empire.model.attention.by_pattern import ByPattern
 from mlx_empire.model.attention.patterns import Cuts, cuts_of
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.head_loss import head_chunks, joined_chunks
+from mlx_empire.model.kept import Calls, Kept, Noting, Reusing, calling
 from mlx_empire.model.layers import LayerArguments, LayerNoise, SlottedModel, hidden_of, separate
 
 
@@ -29,8 +30,8 @@ class Running:
     """A micro-batch on its way. `position` counts this rank's micro-batches of the step.
 
     `batch`: inputs, targets and mask, each (rows, width); `hidden`: the current hidden state or cotangent
-    (rows, width, hidden); `inputs`: by layer what its backward needs; `loss`: (rows,), in the end. `documents`
-    of packed rows: (rows, width), and `cuts`: where they begin.
+    (rows, width, hidden); `inputs`: by layer what its backward needs, and `kept`: what it need not compute again;
+    `loss`: (rows,), in the end. `documents` of packed rows: (rows, width), and `cuts`: where they begin.
     """
 
     position: int
@@ -40,6 +41,7 @@ class Running:
     cuts: Cuts
     hidden: mx.array
     inputs: dict[int, mx.array] = field(default_factory=dict)
+    kept: dict[int, Kept] = field(default_factory=dict)
     loss: mx.array | None = None
 
 
@@ -97,15 +99,18 @@ class Passes:
         self._store.evaluate(hidden, documents)
         return Running(position, (inputs, targets, mask), self._shapes[shape], documents, cuts, hidden)
 
-    def forward(self, layer: int, r: Running, *, keep_input: bool) -> None:
-        """Run a layer; its input is kept where the backward will come back to it."""
-        output = self._layer(layer, r.hidden, r)
-        self._store.evaluate(output)
+    def forward(self, layer: int, r: Running, *, keep_input: bool, products: Sequence[int] = ()) -> None:
+        """Run a layer; its input is kept where the backward will come back to it, and of `products` the results."""
+        noting = Noting(products) if products else None
+        output = self._layer(layer, r.hidden, r, noting)
+        if noting is not None:
+            r.kept[layer] = noting.kept
+        self._store.evaluate(output, [] if noting is None else noting.kept.arrays())
         if keep_input:
             r.inputs[layer] = r.hidden
         r.hidden = output
 
-    def _layer(self, index: int, hidden: mx.array, r: Running) -> mx.array:
+    def _layer(self, index: int, hidden: mx.array, r: Running, calls: Calls | None = None) -> mx.array:
         layer, given = self._slotted.layers[index], r.arguments[index]
         if given.pattern is not None:
             given = replace(given, pattern=given.pattern.packed(r.cuts))
@@ -113,7 +118,11 @@ class Passes:
             given = separate(layer, given, r.documents)
         if self._noise is not None and layer.training:
             self._noise.seed(r.position, index)
-        output = hidden_of(self._by_pattern.call(layer, hidden, given))
+        if calls is None:
+            output = hidden_of(self._by_pattern.call(layer, hidden, given))
+        else:
+            with calling(calls):
+                output = hidden_of(self._by_pattern.call(layer, hidden, given, calls.in_blocks))
         if not isinstance(output, mx.array):
             raise UserError(
                 f"{self._slotted.name}: layer {index} returns {type(output).__name__}, not one array; "
@@ -186,11 +195,15 @@ class Passes:
     # ---- backward
 
     def backward(self, layer: int, r: Running, weights: list[mx.array], *, onward: bool) -> list[mx.array]:
-        """The layer's vjp, lazily: gradients by its weights; `r.hidden` becomes its input's cotangent (`onward`)."""
+        """The layer's vjp, lazily: gradients by its weights; `r.hidden` becomes its input's cotangent (`onward`).
+
+        What was kept of the layer is not computed again.
+        """
+        kept = r.kept.pop(layer, None)
 
         def run(*arrays: mx.array) -> mx.array:
             self._store.rebind(layer + 1, arrays[:-1])
-            return self._layer(layer, arrays[-1], r)
+            return self._layer(layer, arrays[-1], r, None if kept is None else Reusing(kept))
 
         _, gradients = mx.vjp(run, [*weights, r.inputs.pop(layer)], [r.hidden])
         self._store.rebind(layer + 1, weights)

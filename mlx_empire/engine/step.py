@@ -126,7 +126,10 @@ class StreamedStep(Reader):
 
     def forward(self, action: Action) -> None:
         keep = self._measure is None and action.unit >= self._shape.lowest
-        self._passes.forward(action.unit - 1, self._running[action.micro], keep_input=keep)
+        r, products = self._running[action.micro], action.products
+        self._passes.forward(action.unit - 1, r, keep_input=keep, products=products)
+
+    stash = forward
 
     def score(self, action: Action) -> None:
         assert self._measure is not None
@@ -152,6 +155,8 @@ class StreamedStep(Reader):
         onward = self._needed(action.unit)
         cell.add(self._passes.backward(action.unit - 1, r, self._weights[action.unit], onward=onward))
         self._store.evaluate(r.hidden, cell.arrays)
+
+    reuse = backward
 
     def embed(self, action: Action) -> None:
         self._store.evaluate.finish()

@@ -31,6 +31,7 @@ from mlx_empire.comm.buffers import DTYPES, empty_rows, host_view
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.evaluations import Evaluations
+from mlx_empire.engine.spares import Spares
 from mlx_empire.model.spec import BLOCK, TensorSpec
 from mlx_empire.plan.shards import Chunk, Placement, Segment, ShardPlan, Unit
 
@@ -53,41 +54,6 @@ class _Binding:
     placement: Placement
 
 
-class _Spares:
-    """Buffers of units that are no longer whole, handed out again to the next unit of the same sizes.
-
-    So memory of a unit's size is asked for in the first step alone: on a Mac the system would clear and map it anew
-    each time. With those in use they take no more than were ever in use at once: the oldest make room.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[tuple[list[mx.array], mx.array | None]] = []
-        self._used = self._most = 0  # bytes
-
-    def take(self, wanted: list[tuple[int, str]]) -> tuple[list[mx.array], mx.array | None]:
-        """Uninitialised buffers for (elements, dtype), as `empty_rows` gives them, and what to wait for before they are
-        written."""
-        for i, (buffers, _) in enumerate(self._free):
-            if [(b.size, b.dtype) for b in buffers] == [(size, DTYPES[dtype]) for size, dtype in wanted]:
-                self._used += _bytes(buffers)
-                return self._free.pop(i)
-        asked = sum(size * DTYPES[dtype].size for size, dtype in wanted)
-        self._used += asked
-        self._most = max(self._most, self._used)
-        while self._free and self._used + sum(_bytes(buffers) for buffers, _ in self._free) > self._most:
-            self._free.pop(0)
-        return empty_rows(wanted), None
-
-    def give(self, buffers: list[mx.array], mark: mx.array | None = None) -> None:
-        """What nothing reads any more once `mark` is there."""
-        self._used -= _bytes(buffers)
-        self._free.append((buffers, mark))
-
-    def drop(self) -> None:
-        """Give back what is not in use."""
-        self._free, self._most = [], self._used
-
-
 class ShardStore:
     """This rank's shards of one model, and the whole units that are at hand."""
 
@@ -98,7 +64,7 @@ class ShardStore:
         self.chunks: list[list[list[LiveChunk]]] = [[[] for _ in u.segments] for u in plan.units]
         self.loads: list[tuple[int, float, float]] = []  # unit, beginning and end by `time.perf_counter`
         self._whole: dict[int, list[mx.array]] = {}
-        self._spares = _Spares()
+        self._spares = Spares()
         self._pending: dict[int, Future[None]] = {}
         self._bound: dict[int, list[mx.array]] = {}
         self._bindings = [[[_locate(model, p) for p in s.placements] for s in u.segments] for u in plan.units]
@@ -155,10 +121,14 @@ class ShardStore:
     def _cut(self, segment: Segment, buffer: mx.array, first_row: int) -> Iterator[LiveChunk]:
         for chunk in segment.chunks(*self.plan.state_interval(segment, self._comm.rank)):
             a = chunk.start_row - first_row
-            weights = buffer[
-                a : a + chunk.rows
-            ]  # a view; the buffer goes once all its chunks have been updated
+            weights = buffer[a : a + chunk.rows]
             mx.eval(weights)
+            if (
+                not self.keeps_whole and segment.kind != "frozen"
+            ):  # an update in place would keep the whole buffer
+                (own,) = empty_rows([(weights.size, segment.dtype)])
+                host_view(own)[:] = host_view(weights)
+                weights = own
             yield LiveChunk(chunk, weights)
 
     # ---- whole units
@@ -306,10 +276,6 @@ class ShardStore:
                 tensor = binding.placement.tensor
                 # Lazy and never evaluated: code that reads a shape or dtype still can, and nothing is allocated.
                 binding.container[binding.key] = mx.zeros(tensor.shape, DTYPES[tensor.dtype])
-
-
-def _bytes(buffers: list[mx.array]) -> int:
-    return sum(buffer.nbytes for buffer in buffers)
 
 
 def _view(buffer: mx.array, placement: Placement) -> mx.array:

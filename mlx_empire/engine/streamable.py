@@ -36,12 +36,14 @@ from mlx_empire.errors import UserError
 from mlx_empire.model.attention.fused import FUSED_HEAD_DIMS
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.build import build_model, describe, foreign
+from mlx_empire.model.kept import ATTENTION
 from mlx_empire.model.layers import LayerArguments, SlottedModel, refuse_sharing, separable
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.scaled_down import VOCABULARY, scaled_down_config
 from mlx_empire.model.spec import RootNames, base_name
 from mlx_empire.plan.schedule import StepShape
 from mlx_empire.plan.shards import make_plan
+from mlx_empire.plan.stash import Stash
 from mlx_empire.plan.workload import CellLayout, chunk_tokens
 
 WIDTH = 8
@@ -154,14 +156,18 @@ def _has_nan(array: mx.array) -> bool:
 
 TOLERANCE = 1e-4
 GPU_TOLERANCE = 2e-3  # GPUs multiply float32 with fewer bits: TF32 is the default on some
+EVERY = (ATTENTION, *range(1000))  # products of a layer, and more
 MOST_PARAMETERS = 1 << 27
 NOISE = 1e-3  # of the largest gradient: smaller ones, in good part rounding, are compared with that
 
 
-def verify_scaled_down(config: Mapping[str, Any], name: str, *, by_pattern: bool = False) -> RootNames:
+def verify_scaled_down(
+    config: Mapping[str, Any], name: str, *, by_pattern: bool = False, keeps: bool = False
+) -> RootNames:
     """Train-step it both ways in fp32 and compare; UserError naming what differs, or that it cannot be built.
 
-    `by_pattern`: streamed layers attend in blocks, though rows are short, and those of the whole model by their masks.
+    `by_pattern`: streamed layers attend in blocks, though rows are short, and those of the whole model by their masks;
+    `keeps`: of streamed layers everything is kept that can be.
 
     Returns which parameters of the root its head and embedding depend on: the model's own, by their names.
     """
@@ -182,7 +188,7 @@ def verify_scaled_down(config: Mapping[str, Any], name: str, *, by_pattern: bool
     with foreign(f"{name}: mlx-lm's model cannot be differentiated here"):
         loss, gradients = _whole(model, batch)
     with foreign(f"{name}: mlx-lm's model cannot be run layer by layer", mixed=True):
-        streamed_loss, streamed, root = _streamed(model, small, name, batch, by_pattern)
+        streamed_loss, streamed, root = _streamed(model, small, name, batch, by_pattern, keeps)
     worst, where = abs(loss - streamed_loss) / max(abs(loss), 1e-9), "the loss"
     floor = max(NOISE * max(float(np.abs(g).max()) for g in gradients.values()), 1e-6)
     for path, expected in gradients.items():
@@ -220,7 +226,7 @@ def _whole(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, np.nda
 
 
 def _streamed(
-    model: nn.Module, config: Mapping[str, Any], name: str, batch: MicroBatch, by_pattern: bool
+    model: nn.Module, config: Mapping[str, Any], name: str, batch: MicroBatch, by_pattern: bool, keeps: bool
 ) -> tuple[float, dict[str, np.ndarray], RootNames]:
     weights = dict(tree_flatten(model.parameters()))
     spec = describe(model, config, name, "float32")
@@ -237,7 +243,11 @@ def _streamed(
         kernels = replace(Kernels.here(), short=0) if by_pattern else None
         tokens = chunk_tokens(VOCABULARY)
         passes = Passes(slotted, store, use.head, use.embed, tokens, table=use.table, kernels=kernels)
-        step = StreamedStep(passes, store, sums, StepShape(3, plan.trained, (1,)))
+        shape = StepShape(3, plan.trained, (1,))
+        if keeps:
+            stash = Stash(tuple((u, EVERY) for u in range(1, shape.layers + 1)), shape.layers)
+            shape = replace(shape, stash=stash)
+        step = StreamedStep(passes, store, sums, shape)
         (rows,) = step.gradients([[batch]], int(batch.mask.sum()))
     finally:
         thread.close()

@@ -133,6 +133,7 @@ class Trainer:
     def whole_model(self) -> Iterator[nn.Module]:
         """The model with all its weights on this rank, as mlx-lm made it, for inference. Collective in and out."""
         units = range(len(self.spec.units))
+        self._sums.drop_spares()
         for index in units:
             self.store.bind(index)
         with self._slotted.whole() as model:

@@ -38,7 +38,7 @@ from mlx_empire.engine.numerics import GradientError, bad_totals
 from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.store import LiveChunk, ShardStore
 from mlx_empire.model.spec import BLOCK
-from mlx_empire.optim.norm import NormLayout, NormPartials, clip_scale, on_host, piece_sums
+from mlx_empire.optim.norm import PIECE_ROWS, NormLayout, NormPartials, clip_scale, on_host, piece_sums
 from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars, decays
 from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, Unit
 
@@ -98,12 +98,13 @@ class Updater:
         Running ahead, wait for the unit before, which holds its old state; where weights stay whole, `adopt` does.
         """
         unit = self._store.plan.units[index]
-        totals = self._sums.totals.pop(index)
+        totals = self._sums.totals[index]
         trained = [s for s, segment in enumerate(unit.segments) if segment.kind != "frozen"]
         self._store.hold(index)
         for s, total in zip(trained, totals, strict=True):
             chunks = self._store.chunks[index][s]
             self._update_segment(unit.segments[s], chunks, total, self._scalars_of)
+        self._sums.drop(index)
         if not self._store.keeps_whole:
             before, self._handed_over = self._handed_over, self._store.evaluate.mark()
             if before is not None:
@@ -121,6 +122,9 @@ class Updater:
         # Large chunks are evaluated alone: MLX frees what several have in between at moments of its own choosing.
         waiting: list[LiveChunk] = []
         elements = 0
+        # Held to the end, so that MLX writes no new weights into theirs: the first ones are views, and the last of them
+        # would keep the unit's whole buffer for itself.
+        before = [chunk.weights for chunk in chunks]
         for chunk in chunks:
             if waiting and elements + chunk.spec.rows * BLOCK > SHARED_ELEMENTS:
                 self._store.evaluate([(c.weights, c.state) for c in waiting])
@@ -137,6 +141,7 @@ class Updater:
             waiting.append(chunk)
             elements += chunk.spec.rows * BLOCK
         self._store.evaluate([(c.weights, c.state) for c in waiting])
+        del before
 
     def norm(self) -> float:
         """The norm of all gradients: every rank counts its own interval, also where it holds more. Collective.
@@ -151,6 +156,7 @@ class Updater:
         partials = NormPartials(layout, self._comm.rank)
         segments: list[tuple[int, int]] = []  # unit, and which of its totals
         pieces: list[list[mx.array]] = []  # of their sums
+        most = min(layout.most_rows(self._comm.rank), PIECE_ROWS)
         for unit in units:
             totals, first = self._sums.totals.get(unit.index, []), len(segments)
             segments += [(unit.index, s) for s in range(len(totals))]
@@ -158,8 +164,9 @@ class Updater:
                 spans = [layout.interval(first + s, self._comm.rank) for s in range(len(totals))]
                 totals = [total[a:b] for total, (a, b) in zip(totals, spans, strict=True)]
             own = [piece_sums(total) for total in totals]
-            for piece in (piece for parts in own for piece in parts):
-                self._store.evaluate(piece)  # one by one: together MLX would hold the squares of many
+            flat = [piece for parts in own for piece in parts]
+            # Not all together: MLX would hold the squares of many at once.
+            self._store.evaluate.in_groups(flat, [piece.shape[0] for piece in flat], most)
             pieces += own
         mx.eval(pieces)
         for s, parts in enumerate(pieces):

@@ -42,17 +42,20 @@ def held_out_loss(
 
 
 class GateKeeper:
-    """Watches one score. `records`: the evaluations before this process began; None for `gate` never lets through."""
+    """Watches one score. `records`: the evaluations before this process began; None for `gate` never lets through.
 
-    def __init__(self, gate: Gate | None, records: Sequence[Mapping[str, Any]] = ()) -> None:
-        self._gate = gate
+    `first`: the step whose evaluation is the first that counts.
+    """
+
+    def __init__(self, gate: Gate | None, records: Sequence[Mapping[str, Any]] = (), first: int = 0) -> None:
+        self._gate, self._first = gate, first
         self._values: list[tuple[int, float]] = []
         for record in records:
             self.observe(record)
 
     def observe(self, record: Mapping[str, Any]) -> bool:
         """Take an evaluation's record; whether the gate is reached with it."""
-        if self._gate is None:
+        if self._gate is None or int(record["step"]) < self._first:
             return False
         metric = self._gate.metric
         value = record["eval_loss"] if metric == HELD_OUT_LOSS else record.get("scores", {}).get(metric)
@@ -65,7 +68,7 @@ class GateKeeper:
         """Whether the last evaluations, as many as the gate wants, all passed."""
         if self._gate is None or len(self._values) < self._gate.times:
             return False
-        return all(self._passes(value) for _, value in self._values[-self._gate.times :])
+        return all(self._gate.passes(value) for _, value in self._values[-self._gate.times :])
 
     @property
     def asks(self) -> bool:
@@ -89,9 +92,3 @@ class GateKeeper:
             f"the gate was not reached: {asked} was asked; it was {best:.4g} at its best (step {best_step}) and "
             f"{last:.4g} at the end, so the result is not frozen"
         )
-
-    def _passes(self, value: float) -> bool:
-        assert self._gate is not None
-        if self._gate.at_least is not None:
-            return value >= self._gate.at_least
-        return self._gate.at_most is not None and value <= self._gate.at_most

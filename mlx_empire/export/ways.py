@@ -18,11 +18,9 @@ from mlx_empire.errors import UserError
 from mlx_empire.export.command import STORED
 from mlx_empire.formats.adapter_folder import (
     CARD_NAME,
-    WEIGHTS_NAME,
     Adapter,
-    read_mlx_lm,
+    read_adapter,
     read_settings,
-    read_tensors,
     write_mlx_lm,
     write_peft,
 )
@@ -30,7 +28,7 @@ from mlx_empire.formats.convert import MergedSource, packed_as_stored, plain_wei
 from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.hf_names import huggingface_names
-from mlx_empire.formats.peft import PEFT_WEIGHTS, from_peft, no_peft_form
+from mlx_empire.formats.peft import no_peft_form
 from mlx_empire.formats.staging import disk_errors, fresh_folder, publish, refuse_foreign, write_text
 from mlx_empire.model.build import compute_dtype
 from mlx_empire.model.config import read_config
@@ -40,6 +38,7 @@ from mlx_empire.model.target import Target, make_target, with_adapter
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
+from mlx_empire.run.finished import current_of
 from mlx_empire.run.packing_loss import packing_loss
 
 
@@ -93,6 +92,7 @@ def _packing(bits: str | None, option: str) -> QuantFormat | None:
 
 
 def _source(folder: Path, model: Path | None, packing: QuantFormat | None) -> ExportSource:
+    folder = current_of(folder)
     recipe_file = next(
         (f / "recipe.yaml" for f in (folder, folder.parent) if (f / "recipe.yaml").exists()), None
     )
@@ -128,20 +128,10 @@ def _base_of(source: ExportSource) -> Path:
     return source.model
 
 
-def _adapter(source: ExportSource, base: Target | None) -> Adapter:
-    if (source.adapter / WEIGHTS_NAME).exists():
-        return read_mlx_lm(source.adapter)
-    if not (source.adapter / PEFT_WEIGHTS).exists():
-        raise UserError(f"{source.adapter}: neither {WEIGHTS_NAME} nor {PEFT_WEIGHTS} is there")
-    assert base is not None
-    tensors = read_tensors(source.adapter / PEFT_WEIGHTS)
-    return Adapter(*from_peft(read_settings(source.adapter), tensors, base.spec, str(source.adapter)))
-
-
 def _convert(source: ExportSource, out: Path, way: str) -> list[str]:
     base = _base_of(source)
     plain = _plain(base)
-    adapter = _adapter(source, plain)
+    adapter = read_adapter(source.adapter, plain.spec)
     if way == "mlx-lm":
         return _publish(out, lambda folder: write_mlx_lm(folder, adapter), "mlx-lm adapters", source.card)
     spec = with_adapter(plain, adapter.settings)
@@ -170,7 +160,7 @@ def _merge(source: ExportSource, out: Path, again: QuantFormat | None, *, as_sto
     stored = bool(read_config(base).get("quantization"))
     packing = None if stored else source.packing  # what is stored packed is what the adapter was trained on
     weights = plain_weights(base, plain)
-    adapter = _adapter(source, plain)
+    adapter = read_adapter(source.adapter, plain.spec)
     merged = MergedSource(weights, plain.spec, adapter, packing, str(source.adapter))
     if again is not None or as_stored:
         choose = packed_as_stored(base, plain) if as_stored else uniformly(again)

@@ -21,7 +21,14 @@ import mlx.core as mx
 
 from mlx_empire.disk import with_headroom
 from mlx_empire.errors import UserError
-from mlx_empire.formats.peft import PEFT_NAME, PEFT_WEIGHTS, no_peft_form, peft_config, peft_weights
+from mlx_empire.formats.peft import (
+    PEFT_NAME,
+    PEFT_WEIGHTS,
+    from_peft,
+    no_peft_form,
+    peft_config,
+    peft_weights,
+)
 from mlx_empire.formats.safetensors import Entry, array_bytes, read_header, write_tensors
 from mlx_empire.formats.staging import (
     disk_errors,
@@ -126,6 +133,15 @@ def read_mlx_lm(folder: Path) -> Adapter:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG_NAME}: not mlx-lm's adapter settings ({error})") from None
     return Adapter(settings, read_tensors(folder / WEIGHTS_NAME))
+
+
+def read_adapter(folder: Path, base: ModelSpec) -> Adapter:
+    """An adapter in mlx-lm's format or PEFT's; `base` is the model without adapters. UserError."""
+    if (folder / WEIGHTS_NAME).exists():
+        return read_mlx_lm(folder)
+    if not (folder / PEFT_WEIGHTS).exists():
+        raise UserError(f"{folder}: neither {WEIGHTS_NAME} nor {PEFT_WEIGHTS} is there")
+    return Adapter(*from_peft(read_settings(folder), read_tensors(folder / PEFT_WEIGHTS), base, str(folder)))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -23,10 +23,12 @@ def model_card(
     data_digest: str,
     base_digest: str | None,
     source: str | None = None,
+    start: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of README.md from a run's recipe, model and records (metrics.jsonl).
 
-    `base_digest` of a frozen base; `source`: owner/name@revision on the Hub, where it is known.
+    `base_digest` of a frozen base; `source`: owner/name@revision on the Hub, where it is known; `start`: what plan.json
+    says of an earlier adapter that it began from.
     """
     kind = recipe.tuning.type
     sections = [
@@ -35,6 +37,7 @@ def model_card(
         f"## Use\n\n{_use(recipe)}",
         f"## Figures\n\n{_figures(spec, metrics)}",
         f"## Lineage\n\n{_lineage(recipe, data_digest, base_digest, source)}",
+        *([] if start is None else [f"## Begun from\n\n{_began(recipe, metrics, start)}"]),
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
     ]
     return "\n\n".join(sections) + "\n"
@@ -78,6 +81,20 @@ def _figures(spec: ModelSpec, metrics: Sequence[Mapping[str, Any]]) -> str:
         found = {"loss": record["eval_loss"], **record.get("scores", {})}
         text = ", ".join(f"{k} {v:.4f}" for k, v in found.items() if isinstance(v, float))
         rows.append((f"held out, after {record['step']} steps", text))
+    return "| | |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in rows)
+
+
+def _began(recipe: Recipe, metrics: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> str:
+    own = sum("loss" in r for r in metrics) * recipe.batch.global_size
+    seen, older = start["rows_seen"], start["before"]
+    before = "not known how many" if seen is None else f"{seen:,}"
+    rows = [
+        ("adapter", f"`{start['path']}`"),
+        ("its digest", f"`{start['digest']}`"),
+        *([("before it", "<br>".join(f"`{digest}`" for digest in older))] if older else []),
+        ("rows seen before", before),
+        ("rows seen", f"{own:,} more" if seen is None else f"{seen + own:,}"),
+    ]
     return "| | |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in rows)
 
 

@@ -24,7 +24,7 @@ MAX_MANIFEST_BYTES = 16 << 20
 
 def seal_folder(folder: Path, about: Mapping[str, Any]) -> str:
     """Write the manifest with `about` (JSON) in it, take the right to write away, and return the folder's digest."""
-    files = {str(path.relative_to(folder)): _file(path) for path in _files(folder)}
+    files = {str(path.relative_to(folder)): bytes_and_digest(path) for path in _files(folder)}
     digest = digest_of_list(files)
     with disk_errors(folder):
         write_json(folder / MANIFEST_NAME, {"digest": digest, "files": files, **about})
@@ -79,7 +79,7 @@ def check_sealed(folder: Path, digest: str) -> None:
     for name in sorted(present - files.keys()):
         raise UserError(f"{folder / name}: this file is no part of the frozen base; take it away")
     for name, expected in sorted(files.items()):
-        found = _file(folder / name)
+        found = bytes_and_digest(folder / name)
         if found != expected:
             raise UserError(
                 f"{folder / name}: changed since the base was frozen: SHA-256 {found['sha256'][:16]}..., "
@@ -98,7 +98,8 @@ def _files(folder: Path) -> Iterator[Path]:
     return (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST_NAME)
 
 
-def _file(path: Path) -> dict[str, Any]:
+def bytes_and_digest(path: Path) -> dict[str, Any]:
+    """What a file's entry in a manifest is: `bytes` and `sha256`. UserError."""
     sha, size = hashlib.sha256(), 0
     try:
         with open_plain(path) as file:

@@ -10,7 +10,7 @@ nest the base (`q_proj.linear.weight`), so names change while loading; one tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from mlx_empire.errors import UserError, of_gpu
 from mlx_empire.formats.hf_folder import Build, open_folder
 from mlx_empire.model.build import read_stored
 from mlx_empire.model.config import HEADS, TIE
-from mlx_empire.model.lora import initial_adapter, magnitude
+from mlx_empire.model.lora import as_first_values, initial_adapter, magnitude
 from mlx_empire.model.quantize import Choice, quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
@@ -173,11 +173,19 @@ class RandomSource(_LazySource):
 class TunedSource:
     """A `WeightSource` of `spec` (base and adapters) over `base`, a source of the model without adapters.
 
-    `packing`: how matrices of the base are packed while they are loaded, if any are.
+    `packing`: how matrices of the base are packed while they are loaded, if any are. `start`: the adapters' first
+    values by name, of an earlier run; without it they are fresh ones.
     """
 
-    def __init__(self, base: WeightSource, spec: ModelSpec, seed: int, packing: Choice | None) -> None:
-        self._base, self._spec, self._seed, self._packing = base, spec, seed, packing
+    def __init__(
+        self,
+        base: WeightSource,
+        spec: ModelSpec,
+        seed: int,
+        packing: Choice | None,
+        start: Mapping[str, mx.array] | None = None,
+    ) -> None:
+        self._base, self._spec, self._seed, self._packing, self._start = base, spec, seed, packing, start
 
     def unit(self, index: int) -> Iterator[tuple[TensorSpec, mx.array]]:
         """See `WeightSource.unit`."""
@@ -186,12 +194,18 @@ class TunedSource:
         made: dict[str, mx.array] = {}
         for name, tensor in wanted.items():
             if name.endswith((".lora_a", ".lora_b")):
-                yield tensor, initial_adapter(tensor, self._seed)
+                yield tensor, self._first(tensor)
                 continue
             while name not in made:
                 made |= self._made(*next(base), wanted, root=index == 0)
             yield tensor, made.pop(name)
         assert next(base, None) is None, f"unit {index}: the base has tensors that the tuned model lacks"
+
+    def _first(self, tensor: TensorSpec) -> mx.array:
+        """An adapter's tensor before the first step, in float32."""
+        if self._start is None:
+            return initial_adapter(tensor, self._seed)
+        return as_first_values(self._start[tensor.name])
 
     def _made(
         self, tensor: TensorSpec, array: mx.array, wanted: dict[str, TensorSpec], *, root: bool
@@ -208,6 +222,8 @@ class TunedSource:
             return dict(zip(names, quantize(array, packing), strict=False))
         made = {name: array}
         if leaf == "weight" and f"{stem}.m" in wanted:
-            made[f"{stem}.m"] = magnitude(array)
+            made[f"{stem}.m"] = (
+                magnitude(array) if self._start is None else as_first_values(self._start[f"{stem}.m"])
+            )
             mx.eval(made[f"{stem}.m"])
         return made

@@ -119,7 +119,7 @@ def write_recipe(options: argparse.Namespace, nodes: Sequence[Node]) -> None:
     except OSError as error:
         raise UserError(f"--out: {out}: {error.strerror}; choose a file that can be written") from None
     hosts = "" if options.hosts is None else f" --hosts {shlex.quote(str(options.hosts))}"
-    verb = "capacity" if answer == "no" else "launch" if hosts else "train"
+    verb = "capacity" if answer == "no" else "inspect"
     why = {"yes": "it fits", "tight": "it fits, but only just"}.get(
         answer, "it does not fit; what to change:"
     )

@@ -22,6 +22,7 @@ from mlx_empire.run.mpirun import Launch, mpirun_line, printed
 from mlx_empire.run.stop import stop_requested
 
 PAUSE_SECONDS = 2.0
+NOTE_SECONDS = 5.0  # at most so often `launch.json` says anew where the ranks are
 FRUITLESS = 2  # restarts in a row without a newer checkpoint
 STARTING = "starting"
 REPORTED = (65, 70)  # refusals that happen in the middle of work
@@ -115,6 +116,7 @@ class Supervisor:
             if self.state.failures:
                 self.state.failures[-1]["again"] = time.time()
             self._note("training")
+        self._note_places(events)
         self._pass_on(events)
         stalled = self._stalls.stalled(events, time.monotonic())
         if stalled:
@@ -131,6 +133,15 @@ class Supervisor:
     def _note(self, said: str, code: int | None = None) -> None:
         self.state.said, self.state.code = said, code
         self.folder.write(self.state)
+
+    def _note_places(self, events: Events) -> None:
+        """Say for who looks on where each rank is."""
+        if time.time() - self.state.noted < NOTE_SECONDS or self.state.said == STARTING:
+            return
+        places = {str(rank): place for rank in events.places if (place := events.place_of(rank))}
+        if places != self.state.places:
+            self.state.places, self.state.noted = places, time.time()
+            self.folder.write(self.state)
 
     def _saved(self) -> str:
         committed = self.folder.committed

@@ -80,8 +80,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         if (folder / "adapter_config.json").exists():
             raise UserError(
-                f"{folder}: an adapter, and no model; name its base in model.path, or first put it into the base by "
-                "mlx_lm.fuse (for PEFT's: merge_and_unload)"
+                f"{folder}: an adapter, and no model; name its base in model.path and go on from it by tuning.start, "
+                "or first put it into the base by mlx_lm.fuse (for PEFT's: merge_and_unload)"
             ) from None
         raise UserError(f"{path}: {error.strerror}; model.path must be a local Hugging Face folder") from None
     except (ValueError, RecursionError) as error:

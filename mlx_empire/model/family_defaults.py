@@ -202,7 +202,12 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
     },
     "gemma": {"head_dim": 256},
     "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 256},
-    "gemma3_text": {"num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": 4096},
+    "gemma3_text": {
+        "head_dim": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+    },
     "gemma3n_text": {"head_dim": 256},
     "gemma4_text": {
         "num_key_value_heads": 4,
@@ -232,6 +237,7 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
         "mamba_n_groups": 1,
         "mamba_conv_bias": True,
     },
+    "gpt_oss": {"head_dim": 64},
     "helium": {"head_dim": 128},
     "internlm3": {"num_key_value_heads": 2},
     "iquestcoder": {"head_dim": 128, "num_key_value_heads": 8},
@@ -241,6 +247,7 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
         "v_head_dim": 128,
         "routed_scaling_factor": 2.446,
     },
+    "laguna": {"head_dim": 128},
     "llama4_text": {"head_dim": 128},
     "longcat_flash": {
         "attention_method": "MLA",

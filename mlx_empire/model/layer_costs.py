@@ -2,8 +2,8 @@
 
 A layer's costs depend on its tensors (`UnitSpec.kind`), on what the model gives it besides the hidden state, on its
 switches (a layer without rotary positions) and on the micro-batch's shape. Layers that are alike in these are traced
-once. A long tail of un-recomputed layers is traced up to `TRACED_TAIL` layers and continued by what the last of them
-added. Where MLX does not tell a graph there are no costs, and the plan takes what was fitted.
+once. A long tail of un-recomputed layers is traced up to `TRACED_TAIL` layers, and continued by what each layer before
+adds in front of the others. Where MLX does not tell a graph there are no costs, and the plan takes what was fitted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 from mlx_empire.model.attention.patterns import Pattern
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.layer_graph import NotTraceable
-from mlx_empire.model.layer_passes import LayerPasses, Pass
+from mlx_empire.model.layer_passes import Adds, LayerPasses, Pass
 from mlx_empire.model.liveness import (
     BUNDLES,
     TASKS_IN_BUNDLE,
@@ -30,6 +30,7 @@ from mlx_empire.model.liveness import (
 )
 from mlx_empire.model.spec import ModelSpec, UnitSpec
 from mlx_empire.model.storage import View
+from mlx_empire.model.traced_products import Product
 
 T = TypeVar("T")
 TRACED_TAIL = 4
@@ -65,7 +66,6 @@ class LayerCosts:
 
     `linear`: kernels that make no scores compute causal attention without a mask, so those scores count nothing;
     `by_pattern`: layers attend by segments where they can. Methods return None where the layers cannot be traced.
-    `adds`: gradients are added to sums in fp32 that are there.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class LayerCosts:
             self._passes: LayerPasses | None = LayerPasses(spec, rows, width, chunk, kernels)
         except NotTraceable:
             self._passes = None
-        # By identity of a unit its number; alike layers have the number of the first of them.
+        # By identity of a unit its place; in `_numbers` alike layers have that of the first of them.
+        self._places = {id(unit): n for n, unit in enumerate(spec.units)}
         self._numbers: dict[int, int] = {}
         firsts: dict[tuple[object, ...], int] = {}
         for n, unit in enumerate(spec.units[1:], 1):
@@ -107,13 +108,22 @@ class LayerCosts:
             return self._once(("forward ahead", n), lambda p: self._forward_ahead(p, n))
         return self._once(("forward", n), lambda p: self._worst(p, (n,), p.forward(n))[-1])
 
-    def backward(self, unit: UnitSpec, *, adds: bool, ahead: bool = False) -> Need | None:
-        """One layer's vjp, which recomputes it; `ahead`: handed over while the one before runs, whose gradients are
-        then made flat."""
+    def products(self, unit: UnitSpec) -> list[Product]:
+        """What one layer's run computes that could be kept, and whether its vjp computes it again; nothing where layers
+        cannot be traced."""
         n = self._numbers[id(unit)]
+        return self._once(("products", n), lambda p: p.products(n)) or []
+
+    def backward(
+        self, unit: UnitSpec, *, adds: Adds, ahead: bool = False, kept: tuple[int, ...] = ()
+    ) -> Need | None:
+        """One layer's vjp, which recomputes it but for what is `kept`; `ahead`: handed over while the one before runs,
+        whose gradients are then made flat."""
+        n = self._numbers[id(unit)]
+        question = "backward", n, adds, ahead, kept
         if ahead:
-            return self._once(("backward ahead", n, adds), lambda p: self._backward_ahead(p, n, adds))
-        return self._once(("backward", n, adds), lambda p: self._worst(p, (n,), p.backward(n, adds=adds))[-1])
+            return self._once(question, lambda p: self._backward_ahead(p, n, adds, kept))
+        return self._once(question, lambda p: self._worst(p, (n,), p.backward(n, adds=adds, kept=kept))[-1])
 
     def _forward_ahead(self, passes: LayerPasses, n: int) -> Need:
         one = passes.forward(n)
@@ -123,14 +133,17 @@ class LayerCosts:
         handed = [HandedOver([k * size + output], [k * size + output]) for k in range(times - 1)]
         return self._worst_ahead(one, row, [*handed, HandedOver([(times - 1) * size + output])], {})
 
-    def _backward_ahead(self, passes: LayerPasses, n: int, adds: bool) -> Need:
+    def _backward_ahead(self, passes: LayerPasses, n: int, adds: Adds, kept: tuple[int, ...]) -> Need:
         """Of two layers in a row: at a reduction the main thread waits for the one before."""
-        one = passes.backward(n, adds=adds, flat=True)
+        one = passes.backward(n, adds=adds, flat=True, kept=kept)
         graph, size = one.graph, len(one.graph.shapes)
-        onward, (hidden, cotangent, *sums) = graph.outputs[0], graph.given[: 2 + adds * len(one.gradients)]
+        onward, (hidden, cotangent, *sums) = (
+            graph.outputs[0],
+            graph.given[: 2 + bool(adds) * len(one.gradients)],
+        )
         layouts = {}
         if adds:  # sums lie as gradients do: those of matrices are transposed
-            alone = passes.backward(n, adds=False)
+            alone = passes.backward(n, adds="")
             views = layouts_of(alone.graph, alone.gradients)
             layouts = {k * size + a: v for k in (0, 1) for a, v in zip(sums, views, strict=True)}
         row = repeated(self._played(passes, (n,), graph), 2, {cotangent: onward}, kept=[hidden])
@@ -154,22 +167,25 @@ class LayerCosts:
         """The loss with its gradients: the need of a first chunk, and of a later one where there is one."""
         return self._once(("head",), lambda p: self._worst(p, (), p.head()))
 
-    def tail(self, units: Sequence[UnitSpec], *, adds: bool) -> Needs | None:
+    def tail(self, units: Sequence[UnitSpec], *, adds: Adds) -> Needs | None:
         """The loss behind layers that are not recomputed, and their vjp: each chunk's needs, then the backward's."""
-        numbers = tuple(self._numbers[id(u)] for u in units)
-        need = self._tail(numbers[-TRACED_TAIL:], adds)
-        for n in numbers[:-TRACED_TAIL]:
-            more, fewer = (self._tail((n,) * k, adds) for k in (TRACED_TAIL, TRACED_TAIL - 1))
+        last, behind = units[-TRACED_TAIL:], units[1 - TRACED_TAIL :]
+        need = self._tail(last, adds)
+        for unit in units[:-TRACED_TAIL]:
+            more, fewer = self._tail([unit, *behind], adds), self._tail(behind, adds)
             if need is None or more is None or fewer is None:
                 return None
             need = tuple(a + b.more_than(c) for a, b, c in zip(need, more, fewer, strict=True))
         return need
 
-    def _tail(self, numbers: tuple[int, ...], adds: bool) -> Needs | None:
+    def _tail(self, units: Sequence[UnitSpec], adds: Adds) -> Needs | None:
+        """Of each layer itself, not of one that is alike: those that share tensors would share gradients."""
+
         def ask(passes: LayerPasses) -> Needs:
+            numbers = [self._places[id(u)] for u in units]
             return self._worst(passes, numbers, passes.tail(numbers, adds=adds))
 
-        return self._once(("tail", numbers, adds), ask)
+        return self._once(("tail", tuple(self._numbers[id(u)] for u in units), adds), ask)
 
     def _once(self, question: tuple[object, ...], ask: Callable[[LayerPasses], T]) -> T | None:
         if self._passes is None:

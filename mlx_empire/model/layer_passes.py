@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,9 +31,12 @@ from mlx_empire.model.layers import Slot, SlottedModel, given_mask, hidden_of
 from mlx_empire.model.liveness import Graph
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 from mlx_empire.model.traced_experts import TracedExperts, stacked_tensors
+from mlx_empire.model.traced_products import Product, TracedProducts
 
 Arrays = Sequence[mx.array]
 Body = Callable[..., list[mx.array]]
+# What a pass adds its gradients to: nothing, those of one micro-batch in their own dtypes, or sums in fp32.
+Adds = Literal["", "own", "wide"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,13 @@ class LayerPasses:
         self._segmented: set[object] = set()  # kinds of layers whose experts' gradients need stand-ins
         owner, key, _ = find_layers(self._model, spec.name)
         self._list = owner, key
-        with _in_peace(owner, key) as layers:
+        self._places = {t.name: _place(self._model, t.name) for t in spec.units[0].tensors}
+        # What layers are given may have the embedding's dtype; a model that is planned has not got its own yet.
+        root = {t.name: mx.zeros(t.shape, _dtype(t)) for t in spec.units[0].tensors}
+        with _in_peace(owner, key) as layers, self._put_back(spec.units[0].tensors):
+            for name, array in root.items():
+                container, place = self._places[name]
+                container[place] = array
             self._slotted = SlottedModel(self._model, spec.name)
             try:
                 hidden, given = self._slotted.capture(mx.zeros((rows, width), mx.int32))
@@ -78,11 +87,11 @@ class LayerPasses:
             except Exception as error:  # foreign code on a model that need not be one that trains
                 raise NotTraceable(reason_of(error)) from None
         self._layers: list[nn.Module] = layers
-        self._places = {
+        self._places |= {
             t.name: _place(layer, t.name.removeprefix(f"{unit.name}."))
             for unit, layer in zip(spec.units[1:], layers, strict=True)
             for t in unit.tensors
-        } | {t.name: _place(self._model, t.name) for t in spec.units[0].tensors}
+        }
         dtype = getattr(mx, spec.dtype)
         self._hidden = mx.zeros(hidden.shape, dtype)
         self._chunk, self._positions = chunk, max(chunk // rows, 1)
@@ -93,6 +102,7 @@ class LayerPasses:
         self._now: dict[int, mx.array] = {}  # by id of an argument what stands for it
         self._bound: dict[str, mx.array] = {}
         self._experts = TracedExperts()
+        self._products = TracedProducts(self._blocks)
 
     def _told(
         self, layers: Sequence[nn.Module], kernels: Kernels | None, width: int
@@ -144,9 +154,14 @@ class LayerPasses:
         """A layer's forward; the hidden state stays with the caller."""
         return Pass(self._through_graph([unit]))
 
-    def backward(self, unit: int, *, adds: bool, flat: bool = False) -> Pass:
-        """A layer's vjp; `adds`: its gradients are added to sums in fp32 that are there; `flat`: rounded to the wire's
-        dtype and flat, too, as the exchange takes them."""
+    def products(self, unit: int) -> list[Product]:
+        """What a layer's run computes that could be kept, and whether its vjp computes it again."""
+        return self._products.told(self.backward(unit, adds="", kept=None).graph)
+
+    def backward(self, unit: int, *, adds: Adds, flat: bool = False, kept: Sequence[int] | None = ()) -> Pass:
+        """A layer's vjp; `flat`: its gradients in the wire's dtype and flat, too, as the exchange takes them; `kept`:
+        products whose results are there (None: all), as its last sources."""
+        self._products.wanted = kept
 
         def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
             def run(*arrays: mx.array) -> list[mx.array]:
@@ -162,7 +177,7 @@ class LayerPasses:
             added, others = made[: len(every)], made[len(every) :]
             wires = [(a, _wire(t)) for a, t in zip(added, every, strict=True) if flat]
             copies = [a.astype(w).flatten() for a, w in wires if _is_copied(a, w)]
-            return [found[len(trained)], *added, *copies, *others]
+            return [found[len(trained)], *added, *copies, *self._products.extra(), *others]
 
         return self._differentiated([unit], body, adds=adds, besides=[self._hidden])
 
@@ -175,14 +190,14 @@ class LayerPasses:
         two = mx.zeros_like(self._hidden[:, : 2 * self._positions])
         return self._of_chunks(self._graph([0], [], [two, *self._batch(two)], body), two.shape[1])
 
-    def tail(self, units: Sequence[int], *, adds: bool) -> Pass:
+    def tail(self, units: Sequence[int], *, adds: Adds) -> Pass:
         """The loss and the vjp of layers that are not recomputed, in order. The chunks of the loss are evaluated first,
-        with the first of them the layers' forward."""
+        with the first of them the layers' forward; what the head's gradients are added to, with the backward."""
 
         two = min(2 * self._positions, self._hidden.shape[1])  # of the chunks that follow nothing is new
 
         def body(hidden: mx.array, *rest: mx.array) -> list[mx.array]:
-            batch, sums = rest[:3], rest[3:]
+            batch, roots, sums = rest[:3], rest[3 : 3 + len(root_sums)], rest[3 + len(root_sums) :]
 
             def run(*arrays: mx.array) -> tuple[mx.array, ...]:
                 self._begin(arrays[len(trained) + 1 :])
@@ -200,11 +215,17 @@ class LayerPasses:
             trained, taps = self._primals(units)
             primals = [*(self._bound[t.name] for t in trained), hidden, *taps]
             (_, *chunks), found = mx.value_and_grad(run, argnums=tuple(range(len(primals))))(*primals)
-            return [*chunks, found[len(trained)], *self._added(sums, units, trained, found)]
+            last = chunks[len(chunks) - 1 - len(self._heads) : -1]
+            heads = [a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(roots, last, strict=False)]
+            return [*chunks, found[len(trained)], *heads, *self._added(sums, units, trained, found)]
 
-        traced = self._differentiated(units, body, adds=adds, besides=self._batch(self._hidden), head=True)
+        own = adds == "own" and two <= self._positions  # chunks are added in fp32
+        root_sums = [mx.zeros(t.shape, _dtype(t) if own else mx.float32) for t in self._heads if adds]
+        besides = [*self._batch(self._hidden), *root_sums]
+        traced = self._differentiated(units, body, adds=adds, besides=besides, head=True)
         chunks = self._of_chunks(traced.graph, two)
-        return replace(chunks, gradients=(*chunks.gradients, *traced.gradients))
+        heads = traced.graph.outputs[sum(chunks.before) + 1 :][: len(root_sums)]
+        return replace(chunks, gradients=(*chunks.gradients, *heads, *traced.gradients))
 
     # ---- head
 
@@ -236,15 +257,18 @@ class LayerPasses:
     # ---- what is differentiated
 
     def _differentiated(
-        self, units: Sequence[int], body: Body, *, adds: bool, besides: Arrays = (), head: bool = False
+        self, units: Sequence[int], body: Body, *, adds: Adds, besides: Arrays = (), head: bool = False
     ) -> Pass:
         trained = self._trained(units)
-        free = [self._hidden, *besides, *(mx.zeros(t.shape) for t in trained if adds)]
+        sums = [mx.zeros(t.shape, _dtype(t) if adds == "own" else mx.float32) for t in trained]
+        free = [self._hidden, *besides, *(sums if adds else ())]
         bound = [*units, 0] if head else units
         with self._blocks.differentiated(self._calls_in_blocks(units)):
             graph = self._with_experts(
                 units, lambda: self._blocks.put_together(self._graph(bound, free, [], body))
             )
+        if not head:
+            graph = self._products.kept_in(graph)
         start = len(graph.outputs) - len(trained) if head else 1
         gradients, flat = graph.outputs[start : start + len(trained)], graph.outputs[start + len(trained) :]
         copied = [
@@ -335,12 +359,15 @@ class LayerPasses:
             return body(*arrays[:own])
 
         given = [*free, *held, *weights, *arguments, *taps]
-        before = [
-            (container, key, container[key]) for container, key in (self._places[t.name] for t in tensors)
-        ]
+        with self._put_back(tensors), _in_peace(*self._list):
+            return graph_of(run, given, range(len(free), len(given)))
+
+    @contextmanager
+    def _put_back(self, tensors: Sequence[TensorSpec]) -> Iterator[None]:
+        """Afterwards the model has the arrays that it has now."""
+        before = [(*self._places[t.name], self._places[t.name][0][self._places[t.name][1]]) for t in tensors]
         try:
-            with _in_peace(*self._list):
-                return graph_of(run, given, range(len(free), len(given)))
+            yield
         finally:
             for container, key, array in before:
                 container[key] = array
@@ -374,16 +401,22 @@ class LayerPasses:
             lambda a: self._now.get(id(a), a), [list(given.positional), given.keywords]
         )
         given = replace(given, positional=tuple(positional), keywords=keywords)
-        output = hidden_of(self._by_pattern.call(self._layers[unit - 1], hidden, given))
+        with self._products.watch():
+            output = hidden_of(self._by_pattern.call(self._layers[unit - 1], hidden, given))
         if not isinstance(output, mx.array):
             raise NotTraceable(f"a layer returns {type(output).__name__}")
         return output
 
 
+def _dtype(tensor: TensorSpec) -> mx.Dtype:
+    """The dtype in which a tensor computes."""
+    found: mx.Dtype = getattr(mx, tensor.dtype)
+    return found
+
+
 def _wire(tensor: TensorSpec) -> mx.Dtype:
     """The dtype in which a tensor's gradient is exchanged."""
-    found: mx.Dtype = mx.float32 if tensor.kind == "small" else getattr(mx, tensor.dtype)
-    return found
+    return mx.float32 if tensor.kind == "small" else _dtype(tensor)
 
 
 def _is_copied(gradient: mx.array, wire: mx.Dtype) -> bool:

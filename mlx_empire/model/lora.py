@@ -229,6 +229,14 @@ def initial_adapter(tensor: TensorSpec, seed: int) -> mx.array:
     return mx.random.uniform(-bound, bound, tensor.shape, key=key)
 
 
+def as_first_values(array: mx.array) -> mx.array:
+    """A tensor of an earlier adapter as the one that goes on from it begins: float32, contiguous, evaluated."""
+    with mx.stream(mx.cpu):
+        array = mx.contiguous(array.astype(mx.float32))
+    mx.eval(array)
+    return array
+
+
 def magnitude(weight: mx.array) -> mx.array:
     """DoRA's `m` of a matrix (outputs, inputs): the norm of each row, in float32."""
     return mx.linalg.norm(weight.astype(mx.float32), axis=1)

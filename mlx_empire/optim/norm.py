@@ -26,7 +26,7 @@ from mlx_empire.model.spec import BLOCK
 from mlx_empire.plan.shards import SQUARED_ELEMENTS, ShardPlan, Unit
 
 CHUNK_ROWS = (1 << 20) // BLOCK
-_PIECE_ROWS = SQUARED_ELEMENTS // BLOCK
+PIECE_ROWS = SQUARED_ELEMENTS // BLOCK
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def block_sums(*gradients: mx.array) -> list[np.ndarray]:
 
 def piece_sums(gradient: mx.array) -> list[mx.array]:
     """The same of one gradient, lazily and in pieces (rows, 1); `on_host` puts them together once evaluated."""
-    rows = range(0, gradient.shape[0], _PIECE_ROWS)
-    return [_piece_sums(gradient[row : row + _PIECE_ROWS]) for row in rows]
+    rows = range(0, gradient.shape[0], PIECE_ROWS)
+    return [_piece_sums(gradient[row : row + PIECE_ROWS]) for row in rows]
 
 
 def on_host(pieces: Sequence[mx.array]) -> np.ndarray:
@@ -92,6 +92,10 @@ class NormLayout:
     def interval(self, segment: int, rank: int) -> tuple[int, int]:
         """The rows of `segment` that `rank` counts, half open."""
         return self.edges[segment][rank], self.edges[segment][rank + 1]
+
+    def most_rows(self, rank: int) -> int:
+        """The rows of the segment of which `rank` counts most."""
+        return max((b - a for a, b in (self.interval(s, rank) for s in range(len(self.edges)))), default=0)
 
     def lengths(self, rank: int) -> tuple[int, int]:
         """Elements of the two arrays that `rank` sends: float64 chunk sums, float32 block sums."""

@@ -24,6 +24,7 @@ from mlx_empire.model.attention.fused import attention_is_fused
 from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.closed_forms import experts, is_stacked
 from mlx_empire.model.layer_costs import LayerCosts, Need
+from mlx_empire.model.layer_passes import Adds
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.plan.root_memory import RootMemory
 from mlx_empire.plan.workload import Workload, chunk_tokens
@@ -95,12 +96,14 @@ def once(
     return answer
 
 
-def layer_costs(unit: UnitSpec, spec: ModelSpec, work: Workload, *, adds: bool) -> dict[str, int]:
+def layer_costs(
+    unit: UnitSpec, spec: ModelSpec, work: Workload, *, adds: Adds, kept: tuple[int, ...] = ()
+) -> dict[str, int]:
     """What one layer's vjp for one micro-batch needs at its worst moment, its gradients included, by name.
 
-    `adds`: the gradients are added to a sum that is held already.
+    `kept`: products that are not computed again.
     """
-    need = costs_of(spec, work).backward(unit, adds=adds, ahead=work.run_ahead)
+    need = costs_of(spec, work).backward(unit, adds=adds, ahead=work.run_ahead, kept=kept)
     if need is None:
         fitted = _fitted_costs(unit, spec, work)
         ahead = gradient_bytes(unit, spec, work)[0] if work.run_ahead else 0
@@ -119,7 +122,7 @@ def forward_bytes(unit: UnitSpec, spec: ModelSpec, work: Workload) -> int:
 
 
 def head_costs(
-    units: Sequence[UnitSpec], spec: ModelSpec, work: Workload, *, adds: bool
+    units: Sequence[UnitSpec], spec: ModelSpec, work: Workload, *, adds: Adds
 ) -> list[dict[str, int]]:
     """What the loss of one micro-batch needs behind an un-recomputed tail of `units`, gradients included, by name, at
     each moment that may be the worst.
@@ -135,7 +138,7 @@ def head_costs(
     moments = [chunked | _named(need, *names) for need in chunks]
     if units:
         backward = _named(needs[-1], "un-recomputed tail", "tail gradients")
-        moments.append({"root gradients": root.head * (root.wide if root.chunked else 1)} | backward)
+        moments.append(({} if adds else {"root gradients": root.head_sum(1)}) | backward)
     return moments
 
 

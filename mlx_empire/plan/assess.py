@@ -52,6 +52,7 @@ def live_buffers(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, st
     """How many arrays `rank` holds at once: the chunks' weights and states, gradients, layer inputs."""
     count = _IN_FLIGHT + 4 * max(len(u.tensors) for u in spec.units)
     count += work.micro_batches(rank) * (len(plan.units) - work.unrecomputed + 4)
+    count += work.stash(rank).arrays(work.micro_batches(rank))
     for unit in plan.units:
         for segment in unit.segments:
             count += 1  # the whole buffer, or the gradient

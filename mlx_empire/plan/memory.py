@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+from mlx_empire.model.layer_passes import Adds
 from mlx_empire.model.spec import BLOCK, ITEM_BYTES, ModelSpec
 from mlx_empire.plan.activations import costs_of, forward_bytes, head_costs, hidden_bytes, layer_costs
+from mlx_empire.plan.kept import kept_bytes
 from mlx_empire.plan.optimizer_bytes import StateBytes, state_sizes, update_bytes
 from mlx_empire.plan.root_memory import RootMemory
 from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, folded_step
@@ -28,6 +30,7 @@ Items = dict[str, int]
 NORM_AHEAD = 10 * SQUARED_ELEMENTS
 PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
+KEPT = "kept products"
 
 BASE = 1 << 16  # MLX buffers that are no tensor: rotary tables, scalars
 ROUNDING = 1 << 13  # half a page of Metal's allocator
@@ -35,11 +38,16 @@ ROUNDING = 1 << 13  # half a page of Metal's allocator
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes by name: for the whole step, and by phase. `derived`: whether the layers' own graphs could be played."""
+    """Bytes by name: for the whole step, and by phase. `derived`: whether the layers' own graphs could be played.
+
+    `spare`: as much as the buffers of "gradients" may take at any moment, those included that are not in use then, and
+    the peak stays what it is.
+    """
 
     resident: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
     derived: bool = True
+    spare: int = 0
 
     @cached_property
     def largest_phase(self) -> str:
@@ -63,11 +71,14 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         **stored(plan, rank, state_bytes),
         "exchange buffers": staging + 4 * ADDED_AT_ONCE,
         "MLX base": BASE + costs_of(spec, work).argument_bytes,
-        "allocator margin": ROUNDING * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
+        "allocator margin": work.paged
+        * ROUNDING
+        * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
     }
     step = StepBytes(spec, plan, work, rank, state_bytes)
     step.play(folded_step(step.shape))
-    return Ledger({k: v for k, v in resident.items() if v}, step.phases, costs_of(spec, work).derived)
+    named = {name: size for name, size in resident.items() if size}
+    return Ledger(named, step.phases, costs_of(spec, work).derived, step.spare)
 
 
 def stored(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> Items:
@@ -100,10 +111,11 @@ class StepBytes(Reader):
         self._root = RootMemory(spec, work, self._sizes[0].gradient)
         self._first = set(accumulate(self.shape.cells, initial=0))  # micro-batches that begin a cell
         self._held: Items = {}
-        self._total = 0
+        self._total = self._most_others = 0
         self._worst = dict.fromkeys(PHASES, -1)
         self._phase = "forward"
         self._whole = self._most_whole = 0  # bytes of gathered units, now and at most
+        self._stashed: dict[int, int] = {}  # by layer: bytes of its results that stay
         self._cell: dict[int, tuple[str, int]] = {}  # by layer: the name and size of the current round's sum
         self._handed_over: set[int] = set()  # rounds whose head's sum has become a part of the root's
         self._flying = 0  # bytes of the last unit's update, which may not be done where it is not waited for
@@ -111,6 +123,11 @@ class StepBytes(Reader):
         self._new: dict[int, int] = {}  # by unit that was updated: bytes of its new weights on this rank
 
     bind = score = replicate = Reader.nothing
+
+    @property
+    def spare(self) -> int:
+        """What the peak leaves for gradients beside the most that lies beside them at any moment."""
+        return max(0, *self._worst.values()) - self._most_others
 
     # ---- bookkeeping
 
@@ -122,6 +139,7 @@ class StepBytes(Reader):
         """What is held, and `now` besides: the worst moment of a phase is kept."""
         phase = phase or self._phase
         total = self._total + sum(now.values())
+        self._most_others = max(self._most_others, total - self._held.get("gradients", 0))
         if total > self._worst[phase]:
             self._worst[phase] = total
             items = dict(self._held)
@@ -147,6 +165,7 @@ class StepBytes(Reader):
             self._phase = "finish"
         elif self._phase == "backward":  # its inputs went one by one; they count until the layer is left
             self._hold("layer inputs", -self._hidden * self.shape.micro_batches)
+            self._hold(KEPT, -self._stashed.pop(action.unit, 0))
 
     # ---- micro-batches
 
@@ -155,10 +174,15 @@ class StepBytes(Reader):
 
     def forward(self, action: Action) -> None:
         kept = self._hidden if action.unit >= self.shape.lowest else 0
-        self._hold("layer inputs", kept * (action.times - 1))
         unit = self._spec.units[action.unit]
+        stashed = kept_bytes(unit, action.products, self._spec, self._work)
+        self._stashed[action.unit] = self._stashed.get(action.unit, 0) + stashed * action.times
+        self._hold("layer inputs", kept * (action.times - 1))
+        self._hold(KEPT, stashed * action.times)
         self._moment({"one layer's forward": forward_bytes(unit, self._spec, self._work)})
         self._hold("layer inputs", kept)
+
+    stash = forward
 
     def head(self, action: Action) -> None:
         self._phase = "head"
@@ -166,19 +190,25 @@ class StepBytes(Reader):
         for moment in head_costs(kept, self._spec, self._work, adds=self._adds(action)):
             self._moment(moment)
         if action.micro in self._first:
-            self._hold("root gradients", self._root.head_sum * action.times)
-            for u in range(self.shape.boundary + 1, self.shape.layers + 1):
-                self._hold_cell(u, "tail sums")
+            self._hold("root gradients", self._root.head_sum(1) * action.times)
+        elif action.micro - 1 in self._first:
+            rounds = action.times // max(
+                self.shape.cells[action.round] - 2, 1
+            )  # alike ones that it stands for
+            self._hold("root gradients", (self._root.head_sum(2) - self._root.head_sum(1)) * rounds)
+        for u in range(self.shape.boundary + 1, self.shape.layers + 1):
+            self._hold_cell(action, u, "tail sums")
 
     def backward(self, action: Action) -> None:
         self._phase = "backward"
-        first = action.micro in self._first
         if self._plan.world_size == 1:  # a copy, done before the layer's worst moment
             self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
         unit = self._spec.units[action.unit]
-        self._moment(layer_costs(unit, self._spec, self._work, adds=self._adds(action)))
-        if first:
-            self._hold_cell(action.unit, "unit gradient sums")
+        adds, kept = self._adds(action), action.products
+        self._moment(layer_costs(unit, self._spec, self._work, adds=adds, kept=kept))
+        self._hold_cell(action, action.unit, "unit gradient sums")
+
+    reuse = backward
 
     def embed(self, action: Action) -> None:
         """Of a table only the tokens' rows: they in fp32, their gradient, and the sum of a cell's."""
@@ -193,10 +223,11 @@ class StepBytes(Reader):
             sums = self._root.embed * self._wide * self._adds_up
             self._moment({"root gradients": 2 * self._root.embed + sums})
 
-    def _adds(self, action: Action) -> bool:
-        """Whether gradients are added to a sum; of a cell of several micro-batches those needs count, for they come
-        on top of the sum."""
-        return self.shape.cells[action.round] > 1
+    def _adds(self, action: Action) -> Adds:
+        """What gradients are added to: a cell's first are left as they are, the second make a sum in fp32 of them."""
+        if action.micro in self._first:
+            return ""
+        return "own" if self._item < 4 and action.micro - 1 in self._first else "wide"
 
     # ---- sums
 
@@ -236,11 +267,12 @@ class StepBytes(Reader):
         """Bytes of a unit's contribution in the wire's dtype; none where this rank has no cell in the round."""
         return self._sizes[action.unit].gradient if self.shape.cells[action.round] else 0
 
-    def _hold_cell(self, unit: int, name: str) -> None:
+    def _hold_cell(self, action: Action, unit: int, name: str) -> None:
         """A cell's sum of a layer, from its first micro-batch until it is handed over."""
-        size = self._sizes[unit].gradient * (self._wide if self._adds_up else 1)
+        size = self._sizes[unit].gradient * (1 if action.micro in self._first else self._wide)
+        _, before = self._cell.get(unit, ("", 0))
         self._cell[unit] = name, size
-        self._hold(name, size)
+        self._hold(name, size - before)
 
     def _drop_cell(self, action: Action) -> None:
         """A round's sum is handed over, if it has not been."""
@@ -248,7 +280,7 @@ class StepBytes(Reader):
         if action.unit == 0 and self.shape.cells[action.round] and action.round not in self._handed_over:
             self._handed_over.add(action.round)
             self._moment({"root gradients": self._root.joined})
-            name, size = "root gradients", self._root.head_sum * action.times
+            name, size = "root gradients", self._root.head_sum(self.shape.cells[action.round]) * action.times
             self._hold("embedding gradients", -self._held.get("embedding gradients", 0))
         self._hold(name, -size)
 

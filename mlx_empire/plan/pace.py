@@ -166,7 +166,9 @@ def ends(pace: Pace, start: datetime) -> tuple[datetime, datetime]:
 
 def cloud_of(assessment: Assessment, pace: Pace) -> Cloud:
     """The same steps on the fewest H100s that hold weights, gradients and states; network and waiting not counted."""
-    flops = pace.lengths.steps * sum(step_flops(assessment, r) for r in range(len(assessment.nodes)))
+    spec, plan = assessment.spec, assessment.plan
+    ranks = range(len(assessment.nodes))
+    flops = pace.lengths.steps * sum(step_flops(spec, plan.shards, plan.work, r) for r in ranks)
     need = sum(trained_bytes(assessment).values())
     least = -(-need // int(H100_USABLE * H100_BYTES))
     gpus = next((n for n in RENTED_AT_ONCE if n >= least), -(-least // 8) * 8)

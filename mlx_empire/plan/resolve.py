@@ -1,9 +1,10 @@
 """From what the recipe asks and what the nodes have to one plan: stage, shares, tail and gradient dtype.
 
 `auto` values are resolved here and nowhere else, so a report before the run and the run itself agree. Memory may
-choose only what does not affect bits (stage, shares, the tail's k); the gradient's dtype does, so it is chosen once
-and kept. The order of preference: gradients in fp32 before bf16, then the stage with the least traffic that fits,
-then the longest tail that fits. Any plan that leaves headroom comes before any that is tight.
+choose only what does not affect bits (stage, shares, the tail's k, kept products); the gradient's dtype does, so it is
+chosen once and kept. The order of preference: gradients in fp32 before bf16, then the stage with the least traffic that
+fits, then the longest tail that fits and products in what it leaves, or products alone, whichever leaves the fewest
+operations to the slowest rank. Any plan that leaves headroom comes before any that is tight.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.fill import fill, most_operations
 from mlx_empire.plan.memory import Ledger, ledger, stored
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan, make_plan
@@ -112,16 +114,24 @@ def resolve(
             recipe.optimizer.in_backward,
             _LINEAR and not _needs_masks(recipe) and all(_has_metal(n) for n in nodes),
             by_pattern=recipe.numerics.attention != "mask",
+            paged=not all(_is_cpu(node) for node in nodes),
         )
         plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):
+            with_work = partial(_shared, recipe, spec, nodes, plan.shards.zero_stage, state_bytes)
+            without_tail = plan
             if seeks_tail:
-                plan = _longest_tail(
-                    plan, partial(_shared, recipe, spec, nodes, plan.shards.zero_stage, state_bytes)
-                )
+                plan = _longest_tail(plan, with_work)
             if plan.comfortable:
-                ahead = partial(_shared, recipe, spec, nodes, plan.shards.zero_stage, state_bytes)
-                return _running_ahead(plan, ahead) if memory.run_ahead else plan
+                keeps = keeps_products(recipe, nodes) and plan.work.unrecomputed < layers
+                found = [plan]
+                if keeps and plan.work.unrecomputed and without_tail.comfortable:
+                    found.append(without_tail)
+                if memory.run_ahead:
+                    found = [_running_ahead(one, with_work) for one in found]
+                return _fewest_operations(
+                    spec, [_filled(one, spec, state_bytes) for one in found] if keeps else found
+                )
             if plan.fits:
                 tight.append(plan)
         tried += plans
@@ -188,10 +198,35 @@ def _has_metal(node: Node) -> bool:
     return (node.chip or "").startswith(("Apple", "M1", "M2", "M3", "M4", "M5"))
 
 
+def _is_cpu(node: Node) -> bool:
+    """Whether a node was asked and computes on a CPU."""
+    return node.measured and node.compiles is None and not _has_metal(node)
+
+
 def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPlan:
     """`plan` with a main thread that runs ahead of the device, where that leaves headroom."""
     ahead = with_work(replace(plan.work, run_ahead=True))
     return ahead if ahead.comfortable else plan
+
+
+def keeps_products(recipe: Recipe, nodes: Sequence[Node]) -> bool:
+    """Whether spare memory may keep results of recomputed layers; unless asked for, on CPUs alone."""
+    asked = recipe.memory.keep_products
+    allowed = all(n.chip is None for n in nodes) if asked == "auto" else asked
+    return allowed and recipe.memory.gradient_checkpointing == "auto"
+
+
+def _filled(plan: RunPlan, spec: ModelSpec, state_bytes: StateBytes) -> RunPlan:
+    """`plan` with kept products as far as they leave headroom."""
+    most = [int((1 - TIGHT_HEADROOM) * limit) for limit in plan.limits]
+    work, ledgers = fill(spec, plan.shards, plan.work, plan.ledgers, most, state_bytes)
+    return replace(plan, work=work, ledgers=ledgers)
+
+
+def _fewest_operations(spec: ModelSpec, plans: Sequence[RunPlan]) -> RunPlan:
+    if len(plans) == 1:
+        return plans[0]
+    return min(plans, key=lambda plan: most_operations(spec, plan.shards, plan.work))
 
 
 def _longest_tail(none: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPlan:

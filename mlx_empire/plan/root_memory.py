@@ -80,7 +80,6 @@ class RootMemory:
         wide = self.wide if self._adds_up and not self.by_row else 1
         return max(4 * tied, wide * self._contribution)
 
-    @cached_property
-    def head_sum(self) -> int:
-        """A cell's sum of the head's gradients."""
-        return self.head * (self.wide if self._adds_up or self.chunked else 1)
+    def head_sum(self, micro_batches: int) -> int:
+        """The sum of the head's gradients of so many micro-batches of a cell."""
+        return self.head * (self.wide if micro_batches > 1 or self.chunked else 1)

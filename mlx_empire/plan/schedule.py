@@ -29,9 +29,11 @@ is at its peak, or a number is asked for. Before the first head and each embed i
 | free      | take a unit's tensors out of the model; at stage 3 its buffer goes                          |
 | capture   | embed a micro-batch, note what the model passes to its layers                               |
 | forward   | one layer, one micro-batch                                                                  |
+| stash     | the same, where results of products stay for the backward                                   |
 | head      | loss and gradients of head and un-recomputed layers, one micro-batch                        |
 | score     | in an evaluation: loss or scores of one micro-batch                                         |
-| backward  | one layer's vjp, one micro-batch                                                            |
+| backward  | one layer's vjp, one micro-batch; the layer is recomputed                                   |
+| reuse     | the same with what was stashed, which is not computed again                                 |
 | embed     | the embedding's gradient, one micro-batch                                                   |
 | keep      | stage 1: a round's sums are rounded to the wire's dtype and kept until the backward's end   |
 | reduce    | begin to reduce a round's sums to their owners                                              |
@@ -46,15 +48,16 @@ is at its peak, or a number is asked for. Before the first head and each embed i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from typing import Literal, NamedTuple
 
+from mlx_empire.plan.stash import NOTHING, Stash
+
 ALL_UNITS = -1  # the unit of a norm over everything
-HANDED_OVER = frozenset(
-    {"capture", "forward", "backward", "keep", "reduce", "settle", "norm", "update", "adopt"}
-)
+_PASSES = ("capture", "forward", "stash", "backward", "reuse")
+HANDED_OVER = frozenset((*_PASSES, "keep", "reduce", "settle", "norm", "update", "adopt"))
 
 
 class Action(NamedTuple):
@@ -62,6 +65,7 @@ class Action(NamedTuple):
     micro-batches of the step; `round`: of the reduction, which takes one of this rank's cells; -1 where it has none.
 
     `times`: how many actions in a row this one stands for, in a folded list; `micro` and `round` are then the first's.
+    `products`: of stash and reuse, which results of the layer stay, by their numbers (`model.kept`).
     """
 
     kind: str
@@ -69,6 +73,7 @@ class Action(NamedTuple):
     micro: int = -1
     round: int = -1
     times: int = 1
+    products: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class StepShape:
 
     `cells`: number of this rank's micro-batches in each round (0 where it has no cell); `trained`: by unit, whether
     anything of it trains; `unrecomputed`: how many last layers keep their activations; `in_backward`: a unit is
-    updated as soon as its gradient is complete; `run_ahead`: the next layer is handed to the device while one runs.
+    updated as soon as its gradient is complete; `run_ahead`: the next layer is handed to the device while one runs;
+    `stash`: which results of the others stay from the forward to the backward.
     """
 
     zero_stage: int
@@ -86,6 +92,7 @@ class StepShape:
     unrecomputed: int = 0
     in_backward: bool = False
     run_ahead: bool = False
+    stash: Stash = NOTHING
 
     def waits(self, action: Action) -> bool:
         """Whether the main thread waits for what the action evaluates, or hands it over and goes on."""
@@ -121,6 +128,17 @@ class StepShape:
     def micro_batches(self) -> int:
         """How many this rank has in the step."""
         return sum(self.cells)
+
+    @property
+    def border(self) -> int:
+        """The micro-batch from which on, in one layer, less stays than of those before."""
+        return self.stash.visits % max(self.micro_batches, 1)
+
+    def kept(self, unit: int, micro: int) -> tuple[int, ...]:
+        """The products of a layer that stay for a micro-batch: only where it is recomputed."""
+        if self.lowest <= unit <= self.boundary:
+            return self.stash.products(unit, micro, self.micro_batches)
+        return ()
 
 
 class Reader:
@@ -184,7 +202,7 @@ def updates(shape: StepShape) -> Iterator[Action]:
 
 def evaluation(shape: StepShape) -> Iterator[Action]:
     """A forward pass over this rank's micro-batches, in which no input is kept and every layer runs."""
-    step = _Step(shape, update=False, fold="nothing")
+    step = _Step(replace(shape, stash=NOTHING), update=False, fold="nothing")
     yield from step.forward(shape.layers)
     yield from step.each("score", 0, range(shape.micro_batches))
     yield Action("free", shape.layers)
@@ -202,7 +220,7 @@ class _Step:
 
     def __init__(self, shape: StepShape, update: bool, fold: Fold) -> None:
         self._shape, self._fold = shape, fold != "nothing"
-        self._rounds = list(_rounds(shape.cells, fold == "rounds"))
+        self._rounds = list(_rounds(shape, fold == "rounds"))
         self._updates = update and shape.in_backward
         self._in_flight: tuple[int, int, int] | None = None  # unit, round, times
         self._kept: list[tuple[int, int, int]] = []
@@ -220,7 +238,7 @@ class _Step:
             yield Action("bind", u)
             if shape.sharded and u < shape.layers:
                 yield Action("gather", u + 1)
-            yield from self.each("forward", u, micros)
+            yield from self._visits("forward", "stash", u, micros)
             if u < shape.layers:
                 yield Action("free", u)
 
@@ -248,7 +266,7 @@ class _Step:
             if shape.sharded and u > shape.lowest:
                 yield Action("gather", u - 1)
             for r, members, times in self._rounds:
-                yield from self.each("backward", u, members, r, times)
+                yield from self._visits("backward", "reuse", u, members, r, times)
                 yield from self._deliver(u, r, times)
             yield Action("free", u)
 
@@ -268,13 +286,33 @@ class _Step:
             yield from self._reduce(unit, round, times)
         yield from self._settle()
 
-    def each(self, kind: str, unit: int, micros: range, round: int = -1, times: int = 1) -> Iterator[Action]:
+    def each(
+        self,
+        kind: str,
+        unit: int,
+        micros: range,
+        round: int = -1,
+        times: int = 1,
+        products: tuple[int, ...] = (),
+    ) -> Iterator[Action]:
         """An action for each micro-batch, or for the first, the others and the last."""
         if self._fold and len(micros) > 3:
-            yield Action(kind, unit, micros[0], round, times)
-            yield Action(kind, unit, micros[1], round, times * (len(micros) - 2))
+            yield Action(kind, unit, micros[0], round, times, products)
+            yield Action(kind, unit, micros[1], round, times * (len(micros) - 2), products)
             micros = micros[-1:]
-        yield from (Action(kind, unit, micro, round, times) for micro in micros)
+        yield from (Action(kind, unit, micro, round, times, products) for micro in micros)
+
+    def _visits(
+        self, plain: str, keeping: str, unit: int, micros: range, round: int = -1, times: int = 1
+    ) -> Iterator[Action]:
+        """A layer's actions, of the kind `keeping` for micro-batches of which products stay."""
+        border = self._shape.border
+        for alike in (
+            range(micros.start, min(micros.stop, border)),
+            range(max(micros.start, border), micros.stop),
+        ):
+            products = self._shape.kept(unit, alike.start) if alike else ()
+            yield from self.each(keeping if products else plain, unit, alike, round, times, products)
 
     def _deliver(self, unit: int, round: int, times: int) -> Iterator[Action]:
         """A round's sums of a unit are there: reduce them, or at stage 1 keep them."""
@@ -313,10 +351,18 @@ def _update(shape: StepShape, unit: int, before: int | None) -> Iterator[Action]
             yield Action("adopt", before)
 
 
-def _rounds(cells: tuple[int, ...], fold: bool) -> Iterator[tuple[int, range, int]]:
+def _rounds(shape: StepShape, fold: bool) -> Iterator[tuple[int, range, int]]:
     """(round, its micro-batches, how many alike rounds it stands for)."""
+    cells, border = shape.cells, shape.border
     starts, last = list(accumulate(cells, initial=0)), len(cells) - 1
-    middle = groupby(range(1, last), lambda r: cells[r] if fold else r)
-    groups = [[0], *(list(group) for _, group in middle), *([last] for _ in cells[1:2])]
+
+    def kind(r: int) -> tuple[int, ...]:
+        return (cells[r], starts[r] < border, starts[r + 1] <= border) if fold else (r,)
+
+    groups = [
+        [0],
+        *(list(group) for _, group in groupby(range(1, last), kind)),
+        *([last] for _ in cells[1:2]),
+    ]
     for first, *more in groups:
         yield first, range(starts[first], starts[first + 1]), 1 + len(more)

@@ -3,7 +3,7 @@
 A rank has a compute lane (the main thread) and a queue of exchanges (the communication thread), and its card has two
 directions. The rules:
 
-1. compute   forward, head, backward, embed and update follow one another;
+1. compute   forward, stash, head, backward, reuse, embed and update follow one another;
 2. begin     gather, reduce, replicate and renew are queued when the compute lane reaches them, and do not stop it;
 3. exchange  an exchange begins on a rank when the one before has ended there. A card sends and receives at the wire's
              rate, each rank's bytes in each direction one after the other; a rank is done when it has sent and received
@@ -39,7 +39,7 @@ class Costs(Protocol):
     """Seconds of one rank's work."""
 
     def compute(self, action: Action) -> float:
-        """Of forward, head, backward, embed or update, as often as the action stands for."""
+        """Of forward, stash, head, backward, reuse, embed or update, as often as the action stands for."""
         ...
 
     def add(self, nbytes: int) -> float:
@@ -117,7 +117,7 @@ class RankLanes(Reader):
         self._until(WAIT, action, self.met[self._norms])
         self._norms += 1
 
-    forward = head = backward = embed = update = _work
+    forward = stash = head = backward = reuse = embed = update = _work
     gather = reduce = replicate = renew = _begin
     bind = settle = adopt = _wait
     capture = score = free = keep = Reader.nothing

@@ -69,7 +69,8 @@ class StepTraffic(Reader):
     gather = renew = _gathered
     reduce = replicate = _reduced
     bind = free = adopt = settle = keep = Reader.nothing
-    capture = forward = head = score = backward = embed = norm = update = Reader.nothing
+    capture = forward = stash = head = score = backward = reuse = Reader.nothing
+    embed = norm = update = Reader.nothing
 
 
 def step_matrices(plan: ShardPlan, work: Workload, route: Route | None = None) -> tuple[Matrix, Matrix]:

@@ -1,8 +1,9 @@
 """How much a step computes and moves: operations, bytes of memory and bytes per wire, as functions of the plan.
 
 Operations are executed ones, recomputation counted: 2 per weight and token in a forward pass, 2 more for the
-gradient by the input, 2 for the gradient by a weight that trains, 2 for a recomputed forward. So full fine-tuning
-executes 8 per active parameter and token with recomputation and 6 without; LoRA about 6 and 4. Attention adds
+gradient by the input, 2 for the gradient by a weight that trains, 2 for a recomputed forward, less what of it was kept
+and what nothing reads, such as a layer's last product (`kept.never_again`). So full fine-tuning executes 8 per active
+parameter and token with recomputation, or somewhat less (Scout 7.5), and 6 without; LoRA about 6 and 4. Attention adds
 2 x heads x (key + value channels) per position attended to, once per such pass; masked positions are counted, for
 array masks compute them. The embedding counts as if it were a product, so figures are up to 7 % high for 8 B and
 below 1 % for 70 B models.
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_empire.model.closed_forms import experts, is_stacked
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
 from mlx_empire.plan.hardware import Wire
-from mlx_empire.plan.schedule import Action, Reader, StepShape, training_step
+from mlx_empire.plan.kept import never_again, saved_operations
+from mlx_empire.plan.schedule import Action, Reader, StepShape, folded_step
+from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.traffic import Route
 from mlx_empire.plan.workload import Workload, step_shape
 
@@ -26,30 +30,49 @@ if TYPE_CHECKING:
 
 
 def flops_per_token(spec: ModelSpec, work: Workload) -> float:
-    """Executed operations per token of a training step."""
+    """Executed operations per token of a training step, a mean over the micro-batches of all ranks."""
     trained = tuple(any(t.trainable for t in u.tensors) for u in spec.units)
-    shape = StepShape(3, trained, (1,), work.unrecomputed)
-    reader = StepFlops(unit_flops(spec, work.width), shape)
-    reader.play(training_step(shape))
-    return reader.total
+    ranks = range(len(work.stashes))
+    cells = [tuple(map(len, work.layout.of_rank(r))) for r in ranks] or [(1,)]
+    operations = 0.0
+    for rank, own in enumerate(cells):
+        shape = StepShape(3, trained, own, work.unrecomputed, stash=work.stash(rank))
+        reader = StepFlops(spec, work, shape)
+        reader.play(folded_step(shape))
+        operations += reader.total
+    return operations / sum(map(sum, cells))
 
 
 class UnitFlops(NamedTuple):
-    """Operations per token of a unit: a forward pass, and the gradients by input and weights."""
+    """Operations per token of a unit: a forward pass, the gradients by input and weights, and what of the forward a
+    recomputing backward computes again."""
 
     forward: float
     gradients: float
+    again: float
+
+    @property
+    def backward(self) -> float:
+        """Of a vjp that recomputes."""
+        return self.again + self.gradients
 
 
 def executed_flops(spec: ModelSpec, work: Workload, positions: int, rows: int) -> float:
     """Operations of a step of so many `rows` with so many `positions` together, padding included."""
-    return positions * flops_per_token(spec, replace(work, width=max(positions // rows, 1)))
+    bare = replace(work, stashes=())
+    question = "kept products save", work
+    if question not in spec.known:  # per token, whatever the width
+        spec.known[question] = (
+            flops_per_token(spec, bare) - flops_per_token(spec, work) if work.stashes else 0.0
+        )
+    each = flops_per_token(spec, replace(bare, width=max(positions // rows, 1)))
+    return positions * (each - float(spec.known[question]))
 
 
-def unit_flops(spec: ModelSpec, width: int) -> list[UnitFlops]:
+def unit_flops(spec: ModelSpec, work: Workload) -> list[UnitFlops]:
     """By unit; of stacked experts those that a token is sent to. The root's pass is the head's and the embedding's."""
     total, chosen = experts(spec.text_config)
-    scores = attention_flops(spec, width)
+    scores = attention_flops(spec, work.width)
     found = []
     for unit in spec.units:
         active = trained = 0.0
@@ -57,23 +80,26 @@ def unit_flops(spec: ModelSpec, width: int) -> list[UnitFlops]:
             parameters = t.parameters / total * chosen if is_stacked(t, total) else t.parameters
             active += 0 if is_adapter(t.name) else parameters
             trained += parameters if t.trainable else 0
-        own = scores if unit is not spec.units[0] and attends(unit) else 0.0
-        found.append(UnitFlops(2 * active + own, 2 * active + 2 * trained + 2 * own))
+        layer = unit is not spec.units[0]
+        own = scores if layer and attends(unit) else 0.0
+        forward, spared = 2 * active + own, never_again(unit, spec, work) if layer else 0.0
+        found.append(UnitFlops(forward, 2 * active + 2 * trained + 2 * own, forward - spared))
     return found
 
 
 def head_flops(units: Sequence[UnitFlops], shape: StepShape) -> float:
     """Operations per token of head, embedding and un-recomputed layers; of those that nothing below trains a pass."""
     kept = range(shape.boundary + 1, shape.layers + 1)
-    return sum(units[0]) + sum(sum(units[u]) if u >= shape.lowest else units[u].forward for u in kept)
+    root = units[0].forward + units[0].gradients
+    return root + sum(units[u].forward + units[u].gradients * (u >= shape.lowest) for u in kept)
 
 
 class StepFlops(Reader):
     """Counts the operations of a step per token of a micro-batch: plays the actions of `schedule`."""
 
-    def __init__(self, units: Sequence[UnitFlops], shape: StepShape) -> None:
-        self._units = units
-        self._head = head_flops(units, shape)
+    def __init__(self, spec: ModelSpec, work: Workload, shape: StepShape) -> None:
+        self._units, self._saved = unit_flops(spec, work), partial(saved_flops, spec, work)
+        self._head = head_flops(self._units, shape)
         self.total = 0.0
 
     def forward(self, action: Action) -> None:
@@ -85,11 +111,17 @@ class StepFlops(Reader):
         self.total += action.times * self._head
 
     def backward(self, action: Action) -> None:
-        """A layer, recomputed."""
-        self.total += action.times * sum(self._units[action.unit])
+        """A layer, recomputed but for what was kept."""
+        self.total += action.times * (self._units[action.unit].backward - self._saved(action))
 
+    stash, reuse = forward, backward
     gather = bind = free = capture = score = embed = Reader.nothing
     keep = reduce = settle = replicate = norm = update = renew = adopt = Reader.nothing
+
+
+def saved_flops(spec: ModelSpec, work: Workload, action: Action) -> float:
+    """Operations per token of what a layer's backward finds and need not compute."""
+    return saved_operations(spec.units[action.unit], action.products, spec, work) / work.tokens
 
 
 def attends(unit: UnitSpec) -> bool:
@@ -114,10 +146,12 @@ def attention_flops(spec: ModelSpec, width: int) -> float:
     return 2.0 * heads * width * ((keys or plain) + int(text.get("v_head_dim") or plain))
 
 
-def step_flops(assessment: Assessment, rank: int) -> float:
+def step_flops(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int) -> float:
     """Operations of `rank` in a step."""
-    work = assessment.plan.work
-    return work.micro_batches(rank) * work.tokens * flops_per_token(assessment.spec, work)
+    shape = step_shape(plan, work, rank)
+    reader = StepFlops(spec, work, shape)
+    reader.play(folded_step(shape))
+    return work.tokens * reader.total
 
 
 def whole_weights(assessment: Assessment) -> int:
@@ -150,8 +184,9 @@ class ChipCosts:
     ) -> None:
         plan, work = assessment.plan, assessment.plan.work
         self._flops, self._memory_rate, self._adding = flops, memory_rate, adding
-        self._tokens, self._units = work.tokens, unit_flops(assessment.spec, work.width)
+        self._tokens, self._units = work.tokens, unit_flops(assessment.spec, work)
         self._bytes = [u.gathered_bytes for u in plan.shards.units]
+        self._saved = partial(saved_flops, assessment.spec, work)
         self._updates = update_memory_traffic(assessment, rank)
         shape = step_shape(plan.shards, work, rank)
         self._head = head_flops(self._units, shape)
@@ -165,10 +200,10 @@ class ChipCosts:
         u, times = action.unit, action.times
         if action.kind == "update":
             return self._updates[u] / self._memory_rate
-        if action.kind == "forward":
+        if action.kind in ("forward", "stash"):
             return times * self._pass(self._units[u].forward, self._bytes[u])
-        if action.kind == "backward":
-            return times * self._pass(sum(self._units[u]), 2 * self._bytes[u])
+        if action.kind in ("backward", "reuse"):
+            return times * self._pass(self._units[u].backward - self._saved(action), 2 * self._bytes[u])
         if action.kind == "head":
             return times * self._pass(self._head, self._head_bytes)
         return 0.0  # the embedding's part is counted with the head

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from mlx_empire.errors import UserError
 from mlx_empire.plan.schedule import StepShape
 from mlx_empire.plan.shards import ShardPlan
+from mlx_empire.plan.stash import NOTHING, Stash
 from mlx_empire.plan.traffic import Route
 
 
@@ -78,7 +79,9 @@ class Workload:
 
     `linear_attention`: causal attention without an array mask needs no scores (Metal). `optimizer_in_backward`: a unit
     is updated as soon as its gradient is complete, which is then not kept. `by_pattern`: long rows are attended by
-    segments where layers allow it. `run_ahead`: the next layer is handed to the device while one runs.
+    segments where layers allow it. `run_ahead`: the next layer is handed to the device while one runs. `stashes`: by
+    rank, which results of recomputed layers stay; none where it is empty. `paged`: buffers take whole pages (Metal; a
+    CPU's are as long as what is in them).
     """
 
     micro_size: int
@@ -92,6 +95,12 @@ class Workload:
     linear_attention: bool = False
     by_pattern: bool = False
     run_ahead: bool = False
+    stashes: tuple[Stash, ...] = ()
+    paged: bool = True
+
+    def stash(self, rank: int) -> Stash:
+        """Which results of recomputed layers stay on `rank`."""
+        return self.stashes[rank] if self.stashes else NOTHING
 
     @property
     def tokens(self) -> int:
@@ -106,5 +115,12 @@ class Workload:
 def step_shape(plan: ShardPlan, work: Workload, rank: int) -> StepShape:
     """What the order of `rank`'s step depends on."""
     cells = tuple(len(cell) for cell in work.layout.of_rank(rank))
-    release = work.optimizer_in_backward
-    return StepShape(plan.zero_stage, plan.trained, cells, work.unrecomputed, release, work.run_ahead)
+    return StepShape(
+        plan.zero_stage,
+        plan.trained,
+        cells,
+        work.unrecomputed,
+        work.optimizer_in_backward,
+        work.run_ahead,
+        work.stash(rank),
+    )

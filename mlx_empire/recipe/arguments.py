@@ -19,14 +19,21 @@ from mlx_empire.recipe.packaged import host_file, recipe_file
 class RecipeArguments(UserArguments):
     """A parser with the positions of a recipe and of changes to it, as `recipe` and `overrides`, and `--hosts`.
 
-    `hosts`: what that is for here, where it may be left out.
+    `hosts`: what that is for here, where it may be left out; `subject`: the name and the help of the first position,
+    where it need not be a recipe.
     """
 
-    def __init__(self, verb: str, about: str, *, hosts: str, example: str = "run.steps=5") -> None:
+    def __init__(
+        self,
+        verb: str,
+        about: str,
+        *,
+        hosts: str,
+        example: str = "run.steps=5",
+        subject: tuple[str | None, str] = (None, "a YAML file, or a name that mlx-empire init lists"),
+    ) -> None:
         super().__init__(prog=f"mlx-empire {verb}", description=about)
-        self.add_argument(
-            "recipe", type=recipe_file, help="a YAML file, or a name that mlx-empire init lists"
-        )
+        self.add_argument("recipe", metavar=subject[0], type=recipe_file, help=subject[1])
         self.add_argument("overrides", nargs="*", metavar="key=value", help=f"such as {example}")
         self.add_argument("--hosts", type=host_file, metavar="FILE", help=hosts)
 
@@ -43,4 +50,4 @@ class RecipeArguments(UserArguments):
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse, which takes changes for required where the recipe is missing."""
-        super().error(message.replace("recipe, key=value", "recipe"))
+        super().error(message.replace(", key=value", ""))

@@ -17,7 +17,7 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import parse_yaml
 
 # They change where and how a run computes, what it shows and keeps, but no bit of its result.
-HARMLESS_SECTIONS = ("comm", "report", "memory", "evaluation")
+HARMLESS_SECTIONS = ("comm", "report", "memory", "evaluation", "daughters")
 HARMLESS = (
     "run.dir",
     "run.checkpoints",

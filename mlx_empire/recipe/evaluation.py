@@ -77,6 +77,12 @@ class Gate(Section):
             raise ValueError("one of at_least and at_most")
         return self
 
+    def passes(self, value: float) -> bool:
+        """Whether a score is beyond the bound."""
+        if self.at_least is not None:
+            return value >= self.at_least
+        return self.at_most is not None and value <= self.at_most
+
 
 class EvaluationSection(Section):
     sets: Annotated[tuple[EvaluationSet, ...], BeforeValidator(as_tuple), Field(max_length=64)] = Field(

@@ -74,6 +74,8 @@ def _of_optimizer(recipe: Recipe, dtypes: Collection[str]) -> Iterator[Reason]:
 
 def _of_the_rest(recipe: Recipe) -> Iterator[Reason]:
     numerics, run = recipe.numerics, recipe.run
+    if recipe.memory.gradient_checkpointing != "auto":
+        yield "memory.keep_products", "memory.gradient_checkpointing is not auto"
     if recipe.data.format in ("text", "tokens"):
         yield "data.mask_prompt", f"rows of {recipe.data.format} have no prompt"
     if numerics.spikes == "off":

@@ -108,6 +108,14 @@ class ReportSection(Section):
     )
 
 
+class DaughtersSection(Section):
+    replay: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        title="Which part of the rows that a daughter knows already a new generation learns again.",
+        default=None,
+        description="a fraction from 0 to 1 of the old rows, chosen by their hash; or null (0.25)",
+    )
+
+
 class RunSection(Section):
     dir: RecipePath = Field(
         title="Where metrics, checkpoints and the result go.",

@@ -12,7 +12,13 @@ from pydantic_core import PydanticCustomError
 
 from mlx_empire.recipe.evaluation import EvaluationSection
 from mlx_empire.recipe.fields import Section
-from mlx_empire.recipe.run_sections import CommSection, NumericsSection, ReportSection, RunSection
+from mlx_empire.recipe.run_sections import (
+    CommSection,
+    DaughtersSection,
+    NumericsSection,
+    ReportSection,
+    RunSection,
+)
 from mlx_empire.recipe.sections import (
     BatchSection,
     DataSection,
@@ -38,6 +44,7 @@ class Recipe(Section):
     numerics: NumericsSection = NumericsSection()
     report: ReportSection = ReportSection()
     evaluation: EvaluationSection = EvaluationSection()
+    daughters: DaughtersSection = DaughtersSection()
     run: RunSection
 
     @model_validator(mode="after")
@@ -72,6 +79,9 @@ class Recipe(Section):
                 f"{idle} has no meaning for type full; use type lora, dora or qlora, or leave {idle} out"
             )
             raise impossible((f"tuning.{idle}", "tuning.type"), message)
+        if self.tuning.start is not None and self.model.init == "random":
+            message = "an adapter belongs to the weights it was trained on; use model.init pretrained"
+            raise impossible(("tuning.start", "model.init"), message)
         return self
 
     @model_validator(mode="after")

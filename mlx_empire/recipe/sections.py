@@ -109,6 +109,12 @@ class TuningSection(Section):
         default=None,
         description="true (adapters are scaled by alpha / the square root of rank), or null (alpha / rank)",
     )
+    start: RecipePath | None = Field(
+        title="The earlier adapter that this one goes on from, with a fresh optimizer.",
+        default=None,
+        description="the path of a finished run with adapters or of an adapter's folder (mlx-lm's or PEFT's), of the "
+        "same base, shape and scale ({person} stands for a daughter's name), or null (a fresh adapter)",
+    )
 
 
 class DataSection(Section):
@@ -235,6 +241,11 @@ class MemorySection(Section):
         title="Whether layers are computed again in the backward pass; auto does so where memory demands it.",
         default="auto",
         description="true, false or auto",
+    )
+    keep_products: bool | Literal["auto"] = Field(
+        title="Whether memory that is left keeps results of layers that would be computed again.",
+        default="auto",
+        description="true, false or auto (not on a GPU); with gradient_checkpointing auto",
     )
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(exact_number)] = Field(
         title="What machines divide: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights.",

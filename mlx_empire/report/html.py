@@ -43,16 +43,16 @@ header {{ border-left: 6px solid var(--verdict); }}
 header .badge {{ margin-bottom: 8px; }}
 .v-fits {{ --verdict: var(--fits); }} .v-tight {{ --verdict: var(--tight); }} .v-no {{ --verdict: var(--no); }}
 .v-none {{ --verdict: var(--muted); }}
-.figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px 22px;
-  margin-top: 16px; }}
+.figures {{ display: flex; flex-wrap: wrap; gap: 14px 34px; margin-top: 16px; }}
 .figures div {{ display: flex; flex-direction: column; }}
 .figures b {{ font-size: 19px; font-weight: 650; font-variant-numeric: tabular-nums; }}
 .figures span {{ color: var(--muted); font-size: 13px; }}
-.node {{ display: grid; grid-template-columns: 225px 1fr 150px; gap: 4px 16px; align-items: center; padding: 9px 0;
+.node {{ display: grid; grid-template-columns: 225px 1fr 170px; gap: 4px 16px; align-items: center; padding: 9px 0;
   border-top: 1px solid var(--line); }}
 .node:first-of-type {{ border-top: 0; }}
 .node .name b {{ display: block; overflow-wrap: anywhere; }}
 .node .says {{ text-align: right; font-variant-numeric: tabular-nums; }}
+.node .says b {{ color: var(--verdict); white-space: nowrap; }}
 .bar {{ position: relative; height: 30px; }}
 .bar i {{ position: absolute; top: 3px; height: 24px; display: block; }}
 .bar .machine {{ background: var(--track); border-radius: 5px; }}
@@ -89,6 +89,8 @@ ol.advice li:first-child {{ border-top: 0; }}
 .thin i {{ position: absolute; top: 1px; height: 15px; border-radius: 3px; }}
 .thin .machine {{ background: var(--track); }}
 .thin .fill {{ background: color-mix(in srgb, var(--verdict) 62%, var(--card)); }}
+.thin .torn {{ --in: calc(100% - 7px);
+  clip-path: polygon(0 0, 100% 0, var(--in) 25%, 100% 50%, var(--in) 75%, 100% 100%, 0 100%); }}
 .thin .limit {{ top: -1px; height: 19px; width: 2px; background: var(--limit); border-radius: 0; }}
 .lanes {{ display: grid; grid-template-columns: minmax(90px, auto) auto 1fr; gap: 3px 12px; align-items: center;
   margin: 10px 0 4px; }}

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from mlx_empire.disk import append_private, replace_private
 from mlx_empire.errors import UserError
@@ -101,15 +101,56 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [record for _, record in _whole((Path(run_dir) / FILE_NAME).read_bytes())]
 
 
+class MetricsCursor:
+    """Reads a run's records while they are written: each call of `follow` gives what is new, and reads no more than
+    that. A file that was cut back or replaced, because the run goes on from a checkpoint, is read from its start again.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = Path(run_dir) / FILE_NAME
+        self._offset, self._last = 0, b""
+
+    def follow(self) -> tuple[bool, Iterator[dict[str, Any]]]:
+        """Whether all that was read before counts no more, and the records from here on. OSError but for no file."""
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            anew = self._offset > 0
+            self._offset, self._last = 0, b""
+            return anew, iter(())
+        file.seek(self._offset - len(self._last))
+        anew = file.read(len(self._last)) != self._last
+        if anew:
+            self._offset, self._last = 0, b""
+        return anew, self._records(file)
+
+    def _records(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
+        with file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset, self._last = self._offset + len(line), line
+                record = _record(line)
+                if record is not None:
+                    yield record
+
+
 def _whole(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each line that is a record, and the record."""
     for line in content.split(b"\n")[:-1]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        record = _record(line)
+        if record is not None:
             yield line, record
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record that a line is; None for another."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _strict(value: Any) -> Any:

@@ -15,7 +15,12 @@ from mlx_empire.report.metrics import read_metrics
 
 WIDTH, HEIGHT = 720, 360
 LEFT, RIGHT, TOP, BOTTOM = 60, 20, 40, 45
-TRAIN, HELD_OUT, INK, GRID = "#4c78a8", "#e45756", "#444", "#ddd"
+TRAIN, HELD_OUT = "#4c78a8", "#e45756"
+# Paper is white; a page that shows the picture may be dark.
+STYLE = (
+    "<style>rect{fill:white}text{fill:#444}.grid{stroke:#ddd}@media (prefers-color-scheme: dark)"
+    "{rect{fill:#0d1117}text{fill:#c4ccd6}.grid{stroke:#2f3944}}</style>"
+)
 MAX_POINTS = 1000
 
 Point = tuple[float, float]
@@ -58,13 +63,13 @@ def loss_picture(records: Sequence[Mapping[str, Any]], title: str) -> str:
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-        f'font-size="12" fill="{INK}">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'font-size="12">{STYLE}',
+        f'<rect width="{WIDTH}" height="{HEIGHT}"/>',
         _text(LEFT, 22, title, size=14),
     ]
     for value in ticks(low, high):
         _, y = place((first, value))
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" class="grid"/>')
         parts.append(_text(LEFT - 8, y + 4, f"{value:.4g}", "end"))
     for value in ticks(first, last):
         x, _ = place((value, low))
@@ -72,11 +77,9 @@ def loss_picture(records: Sequence[Mapping[str, Any]], title: str) -> str:
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "step", "middle"))
     parts += _curve([place(point) for point in train], TRAIN, dots=False)
     parts += _curve([place(point) for point in held_out], HELD_OUT, dots=True)
-    parts += (
-        [_legend(0, "training loss", TRAIN), _legend(1, "loss on held-out text", HELD_OUT)]
-        if held_out
-        else []
-    )
+    parts.append(_legend(0, "training loss", TRAIN))
+    if held_out:
+        parts.append(_legend(1, "loss on held-out text", HELD_OUT))
     return "\n".join([*parts, "</svg>", ""])
 
 

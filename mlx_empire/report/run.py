@@ -15,6 +15,7 @@ from mlx_empire import progress
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.fill import bought
 from mlx_empire.plan.lengths import Every
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.schema import Recipe
@@ -153,6 +154,7 @@ def title_rows(spec: ModelSpec, plan: RunPlan, ranks: int) -> list[tuple[str, st
         ("ranks", f"{ranks}, {work.layout.micro_batches} micro-batches a step in {work.layout.cells} cells"),
         ("ZeRO stage", f"{plan.shards.zero_stage}, gradients kept in {work.gradient_dtype}"),
         ("recomputed", f"{layers - work.unrecomputed} of {layers} layers"),
+        *((("kept", kept),) if (kept := bought(spec, plan.shards, work, plan.ledgers)) else ()),
         *(
             (("updates", "in the backward, clipped by the last step's norm"),)
             if work.optimizer_in_backward

@@ -286,10 +286,14 @@ def _read_sets(recipe: Recipe, spec: ModelSpec) -> tuple[list[Questions], Decode
     return sets, tokenizer.decode, sorted(map(int, tokenizer.eos_token_ids))
 
 
-def share_gate(comm: Communicator, folder: Path, gate: Gate | None) -> GateKeeper:
-    """What watches a gate, told of the evaluations that the run in `folder` made before. Collective."""
+def share_gate(comm: Communicator, recipe: Recipe, gate: Gate | None) -> GateKeeper:
+    """What watches a gate, told of the evaluations that the run made before. Collective.
+
+    A run that goes on from an earlier adapter is to learn something: what that one had reached does not end it.
+    """
+    folder, first = recipe.run.dir, 0 if recipe.tuning.start is None else 1
     records = read_metrics(folder) if comm.rank == 0 and (folder / "metrics.jsonl").exists() else []
-    return GateKeeper(gate, comm.broadcast_json([r for r in records if "eval_loss" in r]))
+    return GateKeeper(gate, comm.broadcast_json([r for r in records if "eval_loss" in r]), first)
 
 
 def _text(path: Path) -> str | None:

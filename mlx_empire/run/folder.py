@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 from mlx_empire.checkpoint.paths import refuse_broken_link
 from mlx_empire.cluster.hostfile import Node
@@ -55,8 +56,12 @@ def write_plan(
     steps: int,
     *,
     resumed: bool = False,
+    origin: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
-    """`recipe.yaml` (resolved) and `plan.json` in the run's folder; only a `resumed` run keeps its metrics."""
+    """`recipe.yaml` (resolved) and `plan.json` in the run's folder; only a `resumed` run keeps its metrics.
+
+    `origin`: what plan.json also says, of where the run comes from (`parent.beside_plan`).
+    """
     folder = recipe.run.dir
     stale = ["plan.json", "recipe.yaml"] if resumed else ["metrics.jsonl", "plan.json", "recipe.yaml"]
     try:
@@ -67,7 +72,7 @@ def write_plan(
         raise UserError(f"run.dir: {folder}: {error.strerror}; choose a folder that can be written") from None
     try:
         replace_private(folder / "recipe.yaml", dump_recipe(recipe) + "\n")
-        document = plan_document(plan, nodes, spec, splits.digest, steps)
+        document = plan_document(plan, nodes, spec, splits.digest, steps) | dict(origin)
         replace_private(folder / "plan.json", json.dumps(document, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None

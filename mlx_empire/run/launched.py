@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +27,10 @@ _STEP = re.compile(r"step-(\d{6,})")
 
 @dataclass
 class LaunchState:
-    """What `launch.json` says. Times in seconds since 1970; `code` is None while the run goes on."""
+    """What `launch.json` says. Times in seconds since 1970; `code` is None while the run goes on.
+
+    places: by rank, its phase and step (`progress.PHASES`) as of `noted`; empty where no rank has told.
+    """
 
     pid: int = field(default_factory=os.getpid)
     host: str = field(default_factory=socket.gethostname)
@@ -39,6 +42,8 @@ class LaunchState:
     failures: list[dict[str, Any]] = field(default_factory=list)
     said: str = ""
     code: int | None = None
+    places: dict[str, tuple[str, int]] = field(default_factory=dict)
+    noted: float = 0.0
 
 
 class RunFolder:
@@ -112,9 +117,13 @@ def supervised(path: Path) -> bool:
 
 
 def read_state(path: Path) -> LaunchState | None:
-    """What `launch.json` says; None where no launcher was here. UserError for a file that cannot be understood."""
+    """What `launch.json` says; None where no launcher was here. UserError for a file that cannot be understood.
+
+    Keys that this version does not know are a later version's.
+    """
     try:
-        return LaunchState(**json.loads((path / STATE).read_text()))
+        told = dict(json.loads((path / STATE).read_text()))
+        return LaunchState(**{one.name: told[one.name] for one in fields(LaunchState) if one.name in told})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +111,19 @@ def look_at(folder: Path) -> Overview:
     return found
 
 
-def read_folder(folder: Path) -> Overview | None:
-    """What a run's folder tells; None where no run has been. UserError for a launch.json that cannot be understood."""
+def read_folder(folder: Path, records: Sequence[dict[str, Any]] | None = None) -> Overview | None:
+    """What a run's folder tells; None where no run has been. UserError for a launch.json that cannot be understood.
+
+    records: those of metrics.jsonl, for who has read them already; the last RECENT steps and all evaluations will do.
+    """
     launch = read_state(folder)
-    records = tuple(read_metrics(folder)) if (folder / FILE_NAME).exists() else ()
+    if records is None:
+        records = read_metrics(folder) if (folder / FILE_NAME).exists() else ()
     complete = (folder / COMPLETE).exists()
     if launch is None and not records and not complete and not (folder / PLAN).exists():
         return None
     held = is_held(folder, RUN) or is_held(folder, LAUNCHER)
-    return Overview(folder, _recipe(folder), launch, records, held, complete)
+    return Overview(folder, _recipe(folder), launch, tuple(records), held, complete)
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -154,7 +158,15 @@ def _blocks(path: Path) -> int:
 
 def _recipe(folder: Path) -> Recipe | None:
     """The recipe as the run resolved it; None before it has."""
+    path = folder / RECIPE
     try:
-        return load_recipe(folder / RECIPE)
-    except UserError:
+        stamp = path.stat()
+        return _loaded(path, stamp.st_mtime_ns, stamp.st_size)
+    except (OSError, UserError):
         return None
+
+
+@lru_cache(maxsize=64)
+def _loaded(path: Path, changed: int, size: int) -> Recipe:
+    """Read once for each state of the file: who watches a run asks again and again."""
+    return load_recipe(path)

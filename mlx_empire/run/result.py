@@ -83,11 +83,10 @@ def result_writer(recipe: Recipe, target: Target) -> FolderWriter | AdapterWrite
     else:
         writer = FolderWriter(out, target.spec, target.rebuild, _source_folder(recipe))
     try:
-        data = str(json.loads((recipe.run.dir / "plan.json").read_text())["data_digest"])
-        base = recipe.model.base_digest or sealed_digest(folder)
-        writer.card = model_card(
-            recipe, target.spec, read_metrics(recipe.run.dir), data, base, source_of(recipe)
-        )
+        plan = json.loads((recipe.run.dir / "plan.json").read_text())
+        data, base = str(plan["data_digest"]), recipe.model.base_digest or sealed_digest(folder)
+        metrics, source = read_metrics(recipe.run.dir), source_of(recipe)
+        writer.card = model_card(recipe, target.spec, metrics, data, base, source, plan.get("start"))
     except (OSError, ValueError, KeyError) as error:  # somebody's hand: the weights matter more than the card
         writer.notes.append(f"no model card was written: {error}")
     return writer
@@ -156,6 +155,8 @@ def _freeze(recipe: Recipe, gate: GateKeeper) -> str:
     digest = seal_folder(final, about)
     remove(recipe.run.dir / "BASE.json")
     write_json(recipe.run.dir / "BASE.json", {"path": str(final), "digest": digest, **about})
+    if recipe.tuning.type != "full":
+        return f"{final} is frozen as {digest}; another adapter goes on from it by tuning.start: {recipe.run.dir}"
     return f"{final} is frozen; a recipe builds on it by model.path: {final} and model.base_digest: {digest}"
 
 

@@ -5,9 +5,10 @@ holds in memory and on the disk, and the last lines that it said.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from mlx_empire.progress import stalled_after
 from mlx_empire.report.text import duration
@@ -24,14 +25,15 @@ def status_rows(folder: Path, now: float | None = None) -> list[Row]:
     """(name, value) rows. UserError for a folder without a run."""
     run = look_at(folder)
     now = time.time() if now is None else now
-    rows = [("run", _condition(run))]
+    rows = [("run", condition_sentence(run))]
     if run.launch is not None:
         rows += _launch_rows(run.launch, now)
     rows += _progress_rows(run, now)
     rows += _memory_rows(run)
     rows.append(("last checkpoint", "none" if run.committed is None else f"step {run.committed}"))
     rows.append(("on the disk", amount(held_on_disk(folder))))
-    return [*rows, *_last_lines(run)]
+    said = last_lines(folder)
+    return [*rows, *([("last lines", "\n".join(said))] if said else [])]
 
 
 def date(seconds: float) -> str:
@@ -40,7 +42,8 @@ def date(seconds: float) -> str:
     return f"{moment:%a} {moment.day} {moment:%b %H:%M}"
 
 
-def _condition(run: Overview) -> str:
+def condition_sentence(run: Overview) -> str:
+    """How a run stands, and who supervises it."""
     state = run.launch
     if run.complete:
         return "complete"
@@ -61,13 +64,17 @@ def _launch_rows(state: LaunchState, now: float) -> list[Row]:
         rows.append(("started", f"{duration(max(now - state.started, 0))} ago"))
     if state.failures:
         last = state.failures[-1]
-        who = " on ".join(
-            str(w) for w in (f"rank {last['rank']}", last["host"]) if w not in (None, "rank None")
-        )
-        rows.append(("last failure", f"{who or 'the run'}: {last['cause']}, step {last['step']}"))
+        rows.append(("last failure", f"{failure_sentence(last)}, step {last['step']}"))
     if state.code not in (0, None):
         rows.append(("to go on", state.command))
     return rows
+
+
+def failure_sentence(failure: Mapping[str, Any]) -> str:
+    """Who failed and why, of an entry of `LaunchState.failures`."""
+    named = (f"rank {failure['rank']}", failure["host"])
+    who = " on ".join(str(word) for word in named if word not in (None, "rank None"))
+    return f"{who or 'the run'}: {failure['cause']}"
 
 
 def _progress_rows(run: Overview, now: float) -> Iterator[Row]:
@@ -85,10 +92,19 @@ def _progress_rows(run: Overview, now: float) -> Iterator[Row]:
     if run.seconds_left is not None:
         yield "time left", duration(run.seconds_left)
         yield "ends", f"about {date(now + run.seconds_left)}"
-    if run.held and run.pace is not None and isinstance(last.get("time"), int | float):
-        silent = now - last["time"]
-        if silent >= stalled_after(run.pace):
-            yield "quiet", f"no step has ended for {duration(silent)}; one takes {duration(run.pace)}"
+    if (silent := quiet_sentence(run, now)) is not None:
+        yield "quiet", silent
+
+
+def quiet_sentence(run: Overview, now: float) -> str | None:
+    """That no step has ended for long, where that is so."""
+    last = run.steps[-1] if run.steps else {}
+    if not run.held or run.pace is None or not isinstance(last.get("time"), int | float):
+        return None
+    silent = now - last["time"]
+    if silent < stalled_after(run.pace):
+        return None
+    return f"no step has ended for {duration(silent)}; one takes {duration(run.pace)}"
 
 
 def _memory_rows(run: Overview) -> Iterator[Row]:
@@ -104,15 +120,13 @@ def _memory_rows(run: Overview) -> Iterator[Row]:
     yield "memory", "\n".join(told)
 
 
-def _last_lines(run: Overview) -> Iterator[Row]:
-    """The end of a detached run's output."""
+def last_lines(folder: Path, most: int = LAST_LINES) -> list[str]:
+    """The end of a detached run's output, at most `most` lines of it."""
     try:
-        with (run.folder / LOG).open("rb") as file:
+        with (folder / LOG).open("rb") as file:
             file.seek(max(file.seek(0, 2) - _TAIL_BYTES, 0))
             text = file.read().decode(errors="replace")
     except OSError:
-        return
+        return []
     lines = [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
-    said = ["".join(c if c.isprintable() else " " for c in line) for line in lines if line]
-    if said:
-        yield "last lines", "\n".join(said[-LAST_LINES:])
+    return ["".join(c if c.isprintable() else " " for c in line) for line in lines if line][-most:]

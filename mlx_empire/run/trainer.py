@@ -37,6 +37,7 @@ from mlx_empire.plan.resolve import RunPlan, needs_in_words
 from mlx_empire.plan.shards import Placement, Segment, Unit
 from mlx_empire.plan.wired_limit import wired_bytes
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.run.parent import Parent
 from mlx_empire.run.resume import Start, folder_of
 from mlx_empire.sizes import amount
 
@@ -101,7 +102,9 @@ def make_trainer(
 ) -> Trainer:
     """A rank's trainer, without weights: they are loaded next, and `Trainer.prepare` ends it."""
     optimizer, settings = make_optimizer(recipe.optimizer), trainer_settings(recipe)
-    return Trainer(target.model, target.spec, plan.shards, plan.work, comm, thread, optimizer, settings)
+    trainer = Trainer(target.model, target.spec, plan.shards, plan.work, comm, thread, optimizer, settings)
+    trainer.gradients.reuse(plan.ledgers[comm.rank].spare)
+    return trainer
 
 
 def trainer_settings(recipe: Recipe) -> TrainerSettings:
@@ -148,17 +151,27 @@ def explaining_memory(plan: RunPlan, rank: int) -> Iterator[None]:
         raise told from error
 
 
-def load_weights(comm: Communicator, recipe: Recipe, target: Target, store: ShardStore) -> bool:
-    """Fill the shards from the model's folder, or at random; True if rank 0 alone had the folder. Collective."""
+def load_weights(
+    comm: Communicator, recipe: Recipe, target: Target, store: ShardStore, parent: Parent | None = None
+) -> bool:
+    """Fill the shards from the model's folder, or at random; True if rank 0 alone had the folder. Collective.
+
+    `parent`: what adapters begin from on the ranks that have it, rank 0 among them; None on all: from fresh values.
+    """
     folder, seed = recipe.model.path, recipe.run.seed
 
     def tuned(base: WeightSource) -> WeightSource:
-        return base if target.adapters is None else TunedSource(base, target.spec, seed, target.packing)
+        first = parent.weights if parent is not None else None
+        return (
+            base if target.adapters is None else TunedSource(base, target.spec, seed, target.packing, first)
+        )
 
     if recipe.model.init == "random":
         fill_from_own(store, tuned(RandomSource(target.rebuild, target.base, seed)))
         return False
-    everywhere = all(comm.gather_json(has_weights(folder)))
+    # The base's weights, and what the adapters begin from: both lie on every rank, or rank 0 sends them.
+    held = comm.gather_json([has_weights(folder), parent is not None])
+    everywhere = all(weights for weights, _ in held) and len({begun for _, begun in held}) == 1
     source = None
     with together(comm):
         if everywhere or comm.rank == 0:
@@ -171,14 +184,17 @@ def load_weights(comm: Communicator, recipe: Recipe, target: Target, store: Shar
     return not everywhere
 
 
-def load_state(comm: Communicator, target: Target, trainer: Trainer, start: Start) -> bool:
+def load_state(
+    comm: Communicator, target: Target, trainer: Trainer, start: Start, parent: Parent | None
+) -> bool:
     """Weights from the model's folder or, with the optimizer's states, from a checkpoint. Collective.
 
-    Frozen weights are not in a checkpoint, so with adapters the folder is read as well. True if rank 0 alone had it.
+    Frozen weights are not in a checkpoint, so with adapters the folder is read as well; `parent` is not, for all that
+    adapters hold is in the checkpoint. True if rank 0 alone had it.
     """
     recipe = start.recipe
     if start.found is None:
-        return load_weights(comm, recipe, target, trainer.store)
+        return load_weights(comm, recipe, target, trainer.store, parent)
     with together(comm):
         restore = Restore(start.found, trainer.store, comm)
     sent = target.adapters is not None and load_weights(comm, recipe, target, trainer.store)

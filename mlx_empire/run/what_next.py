@@ -1,4 +1,4 @@
-"""What a person can type once a run is complete: three commands, the last lines that it prints."""
+"""What a person can type once a run is complete: three commands or four, the last lines that it prints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.run.finished import CURRENT
 
 PROMPT, WHOLE = "...", "as a whole model"
 
@@ -18,20 +19,32 @@ def next_commands(recipe: Recipe) -> list[str]:
         use = {f"mlx-empire export base {_word(run / 'final')} OUT --bits 8": "packed, to use less memory"}
     else:
         speak = _generate(recipe.model.path, run / "final")
-        use = {f"mlx-empire export merge {_word(run)} OUT": WHOLE}
-    return _told({speak: "let it speak", f"mlx-empire status {_word(run)}": "what came of it", **use})
+        use = {
+            f"mlx-empire export merge {_word(run)} OUT": WHOLE,
+            _go_on(run): "go on, on the rows there are by then",
+        }
+    return _told({speak: "let it speak", f"mlx-empire open {_word(run)}": "look at it", **use})
 
 
 def next_of_many(recipe: Recipe, name: str) -> list[str]:
     """The same for a folder of daughters, with one of them, `name`."""
     run = recipe.run.dir
+    used = run / name / CURRENT
     return _told(
         {
-            _generate(recipe.model.path, run / name / "final"): f"let {name} speak",
+            _generate(
+                recipe.model.path, used if used.is_symlink() else run / name / "final"
+            ): f"let {name} speak",
             f"mlx-empire list {_word(run)}": "what came of each",
             f"mlx-empire export merge {_word(run / name)} OUT": WHOLE,
         }
     )
+
+
+def _go_on(run: Path) -> str:
+    """The same recipe from this adapter on, into a folder beside it."""
+    beside = run.with_name(f"{run.name}-2")
+    return f"mlx-empire train {_word(run / 'recipe.yaml')} tuning.start={_word(run)} run.dir={_word(beside)}"
 
 
 def _generate(model: Path, adapter: Path | None = None) -> str:

@@ -17,10 +17,10 @@ from rich.text import Text
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UserError
 from mlx_empire.report.text import duration, number
+from mlx_empire.run.compare import differences, figures
 from mlx_empire.run.overview import Overview, held_on_disk, look_at, read_folder, runs_in
 from mlx_empire.run.status import date
 from mlx_empire.runs.clean import Deletion, delete, deletions
-from mlx_empire.runs.compare import differences, figures
 from mlx_empire.sizes import amount
 
 WIDE = 4000  # columns where nobody says how wide the output is: one line a row

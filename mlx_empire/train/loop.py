@@ -35,8 +35,9 @@ from mlx_empire.model.attention.fused import refuse_too_short
 from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.page.saved import try_report
 from mlx_empire.plan.hardware import known_speed
-from mlx_empire.plan.resolve import RunPlan, kernels_differ
+from mlx_empire.plan.resolve import RunPlan, keeps_products, kernels_differ
 from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.idle import without_effect
@@ -61,6 +62,7 @@ from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.disks import require_disks
 from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
 from mlx_empire.run.job import Job, refuse_idle_keys
+from mlx_empire.run.parent import beside_plan, lineage_of, share_parent
 from mlx_empire.run.resume import open_saver, stopped, where_to_begin
 from mlx_empire.run.stop import StopRequest
 from mlx_empire.run.trainer import explaining_memory, go_back, limit_memory, load_state, make_trainer
@@ -125,6 +127,7 @@ def carry_out(
     # ---------------------------------------------------------------- where it goes on
     start = where_to_begin(comm, recipe, target, splits, job.steps)
     recipe = start.recipe
+    parent = share_parent(comm, recipe, target, start.origin.base) if start.found is None else None
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     progress.reach("proof")
@@ -134,7 +137,8 @@ def carry_out(
             with said_if_slow(f"{recipe.model.path}: {VERIFYING}"):
                 by_pattern = recipe.numerics.attention != "mask"
                 name = str(recipe.model.path)
-                shown = asdict(verify_scaled_down(config, name, by_pattern=by_pattern))
+                keeps = keeps_products(recipe, nodes)
+                shown = asdict(verify_scaled_down(config, name, by_pattern=by_pattern, keeps=keeps))
     root_names = RootNames(**comm.broadcast_json(shown))
     target = replace(target, spec=replace(target.spec, root_names=root_names))
 
@@ -160,15 +164,23 @@ def carry_out(
     guards.notes += [said for said in comm.gather_json(wired) if said is not None]
     with explaining_memory(plan, comm.rank), CommThread() as thread:
         trainer = make_trainer(comm, thread, recipe, target, plan)
-        sent = load_state(comm, target, trainer, start)
+        sent = load_state(comm, target, trainer, start, parent)
         trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
 
         # ------------------------------------------------------------ from here on something is written
         started_over = (recipe.run.dir / "metrics.jsonl").exists()
         with together(comm):
             if comm.rank == 0:
+                lineage = lineage_of(recipe.run.dir) if parent is None else parent.lineage
                 write_plan(
-                    recipe, plan, nodes, target.spec, splits, job.steps, resumed=start.found is not None
+                    recipe,
+                    plan,
+                    nodes,
+                    target.spec,
+                    splits,
+                    job.steps,
+                    resumed=start.found is not None,
+                    origin=beside_plan(start.origin.base, lineage if recipe.tuning.start else None),
                 )
         with (
             RunReport(
@@ -188,7 +200,7 @@ def carry_out(
             write_result(run, *train(run))
             report.messages(saver.unsaved())
     if comm.rank == 0:
-        print(*next_commands(recipe), sep="\n", flush=True)
+        print(try_report(recipe.run.dir), *next_commands(recipe), sep="\n", flush=True)
 
 
 @dataclass(frozen=True)
@@ -217,7 +229,7 @@ def train(run: Run) -> tuple[int, GateKeeper]:
     comm, job, report, saver = run.comm, run.job, run.report, run.saver
     if job.save_every:
         saver.open()
-    gate = share_gate(comm, run.recipe.run.dir, job.gate)
+    gate = share_gate(comm, run.recipe, job.gate)
     if job.evaluates(0) and not saver.newest:
         evaluate(run, 0, gate)
     trace = traced(run) if run.recipe.report.trace else None

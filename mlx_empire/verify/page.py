@@ -1,18 +1,20 @@
-"""The fidelity audit as JSON, as lines of a table, and as a page with the loss curves."""
+"""The fidelity audit as JSON, as lines of a table, and as a page with the differences step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
+from statistics import mean, stdev
 
-from mlx_empire.report.html import STYLE, table
+from mlx_empire.page.charts import EQUALS, Chart, ChartLine
+from mlx_empire.page.render import still_page
+from mlx_empire.page.series import Curve
 from mlx_empire.sizes import amount
-from mlx_empire.verify.fidelity import Finding
+from mlx_empire.verify.fidelity import ALL, Finding
 
 HEAD = ("technique", "must be", "is", "loss difference", "± s.e.", "memory a node saves")
-COLOURS = ("--accent", "--no")
-WIDTH, HEIGHT = 300, 120
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -74,44 +76,56 @@ def rows(report: FidelityReport) -> list[tuple[str, ...]]:
 
 
 def fidelity_page(report: FidelityReport) -> str:
-    """One HTML file without scripts: the table, and for every technique its loss curves over the plain ones."""
-    cells = [[escape(cell) for cell in row] for row in rows(report)]
-    charts = "".join(
-        f"<section><h2>{escape(one.pair.name)}</h2>{_chart(one)}</section>"
-        for one in report.findings
-        if any(run.losses for run in one.plain)
-    )
-    verdict, says = "fits", "what must be identical is"
-    if report.failed:
-        verdict, says = "no", f"{len(report.failed)} techniques changed bits that they must not"
-    name = escape(report.model)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Fidelity of {name}</title>'
-        f"<style>{STYLE}</style></head><body><main>"
-        f'<header class="v-{verdict}"><span class="badge">{says}</span><h1>Fidelity of {name}</h1>'
-        f'<p class="muted">{escape(report.what)}</p></header>'
-        f"<section>{table(HEAD, cells, (3, 4, 5))}</section>"
-        f'<p class="muted small">Blue: everything in float32. Red, dashed: with the technique. One line a seed.</p>'
-        f"{charts}</main></body></html>"
+    """One HTML file without scripts: the table, and for every technique how far its losses are from the plain ones."""
+    findings = [one for one in report.findings if any(run.losses for run in one.plain)]
+    techniques = [one for one in findings if one.pair.name != ALL]
+    if len(techniques) == 1:  # all of it together says the same once more
+        findings = techniques
+    shown = [(one.pair.name, _sentence(one), _chart(one)) for one in findings]
+    return still_page(
+        HERE / "templates", "fidelity", report=report, head=HEAD, rows=rows(report), shown=shown
     )
 
 
-def _chart(finding: Finding) -> str:
-    curves = [[run.losses for run in runs] for runs in (finding.plain, finding.tried)]
-    values = [v for lines in curves for line in lines for v in line]
-    low, high = min(values), max(values)
-    drawn = ""
-    for lines, colour, dash in zip(curves, COLOURS, ("", ' stroke-dasharray="5 4"'), strict=True):
-        for line in lines:
-            points = " ".join(
-                f"{WIDTH * i / max(len(line) - 1, 1):.1f},{HEIGHT - HEIGHT * (v - low) / max(high - low, 1e-12):.1f}"
-                for i, v in enumerate(line)
-            )
-            drawn += (
-                f'<polyline points="{points}" fill="none" stroke="var({colour})" stroke-width="1.5"{dash}/>'
-            )
+def _sentence(finding: Finding) -> str:
+    """What there is to see: a difference, or none."""
+    steps, seeds = len(finding.plain[0].losses), len(finding.plain)
+    seen = f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
+    if finding.same:
+        return f"0 bits differ in {steps:,} steps of {seen}."
+    if _lines(finding) == []:
+        return f"The losses of {steps:,} steps are the same bits, the weights are not."
+    return f"The difference of each step's loss as a part of the loss, without its sign, on {seen}."
+
+
+def _chart(finding: Finding) -> Chart | None:
+    """A line a seed, over the spread of the plain losses between seeds: what is below that is less than chance. None
+    where no step's loss is another one."""
+    lines, losses = _lines(finding), [run.losses for run in finding.plain]
+    if lines and len(losses) > 1:
+        spread = [stdev(at) / abs(mean(at)) if mean(at) else 0.0 for at in zip(*losses, strict=False)]
+        lines.insert(0, ChartLine("spread between seeds", _curve(spread), "faint", "muted"))
+    name = finding.pair.name
     return (
-        f'<svg viewBox="-2 -4 {WIDTH + 4} {HEIGHT + 8}" style="width:100%;max-width:720px" role="img" '
-        f'aria-label="training loss from {high:.3f} to {low:.3f}">{drawn}</svg>'
-        f'<p class="muted small">training loss, {high:.3f} at the top, {low:.3f} at the bottom</p>'
+        Chart(name, name, tuple(one for one in lines if len(one.curve)), columns=6, log=True)
+        if lines
+        else None
     )
+
+
+def _lines(finding: Finding) -> list[ChartLine]:
+    """How far apart the losses of each seed are, for those where they are."""
+    lines = []
+    for number, (plain, tried) in enumerate(zip(finding.plain, finding.tried, strict=True)):
+        apart = [abs(b - a) / abs(a) if a else 0.0 for a, b in zip(plain.losses, tried.losses, strict=False)]
+        lines.append(ChartLine(f"seed {number + 1}", _curve(apart), "line", EQUALS[number % len(EQUALS)]))
+    return [line for line in lines if len(line.curve)]
+
+
+def _curve(values: Sequence[float]) -> Curve:
+    """Over the steps from 1; a logarithmic axis has no place for zero."""
+    curve = Curve()
+    for step, value in enumerate(values, 1):
+        if value > 0:
+            curve.add(step, value)
+    return curve

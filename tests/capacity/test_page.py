@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from capacity import browser, made_up
+from capacity import made_up
+from support import browser
 
-from mlx_empire.capacity.page import capacity_page
+from mlx_empire.capacity.page import capacity_page, matrix_section
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 ENOUGH, ENOUGH_FOR_PICTURES = (
@@ -160,3 +163,24 @@ def test_nothing_hostile_became_an_element(measured):
 @pytest.mark.parametrize("width", [1200, 500])
 def test_nothing_sticks_out_sideways(page, tmp_path, width):
     assert browser.measure(page, tmp_path, dark=False, width=width)["overflow"] <= 0
+
+
+@needs_browser
+def test_a_bar_of_the_ladder_that_is_cut_off_is_seen_to_be(page, tmp_path):
+    nodes = [node for rung in made_up.ladder().rungs for node in rung.assessment.nodes]
+    most = 3 * max(node.limit_bytes for node in nodes)
+    found = browser.measure(page, tmp_path, dark=False)["thin"]
+    assert [one["torn"] for one in found] == [node.peak_bytes > most for node in nodes]
+    assert {one["torn"] for one in found} == {True, False}
+
+
+def test_models_that_are_alike_everywhere_are_folded(page):
+    telling = made_up.matrix()
+    row = replace(telling.matrix.rows[0], model="everywhere")
+    cells = {name: replace(cell, verdict="fits", pooled_says="fits") for name, cell in row.cells.items()}
+    rows = (*telling.matrix.rows, replace(row, cells=cells))
+    shown = matrix_section(replace(telling, matrix=replace(telling.matrix, rows=rows)))
+    before, folded = shown.split("<details>", 1)
+    assert "1 fit everywhere" in folded
+    assert "everywhere" not in before
+    assert all(escape(one.model) in before for one in telling.matrix.rows)

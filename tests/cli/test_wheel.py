@@ -21,6 +21,8 @@ PIP = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
 SHORT = {
     "train": ["run.steps=1", "run.eval_batches=1", "data.sequence_length=64", "batch.global_size=2"],
     "launch": ["--dry-run"],
+    "open": ["--save", "mine.html"],
+    "inspect": ["--html", "seen.html"],  # the template of the page comes with the wheel
 }
 # Tested in tests/test_readme.py.
 NEEDS_THE_CLONE = {"train recipes/tiny.yaml"}
@@ -37,7 +39,7 @@ def commands() -> list[list[str]]:
 
 def test_the_readme_shows_the_verbs_that_one_begins_with() -> None:
     verbs = {words[0] if words else "" for words in commands()}
-    assert verbs >= {"", "init", "keys", "train", "status", "launch", "capacity"}
+    assert verbs >= {"", "init", "keys", "train", "status", "open", "launch", "capacity"}
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,10 @@ def test_every_command_of_the_readme_runs_from_a_wheel(environment: Path, tmp_pa
         assert ended.returncode == 0, (words, ended.stderr)
         assert "Traceback" not in ended.stderr
     assert (tmp_path / "runs" / "mine" / "COMPLETE").exists()
-    assert (tmp_path / "scout.html").stat().st_size > 10_000
+    for page in ("scout.html", "seen.html", "mine.html"):
+        assert (tmp_path / page).stat().st_size > 10_000
+    assert (Path(where.strip()).parent / "page" / "static" / "page.js").is_file(), (
+        "what is served is there, too"
+    )
     assert run("list").stdout.splitlines()[1].startswith("runs/mine  complete")
     assert "py.typed" in {file.name for file in Path(where.strip()).parent.iterdir()}

@@ -90,7 +90,11 @@ def test_a_row_with_no_answer_to_learn_is_dropped_and_said(tmp_path):
         ([ASKS, SAYS], {"weight": 2.0}, r"'weight' is 2\.0; all rows count alike"),
         ([ASKS, SAYS], {"system": "Be brief."}, "'system' beside the messages"),
         ([ASKS, SAYS], {"chat_template_kwargs": {"enable_thinking": False}}, "'chat_template_kwargs'"),
-        ([{"from": "human", "value": "Tide?"}, SAYS], {}, "message 1 has 'from' and 'value'; rename them"),
+        (
+            [{"from": "human", "value": "Tide?"}, SAYS],
+            {},
+            "message 1 has 'from' and 'value'; `mlx-empire inspect ",
+        ),
         (
             [ASKS, {"role": "narrator", "content": "It rains."}, SAYS],
             {},

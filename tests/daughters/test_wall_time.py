@@ -17,7 +17,7 @@ REST: Any = SimpleNamespace()
 def daughter(*overrides: str, step: int, saved: int = 0) -> Daughter:
     asked = job("run.steps=20", *overrides)
     return Daughter(
-        REST, REST, REST, asked, None, GATE, REST, step, saved, saved_at=100.0, evaluated_at=100.0
+        "anna", REST, REST, REST, asked, None, GATE, REST, step, saved, saved_at=100.0, evaluated_at=100.0
     )
 
 

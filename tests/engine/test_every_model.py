@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support import published
 from support.every_model import models, small_config
-from support.model_table import PAGE, page, refusal, refusal_of_folder, refusal_of_published
+from support.model_table import PAGE, page, refusal, refusal_of, refusal_of_folder, refusal_of_published
 from support.mpi import run_ranks
 from support.stepping import (
     Case,
@@ -122,6 +122,14 @@ def test_every_model_trains_or_is_refused_in_one_line():
         name: True for name in REFUSED
     }
     assert all("\n" not in line for line in refused.values())
+
+
+@pytest.mark.slow
+def test_every_model_that_trains_does_so_with_all_kept_that_can_be():
+    trained = [name for name, line in verdicts().items() if line is None]
+    assert {name: refusal_of(small_config(name), name, keeps=True) for name in trained} == dict.fromkeys(
+        trained
+    )
 
 
 @pytest.mark.slow

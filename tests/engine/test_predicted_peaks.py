@@ -54,6 +54,11 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "llama 128 stage 2, cells of 1 and 2": setting("llama", 128, 2, [1], micro_batches=6, cells=4),
         "llama 128 stage 0, 8 bits": setting("llama", 128, 0, [1], state_bits=8),
         "qwen3_moe 384 stage 2": setting("qwen3_moe", 384, 2, [1]),
+        "llama 128 stage 3, lion": setting("llama", 128, 3, [1], optimizer="lion"),
+        "llama 64 stage 2, bfloat16, tail of 10": setting(
+            "llama", 64, 2, [1], dtype="bfloat16", gradient_dtype="bfloat16", tail=10
+        ),
+        "qwen3_moe 128 stage 2, tail of 6": setting("qwen3_moe", 128, 2, [1], tail=6),
         "gemma2 384 stage 0, tail of 2": setting("gemma2", 384, 0, [1], tail=2),
         "phi3 384 stage 2": setting("phi3", 384, 2, [1], micro_batches=1),
         "mamba2 384 stage 3": setting("mamba2", 384, 3, [1]),
@@ -77,6 +82,29 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
                 ("llama 384 stage 2, dora", 2, {"tuning": tuned("dora")}),
                 ("llama 384 stage 3, lora", 3, {"tuning": tuned("lora")}),
                 ("llama 384 stage 2, tail of 10", 2, {"tail": 10}),
+            )
+        },
+        **{  # what recomputed layers could keep that they do
+            f"{family} {width} stage {stage}{more.get('name', '')}, {kept:.0%} kept": setting(
+                family, width, stage, [1], kept=kept, **{k: v for k, v in more.items() if k != "name"}
+            )
+            for family, width, stage, kept, more in (
+                ("llama", 384, 3, 1, {}),
+                ("llama", 128, 2, 0.5, {"name": ", tail of 3", "tail": 3, "micro_batches": 4}),
+                ("qwen3_moe", 384, 2, 1, {}),
+                ("gemma2", 384, 0, 1, {"name": ", tail of 2", "tail": 2}),
+                ("mamba2", 384, 3, 1, {}),
+                ("llama", 384, 3, 0.5, {"name": ", lora", "tuning": tuned("lora")}),
+                (
+                    "llama",
+                    384,
+                    3,
+                    1,
+                    {"name": ", lora, running ahead", "tuning": tuned("lora"), "run_ahead": True},
+                ),
+                ("llama", 640, 2, 1, {"name": ", qlora", "tuning": tuned("qlora")}),
+                ("llama", 1024, 2, 0.3, {"name": " by pattern", "by_pattern": True}),
+                ("llama", 1024, 2, 1, {"name": " by pattern", "by_pattern": True}),
             )
         },
         "qwen3_moe 384 stage 2, qlora of experts": setting(
@@ -128,6 +156,10 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "gemma2 128 stage 1": setting("gemma2", 128, 1, [2, 1]),
         "phi3 384 stage 2": setting("phi3", 384, 2, [3, 2], micro_batches=2),
         "llama 128 stage 3, 8 bits": setting("llama", 128, 3, [2, 1], state_bits=8),
+        "llama 384 stage 3, 60% kept": setting("llama", 384, 3, [2, 1], kept=0.6, micro_batches=6, cells=4),
+        "qwen3_moe 384 stage 3, qlora, 100% kept": setting(
+            "qwen3_moe", 384, 3, [3, 1], kept=1, tuning=tuned("qlora", bits=8)
+        ),
         "llama 128 stage 3, released": setting("llama", 128, 3, [2, 1], release=True),
         "llama 128 stage 2, released, tail of 3": setting("llama", 128, 2, [2, 1], tail=3, release=True),
         "llama 64 stage 1, released, bfloat16, 8 bits": setting(
@@ -143,8 +175,12 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
 DAILY: dict[int, set[str]] = {  # beside those of `test_random_peaks.py`
     1: {
         "llama 128 stage 2",
+        "llama 128 stage 3, lion",
+        "llama 64 stage 2, bfloat16, tail of 10",
+        "qwen3_moe 128 stage 2, tail of 6",
         "llama 384 stage 3, lora in 4 layers, tail of 2",
         "llama 64 stage 3, released, bfloat16, 8 bits",
+        "llama 384 stage 3, lora, 50% kept",
     },
     2: {
         "llama 384 stage 3, dora in 4 layers",

@@ -155,8 +155,8 @@ def test_packing_is_allowed_elsewhere(family):
 
 @pytest.mark.parametrize("by_pattern", [False, True])
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
-def test_the_twin_of_every_family_is_streamed_exactly(family, by_pattern):
-    verify_scaled_down(tiny_config(family), family, by_pattern=by_pattern)
+def test_the_twin_of_every_family_is_streamed_exactly_also_with_all_kept(family, by_pattern):
+    verify_scaled_down(tiny_config(family), family, by_pattern=by_pattern, keeps=by_pattern)
 
 
 @pytest.mark.parametrize("name", ["llama-4-scout-109b", "deepseek-v3-671b", "gemma-2-27b", "mixtral-8x22b"])

@@ -1,27 +1,43 @@
-"""Whole units' buffers are asked for in the first step and handed out again; other weights never show through."""
+"""Buffers of a unit's size are asked for in the first step and handed out again; what they held never shows through."""
 
 from __future__ import annotations
+
+import gc
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.stepping import Case, batches_of, counted_tokens, own_batches, trainer_of, whole_weights
+from support.stepping import (
+    Case,
+    batches_of,
+    counted_tokens,
+    digest,
+    optimizer_of,
+    own_batches,
+    trainer_of,
+    whole_weights,
+)
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine import store
+from mlx_empire.engine import spares
+from mlx_empire.plan.memory import StepBytes, ledger
+from mlx_empire.plan.schedule import folded_step
+
+EVERYTHING = 1 << 40  # bytes
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Sizes of the whole buffers that the store asks for, in elements."""
-    sizes, real = [], store.empty_rows
+    """Sizes of the large buffers that are asked for, in elements."""
+    sizes, real = [], spares.empty_rows
 
-    def noted(wanted):
+    def noted(wanted, *how):
         sizes.extend(size for size, _ in wanted)
-        return real(wanted)
+        return real(wanted, *how)
 
-    monkeypatch.setattr(store, "empty_rows", noted)
+    monkeypatch.setattr(spares, "empty_rows", noted)
     return sizes
 
 
@@ -33,15 +49,21 @@ def steps(trainer, case, count):
         yield step
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])  # of layers alike, and of two kinds
-def test_no_unit_is_allocated_after_the_first_step(asked, family):
-    case = Case(family, micro_batches=2)
+def asked_by_step(asked, case, kept, count=3):
+    """How many buffers are asked for in each of so many steps, with `kept` bytes for totals, and the weights after."""
     with CommThread() as thread:
         trainer = trainer_of(case, SoloCommunicator("here"), thread)
+        trainer.gradients.reuse(kept)
         found = []
-        for _ in steps(trainer, case, 3):
+        for _ in steps(trainer, case, count):
             found.append(len(asked))
             asked.clear()
+        return found, digest(whole_weights(trainer))
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])  # of layers alike, and of two kinds
+def test_no_unit_is_allocated_after_the_first_step(asked, family):
+    found, _ = asked_by_step(asked, Case(family, micro_batches=2), EVERYTHING)
     assert found[0] > 0
     if family == "llama":
         assert found[1:] == [0, 0]
@@ -49,20 +71,106 @@ def test_no_unit_is_allocated_after_the_first_step(asked, family):
         assert max(found[1:]) <= 4
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
+def test_updated_weights_keep_no_larger_buffer_alive(optimizer):
+    """Chunks are views of what was loaded until they are updated; MLX may write into the last view of a buffer."""
+    large = {"intermediate_size": 4608, "num_hidden_layers": 2}  # matrices that are updated one by one
+    case = Case("llama", micro_batches=1, optimizer=optimizer, config=large)
+    gc.collect()
+    before = mx.get_active_memory()
+    with CommThread() as thread:
+        trainer = trainer_of(case, SoloCommunicator("here"), thread)
+        list(steps(trainer, case, 2))
+        gc.collect()
+        chunks = [chunk for unit in trainer.store.chunks for segment in unit for chunk in segment]
+        held = sum(chunk.weights.nbytes + sum(a.nbytes for a in chunk.state.values()) for chunk in chunks)
+        spare = sum(array.nbytes for buffers, _ in trainer.store._spares._free for array in buffers)
+        assert mx.get_active_memory() - before < 1.05 * (held + spare)
+
+
+KINDS = {
+    "stage 2": {"stage": 2},
+    "stage 3, two rounds": {"cells": 2},
+    "running ahead": {"run_ahead": True},
+    "stage 1, bfloat16": {"stage": 1, "dtype": "bfloat16", "gradient_dtype": "bfloat16", "state_bits": 8},
+    "in the backward": {"stage": 2, "release": True},
+    "stage 3, lion": {"optimizer": "lion", "state_bits": 8},
+    "stage 0, sgd": {"stage": 0, "optimizer": "sgd", "micro_batches": 1},
+    "running ahead in bfloat16": {"run_ahead": True, "dtype": "bfloat16", "gradient_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_totals_that_are_handed_out_again_leave_the_bits_as_they_are(asked, kind):
+    case = Case("llama", **{"micro_batches": 2, "learning_rate": 1e-2, **KINDS[kind]})
+    kept, bits = asked_by_step(asked, case, EVERYTHING)
+    assert kept[1:] == [0, 0]
+    anew, same = asked_by_step(asked, case, 0)
+    assert min(anew[1:]) > 0, "without room they are asked for in every step"
+    assert bits == same
+
+
+def test_totals_are_kept_as_far_as_the_plan_has_room(asked):
+    """A model whose head is the peak has none beside it; one of many small layers has room for most."""
+    deep = {"num_hidden_layers": 12, "vocab_size": 256}
+    case = Case("llama", micro_batches=1, rows=1, width=16, stage=2, config=deep)
+    with CommThread() as thread:
+        trainer = trainer_of(case, SoloCommunicator("here"), thread)
+    work, states = trainer.work, optimizer_of(case).state_bytes
+    one = ledger(trainer.spec, trainer.store.plan, work, 0, states)
+    found, _ = asked_by_step(asked, case, one.spare)
+    assert 0 < found[1] == found[2] < found[0]
+    played = StepBytes(trainer.spec, trainer.store.plan, work, 0, states)
+    held = moments_of(played)
+    assert one.spare == min(one.peak - sum(one.resident.values()) - others for others, _ in held)
+    assert max(others + max(totals, one.spare) for others, totals in held) == max(map(sum, held))
+    wide = ledger(trainer.spec, trainer.store.plan, replace(work, width=4096), 0, states)
+    assert wide.spare < one.spare
+
+
+def moments_of(played):
+    """(bytes of all else, of totals) at each moment of a step."""
+    moments, noted = [], played._moment
+
+    def moment(now, phase=None):
+        totals = played._held.get("gradients", 0)
+        moments.append((played._total - totals + sum(now.values()), totals))
+        noted(now, phase)
+
+    played._moment = moment
+    played.play(folded_step(played.shape))
+    return moments
+
+
 def test_no_more_bytes_are_held_than_were_whole_at_once():
-    spares = store._Spares()
+    pool = spares.Spares()
     small, large = [(64, "float32")], [(640, "float32")]
-    (one, _), (two, _) = spares.take(small), spares.take(small)
-    spares.give(one)
-    spares.give(two)
-    big, _ = spares.take(large)  # 2,560 bytes beside which nothing has ever lain
-    assert spares.take(small)[0][0].size == 64
-    assert spares._free == []
+    (one, _), (two, _) = pool.take(small), pool.take(small)
+    pool.give(one)
+    pool.give(two)
+    big, _ = pool.take(large)  # 2,560 bytes beside which nothing has ever lain
+    assert pool.take(small)[0][0].size == 64
+    assert pool._free == []
     mark = mx.zeros(1)
-    spares.give(big, mark)
-    again, waits_for = spares.take(large)
+    pool.give(big, mark)
+    again, waits_for = pool.take(large)
     assert again[0] is big[0]
     assert waits_for is mark, "it is not written before what reads it is done"
+
+
+def test_no_more_bytes_are_kept_than_are_allowed():
+    pool, small = spares.Spares(512), [(64, "float32")]  # 256 bytes each
+    taken = [pool.take(small)[0] for _ in range(3)]
+    pool.give(taken[0])
+    assert pool._free == [], "two are in use: that is all"
+    pool.give(taken[1])
+    assert [buffers for buffers, _ in pool._free] == [taken[1]]
+    pool.count([mx.zeros(64)])  # of others: beside them and the one in use there is no room
+    assert pool._free == []
+    pool.count([], gone=[mx.zeros(64)])
+    pool.give(taken[2])
+    pool.drop()
+    assert pool._free == []
 
 
 def test_after_the_whole_model_was_there_nothing_is_kept(asked):
@@ -70,11 +178,31 @@ def test_after_the_whole_model_was_there_nothing_is_kept(asked):
     case = Case(micro_batches=2)
     with CommThread() as thread:
         trainer = trainer_of(case, SoloCommunicator("here"), thread)
+        trainer.gradients.reuse(EVERYTHING)
         list(steps(trainer, case, 1))
         before = whole_weights(trainer)
+        assert trainer.gradients._spares._free
         with trainer.whole_model():
-            pass
+            assert trainer.gradients._spares._free == []
         asked.clear()
         assert trainer.store._spares._free == []
         after = whole_weights(trainer)
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
+def test_no_update_keeps_the_buffer_of_its_neighbours(optimizer):
+    """MLX computes in place of an input that nobody else reads, which may be a part of a larger buffer."""
+    case = Case(micro_batches=2, optimizer=optimizer, state_bits=32)
+    gc.collect()
+    before = mx.get_active_memory()
+    with CommThread() as thread:
+        trainer = trainer_of(case, SoloCommunicator("here"), thread)
+        list(steps(trainer, case, 2))
+        gc.collect()
+        chunks = [chunk for unit in trainer.store.chunks for segment in unit for chunk in segment]
+        arrays = [array for chunk in chunks for array in (chunk.weights, *chunk.state.values())]
+        spares = [array for buffers, _ in trainer.store._spares._free for array in buffers]
+        known = sum(array.nbytes for array in (*arrays, *spares))
+        assert known > 1 << 20
+        assert mx.get_active_memory() - before <= known + (1 << 16)

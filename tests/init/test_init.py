@@ -58,7 +58,7 @@ def test_a_recipe_is_written_for_a_model_and_data_and_the_last_line_is_the_next_
     say: Callable[..., str], name: str
 ) -> None:
     said = say("init", name, "--model", MODEL, "--data", DATA, "--out", "my.yaml")
-    assert said.splitlines()[-1] == "  mlx-empire train my.yaml"
+    assert said.splitlines()[-1] == "  mlx-empire inspect my.yaml"
     before, made = load_recipe(ROOT / f"recipes/{name}.yaml"), load_recipe(Path("my.yaml"))
     assert (made.model.path, made.data.path, made.run.dir) == (MODEL, DATA, Path("runs/my"))
     assert (made.model.architecture, made.data.format) == (None, "auto")

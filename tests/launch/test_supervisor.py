@@ -94,6 +94,12 @@ def test_a_complete_run_is_launched_once(scene: Scene) -> None:
     assert (scene.run / "launch.json").stat().st_mode & 0o777 == 0o600
 
 
+def test_it_is_noted_where_each_rank_is(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_empire.launch.supervisor.NOTE_SECONDS", 0.0)
+    assert scene.play(["place 0 forward 3; place 1 reduce 3; sleep 1; complete"]) == 0
+    assert scene.state["places"] == {"0": ["forward", 3], "1": ["reduce", 3]}
+
+
 def test_leaving_with_0_is_not_complete(scene: Scene) -> None:
     assert scene.play(["exit 0"], budget=0) == 75
     assert "wrote no COMPLETE" in scene.report

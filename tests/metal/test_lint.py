@@ -29,7 +29,7 @@ def steps(request):
     def seen(daily: bool) -> dict[str, Any]:
         names = [name for name in SETTINGS if (name in DAILY) == daily]
         found: dict[str, Any] = {}
-        for line in watched(built, [str(WORKER), json.dumps(names)]).splitlines():
+        for line in watched(built, [str(WORKER), json.dumps(names)], timeout=900).splitlines():
             found |= json.loads(line)
         assert set(found) == {*names, "gpu"}
         return found

@@ -91,7 +91,7 @@ def measured(target: Target, *, adds: bool) -> int:
 
 
 def played(target: Target, *, adds: bool, **how: bool) -> int:
-    passed = LayerPasses(target.spec, 1, WIDTH, WIDTH).backward(UNIT, adds=adds)
+    passed = LayerPasses(target.spec, 1, WIDTH, WIDTH).backward(UNIT, adds="wide" if adds else "")
     tapes = evaluations(passed.graph)
     return max(play(passed.graph, tapes, bundled=start, **how)[0].peak for start in range(10))
 

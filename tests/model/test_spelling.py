@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.utils import load_config
+from support import published
 from support.every_module import names, reader
 from support.planning import recipe_of
 from support.tiny_models import tiny_config
@@ -51,6 +52,12 @@ def test_other_defaults_are_those_of_transformers(family: str) -> None:
     assert held or family in BUILT_IN
     assert {key: getattr(there, key) for key in held} == held
     assert held == OTHERS[family] or family in BUILT_IN
+
+
+@pytest.mark.parametrize("name", ["gemma-3-4b-it", "gemma-3-12b-it"])
+def test_heads_of_a_size_of_their_own_are_not_taken_for_the_widths_part(name: str) -> None:
+    """Their configurations say no head_dim, and it is not hidden_size / num_attention_heads (320 and 240)."""
+    assert published.config_of(name)["text_config"]["head_dim"] == 256
 
 
 @pytest.mark.parametrize("tag", ["Infinity", "inf", "-Infinity"])

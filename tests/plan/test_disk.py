@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.disks import places
 from support.planning import llama_like, recipe_of
 
+from mlx_empire.capacity.disks import disk_notes
 from mlx_empire.disk import with_headroom
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.disk import Beside, DiskLedger, Keeping, disk_ledgers, disk_verdict, keeper_of
@@ -121,3 +122,11 @@ def test_every_shard_has_a_copy_elsewhere_where_there_are_two_folders(folders):
         keeper = keeper_of(rank, folders)
         assert (keeper is None) == (len(set(folders)) == 1)
         assert keeper is None or folders[keeper] != folders[rank]
+
+
+def test_a_plan_says_that_it_cannot_know_of_disks_that_machines_share():
+    recipe = recipe_of("run.save_every=10")
+    apart = ledgers(recipe, (("a", "b"), ("king:1", "soldier:1")))
+    assert sum("network" in note for note in disk_notes(apart)) == 1
+    two_disks_of_one = ledgers(recipe, (("a", "b"), ("king:1", "king:2")))
+    assert not [note for note in disk_notes(two_disks_of_one) if "network" in note]

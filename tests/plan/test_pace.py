@@ -43,13 +43,16 @@ def test_operations_are_counted_product_by_product():
 @pytest.mark.parametrize(
     ("checkpointing", "per_parameter"), [("true", 8), ("false", 6)]
 )  # the figures that everybody uses
-def test_scout_executes_eight_per_active_parameter_and_its_attention(checkpointing, per_parameter):
+def test_scout_executes_eight_per_active_parameter_less_its_last_products(checkpointing, per_parameter):
     recipe = recipe_of(f"memory.gradient_checkpointing={checkpointing}")
     spec = catalog_spec("llama-4-scout-109b", recipe)
     plan = assess(recipe, spec, standard_clusters()["4K"]).plan
     passes = per_parameter / 2
     expected = per_parameter * 17.17e9 + passes * 48 * 4 * 40 * 128 * 2048
-    assert flops_per_token(spec, plan.work) == pytest.approx(expected, rel=0.03)
+    # Of a layer nothing reads two products, the last ones of the shared and of the chosen expert; embedding and head
+    # are not computed again either.
+    spared = 48 * 2 * 2 * 5120 * 8192 + 2 * 2 * 5120 * 202048 if per_parameter == 8 else 0
+    assert flops_per_token(spec, plan.work) == pytest.approx(expected - spared, rel=0.001)
 
 
 def test_adapters_spare_the_base_its_weight_gradients_and_quantising_spares_nothing():

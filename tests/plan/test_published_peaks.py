@@ -78,7 +78,7 @@ def test_mlx_qlora_of_qwen3_8b():
     # length, seen between 4,096 and 8,192 tokens, is attention's. (Below that 2.12, 3.75 and 7.48 GiB hardly more than
     # double with the length, so nothing can be read off them.)
     squared = (21.39 - 2 * 7.48) * GIB / (8192**2 - 2 * 4096**2)
-    need = LayerCosts(spec, 1, 8192, 4096, linear=False).backward(spec.units[1], adds=False)
+    need = LayerCosts(spec, 1, 8192, 4096, linear=False).backward(spec.units[1], adds="")
     assert need is not None
     why = "three arrays of scores are alive on a CPU; theirs is a difference of peaks"
     close("attention at 8,192 tokens", need.scores / GIB, squared * 8192**2 / GIB, 0.08, why)

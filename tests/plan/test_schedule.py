@@ -25,6 +25,7 @@ from mlx_empire.plan.schedule import (
     training_step,
 )
 from mlx_empire.plan.shards import make_plan
+from mlx_empire.plan.stash import Stash
 from mlx_empire.plan.step_traffic import StepTraffic
 from mlx_empire.plan.workload import CellLayout, Workload
 
@@ -48,10 +49,13 @@ def ranked_shapes(draw: st.DrawFn) -> list[StepShape]:
         draw(st.integers(0, layers)),
         draw(st.booleans()),
     )
-    return [
-        StepShape(stage, tuple(trained), tuple(map(len, layout.of_rank(r))), tail, release)
-        for r in range(ranks)
-    ]
+    order = draw(st.permutations([(u, own) for u in range(1, layers + 1) for own in ((0, 2), (1,))]))
+    shapes = []
+    for r in range(ranks):
+        cells = tuple(map(len, layout.of_rank(r)))
+        stash = Stash(tuple(order), draw(st.integers(0, len(order) * sum(cells))))
+        shapes.append(StepShape(stage, tuple(trained), cells, tail, release, stash=stash))
+    return shapes
 
 
 def counts(actions: Iterator[Action]) -> Counter[tuple[str, int]]:
@@ -59,6 +63,8 @@ def counts(actions: Iterator[Action]) -> Counter[tuple[str, int]]:
     found: Counter[tuple[str, int]] = Counter()
     for action in actions:
         found[action.kind, action.unit] += action.times
+        for product in action.products:
+            found[f"{action.kind} {product}", action.unit] += action.times
     return found
 
 
@@ -77,8 +83,9 @@ def test_every_micro_batch_passes_every_layer_once_and_every_gradient_is_reduced
     for shape in shapes:
         found, micros = counts(training_step(shape)), shape.micro_batches
         for u in range(1, shape.layers + 1):
-            assert found["forward", u] == micros * (u <= shape.boundary)
-            assert found["backward", u] == micros * (shape.lowest <= u <= shape.boundary)
+            recomputed = shape.lowest <= u <= shape.boundary
+            assert found["forward", u] + found["stash", u] == micros * (u <= shape.boundary)
+            assert found["backward", u] + found["reuse", u] == micros * recomputed
         assert found["head", 0] == found["capture", 0] == micros
         for u, trains in enumerate(shape.trained):
             assert found["reduce", u] == found["settle", u] == len(shape.cells) * trains
@@ -87,6 +94,24 @@ def test_every_micro_batch_passes_every_layer_once_and_every_gradient_is_reduced
             assert found["update", u] == trains
             assert found["renew", u] == found["adopt", u] == (trains and shape.zero_stage < 3)
         assert found["norm", ALL_UNITS] == (not shape.in_backward)
+
+
+@given(ranked_shapes())
+@settings(max_examples=150)
+def test_the_first_visits_of_the_order_are_kept_and_found_again_in_recomputed_layers_alone(shapes):
+    for shape in shapes:
+        micros = range(shape.micro_batches)
+        visits = [(u, m, own) for u, own in shape.stash.order for m in micros][: shape.stash.visits]
+        expected = {(u, m, p) for u, m, own in visits if shape.lowest <= u <= shape.boundary for p in own}
+        actions = list(training_step(shape))
+        for kind in ("stash", "reuse"):
+            told = [(a.unit, a.micro, p) for a in actions if a.kind == kind for p in a.products]
+            assert len(told) == len(expected)
+            assert set(told) == expected
+        assert all(a.products for a in actions if a.kind in ("stash", "reuse"))
+        assert not any(a.products for a in actions if a.kind in ("forward", "backward"))
+        assert shape.stash.arrays(shape.micro_batches) == sum(len(own) for _, _, own in visits)
+        assert {a.kind for a in evaluation(shape)}.isdisjoint({"stash", "reuse"})
 
 
 @given(ranked_shapes())
@@ -108,7 +133,7 @@ def test_a_unit_is_whole_when_it_is_used_and_few_are_at_once(shapes):
                 assert u in bound
                 bound.discard(u)
                 whole.discard(u)
-            elif action.kind in ("forward", "backward"):
+            elif action.kind in ("forward", "stash", "backward", "reuse"):
                 assert {0, u} <= bound
             elif action.kind == "head":
                 assert {0, *range(shape.boundary + 1, shape.layers + 1)} <= bound
@@ -184,7 +209,10 @@ def test_a_reader_that_does_not_know_an_action_fails_loudly(reader):
 
 
 def test_the_readers_know_every_kind_of_action():
-    kinds = {a.kind for stage in range(4) for a in training_step(StepShape(stage, (True,) * 3, (2,)))}
+    stash = Stash(((1, (0,)),), 1)
+    shapes = [StepShape(stage, (True,) * 3, (2,), stash=stash) for stage in range(4)]
+    kinds = {a.kind for shape in shapes for a in training_step(shape)}
+    assert {"forward", "stash", "backward", "reuse"} <= kinds
     kinds |= {a.kind for a in evaluation(SHAPE)}
     assert [(type(r).__name__, k) for r in readers() for k in kinds if not hasattr(r, k)] == []
 

@@ -42,6 +42,13 @@ def test_both_losses_are_drawn_to_one_scale():
     assert held_out[1] == pytest.approx((x4, (y3 + y4) / 2), abs=0.2)
 
 
+def test_a_dark_page_shows_a_dark_picture() -> None:
+    picture = loss_picture(RECORDS, "x")
+    assert "prefers-color-scheme: dark" in picture
+    assert 'fill="white"' not in picture
+    assert "training loss" in loss_picture(RECORDS[1:5], "x"), "also without held-out text there is a legend"
+
+
 def test_a_long_run_is_thinned_to_means():
     assert thinned([(i, 2.0 * i) for i in range(2 * MAX_POINTS)])[:2] == [(0.5, 1.0), (2.5, 5.0)]
     assert len(thinned([(i, 1.0) for i in range(2 * MAX_POINTS + 1)])) <= MAX_POINTS

@@ -60,7 +60,7 @@ def test_a_layer_at_its_true_size_keeps_to_its_plan(measured):
     assert (found["layer"], found["dtype"]) == ("model.layers.0", "float32")
     parameters = 576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536  # by hand, without norms
     weights_and_states = (parameters + 2048 * 576) * 4 * 3
-    assert weights_and_states < rank["peak_bytes"] <= 1.021 * rank["predicted_peak_bytes"]
+    assert weights_and_states < rank["peak_bytes"] <= rank["predicted_peak_bytes"]
     assert rank["peak_bytes"] > 0.8 * rank["predicted_peak_bytes"]
     assert all(rank["seconds"][part] > 0 for part in ("forward", "backward", "update", "reduce"))
     assert rank["longest_seconds"] > 0
@@ -93,11 +93,12 @@ def test_a_peak_above_its_plan_is_refused_there_and_in_plans(measured, tmp_path,
         assert "needed 1024 GiB where the plan says" in said
 
 
-def test_a_peak_that_is_above_by_what_ledgers_are_known_to_be_off_is_let_pass(measured):
+def test_only_what_mlx_gives_back_late_is_let_pass(measured):
     figures = unit.UnitFigures(**json.loads(measured[1].read_text())["ranks"][0])
-    planned = figures.predicted_peak_bytes
-    assert not unit.above_plan([replace(figures, peak_bytes=int(1.02 * planned))])
-    assert unit.above_plan([replace(figures, peak_bytes=int(1.03 * planned))])
+    most = figures.predicted_peak_bytes + figures.late_bytes
+    assert figures.late_bytes < 0.1 * figures.predicted_peak_bytes
+    assert not unit.above_plan([replace(figures, peak_bytes=most)])
+    assert unit.above_plan([replace(figures, peak_bytes=most + 1)])
 
 
 WRONG = {
@@ -142,7 +143,7 @@ def test_all_machines_measure_and_one_exchange_is_timed(tmp_path):
     assert [rank["seconds"]["gather"] > 0 and rank["seconds"]["reduce"] > 0 for rank in ranks] == [True, True]
 
 
-# A layer of 2.16 thousand million weights; frozen in bfloat16 under adapters, for trained it would take 20 GB.
+# A layer of 2.26 thousand million weights; frozen in bfloat16 under adapters, for trained it would take 20 GB.
 WIDE = {
     **SMOLLM2,
     "hidden_size": 8192,
@@ -154,7 +155,7 @@ WIDE = {
 
 @pytest.mark.slow
 def test_a_dense_unit_of_more_than_2_to_the_31_elements(tmp_path):
-    """About 9 GB of memory and some minutes: bfloat16 is slow on a CPU."""
+    """About 9 GB of memory and 100 s of a core: bfloat16 is slow on a CPU."""
     recipe = recipe_at(
         tmp_path,
         {**WIDE, "num_hidden_layers": 2},
@@ -166,4 +167,7 @@ def test_a_dense_unit_of_more_than_2_to_the_31_elements(tmp_path):
     )
     mx.clear_cache()
     assert unit.main([str(recipe), "--out", str(tmp_path / "unit.json")]) == 0
-    assert 4 * 8192**2 + 3 * 8192 * 80896 > 1 << 31
+    elements = 4 * 8192**2 + 3 * 8192 * 80896
+    assert elements > 1 << 31
+    (rank,) = json.loads((tmp_path / "unit.json").read_text())["ranks"]
+    assert 2 * elements < rank["peak_bytes"] <= rank["predicted_peak_bytes"]

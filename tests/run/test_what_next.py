@@ -13,6 +13,7 @@ from mlx_empire.cli import VERBS
 from mlx_empire.export.command import parser as export_parser
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.run.what_next import next_commands, next_of_many
+from mlx_empire.train.command import parser as train_parser
 
 RECIPE = """\
 model: {path: models/base}
@@ -37,17 +38,22 @@ def typed(lines: list[str]) -> list[list[str]]:
         ("lora", "models/base", FINAL, ["merge", "runs/my run"]),
     ],
 )
-def test_a_run_ends_with_three_commands(
+def test_a_run_ends_with_three_commands_and_an_adapter_with_one_more(
     tuning: str, model: str, adapter: str | None, exported: list[str]
 ) -> None:
-    speak, look, use = typed(next_commands(parse_recipe(RECIPE, "r", [f"tuning.type={tuning}"])))
+    speak, look, use, *on = typed(next_commands(parse_recipe(RECIPE, "r", [f"tuning.type={tuning}"])))
     assert speak[0] == "mlx_lm.generate"
     options = setup_arg_parser().parse_args(speak[1:])
     assert (options.model, options.adapter_path) == (model, adapter)
-    assert look == ["mlx-empire", "status", "runs/my run"]
+    assert look == ["mlx-empire", "open", "runs/my run"]
     assert use[:2] == ["mlx-empire", "export"]
     way = export_parser().parse_args(use[2:])
     assert [way.way, str(way.source)] == exported
+    assert len(on) == (adapter is not None)
+    for words in on:
+        again = train_parser().parse_intermixed_args(words[2:])
+        assert str(again.recipe) == "runs/my run/recipe.yaml"
+        assert again.overrides == ["tuning.start=runs/my run", "run.dir=runs/my run-2"]
 
 
 def test_many_daughters_end_with_three_commands_about_one_that_is_finished() -> None:

@@ -49,10 +49,10 @@ def refusal(name: str, **changes: object) -> str | None:
     return refusal_of(config, name)
 
 
-def refusal_of(config: Mapping[str, Any], name: str) -> str | None:
-    """The line that refuses a model before it is trained; None where it is not refused."""
+def refusal_of(config: Mapping[str, Any], name: str, *, keeps: bool = False) -> str | None:
+    """The line that refuses a model before it is trained; None where it is not refused. `keeps`: results of layers."""
     try:
-        verify_scaled_down(config, name)
+        verify_scaled_down(config, name, keeps=keeps)
     except UserError as error:
         return str(error)
     return None

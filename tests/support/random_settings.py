@@ -98,7 +98,8 @@ def _config(chance: random.Random, family: str, layers: int, *, large: bool) -> 
     vocabulary = 1024 * chance.choice((2, 4, 8))
     if family == "gpt2":
         return {
-            **{"vocab_size": vocabulary, "n_embd": hidden, "n_head": heads, "n_layer": layers},
+            **{"vocab_size": vocabulary, "n_embd": hidden, "hidden_size": hidden, "n_head": heads},
+            "n_layer": layers,
             **{"n_positions": 512, "n_ctx": 512, "num_hidden_layers": layers},
         }
     config = {

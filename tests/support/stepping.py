@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +27,9 @@ from mlx_empire.model.head_loss import row_losses
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
-from mlx_empire.plan.shards import make_plan
+from mlx_empire.plan.kept import order_of
+from mlx_empire.plan.shards import ShardPlan, make_plan
+from mlx_empire.plan.stash import Stash
 from mlx_empire.plan.workload import Workload, cell_layout
 from mlx_empire.recipe.sections import OptimizerSection
 from support.tiny_models import tiny_config
@@ -37,7 +39,8 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Case:
-    """One setting. `shares` has one weight per rank and is cut or repeated to the world's size."""
+    """One setting. `shares` has one weight per rank and is cut or repeated to the world's size. `kept`: the part of
+    what recomputed layers could keep that they do."""
 
     family: str = "llama"
     shares: tuple[float, ...] = (1.0,)
@@ -63,6 +66,7 @@ class Case:
     steps: int = 1
     route: str = "auto"
     run_ahead: bool = False
+    kept: float = 0.0
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -126,8 +130,10 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
         case.release,
         by_pattern=case.by_pattern,
         run_ahead=case.run_ahead,
+        paged=False,
     )
     plan = make_plan(spec.units, shares, case.stage)
+    work = keeping(work, spec, plan, case.kept)
     optimizer = optimizer_of(case)
     chosen = TrainerSettings(case.clip_norm, **settings)
     trainer = Trainer(model, spec, plan, work, comm, thread, optimizer, chosen)
@@ -135,6 +141,13 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
         trainer.store.load(index, ((t, values[t.name]) for t in unit.tensors))
     trainer.prepare(packing=case.packed)
     return trainer
+
+
+def keeping(work: Workload, spec: ModelSpec, plan: ShardPlan, part: float) -> Workload:
+    """`work` with a part of what each rank could keep of recomputed layers."""
+    order = order_of(spec, work, plan.trained) if part else ()
+    visits = (round(part * len(order) * work.micro_batches(rank)) for rank in range(plan.world_size))
+    return replace(work, stashes=tuple(Stash(order, n) for n in visits))
 
 
 def optimizer_of(case: Case) -> FlatOptimizer:

@@ -33,6 +33,7 @@ from support.stepping import (
     batches_of,
     config_of,
     counted_tokens,
+    keeping,
     reference_loss,
     stock_losses,
     weights_of,
@@ -92,8 +93,10 @@ def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Tr
         8192,
         by_pattern=case.by_pattern,
         run_ahead=case.run_ahead,
+        paged=False,
     )
     plan = make_plan(built.spec.units, shares, case.stage)
+    work = keeping(work, built.spec, plan, case.kept)
     optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
     noise = SEED if case.tuning.get("dropout") else None
     settings = TrainerSettings(case.clip_norm, noise)

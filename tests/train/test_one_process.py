@@ -7,11 +7,16 @@ import math
 import stat
 from pathlib import Path
 
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
 import pytest
 from train.launching import MODEL, Outcome, Workspace, held_out, metrics, raw_tensors, step_records, succeeded
 
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.data.splits import load_splits
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.run.job import Job
 
 # DESIGN, "What a run leaves behind"
 FIELDS = {
@@ -43,6 +48,7 @@ def test_a_run_leaves_exactly_what_it_promises(alone_dir: Path) -> None:
         "metrics.jsonl",
         "final",
         "COMPLETE",
+        "report.html",
     }
 
 
@@ -108,16 +114,39 @@ def test_memory_is_measured_beside_its_prediction(alone_dir: Path) -> None:
         )  # weights, m and v at least
 
 
-def test_rows_of_many_lengths_leave_no_more_freed_memory_than_the_peak(workspace: Workspace) -> None:
-    """Every length leaves buffers of another size, which the next row does not take up."""
+@pytest.fixture(scope="module")
+def many_lengths(workspace: Workspace) -> Path:
+    """The folder of a run on rows of many lengths."""
     rows = [{"tokens": [1 + j % 250 for j in range(2 + 97 * i % 600)]} for i in range(60)]
     workspace.write("lengths/train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     data = [f"data.path={workspace.folder / 'lengths'}", "data.format=tokens", "data.sequence_length=600"]
     succeeded(workspace.train("recipe.yaml", "run.dir=lengths-run", *data, "run.steps=8"))
-    records = step_records(workspace.folder / "lengths-run")
+    return workspace.folder / "lengths-run"
+
+
+def test_rows_of_many_lengths_leave_no_more_freed_memory_than_the_peak(many_lengths: Path) -> None:
+    """Every length leaves buffers of another size, which the next row does not take up."""
+    records = step_records(many_lengths)
     held = [record["cache_bytes"][0] for record in records]
     assert max(held) <= records[-1]["predicted_peak_bytes"][0]
     assert max(held) > 0.5 * records[-1]["peak_bytes"][0]  # or the rows were no test
+
+
+def test_a_step_s_loss_is_the_mean_over_its_own_targets(workspace: Workspace, many_lengths: Path) -> None:
+    """The first step's, before any update: that of mlx-lm's whole model by MLX's own cross entropy on the same rows."""
+    recipe = load_recipe(workspace.folder / "recipe.yaml")
+    splits = load_splits(path=workspace.folder / "lengths", format="tokens", sequence_length=600)
+    first, second, *_ = step_records(many_lengths)
+    assert first["tokens"] != second["tokens"], "the counts of two steps must differ, or nothing is seen"
+    model, _ = mlx_lm.load(str(MODEL))
+    model.set_dtype(mx.float32)
+    total = counted = 0.0
+    for batch in Job.of(recipe, splits.train).batches(1):
+        losses = nn.losses.cross_entropy(model(mx.array(batch.inputs)), mx.array(batch.targets))
+        total += (losses * mx.array(batch.mask)).sum().item()
+        counted += float(batch.mask.sum())
+    assert first["tokens"] == counted
+    assert first["loss"] == pytest.approx(total / counted, rel=1e-5)
 
 
 def test_evaluations_come_before_the_first_and_after_the_last_step(alone_dir: Path) -> None:

@@ -56,4 +56,4 @@ def test_what_must_be_identical_is(tmp_path, ranks, arguments, more):
     assert abs(packing["difference"]) < 1e-5
     assert found["8-bit optimizer states"]["saved_bytes"] > 0
     assert "ZeRO" in printed
-    assert (tmp_path / "found.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "found.html").read_text().startswith("<!DOCTYPE html>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -75,5 +76,21 @@ def test_a_changed_bit_is_marked_everywhere():
     html = fidelity_page(found)
     assert "changed bits that they must not" in html
     assert "m&lt;1&gt;" in html
-    assert html.count("<polyline") == 2
+    assert "the same bits, the weights are not" in html
+    assert html.count("<polyline") == 0
     assert FidelityReport("m", "w", [finding(True, ONE)], {}).failed == []
+
+
+def test_the_page_draws_how_far_losses_are_apart_and_says_where_no_bit_differs():
+    near, far = (3.0, 2.0, 1.0), (3.0, 2.002, 1.0)
+    other = finding(False, replace(ONE, losses=far), replace(ONE, losses=far))
+    other = replace(other, plain=(replace(ONE, losses=near), replace(ONE, losses=(3.3, 2.2, 1.1))))
+    html = fidelity_page(FidelityReport("m", "w", [other], {}))
+    assert html.count("<polyline") == 3, "a line a seed, and the spread between the seeds"
+    assert "seed 1 from 0.001 to 0.001" in html, "one step, by a thousandth"
+    assert 'name="viewport"' in html
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)|<script|<img", html)
+    same = replace(finding(True, ONE), plain=(ONE,))
+    html = fidelity_page(FidelityReport("m", "w", [same], {}))
+    assert f"0 bits differ in {len(ONE.losses)} steps of 1 seed." in html
+    assert "<polyline" not in html

@@ -38,9 +38,36 @@ def attend_in_blocks(
     q (rows, heads, S, D), k (rows, groups, S, D), v (rows, groups, S, Dv), sinks (heads,): the result is (rows, heads,
     S, Dv) in q's dtype. `window`: see `Pattern`; `softcap`: scores become softcap tanh(scores / softcap).
     """
-    function = _function(Attention(scale, window, softcap))
-    output: mx.array = function(q, k, v, *(() if sinks is None else (sinks,)))[0]
-    return output
+    given = [q, k, v, *(() if sinks is None else (sinks,))]
+    return attend_with_sums(Attention(scale, window, softcap), given)[0]
+
+
+def attend_with_sums(attention: Attention, given: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+    """Attention of (q, k, v, sinks), differentiable, and each query's log-sum-exp (rows, heads, S) in fp32."""
+    output, sums = _function(attention)(*given)
+    return output, sums
+
+
+def attend_again(
+    attention: Attention, given: Sequence[mx.array], output: mx.array, sums: mx.array
+) -> mx.array:
+    """`output`, as `attend_with_sums` gave it with `sums`, differentiable in `given` and not computed again."""
+    function: Any = mx.custom_function(lambda output, sums, *given: output)
+
+    def vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> list[mx.array]:
+        output, sums, *given = primals
+        own = attention.backward(given, [cotangent], (output, sums))
+        return [mx.zeros_like(output), mx.zeros_like(sums), *own]
+
+    function.vjp(vjp)
+    result: mx.array = function(output, sums, *given)
+    return result
+
+
+def forward_operations(attention: Attention, q: mx.array, k: mx.array, v: mx.array) -> int:
+    """Of the forward's products."""
+    pairs = sum((b - a) * (b - low) for a, b, low in _blocks(q.shape[2], attention.window))
+    return 2 * q.shape[0] * q.shape[1] * pairs * (q.shape[-1] + v.shape[-1])
 
 
 def largest_scores(length: int) -> int:
@@ -114,7 +141,7 @@ class Attention:
 @cache
 def _function(attention: Attention) -> Any:
     """MLX's function with our vjp."""
-    function = mx.custom_function(attention.forward)
+    function: Any = mx.custom_function(attention.forward)
     function.vjp(attention.backward)
     return function
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_empire.model.attention.patterns import CAUSAL, Pattern, recognise
-from mlx_empire.model.attention.segments import Kernels, attending, instead
+from mlx_empire.model.attention.segments import Attention, Kernels, attending, instead
 from mlx_empire.model.layers import LayerArguments, given_mask, mask_position, with_mask
 
 
@@ -53,11 +53,14 @@ class ByPattern:
             self._known[shape] = self._found(hidden, arguments)
         return self._known[shape]
 
-    def call(self, layer: nn.Module, hidden: mx.array, given: LayerArguments) -> Any:
-        """What the layer returns."""
+    def call(
+        self, layer: nn.Module, hidden: mx.array, given: LayerArguments, in_blocks: Attention | None = None
+    ) -> Any:
+        """What the layer returns; `in_blocks`: in the place of the kernels' own."""
         if self._kernels is None or given.pattern is None:
             return layer(hidden, *given.positional, **given.keywords)
-        with attending(given.pattern, self._kernels):
+        kernels = self._kernels if in_blocks is None else replace(self._kernels, in_blocks=in_blocks)
+        with attending(given.pattern, kernels):
             return layer(hidden, *given.positional, **given.keywords)
 
     def _found(self, hidden: mx.array, arguments: Sequence[LayerArguments]) -> list[Pattern | None]:

@@ -23,7 +23,9 @@ Shapes = tuple[tuple[tuple[int, ...], mx.Dtype], ...]
 
 
 @dataclass
-class _Call:
+class AttentionCall:
+    """What came in and what came out of one call."""
+
     attention: Attention
     given: list[mx.array]
     results: list[mx.array]
@@ -34,7 +36,7 @@ class TracedBlocks:
     """The calls of `attend_in_blocks` in a pass; `shapes`: by call of what came in and of the output, once known."""
 
     shapes: list[Shapes] = field(default_factory=list)
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[AttentionCall] = field(default_factory=list)
     summands: list[mx.array] = field(default_factory=list)
     cotangents: list[mx.array] = field(default_factory=list)
 
@@ -55,7 +57,7 @@ class TracedBlocks:
         # MLX's node of the function keeps what came in until its results are there; so does this one.
         results: list[mx.array] = mx.depends(list(attention.forward(*given)), given)
         place = len(self.calls)
-        self.calls.append(_Call(attention, given, results))
+        self.calls.append(AttentionCall(attention, given, results))
         if place < len(self.summands):
             return mx.stop_gradient(results[0]) + self.summands[place]
         return results[0]

@@ -27,8 +27,8 @@ def differences(runs: Sequence[Overview]) -> Iterator[list[str]]:
         ]
 
 
-def figures(runs: Sequence[Overview]) -> Iterator[list[str]]:
-    """Rows of a figure's name and its value for each run."""
+def figures(runs: Sequence[Overview], *, curves: bool = True) -> Iterator[list[str]]:
+    """Rows of a figure's name and its value for each run; `curves`: with losses at steps that all have."""
     yield ["state", *(run.condition for run in runs)]
     yield [
         "steps",
@@ -36,10 +36,8 @@ def figures(runs: Sequence[Overview]) -> Iterator[list[str]]:
     ]
     yield ["parameters trained", *(_count(run.plan.get("trainable_parameters")) for run in runs)]
     yield ["data", *_same(runs)]
-    for step in _common([{r["step"] for r in run.steps} for run in runs]):
-        yield [f"loss, mean of {RECENT} to step {step:,}", *(_mean(run, step) for run in runs)]
-    for step in _common([{r["step"] for r in run.evaluations} for run in runs]):
-        yield [f"held-out loss after step {step:,}", *(_held_out(run, step) for run in runs)]
+    if curves:
+        yield from _at_common_steps(runs)
     yield ["best held-out loss", *(_best(run) for run in runs)]
     for name in dict.fromkeys(name for run in runs for name in _scores(run)):
         yield [f"{name}, last", *(number(_scores(run).get(name), ".4f") for run in runs)]
@@ -47,6 +45,13 @@ def figures(runs: Sequence[Overview]) -> Iterator[list[str]]:
     yield ["in all", *(duration(sum(float(r["step_seconds"]) for r in run.steps)) for run in runs)]
     yield ["targets learnt", *(f"{sum(int(r['tokens']) for r in run.steps):,}" for run in runs)]
     yield ["largest peak of a rank", *(_peak(run) for run in runs)]
+
+
+def _at_common_steps(runs: Sequence[Overview]) -> Iterator[list[str]]:
+    for step in _common([{r["step"] for r in run.steps} for run in runs]):
+        yield [f"loss, mean of {RECENT} to step {step:,}", *(_mean(run, step) for run in runs)]
+    for step in _common([{r["step"] for r in run.evaluations} for run in runs]):
+        yield [f"held-out loss after step {step:,}", *(_held_out(run, step) for run in runs)]
 
 
 def _common(steps: Sequence[set[int]]) -> list[int]:

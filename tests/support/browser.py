@@ -1,6 +1,7 @@
 """A headless Chromium that opens a page in a light or dark system and says what a reader gets to see.
 
-The measuring script is added to a copy of the page; the page itself has none.
+The measuring script is added to a copy of the page; the page itself has none. No window of Chromium is narrower than
+500 pixels, so a narrower page is opened in a frame of that width.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,11 @@ function contrast(a, b) {
 document.querySelectorAll('details').forEach(d => d.open = true);
 const texts = [];
 for (const e of document.querySelectorAll('body *')) {
-  if (e.tagName === 'SCRIPT') continue;
+  if (e.tagName === 'SCRIPT' || e.tagName === 'title') continue;  // neither is shown
   const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
   if (!own) continue;
-  const ground = under(e), ink = rgba(getComputedStyle(e).color), opacity = +getComputedStyle(e).opacity;
+  const style = getComputedStyle(e), ground = under(e), opacity = +style.opacity;
+  const ink = rgba(e instanceof SVGElement ? style.fill : style.color);
   const seen = ink.slice(0, 3).map((c, i) => c * opacity + ground[i] * (1 - opacity));
   texts.push({text: e.textContent.trim().slice(0, 40), contrast: contrast(seen, ground)});
 }
@@ -58,11 +61,23 @@ const result = document.createElement('pre');
 result.id = 'measured';
 result.textContent = JSON.stringify({
   ground: luminance(under(document.body)), texts, bars, images: document.images.length,
+  requests: performance.getEntriesByType('resource').map(r => r.name),
+  counts: Object.fromEntries(SELECTORS.map(s => [s, document.querySelectorAll(s).length])),
+  thin: [...document.querySelectorAll('.thin .fill')].map(e => (
+    {torn: getComputedStyle(e).clipPath !== 'none'})),
   cells: [...document.querySelectorAll('td.cell')].map(c => ({text: c.innerText, shade: under(c)})),
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth});
 document.body.append(result);
+if (parent !== window) parent.postMessage(result.textContent, '*');
 </script>
 """
+NARROWEST = 500
+FRAME = """<!doctype html><html style="color-scheme: light dark"><body>
+<iframe src="measured.html" style="width: {width}px; height: 1000px; border: 0"></iframe>
+<script>addEventListener('message', told => {{
+  const result = document.createElement('pre');
+  result.id = 'measured'; result.textContent = told.data; document.body.append(result);
+}});</script></body></html>"""
 
 
 def chromium() -> str | None:
@@ -70,19 +85,30 @@ def chromium() -> str | None:
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
-def measure(page: str, folder: Path, *, dark: bool, width: int = 1200) -> dict[str, Any]:
-    """Open `page` (HTML) and measure texts, bars, cells and what sticks out sideways."""
+def measure(
+    page: str, folder: Path, *, dark: bool, width: int = 1200, selectors: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Open `page` (HTML) and measure texts, bars, cells and what sticks out sideways.
+
+    Also which `requests` it made, what its `console` said, and the `counts` of what CSS selectors find.
+    """
     browser = chromium()
     assert browser is not None
     copy = folder / "measured.html"
-    copy.write_text(page.replace("</body>", MEASURE + "</body>"), encoding="utf-8")
+    script = MEASURE.replace("SELECTORS", json.dumps(list(selectors)))
+    copy.write_text(page.replace("</body>", script + "</body>"), encoding="utf-8")
+    if width < NARROWEST:
+        copy = folder / "frame.html"
+        copy.write_text(FRAME.format(width=width), encoding="utf-8")
     command = [
         browser,
         "--headless",
         "--no-sandbox",  # Chromium's own sandbox does not start as root
         "--disable-gpu",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=10000",  # of its own clock: until the frame has told
         f"--user-data-dir={folder / 'profile'}",
-        f"--window-size={width},1000",
+        f"--window-size={max(width, NARROWEST)},1000",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         "--dump-dom",
         copy.as_uri(),
@@ -91,4 +117,5 @@ def measure(page: str, folder: Path, *, dark: bool, width: int = 1200) -> dict[s
     found = re.search(r'<pre id="measured">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, f"{browser} measured nothing (exit code {done.returncode}):\n{done.stderr[-2000:]}"
     measured: dict[str, Any] = json.loads(unescape(found[1]))
+    measured["console"] = re.findall(r":CONSOLE[:(].*", done.stderr)
     return measured

@@ -1,0 +1,1 @@
+"""A finished result answers, alone or beside its base."""

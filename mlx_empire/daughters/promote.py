@@ -1,0 +1,63 @@
+"""Whether a generation replaces the one from which it began: a function of its own metrics.jsonl and the recipe.
+
+Before its first step a generation is the one it began from, so its evaluation at step 0 is that one's on the very rows
+and sets on which its last evaluation is made. With a gate, the gate's score must meet its bound or be no worse than it
+was; without one, no score of the sets may be worse; without sets, the held-out loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_empire.daughters.generations import Decision
+from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, LOWER_IS_BETTER, EvaluationSection
+
+Pair = tuple[float | None, float | None]
+
+
+def judge(
+    evaluation: EvaluationSection, records: Sequence[Mapping[str, Any]], number: int, begun_from: int
+) -> Decision:
+    """What becomes of generation `number`; `records`: its metrics, one evaluation at least at step 0."""
+    evaluations = [record for record in records if HELD_OUT_LOSS in record]
+    first = next((record for record in evaluations if record["step"] == 0), None)
+    last = evaluations[-1] if evaluations else None
+    scores = {} if first is None or last is None else _pairs(evaluation, first, last)
+    gate = evaluation.stop_when
+    compared = [gate.metric] if gate is not None else list(evaluation.scores) or [HELD_OUT_LOSS]
+    bad = [
+        name
+        for name in compared
+        if not (gate is not None and _passes(gate, scores, name)) and not _no_worse(name, scores.get(name))
+    ]
+    said = "; ".join(_told(name, scores.get(name)) for name in bad or compared)
+    return Decision(number, begun_from, not bad, said, scores)
+
+
+def _passes(gate: Any, scores: Mapping[str, Pair], name: str) -> bool:
+    value = scores.get(name, (None, None))[1]
+    return value is not None and bool(gate.passes(value))
+
+
+def _pairs(
+    evaluation: EvaluationSection, first: Mapping[str, Any], last: Mapping[str, Any]
+) -> dict[str, Pair]:
+    pairs: dict[str, Pair] = {HELD_OUT_LOSS: (first[HELD_OUT_LOSS], last[HELD_OUT_LOSS])}
+    for name in evaluation.scores:
+        pairs[name] = (first.get("scores", {}).get(name), last.get("scores", {}).get(name))
+    return pairs
+
+
+def _no_worse(name: str, pair: Pair | None) -> bool:
+    """Whether a score was measured both times and did not get worse."""
+    before, after = pair or (None, None)
+    if before is None or after is None:
+        return False
+    down = name == HELD_OUT_LOSS or name.rpartition(".")[2] in LOWER_IS_BETTER
+    return after <= before if down else after >= before
+
+
+def _told(name: str, pair: Pair | None) -> str:
+    before, after = ("-" if value is None else f"{value:.4f}" for value in pair or (None, None))
+    return f"{name} {before} -> {after}"

@@ -1,0 +1,137 @@
+"""Many runs on one screen: the rows of the list, and the board of daughters that share a folder."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from mlx_empire.page.documents import mood_of, progress_of
+from mlx_empire.page.svg import sparkline
+from mlx_empire.page.watch import Gallery, Look
+from mlx_empire.report.text import duration
+from mlx_empire.run.lock import RUN, is_held
+from mlx_empire.run.status import date
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run in the list; `done`, `loss`, `held_out`, `left` and `size` as numbers, to be sorted by."""
+
+    name: str
+    condition: str
+    mood: str
+    spark: Markup
+    step: str
+    done: int
+    loss: float | None
+    held_out: float | None
+    left: float | None
+    ends: str | None
+    size: int
+
+
+@dataclass(frozen=True)
+class DaughterRow:
+    """One line of a board. `name`: of the run, `title`: of the person."""
+
+    name: str
+    title: str
+    state: str
+    mood: str
+    step: str
+    spark: Markup
+    before: str
+    now: str
+
+
+@dataclass(frozen=True)
+class Board:
+    """The daughters of one folder, in words how many stand how, and one by one."""
+
+    name: str
+    counts: str
+    rows: Sequence[DaughterRow]
+
+
+def run_rows(gallery: Gallery, now: float) -> list[RunRow]:
+    """The runs in a folder, by name."""
+    return [_row(run.size(), look, now) for run, look in gallery.looks()]
+
+
+def boards(gallery: Gallery) -> list[Board]:
+    """Folders in which adapters of one base lie side by side, each with its daughters by name."""
+    found: dict[Path, list[Look]] = defaultdict(list)
+    for run, look in gallery.looks():
+        recipe = look.overview.recipe
+        if recipe is not None and recipe.tuning.type != "full" and run.folder != gallery.root:
+            found[run.folder.parent].append(look)
+    return [_board(folder, looks) for folder, looks in found.items() if _together(gallery, folder, looks)]
+
+
+def _together(gallery: Gallery, folder: Path, looks: Sequence[Look]) -> bool:
+    """Whether runs are daughters, and not just neighbours: what trains many makes a folder for them."""
+    return folder != gallery.root or (len(looks) > 1 and is_held(folder, RUN))
+
+
+def _board(folder: Path, looks: Sequence[Look]) -> Board:
+    at_work = is_held(folder, RUN)
+    rows = [_daughter(look, at_work) for look in looks]
+    counts: dict[str, int] = defaultdict(int)
+    for row in rows:
+        counts[row.state] += 1
+    counted = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
+    return Board(folder.name, ", ".join(f"{count} {state}" for state, count in counted), rows)
+
+
+def _daughter(look: Look, at_work: bool) -> DaughterRow:
+    run = look.overview
+    state, mood = run.condition, mood_of(run)
+    if at_work and not run.complete:
+        state, mood = "training", "running"
+    losses = [float(record["eval_loss"]) for record in run.evaluations]
+    return DaughterRow(
+        name=look.name,
+        title=run.folder.name,
+        state=state,
+        mood=mood,
+        step=progress_of(run),
+        spark=_spark(look),
+        before=f"{losses[0]:.4f}" if len(losses) > 1 else "–",
+        now=f"{losses[-1]:.4f}" if losses else "–",
+    )
+
+
+def _row(size: int, look: Look, now: float) -> RunRow:
+    run = look.overview
+    left = run.seconds_left
+    return RunRow(
+        name=look.name,
+        condition=run.condition,
+        mood=mood_of(run),
+        spark=_spark(look),
+        step=progress_of(run),
+        done=run.step,
+        loss=run.steps[-1].get("loss") if run.steps else None,
+        held_out=run.evaluations[-1]["eval_loss"] if run.evaluations else None,
+        left=left,
+        ends=None if left is None else f"{date(now + left)} (in {duration(left)})",
+        size=size,
+    )
+
+
+def _spark(look: Look) -> Markup:
+    curve = look.series.curves.get("smoothed")
+    return sparkline(curve) if curve is not None else Markup("")
+
+
+def named(gallery: Gallery, names: Sequence[str]) -> Iterator[Look]:
+    """What the runs of these names say, without those that are not there."""
+    for name in names:
+        run = gallery.run(name)
+        look = run.look() if run is not None else None
+        if look is not None:
+            yield look

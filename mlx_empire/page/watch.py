@@ -1,0 +1,122 @@
+"""A run that is looked at again and again: what is new in its folder is read, and what was read before is kept.
+
+Everything that one machine's pages show goes through one `Gallery`, so that ten readers cost what one does.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_empire.errors import UserError
+from mlx_empire.page.series import Series
+from mlx_empire.report.metrics import FILE_NAME as METRICS
+from mlx_empire.report.metrics import MetricsCursor
+from mlx_empire.run.launched import COMPLETE, LOG, STATE
+from mlx_empire.run.overview import PLAN, RECIPE, Overview, held_on_disk, read_folder, runs_in
+
+SIZE_SECONDS = 60.0  # so long a folder's size counts as known: all its files are asked
+FOLDERS_SECONDS = 5.0  # so long the list of runs does
+LOOK_SECONDS = 5.0  # so long a run does whose files do not change
+FILES = (METRICS, RECIPE, PLAN, STATE, LOG, COMPLETE, "checkpoints")
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run at one moment. `round`: grows whenever steps that were read before count no more. Hold `WatchedRun.lock`
+    while the series is read."""
+
+    name: str
+    overview: Overview
+    series: Series
+    round: int
+
+
+class WatchedRun:
+    """One run's folder. `name`: what it is called on the page."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name, self.lock = folder, name, threading.RLock()
+        self._cursor, self._series, self._round = MetricsCursor(folder), Series(), 0
+        self._size, self._sized = 0, -SIZE_SECONDS
+        self._seen: tuple[float, object] = (-LOOK_SECONDS, None)
+        self._found: Look | None = None
+
+    def look(self) -> Look | None:
+        """What the folder says now; None where no run is any more. UserError where launch.json is damaged.
+
+        The same object as before while no file has changed, for some seconds: then it is asked whether it still runs.
+        """
+        with self.lock:
+            stamp = [_stamp(self.folder / name) for name in FILES]
+            then, seen = self._seen
+            if stamp == seen and time.monotonic() - then < LOOK_SECONDS:
+                return self._found
+            self._seen = time.monotonic(), stamp
+            anew, records = self._cursor.follow()
+            if anew:
+                self._series, self._round = Series(), self._round + 1
+            for record in records:
+                self._series.add(record)
+            overview = read_folder(self.folder, [*self._series.evaluations, *self._series.recent])
+            self._found = None if overview is None else Look(self.name, overview, self._series, self._round)
+            return self._found
+
+    def size(self) -> int:
+        """Bytes on the disk, as of at most a minute ago."""
+        if time.monotonic() - self._sized > SIZE_SECONDS:
+            self._size, self._sized = held_on_disk(self.folder), time.monotonic()
+        return self._size
+
+
+class Gallery:
+    """The runs in a folder, by their path from there; the folder itself is a run called by its own name."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._runs: dict[Path, WatchedRun] = {}
+        self._listed: tuple[float, list[Path]] = (-FOLDERS_SECONDS, [])
+        self._lock = threading.Lock()
+
+    def run(self, name: str) -> WatchedRun | None:
+        """The run of that name; None where there is none. No name leads out of the folder."""
+        found = next((run for run in self.runs() if run.name == name), None)
+        if found is None:  # it may be one that has just begun
+            self._listed = (-FOLDERS_SECONDS, [])
+            found = next((run for run in self.runs() if run.name == name), None)
+        return found
+
+    def runs(self) -> list[WatchedRun]:
+        """All runs, by name."""
+        with self._lock:
+            then, folders = self._listed
+            if time.monotonic() - then > FOLDERS_SECONDS:
+                folders = runs_in(self.root)
+                self._listed = (time.monotonic(), folders)
+                self._runs = {path: self._runs.get(path) or self._watched(path) for path in folders}
+            return [self._runs[path] for path in folders]
+
+    def looks(self) -> Iterator[tuple[WatchedRun, Look]]:
+        """Each run that can be read, and what it says now."""
+        for run in self.runs():
+            try:
+                found = run.look()
+            except (UserError, OSError):  # its own page says what is wrong
+                continue
+            if found is not None:
+                yield run, found
+
+    def _watched(self, path: Path) -> WatchedRun:
+        inside = path.relative_to(self.root).as_posix()
+        return WatchedRun(path, self.root.absolute().name if inside == "." else inside)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns

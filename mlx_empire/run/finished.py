@@ -1,0 +1,56 @@
+"""A finished result by whatever name a person has for it: its run's folder, the folder of the weights, or another's.
+
+Decides what such a name means. A run's folder means what came of it (`final/`), a daughter's with generations the one
+that is `current`; the folder of the weights itself may be named as well, and an adapter's folder that no run of ours
+made. A run that is not finished is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_empire.errors import UserError
+from mlx_empire.formats.adapter_folder import CONFIG_NAME
+from mlx_empire.formats.peft import PEFT_NAME
+from mlx_empire.run.launched import COMPLETE
+
+CURRENT = "current"  # in a daughter's folder: a link to the final/ of the generation that is in use
+FINAL, RECIPE = "final", "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The folder with weights, and that of the run that made them; None where none of ours did."""
+
+    weights: Path
+    run: Path | None
+
+    @property
+    def adapter(self) -> bool:
+        """Whether the weights are an adapter's."""
+        return (self.weights / CONFIG_NAME).exists()
+
+
+def finished(named: Path, key: str) -> Finished:
+    """What `named`, the value of `key`, means. UserError where it is not there or not finished."""
+    if not named.is_dir():
+        raise UserError(f"{key}: {named}: no such folder; name a finished run, or the folder of its weights")
+    weights = current_of(named).resolve()
+    if (weights / RECIPE).exists():
+        weights /= FINAL
+    inner = weights.parent if weights.name == PEFT_NAME else weights
+    run = inner.parent if inner.name == FINAL and (inner.parent / RECIPE).exists() else None
+    if run is None:
+        return Finished(weights, None)
+    if not (run / COMPLETE).exists() or not weights.is_dir():
+        raise UserError(
+            f"{key}: {named}: this run is not finished; the command that began it goes on with it"
+        )
+    return Finished(weights, run)
+
+
+def current_of(named: Path) -> Path:
+    """The folder itself, and where a link says which of several is in use that one: itself `current`, or beside it."""
+    place = named / CURRENT if (named / CURRENT).is_symlink() else named
+    return place.resolve() if place.is_symlink() else place

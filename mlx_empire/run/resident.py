@@ -1,0 +1,73 @@
+"""Finished results in memory, to speak: mlx-lm's models, of which several with adapters share one base's arrays.
+
+A model with an adapter is a copy of the base's modules, not of its arrays, with mlx-lm's adapter layers in it. So a
+base is read and held once, however many adapters speak on it, and none changes it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import load_adapters
+
+from mlx_empire.errors import UserError
+from mlx_empire.formats.adapter_folder import WEIGHTS_NAME
+from mlx_empire.recipe.load import load_recipe
+from mlx_empire.run.finished import RECIPE, Finished
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A model that speaks, and its tokenizer (mlx-lm's)."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
+def base_folder_of(found: Finished, named: Path | None, key: str) -> Path:
+    """The folder of an adapter's base: `named`, else that of its recipe. UserError for another tool's adapter."""
+    if named is not None:
+        return named
+    if found.run is None:
+        raise UserError(f"{key}: {found.weights} does not say where its base is; name it by --model FOLDER")
+    return load_recipe(found.run / RECIPE).model.path
+
+
+def load_model(folder: Path) -> Resident:
+    """A whole model. UserError where mlx-lm does not open it."""
+    if not (folder / "config.json").exists():  # mlx-lm would look for that name on the Hub
+        raise UserError(
+            f"{folder}: no model is there (config.json is missing); name a finished run, or its base"
+        )
+    try:
+        model, tokenizer = mlx_lm.load(str(folder))[:2]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{folder}: mlx-lm does not open it: {str(error)[:200]}") from None
+    return Resident(model, tokenizer)
+
+
+def speaking_with(base: Resident, weights: Path) -> Resident:
+    """The base with the adapter in a folder of mlx-lm's form; it shares the base's arrays. UserError."""
+    if not (weights / WEIGHTS_NAME).exists():
+        raise UserError(f"{weights}: no {WEIGHTS_NAME}; mlx-empire export mlx-lm makes it of PEFT's form")
+    model = shared_copy(base.model)
+    try:
+        load_adapters(model, str(weights))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{weights}: mlx-lm does not open it on this base: {str(error)[:200]}") from None
+    model.eval()
+    mx.eval(model.parameters())
+    return Resident(model, base.tokenizer)
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Modules of their own over the same arrays."""
+    arrays = {id(array): array for _, array in tree_flatten(model.parameters())}
+    return copy.deepcopy(model, arrays)

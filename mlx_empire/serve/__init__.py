@@ -1,0 +1,1 @@
+"""Finished daughters answer over HTTP, all on one resident base."""

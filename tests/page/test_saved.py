@@ -1,0 +1,115 @@
+"""The page as one file: whole, without a script or anything from elsewhere, and small however long the run was."""
+
+from __future__ import annotations
+
+import re
+import stat
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from support.run_folders import HOSTILE, lines, made_run, records
+from support.saying import said
+
+from mlx_empire.page.saved import FILE_NAME, save_report, try_report
+
+VOID = {"meta", "link", "input", "br"}
+CLOSED_AT_ONCE = {"path", "circle", "polyline"}
+MOST_BYTES = 2_000_000
+
+
+class Outline(HTMLParser):
+    """What is open, which tags there are, and whatever would fetch or run something."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.suspicious: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.suspicious += [
+            f"{tag} {name}" for name, _ in attrs if name in ("src", "action") or name.startswith("on")
+        ]
+        self.suspicious += [
+            v for name, v in attrs if name == "href" and not (v or "").startswith("data:image/svg")
+        ]
+        if tag not in VOID | CLOSED_AT_ONCE:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in CLOSED_AT_ONCE:
+            assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+
+def test_one_well_formed_file_that_fetches_and_runs_nothing_whatever_names_say(tmp_path: Path) -> None:
+    folder = made_run(
+        tmp_path / HOSTILE, hosts=(HOSTILE, "soldier"), data=HOSTILE, cause=HOSTILE, log=f"{HOSTILE}\n",
+    )  # fmt: skip
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(lines([{"step": 30, "eval_loss": 1.0, "scores": {HOSTILE: 0.5}}]) + '{"step": 31, "lo')
+    out = save_report(folder)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    outline = Outline(out.read_text())
+    assert outline.open == []
+    assert outline.suspicious == []
+    assert not set(outline.tags) & {"script", "img", "iframe", "object", "form"}
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)", out.read_text())
+    assert outline.text.count(HOSTILE) >= 8, "name, host, data, cause, log, score"
+
+
+def test_it_says_what_the_folder_says(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "scout", 30, cause="was killed by SIGKILL", log="a line\nthe last line\n")
+    text = " ".join(Outline(save_report(folder).read_text()).text.split())
+    for words in (
+        "30 of 100", "300 GiB of 460 GiB", "planned 317 GiB", "step 30", "step 20", "1 of 3", "the last line",
+        "rank 1 on soldier-1: was killed by SIGKILL", "in backward, step 15", "gate 0.95", "1e-05",
+        "the others wait for it", "8.5 s 85.0 %", "waiting for all-gather 1 s 10.0 %",
+        f"{1.1 + 2.718281828 ** -0.6:.4f}",
+    ):  # fmt: skip
+        assert words in text, words
+
+
+def test_a_long_run_is_a_small_file(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "run", 3)
+    (folder / "metrics.jsonl").write_text(lines(records(1, 5000)))
+    page = save_report(folder).read_text()
+    assert len(page) < MOST_BYTES / 4, "800 points a curve, whatever the length"
+    assert page.count("<polyline") >= 7
+
+
+def test_open_save_writes_it_and_names_what_is_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made_run(Path("run"))
+    assert said(capsys, "open", "run", "--save", "mine.html") == "mine.html\n"
+    assert Path("mine.html").read_text().startswith("<!DOCTYPE html>")
+    Path("empty").mkdir()
+    assert "no run has been here" in said(capsys, "open", "empty", "--save", "x.html", code=64)
+    assert "no such folder" in said(capsys, "open", "nowhere", code=64)
+    assert "neither --lan" in said(capsys, "open", "run", "--save", "x.html", "--lan", code=64)
+
+
+def test_a_run_ends_well_also_where_its_page_cannot_be_written(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "run", complete=True)
+    assert try_report(folder) == f"the run as a page: {folder / FILE_NAME}"
+    (folder / "launch.json").write_text("{")
+    assert try_report(folder).startswith("WARNING: ")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "recipe.yaml", "launch.json"])
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"ranks": [{"node": 3}], "steps": "many"}'])
+def test_what_is_damaged_is_left_out_or_told(tmp_path: Path, name: str, content: str) -> None:
+    folder = made_run(tmp_path / "run")
+    (folder / name).write_text(content)
+    assert "report" in try_report(folder) or "launch.json" in try_report(folder)
+    if name != "launch.json":
+        assert "30" in save_report(folder).read_text()

@@ -1,0 +1,141 @@
+"""What spare memory keeps of recomputed layers: as much as fits, what saves most first, and never for nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.planning import assess, node_of, recipe_of
+from support.tiny_models import tiny_config
+
+from mlx_empire.model.build import build_model, describe
+from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.plan.fill import bought, most_operations
+from mlx_empire.plan.kept import kept_bytes, order_of, saved_operations
+from mlx_empire.plan.memory import KEPT, ledger
+from mlx_empire.plan.resolve import TIGHT_HEADROOM
+from mlx_empire.plan.stash import Stash
+from mlx_empire.plan.step_time import COMPUTE, Link, step_timeline
+from mlx_empire.plan.work import step_flops
+
+CONFIG = tiny_config(
+    "llama", hidden_size=128, intermediate_size=384, num_hidden_layers=6, vocab_size=512, head_dim=32
+)
+SPEC = describe(build_model(CONFIG, "llama"), CONFIG, "llama", "float32")
+WORDS = ("model.dtype=float32", "data.sequence_length=256", "optimizer.state_bits=32")
+AUTO = (*WORDS, "memory.gradient_checkpointing=auto")
+
+
+def planned(*words: str, limits: tuple[float, ...] = (1.25,), chip: str | None = None):
+    """The plan where each machine may use so many times what it needs if all is recomputed and nothing kept."""
+    least = plain("memory.zero_stage=3", ranks=len(limits))
+    nodes = [
+        node_of(f"n{r}", int(limit * one.peak), chip=chip)
+        for r, (limit, one) in enumerate(zip(limits, least, strict=True))
+    ]
+    return assess(recipe_of(*AUTO, "memory.zero_stage=3", "memory.shares=equal", *words), SPEC, nodes).plan
+
+
+def plain(*words: str, ranks: int):
+    nodes = [node_of(f"n{r}", 2**40) for r in range(ranks)]
+    recipe = recipe_of(*WORDS, "memory.gradient_checkpointing=true", "memory.shares=equal", *words)
+    return assess(recipe, SPEC, nodes).plan.ledgers
+
+
+def test_each_rank_keeps_what_fits_and_one_more_would_not():
+    plan = planned(limits=(1.2, 1.25))
+    work, states = plan.work, state_bytes_of(recipe_of(*AUTO).optimizer)
+    assert plan.comfortable
+    assert work.unrecomputed < 6
+    for rank, (stash, limit) in enumerate(zip(work.stashes, plan.limits, strict=True)):
+        assert 0 < stash.visits < len(stash.order) * work.micro_batches(rank)
+        more = replace(work, stashes=tuple(replace(s, visits=s.visits + 1) for s in work.stashes))
+        assert ledger(SPEC, plan.shards, more, rank, states).peak > (1 - TIGHT_HEADROOM) * limit
+    assert work.stashes[0].visits != work.stashes[1].visits
+
+
+def test_what_is_kept_is_the_faster_of_the_ways_to_use_the_memory():
+    """Never more operations than with the longest tail alone."""
+    for limit in (1.1, 1.3, 1.6, 2.0):
+        kept, tail = (planned(f"memory.keep_products={word}", limits=(limit,)) for word in ("true", "false"))
+        assert most_operations(SPEC, kept.shards, kept.work) <= most_operations(SPEC, tail.shards, tail.work)
+        assert kept.comfortable
+
+
+@pytest.mark.parametrize(
+    ("words", "chip", "keeps"),
+    [
+        ((), None, True),
+        ((), "Apple M3 Ultra", False),
+        (("memory.keep_products=true",), "Apple M3 Ultra", True),
+        ((), "NVIDIA H200", False),
+        (("memory.keep_products=false",), None, False),
+        (("memory.gradient_checkpointing=true",), None, False),
+        (("memory.gradient_checkpointing=true", "memory.keep_products=true"), None, False),
+    ],
+)
+def test_only_auto_keeps_and_on_a_gpu_only_where_it_is_asked_for(words, chip, keeps):
+    plan = planned(*words, chip=chip)
+    assert bool(plan.work.stashes) == keeps
+    assert bool(bought(SPEC, plan.shards, plan.work, plan.ledgers)) == keeps
+
+
+def test_the_best_product_a_byte_comes_first_and_then_the_last_layer():
+    long = replace(planned().work, stashes=(), unrecomputed=0, width=1024, micro_size=1, by_pattern=True)
+    order = order_of(SPEC, long, planned().shards.trained)
+    unit = SPEC.units[1]
+
+    def worth(products: tuple[int, ...]) -> float:
+        return saved_operations(unit, products, SPEC, long) / kept_bytes(unit, products, SPEC, long)
+
+    worths = [worth(products) for _, products in order]
+    assert worths == sorted(worths, reverse=True)
+    assert [u for u, _ in order[:6]] == [6, 5, 4, 3, 2, 1]
+    # q, k, v, output, gate and up: 2 operations for each of 128 inputs, 4 bytes a result; the last product is not
+    # computed again, and attention (-1) saves most in rows that are long.
+    assert order[0] == (6, (-1,))
+    assert order[6] == (6, (0, 1, 2, 3, 4, 5))
+    assert worth(order[6][1]) == 2 * 128 / 4
+
+
+def test_the_report_and_the_clock_count_what_is_not_computed_again():
+    plan = planned()
+    work, bare = plan.work, replace(plan.work, stashes=())
+    saved = step_flops(SPEC, plan.shards, bare, 0) - step_flops(SPEC, plan.shards, work, 0)
+    micros, stash = work.micro_batches(0), work.stashes[0]
+    expected, size = 0, 0
+    for u, products in order_times(stash, micros):
+        expected += saved_operations(SPEC.units[u], products, SPEC, work)
+        size += kept_bytes(SPEC.units[u], products, SPEC, work)
+    assert saved == pytest.approx(expected)
+    assert max(phase.get(KEPT, 0) for phase in plan.ledgers[0].phases.values()) == size
+    share = 100 * saved / step_flops(SPEC, plan.shards, bare, 0)
+    assert f"{share:.1f} % fewer operations" in bought(SPEC, plan.shards, work, plan.ledgers)
+    kinds = {e.what for e in timeline(plan, work).events if e.lane == COMPUTE}
+    assert {"stash", "reuse"} <= kinds
+    assert timeline(plan, work).seconds < timeline(plan, bare).seconds
+
+
+def order_times(stash: Stash, micros: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Every visit that is kept."""
+    return [entry for entry in stash.order for _ in range(micros)][: stash.visits]
+
+
+class Costs:
+    """A second for each operation."""
+
+    def compute(self, action):
+        unit = SPEC.units[action.unit]
+        saved = saved_operations(unit, action.products, SPEC, self.work) if action.kind == "reuse" else 0
+        return (
+            action.times * (1e9 - saved) if action.kind in ("forward", "stash", "backward", "reuse") else 0.0
+        )
+
+    def add(self, nbytes):
+        return 0.0
+
+
+def timeline(plan, work):
+    costs = Costs()
+    costs.work = work
+    return step_timeline(plan.shards, work, [costs], Link(1e30), "direct")

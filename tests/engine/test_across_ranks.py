@@ -8,6 +8,7 @@ added in cell order) is the same too, and all comparisons are ==.
 from __future__ import annotations
 
 import json
+import tempfile
 from functools import cache
 from typing import Any
 
@@ -101,11 +102,16 @@ DAILY = [name for name in NAMES if not name.endswith((":stage 1", ":stage 2")) o
 LAUNCHES = [(1, "daily"), (2, "daily"), *((ranks, "all") for ranks in (1, 2, 3, 4))]
 
 
+# The whole model's gradients, which the launches share.
+REFERENCES = tempfile.TemporaryDirectory(prefix="references-")
+
+
 @cache
 def reports(ranks: int, which: str) -> list[dict[str, Any]]:
     """All ranks' reports of one launch with `ranks` ranks."""
     wanted = {name: case for name, case in cases(ranks).items() if name in names(which)}
-    return run_ranks(ranks, "tests/engine/worker.py", [json.dumps(wanted)], timeout=600)
+    known = {"MLX_EMPIRE_TEST_REFERENCES": REFERENCES.name}
+    return run_ranks(ranks, "tests/engine/worker.py", [json.dumps(wanted)], timeout=600, env=known)
 
 
 def names(which: str) -> list[str]:

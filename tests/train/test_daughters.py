@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,25 +13,16 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from support.mpi import ROOT, rank_environment
+from support.mpi import ROOT
 from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, metrics, raw_tensors, succeeded
+from train.people import command, run, started, with_people, worker
 from train.test_result import TRAIN, VALID
 
 from mlx_empire.cluster.hostfile import Node
-from mlx_empire.daughters.changed import changed
 from mlx_empire.daughters.machine import capacity_for
 from mlx_empire.daughters.saved import resume_point_of
 from mlx_empire.recipe.load import load_recipe
 
-RECIPE = f"""\
-model: {{path: {MODEL}, dtype: float32}}
-tuning: {{type: lora, rank: 4}}
-data: {{path: people, format: tokens, sequence_length: 64}}
-batch: {{global_size: 2, micro_size: 1}}
-optimizer: {{learning_rate: 5.0e-3}}
-memory: {{gradient_checkpointing: true}}
-run: {{dir: runs, steps: 6, eval_every: 3}}
-"""
 POISON = str(ROOT / "tests" / "support" / "poison.py")
 NAMES = ("anna", "bert", "carl", "dora")
 
@@ -41,13 +30,7 @@ NAMES = ("anna", "bert", "carl", "dora")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Four people, each with other rows; what one machine may use is enough for two at a time."""
-    made = Workspace(tmp_path_factory.mktemp("daughters"))
-    made.write("recipe.yaml", RECIPE)
-    for number, name in enumerate(NAMES):
-        for split, rows in (("train", TRAIN), ("valid", VALID)):
-            own = [rows[(i + number) % len(rows)][number:] for i in range(2 + number % 2)]
-            made.write(f"people/{name}/{split}.jsonl", jsonl({"tokens": tokens} for tokens in own))
-    return made
+    return with_people(tmp_path_factory.mktemp("daughters"), NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -61,43 +44,6 @@ def limit(place: Workspace) -> int:
         peaks[count] = capacity.plan.ledgers[0].peak
     assert peaks[2] < peaks[3]
     return (peaks[2] + peaks[3]) // 2
-
-
-def command(place: Workspace, *words: object) -> tuple[list[str], dict[str, str]]:
-    line = [
-        sys.executable,
-        "-m",
-        "mlx_empire.daughters",
-        "recipe.yaml",
-        "--people",
-        "people",
-        *map(str, words),
-    ]
-    return line, rank_environment(str(place.folder))
-
-
-def run(place: Workspace, *words: object, fault: str = "") -> Outcome:
-    line, environment = command(place, *words)
-    return started(place, line, {**environment, "MLX_EMPIRE_FAULT": fault})
-
-
-def worker(place: Workspace, *words: object, fault: str = "") -> Outcome:
-    """The worker without the process that shows its table, which costs two seconds."""
-    line, environment = command(place, *words, "--work")
-    return started(place, line, {**environment, "MLX_EMPIRE_FAULT": fault})
-
-
-def started(place: Workspace, line: list[str], environment: dict[str, str]) -> Outcome:
-    ended = subprocess.run(
-        line,
-        cwd=place.folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
 
 def hostfile(place: Workspace, limit: int, slots: int = 1) -> str:
@@ -159,60 +105,6 @@ def test_given_again_it_does_nothing(place: Workspace, together: Outcome) -> Non
     again = succeeded(run(place))
     assert again.stdout.startswith("4 of 4 daughters are in runs\n")
     assert all(p.stat().st_mtime_ns == at for p, at in before.items())
-
-
-@pytest.fixture
-def copied(place: Workspace, together: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """The four finished daughters and their rows, for a test of its own, which runs in the folder."""
-    shutil.copytree(place.folder, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLX_EMPIRE_CACHE", str(tmp_path / "cache"))
-    return Workspace(tmp_path)
-
-
-def other_than_finished(*overrides: str) -> dict[str, str]:
-    return changed(load_recipe("recipe.yaml", list(overrides)), Path("people"), NAMES)
-
-
-def test_new_rows_of_a_finished_daughter_are_never_passed_off_as_done(copied: Workspace) -> None:
-    rows = copied.folder / "people" / "anna" / "train.jsonl"
-    before, was = rows.read_text(), raw_tensors(copied.folder / "runs" / "anna" / "final")
-    rows.write_text(before + before.splitlines()[0].replace("[", "[7, ", 1) + "\n")
-    told = run(copied)
-    assert told.code == 65
-    assert "anna: changed: people/anna holds other rows" in told.stdout
-    assert "3 of 4 daughters are in runs" in told.stdout
-    assert "run.resume=never trains them anew" in told.stdout
-    assert raw_tensors(copied.folder / "runs" / "anna" / "final") == was
-    assert run(copied, "run.accept_changes=[data.path]").code == 0
-
-    # On demand it is trained anew, it alone, and is what it would have been from the start.
-    assert worker(copied, "run.resume=never").code == 0
-    now = raw_tensors(copied.folder / "runs" / "anna" / "final")
-    assert now != was
-    assert other_than_finished() == {}
-    shutil.rmtree(copied.folder / "runs")
-    for name in NAMES[1:]:
-        shutil.rmtree(copied.folder / "people" / name)
-    assert worker(copied).code == 0
-    assert raw_tensors(copied.folder / "runs" / "anna" / "final") == now
-    assert len(curve(copied.folder / "runs" / "anna")) == 6
-
-
-def test_what_makes_a_finished_daughter_a_changed_one(copied: Workspace) -> None:
-    assert other_than_finished() == {}
-    assert set(other_than_finished("tuning.rank=8").values()) == {"tuning.rank: 4 -> 8"}
-    assert set(other_than_finished("run.steps=7").values()) == {"run.steps: 6 -> 7"}
-    assert other_than_finished("tuning.rank=8", "run.accept_changes=[tuning.rank]") == {}
-    assert other_than_finished("run.save_every=1", "report.progress=never", "memory.zero_stage=2") == {}
-    # The same rows spelled in another way are the same; rows that are gone are no new ones.
-    rows = copied.folder / "people" / "bert" / "train.jsonl"
-    rows.write_text(rows.read_text().replace(", ", ",  "))
-    (copied.folder / "people" / "carl" / "train.jsonl").unlink()
-    (copied.folder / "people" / "eva").mkdir()
-    assert other_than_finished() == {}
-    rows.write_text("\n".join(rows.read_text().splitlines()[1:]) + "\n")
-    assert other_than_finished() == {"bert": "people/bert holds other rows"}
 
 
 def test_a_kill_loses_no_finished_daughter_and_repeats_none(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from train.launching import MODEL, Workspace, jsonl, metrics, raw_tensors, succeeded
-from train.test_daughters import worker
+from train.people import worker
 from train.test_evaluation import FACTS, FORMS, QUIZ
 
 from mlx_empire.formats.seal import check_sealed

@@ -214,7 +214,11 @@ def _machines(run: Overview) -> Iterator[MachineRow]:
         says = []
         if len(waits) > 1 and rank < len(sent) and last.get("step_seconds"):
             says.append(f"{amount(sent[rank] / last['step_seconds'])}/s sent, waited {waits[rank]:.3g} s")
-        place = run.launch.places.get(str(rank)) if run.launch is not None and run.held else None
+        place = (
+            run.launch.places.get(str(rank))
+            if run.launch is not None and run.held and not run.complete
+            else None
+        )
         about = [node.get("role") or f"rank {rank}", *([f"{place[0]}, step {place[1]}"] if place else [])]
         yield MachineRow(
             str(node["name"]),

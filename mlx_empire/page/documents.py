@@ -14,7 +14,7 @@ from mlx_empire.page.charts import CAUSES
 from mlx_empire.page.watch import Look
 from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import written
-from mlx_empire.report.text import duration, fraction
+from mlx_empire.report.text import duration, fraction, span
 from mlx_empire.run.overview import RECENT, Overview
 from mlx_empire.run.status import condition_sentence, date, failure_sentence, last_lines, quiet_sentence
 from mlx_empire.sizes import amount
@@ -93,6 +93,7 @@ class RunDocument:
     machines: Sequence[MachineRow]
     scale: int
     shares: Sequence[Share]
+    planned_step: str | None
     failures: Sequence[tuple[str, str, str]]
     checkpoints: Sequence[str]
     restarts: str | None
@@ -128,6 +129,7 @@ def run_document(look: Look, now: float) -> RunDocument:
         machines=machines,
         scale=max((max(m.memory, m.limit, m.planned, m.peak or 0) for m in machines), default=1),
         shares=list(_shares(look)),
+        planned_step=_planned_step(run),
         failures=[
             (date(one["time"]), failure_sentence(one), f"{one['phase'] or '?'}, step {one['step']}")
             for one in reversed(launch.failures if launch is not None else [])
@@ -273,6 +275,14 @@ def _shares(look: Look) -> Iterator[Share]:
             seconds / total,
             COLOURS[place % len(COLOURS)],
         )
+
+
+def _planned_step(run: Overview) -> str | None:
+    """The plan's seconds a step beside those that were measured."""
+    planned = _floats(run.plan.get("step_seconds"))
+    if len(planned) != 2 or run.pace is None:
+        return None
+    return f"planned for these chips {span(planned, ' s')}, measured {_seconds(run.pace)}"
 
 
 def _recipe(run: Overview) -> Iterator[tuple[str, str]]:

@@ -71,7 +71,8 @@ def test_it_says_what_the_folder_says(tmp_path: Path) -> None:
     for words in (
         "30 of 100", "300 GiB of 460 GiB", "planned 317 GiB", "step 30", "step 20", "1 of 3", "the last line",
         "rank 1 on soldier-1: was killed by SIGKILL", "in backward, step 15", "gate 0.95", "1e-05",
-        "the others wait for it", "8.5 s 85.0 %", "waiting for all-gather 1 s 10.0 %",
+        "the others wait for it", "8.5 s 85.0 %",
+        "planned for these chips 8 to 12.5 s, measured 10 s", "waiting for all-gather 1 s 10.0 %",
         f"{1.1 + 2.718281828 ** -0.6:.4f}",
     ):  # fmt: skip
         assert words in text, words

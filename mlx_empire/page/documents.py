@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_empire.checkpoint.paths import PIN, is_folder, steps_in
 from mlx_empire.page.charts import CAUSES
+from mlx_empire.page.samples import Sample, samples_of
 from mlx_empire.page.watch import Look
 from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import written
@@ -99,6 +100,7 @@ class RunDocument:
     restarts: str | None
     command: str | None
     log: Sequence[str]
+    samples: Sequence[Sample]
     recipe: Sequence[tuple[str, str]]
     ledger: MemoryTable
 
@@ -138,6 +140,7 @@ def run_document(look: Look, now: float) -> RunDocument:
         restarts=None if launch is None else f"{launch.restarts} of {launch.budget}",
         command=launch.command if launch is not None and launch.code not in (0, None) else None,
         log=last_lines(run.folder, LOG_LINES),
+        samples=samples_of(run),
         recipe=list(_recipe(run)),
         ledger=_ledger(run),
     )

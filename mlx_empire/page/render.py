@@ -26,7 +26,7 @@ from mlx_empire.run.status import date
 from mlx_empire.sizes import amount
 
 HERE = Path(__file__).parent
-PANELS = ("head", "machines", "time", "story", "capacity", "recipe", "log")
+PANELS = ("head", "machines", "time", "story", "samples", "capacity", "recipe", "log")
 
 
 @cache

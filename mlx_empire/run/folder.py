@@ -62,7 +62,11 @@ def write_plan(
 ) -> None:
     """`recipe.yaml` (resolved) and `plan.json` in the run's folder; only a `resumed` run keeps its metrics."""
     folder = recipe.run.dir
-    stale = ["plan.json", "recipe.yaml"] if resumed else ["metrics.jsonl", "plan.json", "recipe.yaml"]
+    stale = (
+        ["plan.json", "recipe.yaml"]
+        if resumed
+        else ["metrics.jsonl", "samples.json", "plan.json", "recipe.yaml"]
+    )
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in stale:  # of an earlier run that did not finish

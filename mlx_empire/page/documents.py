@@ -271,7 +271,7 @@ def _shares(look: Look) -> Iterator[Share]:
             causes[cause] = causes.get(cause, 0.0) + float(seconds)
     computing = max(total - sum(causes.values()), 0.0)
     yield Share("computing", computing / len(steps), computing / total, "weights")
-    for place, (cause, seconds) in enumerate(causes.items()):
+    for place, (cause, seconds) in enumerate((c, s) for c, s in causes.items() if s > 0):
         yield Share(
             f"waiting for {CAUSES.get(cause, cause)}",
             seconds / len(steps),

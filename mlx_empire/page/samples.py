@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_empire.evaluation.reading import read_readings
+from mlx_empire.page.watch import Look
 from mlx_empire.run.overview import Overview
 
 LEVEL_BOUNDS = (0.01, 0.1, 0.5, 0.9)  # of a token's probability, from one colour to the next
@@ -43,11 +44,28 @@ def samples_of(run: Overview) -> list[Sample]:
     ]
 
 
+def samples_beside(looks: Sequence[Look]) -> list[Sample]:
+    """The rows that all these runs read, as of the last evaluation of each."""
+    found = {look.name: read_readings(look.overview.folder) for look in looks}
+    texts = {name: one["last"]["texts"] for name, one in found.items() if one is not None}
+    if len(texts) < len(looks):
+        return []
+    samples = []
+    for rows in zip(*texts.values(), strict=False):
+        if all(row["tokens"] == rows[0]["tokens"] for row in rows):
+            steps = [one["last"]["step"] for one in found.values() if one is not None]
+            parts = zip(texts, steps, rows, strict=True)
+            samples.append(
+                Sample([(f"{name}, {_when(step, row)}", _tokens(row)) for name, step, row in parts])
+            )
+    return samples
+
+
 def _when(step: int, text: Mapping[str, Any]) -> str:
     """Which step, and the mean probability of what is learnt."""
     pairs = zip(text["probabilities"], text["counted"], strict=True)
     learnt = [float(p) for p, counts in pairs if counts and p is not None]
-    mean = f", {sum(learnt) / len(learnt):.0%} a token" if learnt else ""
+    mean = f": mean probability {100 * sum(learnt) / len(learnt):.0f} %" if learnt else ""
     return ("before the first step" if step == 0 else f"after step {step:,}") + mean
 
 

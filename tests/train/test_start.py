@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +193,15 @@ def test_card_and_plan_say_where_it_comes_from(place: Workspace, outcomes: dict[
         in (place.folder / "by-mlx-lm/final/README.md").read_text()
     )
     assert "Begun from" not in (place.folder / "first/final/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_rank_0_alone_may_have_it(place: Workspace, outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+    words = [place.folder / "recipe.yaml", START, "run.dir=apart", "memory.zero_stage=3"]
+    ended = succeeded(place.train(*words, folders=[place.folder, tmp_path]))
+    assert "weights read by rank 0" in ended.stdout
+    assert curve(place.folder / "apart") == curve(place.folder / "second")
+    assert raw_tensors(place.folder / "apart/final") == raw_tensors(place.folder / "second/final")
 
 
 @pytest.fixture

@@ -273,5 +273,5 @@ def test_words_that_mean_nothing_together_are_refused(words: list[str]) -> None:
 
 
 def test_never_is_refused_for_it_would_undo_what_went_on(recipe: Recipe) -> None:
-    with pytest.raises(UserError, match="^run.resume: never: --watch goes on from what there is; use auto$"):
+    with pytest.raises(UserError, match=r"^run.resume: never: --watch goes on from what there is; use auto$"):
         refuse_unwatchable(parse_recipe(RECIPE, "r", ["run.resume=never"]))

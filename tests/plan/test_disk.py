@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from support.disks import places
 from support.planning import llama_like, recipe_of
 
+from mlx_empire.capacity.disks import disk_notes
 from mlx_empire.disk import with_headroom
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.capacity.disks import disk_notes
 from mlx_empire.plan.disk import Beside, DiskLedger, Keeping, disk_ledgers, disk_verdict, keeper_of
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.recipe.schema import Recipe

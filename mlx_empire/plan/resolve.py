@@ -257,7 +257,9 @@ def _shared(
     state_bytes: StateBytes,
     work: Workload,
 ) -> RunPlan:
-    """The plan at one stage, with shares as the recipe asks: what a node needs beside its shard is subtracted."""
+    """The plan at one stage, with shares as the recipe asks: what a node needs beside its shard is subtracted. Where
+    the nodes together lack memory, shares by memory make all of them overfull alike.
+    """
     limits = tuple(int(n.limit_bytes or 0) for n in nodes)
     ranks = range(len(nodes))
     shards = make_plan(spec.units, [1.0] * len(nodes), stage)
@@ -272,7 +274,9 @@ def _shared(
             limit - int(whole * _room(one, limit, equal, stage))
             for one, limit in zip(ledgers, limits, strict=True)
         ]
-        shards = make_plan(spec.units, solve_shares(recipe.memory.shares, limits, fixed), stage)
+        short = max(whole + sum(fixed) - sum(limits), 0)  # of it each takes on as much as it is large
+        stretched = [limit + short * limit // max(sum(limits), 1) for limit in limits]
+        shards = make_plan(spec.units, solve_shares(recipe.memory.shares, stretched, fixed), stage)
         ledgers = tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks)
     return RunPlan(shards, work, ledgers, limits)
 

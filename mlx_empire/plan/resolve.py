@@ -58,6 +58,7 @@ def solve_shares(
 
 
 TIGHT_HEADROOM = 0.05  # of the limit; less is called tight
+MOST_STRETCH, FINE_STRETCH = 2.0**20, 0.001  # of limits that hold no step
 STAGES = (2, 1, 0, 3)  # on equal traffic the one that keeps less comes first
 
 
@@ -270,18 +271,30 @@ def _shared(
         whole = max(map(sum, by_phase.values()))
         # Equal shares differ by a tensor's end and by which unit is whose in a phase, which unequal ones would move.
         equal = {phase: max(sizes) for phase, sizes in by_phase.items()}
-        fixed = [
-            limit - int(whole * _room(one, limit, equal, stage))
-            for one, limit in zip(ledgers, limits, strict=True)
-        ]
-        short = max(whole + sum(fixed) - sum(limits), 0)  # of it each takes on as much as it is large
-        stretched = [limit + short * limit // max(sum(limits), 1) for limit in limits]
+
+        def rooms(stretch: float) -> list[float]:
+            return [_room(one, stretch * n, equal, stage) for one, n in zip(ledgers, limits, strict=True)]
+
+        stretch = _least_stretch(lambda s: sum(max(room, 0) for room in rooms(s)) >= len(nodes))
+        stretched = [int(stretch * limit) for limit in limits]
+        fixed = [n - int(whole * room) for n, room in zip(stretched, rooms(stretch), strict=True)]
         shards = make_plan(spec.units, solve_shares(recipe.memory.shares, stretched, fixed), stage)
         ledgers = tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks)
     return RunPlan(shards, work, ledgers, limits)
 
 
-def _room(one: Ledger, limit: int, equal: Mapping[str, int], stage: int) -> float:
+def _least_stretch(holds: Callable[[float], bool]) -> float:
+    """How many times as large all limits would have to be to hold a step; 1 where they do."""
+    low, high = 1.0, 1.0
+    while not holds(high) and high < MOST_STRETCH:
+        low, high = high, 2 * high
+    while high - low > FINE_STRETCH:
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _room(one: Ledger, limit: float, equal: Mapping[str, int], stage: int) -> float:
     """How large a rank's share could be, in the units of `equal` shares, in the phase that allows the least."""
     room = []
     for phase, items in one.phases.items():

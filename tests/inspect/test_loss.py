@@ -112,10 +112,10 @@ def test_losses_are_those_of_the_whole_model_and_the_strange_row_is_found(
 def test_over_two_ranks_the_losses_are_the_same_and_said_once(
     rows: list[dict[str, Any]], found: Callable[..., Any]
 ) -> None:
-    alone = found("my.yaml", "--loss", "memory.zero_stage=3")
-    launch = launch_ranks(
-        2, "mlx_empire.inspect", ["my.yaml", "--loss", "--json", "memory.zero_stage=3"], timeout=240
-    )
+    here = Path.cwd()  # the ranks are started elsewhere
+    words = [here / "my.yaml", "--loss", f"data.path={here / 'rows.jsonl'}", "memory.zero_stage=3"]
+    alone = found(*words)
+    launch = launch_ranks(2, "mlx_empire.inspect", [*words, "--json"], timeout=240)
     assert launch.returncode == 0, launch.stderr
     assert json.loads(launch.stdout) == alone
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from mlx_empire import __version__
 from mlx_empire.capacity.charts import SIGNS, WORDS, badge, node_bars, thin_bars, timeline_chart
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughter_tables
 from mlx_empire.capacity.disks import DISK_COLUMNS, disk_notes, disk_rows
@@ -172,7 +173,8 @@ def capacity_page(
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in parts if part)
-        + f"\n<footer>made by <code>{escape(command)}</code></footer>\n</main>\n</body>\n</html>\n"
+        + f"\n<footer>mlx-empire {__version__} · {report.start:%Y-%m-%d} · made by "
+        + f"<code>{escape(command)}</code></footer>\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -233,15 +235,17 @@ def _disks(report: CapacityReport) -> str:
 
 
 def _time(report: CapacityReport) -> str:
-    head = ["wire", *TIME_COLUMNS, "bound by"]
+    bounds = {pace.bound for pace in report.paces}
+    head = ["wire", *TIME_COLUMNS, *(["bound by"] if len(bounds) > 1 else [])]
     rows = [
         [
             _wire(report, pace),
             *time_cells(report, pace),
-            escape(pace.bound),
+            *([escape(pace.bound)] if len(bounds) > 1 else []),
         ]
         for pace in report.paces
     ]
+    same = f" Each is bound by {escape(bounds.pop())}." if len(report.paces) > 1 == len(bounds) else ""
     parts = list(report.paces[0].parts)
     split = [
         [escape(report.wire(pace)), *(span(pace.parts[name]) for name in parts)] for pace in report.paces
@@ -252,7 +256,7 @@ def _time(report: CapacityReport) -> str:
     )
     return (
         '<section><h2>Time</h2><p class="muted small">From low to high over what such chips are known to execute, '
-        "until it is measured on yours.</p>"
+        f"until it is measured on yours.{same}</p>"
         f"{table(head, rows, (1, 2, 3, 4))}{table(['when', ''], when)}"
         f"<details><summary>Seconds by what they are spent on</summary>"
         f"{table(['wire', *map(escape, parts)], split, range(1, len(parts) + 1))}</details>"

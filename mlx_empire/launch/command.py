@@ -193,7 +193,13 @@ def send_away(folder: Path, words: Sequence[str]) -> int:
     """Start again without a terminal, and say where it is."""
     pid = detached.detach(folder, words)
     print(f"started as process {pid}; its output goes to {folder / 'launch.log'}")
-    for verb, what in (("status", "how it goes"), ("attach", "watch it"), ("stop", "save and stop")):
+    verbs = (
+        ("status", "how it goes"),
+        ("open", "in a browser"),
+        ("attach", "watch it"),
+        ("stop", "save and stop"),
+    )
+    for verb, what in verbs:
         print(f"  mlx-empire {verb} {shlex.quote(str(folder)):<20}  {what}")
     return 0
 

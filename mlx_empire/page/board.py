@@ -14,6 +14,7 @@ from mlx_empire.page.svg import sparkline
 from mlx_empire.page.watch import Gallery, Look
 from mlx_empire.report.text import duration
 from mlx_empire.run.lock import RUN, is_held
+from mlx_empire.run.overview import Overview
 from mlx_empire.run.status import date
 
 
@@ -63,18 +64,18 @@ def run_rows(gallery: Gallery, now: float) -> list[RunRow]:
 
 
 def boards(gallery: Gallery) -> list[Board]:
-    """Folders in which adapters of one base lie side by side, each with its daughters by name."""
+    """Folders in which daughters lie side by side, each with its daughters by name."""
     found: dict[Path, list[Look]] = defaultdict(list)
     for run, look in gallery.looks():
-        recipe = look.overview.recipe
-        if recipe is not None and recipe.tuning.type != "full" and run.folder != gallery.root:
+        if _is_daughter(look.overview):
             found[run.folder.parent].append(look)
-    return [_board(folder, looks) for folder, looks in found.items() if _together(gallery, folder, looks)]
+    return [_board(folder, looks) for folder, looks in found.items()]
 
 
-def _together(gallery: Gallery, folder: Path, looks: Sequence[Look]) -> bool:
-    """Whether runs are daughters, and not just neighbours: what trains many makes a folder for them."""
-    return folder != gallery.root or (len(looks) > 1 and is_held(folder, RUN))
+def _is_daughter(run: Overview) -> bool:
+    """Whether it is one of many: an adapter whose data lie in a folder of its own name, as `daughters` deals them."""
+    recipe = run.recipe
+    return recipe is not None and recipe.tuning.type != "full" and recipe.data.path.name == run.folder.name
 
 
 def _board(folder: Path, looks: Sequence[Look]) -> Board:
@@ -84,7 +85,7 @@ def _board(folder: Path, looks: Sequence[Look]) -> Board:
     for row in rows:
         counts[row.state] += 1
     counted = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
-    return Board(folder.name, ", ".join(f"{count} {state}" for state, count in counted), rows)
+    return Board(folder.absolute().name, ", ".join(f"{count} {state}" for state, count in counted), rows)
 
 
 def _daughter(look: Look, at_work: bool) -> DaughterRow:

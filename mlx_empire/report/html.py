@@ -103,7 +103,15 @@ footer {{ color: var(--muted); font-size: 13px; padding: 0 4px; }}
   .node, .rung, ol.advice li {{ grid-template-columns: 1fr; }}
   .node .says {{ text-align: left; }}
   .badge {{ justify-self: start; }}
-  td {{ min-width: 90px; }}
+  .heat td.cell {{ min-width: 58px; padding: 4px 2px; font-size: 12px; }}
+  .heat td.cell span {{ font-size: 11px; }}
+  .heat .number {{ display: none; }}
+  .rows thead {{ display: none; }}
+  .rows tr {{ display: block; padding: 8px 0; border-top: 1px solid var(--line); }}
+  .rows th, .rows td {{ display: block; border: 0; padding: 2px 0; overflow-wrap: anywhere; }}
+  .rows th {{ font-weight: 650; }}
+  .rows td[data-name] {{ display: flex; justify-content: space-between; gap: 14px; white-space: normal; }}
+  .rows td[data-name]::before {{ content: attr(data-name); color: var(--muted); }}
   .lanes {{ grid-template-columns: auto auto; }}
   .lane {{ grid-column: 1 / -1; }}
 }}
@@ -112,13 +120,18 @@ footer {{ color: var(--muted); font-size: 13px; padding: 0 4px; }}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table of ready-made HTML cells; the first of a row is its header, columns in `numbers` stand right."""
+    """A table of ready-made HTML cells; the first of a row is its header, columns in `numbers` stand right. On a narrow
+    screen a row is a card, each cell beside its column's name."""
 
     def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{'th' if i == 0 else tag}{' class=number' if i in numbers else ''}>{cell}</{'th' if i == 0 else tag}>"
-            for i, cell in enumerate(row)
-        )
+        made = []
+        for i, cell in enumerate(row):
+            number = " class=number" if i in numbers else ""
+            told = f' data-name="{head[i]}"' if tag == "td" and i and head[i] and "<" not in head[i] else ""
+            own = tag if i else "th"
+            made.append(f"<{own}{number}{told}>{cell}</{own}>")
+        return "".join(made)
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    heads = f"<thead><tr>{cells(head, 'th')}</tr></thead>"
+    return f'<div class="scroll"><table class="rows">{heads}<tbody>{body}</tbody></table></div>'

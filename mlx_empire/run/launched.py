@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -117,13 +117,9 @@ def supervised(path: Path) -> bool:
 
 
 def read_state(path: Path) -> LaunchState | None:
-    """What `launch.json` says; None where no launcher was here. UserError for a file that cannot be understood.
-
-    Keys that this version does not know are a later version's.
-    """
+    """What `launch.json` says; None where no launcher was here. UserError for a file that cannot be understood."""
     try:
-        told = dict(json.loads((path / STATE).read_text()))
-        return LaunchState(**{one.name: told[one.name] for one in fields(LaunchState) if one.name in told})
+        return LaunchState(**json.loads((path / STATE).read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

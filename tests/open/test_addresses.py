@@ -30,8 +30,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home") / "runs"
     made_run(folder / "scout", 30)
     made_run(folder / "slow", 40, rate="1.0e-6", complete=True)
-    made_run(folder / "people" / "alice", 20, tuning="lora", complete=True)
-    made_run(folder / "people" / HOSTILE, 10, tuning="lora")
+    made_run(folder / "people" / "alice", 20, data="people/alice", tuning="lora", complete=True)
+    made_run(folder / "people" / HOSTILE, 10, data=f"people/{HOSTILE}", tuning="lora")
+    made_run(folder / "adapter", 10, tuning="lora")  # nobody's daughter
     made_run(folder.parent / "outside")
     return folder
 
@@ -114,6 +115,7 @@ def test_a_line_that_is_written_is_told_and_looking_writes_nothing(server: Serve
 def test_a_folder_that_another_process_holds_is_shown_as_running(server: Server, root: Path) -> None:
     with RunLock(root / "people", RUN):
         assert "1 training" in server.get("/people").body
+    assert "adapter</a>" not in server.get("/people").body
 
 
 def test_in_the_network_only_who_has_the_token_may_look(root: Path) -> None:

@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home") / "runs"
     made_run(folder / "scout", 30, cause="was killed by SIGKILL", log="a line\n")
     made_run(folder / "slow", 40, rate="1.0e-6", complete=True)
-    made_run(folder / "people" / "alice", 20, tuning="lora", complete=True)
+    made_run(folder / "people" / "alice", 20, data="people/alice", tuning="lora", complete=True)
     made_run(
         folder / HOSTILE, hosts=(HOSTILE, "a-machine-with-a-very-long-name.local"), data=HOSTILE, cause=HOSTILE,
         log=f"{HOSTILE} {'long ' * 60}\n",

@@ -83,7 +83,7 @@ class LayerCosts:
         self._numbers: dict[int, int] = {}
         firsts: dict[tuple[object, ...], int] = {}
         for n, unit in enumerate(spec.units[1:], 1):
-            kind = unit.kind, self._passes.variant(n) if self._passes else None
+            kind = unit.kind, self._passes.model.variant(n) if self._passes else None
             self._numbers[id(unit)] = firsts.setdefault(kind, n)
 
     @property
@@ -94,12 +94,12 @@ class LayerCosts:
     @property
     def argument_bytes(self) -> int:
         """Bytes of the masks that layers are given."""
-        return self._passes.argument_bytes if self._passes else 0
+        return self._passes.model.argument_bytes if self._passes else 0
 
     @property
     def masked(self) -> bool:
         """Whether there are layers that attend by a mask."""
-        return self._passes is None or self._passes.masked
+        return self._passes is None or self._passes.model.masked
 
     def forward(self, unit: UnitSpec, *, ahead: bool = False) -> Need | None:
         """One layer's forward, its output included; `ahead`: handed over while those before it run."""
@@ -201,7 +201,7 @@ class LayerCosts:
     def _played(self, passes: LayerPasses, units: Sequence[int], graph: Graph) -> Graph:
         if not self._linear:
             return graph
-        return _without_scores(graph, {n for u in units for n in self._fused(passes.pattern(u))})
+        return _without_scores(graph, {n for u in units for n in self._fused(passes.model.pattern(u))})
 
     def _worst(self, passes: LayerPasses, units: Sequence[int], traced: Pass) -> Needs:
         """The worst moment of each evaluation."""

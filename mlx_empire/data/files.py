@@ -96,7 +96,9 @@ def locate(path: Path) -> tuple[Source, Source | None]:
         return Source(train_file.suffix, train_file, (train_file,)), held_out
     documents = tuple(sorted(file for file in path.glob("*.txt") if file != valid_file))
     if not documents:
-        raise UserError(f"data.path {path}: nothing to train on in this folder; it needs {EXPECTED}")
+        tables = any((path / f"train{suffix}").is_file() for suffix in TABLES)
+        other = f"; `{converting(path)}` makes them of its tables" if tables else ""
+        raise UserError(f"data.path {path}: nothing to train on in this folder; it needs {EXPECTED}{other}")
     return Source(".txt", path, documents), held_out
 
 

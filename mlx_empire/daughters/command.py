@@ -67,6 +67,8 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     options = made.parse_intermixed_args(arguments)
     if options.once and not options.watch:
         made.error("--once: has no meaning without --watch")
+    if options.watch and (options.rollback or options.pin or options.unpin):
+        made.error("--watch: goes on by itself; --rollback, --pin and --unpin are commands of their own")
     if not 0 < options.every <= MOST_SECONDS:
         made.error(f"--every: {options.every:g}: expected seconds above 0 and up to {MOST_SECONDS}")
     if options.together < 1:

@@ -77,7 +77,7 @@ class RowSum:
 
     def added_to(self, table: mx.array) -> mx.array:
         """`table` (rows, width) in fp32, with this added; evaluated. The memory may be that of `table`."""
-        table = mx.contiguous(table.astype(mx.float32))
+        table = mx.contiguous(table).astype(mx.float32)  # in this order: what is copied is still narrow
         host_view(table).reshape(table.shape)[self.rows] += self.values
         return table
 

@@ -57,6 +57,23 @@ def head_scores(
     return scores
 
 
+def head_readings(
+    head: HeadCall,
+    root: Sequence[mx.array],
+    hidden: mx.array,
+    batch: tuple[mx.array, mx.array, mx.array],
+    tokens: int,
+) -> mx.array:
+    """(rows, width) float32: the log-probability of every target, counted or not. Arguments as `head_loss` has them."""
+    found = []
+    for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
+        inputs, targets, _ = (x[:, a:b] for x in batch)
+        logits = head(root, hidden[:, a:b], inputs).astype(mx.float32)
+        found.append(-nn.losses.cross_entropy(logits, targets))
+        mx.eval(found[-1])
+    return mx.concatenate(found, axis=1)
+
+
 def head_gradients(
     head: HeadCall,
     root: Sequence[mx.array],

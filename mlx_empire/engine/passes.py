@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
-from mlx_empire.engine.loss import head_gradients, head_loss, head_scores
+from mlx_empire.engine.loss import head_gradients, head_loss, head_readings, head_scores
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.by_pattern import ByPattern
@@ -139,6 +139,10 @@ class Passes:
     def scores(self, r: Running) -> mx.array:
         """Forward only: what `head_scores` says of each row, (rows, 2)."""
         return head_scores(self._call_head, self._heads(), r.hidden, r.batch, self._tokens)
+
+    def readings(self, r: Running) -> mx.array:
+        """Forward only: the log-probability of every target, (rows, width)."""
+        return head_readings(self._call_head, self._heads(), r.hidden, r.batch, self._tokens)
 
     def head(
         self, r: Running, weights: Mapping[int, list[mx.array]], total: mx.array, *, onward: bool

@@ -91,6 +91,10 @@ class StreamedStep(Reader):
         """Forward only: by micro-batch what `head_scores` says of each row."""
         return [np.array(scores) for scores in self._evaluate(batches, 1, self._passes.scores)]
 
+    def readings(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """Forward only: by micro-batch the log-probability of every target, (rows, width) float32."""
+        return [np.array(found) for found in self._evaluate(batches, 1, self._passes.readings)]
+
     def _evaluate(self, batches: Sequence[MicroBatch], total_tokens: int, measure: Measure) -> list[mx.array]:
         self._begin(batches, total_tokens)
         self._measure, self._measured = measure, []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -49,16 +50,17 @@ class DataFinding:
 
 @dataclass(frozen=True, eq=False)
 class SplitRows:
-    """The rows of one split: those of `seen` at `index`."""
+    """The rows of one split: those of `seen` at `index`, which ascends."""
 
     name: str
     seen: SeenRows
     index: np.ndarray
 
-    @property
+    @cached_property
     def rows(self) -> np.ndarray:
         """Their lines of numbers (see `walk.COLUMNS`)."""
-        found: np.ndarray = self.seen.rows[self.index]
+        every = self.seen.rows
+        found: np.ndarray = every if len(self.index) == len(every) else every[self.index]
         return found
 
     def where(self, place: int) -> str:

@@ -50,8 +50,11 @@ class LayerPasses:
     ) -> None:
         self.model = TracedModel(spec, rows, width, kernels)
         self._spec, self._hidden = spec, self.model.hidden
-        self._blocks, self._experts = self.model.blocks, self.model.experts
-        self._products = self.model.products
+        self._blocks, self._experts, self._products = (
+            self.model.blocks,
+            self.model.experts,
+            self.model.products,
+        )
         self._chunk, self._positions = chunk, max(chunk // rows, 1)
         head, _ = root_parts(spec)
         self._heads = [t for kind in ("trainable", "small") for t in head if t.kind == kind]

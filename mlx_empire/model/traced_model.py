@@ -34,11 +34,11 @@ Body = Callable[..., list[mx.array]]
 
 
 class TracedModel:
-    """The layers and the head of a described model, on micro-batches of (rows, width).
+    """The layers and the head of a described model, on micro-batches of (rows, width). NotTraceable where they cannot
+    be run in parts.
 
     Units are numbered as in the specification, layers from 1. Rows are traced as one document each, which needs the
-    most. `hidden`: the state that a layer is given; `bound`: by name the array that stands for a tensor now; `blocks`,
-    `experts`, `products`: what stands for primitives. NotTraceable where the model cannot be run in parts.
+    most. `hidden`: the state that a layer is given. `bound`: by name the array that stands for a tensor now.
     """
 
     def __init__(self, spec: ModelSpec, rows: int, width: int, kernels: Kernels | None = None) -> None:
@@ -184,8 +184,6 @@ class TracedModel:
         if (*units,) not in self._seen:
             self.forward(units)
         return self._seen[*units,]
-
-    # ---- calls
 
     def begin(self, placeholders: Arrays) -> None:
         """A call of layers: what stands in for primitives gets these."""

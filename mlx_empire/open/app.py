@@ -28,6 +28,7 @@ from mlx_empire.page.board import boards, named, run_rows
 from mlx_empire.page.charts import compared
 from mlx_empire.page.documents import run_document
 from mlx_empire.page.live import Message, PanelFeed, RunFeed
+from mlx_empire.page.samples import samples_beside
 from mlx_empire.page.watch import Gallery
 from mlx_empire.run.compare import differences, figures
 from mlx_empire.run.overview import look_at
@@ -98,8 +99,13 @@ class Pages:
             ("What came of it", list(figures(runs, curves=False))),
         ]
         document = [chart.document() for chart in compared(looks)]
-        names = [look.name for look in looks]
-        return _html(render.live_page("compare", None, names=names, tables=tables, document=document))
+        values = {
+            "names": [look.name for look in looks],
+            "tables": tables,
+            "document": document,
+            "samples": render.samples_panel(samples_beside(looks)),
+        }
+        return _html(render.live_page("compare", None, **values))
 
     def runs_events(self, request: Request) -> Response:
         """What is new in the list."""

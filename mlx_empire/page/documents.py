@@ -11,10 +11,11 @@ from typing import Any
 
 from mlx_empire.checkpoint.paths import PIN, is_folder, steps_in
 from mlx_empire.page.charts import CAUSES
+from mlx_empire.page.samples import Sample, samples_of
 from mlx_empire.page.watch import Look
 from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import written
-from mlx_empire.report.text import duration, fraction
+from mlx_empire.report.text import duration, fraction, span
 from mlx_empire.run.overview import RECENT, Overview
 from mlx_empire.run.status import condition_sentence, date, failure_sentence, last_lines, quiet_sentence
 from mlx_empire.sizes import amount
@@ -93,11 +94,13 @@ class RunDocument:
     machines: Sequence[MachineRow]
     scale: int
     shares: Sequence[Share]
+    planned_step: str | None
     failures: Sequence[tuple[str, str, str]]
     checkpoints: Sequence[str]
     restarts: str | None
     command: str | None
     log: Sequence[str]
+    samples: Sequence[Sample]
     recipe: Sequence[tuple[str, str]]
     ledger: MemoryTable
 
@@ -128,6 +131,7 @@ def run_document(look: Look, now: float) -> RunDocument:
         machines=machines,
         scale=max((max(m.memory, m.limit, m.planned, m.peak or 0) for m in machines), default=1),
         shares=list(_shares(look)),
+        planned_step=_planned_step(run),
         failures=[
             (date(one["time"]), failure_sentence(one), f"{one['phase'] or '?'}, step {one['step']}")
             for one in reversed(launch.failures if launch is not None else [])
@@ -136,6 +140,7 @@ def run_document(look: Look, now: float) -> RunDocument:
         restarts=None if launch is None else f"{launch.restarts} of {launch.budget}",
         command=launch.command if launch is not None and launch.code not in (0, None) else None,
         log=last_lines(run.folder, LOG_LINES),
+        samples=samples_of(run),
         recipe=list(_recipe(run)),
         ledger=_ledger(run),
     )
@@ -214,7 +219,11 @@ def _machines(run: Overview) -> Iterator[MachineRow]:
         says = []
         if len(waits) > 1 and rank < len(sent) and last.get("step_seconds"):
             says.append(f"{amount(sent[rank] / last['step_seconds'])}/s sent, waited {waits[rank]:.3g} s")
-        place = run.launch.places.get(str(rank)) if run.launch is not None and run.held else None
+        place = (
+            run.launch.places.get(str(rank))
+            if run.launch is not None and run.held and not run.complete
+            else None
+        )
         about = [node.get("role") or f"rank {rank}", *([f"{place[0]}, step {place[1]}"] if place else [])]
         yield MachineRow(
             str(node["name"]),
@@ -262,13 +271,21 @@ def _shares(look: Look) -> Iterator[Share]:
             causes[cause] = causes.get(cause, 0.0) + float(seconds)
     computing = max(total - sum(causes.values()), 0.0)
     yield Share("computing", computing / len(steps), computing / total, "weights")
-    for place, (cause, seconds) in enumerate(causes.items()):
+    for place, (cause, seconds) in enumerate((c, s) for c, s in causes.items() if s > 0):
         yield Share(
             f"waiting for {CAUSES.get(cause, cause)}",
             seconds / len(steps),
             seconds / total,
             COLOURS[place % len(COLOURS)],
         )
+
+
+def _planned_step(run: Overview) -> str | None:
+    """The plan's seconds a step beside those that were measured."""
+    planned = _floats(run.plan.get("step_seconds"))
+    if len(planned) != 2 or run.pace is None:
+        return None
+    return f"planned for these chips {span(planned, ' s')}, measured {_seconds(run.pace)}"
 
 
 def _recipe(run: Overview) -> Iterator[tuple[str, str]]:

@@ -20,13 +20,14 @@ from mlx_empire import __version__
 from mlx_empire.page.board import Board, RunRow
 from mlx_empire.page.charts import Chart
 from mlx_empire.page.documents import RunDocument
+from mlx_empire.page.samples import Sample
 from mlx_empire.page.svg import chart_svg
 from mlx_empire.report.html import STYLE
 from mlx_empire.run.status import date
 from mlx_empire.sizes import amount
 
 HERE = Path(__file__).parent
-PANELS = ("head", "machines", "time", "story", "capacity", "recipe", "log")
+PANELS = ("head", "machines", "time", "story", "samples", "capacity", "recipe", "log")
 
 
 @cache
@@ -51,7 +52,12 @@ def style() -> str:
 
 def run_panels(run: RunDocument) -> dict[str, Markup]:
     """The parts of a run's screen by name; empty where there is nothing to say."""
-    return {name: _panel(name, run=run) for name in PANELS}
+    return {name: _panel(name, run=run, samples=run.samples) for name in PANELS}
+
+
+def samples_panel(samples: Sequence[Sample]) -> Markup:
+    """Held-out rows as they are read."""
+    return _panel("samples", samples=samples)
 
 
 def runs_panels(runs: Sequence[RunRow]) -> dict[str, Markup]:

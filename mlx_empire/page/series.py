@@ -15,7 +15,7 @@ import numpy as np
 from mlx_empire.run.overview import RECENT
 
 MOST_POINTS = 2000  # of a curve, in what is sent or written
-SMOOTHING = 0.95  # of a mean that forgets: about the last twenty steps
+SMOOTHING = 0.9  # of a mean that forgets: about the last ten steps
 WAITED, SCORE = "waited:", "score:"  # begin the names of curves that a run may have several of
 
 

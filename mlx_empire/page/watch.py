@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_empire.errors import UserError
+from mlx_empire.evaluation.reading import FILE_NAME as SAMPLES
 from mlx_empire.page.series import Series
 from mlx_empire.report.metrics import FILE_NAME as METRICS
 from mlx_empire.report.metrics import MetricsCursor
@@ -21,7 +22,7 @@ from mlx_empire.run.overview import PLAN, RECIPE, Overview, held_on_disk, read_f
 SIZE_SECONDS = 60.0  # so long a folder's size counts as known: all its files are asked
 FOLDERS_SECONDS = 5.0  # so long the list of runs does
 LOOK_SECONDS = 5.0  # so long a run does whose files do not change
-FILES = (METRICS, RECIPE, PLAN, STATE, LOG, COMPLETE, "checkpoints")
+FILES = (METRICS, SAMPLES, RECIPE, PLAN, STATE, LOG, COMPLETE, "checkpoints")
 
 
 @dataclass(frozen=True)

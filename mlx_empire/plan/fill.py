@@ -59,9 +59,9 @@ def most_operations(spec: ModelSpec, plan: ShardPlan, work: Workload) -> float:
 
 
 def bought(spec: ModelSpec, plan: ShardPlan, work: Workload, ledgers: Sequence[Ledger]) -> str:
-    """What spare memory buys, such as "3.2 GiB of products kept for 9.1 % fewer operations"; empty where nothing."""
+    """What spare memory buys, such as "3.2 GiB of products for 9.1 % fewer operations"; empty where nothing."""
     if not work.stashes:
         return ""
     size = max(phase.get(KEPT, 0) for one in ledgers for phase in one.phases.values())
     before, after = (most_operations(spec, plan, w) for w in (replace(work, stashes=()), work))
-    return f"{amount(size)} of products kept for {100 * (1 - after / before):.1f} % fewer operations"
+    return f"{amount(size)} of products for {100 * (1 - after / before):.1f} % fewer operations"

@@ -15,17 +15,22 @@ from mlx_empire.plan.activations import costs_of
 from mlx_empire.plan.schedule import StepShape
 from mlx_empire.plan.workload import Workload
 
+# Putting a result in its place takes Python a tenth of a millisecond: what is computed sooner is computed again.
+LEAST_OPERATIONS = 1 << 24
 Order = tuple[tuple[int, tuple[int, ...]], ...]
 
 
-def order_of(spec: ModelSpec, work: Workload, trained: tuple[bool, ...]) -> Order:
-    """(unit, products) of all layers that are recomputed, what saves most a byte first (`schedule.Stash`)."""
+def order_of(
+    spec: ModelSpec, work: Workload, trained: tuple[bool, ...], least: int = LEAST_OPERATIONS
+) -> Order:
+    """(unit, products) of all layers that are recomputed, what saves most a byte first (`stash.Stash`); products of
+    less than `least` operations are left out."""
     shape = StepShape(3, trained, (1,), work.unrecomputed)
     entries: list[tuple[int, int, tuple[int, ...]]] = []
     for u in range(shape.lowest, shape.boundary + 1):
         by_worth: dict[int, list[int]] = {}
         for product in costs_of(spec, work).products(spec.units[u]):
-            if product.again:
+            if product.again and product.operations >= least:
                 by_worth.setdefault(product.operations // product.nbytes, []).append(product.number)
         entries += [(worth, u, tuple(numbers)) for worth, numbers in by_worth.items()]
     return tuple((u, numbers) for _, u, numbers in sorted(entries, reverse=True))

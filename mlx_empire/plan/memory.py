@@ -279,7 +279,7 @@ class StepBytes(Reader):
         name, size = self._cell.pop(action.unit, ("", 0))
         if action.unit == 0 and self.shape.cells[action.round] and action.round not in self._handed_over:
             self._handed_over.add(action.round)
-            self._moment({"root gradients": self._root.joined})
+            self._moment({"root gradients": self._root.joined(self.shape.cells[action.round])})
             name, size = "root gradients", self._root.head_sum(self.shape.cells[action.round]) * action.times
             self._hold("embedding gradients", -self._held.get("embedding gradients", 0))
         self._hold(name, -size)

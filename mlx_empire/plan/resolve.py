@@ -60,6 +60,7 @@ def solve_shares(
 
 
 TIGHT_HEADROOM = 0.05  # of the limit; less is called tight
+MOST_STRETCH, FINE_STRETCH = 2.0**20, 0.001  # of limits that hold no step
 STAGES = (2, 1, 0, 3)  # on equal traffic the one that keeps less comes first
 
 
@@ -304,7 +305,9 @@ def _shared(
     state_bytes: StateBytes,
     work: Workload,
 ) -> RunPlan:
-    """The plan at one stage, with shares as the recipe asks: what a node needs beside its shard is subtracted."""
+    """The plan at one stage, with shares as the recipe asks: what a node needs beside its shard is subtracted. Where
+    the nodes together lack memory, shares by memory make all of them overfull alike.
+    """
     limits = tuple(int(n.limit_bytes or 0) for n in nodes)
     ranks = range(len(nodes))
     shards = make_plan(spec.units, [1.0] * len(nodes), stage)
@@ -315,16 +318,30 @@ def _shared(
         whole = max(map(sum, by_phase.values()))
         # Equal shares differ by a tensor's end and by which unit is whose in a phase, which unequal ones would move.
         equal = {phase: max(sizes) for phase, sizes in by_phase.items()}
-        fixed = [
-            limit - int(whole * _room(one, limit, equal, stage))
-            for one, limit in zip(ledgers, limits, strict=True)
-        ]
-        shards = make_plan(spec.units, solve_shares(recipe.memory.shares, limits, fixed), stage)
+
+        def rooms(stretch: float) -> list[float]:
+            return [_room(one, stretch * n, equal, stage) for one, n in zip(ledgers, limits, strict=True)]
+
+        stretch = _least_stretch(lambda s: sum(max(room, 0) for room in rooms(s)) >= len(nodes))
+        stretched = [int(stretch * limit) for limit in limits]
+        fixed = [n - int(whole * room) for n, room in zip(stretched, rooms(stretch), strict=True)]
+        shards = make_plan(spec.units, solve_shares(recipe.memory.shares, stretched, fixed), stage)
         ledgers = tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks)
     return RunPlan(shards, work, ledgers, limits)
 
 
-def _room(one: Ledger, limit: int, equal: Mapping[str, int], stage: int) -> float:
+def _least_stretch(holds: Callable[[float], bool]) -> float:
+    """How many times as large all limits would have to be to hold a step; 1 where they do."""
+    low, high = 1.0, 1.0
+    while not holds(high) and high < MOST_STRETCH:
+        low, high = high, 2 * high
+    while high - low > FINE_STRETCH:
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _room(one: Ledger, limit: float, equal: Mapping[str, int], stage: int) -> float:
     """How large a rank's share could be, in the units of `equal` shares, in the phase that allows the least."""
     room = []
     for phase, items in one.phases.items():

@@ -71,14 +71,14 @@ class RootMemory:
         rows = min(micro_batches * self._work.tokens, self._vocabulary)
         return rows * 4 * (self.embed // self._item // max(self._vocabulary, 1))
 
-    @cached_property
-    def joined(self) -> int:
-        """What there is besides when head's and embedding's sums are put together: a tied matrix in fp32, or the whole
-        contribution."""
+    def joined(self, micro_batches: int) -> int:
+        """What there is besides when head's and embedding's sums of a cell are put together: a tied matrix in fp32, and
+        in the order of rows before, or the whole contribution."""
         elements = self._contribution // self._item
         tied = max((self.head + self.embed) // self._item - elements, 0)
+        in_rows = 0 if self.chunked or micro_batches > 1 else self._item % 4 * tied
         wide = self.wide if self._adds_up and not self.by_row else 1
-        return max(4 * tied, wide * self._contribution)
+        return max(4 * tied + in_rows, wide * self._contribution)
 
     def head_sum(self, micro_batches: int) -> int:
         """The sum of the head's gradients of so many micro-batches of a cell."""

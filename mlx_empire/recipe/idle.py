@@ -87,6 +87,7 @@ def _of_the_rest(recipe: Recipe) -> Iterator[Reason]:
         yield "numerics.max_skips", "all steps of numerics.window may be skipped"
     if run.eval_every is None:
         yield "run.eval_batches", "run.eval_every is null, so nothing is evaluated"
+        yield "report.samples", "run.eval_every is null, so no held-out row is read"
         if recipe.data.validation_split:
             yield "data.validation_split", "run.eval_every is null: rows are held out and never measured on"
     if recipe.report.progress == "always":

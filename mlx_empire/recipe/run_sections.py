@@ -101,6 +101,11 @@ class ReportSection(Section):
         default=None,
         description=f"a duration above 0: {OFTEN}; or null (every step)",
     )
+    samples: Annotated[int, Field(ge=0, le=8)] = Field(
+        title="How many held-out rows are shown token by token, as they were read at first and are now.",
+        default=0,
+        description="a whole number from 0 to 8 (held-out rows that each evaluation also reads, for mlx-empire open)",
+    )
     notify: Notify | None = Field(
         title="Where the launcher posts a sentence when a run ends, fails, restarts, stalls or meets its gate.",
         default=None,

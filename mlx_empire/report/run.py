@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_empire import progress
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.evaluation.reading import Reading, write_readings
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.fill import bought
 from mlx_empire.plan.lengths import Every
@@ -90,6 +91,15 @@ class RunReport:
             return
         self._write(record)
         self._display.evaluation(record)
+
+    def samples(self, step: int, readings: Sequence[Reading]) -> None:
+        """How held-out rows are read after `step`, from rank 0; what a disk refuses is said, and ends nothing."""
+        if self._display is None:
+            return
+        try:
+            write_readings(self._metrics.path.parent, step, readings)
+        except OSError as error:
+            self.message(f"WARNING: {self._metrics.path.parent}: {error.strerror}: samples are not written")
 
     def _write(self, record: Mapping[str, Any]) -> None:
         """To the files; a full disk is told once, and ends nothing."""

@@ -52,6 +52,7 @@ from mlx_empire.run.lock import RunLock
 if TYPE_CHECKING:
     from mlx_empire.evaluation.evaluator import Decode, Evaluator
     from mlx_empire.evaluation.questions import Questions
+    from mlx_empire.evaluation.reading import RowReader
 
 
 class Safeguards:
@@ -284,6 +285,19 @@ def _read_sets(recipe: Recipe, spec: ModelSpec) -> tuple[list[Questions], Decode
         return sets, None, []
     tokenizer = load_tokenizer(folder)
     return sets, tokenizer.decode, sorted(map(int, tokenizer.eos_token_ids))
+
+
+def make_reader(comm: Communicator, recipe: Recipe, valid: Dataset | None) -> RowReader | None:
+    """What reads held-out rows token by token; None where nobody asked, or there are none. Collective."""
+    if valid is None or not recipe.report.samples:
+        return None
+    from mlx_empire.evaluation.reading import RowReader
+
+    decode = None
+    with together(comm):
+        if comm.rank == 0:
+            decode = load_tokenizer(recipe.model.path).decode
+    return RowReader(valid, recipe.report.samples, decode)
 
 
 def share_gate(comm: Communicator, recipe: Recipe, gate: Gate | None) -> GateKeeper:

@@ -129,3 +129,8 @@ def refuse_idle_keys(recipe: Recipe, splits: Splits) -> None:
             f"run.eval_every: {recipe.run.eval_every}: there is no validation data; add a valid.jsonl to data.path "
             "or set data.validation_split"
         )
+    if recipe.report.samples and recipe.run.eval_every is not None and splits.valid is None:
+        raise UserError(
+            f"report.samples: {recipe.report.samples}: there is no validation data to read; add a valid.jsonl to "
+            "data.path or set data.validation_split"
+        )

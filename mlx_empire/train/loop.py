@@ -49,6 +49,7 @@ from mlx_empire.run.agree import (
     Safeguards,
     agree_on_model,
     greet,
+    make_reader,
     share_config,
     share_data,
     share_evaluator,
@@ -70,6 +71,7 @@ from mlx_empire.run.what_next import next_commands
 
 if TYPE_CHECKING:
     from mlx_empire.evaluation.evaluator import Evaluator
+    from mlx_empire.evaluation.reading import RowReader
     from mlx_empire.report.trace import RunTrace
 
 VERIFYING = (
@@ -155,6 +157,7 @@ def carry_out(
     job = job.part(plan.work.layout.of_rank(comm.rank))
     guards.lock(recipe.run.dir)
     evaluator = share_evaluator(comm, recipe, target.spec, plan)
+    reader = make_reader(comm, recipe, splits.valid)
     short = require_disks(comm, recipe, target, plan, nodes, job.steps, resumed=start.found is not None)
 
     # ---------------------------------------------------------------- the weights
@@ -196,7 +199,21 @@ def carry_out(
                 report.message("report.notify: mlx_empire.launch sends notices, and did not start this run")
             if sent:
                 report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
-            run = Run(comm, recipe, plan, nodes, target, trainer, job, splits, evaluator, report, saver, stop)
+            run = Run(
+                comm,
+                recipe,
+                plan,
+                nodes,
+                target,
+                trainer,
+                job,
+                splits,
+                evaluator,
+                reader,
+                report,
+                saver,
+                stop,
+            )
             write_result(run, *train(run))
             report.messages(saver.unsaved())
     if comm.rank == 0:
@@ -216,6 +233,7 @@ class Run:
     job: Job
     splits: Splits
     evaluator: Evaluator | None
+    reader: RowReader | None
     report: RunReport
     saver: Saver
     stop: StopRequest
@@ -319,6 +337,9 @@ def evaluate(run: Run, step: int, gate: GateKeeper) -> None:
         found["eval_loss"] = held_out_loss(run.trainer.streamed, comm, batches, most)
     if run.evaluator is not None:
         found["scores"] = run.evaluator.scores(run.trainer, comm, most)
+    if run.reader is not None:
+        readings = run.reader.read(run.trainer.streamed, comm, most)
+        run.report.samples(step, readings)
     run.report.evaluation(found)
     if gate.observe(found):
         run.report.notify("gate", gate.sentence())

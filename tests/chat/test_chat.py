@@ -65,6 +65,7 @@ def test_a_full_result_and_an_adapters_folder_answer_too(
     assert lines[2] == f"{final}: {said(QUESTIONS[0], final)}"
 
 
+@pytest.mark.slow  # it compiles a sampler
 def test_sampling_is_by_temperature_and_seed(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

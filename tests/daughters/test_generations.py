@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from mlx_empire import progress
+from mlx_empire.daughters.command import read
 from mlx_empire.daughters.generations import Generations
 from mlx_empire.daughters.promote import judge
 from mlx_empire.daughters.source import JobSource, decide_newest
-from mlx_empire.daughters.watch import manage
+from mlx_empire.daughters.watch import manage, refuse_unwatchable
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.evaluation import EvaluationSection
 from mlx_empire.recipe.load import dump_recipe, parse_recipe
@@ -260,3 +261,17 @@ def test_what_is_promoted(
     between = {**after, "step": 5, "eval_loss": 99.0}
     assert judge(section, [{"step": 1, "loss": 3.0}, before, between, after], 2, 1).promoted is promoted
     assert not judge(section, [after], 2, 1).promoted
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--once"], ["--watch", "--pin", "alice"], ["--watch", "--every", "0"], ["--watch", "--every", "nan"]],
+)
+def test_words_that_mean_nothing_together_are_refused(words: list[str]) -> None:
+    with pytest.raises(UserError, match=rf"^{words[-2:][0]}: |^--watch: "):
+        read(["tiny.yaml", "--people", "people", *words])
+
+
+def test_never_is_refused_for_it_would_undo_what_went_on(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match=r"^run.resume: never: --watch goes on from what there is; use auto$"):
+        refuse_unwatchable(parse_recipe(RECIPE, "r", ["run.resume=never"]))

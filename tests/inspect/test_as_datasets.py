@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.hub import StubHub
 from support.rows import FIXTURES
 
 datasets = pytest.importorskip("datasets", reason="the optional package datasets is not installed")
@@ -64,6 +68,41 @@ def test_a_table_that_training_reads_is_inspected_as_lines_are(found: Callable[.
     Path("a.jsonl").write_text("".join(line + "\n" for line in lines))
     first, second = (json.dumps(found(name)) for name in ("a.parquet", "a.jsonl"))
     assert first.replace("a.parquet", "a.jsonl") == second
+
+
+def test_a_data_set_of_the_hub_is_streamed(tmp_path: Path) -> None:
+    """In a process of its own: the package takes the Hub's address when it is imported."""
+    files = {
+        "README.md": b"# A card",
+        "train.csv": b"question,answer\nWhy?,So.\nHow?,\n",
+        "validation.csv": b"question,answer\nWhen?,Now.\n",
+        "test.csv": b"question,answer\nWho?,Me.\n",
+    }
+    with StubHub("own/data", files, kind="datasets") as hub:
+        variables = os.environ | {
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+        }
+
+        def convert(named: str, code: int) -> Any:
+            words = ["inspect", named, "--convert", str(tmp_path / "out"), "--json"]
+            done = subprocess.run(
+                [sys.executable, "-m", "mlx_empire", *words],
+                env=variables, capture_output=True, text=True, timeout=200, check=False,
+            )  # fmt: skip
+            assert done.returncode == code, done.stderr
+            return json.loads(done.stdout) if code == 0 else done.stderr
+
+        assert "nor a data set that the Hub shows you" in convert("own/nothing", 64)
+        document = convert("own/data@main", 0)
+    train, valid = document["parts"]
+    assert (train["written"], valid["written"], document["left_out"]) == (1, 1, ["test"])
+    assert train["dropped_at"] == [{"where": "own/data@main/train:2", "says": "'answer' is missing"}]
+    for name, asked, answer in (("train", "Why?", "So."), ("valid", "When?", "Now.")):
+        (line,) = (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        assert json.loads(line) == {"messages": messages}
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(

@@ -130,7 +130,8 @@ def test_what_a_run_refuses_names_the_command_that_makes_it_trainable(
     write("share it.jsonl", *(row for row, _ in SHAREGPT[:2]))
     write("from.jsonl", MESSAGES[0][0])
     write("a.csv", "question,answer", "Why?,So.")
-    for name in ("alpaca.json", "alpaca.jsonl", "share it.jsonl", "from.jsonl", "a.csv"):
+    write("set/train.csv", "question,answer", "Why?,So.")
+    for name in ("alpaca.json", "alpaca.jsonl", "share it.jsonl", "from.jsonl", "a.csv", "set"):
         model = ["--model", MODEL] if name == "from.jsonl" else []
         message = say("inspect", name, *model, code=64)
         quoted = f"'{name}'" if " " in name else name

@@ -48,7 +48,17 @@ def test_every_screen_answers_and_says_what_it_is_about(server: Server) -> None:
         ("/run/scout", ["30 of 100", "soldier-1", "optimizer.learning_rate"]),
         ("/run/people/alice", ["20 of 100"]),
         ("/people", ["alice", "1 complete, 1 not finished", "2.1000"]),
-        ("/compare?run=scout&run=slow", ["optimizer.learning_rate", "1e-05", "1e-06", "best held-out loss"]),
+        (
+            "/compare?run=scout&run=slow",
+            [
+                "learning_rate",
+                "1e-05",
+                "1e-06",
+                "best held-out loss",
+                "scout, after step 30",
+                "slow, after step 40",
+            ],
+        ),
     ):
         answer = server.get(path)
         assert answer.status == 200, path

@@ -57,7 +57,7 @@ def test_a_page_hears_everything_once_and_then_what_is_new(folder: Path) -> None
     reader = Reader(RunFeed(WatchedRun(folder, "run")))
     reader.hear()
     assert reader.curves["loss", "training"][0] == list(range(1, 31))
-    assert set(reader.panels) == {"head", "machines", "time", "story", "capacity", "recipe", "log"}
+    assert set(reader.panels) == {"head", "machines", "time", "story", "samples", "capacity", "recipe", "log"}
     assert reader.hear() is None
     append(folder, step(31), evaluation(31), step(32))
     message = reader.hear()

@@ -62,7 +62,7 @@ def test_one_well_formed_file_that_fetches_and_runs_nothing_whatever_names_say(t
     assert outline.suspicious == []
     assert not set(outline.tags) & {"script", "img", "iframe", "object", "form"}
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)", out.read_text())
-    assert outline.text.count(HOSTILE) >= 8, "name, host, data, cause, log, score"
+    assert outline.text.count(HOSTILE) >= 10, "name, host, data, cause, log, score, sample"
 
 
 def test_it_says_what_the_folder_says(tmp_path: Path) -> None:
@@ -71,7 +71,8 @@ def test_it_says_what_the_folder_says(tmp_path: Path) -> None:
     for words in (
         "30 of 100", "300 GiB of 460 GiB", "planned 317 GiB", "step 30", "step 20", "1 of 3", "the last line",
         "rank 1 on soldier-1: was killed by SIGKILL", "in backward, step 15", "gate 0.95", "1e-05",
-        "the others wait for it", "8.5 s 85.0 %", "waiting for all-gather 1 s 10.0 %",
+        "the others wait for it", "8.5 s 85.0 %",
+        "planned for these chips 8 to 12.5 s, measured 10 s", "waiting for all-gather 1 s 10.0 %",
         f"{1.1 + 2.718281828 ** -0.6:.4f}",
     ):  # fmt: skip
         assert words in text, words

@@ -150,6 +150,20 @@ def test_where_nothing_fits_the_least_overfull_plan_is_reported():
     assert found.zero_stage == best
 
 
+def test_where_nothing_fits_all_machines_are_overfull_alike_and_no_other_shares_are_better():
+    spec, nodes = llama_like(layers=64, hidden=512, vocabulary=4096), nodes_of([1000 * MIB, 700 * MIB])
+
+    def overload(*overrides: str) -> list[float]:
+        found = assess(recipe_of("memory.zero_stage=3", *overrides), spec, nodes)
+        return [n.peak_bytes / n.limit_bytes for n in found.nodes]
+
+    king, soldier = overload()
+    assert min(king, soldier) > 1.2
+    assert king == pytest.approx(soldier, rel=0.05)
+    for shares in ("[1, 1]", "[3, 2]", "[2, 1]", "[3, 1]"):
+        assert max(king, soldier) <= 1.03 * max(overload(f"memory.shares={shares}"))
+
+
 @pytest.mark.parametrize("limits", [(1, 1, 1), (3, 2, 2)])
 def test_where_memory_abounds_shares_are_as_the_limits(limits):
     """Whose unit a tensor's gradient is when a step needs most makes no machine's share larger than its equal's."""

@@ -19,10 +19,10 @@ from mlx_empire.plan.step_time import COMPUTE, Link, step_timeline
 from mlx_empire.plan.work import step_flops
 
 CONFIG = tiny_config(
-    "llama", hidden_size=128, intermediate_size=384, num_hidden_layers=6, vocab_size=512, head_dim=32
+    "llama", hidden_size=256, intermediate_size=768, num_hidden_layers=6, vocab_size=512, head_dim=64
 )
 SPEC = describe(build_model(CONFIG, "llama"), CONFIG, "llama", "float32")
-WORDS = ("model.dtype=float32", "data.sequence_length=256", "optimizer.state_bits=32")
+WORDS = ("model.dtype=float32", "data.sequence_length=512", "optimizer.state_bits=32")
 AUTO = (*WORDS, "memory.gradient_checkpointing=auto")
 
 
@@ -75,7 +75,7 @@ def test_what_is_kept_is_the_faster_of_the_ways_to_use_the_memory():
     ],
 )
 def test_only_auto_keeps_and_on_a_gpu_only_where_it_is_asked_for(words, chip, keeps):
-    plan = planned(*words, chip=chip)
+    plan = planned(*words, limits=(1.2,), chip=chip)
     assert bool(plan.work.stashes) == keeps
     assert bool(bought(SPEC, plan.shards, plan.work, plan.ledgers)) == keeps
 
@@ -91,11 +91,19 @@ def test_the_best_product_a_byte_comes_first_and_then_the_last_layer():
     worths = [worth(products) for _, products in order]
     assert worths == sorted(worths, reverse=True)
     assert [u for u, _ in order[:6]] == [6, 5, 4, 3, 2, 1]
-    # q, k, v, output, gate and up: 2 operations for each of 128 inputs, 4 bytes a result; the last product is not
+    # q, k, v, output, gate and up: 2 operations for each of 256 inputs, 4 bytes a result; the last product is not
     # computed again, and attention (-1) saves most in rows that are long.
     assert order[0] == (6, (-1,))
     assert order[6] == (6, (0, 1, 2, 3, 4, 5))
-    assert worth(order[6][1]) == 2 * 128 / 4
+    assert worth(order[6][1]) == 2 * 256 / 4
+
+
+def test_what_is_computed_sooner_than_python_finds_it_is_not_kept():
+    work = replace(planned().work, stashes=(), unrecomputed=0, width=64)
+    trained = planned().shards.trained
+    kept = {number for _, numbers in order_of(SPEC, work, trained) for number in numbers}
+    assert kept == {4, 5}  # gate and up: 2 x 64 x 256 x 768 operations
+    assert {n for _, numbers in order_of(SPEC, work, trained, least=0) for n in numbers} == {0, 1, 2, 3, 4, 5}
 
 
 def test_the_report_and_the_clock_count_what_is_not_computed_again():

@@ -126,6 +126,12 @@ def test_what_could_never_happen_is_refused() -> None:
     for asked, said in (
         (gated, r"evaluation\.stop_when: eval_loss: there is no validation data"),
         (recipe("run.eval_every=2"), r"run\.eval_every: 2: there is no validation data"),
+        (
+            recipe(
+                "run.eval_every=2", "report.samples=2", "evaluation.sets=[{path: x.jsonl, metrics: [loss]}]"
+            ),
+            r"report\.samples: 2: there is no validation data",
+        ),
     ):
         refuse_idle_keys(asked, seeing)
         with pytest.raises(UserError, match=said):

@@ -15,14 +15,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class StubHub:
-    """One repository at one commit.
+    """One repository at one commit, of `kind` models or datasets.
 
     `cut`: names whose connection ends in the middle, once; `wrong`: names of which one byte is another, until they are
     taken out; `gated`, `down`: it answers 403, 503. `ranges`: (name, Range) of every GET.
     """
 
-    def __init__(self, repository: str, files: dict[str, bytes], large: tuple[str, ...] = ()) -> None:
-        self.repository, self.files, self.large = repository, files, large
+    def __init__(
+        self, repository: str, files: dict[str, bytes], large: tuple[str, ...] = (), kind: str = "models"
+    ) -> None:
+        self.repository, self.files, self.large, self.kind = repository, files, large, kind
         self.cut: set[str] = set()
         self.wrong: set[str] = set()
         self.gated = self.down = False
@@ -63,7 +65,7 @@ class StubHub:
 
     def answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
         path = urlsplit(request.path).path
-        api = f"/api/models/{self.repository}"
+        api = f"/api/{self.kind}/{self.repository}"
         if self.down:
             return self._send(request, 503, b"", body, {})
         if self.gated:
@@ -74,9 +76,12 @@ class StubHub:
             return self._send(request, 404, b"", body, {"X-Error-Code": "RevisionNotFound"})
         if path == f"{api}/tree/{COMMIT}":
             return self._json(request, [self._entry(name) for name in self.files], body)
-        name = path.removeprefix(f"/{self.repository}/resolve/{COMMIT}/")
-        if name in self.files:
-            return self._file(request, name, body)
+        folder = "" if self.kind == "models" else f"/{self.kind}"
+        asked = re.fullmatch(rf"{folder}/{self.repository}/resolve/(?:main|{COMMIT})/(.+)", path)
+        if asked and asked[1] in self.files:
+            return self._file(request, asked[1], body)
+        if asked or path.startswith(f"{api}/tree/{COMMIT}/"):
+            return self._send(request, 404, b"", body, {"X-Error-Code": "EntryNotFound"})
         return self._send(request, 404, b"", body, {"X-Error-Code": "RepoNotFound"})
 
     def _info(self) -> dict[str, object]:

@@ -19,6 +19,7 @@ tuning: {{type: {tuning}}}
 evaluation:
   sets: [{{path: facts.jsonl, metrics: [exact_match]}}]
   stop_when: {{metric: facts.exact_match, at_least: 0.95}}
+report: {{samples: 2}}
 run: {{dir: run, steps: {total}, eval_every: 10, save_every: 10}}
 """
 
@@ -76,7 +77,8 @@ def plan(total: int, hosts: Sequence[str]) -> dict[str, Any]:
                 "limit_bytes": int(0.9 * size) * GIB,
             }
         )
-    return {"steps": total, "trainable_parameters": 7, "data_digest": "a", "ranks": ranks}
+    told = {"steps": total, "trainable_parameters": 7, "data_digest": "a", "step_seconds": [8.0, 12.5]}
+    return told | {"ranks": ranks}
 
 
 def made_run(
@@ -91,6 +93,15 @@ def made_run(
     (folder / "recipe.yaml").write_text(
         RECIPE.format(data=json.dumps(data), rate=rate, tuning=tuning, total=total)
     )
+    texts = [
+        {
+            "tokens": ["a", " b", f" {data}"],
+            "probabilities": [None, 0.004, 0.95],
+            "counted": [False, True, True],
+        }
+    ]
+    then, now = ({"step": at, "texts": texts} for at in (0, steps))
+    (folder / "samples.json").write_text(json.dumps({"first": then, "last": now}))
     for number in range(10, steps + 1, 10):
         checkpoint = folder / "checkpoints" / f"step-{number:06d}"
         checkpoint.mkdir(parents=True)

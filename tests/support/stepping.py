@@ -145,7 +145,7 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
 
 def keeping(work: Workload, spec: ModelSpec, plan: ShardPlan, part: float) -> Workload:
     """`work` with a part of what each rank could keep of recomputed layers."""
-    order = order_of(spec, work, plan.trained) if part else ()
+    order = order_of(spec, work, plan.trained, least=0) if part else ()
     visits = (round(part * len(order) * work.micro_batches(rank)) for rank in range(plan.world_size))
     return replace(work, stashes=tuple(Stash(order, n) for n in visits))
 

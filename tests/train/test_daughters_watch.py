@@ -37,8 +37,8 @@ def give(place: Workspace, people: str, name: str, rows: list[list[int]], valid:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Three rounds in one process: before there is anything, with new rows for one of two, and with rows that make it
-    worse: what is held out by then is what it learnt first, and what it is to learn is another text.
+    """Rounds in one process: before there is anything, with new rows for one of two, and with rows that make it worse:
+    what is held out by then is what it learnt first, and what it is to learn is another text. Last, on another base.
     """
     made = Workspace(tmp_path_factory.mktemp("watch"))
     made.write("recipe.yaml", RECIPE)
@@ -53,6 +53,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     worse = [f"daughters.replay={0}", "optimizer.learning_rate=0.05"]
     commands["week-3"] = [*commands["week-3"], *worse]
     commands["week-3 again"] = [*commands["week-3 again"], *worse]
+    give(made, "week-4", "bert", TRAIN[1:5], VALID)
+    write_other_base(made.folder / "base")
+    commands["week-4"] = [*common, "--people", "week-4", *WATCH, "model.path=base"]
     start = ["recipe.yaml", "data.path=runs/anna/generations/2/rows", "tuning.start=runs/anna/final"]
     commands["alone"] = [*start, "run.dir=alone", "run.eval_every=4"]
     outcomes = made.train_many(commands)[0]
@@ -60,6 +63,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         succeeded(outcome)
         made.write(f"{name}.txt", outcome.stdout)
     return made
+
+
+def write_other_base(folder: Path) -> None:
+    """The same model but for a bit of its weights."""
+    shutil.copytree(MODEL, folder)
+    raw = bytearray((folder / "model.safetensors").read_bytes())
+    raw[-2] ^= 1
+    (folder / "model.safetensors").write_bytes(raw)
 
 
 def said(place: Workspace, week: str) -> dict[str, list[dict[str, object]]]:
@@ -112,6 +123,17 @@ def test_a_worse_one_is_kept_and_the_one_before_stays_in_use(place: Workspace) -
     assert said(place, "week-3 again") == {}, "the same rows are not tried again"
 
 
+def test_on_another_base_nothing_goes_on_and_it_is_said(place: Workspace) -> None:
+    told = {
+        "name": "bert",
+        "state": "changed",
+        "note": "base holds other weights than generation 1 was trained on",
+    }
+    assert said(place, "week-4") == {"bert": [told]}
+    assert Generations(place.folder / "runs/bert").numbers == [1]
+
+
+@pytest.mark.slow
 def test_one_command_shows_it_and_another_goes_back(place: Workspace, tmp_path: Path) -> None:
     shutil.copytree(place.folder, tmp_path / "copy", symlinks=True)
     copy = Workspace(tmp_path / "copy")
@@ -130,15 +152,12 @@ def test_one_command_shows_it_and_another_goes_back(place: Workspace, tmp_path: 
     assert "--adapter-path runs/anna/current" in plain.stdout
 
 
+@pytest.mark.slow
 def test_another_base_is_never_passed_off_as_the_same(place: Workspace, tmp_path: Path) -> None:
     copy = Workspace(tmp_path / "copy")
     shutil.copytree(place.folder, copy.folder, symlinks=True)
     shutil.copytree(copy.folder / "week-1", copy.folder / "people")
     give(copy, "people", "bert", TRAIN[1:5], VALID)
-    shutil.copytree(MODEL, copy.folder / "base")
-    raw = bytearray((copy.folder / "base/model.safetensors").read_bytes())
-    raw[-2] ^= 1
-    (copy.folder / "base/model.safetensors").write_bytes(raw)
     for words in ((), WATCH):
         told = run(copy, *words, "model.path=base")
         assert told.code == 65

@@ -1,4 +1,7 @@
-"""Continuous mode: new rows begin a next generation from the one in use, which it replaces if it is better."""
+"""Continuous mode by the command: new rows begin a next generation, which replaces the one in use if it is better.
+
+What is decided, and what a kill between any two moments leaves, tests/daughters/test_generations.py holds every day.
+"""
 
 from __future__ import annotations
 
@@ -89,6 +92,7 @@ def decision(place: Workspace, number: int) -> Decision:
     return found
 
 
+@pytest.mark.slow
 def test_new_rows_begin_a_generation_from_the_one_in_use(place: Workspace) -> None:
     assert set(said(place, "week-2")) == {"anna"}, "nobody else is touched"
     second = place.folder / "runs/anna/generations/2"
@@ -107,12 +111,14 @@ def test_new_rows_begin_a_generation_from_the_one_in_use(place: Workspace) -> No
     assert said(place, "week-2")["anna"][-1]["note"] == f"generation 2 is in use: {found.why}"
 
 
+@pytest.mark.slow
 def test_it_is_what_the_command_for_one_makes_of_the_same_start(place: Workspace) -> None:
     second, alone = place.folder / "runs/anna/generations/2", place.folder / "alone"
     assert [loss for _, loss, _ in curve(second)] == pytest.approx([x for _, x, _ in curve(alone)], rel=1e-4)
     assert [x for _, x in held_out(second)] == pytest.approx([x for _, x in held_out(alone)], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_worse_one_is_kept_and_the_one_before_stays_in_use(place: Workspace) -> None:
     found = decision(place, 3)
     assert not found.promoted
@@ -123,6 +129,7 @@ def test_a_worse_one_is_kept_and_the_one_before_stays_in_use(place: Workspace) -
     assert said(place, "week-3 again") == {}, "the same rows are not tried again"
 
 
+@pytest.mark.slow
 def test_on_another_base_nothing_goes_on_and_it_is_said(place: Workspace) -> None:
     told = {
         "name": "bert",

@@ -188,7 +188,7 @@ class StepBytes(Reader):
         self._phase = "head"
         kept = self._spec.units[self.shape.boundary + 1 :]
         for moment in head_costs(kept, self._spec, self._work, adds=self._adds(action)):
-            self._moment(moment)
+            self._moment(self._of_narrow(action, moment, "un-recomputed tail", "tail sums"))
         if action.micro in self._first:
             self._hold("root gradients", self._root.head_sum(1) * action.times)
         elif action.micro - 1 in self._first:
@@ -205,7 +205,8 @@ class StepBytes(Reader):
             self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
         unit = self._spec.units[action.unit]
         adds, kept = self._adds(action), action.products
-        self._moment(layer_costs(unit, self._spec, self._work, adds=adds, kept=kept))
+        costs = layer_costs(unit, self._spec, self._work, adds=adds, kept=kept)
+        self._moment(self._of_narrow(action, costs, "one layer's recompute", "unit gradient sums"))
         self._hold_cell(action, action.unit, "unit gradient sums")
 
     reuse = backward
@@ -268,11 +269,20 @@ class StepBytes(Reader):
         return self._sizes[action.unit].gradient if self.shape.cells[action.round] else 0
 
     def _hold_cell(self, action: Action, unit: int, name: str) -> None:
-        """A cell's sum of a layer, from its first micro-batch until it is handed over."""
-        size = self._sizes[unit].gradient * (1 if action.micro in self._first else self._wide)
-        _, before = self._cell.get(unit, ("", 0))
-        self._cell[unit] = name, size
-        self._hold(name, size - before)
+        """A cell's sum of a layer, from its first micro-batch until it is handed over, as long as it becomes."""
+        if action.micro in self._first:
+            wide = self._wide if self.shape.cells[action.round] > 1 else 1
+            self._cell[unit] = name, self._sizes[unit].gradient * wide
+            self._hold(*self._cell[unit])
+
+    def _of_narrow(self, action: Action, costs: Items, rest: str, sums: str) -> Items:
+        """What a cell's second micro-batch needs: until then its sums are as short as one micro-batch's gradients."""
+        if self._adds(action) != "own":
+            return costs
+        held = self._cell.items() if action.kind == "head" else [(action.unit, self._cell[action.unit])]
+        short = sum(size - self._sizes[unit].gradient for unit, (name, size) in held if name == sums)
+        taken = min(costs.get(rest, 0), short)
+        return costs | {rest: costs.get(rest, 0) - taken, sums: taken - short}
 
     def _drop_cell(self, action: Action) -> None:
         """A round's sum is handed over, if it has not been."""

@@ -29,7 +29,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadRow:
     """One row: its tokens as text, the first of which nothing comes before, the probability of each (None for the
     first), and whether the loss counts it."""
 
@@ -46,7 +46,7 @@ class RowReader:
         self._lengths = [len(valid.row(batch.rows_read[0]).inputs) for batch in self._batches]
         self._decode = decode
 
-    def read(self, step: StreamedStep, comm: Communicator, per_rank: int) -> list[Reading]:
+    def read(self, step: StreamedStep, comm: Communicator, per_rank: int) -> list[ReadRow]:
         """What the model makes of the rows; nothing but on rank 0. Collective."""
         found = token_probabilities(step, comm, self._batches, per_rank)
         if self._decode is None:
@@ -57,10 +57,10 @@ class RowReader:
         ]
 
 
-def _reading(batch: MicroBatch, probabilities: np.ndarray, length: int, decode: Decode) -> Reading:
+def _reading(batch: MicroBatch, probabilities: np.ndarray, length: int, decode: Decode) -> ReadRow:
     """The first `length` targets of a row, and what comes before them."""
     ids = [int(batch.inputs[0, 0]), *(int(one) for one in batch.targets[0, :length])]
-    return Reading(
+    return ReadRow(
         pieces(ids, decode),
         [None, *(round(float(one), 4) for one in probabilities[:length])],
         [False, *(bool(one) for one in batch.mask[0, :length])],
@@ -96,7 +96,7 @@ def pieces(ids: Sequence[int], decode: Decode) -> list[str]:
     return found
 
 
-def write_readings(folder: Path, step: int, readings: Sequence[Reading]) -> None:
+def write_readings(folder: Path, step: int, readings: Sequence[ReadRow]) -> None:
     """Put a reading beside the run's first one. OSError."""
     now: dict[str, Any] = {"step": step, "texts": [asdict(one) for one in readings]}
     first = (read_readings(folder) or {}).get("first")

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 
-class Sample(Generic[Item]):
+class FairSample(Generic[Item]):
     """At most `size` items, of which nothing but those that are kept is ever made."""
 
     def __init__(self, size: int) -> None:

@@ -26,7 +26,7 @@ from mlx_empire.data.messages import read_conversation
 from mlx_empire.data.rows import build_table
 from mlx_empire.data.splits import SPLITTABLE
 from mlx_empire.errors import UserError
-from mlx_empire.inspect.sample import Sample
+from mlx_empire.inspect.sample import FairSample
 from mlx_empire.inspect.texts import RowTexts, digest64, first_content, plain, texts_of
 
 # By name, as `array` and numpy have them, 64 bytes a row: where it stands; digests of what it says; its tokens, those
@@ -127,9 +127,9 @@ class Walk:
         self._shared: np.ndarray | None = None
         self._first: tuple[RawRow, Document | None] | None = None
         self._unread: Counter[str] = Counter()
-        self._shown: Sample[SeenRow] = Sample(self.shown)
-        self._measured: Sample[SeenRow] = Sample(self.measured)
-        self._answers: Sample[str] = Sample(TEXTS)
+        self._shown: FairSample[SeenRow] = FairSample(self.shown)
+        self._measured: FairSample[SeenRow] = FairSample(self.measured)
+        self._answers: FairSample[str] = FairSample(TEXTS)
 
     def over(self, source: Source, tell: Callable[[int], None]) -> SeenRows:
         """Read all rows of a source; `tell` hears after each batch how many there were. UserError where nothing can be

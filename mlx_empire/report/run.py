@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_empire import progress
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.evaluation.reading import Reading, write_readings
+from mlx_empire.evaluation.reading import ReadRow, write_readings
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.fill import bought
 from mlx_empire.plan.lengths import Every
@@ -92,7 +92,7 @@ class RunReport:
         self._write(record)
         self._display.evaluation(record)
 
-    def samples(self, step: int, readings: Sequence[Reading]) -> None:
+    def samples(self, step: int, readings: Sequence[ReadRow]) -> None:
         """How held-out rows are read after `step`, from rank 0; what a disk refuses is said, and ends nothing."""
         if self._display is None:
             return

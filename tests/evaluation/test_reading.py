@@ -19,7 +19,7 @@ from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.evaluation.reading import (
-    Reading,
+    ReadRow,
     pieces,
     read_readings,
     token_probabilities,
@@ -64,7 +64,7 @@ def test_pieces_of_a_text_join_to_it_also_where_a_character_has_several_tokens()
 
 def test_the_first_reading_stays_beside_the_last(tmp_path: Path) -> None:
     for step, probability in ((0, 0.1), (5, 0.5), (9, 0.9)):
-        write_readings(tmp_path, step, [Reading(["a", "b"], [None, probability], [False, True])])
+        write_readings(tmp_path, step, [ReadRow(["a", "b"], [None, probability], [False, True])])
     assert stat.S_IMODE((tmp_path / "samples.json").stat().st_mode) == 0o600
     found = read_readings(tmp_path)
     assert found is not None

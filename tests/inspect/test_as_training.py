@@ -14,7 +14,7 @@ from support.rows import FIXTURES, MODEL, chat
 from mlx_empire.data.encode import load_tokenizer
 from mlx_empire.data.splits import Splits, load_splits
 from mlx_empire.inspect.look import inspect_data, reading_of
-from mlx_empire.inspect.sample import Sample
+from mlx_empire.inspect.sample import FairSample
 from mlx_empire.inspect.tokens import token_texts, visible
 from mlx_empire.recipe.load import load_recipe
 
@@ -156,7 +156,7 @@ def test_a_sample_is_fair_always_the_same_and_makes_nothing_that_is_not_kept() -
     made: list[int] = []
 
     def drawn(count: int, size: int) -> list[int]:
-        sample: Sample[int] = Sample(size)
+        sample: FairSample[int] = FairSample(size)
         for place in range(count):
             sample.offer(place, lambda place=place: made.append(place) or place)  # type: ignore[misc]
         assert all(place == item for place, item in sample.items())

@@ -122,9 +122,6 @@ class Updater:
         # Large chunks are evaluated alone: MLX frees what several have in between at moments of its own choosing.
         waiting: list[LiveChunk] = []
         elements = 0
-        # Held to the end, so that MLX writes no new weights into theirs: the first ones are views, and the last of them
-        # would keep the unit's whole buffer for itself.
-        before = [chunk.weights for chunk in chunks]
         for chunk in chunks:
             if waiting and elements + chunk.spec.rows * BLOCK > SHARED_ELEMENTS:
                 self._store.evaluate([(c.weights, c.state) for c in waiting])
@@ -141,7 +138,6 @@ class Updater:
             waiting.append(chunk)
             elements += chunk.spec.rows * BLOCK
         self._store.evaluate([(c.weights, c.state) for c in waiting])
-        del before
 
     def norm(self) -> float:
         """The norm of all gradients: every rank counts its own interval, also where it holds more. Collective.

@@ -43,11 +43,11 @@ SCOUT = "llama-4-scout-109b"
 
 
 def test_zero_2_does_not_fit_scout_on_a_soldier_even_without_any_optimizer():
-    found = assessed(SCOUT, *SEVEN_BYTES, "memory.zero_stage=2")
+    found = assessed(SCOUT, *SEVEN_BYTES, "memory.zero_stage=2", "memory.shares=[100000, 1, 1, 1]")
     assert found.verdict == "no"
     assert found.worst.node.role in ("king", "soldier")
     soldier = found.nodes[-1]
-    assert soldier.share == 0
+    assert soldier.share == pytest.approx(0, abs=1e-4)
     assert soldier.peak_bytes / 1e9 == pytest.approx(234, abs=3)
     assert "needs 218" in soldier.reason
     assert "weights alone take 201 GiB" in soldier.reason

@@ -15,7 +15,8 @@ from mlx_empire.errors import UserError
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.hardware import chip_of
 from mlx_empire.plan.optimizer_bytes import StateBytes
-from mlx_empire.plan.resolve import RunPlan, require_fit, resolve
+from mlx_empire.plan.refusal import require_fit
+from mlx_empire.plan.resolve import RunPlan, resolve
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.sizes import GIB
 

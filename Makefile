@@ -154,7 +154,7 @@ test-faults: setup
 
 # Peaks of another 28 settings, whatever is the same on 1 to 3 ranks on 4, the whole oracle, and every model of mlx-lm.
 test-slow: setup
-	@$(FAST) $(PY) -m pytest tests/benchmarks tests/cli tests/engine tests/evaluation tests/formats tests/gpu tests/init tests/inspect tests/metal tests/model tests/open tests/oracle tests/page tests/plan tests/train -m slow $(PARALLEL) $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/adapters tests/benchmarks tests/capacity tests/cli tests/engine tests/evaluation tests/formats tests/gpu tests/init tests/inspect tests/metal tests/model tests/open tests/oracle tests/page tests/plan tests/run tests/train tests/verify -m slow $(PARALLEL) $(PYTEST_ARGS)
 
 # Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
 test-fuzz: setup

@@ -8,9 +8,10 @@ and the tokens are drawn. Two steps are trained; the second one is timed. No wei
 `--out`, and where the model's folder is absent `model.architecture` is enough.
 
 Exit code 3 where a rank's peak is above what its ledger says: then the ledger is not to be trusted with the whole model
-on such machines. One thing is allowed for: where the optimizer is the peak, MLX may still hold one call's temporaries
-when the next one's are made, for its threads free them. What was measured takes the place of what is
-estimated: `mlx-empire capacity --unit FILE` refuses the same, and plans with the measured speed.
+on such machines. Allowed for is by how much ledgers are known to be too low, for MLX's threads free memory by chance; and
+where the optimizer is the peak, one call's temporaries, which may be there still when the next one's are made. What was
+measured takes the place of what is estimated: `mlx-empire capacity --unit FILE` refuses the same, and plans with the
+measured speed.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from mlx_empire.run.trainer import explaining_memory, limit_memory, load_weights
 from mlx_empire.sizes import amount
 
 STEPS = 2
+KNOWN_UNDER = 0.01  # of the peak: a ledger was too low by so much at worst (docs/measured.md)
 MOST_FILE_BYTES = 1 << 20
 REMEDY = "`mlx-empire doctor HOSTFILE --unit RECIPE` writes one"
 # The seconds that are told: of which actions, by what they come to.
@@ -211,7 +213,7 @@ def above_plan(figures: Sequence[UnitFigures]) -> str:
         f"{one.host} (rank {rank}) needed {amount(one.peak_bytes)} where the plan says "
         f"{amount(one.predicted_peak_bytes)}"
         for rank, one in enumerate(figures)
-        if one.peak_bytes > one.predicted_peak_bytes + one.late_bytes
+        if one.peak_bytes > (1 + KNOWN_UNDER) * one.predicted_peak_bytes + one.late_bytes
     ]
     said = "; ".join(above)
     return f"{said}: plans for these machines are too low, so nothing is planned with them" if above else ""

@@ -54,7 +54,9 @@ def test_ten_steps_are_those_of_mlx_lms_own_layers(family, tuning, comm, thread)
     compare(TunedCase(family, tuning=tuning, tail=1, **COMMON), comm, thread, by_row)
 
 
-@pytest.mark.parametrize("bits", ["ternary", "mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize(
+    "bits", ["ternary", "mxfp4", *(pytest.param(bits, marks=pytest.mark.slow) for bits in ("mxfp8", "nvfp4"))]
+)
 def test_so_they_are_on_other_packed_bases(bits, comm, thread):
     """The ternary one against a dense model with weights that numpy made ternary."""
     tuning = {"type": "qlora", "rank": 4, "bits": bits}

@@ -36,6 +36,7 @@ def test_pairs_of_a_tiny_model_are_measured(tmp_path: Path) -> None:
         assert all(abs(a - b) < 1e-3 * b for a, b in losses)
 
 
+@pytest.mark.slow
 def test_the_table_of_daughters_is_made(tmp_path: Path) -> None:
     model = ROOT / "tests/fixtures/tiny-llama-260k"
     ways = ["LoRA, base in float32", "LoRA on a ternary base"]

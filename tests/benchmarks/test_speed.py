@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_a_pair_of_a_tiny_model_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     command = [

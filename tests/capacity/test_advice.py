@@ -34,6 +34,7 @@ def verdict_with(overrides, given_, nodes, spec):
     st.sampled_from(["1", "4"]),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
+@pytest.mark.slow
 def test_settings_that_are_advised_load_and_fit_and_none_of_them_is_idle(
     limits, stage, shares, whole, bits, micro
 ):

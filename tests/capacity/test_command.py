@@ -240,6 +240,7 @@ def test_the_calibration_measures_this_machine(say, recipe, monkeypatch):
     assert 0 < low <= high
 
 
+@pytest.mark.slow
 def test_an_untouched_mac_stands_beside_the_raised_limit(say):
     """Scout on the empire: the plan assumes 464 GiB of 512, and a king that nobody touched lends 384."""
     said = say(SCOUT, "--hosts", EMPIRE, "--json")

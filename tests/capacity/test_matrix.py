@@ -52,6 +52,7 @@ def load_by_hand(name: str, kings: int) -> float:
     return parameters * BY_HAND["parameter"] / left if left > 0 else float("inf")
 
 
+@pytest.mark.slow
 def test_every_cell_agrees_with_arithmetic_by_hand(whole):
     """A cell is `no` where the shards need more than all nodes have left; within 5 % either answer is believed."""
     undecided = []
@@ -66,6 +67,7 @@ def test_every_cell_agrees_with_arithmetic_by_hand(whole):
     assert len(undecided) <= 5, undecided
 
 
+@pytest.mark.slow
 def test_the_truths_that_the_matrix_must_tell(whole):
     cells = {(row.model, c): cell for row in whole.rows for c, cell in row.cells.items()}
     for model in ("llama-4-scout-109b", "mistral-large-123b"):  # with exact masters, 8.1 bytes per parameter

@@ -221,6 +221,7 @@ def tuned(lab: Lab) -> dict[str, Outcome]:
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.faults
 def test_adapters_go_on_over_the_same_base(lab: Lab, tuned: dict[str, Outcome], kind: str) -> None:
     check_halves(lab, tuned, kind)
 

@@ -20,6 +20,7 @@ def launching(tmp_path: Path) -> Launching:
     return Launching(tmp_path)
 
 
+@pytest.mark.faults
 def test_two_lost_ranks_are_named_and_the_run_completes(launching: Launching, tmp_path: Path) -> None:
     """K3: exit(0) in a rank and a segmentation fault in another, one launch after the other."""
     faults = [

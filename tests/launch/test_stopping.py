@@ -45,6 +45,7 @@ def saved(launching: Launching) -> int:
     return max(int(p.parent.name[5:]) for p in launching.run.glob("checkpoints/step-*/COMMIT"))
 
 
+@pytest.mark.faults
 def test_detached_stopped_resumed_interrupted_resumed(
     launching: Launching, alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,8 +12,16 @@ from mlx_empire.model.target import planned_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.pace import paces
 
+DAILY = ("llama", "qwen3_moe", "mamba2", "deepseek_v2")
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in DAILY else pytest.mark.slow)
+        for family in (*FAMILIES, *OTHER_FAMILIES)
+    ],
+)
 def test_a_report_can_be_made(family, tmp_path):
     window = {"sliding_window": 256} if family == "gemma2" else {}  # longer rows are refused
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(family, **window)), encoding="utf-8")

@@ -83,7 +83,9 @@ def check(browser: Browser, server: Server, name: str, width: int, dark: bool) -
 
 def measured(page: Page) -> dict[str, Any]:
     """What `support.browser` measures of a page."""
-    page.value(MEASURE.replace("<script>", "(() => {").replace("</script>", "})()"))
+    page.value(
+        MEASURE.replace("SELECTORS", "[]").replace("<script>", "(() => {").replace("</script>", "})()")
+    )
     return dict(json.loads(page.value("document.getElementById('measured').textContent")))
 
 

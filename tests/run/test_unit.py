@@ -60,11 +60,12 @@ def test_a_layer_at_its_true_size_keeps_to_its_plan(measured):
     assert (found["layer"], found["dtype"]) == ("model.layers.0", "float32")
     parameters = 576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536  # by hand, without norms
     weights_and_states = (parameters + 2048 * 576) * 4 * 3
-    assert weights_and_states < rank["peak_bytes"] <= rank["predicted_peak_bytes"]
+    assert weights_and_states < rank["peak_bytes"] <= 1.01 * rank["predicted_peak_bytes"]
     assert rank["peak_bytes"] > 0.8 * rank["predicted_peak_bytes"]
     assert all(rank["seconds"][part] > 0 for part in ("forward", "backward", "update", "reduce"))
     assert rank["longest_seconds"] > 0
-    operations = (8 * parameters + 12 * 9 * 64 * 64 * 1.4) * 64 * 2  # two micro-batches of 64 tokens
+    unread = 2 * 576 * 1536  # what the last product gives, nobody reads when the layer is computed again
+    operations = (8 * parameters - unread + 12 * 9 * 64 * 64 * 1.4) * 64 * 2  # two micro-batches of 64 tokens
     seconds = rank["seconds"]["forward"] + rank["seconds"]["backward"]
     assert rank["tflops"] * seconds * 1e12 == pytest.approx(operations, rel=0.05)
 
@@ -93,9 +94,9 @@ def test_a_peak_above_its_plan_is_refused_there_and_in_plans(measured, tmp_path,
         assert "needed 1024 GiB where the plan says" in said
 
 
-def test_only_what_mlx_gives_back_late_is_let_pass(measured):
+def test_only_a_hundredth_and_what_mlx_gives_back_late_are_let_pass(measured):
     figures = unit.UnitFigures(**json.loads(measured[1].read_text())["ranks"][0])
-    most = figures.predicted_peak_bytes + figures.late_bytes
+    most = int(1.01 * figures.predicted_peak_bytes) + figures.late_bytes
     assert figures.late_bytes < 0.1 * figures.predicted_peak_bytes
     assert not unit.above_plan([replace(figures, peak_bytes=most)])
     assert unit.above_plan([replace(figures, peak_bytes=most + 1)])

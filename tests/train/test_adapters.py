@@ -126,6 +126,7 @@ def test_a_rank_without_the_folder_gets_its_part_of_a_packed_base(alone: Workspa
 
 
 @pytest.mark.parametrize("mode", FLOATING)
+@pytest.mark.slow
 def test_a_base_stored_in_a_floating_point_format_is_what_it_is_packed_while_loading(
     mode: str, floating: Workspace
 ) -> None:

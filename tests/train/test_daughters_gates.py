@@ -80,6 +80,7 @@ def test_she_is_scored_stopped_and_frozen_as_if_alone(name: str, place: Workspac
     assert f"the gate is reached at step {ours[-1]['step']}" in said
 
 
+@pytest.mark.slow
 def test_killed_when_one_is_frozen_and_not_complete(place: Workspace) -> None:
     assert worker(place, "run.dir=killed", fault="phase=freeze;action=kill").code == -signal.SIGKILL
     assert len(list((place.folder / "killed").rglob("FROZEN.json"))) == 1

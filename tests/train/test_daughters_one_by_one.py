@@ -68,6 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_each_is_what_she_is_alone(kind: str, trained: Workspace) -> None:
     """The second one, too, who takes the first one's place: losses, norms and adapter, to a few 1e-5."""
     said = json.loads((trained.folder / "outcomes.txt").read_text())[kind]["stdout"]

@@ -149,6 +149,7 @@ def test_a_gate_that_is_reached_ends_and_freezes_the_run(alone: Workspace) -> No
     assert (run / "COMPLETE").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_freezes_at_the_same_step(alone: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the two evaluations that the gate wants, and again when `final/` is frozen but not complete."""
     full, killed = alone.folder / "full", alone.folder / "killed"

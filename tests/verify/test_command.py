@@ -36,7 +36,10 @@ def verify(folder: Path, *arguments: str, ranks: int) -> tuple[int, dict[str, di
 
 @pytest.mark.parametrize(
     ("ranks", "arguments", "more"),
-    [(0, ("--own", "memory.shares=equal"), set()), (2, (), {"unequal shares"})],
+    [
+        (0, ("--own", "memory.shares=equal"), set()),
+        pytest.param(2, (), {"unequal shares"}, marks=pytest.mark.slow),
+    ],
 )
 def test_what_must_be_identical_is(tmp_path, ranks, arguments, more):
     code, found, printed = verify(tmp_path, "--steps=2", "--seeds=1", *arguments, ranks=ranks)

@@ -13,8 +13,8 @@ mark="mlx_empire: $flags $(grep -m1 -E '^(flags|Features)' /proc/cpuinfo | cksum
 behind=:$PATH: own=${0%/*}
 case $behind in *:"$own":*) behind=${behind#*:"$own":} ;; esac
 IFS=:
-for folder in $behind; do
-  test -x "$folder/g++" && ! test "$folder/g++" -ef "$0" && real=$folder/g++ && break
+for folder in $behind; do  # another checkout's is passed over too: the two would call each other for ever
+  test -x "$folder/g++" && ! head -c 60 "$folder/g++" | grep -q 'make setup' && real=$folder/g++ && break
 done
 unset IFS
 test -n "$real" || { echo "g++: none on the PATH behind $0" >&2; exit 127; }

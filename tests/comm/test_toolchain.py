@@ -47,7 +47,7 @@ def compiler(words: str, *folders: Path, temporary: Path) -> str:
     path = os.pathsep.join([*map(str, folders), os.defpath])
     variables = os.environ | {"PATH": path, "TMPDIR": str(temporary)}
     return subprocess.run(
-        ["g++", *words.split()], env=variables, capture_output=True, text=True, check=True
+        ["g++", *words.split()], env=variables, capture_output=True, text=True, check=True, timeout=60
     ).stdout
 
 
@@ -65,6 +65,13 @@ def test_the_flags_reach_the_compiler_for_mlx_alone(tmp_path: Path, ours: Path, 
     twice.mkdir()
     shutil.copy(SOURCE, twice / "g++")
     assert compiler("-O2 a.cpp", twice, ours, fake, temporary=tmp_path) == "-O2 a.cpp\n"
+
+
+def test_those_of_two_checkouts_do_not_call_each_other_for_ever(
+    tmp_path: Path, ours: Path, fake: Path
+) -> None:
+    other = shutil.copytree(ours, tmp_path / "other")
+    assert compiler("a.cpp", ours, other, ours, fake, temporary=tmp_path) == "a.cpp\n"
 
 
 def test_kernels_of_other_compilers_leave_the_cache(tmp_path: Path, ours: Path, fake: Path) -> None:

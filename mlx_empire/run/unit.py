@@ -8,7 +8,7 @@ and the tokens are drawn. Two steps are trained; the second one is timed. No wei
 `--out`, and where the model's folder is absent `model.architecture` is enough.
 
 Exit code 3 where a rank's peak is above what its ledger says: then the ledger is not to be trusted with the whole model
-on such machines. Allowed for is by how much ledgers are known to be too low, for MLX's threads free memory by chance; and
+on such machines. Allowed for is by how much ledgers are known to be too low, for MLX's threads free by chance; and
 where the optimizer is the peak, one call's temporaries, which may be there still when the next one's are made. What was
 measured takes the place of what is estimated: `mlx-empire capacity --unit FILE` refuses the same, and plans with the
 measured speed.

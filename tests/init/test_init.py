@@ -46,6 +46,7 @@ def test_the_list_has_every_recipe_and_what_the_capacity_report_says_of_it(say: 
     assert "models/smollm2-135m" in found["quickstart"], "what is not there cannot be planned for"
 
 
+@pytest.mark.slow
 def test_with_a_model_it_asks_whether_that_fits(say: Callable[..., str]) -> None:
     Path("small.txt").write_text(SMALL)
     found = answers(say("init", "--model", MODEL, "--hosts", "small.txt"))

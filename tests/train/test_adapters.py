@@ -219,6 +219,7 @@ def test_merged_it_has_the_same_logits(kind: str, alone: Workspace, monkeypatch:
 
 
 @pytest.mark.parametrize("mode", FLOATING)
+@pytest.mark.slow
 def test_merged_into_a_floating_point_base_it_has_the_same_logits(
     mode: str, floating: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

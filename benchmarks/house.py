@@ -1,6 +1,6 @@
 """How many files a reader must open: `python benchmarks/house.py [ROOT]`, of the checkout in ROOT or of this one.
 
-- files of mlx_empire in sys.modules after `import mlx_empire.train.loop`;
+- files of mlx_empire in sys.modules after `import mlx_empire.train.story`;
 - files with a function that is executed in a training step of a tiny llama, once everything is warm: on one rank, and
   on two ranks (the files of both) at stage 3 with 8-bit states;
 - public functions and classes that two files define, and their files.
@@ -62,7 +62,7 @@ def executed(setting: str) -> list[str]:
 def imports(root: Path) -> int:
     """Modules of mlx_empire after importing train, packages included."""
     code = (
-        "import sys, mlx_empire.train.loop; print(sum(n.split('.')[0] == 'mlx_empire' for n in sys.modules))"
+        "import sys, mlx_empire.train.story; print(sum(n.split('.')[0] == 'mlx_empire' for n in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     return int(done.stdout)

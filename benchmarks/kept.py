@@ -83,7 +83,7 @@ def layer_step(layer: nn.Module, x: mx.array, kept: Sequence[int]) -> float:
 
     def call(x: mx.array, calls: Calls | None) -> mx.array:
         with ExitStack() as entered:
-            kernels = Kernels.here() if calls is None else replace(Kernels.here(), in_blocks=calls.in_blocks)
+            kernels = Kernels.here() if calls is None else replace(Kernels.here(), in_blocks=calls.attention)
             if calls is not None:
                 entered.enter_context(calling(calls))
             if x.shape[1] > kernels.short:

@@ -22,7 +22,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.trace import StepTrace
 from mlx_empire.engine.update import Updater
-from mlx_empire.plan.schedule import Action
+from mlx_empire.plan.actions import Action
 from mlx_empire.plan.step_time import COMPUTE, Event, Link, step_timeline
 from mlx_empire.plan.traffic import DEFAULT_BUCKET_BYTES
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,9 +26,7 @@ def head_loss(
 ) -> mx.array:
     """Each row's loss, for evaluation: `batch` is (inputs, targets, mask), each (rows, width). Evaluates by chunk."""
     loss = mx.zeros(hidden.shape[0])
-    for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
-        inputs, targets, mask = (x[:, a:b] for x in batch)
-        wide = head(root, hidden[:, a:b], inputs).astype(mx.float32)
+    for wide, targets, mask in _chunks(head, root, hidden, batch, tokens):
         weights = (mask / total)[..., None]
         loss = loss + token_losses(wide, mx.softmax(wide, axis=-1), targets[..., None], weights)
         mx.eval(loss)
@@ -47,9 +45,7 @@ def head_scores(
     Arguments as `head_loss` has them. Evaluates by chunk.
     """
     scores = mx.zeros((hidden.shape[0], 2))
-    for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
-        inputs, targets, mask = (x[:, a:b] for x in batch)
-        logits = head(root, hidden[:, a:b], inputs).astype(mx.float32)
+    for logits, targets, mask in _chunks(head, root, hidden, batch, tokens):
         losses = nn.losses.cross_entropy(logits, targets)
         likeliest = mx.argmax(logits, axis=-1) == targets
         scores = scores + mx.stack([-(losses * mask).sum(axis=1), (likeliest * mask).sum(axis=1)], axis=1)
@@ -66,9 +62,7 @@ def head_readings(
 ) -> mx.array:
     """(rows, width) float32: the log-probability of every target, counted or not. Arguments as `head_loss` has them."""
     found = []
-    for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
-        inputs, targets, _ = (x[:, a:b] for x in batch)
-        logits = head(root, hidden[:, a:b], inputs).astype(mx.float32)
+    for logits, targets, _ in _chunks(head, root, hidden, batch, tokens):
         found.append(-nn.losses.cross_entropy(logits, targets))
         mx.eval(found[-1])
     return mx.concatenate(found, axis=1)
@@ -92,3 +86,16 @@ def head_gradients(
         mx.eval(loss, sums, part)
         parts.append(part)
     return loss, sums, joined_chunks(parts)
+
+
+def _chunks(
+    head: HeadCall,
+    root: Sequence[mx.array],
+    hidden: mx.array,
+    batch: tuple[mx.array, mx.array, mx.array],
+    tokens: int,
+) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+    """Of some positions at a time the logits in float32, targets and mask."""
+    for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
+        inputs, targets, mask = (x[:, a:b] for x in batch)
+        yield head(root, hidden[:, a:b], inputs).astype(mx.float32), targets, mask

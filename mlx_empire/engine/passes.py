@@ -122,7 +122,7 @@ class Passes:
             output = hidden_of(self._by_pattern.call(layer, hidden, given))
         else:
             with calling(calls):
-                output = hidden_of(self._by_pattern.call(layer, hidden, given, calls.in_blocks))
+                output = hidden_of(self._by_pattern.call(layer, hidden, given, calls.attention))
         if not isinstance(output, mx.array):
             raise UserError(
                 f"{self._slotted.name}: layer {index} returns {type(output).__name__}, not one array; "

@@ -21,7 +21,8 @@ from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.passes import Passes, Running
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.update import Updater
-from mlx_empire.plan.schedule import ALL_UNITS, Action, Reader, StepShape, evaluation, gradients
+from mlx_empire.plan.actions import ALL_UNITS, Action, Reader, StepShape
+from mlx_empire.plan.schedule import evaluation, gradients
 
 if TYPE_CHECKING:
     from mlx_empire.engine.trace import StepTrace

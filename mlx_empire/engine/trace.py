@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlx_empire.plan.schedule import Action
+from mlx_empire.plan.actions import Action
 from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, WAIT, Event
 
 TRACED_STEPS = 3

@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlx_empire.model.attention.blocks import Attention, attend_again, attend_with_sums
+from mlx_empire.model.attention.blocks import Attention, attend_again, attend_in_blocks, attend_with_sums
 
 ATTENTION = -1
 Run = Callable[..., mx.array]
@@ -46,22 +46,7 @@ class Calls(ABC):
 
     @abstractmethod
     def attention(self, attention: Attention, given: list[mx.array]) -> mx.array:
-        """The result of the next attention in blocks, of (q, k, v, sinks)."""
-
-    def in_blocks(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        sinks: mx.array | None = None,
-        *,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-    ) -> mx.array:
-        """In the place of `blocks.attend_in_blocks`."""
-        given = [q, k, v, *(() if sinks is None else (sinks,))]
-        return self.attention(Attention(scale, window, softcap), given)
+        """The result of the next attention, of (q, k, v, sinks), in the place of `attend_in_blocks`."""
 
 
 @dataclass
@@ -111,7 +96,7 @@ class Reusing(Calls):
 
     def attention(self, attention: Attention, given: list[mx.array]) -> mx.array:
         if not self._attention:
-            return attend_with_sums(attention, given)[0]
+            return attend_in_blocks(attention, given)
         return attend_again(attention, given, *self._attention.pop(0))
 
 
@@ -127,7 +112,7 @@ class Watching(Calls):
         return result
 
     def attention(self, attention: Attention, given: list[mx.array]) -> mx.array:
-        return attend_with_sums(attention, given)[0]
+        return attend_in_blocks(attention, given)
 
 
 def _again(run: Run, given: list[mx.array], kept: mx.array) -> mx.array:

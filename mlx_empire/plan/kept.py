@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from mlx_empire.model.spec import ModelSpec, UnitSpec
 from mlx_empire.model.traced_products import Product
+from mlx_empire.plan.actions import StepShape
 from mlx_empire.plan.activations import costs_of
-from mlx_empire.plan.schedule import StepShape
 from mlx_empire.plan.workload import Workload
 
 # Putting a result in its place takes Python a tenth of a millisecond: what is computed sooner is computed again.

@@ -25,7 +25,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mlx_empire.plan.schedule import Action, Reader, training_step
+from mlx_empire.plan.actions import Action, Reader
+from mlx_empire.plan.schedule import training_step
 from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.step_traffic import Part, StepTraffic
 from mlx_empire.plan.traffic import PIECE_BYTES, Route

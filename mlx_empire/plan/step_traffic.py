@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_empire.plan.schedule import Action, Reader, folded_step
+from mlx_empire.plan.actions import Action, Reader
+from mlx_empire.plan.schedule import folded_step
 from mlx_empire.plan.shards import Segment, ShardPlan
 from mlx_empire.plan.traffic import Matrix, Route, all_gather_bytes, reduce_scatter_bytes, resolve_route
 from mlx_empire.plan.workload import Workload, step_shape

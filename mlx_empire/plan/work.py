@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_empire.model.closed_forms import experts, is_stacked
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
+from mlx_empire.plan.actions import Action, Reader, StepShape
 from mlx_empire.plan.hardware import Wire
 from mlx_empire.plan.kept import never_again, saved_operations
-from mlx_empire.plan.schedule import Action, Reader, StepShape, folded_step
+from mlx_empire.plan.schedule import folded_step
 from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.traffic import Route
 from mlx_empire.plan.workload import Workload, step_shape

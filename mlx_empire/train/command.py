@@ -25,6 +25,6 @@ def parser() -> RecipeArguments:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     options = asked(lambda: parser().parse_intermixed_args(arguments))
-    from mlx_empire.train.loop import train_command
+    from mlx_empire.train.story import train_command
 
     return train_command(options)

@@ -1,223 +1,39 @@
-"""Train a model, alone or under mpirun.
-
-The run's story from top to bottom: what is asked for, where it runs, what is trained on what, the plan, the proof
-that the model can be streamed, the weights, the steps, the result. Every rank runs all of it; rank 0 also talks to
-the user and writes the run's folder.
-"""
+"""The steps of a run, with evaluation and saving between them, and its result at the end."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import mlx.core as mx
 
 from mlx_empire import progress
 from mlx_empire.checkpoint.agree import replicas_agree
 from mlx_empire.checkpoint.save import Saver
 from mlx_empire.cluster.hostfile import Node
-from mlx_empire.cluster.machine import computes_on_gpu
-from mlx_empire.comm.connect import connect
-from mlx_empire.comm.failure import arm_faults, guard, together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import validation_micro_batches
 from mlx_empire.data.splits import Splits
-from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.evaluation.gate import GateKeeper, held_out_loss
-from mlx_empire.model.attention.fused import refuse_too_short
-from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
-from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.page.saved import try_report
 from mlx_empire.plan.hardware import known_speed
-from mlx_empire.plan.resolve import RunPlan, keeps_products, kernels_differ
-from mlx_empire.plan.wired_limit import fitting_plan
+from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.plan.work import executed_flops
-from mlx_empire.recipe.idle import without_effect
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.console import said_if_slow
 from mlx_empire.report.run import RunReport
 from mlx_empire.run import result
-from mlx_empire.run.agree import (
-    Safeguards,
-    agree_on_model,
-    greet,
-    make_reader,
-    share_config,
-    share_data,
-    share_evaluator,
-    share_gate,
-    share_nodes,
-    share_recipe,
-    share_target,
-    standing,
-)
-from mlx_empire.run.caffeinate import keep_awake
-from mlx_empire.run.disks import require_disks
-from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
-from mlx_empire.run.job import Job, refuse_idle_keys
-from mlx_empire.run.parent import beside_plan, lineage_of, share_parent
-from mlx_empire.run.resume import open_saver, stopped, where_to_begin
+from mlx_empire.run.agree import share_gate
+from mlx_empire.run.job import Job
+from mlx_empire.run.resume import stopped
 from mlx_empire.run.stop import StopRequest
-from mlx_empire.run.trainer import explaining_memory, go_back, limit_memory, load_state, make_trainer
-from mlx_empire.run.what_next import next_commands
+from mlx_empire.run.trainer import go_back
 
 if TYPE_CHECKING:
     from mlx_empire.evaluation.evaluator import Evaluator
     from mlx_empire.evaluation.reading import RowReader
     from mlx_empire.report.trace import RunTrace
-
-VERIFYING = (
-    "verifying on the model scaled down that layer by layer it has the whole model's loss and gradients "
-    "(slower where layers go position by position, as state-space layers do)"
-)
-
-
-def train_command(options: argparse.Namespace) -> int:
-    """What the command line asks for; returns the exit code."""
-    with guard(None):
-        comm = connect()
-    with guard(comm):
-        arm_faults(comm.rank)
-        if options.dry_run:
-            # What draws reports is not part of a run.
-            from mlx_empire.capacity.answer import Wanted, answer
-
-            return answer(comm, options.recipe, options.overrides, Wanted(hosts=options.hosts))
-        keep_awake()
-        run_recipe(comm, options.recipe, options.overrides, options.hosts)
-    return 0
-
-
-def run_recipe(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
-    """The whole run on this rank."""
-    # ---------------------------------------------------------------- what is asked for, and where it runs
-    greet(comm, recipe_path, overrides)
-    recipe = share_recipe(comm, recipe_path, overrides)
-    comm = connect(recipe.comm.route, recipe.comm.bucket_bytes, recipe.comm.deadline_seconds)
-    with standing(comm, recipe) as guards, StopRequest() as stop:
-        nodes = share_nodes(comm, recipe, hosts)
-        with together(comm):
-            if comm.rank == 0:
-                refuse_finished(recipe.run.dir)
-                refuse_unwritable(recipe.run.dir)
-                result.refuse_taken(recipe)
-        carry_out(comm, recipe, nodes, guards, stop)
-
-
-def carry_out(
-    comm: Communicator, recipe: Recipe, nodes: Sequence[Node], guards: Safeguards, stop: StopRequest
-) -> None:
-    """The run itself, once the ranks know each other and what is asked for."""
-    # ---------------------------------------------------------------- what is trained, on what, and for how long
-    agree_on_model(comm, recipe)
-    config = share_config(comm, recipe)
-    target = share_target(comm, recipe, config)
-    with together(comm):
-        if comm.rank == 0:
-            result.refuse_result(recipe, target)
-    splits = share_data(comm, recipe, target.spec)
-    job = Job.of(recipe, splits.train)
-
-    # ---------------------------------------------------------------- where it goes on
-    start = where_to_begin(comm, recipe, target, splits, job.steps)
-    recipe = start.recipe
-    parent = share_parent(comm, recipe, target, start.origin.base) if start.found is None else None
-
-    # ---------------------------------------------------------------- the proof that it can be streamed
-    progress.reach("proof")
-    shown = None
-    with together(comm):
-        if comm.rank == 0:
-            with said_if_slow(f"{recipe.model.path}: {VERIFYING}"):
-                by_pattern = recipe.numerics.attention != "mask"
-                name = str(recipe.model.path)
-                keeps = keeps_products(recipe, nodes)
-                shown = asdict(verify_scaled_down(config, name, by_pattern=by_pattern, keeps=keeps))
-    root_names = RootNames(**comm.broadcast_json(shown))
-    target = replace(target, spec=replace(target.spec, root_names=root_names))
-
-    # ---------------------------------------------------------------- the plan, before anything is allocated
-    progress.reach("plan")
-    with together(comm):
-        refuse_idle_keys(recipe, splits)
-        if mx.metal.is_available() and computes_on_gpu():
-            refuse_too_short(recipe.data.sequence_length)
-        plan = fitting_plan(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
-    odd = kernels_differ(nodes)
-    if odd:
-        guards.notes.append(f"GPUs or systems differ, so bits may hang on which rank computes what ({odd})")
-    job = job.part(plan.work.layout.of_rank(comm.rank))
-    guards.lock(recipe.run.dir)
-    evaluator = share_evaluator(comm, recipe, target.spec, plan)
-    reader = make_reader(comm, recipe, splits.valid)
-    short = require_disks(comm, recipe, target, plan, nodes, job.steps, resumed=start.found is not None)
-
-    # ---------------------------------------------------------------- the weights
-    progress.reach("load")
-    with together(comm):
-        wired = limit_memory(plan, comm.rank, recipe.memory.wired, nodes[comm.rank])
-    guards.notes += [said for said in comm.gather_json(wired) if said is not None]
-    with explaining_memory(plan, comm.rank), CommThread() as thread:
-        trainer = make_trainer(comm, thread, recipe, target, plan)
-        sent = load_state(comm, target, trainer, start, parent)
-        trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
-
-        # ------------------------------------------------------------ from here on something is written
-        started_over = (recipe.run.dir / "metrics.jsonl").exists()
-        with together(comm):
-            if comm.rank == 0:
-                lineage = lineage_of(recipe.run.dir) if parent is None else parent.lineage
-                write_plan(
-                    recipe,
-                    plan,
-                    nodes,
-                    target.spec,
-                    splits,
-                    job.steps,
-                    resumed=start.found is not None,
-                    origin=beside_plan(start.origin.base, lineage if recipe.tuning.start else None),
-                )
-        with (
-            RunReport(
-                comm, recipe, target.spec, plan, nodes, job.steps, start.resumed, job.log_every
-            ) as report,
-            open_saver(comm, plan, trainer.store, start) as saver,
-        ):
-            stop.watch(recipe.run.dir)
-            report.show_status(lambda: saver.status)
-            idle = without_effect(recipe, target.spec.trained_dtypes, comm.size)
-            report.messages([*guards.notes, *short, *splits.report, *idle, *start.told(started_over)])
-            if recipe.report.notify is not None and not progress.launched():
-                report.message("report.notify: mlx_empire.launch sends notices, and did not start this run")
-            if sent:
-                report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
-            run = Run(
-                comm,
-                recipe,
-                plan,
-                nodes,
-                target,
-                trainer,
-                job,
-                splits,
-                evaluator,
-                reader,
-                report,
-                saver,
-                stop,
-            )
-            write_result(run, *train(run))
-            report.messages(saver.unsaved())
-    if comm.rank == 0:
-        print(try_report(recipe.run.dir), *next_commands(recipe), sep="\n", flush=True)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_empire import progress
 from mlx_empire.engine.step import StreamedStep
-from mlx_empire.plan.schedule import StepShape
+from mlx_empire.plan.actions import StepShape
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

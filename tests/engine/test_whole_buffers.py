@@ -22,8 +22,9 @@ from support.stepping import (
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine import spares
-from mlx_empire.plan.memory import StepBytes, ledger
+from mlx_empire.plan.memory import ledger
 from mlx_empire.plan.schedule import folded_step
+from mlx_empire.plan.step_bytes import StepBytes
 
 EVERYTHING = 1 << 40  # bytes
 

@@ -16,7 +16,7 @@ from mlx_empire.model.mlx_lm_modules import BY_ARCHITECTURE, REMAPPED, classes_o
 SCRIPT = """
 import json, sys
 import mlx.nn as nn
-import mlx_empire.train.loop, mlx_empire.capacity.answer
+import mlx_empire.train.story, mlx_empire.capacity.answer
 from mlx_empire.model.mlx_lm_modules import put_adapters_in
 model = nn.Module()
 model.layers = [nn.Module(), nn.Module()]

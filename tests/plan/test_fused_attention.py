@@ -25,7 +25,7 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan import resolve as resolving
 from mlx_empire.plan.activations import attention_scores
 from mlx_empire.plan.resolve import resolve
-from mlx_empire.train import loop as train
+from mlx_empire.train import story as train
 
 # Counted out of `use_fallback` by hand: 100 is Open-Llama-3B's, 8 the tiny model's of the tests.
 HEADS = {8: False, 16: False, 64: True, 100: False, 112: False, 128: True, 192: True, 256: True, 512: False}

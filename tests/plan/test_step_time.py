@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.planning import catalog_spec, llama_like, recipe_of
 
-from mlx_empire.plan.schedule import Action, training_step
+from mlx_empire.plan.actions import Action
+from mlx_empire.plan.schedule import training_step
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, WAIT, Link, RankLanes, _Wires, step_timeline
 from mlx_empire.plan.step_traffic import step_matrices

@@ -15,7 +15,7 @@ from mlx_empire.daughters import work
 from mlx_empire.errors import UserError
 from mlx_empire.run import caffeinate
 from mlx_empire.train import command as train
-from mlx_empire.train import loop
+from mlx_empire.train import story
 from mlx_empire.verify import command as verify
 from mlx_empire.verify import runs
 
@@ -44,7 +44,7 @@ def asked() -> None:
 @pytest.mark.parametrize(
     ("verb", "working", "words"),
     [
-        (train, loop, ["no.yaml"]),
+        (train, story, ["no.yaml"]),
         (daughters, work, ["no.yaml", "--people", "people", "--work"]),
         (verify, runs, ["no.yaml"]),
     ],

@@ -23,23 +23,13 @@ LEAST_QUERIES, MOST_QUERIES = 32, 256  # of a block of the forward
 MASKED = -1e30  # added to scores: exp() of it is 0, and it is a number in every dtype of 8 exponent bits
 
 
-def attend_in_blocks(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    sinks: mx.array | None = None,
-    *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-) -> mx.array:
-    """softmax(q k^T scale) v over what is not masked, differentiable in all arrays.
+def attend_in_blocks(attention: Attention, given: Sequence[mx.array]) -> mx.array:
+    """softmax(q k^T scale) v over what is not masked, differentiable in all arrays `given`: q, k, v and perhaps sinks.
 
     q (rows, heads, S, D), k (rows, groups, S, D), v (rows, groups, S, Dv), sinks (heads,): the result is (rows, heads,
-    S, Dv) in q's dtype. `window`: see `Pattern`; `softcap`: scores become softcap tanh(scores / softcap).
+    S, Dv) in q's dtype.
     """
-    given = [q, k, v, *(() if sinks is None else (sinks,))]
-    return attend_with_sums(Attention(scale, window, softcap), given)[0]
+    return attend_with_sums(attention, given)[0]
 
 
 def attend_with_sums(attention: Attention, given: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
@@ -77,11 +67,14 @@ def largest_scores(length: int) -> int:
 
 @dataclass(frozen=True)
 class Attention:
-    """Of one segment: forward and vjp as MLX asks for them."""
+    """Of one segment: forward and vjp as MLX asks for them.
+
+    `window`: see `Pattern`; `softcap`: scores become softcap tanh(scores / softcap).
+    """
 
     scale: float
-    window: int
-    softcap: float
+    window: int = 0
+    softcap: float = 0.0
 
     def forward(self, q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> tuple[mx.array, mx.array]:
         """The output, and the log-sum-exp of each query's scores (rows, heads, S) in fp32."""

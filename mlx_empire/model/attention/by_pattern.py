@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_empire.model.attention.patterns import CAUSAL, Pattern, recognise
-from mlx_empire.model.attention.segments import Attention, Kernels, attending, instead
+from mlx_empire.model.attention.segments import InBlocks, Kernels, attending, instead
 from mlx_empire.model.layers import LayerArguments, given_mask, mask_position, with_mask
 
 
@@ -54,7 +54,7 @@ class ByPattern:
         return self._known[shape]
 
     def call(
-        self, layer: nn.Module, hidden: mx.array, given: LayerArguments, in_blocks: Attention | None = None
+        self, layer: nn.Module, hidden: mx.array, given: LayerArguments, in_blocks: InBlocks | None = None
     ) -> Any:
         """What the layer returns; `in_blocks`: in the place of the kernels' own."""
         if self._kernels is None or given.pattern is None:

@@ -22,7 +22,8 @@ from mlx_empire.model.attention.patterns import CAUSAL, Pattern
 from mlx_empire.recipe.run_sections import SHORT_ROW
 
 SHORT = SHORT_ROW  # faster by MLX's own, and small
-Attention = Callable[..., mx.array]
+Attend = Callable[..., mx.array]  # as mx.fast.scaled_dot_product_attention
+InBlocks = Callable[[blocks.Attention, list[mx.array]], mx.array]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Kernels:
 
     fused: bool = False
     short: int = SHORT
-    in_blocks: Attention = blocks.attend_in_blocks
+    in_blocks: InBlocks = blocks.attend_in_blocks
 
     @classmethod
     def here(cls) -> Kernels:
@@ -40,7 +41,7 @@ class Kernels:
 
 
 @contextmanager
-def instead(attention: Attention) -> Iterator[Attention]:
+def instead(attention: Attend) -> Iterator[Attend]:
     """`attention` in the place of `mx.fast.scaled_dot_product_attention`, which is given."""
     before = mx.fast.scaled_dot_product_attention
     mx.fast.scaled_dot_product_attention = attention
@@ -80,7 +81,7 @@ def attend(
     scale: float,
     pattern: Pattern,
     kernels: Kernels,
-    plain: Attention,
+    plain: Attend,
     sinks: mx.array | None = None,
     softcap: float = 0.0,
 ) -> mx.array:
@@ -93,7 +94,8 @@ def attend(
         if not softcap and (fused or b - a <= kernels.short):
             mask = _mask(b - a, window) if window else CAUSAL
             return plain(query, key, value, scale=scale, mask=mask, sinks=sinks)
-        return kernels.in_blocks(query, key, value, sinks, scale=scale, window=window, softcap=softcap)
+        given = [query, key, value, *(() if sinks is None else (sinks,))]
+        return kernels.in_blocks(blocks.Attention(scale, window, softcap), given)
 
     def of_rows(row: slice, segments: Sequence[tuple[int, int]]) -> mx.array:
         return _joined([of_segment(row, a, b) for a, b in segments], axis=2)

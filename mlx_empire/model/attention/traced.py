@@ -40,20 +40,8 @@ class TracedBlocks:
     summands: list[mx.array] = field(default_factory=list)
     cotangents: list[mx.array] = field(default_factory=list)
 
-    def attend(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        sinks: mx.array | None = None,
-        *,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-    ) -> mx.array:
+    def attend(self, attention: Attention, given: list[mx.array]) -> mx.array:
         """As `attend_in_blocks`; its derivative is what the summand's is."""
-        attention = Attention(scale, window, softcap)
-        given = [q, k, v, *(() if sinks is None else (sinks,))]
         # MLX's node of the function keeps what came in until its results are there; so does this one.
         results: list[mx.array] = mx.depends(list(attention.forward(*given)), given)
         place = len(self.calls)

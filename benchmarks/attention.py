@@ -25,21 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support.mpi import run_ranks  # noqa: E402
+from support.tiny_models import SMOLLM2  # noqa: E402
 
 from mlx_empire.model.attention.patterns import Pattern, cuts_of  # noqa: E402
 from mlx_empire.model.attention.segments import Kernels, attend  # noqa: E402
 
 HEADS, GROUPS, DEPTH = 9, 3, 64
 PLAIN = mx.fast.scaled_dot_product_attention
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 49152,
-    "max_position_embeddings": 32768,
-}
+SHAPE = {**SMOLLM2, "max_position_embeddings": 32768}
 Attention = Callable[[mx.array, mx.array, mx.array], mx.array]
 
 
@@ -101,7 +94,7 @@ def compare(length: int, console: Console) -> list[dict[str, Any]]:
 
 def step(tokens: int, layers: int, console: Console) -> dict[str, Any]:
     """A step of SmolLM2's shape on one row, at random weights, every layer recomputed."""
-    config = {**SMOLLM2, "num_hidden_layers": layers}
+    config = {**SHAPE, "num_hidden_layers": layers}
     case = {"family": "llama", "config": config, "tied": True, "width": tokens, "rows": 1, "micro_batches": 1}
     name = f"{layers} layers, {tokens} tokens"
     fields = json.dumps({name: {**case, "stage": 2, "by_pattern": True}})

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support.stepping import Case, batches_of, counted_tokens, optimizer_of, trainer_of, weights_of  # noqa: E402
+from support.tiny_models import SMOLLM2  # noqa: E402
 
 from mlx_empire.comm.solo import SoloCommunicator  # noqa: E402
 from mlx_empire.comm.thread import CommThread  # noqa: E402
@@ -40,14 +41,6 @@ from mlx_empire.model.kept import ATTENTION, Calls, Kept, Noting, Reusing, calli
 from mlx_empire.plan.memory import ledger  # noqa: E402
 from mlx_empire.plan.work import step_flops  # noqa: E402
 
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 49152,
-}
 MIXTURE = {
     "hidden_size": 384,
     "num_attention_heads": 6,

@@ -5,48 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html import escape
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 from capacity import made_up
 from support import browser
+from support.browser import ENOUGH, needs_browser
+from support.outline import Outline
 
 from mlx_empire.capacity.page import capacity_page, matrix_section
 
-VOID = {"meta", "img", "br", "link", "input", "hr"}
-ENOUGH, ENOUGH_FOR_PICTURES = (
-    4.5,
-    1.9,
-)  # WCAG 2 AA for text; parts of a bar against the card (they are labelled too)
-needs_browser = pytest.mark.skipif(
-    browser.chromium() is None, reason="no chromium (Debian: apt install chromium)"
-)
-
-
-class Outline(HTMLParser):
-    """Tags in order, what is open, and whatever would fetch or run something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.suspicious: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.suspicious += [
-            f"{tag} {name}" for name, _ in attrs if name in ("src", "href") or name.startswith("on")
-        ]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data + " "
+ENOUGH_FOR_PICTURES = 1.9  # contrast of parts of a bar against the card (they are labelled too)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +36,7 @@ def measured(page: str, request: pytest.FixtureRequest, tmp_path_factory: pytest
 
 
 def test_one_well_formed_file_that_fetches_and_runs_nothing(page):
-    outline = Outline()
-    outline.feed(page)
-    outline.close()
+    outline = Outline(page)
     assert outline.open == []
     assert outline.suspicious == []
     assert not outline.tags & {"script", "img", "link", "iframe", "object", "form"}
@@ -77,9 +44,8 @@ def test_one_well_formed_file_that_fetches_and_runs_nothing(page):
 
 
 def test_it_says_what_the_report_and_the_surveys_say(page):
-    outline = Outline()
-    outline.feed(page)
-    text = " ".join(outline.text.split())
+    outline = Outline(page)
+    text = outline.text
     for words in (
         "does not fit",
         "107,769,861,120",

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.manifests import manifest_of
 
 from mlx_empire.checkpoint.find import CheckpointSearch, FoundCheckpoint
-from mlx_empire.checkpoint.manifest import Manifest, Resolved, Shard
+from mlx_empire.checkpoint.manifest import Manifest, Shard
 from mlx_empire.checkpoint.paths import shard_name, step_name
 from mlx_empire.checkpoint.shard import LivePiece, write_shard
 from mlx_empire.errors import DamagedError, EmpireError
@@ -79,21 +80,8 @@ def written(roots: Sequence[Path], hosts: Sequence[str]) -> None:
 
 
 def manifest(step: int, shards: Sequence[Shard]) -> Manifest:
-    return Manifest(
-        format=1,
-        step=step,
-        written_by={},
-        recipe="",
-        recipe_digest=hashlib.sha256(b"").hexdigest(),
-        data_digest="rows",
-        next_row=0,
-        seed=0,
-        base=None,
-        resolved=Resolved(cells=1, gradient_dtype="float32"),
-        numerics={},
-        zero_stage=2,
-        shares=tuple(1 / len(shards) for _ in shards),
-        shards=tuple(shards),
+    return manifest_of(
+        step=step, zero_stage=2, shares=tuple(1 / len(shards) for _ in shards), shards=tuple(shards)
     )
 
 

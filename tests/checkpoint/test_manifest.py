@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.manifests import manifest_of
 
-from mlx_empire.checkpoint.manifest import Manifest, Piece, Resolved, Shard, decode_manifest, digest_of
+from mlx_empire.checkpoint.manifest import Manifest, Piece, Shard, decode_manifest
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -31,19 +32,11 @@ def shard(rank: int, size: int) -> Shard:
 
 
 def manifest() -> Manifest:
-    return Manifest(
-        format=1,
-        step=7,
+    return manifest_of(
+        "run: {}\n",
         written_by={"mlx": "1"},
-        recipe="run: {}\n",
-        recipe_digest=digest_of(b"run: {}\n"),
-        data_digest="d",
         next_row=42,
-        seed=0,
-        base=None,
-        resolved=Resolved(cells=2, gradient_dtype="float32"),
         numerics={"losses": (0.1, 1e-300, 3.0000000000000004)},
-        zero_stage=3,
         shares=(2 / 3, 1 / 3),
         shards=(shard(0, 2), shard(1, 2)),
     )

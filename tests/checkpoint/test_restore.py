@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.manifests import manifest_of
 from support.stepping import Case, optimizer_of, trainer_of, weights_of
 
 from mlx_empire.checkpoint.find import FoundCheckpoint
-from mlx_empire.checkpoint.manifest import Manifest, Resolved, Shard
+from mlx_empire.checkpoint.manifest import Shard
 from mlx_empire.checkpoint.restore import Restore
 from mlx_empire.checkpoint.shard import live_pieces, write_shard
 from mlx_empire.comm.solo import SoloCommunicator
@@ -21,22 +22,7 @@ from mlx_empire.plan.shards import make_plan
 
 def found_in(folder: Path, shard: Shard) -> FoundCheckpoint:
     """The checkpoint of step 7 in `folder`, whose only shard is `shard`."""
-    manifest = Manifest(
-        format=1,
-        step=7,
-        written_by={},
-        recipe="",
-        recipe_digest="0" * 64,
-        data_digest="rows",
-        next_row=28,
-        seed=0,
-        base=None,
-        resolved=Resolved(cells=2, gradient_dtype="float32"),
-        numerics={},
-        zero_stage=3,
-        shares=(1.0,),
-        shards=(shard,),
-    )
+    manifest = manifest_of(shards=(shard,))
     return FoundCheckpoint(folder, manifest, (0,), ())
 
 

@@ -1,11 +1,11 @@
 """Shared by the tests of `mlx_empire.data`: a cache of their own, the small tokenizer, quick files."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.rows import writer
 
 from mlx_empire.data.encode import load_tokenizer
 
@@ -36,13 +36,5 @@ def tokenizer(tokenizer_folder: Path) -> Any:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """write("train.jsonl", row, row, ...): a JSON-lines file; strings are written as they are."""
-
-    def write_rows(name: str, *rows: Any) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return path
-
-    return write_rows
+    """`support.rows.writer` of the temporary folder."""
+    return writer(tmp_path)

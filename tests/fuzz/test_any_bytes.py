@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.manifests import manifest_of
 from train.launching import RECIPE
 
-from mlx_empire.checkpoint.manifest import Manifest, Piece, Resolved, Shard, decode_manifest, digest_of
+from mlx_empire.checkpoint.manifest import Piece, Resolved, Shard, decode_manifest, digest_of
 from mlx_empire.checkpoint.paths import shard_name
 from mlx_empire.cluster.hostfile import load_hostfile
 from mlx_empire.data.encode import encode_rows
@@ -87,10 +88,10 @@ def manifest() -> bytes:
         )
         for rank in range(2)
     )  # fmt: skip
-    return Manifest(
-        format=1, step=3, written_by={"mlx": "0"}, recipe=RECIPE, recipe_digest=digest_of(RECIPE.encode()),
-        data_digest=digest, next_row=18, seed=0, base=None, resolved=Resolved(cells=4, gradient_dtype="float32"),
-        numerics={"losses": (1.5, 2.5)}, zero_stage=2, shares=(0.5, 0.5), shards=shards,
+    return manifest_of(
+        RECIPE, step=3, written_by={"mlx": "0"}, data_digest=digest, next_row=18,
+        resolved=Resolved(cells=4, gradient_dtype="float32"), numerics={"losses": (1.5, 2.5)}, zero_stage=2,
+        shares=(0.5, 0.5), shards=shards,
     ).encode()  # fmt: skip
 
 

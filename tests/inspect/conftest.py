@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.rows import writer
 from support.saying import said
 
 
@@ -33,13 +34,5 @@ def found(say: Callable[..., str]) -> Callable[..., Any]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """write("train.jsonl", row, row, ...): a file of JSON lines; strings are written as they are."""
-
-    def write_rows(name: str, *rows: Any) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return path
-
-    return write_rows
+    """`support.rows.writer` of the temporary folder."""
+    return writer(tmp_path)

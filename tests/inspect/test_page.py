@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import browser
+from support.browser import ENOUGH, needs_browser
+from support.outline import Outline
 from support.rows import FIXTURES, MODEL, chat
 from support.saying import said
 
@@ -18,34 +19,6 @@ from mlx_empire.data.splits import load_splits
 
 HOSTILE = "</code></div><script>document.title='lost'</script><img src=x onerror=alert(1)>{{ 7 * 6 }}\u202e"
 LEARNT, CUT = (f".tokens[data-part=train] .{state}" for state in ("learnt", "cut"))
-ENOUGH = 4.5  # contrast, by WCAG 2 AA
-needs_browser = pytest.mark.skipif(
-    browser.chromium() is None, reason="no chromium (Debian: apt install chromium)"
-)
-VOID = {"meta"}
-
-
-class Outline(HTMLParser):
-    """What is open, and whatever would fetch or run something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.suspicious: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.suspicious += [name for name, _ in attrs if name in ("src", "href") or name.startswith("on")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture
@@ -84,15 +57,13 @@ def made(
 
 def test_it_is_one_well_formed_file_that_fetches_and_runs_nothing(made: Any) -> None:
     page, document, learnt = made
-    outline = Outline()
-    outline.feed(page)
-    outline.close()
+    outline = Outline(page)
     assert outline.open == []
     assert outline.suspicious == []
     assert not outline.tags & {"script", "img", "link", "iframe", "object", "form", "a", "base", "svg"}
     assert not re.search(r"url\(|@import", page)
     assert page.count('class="learnt"') - 1 == learnt == document["parts"][0]["learnt"], "the key has one too"
-    text = outline.text
+    text = "".join(outline.pieces)
     assert text.count("document.title='lost'") >= 3
     assert "{{ 7 * 6 }}" in text
     assert "\u202e" not in page

@@ -12,13 +12,12 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from support.browser import MEASURE, chromium
+from support.browser import ENOUGH, MEASURE, needs_browser
 from support.devtools import Browser, Page
 from support.run_folders import HOSTILE, evaluation, lines, made_run, records, step
 from support.served import Server, served
 
-pytestmark = pytest.mark.skipif(chromium() is None, reason="no chromium (Debian: apt install chromium)")
-ENOUGH = 4.5  # WCAG 2 AA for text
+pytestmark = needs_browser
 SCREENS = {
     "runs": "/",
     "run": "/run/scout",

@@ -4,49 +4,16 @@ from __future__ import annotations
 
 import re
 import stat
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from support.outline import Outline
 from support.run_folders import HOSTILE, lines, made_run, records
 from support.saying import said
 
 from mlx_empire.page.saved import FILE_NAME, save_report, try_report
 
-VOID = {"meta", "link", "input", "br"}
-CLOSED_AT_ONCE = {"path", "circle", "polyline"}
 MOST_BYTES = 2_000_000
-
-
-class Outline(HTMLParser):
-    """What is open, which tags there are, and whatever would fetch or run something."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.suspicious: list[str] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.suspicious += [
-            f"{tag} {name}" for name, _ in attrs if name in ("src", "action") or name.startswith("on")
-        ]
-        self.suspicious += [
-            v for name, v in attrs if name == "href" and not (v or "").startswith("data:image/svg")
-        ]
-        if tag not in VOID | CLOSED_AT_ONCE:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in CLOSED_AT_ONCE:
-            assert self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data + " "
 
 
 def test_one_well_formed_file_that_fetches_and_runs_nothing_whatever_names_say(tmp_path: Path) -> None:
@@ -60,14 +27,14 @@ def test_one_well_formed_file_that_fetches_and_runs_nothing_whatever_names_say(t
     outline = Outline(out.read_text())
     assert outline.open == []
     assert outline.suspicious == []
-    assert not set(outline.tags) & {"script", "img", "iframe", "object", "form"}
+    assert not outline.tags & {"script", "img", "iframe", "object", "form"}
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)", out.read_text())
     assert outline.text.count(HOSTILE) >= 10, "name, host, data, cause, log, score, sample"
 
 
 def test_it_says_what_the_folder_says(tmp_path: Path) -> None:
     folder = made_run(tmp_path / "scout", 30, cause="was killed by SIGKILL", log="a line\nthe last line\n")
-    text = " ".join(Outline(save_report(folder).read_text()).text.split())
+    text = Outline(save_report(folder).read_text()).text
     for words in (
         "30 of 100", "300 GiB of 460 GiB", "planned 317 GiB", "step 30", "step 20", "1 of 3", "the last line",
         "rank 1 on soldier-1: was killed by SIGKILL", "in backward, step 15", "gate 0.95", "1e-05",

@@ -9,20 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.king import COMM, TEXT, recipe
+from support.manifests import manifest_of
 
 from mlx_empire.checkpoint.find import FoundCheckpoint
 from mlx_empire.checkpoint.manifest import (
-    Manifest,
     Origin,
-    Resolved,
     config_digest,
-    digest_of,
     sampled_digest,
 )
-from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.errors import UserError
-from mlx_empire.recipe.load import dump_recipe, parse_recipe
-from mlx_empire.recipe.schema import Recipe
+from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.run import resume
 from mlx_empire.run.resume import (
     Start,
@@ -32,38 +29,11 @@ from mlx_empire.run.resume import (
 )
 
 MODEL = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama-260k"
-TEXT = """\
-model: {path: m}
-data: {path: d, sequence_length: 8}
-batch: {global_size: 4}
-optimizer: {learning_rate: 1e-3}
-run: {dir: r, steps: 10}
-"""
-COMM = SoloCommunicator("king.local")
-
-
-def recipe(*overrides: str) -> Recipe:
-    return parse_recipe(TEXT, "x.yaml", overrides)
 
 
 def found_one(text: str = TEXT) -> FoundCheckpoint:
     """A checkpoint of a run that resolved `batch.cells` and `memory.gradient_dtype` itself."""
-    manifest = Manifest(
-        format=1,
-        step=7,
-        written_by={},
-        recipe=text,
-        recipe_digest=digest_of(text.encode()),
-        data_digest="rows",
-        next_row=28,
-        seed=0,
-        base=None,
-        resolved=Resolved(cells=2, gradient_dtype="float32"),
-        numerics={},
-        zero_stage=3,
-        shares=(1.0,),
-        shards=(),
-    )
+    manifest = manifest_of(text)
     return FoundCheckpoint(Path("c/step-000007"), manifest, (), ())
 
 

@@ -5,27 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.king import COMM, recipe
 
 from mlx_empire.comm.failure import AgreedExit
-from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.errors import DamagedError, UserError
-from mlx_empire.recipe.load import dump_recipe, parse_recipe
-from mlx_empire.recipe.schema import Recipe
+from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.run.folder import refuse_unwritable
 from mlx_empire.run.resume import find_checkpoint, folder_of
-
-TEXT = """\
-model: {path: m}
-data: {path: d, sequence_length: 8}
-batch: {global_size: 4}
-optimizer: {learning_rate: 1e-3}
-run: {dir: r, steps: 10}
-"""
-COMM = SoloCommunicator("king.local")
-
-
-def recipe(*overrides: str) -> Recipe:
-    return parse_recipe(TEXT, "x.yaml", overrides)
 
 
 def test_every_node_may_keep_its_checkpoints_where_it_likes() -> None:

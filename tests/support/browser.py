@@ -15,6 +15,9 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+ENOUGH = 4.5  # contrast of text, WCAG 2 AA
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # Contrast after WCAG 2: (lighter + 0.05) / (darker + 0.05) of relative luminances.
 MEASURE = """
@@ -83,6 +86,9 @@ FRAME = """<!doctype html><html style="color-scheme: light dark"><body>
 def chromium() -> str | None:
     """The browser's path, or None where there is none."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+needs_browser = pytest.mark.skipif(chromium() is None, reason="no chromium (Debian: apt install chromium)")
 
 
 def measure(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,3 +15,16 @@ def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
     """A conversation of one question."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, **more}
+
+
+def writer(folder: Path) -> Callable[..., Path]:
+    """write("train.jsonl", row, row, ...): a file of JSON lines in `folder`; strings are written as they are."""
+
+    def write(name: str, *rows: Any) -> Path:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write

@@ -33,6 +33,15 @@ OTHER_FAMILIES = (
 )
 MIXTURES = frozenset({"qwen3_moe", "llama4", "deepseek_v3", "gpt_oss", "mixtral", "deepseek_v2"})
 
+SMOLLM2 = {  # the sizes of SmolLM2-135M
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+}
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,

@@ -90,11 +90,13 @@ def show_deletions(folders: Sequence[Path], yes: bool) -> int:
     for one in found:
         _add(table, str(one.path), one.why, amount(one.bytes))
     _print(table)
-    freed = sum(one.bytes for one in found)
     if not yes:
-        print(f"{amount(freed)} in all. Nothing was deleted; the same command with --yes does it.")
+        would = amount(sum(one.bytes for one in found))
+        print(f"{would} in all. Nothing was deleted; the same command with --yes does it.")
         return 0
-    problems = [problem for one in found if (problem := _try(one)) is not None]
+    tried = [(one, _try(one)) for one in found]
+    problems = [problem for _, problem in tried if problem is not None]
+    freed = sum(one.bytes for one, problem in tried if problem is None)
     for problem in problems:
         print(problem, file=sys.stderr)
     left = f", but for {len(problems)}" if problems else ""

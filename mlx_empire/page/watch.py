@@ -18,7 +18,7 @@ from mlx_empire.report.metrics import FILE_NAME as METRICS
 from mlx_empire.report.metrics import MetricsCursor
 from mlx_empire.run.launched import COMPLETE, LOG, STATE
 from mlx_empire.run.names import PLAN, RECIPE
-from mlx_empire.run.overview import Overview, held_on_disk, read_folder, runs_in
+from mlx_empire.run.overview import Overview, RecipeFile, held_on_disk, read_folder, runs_in
 
 SIZE_SECONDS = 60.0  # so long a folder's size counts as known: all its files are asked
 FOLDERS_SECONDS = 5.0  # so long the list of runs does
@@ -43,6 +43,7 @@ class WatchedRun:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name, self.lock = folder, name, threading.RLock()
         self._cursor, self._series, self._round = MetricsCursor(folder), Series(), 0
+        self._recipe = RecipeFile(folder)
         self._size, self._sized = 0, -SIZE_SECONDS
         self._seen: tuple[float, object] = (-LOOK_SECONDS, None)
         self._found: Look | None = None
@@ -57,13 +58,15 @@ class WatchedRun:
             then, seen = self._seen
             if stamp == seen and time.monotonic() - then < LOOK_SECONDS:
                 return self._found
-            self._seen = time.monotonic(), stamp
-            anew, records = self._cursor.follow()
+            asked = time.monotonic()
+            anew, more = self._cursor.follow()
             if anew:
                 self._series, self._round = Series(), self._round + 1
-            for record in records:
+            for record in more:
                 self._series.add(record)
-            overview = read_folder(self.folder, [*self._series.evaluations, *self._series.recent])
+            records = [*self._series.evaluations, *self._series.recent]
+            overview = read_folder(self.folder, records, self._recipe)
+            self._seen = asked, stamp  # only now: what could not be read is told to everybody who asks
             self._found = None if overview is None else Look(self.name, overview, self._series, self._round)
             return self._found
 

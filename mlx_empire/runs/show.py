@@ -113,11 +113,15 @@ def _try(one: Deletion) -> str | None:
 
 
 def _cells(run: Overview, now: float) -> list[str]:
-    step = f"{run.step:,}" if run.total is None else f"{run.step:,} of {run.total:,}"
     loss = number(run.steps[-1]["loss"], ".4f") if run.steps else "-"
     held_out = f"{run.evaluations[-1]['eval_loss']:.4f}" if run.evaluations else "-"
     left = run.seconds_left
-    return [step, loss, held_out, "-" if left is None else f"{date(now + left)} (in {duration(left)})"]
+    return [
+        run.progress,
+        loss,
+        held_out,
+        "-" if left is None else f"{date(now + left)} (in {duration(left)})",
+    ]
 
 
 def _document(run: Overview, now: float) -> dict[str, Any]:

@@ -85,6 +85,13 @@ def test_what_is_not_there_is_told_without_leaving_the_folder(server: Server) ->
     assert server.get("/run/%3Cimg%20src=x%3E").body.count("<img") == 0
 
 
+def test_a_run_that_cannot_be_read_is_told_whenever_it_is_asked_for(server: Server, root: Path) -> None:
+    (made_run(root / "damaged") / "launch.json").write_text("{")
+    for path in ("/run/damaged", "/run/damaged", "/compare?run=damaged&run=scout"):
+        answer = server.get(path)
+        assert (answer.status, "launch.json: cannot be read" in answer.body) == (500, True), path
+
+
 def test_only_reading_is_possible_and_only_by_the_names_of_this_machine(server: Server) -> None:
     assert server.get("/", method="POST").status == 405
     assert server.get("/", Host="127.0.0.1:1").status == 200

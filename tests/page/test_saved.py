@@ -11,7 +11,9 @@ from support.outline import Outline
 from support.run_folders import HOSTILE, lines, made_run, records
 from support.saying import said
 
+from mlx_empire.page.documents import run_document
 from mlx_empire.page.saved import FILE_NAME, save_report, try_report
+from mlx_empire.page.watch import WatchedRun
 
 MOST_BYTES = 2_000_000
 
@@ -43,6 +45,22 @@ def test_it_says_what_the_folder_says(tmp_path: Path) -> None:
         f"{1.1 + 2.718281828 ** -0.6:.4f}",
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_checkpoints_that_lie_elsewhere_are_told_alike_everywhere(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "scout", 30)
+    (folder / "checkpoints").rename(tmp_path / "disk-0")
+    (tmp_path / "disk-0" / "step-000020" / "KEEP").touch()
+    (tmp_path / "disk-0" / "step-000030" / "COMMIT").unlink()
+    recipe = (folder / "recipe.yaml").read_text()
+    elsewhere = f"run: {{checkpoints: '{tmp_path}/disk-{{rank}}', "
+    (folder / "recipe.yaml").write_text(recipe.replace("run: {", elsewhere))
+    look = WatchedRun(folder, "scout").look()
+    assert look is not None
+    run = run_document(look, 1000.0)
+    assert {figure.name: figure.value for figure in run.figures}["last checkpoint"] == "step 20"
+    assert run.checkpoints == ["step 20 (kept: KEEP)", "step 10"]
+    assert [tick.part for tick in run.ticks] == [0.1, 0.2]
 
 
 def test_a_long_run_is_a_small_file(tmp_path: Path) -> None:

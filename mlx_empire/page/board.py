@@ -100,7 +100,7 @@ def _daughter(look: Look, at_work: bool) -> DaughterRow:
         state=state,
         mood=mood,
         step=run.progress,
-        spark=_spark(look),
+        spark=look.once(_spark),
         before=f"{losses[0]:.4f}" if len(losses) > 1 else "–",
         now=f"{losses[-1]:.4f}" if losses else "–",
     )
@@ -113,7 +113,7 @@ def _row(size: int, look: Look, now: float) -> RunRow:
         name=look.name,
         condition=run.condition,
         mood=mood_of(run),
-        spark=_spark(look),
+        spark=look.once(_spark),
         step=run.progress,
         done=run.step,
         loss=run.steps[-1].get("loss") if run.steps else None,

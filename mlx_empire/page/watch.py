@@ -1,15 +1,18 @@
 """A run that is looked at again and again: what is new in its folder is read, and what was read before is kept.
 
-Everything that one machine's pages show goes through one `Gallery`, so that ten readers cost what one does.
+Everything that one machine's pages show goes through one `Gallery`: a run's files are read once for all readers, and
+what a page says of a look is made once (`Look.once`). A reader's own is what was sent to it, and sending that.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from mlx_empire.errors import UserError
 from mlx_empire.evaluation.reading import FILE_NAME as SAMPLES
@@ -23,18 +26,40 @@ from mlx_empire.run.overview import Overview, RecipeFile, held_on_disk, read_fol
 SIZE_SECONDS = 60.0  # so long a folder's size counts as known: all its files are asked
 FOLDERS_SECONDS = 5.0  # so long the list of runs does
 LOOK_SECONDS = 5.0  # so long a run does whose files do not change
+T = TypeVar("T")
 FILES = (METRICS, SAMPLES, RECIPE, PLAN, STATE, LOG, COMPLETE, "checkpoints")
 
 
 @dataclass(frozen=True)
 class Look:
-    """A run at one moment. `round`: grows whenever steps that were read before count no more. Hold `WatchedRun.lock`
-    while the series is read."""
+    """A run at one moment. `round`: grows whenever steps that were read before count no more.
+
+    The series goes on growing while others look: hold `lock` while it is read, or let `once` do it.
+    """
 
     name: str
     overview: Overview
     series: Series
     round: int
+    lock: threading.RLock
+    _made: dict[object, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, make: Callable[[Look], T]) -> T:
+        """What `make` makes of this look: made by the first who asks, with the lock held."""
+        with self.lock:
+            if make not in self._made:
+                self._made[make] = make(self)
+            found: T = self._made[make]
+            return found
+
+
+@contextmanager
+def held_still(looks: Iterable[Look]) -> Iterator[None]:
+    """Hold the locks of several looks; all take them in one order, so that no two wait for each other."""
+    with ExitStack() as held:
+        for look in sorted(looks, key=lambda look: look.name):
+            held.enter_context(look.lock)
+        yield
 
 
 class WatchedRun:
@@ -67,7 +92,9 @@ class WatchedRun:
             records = [*self._series.evaluations, *self._series.recent]
             overview = read_folder(self.folder, records, self._recipe)
             self._seen = asked, stamp  # only now: what could not be read is told to everybody who asks
-            self._found = None if overview is None else Look(self.name, overview, self._series, self._round)
+            self._found = (
+                None if overview is None else Look(self.name, overview, self._series, self._round, self.lock)
+            )
             return self._found
 
     def size(self) -> int:

@@ -12,10 +12,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from starlette.requests import Request
 from support.run_folders import HOSTILE, made_long, made_run
 from support.saying import said
 from support.served import Server, served
 
+from mlx_empire.open.app import Pages
+from mlx_empire.page.live import RunFeed
+from mlx_empire.page.series import Series
+from mlx_empire.page.watch import Gallery, Look
 from mlx_empire.run.lock import RUN, RunLock
 
 MOST_BYTES = 2_000_000
@@ -90,6 +95,37 @@ def test_a_run_that_cannot_be_read_is_told_whenever_it_is_asked_for(server: Serv
     for path in ("/run/damaged", "/run/damaged", "/compare?run=damaged&run=scout"):
         answer = server.get(path)
         assert (answer.status, "launch.json: cannot be read" in answer.body) == (500, True), path
+
+
+class HeldStill:
+    """In the place of `Look.series`: it is read by who holds the run's lock, and by nobody else."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __set__(self, look: Look, series: Series) -> None:
+        look.__dict__["series"] = series
+
+    def __get__(self, look: Look, _: type) -> Series:
+        assert look.lock._is_owned(), "another thread may add a step at this moment"
+        self.read += 1
+        return look.__dict__["series"]
+
+
+def test_no_screen_reads_a_series_that_another_thread_may_add_to(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = HeldStill()
+    monkeypatch.setattr(Look, "series", guard, raising=False)
+    scope = {"type": "http", "headers": [], "query_string": b"run=scout&run=slow"}
+    request = Request(scope | {"path_params": {"name": "scout"}})
+    for screen in (Pages.runs, Pages.people, Pages.run, Pages.compare):
+        guard.read = 0
+        assert screen(Pages(Gallery(root)), request).status_code == 200
+        assert guard.read, screen
+    watched = Gallery(root).run("scout")
+    assert watched is not None
+    assert RunFeed(watched).news() is not None
 
 
 def test_only_reading_is_possible_and_only_by_the_names_of_this_machine(server: Server) -> None:

@@ -11,6 +11,7 @@ from support.run_folders import evaluation, lines, made_run, records, step
 
 from mlx_empire.errors import UserError
 from mlx_empire.page import live, watch
+from mlx_empire.page.documents import run_document
 from mlx_empire.page.live import RunFeed
 from mlx_empire.page.series import MOST_POINTS
 from mlx_empire.page.watch import Gallery, WatchedRun
@@ -125,6 +126,21 @@ def test_readers_of_one_run_do_not_take_from_each_other(folder: Path) -> None:
     one.hear()
     other.hear()
     assert one.curves == other.curves
+
+
+def test_what_a_page_says_of_a_look_is_made_once_for_all_readers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(live, "run_document", lambda *words: made.append(words) or run_document(*words))
+    watched = WatchedRun(folder, "run")
+    readers = [Reader(RunFeed(watched)) for _ in range(10)]
+    for number in (31, 32):
+        for reader in readers:
+            reader.hear()
+        append(folder, step(number))
+    assert len(made) == 2
+    assert all(reader.panels == readers[0].panels for reader in readers)
 
 
 def test_of_many_runs_each_recipe_is_read_once_for_each_state_of_its_file(

@@ -104,11 +104,21 @@ class WatchedRun:
         return self._size
 
 
+def whole(folder: Path) -> Path:
+    """The folder from the root of the file system on, so that it has a name and a parent: also `.` and `..`."""
+    return folder.resolve() if ".." in folder.parts else folder.absolute()
+
+
+def name_in(root: Path, run: Path) -> str:
+    """What a run is called on the pages of `root`."""
+    return root.name if run == root else run.relative_to(root).as_posix()
+
+
 class Gallery:
     """The runs in a folder, by their path from there; the folder itself is a run called by its own name."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = whole(root)
         self._runs: dict[Path, WatchedRun] = {}
         self._listed: tuple[float, list[Path]] = (-FOLDERS_SECONDS, [])
         self._lock = threading.Lock()
@@ -142,8 +152,7 @@ class Gallery:
                 yield run, found
 
     def _watched(self, path: Path) -> WatchedRun:
-        inside = path.relative_to(self.root).as_posix()
-        return WatchedRun(path, self.root.absolute().name if inside == "." else inside)
+        return WatchedRun(path, name_in(self.root, path))
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -18,6 +18,7 @@ from support.saying import said
 from support.served import Server, served
 
 from mlx_empire.open.app import Pages
+from mlx_empire.open.serve import root_of
 from mlx_empire.page.live import RunFeed
 from mlx_empire.page.series import Series
 from mlx_empire.page.watch import Gallery, Look
@@ -199,6 +200,31 @@ def test_a_port_that_is_taken_is_told_in_one_line(server: Server, root: Path) ->
     assert done.returncode == 64
     assert done.stderr.count("\n") == 1
     assert f"--port {server.port}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("here", "typed", "root", "start"),
+    [
+        ("home", "runs/scout", "home/runs", "/run/scout"),
+        ("home/runs/scout", ".", "home/runs", "/run/scout"),
+        ("home/runs/scout/final", "..", "home/runs", "/run/scout"),
+        ("home/runs", ".", "home/runs", "/"),
+        ("home", "runs/people/alice", "home/runs", "/run/people/alice"),
+        ("home", "runs/a/b/c/d/deep", "home/runs/a/b/c/d", "/run/deep"),
+        ("home", ".hidden", "home/.hidden", "/run/.hidden"),
+    ],
+)
+def test_a_runs_folder_is_opened_however_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, typed: str, root: str, start: str
+) -> None:
+    home = tmp_path / "home"
+    for name in ("runs/scout", "runs/people/alice", "runs/a/b/c/d/deep", ".hidden"):
+        made_run(home / name, 1)
+    (home / "runs" / "scout" / "final").mkdir()
+    monkeypatch.chdir(tmp_path / here)
+    assert root_of(Path(typed)) == (tmp_path / root, start)
+    if start != "/":
+        assert Gallery(tmp_path / root).run(start.removeprefix("/run/")) is not None
 
 
 def test_wrong_words_are_told_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:

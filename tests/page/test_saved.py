@@ -78,6 +78,14 @@ def test_open_save_writes_it_and_names_what_is_no_run(
     made_run(Path("run"))
     assert said(capsys, "open", "run", "--save", "mine.html") == "mine.html\n"
     assert Path("mine.html").read_text().startswith("<!DOCTYPE html>")
+    monkeypatch.chdir("run")
+    said(capsys, "open", ".", "--save", "../mine.html")
+    Path("final").mkdir()
+    monkeypatch.chdir("final")
+    said(capsys, "open", "..", "--save", "../../of-its-parent.html")
+    monkeypatch.chdir(tmp_path)
+    for page in ("mine.html", "of-its-parent.html"):
+        assert "<h1>run</h1>" in Path(page).read_text()
     Path("empty").mkdir()
     assert "no run has been here" in said(capsys, "open", "empty", "--save", "x.html", code=64)
     assert "no such folder" in said(capsys, "open", "nowhere", code=64)

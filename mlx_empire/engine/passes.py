@@ -121,7 +121,7 @@ class Passes:
         if calls is None:
             output = hidden_of(self._by_pattern.call(layer, hidden, given))
         else:
-            with calling(calls):
+            with calling(calls.product):
                 output = hidden_of(self._by_pattern.call(layer, hidden, given, calls.attention))
         if not isinstance(output, mx.array):
             raise UserError(

@@ -104,7 +104,7 @@ class WatchedRun:
         return self._size
 
 
-def whole(folder: Path) -> Path:
+def full_path(folder: Path) -> Path:
     """The folder from the root of the file system on, so that it has a name and a parent: also `.` and `..`."""
     return folder.resolve() if ".." in folder.parts else folder.absolute()
 
@@ -118,7 +118,7 @@ class Gallery:
     """The runs in a folder, by their path from there; the folder itself is a run called by its own name."""
 
     def __init__(self, root: Path) -> None:
-        self.root = whole(root)
+        self.root = full_path(root)
         self._runs: dict[Path, WatchedRun] = {}
         self._listed: tuple[float, list[Path]] = (-FOLDERS_SECONDS, [])
         self._lock = threading.Lock()

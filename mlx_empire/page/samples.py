@@ -25,7 +25,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class View:
+class Moment:
     """A row at one moment: what stands above it, its tokens, and what the model wrote after the prompt, if it did."""
 
     when: str
@@ -37,7 +37,7 @@ class View:
 class Sample:
     """A held-out row at some moments; `prompt` and what the row has after it, where the model wrote."""
 
-    views: Sequence[View]
+    views: Sequence[Moment]
     prompt: str | None
     held_out: str | None
 
@@ -74,7 +74,7 @@ def _sample(above: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Sample:
     written = [row.get("continued") for row in rows]
     shown: Mapping[str, Any] = next((one for one in reversed(written) if one is not None), {})
     views = [
-        View(when, _tokens(row), None if one is None else str(one["written"]))
+        Moment(when, _tokens(row), None if one is None else str(one["written"]))
         for when, row, one in zip(above, rows, written, strict=True)
     ]
     return Sample(views, shown.get("prompt"), shown.get("held_out"))

@@ -16,8 +16,9 @@ import uvicorn
 
 from mlx_empire.errors import UserError
 from mlx_empire.open.app import make_app
-from mlx_empire.open.command import PORT, RUNS
+from mlx_empire.open.command import PORT
 from mlx_empire.page.watch import Gallery
+from mlx_empire.run.names import RUNS
 from mlx_empire.run.overview import runs_in
 
 LOOPBACK = "127.0.0.1"

@@ -17,7 +17,8 @@ from mlx_empire.page.series import Series
 from mlx_empire.report.metrics import FILE_NAME as METRICS
 from mlx_empire.report.metrics import MetricsCursor
 from mlx_empire.run.launched import COMPLETE, LOG, STATE
-from mlx_empire.run.overview import PLAN, RECIPE, Overview, held_on_disk, read_folder, runs_in
+from mlx_empire.run.names import PLAN, RECIPE
+from mlx_empire.run.overview import Overview, held_on_disk, read_folder, runs_in
 
 SIZE_SECONDS = 60.0  # so long a folder's size counts as known: all its files are asked
 FOLDERS_SECONDS = 5.0  # so long the list of runs does

@@ -14,9 +14,10 @@ from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import CONFIG_NAME
 from mlx_empire.formats.peft import PEFT_NAME
 from mlx_empire.run.launched import COMPLETE
+from mlx_empire.run.names import RECIPE
 
 CURRENT = "current"  # in a daughter's folder: a link to the final/ of the generation that is in use
-FINAL, RECIPE = "final", "recipe.yaml"
+FINAL = "final"
 
 
 @dataclass(frozen=True)

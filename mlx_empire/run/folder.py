@@ -26,6 +26,7 @@ from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.launched import COMPLETE
+from mlx_empire.run.names import PLAN, RECIPE
 
 CLIPPING = {  # what plan.json says, by whether gradients are released
     False: "by the step's own global norm",
@@ -67,11 +68,7 @@ def write_plan(
     `origin`: what plan.json also says, of where the run comes from (`parent.beside_plan`).
     """
     folder = recipe.run.dir
-    stale = (
-        ["plan.json", "recipe.yaml"]
-        if resumed
-        else ["metrics.jsonl", "samples.json", "plan.json", "recipe.yaml"]
-    )
+    stale = [PLAN, RECIPE] if resumed else ["metrics.jsonl", "samples.json", PLAN, RECIPE]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in stale:  # of an earlier run that did not finish
@@ -79,11 +76,11 @@ def write_plan(
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; choose a folder that can be written") from None
     try:
-        replace_private(folder / "recipe.yaml", dump_recipe(recipe) + "\n")
+        replace_private(folder / RECIPE, dump_recipe(recipe) + "\n")
         document = plan_document(plan, nodes, spec, splits.digest, steps) | dict(origin)
         seconds = planned_seconds(recipe, spec, nodes)
         document |= {} if seconds is None else {"step_seconds": seconds}
-        replace_private(folder / "plan.json", json.dumps(document, indent=1) + "\n")
+        replace_private(folder / PLAN, json.dumps(document, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None
 

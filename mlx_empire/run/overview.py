@@ -5,7 +5,6 @@ Everything is read from what the run left on this machine, without a lock and wi
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import FILE_NAME, read_metrics
 from mlx_empire.run.launched import COMPLETE, STATE, LaunchState, RunFolder, read_state, run_folder
 from mlx_empire.run.lock import LAUNCHER, RUN, is_held
+from mlx_empire.run.names import PLAN, RECIPE, plan_of
 
-RECIPE, PLAN = "recipe.yaml", "plan.json"
 RECENT = 20  # steps whose pace says how long the rest takes
 DEEPEST = 3  # levels of folders below the one in which runs are looked for
 
@@ -54,11 +53,7 @@ class Overview:
     @cached_property
     def plan(self) -> dict[str, Any]:
         """What `plan.json` says; empty where there is none that can be read."""
-        try:
-            found = json.loads((self.folder / PLAN).read_text())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return plan_of(self.folder)
 
     @property
     def total(self) -> int | None:

@@ -16,7 +16,8 @@ from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import WEIGHTS_NAME
 from mlx_empire.recipe.load import load_recipe
-from mlx_empire.run.finished import RECIPE, Finished, finished
+from mlx_empire.run.finished import Finished, finished
+from mlx_empire.run.names import RECIPE
 
 
 class UnknownPersonError(ValueError):

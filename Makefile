@@ -62,7 +62,7 @@ help:
 	@echo "make test-fuzz      2,000 broken files of each kind; only the errors of our own"
 	@echo "make test-gpu       what the GPU computes beside what the CPU computes (Metal, or CUDA); make test-metal is the same"
 	@echo "make test-interop   the tests that need torch, peft and datasets (installs them)"
-	@echo "make golden         300 steps of SmolLM2 beside a plain loop on torch, kept in docs/golden.md (an hour on two cores)"
+	@echo "make golden         300 steps of SmolLM2 beside a plain loop on torch (about an hour on two cores)"
 	@echo "make bench          the benchmarks, as ratios"
 	@echo "make bench-optim    the optimizer beside others of its kind, which it installs, and its speed"
 	@echo "make bench-quality  8-bit training against 32-bit on two models, five paired seeds (an hour on two cores)"
@@ -150,11 +150,11 @@ test: lint
 
 # Everything that kills, damages and fills disks in real runs; the part of it that always runs is in `make test`.
 test-faults: setup
-	@$(FAST) $(PY) -m pytest tests/doctor tests/faults tests/reliability tests/launch -m "faults or not faults" $(PARALLEL) $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest -m faults $(PARALLEL) $(PYTEST_ARGS)
 
-# Peaks of another 28 settings, whatever is the same on 1 to 3 ranks on 4, the whole oracle, and every model of mlx-lm.
+# More of what every day tests a part of: peaks, ranks, the oracle, every model of mlx-lm, pages in a browser.
 test-slow: setup
-	@$(FAST) $(PY) -m pytest tests/adapters tests/benchmarks tests/capacity tests/cli tests/engine tests/evaluation tests/formats tests/gpu tests/init tests/inspect tests/metal tests/model tests/open tests/oracle tests/page tests/plan tests/run tests/train tests/verify -m slow $(PARALLEL) $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest -m slow $(PARALLEL) $(PYTEST_ARGS)
 
 # Recipes, hostfiles, manifests, headers, data: some minutes, nightly.
 test-fuzz: setup
@@ -174,7 +174,7 @@ soak: setup
 golden: model
 	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH)
 	@mkdir -p build
-	@$(FAST) $(PY) benchmarks/golden.py --json build/golden.json --page docs/golden.md
+	@$(FAST) $(PY) benchmarks/golden.py --json build/golden.json --page build/golden.md
 
 # Of TRL only the chat templates are read, so it comes without what it depends on.
 test-interop: setup

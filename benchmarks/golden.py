@@ -1,4 +1,5 @@
-"""Does a long run end where a plain loop on torch ends? `make golden`, which keeps both curves in docs/golden.md.
+"""Does a long run end where a plain loop on torch ends? `make golden`: held-out losses in build/golden.md, and every
+step's in build/golden.json.
 
 Ours is `mlx-empire train` as a user types it. The peer is a loop of thirty lines: transformers' model, torch's AdamW,
 cross entropy and clipping, a rate written down from its formula. Both start from the same folder, read the same rows in
@@ -17,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -136,13 +138,13 @@ def differences(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> list[
 
 
 def page(model: str, steps: int, found: dict[str, Curves], seconds: dict[str, float]) -> str:
-    """docs/golden.md: the settings, the table of held-out losses, the largest difference between evaluations."""
+    """The page: the settings, the table of held-out losses, the largest difference between evaluations."""
     theirs, mine = found["torch"], found["mlx-empire"]
     by_step = differences(mine["loss"], theirs["loss"])
     lines = [
         "# A golden run",
         "",
-        "Part of [the measured figures](measured.md); `make golden` writes this page.",
+        "`make golden` writes this page.",
         "",
         f"{model}, {steps} steps of {ROWS} rows of {WIDTH} tokens of speeches, float32, AdamW (rate {RATE:g}, betas "
         f"{BETAS[0]} and {BETAS[1]}, decay {DECAY}), cosine after {WARMUP} steps to {FINAL} of the rate, norm clipped "
@@ -161,9 +163,9 @@ def page(model: str, steps: int, found: dict[str, Curves], seconds: dict[str, fl
     lines += [
         "",
         f"The held-out losses at the end differ by {last:.1e} of torch's, no step's training loss by more than "
-        f"{max(d for _, d in by_step):.1e}. Wall time on two x86 cores that did other work too: "
+        f"{max(d for _, d in by_step):.1e}. Wall time on {os.cpu_count()} {platform.machine()} cores: "
         f"{seconds['mlx-empire']:.0f} s and {seconds['torch']:.0f} s, which compares no speeds: "
-        "[peers.md](peers.md) does.",
+        "docs/peers.md does.",
         "",
     ]
     return "\n".join(lines)

@@ -78,7 +78,7 @@ def layer_step(layer: nn.Module, x: mx.array, kept: Sequence[int]) -> float:
         with ExitStack() as entered:
             kernels = Kernels.here() if calls is None else replace(Kernels.here(), in_blocks=calls.attention)
             if calls is not None:
-                entered.enter_context(calling(calls))
+                entered.enter_context(calling(calls.product))
             if x.shape[1] > kernels.short:
                 entered.enter_context(attending(Pattern(), kernels))
             result: mx.array = layer(x, mask="causal")

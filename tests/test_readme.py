@@ -167,7 +167,6 @@ def test_the_table_of_faults_is_what_its_script_writes() -> None:
         placed(README, table(events))
 
 
-@pytest.mark.skipif((PACKAGE / "supervise").exists(), reason="the folders are moved to their places later")
 def test_the_floor_plan_has_every_folder() -> None:
     folders = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
     assert set(re.findall(r"^\| `(\w+)/` \|", TEXTS["ARCHITECTURE.md"], re.M)) == folders
@@ -241,7 +240,9 @@ def test_scouts_plan_is_told_in_the_figures_of_the_report():
     told = [f"{king} of 464 GiB", *(f"{soldier} of 208" for soldier in soldiers)]
     assert re.search(r"^ plan +" + " +".join(told) + " ", README, re.MULTILINE)
     equal = gibibytes("memory.shares=equal", "memory.zero_stage=3")[-1]
+    alone = gibibytes("memory.zero_stage=2", "memory.shares=[100000, 1, 1, 1]")[-1]
     measured = " ".join(TEXTS["docs/measured.md"].split())
+    assert f"at ZeRO-2 each soldier would need {alone} GiB of its 208" in measured
     assert (
         f"with equal shares {equal}; with shares by memory {soldiers[0]}, and the king {king} of 464"
         in measured

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,36 +16,40 @@ def of_all_rows(by_row: mx.array | np.ndarray) -> float:
     return float(np.array(by_row).sum(dtype=np.float32))
 
 
-def head_loss(
+# Of some positions: the logits (rows, positions, vocabulary) in float32, targets and mask (rows, positions).
+Chunk = tuple[mx.array, mx.array, mx.array]
+
+
+def logit_chunks(
     head: HeadCall,
     root: Sequence[mx.array],
     hidden: mx.array,
     batch: tuple[mx.array, mx.array, mx.array],
-    total: mx.array,
     tokens: int,
-) -> mx.array:
-    """Each row's loss, for evaluation: `batch` is (inputs, targets, mask), each (rows, width). Evaluates by chunk."""
-    loss = mx.zeros(hidden.shape[0])
-    for wide, targets, mask in _chunks(head, root, hidden, batch, tokens):
+) -> Iterator[Chunk]:
+    """What evaluations look at, some positions at a time: `batch` is (inputs, targets, mask), each (rows, width)."""
+    for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
+        inputs, targets, mask = (x[:, a:b] for x in batch)
+        yield head(root, hidden[:, a:b], inputs).astype(mx.float32), targets, mask
+
+
+def head_loss(chunks: Iterable[Chunk], total: mx.array) -> mx.array:
+    """Each row's loss (rows,), for evaluation. Evaluates by chunk."""
+    loss = mx.array(0.0)
+    for wide, targets, mask in chunks:
         weights = (mask / total)[..., None]
         loss = loss + token_losses(wide, mx.softmax(wide, axis=-1), targets[..., None], weights)
         mx.eval(loss)
     return loss
 
 
-def head_scores(
-    head: HeadCall,
-    root: Sequence[mx.array],
-    hidden: mx.array,
-    batch: tuple[mx.array, mx.array, mx.array],
-    tokens: int,
-) -> mx.array:
+def head_scores(chunks: Iterable[Chunk]) -> mx.array:
     """(rows, 2) float32: each row's sum of its counted targets' log-probabilities, and how many are likeliest.
 
-    Arguments as `head_loss` has them. Evaluates by chunk.
+    Evaluates by chunk.
     """
-    scores = mx.zeros((hidden.shape[0], 2))
-    for logits, targets, mask in _chunks(head, root, hidden, batch, tokens):
+    scores = mx.array(0.0)
+    for logits, targets, mask in chunks:
         losses = nn.losses.cross_entropy(logits, targets)
         likeliest = mx.argmax(logits, axis=-1) == targets
         scores = scores + mx.stack([-(losses * mask).sum(axis=1), (likeliest * mask).sum(axis=1)], axis=1)
@@ -53,16 +57,10 @@ def head_scores(
     return scores
 
 
-def head_readings(
-    head: HeadCall,
-    root: Sequence[mx.array],
-    hidden: mx.array,
-    batch: tuple[mx.array, mx.array, mx.array],
-    tokens: int,
-) -> mx.array:
-    """(rows, width) float32: the log-probability of every target, counted or not. Arguments as `head_loss` has them."""
+def head_readings(chunks: Iterable[Chunk]) -> mx.array:
+    """(rows, width) float32: the log-probability of every target, counted or not. Evaluates by chunk."""
     found = []
-    for logits, targets, _ in _chunks(head, root, hidden, batch, tokens):
+    for logits, targets, _ in chunks:
         found.append(-nn.losses.cross_entropy(logits, targets))
         mx.eval(found[-1])
     return mx.concatenate(found, axis=1)
@@ -86,16 +84,3 @@ def head_gradients(
         mx.eval(loss, sums, part)
         parts.append(part)
     return loss, sums, joined_chunks(parts)
-
-
-def _chunks(
-    head: HeadCall,
-    root: Sequence[mx.array],
-    hidden: mx.array,
-    batch: tuple[mx.array, mx.array, mx.array],
-    tokens: int,
-) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
-    """Of some positions at a time the logits in float32, targets and mask."""
-    for a, b in chunk_ranges(hidden.shape[0], hidden.shape[1], tokens):
-        inputs, targets, mask = (x[:, a:b] for x in batch)
-        yield head(root, hidden[:, a:b], inputs).astype(mx.float32), targets, mask

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
-from mlx_empire.engine.loss import head_gradients, head_loss, head_readings, head_scores
+from mlx_empire.engine.loss import Chunk, head_gradients, head_loss, head_readings, head_scores, logit_chunks
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.by_pattern import ByPattern
@@ -121,7 +121,7 @@ class Passes:
         if calls is None:
             output = hidden_of(self._by_pattern.call(layer, hidden, given))
         else:
-            with calling(calls):
+            with calling(calls.product):
                 output = hidden_of(self._by_pattern.call(layer, hidden, given, calls.attention))
         if not isinstance(output, mx.array):
             raise UserError(
@@ -134,15 +134,15 @@ class Passes:
 
     def loss(self, r: Running, total: mx.array) -> mx.array:
         """Forward only: each row's loss (rows,), divided by `total`."""
-        return head_loss(self._call_head, self._heads(), r.hidden, r.batch, total, self._tokens)
+        return head_loss(self._logits(r), total)
 
     def scores(self, r: Running) -> mx.array:
         """Forward only: what `head_scores` says of each row, (rows, 2)."""
-        return head_scores(self._call_head, self._heads(), r.hidden, r.batch, self._tokens)
+        return head_scores(self._logits(r))
 
     def readings(self, r: Running) -> mx.array:
         """Forward only: the log-probability of every target, (rows, width)."""
-        return head_readings(self._call_head, self._heads(), r.hidden, r.batch, self._tokens)
+        return head_readings(self._logits(r))
 
     def head(
         self, r: Running, weights: Mapping[int, list[mx.array]], total: mx.array, *, onward: bool
@@ -183,6 +183,9 @@ class Passes:
         if onward:
             r.hidden = cotangent
         return sums, dict(zip(layers, gradients, strict=True))
+
+    def _logits(self, r: Running) -> Iterator[Chunk]:
+        return logit_chunks(self._call_head, self._heads(), r.hidden, r.batch, self._tokens)
 
     def _heads(self) -> list[mx.array]:
         root = self._store.bound(0)

@@ -27,6 +27,7 @@ from mlx_empire.model.attention.blocks import Attention, attend_again, attend_in
 
 ATTENTION = -1
 Run = Callable[..., mx.array]
+Product = Callable[[Run, list[mx.array]], mx.array]
 
 # By module the parameters by which MLX can differentiate; packed matrices are constants.
 _MODULES: dict[type[nn.Module], tuple[str, ...]] = {
@@ -38,7 +39,7 @@ _MODULES: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 class Calls(ABC):
-    """What is done with a layer's calls while it is run once; `calling` hands them over."""
+    """What is done with a layer's calls while it is run once; `calling` hands over those of products."""
 
     @abstractmethod
     def product(self, run: Run, given: list[mx.array]) -> mx.array:
@@ -100,8 +101,8 @@ class Reusing(Calls):
         return attend_again(attention, given, *self._attention.pop(0))
 
 
-class Watching(Calls):
-    """Runs a layer and notes what came into its products, and what they gave."""
+class Watching:
+    """Notes what came into a layer's products, and what they gave."""
 
     def __init__(self) -> None:
         self.products: list[tuple[mx.array, mx.array]] = []
@@ -110,9 +111,6 @@ class Watching(Calls):
         result = run(*given)
         self.products.append((given[0], result))
         return result
-
-    def attention(self, attention: Attention, given: list[mx.array]) -> mx.array:
-        return attend_in_blocks(attention, given)
 
 
 def _again(run: Run, given: list[mx.array], kept: mx.array) -> mx.array:
@@ -129,19 +127,19 @@ def _again(run: Run, given: list[mx.array], kept: mx.array) -> mx.array:
 
 
 @contextmanager
-def calling(calls: Calls) -> Iterator[None]:
-    """Within, `calls` has every call of a linear module. mlx-lm's layers look them up at each call."""
+def calling(product: Product) -> Iterator[None]:
+    """Within, `product` (see `Calls`) has every call of a linear module. mlx-lm's layers look them up at each call."""
     before = {module: module.__call__ for module in _MODULES}
     try:
         for module, names in _MODULES.items():
-            module.__call__ = _handed(before[module], names, calls)
+            module.__call__ = _handed(before[module], names, product)
         yield
     finally:
         for module, call in before.items():
             module.__call__ = call
 
 
-def _handed(call: Callable[..., mx.array], names: Sequence[str], calls: Calls) -> Callable[..., mx.array]:
+def _handed(call: Callable[..., mx.array], names: Sequence[str], product: Product) -> Callable[..., mx.array]:
     def handed(self: nn.Module, x: mx.array, *rest: Any, **more: Any) -> mx.array:
         present = [name for name in names if name in self]
 
@@ -153,6 +151,6 @@ def _handed(call: Callable[..., mx.array], names: Sequence[str], calls: Calls) -
             finally:
                 dict.update(self, zip(present, own, strict=True))
 
-        return calls.product(run, [x, *(self[name] for name in present)])
+        return product(run, [x, *(self[name] for name in present)])
 
     return handed

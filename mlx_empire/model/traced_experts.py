@@ -37,9 +37,8 @@ class TracedExperts:
 
     stand_in: bool = False
     shapes: list[tuple[int, ...]] = field(default_factory=list)
-    calls: list[tuple[mx.array, mx.array, mx.array]] = field(
-        default_factory=list
-    )  # tokens, matrices, indices
+    # Tokens, matrices, indices.
+    calls: list[tuple[mx.array, mx.array, mx.array]] = field(default_factory=list)
     given: list[mx.array] = field(default_factory=list)
 
     @contextmanager
@@ -67,7 +66,7 @@ class TracedExperts:
             self.stand_in, self.shapes, self.calls, self.given = False, [], [], []
 
     def placeholders(self) -> list[mx.array]:
-        """Sequence[mx.array] without data for the summands."""
+        """Arrays without data for the summands."""
         return [mx.zeros(shape) for shape in self.shapes]
 
     def begin(self, summands: Sequence[mx.array]) -> None:

@@ -52,11 +52,10 @@ class TracedModel:
         self._list = owner, key
         self._places = {t.name: _place(self._model, t.name) for t in spec.units[0].tensors}
         # What layers are given may have the embedding's dtype; a model that is planned has not got its own yet.
-        root = {t.name: mx.zeros(t.shape, dtype_of(t)) for t in spec.units[0].tensors}
-        with _in_peace(owner, key) as layers, self._put_back(spec.units[0].tensors):
-            for name, array in root.items():
-                container, place = self._places[name]
-                container[place] = array
+        root = spec.units[0].tensors
+        self.bound: dict[str, mx.array] = {}
+        with _in_peace(owner, key) as layers, self._put_back(root):
+            self.bind(root, _zeros(root))
             self._slotted = SlottedModel(self._model, spec.name)
             try:
                 hidden, given = self._slotted.capture(mx.zeros((rows, width), mx.int32))
@@ -76,7 +75,6 @@ class TracedModel:
         flat = [a for _, a in tree_flatten([[g.positional, g.keywords] for g in self._given])]
         self._arguments = {id(a): a for a in flat if isinstance(a, mx.array)}
         self._now: dict[int, mx.array] = {}  # by id of an argument what stands for it
-        self.bound: dict[str, mx.array] = {}
         self.experts = TracedExperts()
         self.products = TracedProducts(self.blocks)
 
@@ -131,7 +129,6 @@ class TracedModel:
     def graph(self, units: Sequence[int], free: Arrays, held: Arrays, body: Body) -> Graph:
         """The graph of `body(*free, *held)`. Also held are the layers' tensors and what they are given."""
         tensors = [t for u in units for t in self._spec.units[u].tensors]
-        weights = [mx.zeros(t.shape, getattr(mx, t.dtype)) for t in tensors]
         arguments, own = list(self._arguments.values()), len(free) + len(held)
         taps = [*self.experts.placeholders(), *self.blocks.placeholders()]
 
@@ -142,7 +139,7 @@ class TracedModel:
             self.begin(arrays[len(arrays) - len(taps) :])
             return body(*arrays[:own])
 
-        given = [*free, *held, *weights, *arguments, *taps]
+        given = [*free, *held, *_zeros(tensors), *arguments, *taps]
         with self._put_back(tensors), _in_peace(*self._list):
             return graph_of(run, given, range(len(free), len(given)))
 
@@ -227,6 +224,11 @@ def dtype_of(tensor: TensorSpec) -> mx.Dtype:
     """The dtype in which a tensor computes."""
     found: mx.Dtype = getattr(mx, tensor.dtype)
     return found
+
+
+def _zeros(tensors: Sequence[TensorSpec]) -> list[mx.array]:
+    """Arrays without data, in the dtypes in which the tensors compute."""
+    return [mx.zeros(t.shape, dtype_of(t)) for t in tensors]
 
 
 def _place(layer: nn.Module, name: str) -> tuple[Any, Any]:

@@ -54,7 +54,7 @@ class TracedProducts:
     def watch(self) -> AbstractContextManager[None]:
         """A call of a layer within."""
         self._watching = Watching()
-        return calling(self._watching)
+        return calling(self._watching.product)
 
     @property
     def _numbers(self) -> Sequence[int]:

@@ -5,8 +5,9 @@ gradient by the input, 2 for the gradient by a weight that trains, 2 for a recom
 and what nothing reads, such as a layer's last product (`kept.never_again`). So full fine-tuning executes 8 per active
 parameter and token with recomputation, or somewhat less (Scout 7.5), and 6 without; LoRA about 6 and 4. Attention adds
 2 x heads x (key + value channels) per position attended to, once per such pass; masked positions are counted, for
-array masks compute them. The embedding counts as if it were a product, so figures are up to 7 % high for 8 B and
-below 1 % for 70 B models.
+array masks compute them. Attention in blocks computes fewer, and a kept result of it is counted as the blocks that it
+saves: so in long rows the choice between a tail and kept products leans to the tail. The embedding counts as if it were
+a product, so figures are up to 7 % high for 8 B and below 1 % for 70 B models.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.closed_forms import experts, is_stacked
+from mlx_empire.model.kept import ATTENTION
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
 from mlx_empire.plan.actions import Action, Reader, StepShape
 from mlx_empire.plan.hardware import Wire
@@ -59,15 +62,33 @@ class UnitFlops(NamedTuple):
 
 
 def executed_flops(spec: ModelSpec, work: Workload, positions: int, rows: int) -> float:
-    """Operations of a step of so many `rows` with so many `positions` together, padding included."""
-    bare = replace(work, stashes=())
+    """Operations of a step of so many `rows` with so many `positions` together, padding included.
+
+    What kept products save a token is asked for at the plan's width: a product saves as much at any other, attention in
+    proportion to the width, and nothing in short rows, which are not attended to in blocks.
+    """
+    width = max(positions // rows, 1)
+    each = flops_per_token(spec, replace(work, stashes=(), width=width))
+    if work.stashes:
+        products, attention = _saved_per_token(spec, work)
+        each -= products + (attention * width / work.width if width > SHORT else 0.0)
+    return positions * each
+
+
+def _saved_per_token(spec: ModelSpec, work: Workload) -> tuple[float, float]:
+    """What kept results of products and of attention save, at the plan's width."""
     question = "kept products save", work
-    if question not in spec.known:  # per token, whatever the width
-        spec.known[question] = (
-            flops_per_token(spec, bare) - flops_per_token(spec, work) if work.stashes else 0.0
+    if question not in spec.known:
+        without = tuple(
+            replace(s, order=tuple((u, tuple(n for n in own if n != ATTENTION)) for u, own in s.order))
+            for s in work.stashes
         )
-    each = flops_per_token(spec, replace(bare, width=max(positions // rows, 1)))
-    return positions * (each - float(spec.known[question]))
+        none, products, both = (
+            flops_per_token(spec, replace(work, stashes=stashes)) for stashes in ((), without, work.stashes)
+        )
+        spec.known[question] = none - products, products - both
+    found: tuple[float, float] = spec.known[question]
+    return found
 
 
 def unit_flops(spec: ModelSpec, work: Workload) -> list[UnitFlops]:

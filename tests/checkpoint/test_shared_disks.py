@@ -14,6 +14,7 @@ import pytest
 
 from mlx_empire.checkpoint import agree
 from mlx_empire.checkpoint.agree import Folders, find_folders
+from mlx_empire.disk import mount_point
 
 HOSTS = ("king", "soldier", "page")
 
@@ -76,6 +77,13 @@ def test_a_disk_that_a_machine_sees_and_does_not_write_to_is_not_its_own(
         assert king == page
         assert king.startswith("king:")
         assert soldier.startswith("soldier:")
+
+
+def test_the_mount_point_is_that_of_the_folder_and_not_of_a_link_to_it(
+    tmp_path: Path, elsewhere: Path
+) -> None:
+    (tmp_path / "link").symlink_to(elsewhere)
+    assert mount_point(elsewhere) == mount_point(tmp_path / "link") == Path("/dev/shm")
 
 
 def test_a_disk_that_is_mounted_elsewhere_is_found_below_its_mount_point(

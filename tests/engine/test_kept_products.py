@@ -98,7 +98,7 @@ def gradients_of(layer: nn.Module, x: mx.array, calls: Noting | Reusing, kernels
 
     def run(x: mx.array, *given: mx.array) -> mx.array:
         layer.load_weights(list(zip(names, given, strict=True)), strict=False)
-        with calling(calls), attending(Pattern(), kernels):
+        with calling(calls.product), attending(Pattern(), kernels):
             output = layer(x, mask="causal")
         return output[0] if isinstance(output, tuple) else output
 
@@ -126,7 +126,7 @@ def test_the_backward_computes_the_kept_products_less_and_gives_the_same(family,
     x = mx.random.normal((2, 40, 64))
     noting = Noting(kept)
     kernels = Kernels(short=0, in_blocks=noting.attention)
-    with calling(noting), attending(Pattern(), kernels):
+    with calling(noting.product), attending(Pattern(), kernels):
         mx.eval(layer(x, mask="causal"), noting.kept.arrays())
     plain, reusing = (Reusing(one) for one in (Kept(), noting.kept))
     without = gradients_of(layer, x, plain, Kernels(short=0, in_blocks=plain.attention))

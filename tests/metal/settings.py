@@ -10,29 +10,25 @@ SMALL = {"micro_batches": 2, "rows": 2, "width": 32, "state_bits": 8}
 LONG = {**SMALL, "micro_batches": 1, "rows": 1, "width": 400, "packed": True, "by_pattern": True}
 # Families of mlx-lm beside those of the tests: other norms, gates, rotary parts, convolutions, scans and routers.
 MORE_FAMILIES = (
-    *(
-        "apertus",
-        "ernie4_5",
-        "exaone4",
-        "glm4",
-        "glm4_moe",
-        "granite",
-        "granitemoe",
-        "helium",
-        "hunyuan_v1_dense",
-    ),
-    *(
-        "lfm2",
-        "mimo",
-        "ministral3",
-        "nemotron_h",
-        "olmo3",
-        "olmoe",
-        "qwen3_next",
-        "seed_oss",
-        "smollm3",
-        "stablelm",
-    ),
+    "apertus",
+    "ernie4_5",
+    "exaone4",
+    "glm4",
+    "glm4_moe",
+    "granite",
+    "granitemoe",
+    "helium",
+    "hunyuan_v1_dense",
+    "lfm2",
+    "mimo",
+    "ministral3",
+    "nemotron_h",
+    "olmo3",
+    "olmoe",
+    "qwen3_next",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
 )
 _DENSE = [name for name in (*FAMILIES, *OTHER_FAMILIES) if name not in MIXTURES]
 

@@ -9,6 +9,7 @@ from support.planning import assess, node_of, recipe_of
 from support.tiny_models import tiny_config
 
 from mlx_empire.model.build import build_model, describe
+from mlx_empire.model.kept import ATTENTION
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.fill import bought, most_operations
 from mlx_empire.plan.kept import kept_bytes, order_of, saved_operations
@@ -17,7 +18,7 @@ from mlx_empire.plan.resolve import TIGHT_HEADROOM
 from mlx_empire.plan.stash import Stash
 from mlx_empire.plan.step_bytes import KEPT
 from mlx_empire.plan.step_time import COMPUTE, Link, step_timeline
-from mlx_empire.plan.work import step_flops
+from mlx_empire.plan.work import executed_flops, flops_per_token, step_flops
 
 CONFIG = tiny_config(
     "llama", hidden_size=256, intermediate_size=768, num_hidden_layers=6, vocab_size=512, head_dim=64
@@ -27,11 +28,11 @@ WORDS = ("model.dtype=float32", "data.sequence_length=512", "optimizer.state_bit
 AUTO = (*WORDS, "memory.gradient_checkpointing=auto")
 
 
-def planned(*words: str, limits: tuple[float, ...] = (1.25,), chip: str | None = None):
+def planned(*words: str, limits: tuple[float, ...] = (1.25,), **node: object):
     """The plan where each machine may use so many times what it needs if all is recomputed and nothing kept."""
     least = plain("memory.zero_stage=3", ranks=len(limits))
     nodes = [
-        node_of(f"n{r}", int(limit * one.peak), chip=chip)
+        replace(node_of(f"n{r}", int(limit * one.peak)), **node)
         for r, (limit, one) in enumerate(zip(limits, least, strict=True))
     ]
     return assess(recipe_of(*AUTO, "memory.zero_stage=3", "memory.shares=equal", *words), SPEC, nodes).plan
@@ -64,19 +65,21 @@ def test_what_is_kept_is_the_faster_of_the_ways_to_use_the_memory():
 
 
 @pytest.mark.parametrize(
-    ("words", "chip", "keeps"),
+    ("words", "node", "keeps"),
     [
-        ((), None, True),
-        ((), "Apple M3 Ultra", False),
-        (("memory.keep_products=true",), "Apple M3 Ultra", True),
-        ((), "NVIDIA H200", False),
-        (("memory.keep_products=false",), None, False),
-        (("memory.gradient_checkpointing=true",), None, False),
-        (("memory.gradient_checkpointing=true", "memory.keep_products=true"), None, False),
+        ((), {}, True),
+        ((), {"measured": True}, True),
+        ((), {"chip": "Apple M3 Ultra"}, False),
+        ((), {"role": "king", "measured": False}, False),  # a Mac of which only a hostfile is there
+        (("memory.keep_products=true",), {"chip": "Apple M3 Ultra"}, True),
+        ((), {"chip": "NVIDIA H200", "measured": True}, False),
+        (("memory.keep_products=false",), {}, False),
+        (("memory.gradient_checkpointing=true",), {}, False),
+        (("memory.gradient_checkpointing=true", "memory.keep_products=true"), {}, False),
     ],
 )
-def test_only_auto_keeps_and_on_a_gpu_only_where_it_is_asked_for(words, chip, keeps):
-    plan = planned(*words, limits=(1.2,), chip=chip)
+def test_only_auto_keeps_and_on_a_gpu_only_where_it_is_asked_for(words, node, keeps):
+    plan = planned(*words, limits=(1.2,), **node)
     assert bool(plan.work.stashes) == keeps
     assert bool(bought(SPEC, plan.shards, plan.work, plan.ledgers)) == keeps
 
@@ -123,6 +126,22 @@ def test_the_report_and_the_clock_count_what_is_not_computed_again():
     kinds = {e.what for e in timeline(plan, work).events if e.lane == COMPUTE}
     assert {"stash", "reuse"} <= kinds
     assert timeline(plan, work).seconds < timeline(plan, bare).seconds
+
+
+def test_executed_operations_count_what_is_kept_by_the_width_of_the_rows():
+    """Attention is kept in proportion to the width, and not in rows that are too short for blocks; products always."""
+    bare = replace(planned().work, stashes=(), unrecomputed=0, width=1024, by_pattern=True)
+    order, micros = order_of(SPEC, bare, planned().shards.trained), bare.micro_batches(0)
+    work = replace(bare, stashes=(Stash(order, len(order) * micros - 1),))
+    saved = {True: 0.0, False: 0.0}
+    for u, products in order_times(work.stashes[0], micros):
+        for number in products:
+            one = saved_operations(SPEC.units[u], (number,), SPEC, work) / (work.tokens * micros)
+            saved[number == ATTENTION] += one
+    assert min(saved.values()) > 0
+    for width, part in ((1024, 1.0), (512, 0.5), (256, 0.0)):
+        expected = flops_per_token(SPEC, replace(bare, width=width)) - saved[False] - part * saved[True]
+        assert executed_flops(SPEC, work, 8 * width, 8) == pytest.approx(8 * width * expected)
 
 
 def order_times(stash: Stash, micros: int) -> list[tuple[int, tuple[int, ...]]]:

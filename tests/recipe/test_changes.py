@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from support.king import recipe
 
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.changes import changes, require_acceptable
-from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
-
-TEXT = """\
-model: {path: m}
-data: {path: d, sequence_length: 8}
-batch: {global_size: 4}
-optimizer: {learning_rate: 1e-3}
-run: {dir: r, steps: 10}
-"""
-
-
-def recipe(*overrides: str) -> Recipe:
-    return parse_recipe(TEXT, "x.yaml", overrides)
 
 
 def judged(before: Recipe, now: Recipe, *accepted: str) -> list[str]:

@@ -257,7 +257,8 @@ def test_reading_a_run_imports_no_mlx_and_writes_nothing(tmp_path: Path) -> None
     before = tree(Path())
     program = (
         "import sys\nfrom mlx_empire.cli import main\n"
-        "for words in (['list'], ['status', 'runs/done'], ['compare', 'runs/done', 'runs/done'], ['clean']):\n"
+        "for words in (['list'], ['status', 'runs/done'], ['compare', 'runs/done', 'runs/done'], ['clean'],\n"
+        f"    ['open', 'runs/done', '--save', {str(tmp_path.parent / 'page.html')!r}]):\n"
         "    assert main(words) == 0\n"
         "assert 'mlx' not in sys.modules and 'transformers' not in sys.modules"
     )

@@ -68,10 +68,10 @@ def served(folder: Path, *options: str) -> Iterator[Server]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     addresses = []
-    while (line := process.stdout.readline().strip()).startswith("http"):
-        addresses.append(line)
-    assert addresses, line
     try:
+        while (line := process.stdout.readline().strip()).startswith("http"):
+            addresses.append(line)
+        assert addresses, line
         yield Server(addresses, urlsplit(addresses[0]).port or 0, process)
     finally:
         process.terminate()

@@ -11,7 +11,8 @@ import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-MODEL = Path(__file__).resolve().parents[1] / "fixtures" / "tiny-llama-260k"
+from support.rows import MODEL
+
 STRENGTH = 0.3  # of lora_b: enough for other words, and for no gibberish
 KEYS = {"lora": ["self_attn.q_proj", "mlp.down_proj"], "dora": ["self_attn.v_proj"]}
 

@@ -97,7 +97,9 @@ def write_recipe(options: argparse.Namespace, nodes: Sequence[Node]) -> None:
     text = template(options.recipe)
     read_config(options.model)
     locate(options.data)
-    out = options.out or Path(f"{options.data.stem}.yaml")
+    out = options.out or Path(
+        f"{options.data.absolute().stem}.yaml"
+    )  # the folder one is in may be the data, too
     values = {
         "model.path": written(options.model),
         "data.path": written(options.data),

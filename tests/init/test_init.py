@@ -85,6 +85,16 @@ def test_a_path_that_yaml_would_read_otherwise_comes_back_as_it_was(
     assert (made.model.path, made.data.path) == (Path("a: b #c"), Path("yes"))
 
 
+def test_the_folder_that_one_is_in_may_be_the_data(say: Callable[..., str]) -> None:
+    Path("train.jsonl").write_text('{"text": "x"}\n')
+    name = Path.cwd().stem
+    assert (
+        say("init", "tiny", "--model", MODEL, "--data", ".").splitlines()[-1]
+        == f"  mlx-empire inspect {name}.yaml"
+    )
+    assert load_recipe(Path(f"{name}.yaml")).run.dir == Path("runs") / name
+
+
 def test_a_file_that_is_there_is_never_overwritten(say: Callable[..., str]) -> None:
     Path("wordnet.yaml").write_text("the work of years")
     said = say("init", "tiny", "--model", MODEL, "--data", DATA, code=64)

@@ -21,6 +21,7 @@ from mlx_empire.data.files import locate
 from mlx_empire.errors import UserError, on_all_ranks
 from mlx_empire.inspect.command import LOSS_ROWS, RECIPES
 from mlx_empire.inspect.document import Document, inspection_document
+from mlx_empire.inspect.findings import unmeasured
 from mlx_empire.inspect.look import Inspection, counting, inspect_data, reading_of
 from mlx_empire.inspect.page import inspection_page
 from mlx_empire.inspect.terminal import print_inspection
@@ -64,6 +65,8 @@ def inspect_command(options: argparse.Namespace) -> int:
         code = None
         with together(comm):
             if found is not None:
+                if whole:
+                    more = [*unmeasured(recipe, found.reading, found.parts), *more]
                 document = inspection_document(found, more, loss, recipe.batch.global_size if whole else None)
                 document["recipe"] = str(options.recipe) if whole else None
                 document["model"] = str(recipe.model.path) if whole or options.model else None

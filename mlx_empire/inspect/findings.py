@@ -19,6 +19,8 @@ from mlx_empire.errors import UserError
 from mlx_empire.inspect.layouts import layout_of
 from mlx_empire.inspect.texts import words
 from mlx_empire.inspect.walk import Reading, SeenRows
+from mlx_empire.recipe.idle import refuse_unmeasured
+from mlx_empire.recipe.schema import Recipe
 
 Item = TypeVar("Item")
 Level = Literal["refused", "leak", "look"]
@@ -83,6 +85,15 @@ def find(reading: Reading, parts: Sequence[SplitRows]) -> list[DataFinding]:
         found += [*_not_learnt(reading, parts), *_unknown(parts)]
     found += [*_repeated(train), *_contradictions(train), *_other_layout(reading, train)]
     return found
+
+
+def unmeasured(recipe: Recipe, reading: Reading, parts: Sequence[SplitRows]) -> list[DataFinding]:
+    """The finding about evaluations that a recipe asks for where no rows are held out."""
+    try:
+        refuse_unmeasured(recipe, held_out=len(parts) > 1 or reading.validation_split > 0)
+    except UserError as error:
+        return [DataFinding("unmeasured", "refused", len(parts[0].index), str(error))]
+    return []
 
 
 def _refused(parts: Sequence[SplitRows]) -> Iterator[DataFinding]:

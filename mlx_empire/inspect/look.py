@@ -5,7 +5,6 @@ Decides which rows are whose: a validation file's, or those that a run would hol
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -139,7 +138,12 @@ def _hidden(written: str, reading: Reading, count: int) -> list[DataFinding]:
     own = [word for word in words(written) if word not in ROLE_WORDS]
     if len(own) < A_SENTENCE:
         return []
-    text = re.sub(r"\s+", " ", written).strip()
+    said = written.split()
+    while said[0] in ROLE_WORDS:
+        del said[0]
+    while said[-1] in ROLE_WORDS:
+        del said[-1]
+    text = " ".join(said)
     sentence = f"every row begins with words that only the chat template has: {text[:200]!r}"
     return [DataFinding("hidden_prompt", "look", count, sentence)]
 

@@ -25,7 +25,7 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.page.saved import try_report
 from mlx_empire.plan.resolve import keeps_products, kernels_differ
 from mlx_empire.plan.wired_limit import fitting_plan
-from mlx_empire.recipe.idle import without_effect
+from mlx_empire.recipe.idle import refuse_unmeasured, without_effect
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.run import RunReport
 from mlx_empire.run import result
@@ -45,7 +45,7 @@ from mlx_empire.run.agree import (
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.disks import require_disks
 from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
-from mlx_empire.run.job import Job, refuse_idle_keys
+from mlx_empire.run.job import Job
 from mlx_empire.run.parent import beside_plan, lineage_of, share_parent
 from mlx_empire.run.proof import share_proof
 from mlx_empire.run.resume import open_saver, where_to_begin
@@ -113,7 +113,7 @@ def carry_out(
     # ---------------------------------------------------------------- the plan, before anything is allocated
     progress.reach("plan")
     with together(comm):
-        refuse_idle_keys(recipe, splits)
+        refuse_unmeasured(recipe, splits.valid is not None)
         if mx.metal.is_available() and computes_on_gpu():
             refuse_too_short(recipe.data.sequence_length)
         plan = fitting_plan(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))

@@ -95,6 +95,17 @@ def test_the_folder_that_one_is_in_may_be_the_data(say: Callable[..., str]) -> N
     assert load_recipe(Path(f"{name}.yaml")).run.dir == Path("runs") / name
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")))
+def test_rows_are_held_out_where_the_data_has_none_for_the_evaluations_that_are_asked_for(
+    say: Callable[..., str], name: str
+) -> None:
+    for data, share in ((DATA, None), (DATA / "train.jsonl", 0.1)):
+        say("init", name, "--model", MODEL, "--data", data, "--out", f"{data.stem}.yaml")
+        made = load_recipe(Path(f"{data.stem}.yaml"))
+        assert made.data.validation_split == share
+        assert made.run.eval_every is not None
+
+
 def test_a_file_that_is_there_is_never_overwritten(say: Callable[..., str]) -> None:
     Path("wordnet.yaml").write_text("the work of years")
     said = say("init", "tiny", "--model", MODEL, "--data", DATA, code=64)

@@ -141,6 +141,20 @@ def test_a_split_of_which_nothing_is_learnt_is_what_a_run_refuses(
     assert names == ["empty_train", "dropped_train", "cut_train"]
 
 
+def test_evaluations_that_a_recipe_asks_for_without_rows_to_measure_are_what_a_run_refuses(
+    found: Callable[..., Any], write: Callable[..., Any]
+) -> None:
+    write("rows.jsonl", *(chat(f"What is {n}?", f"A number, {n}.") for n in range(9)))
+    words = ["tiny", f"model.path={MODEL}", "data.path=rows.jsonl"]
+    document = found(*words, code=64)
+    (one,) = document["findings"]
+    assert (one["name"], one["count"]) == ("unmeasured", 9)
+    assert one["sentence"].startswith("run.eval_every: 10: there is no validation data; add a valid.jsonl")
+    assert document["next"] is None
+    for mended in ("run.eval_every=null", "data.validation_split=0.2"):
+        assert found(*words, mended)["next"].startswith("mlx-empire train ")
+
+
 def test_a_system_prompt_that_only_the_template_has_is_told(
     found: Callable[..., Any], write: Callable[..., Any], tmp_path: Any
 ) -> None:
@@ -156,7 +170,7 @@ def test_a_system_prompt_that_only_the_template_has_is_told(
     assert document["begins_with"]["template"] == "<s>system\nYou are a helpful robot.<e><s>user\n"
     (hidden,) = document["findings"]
     assert (hidden["name"], hidden["count"]) == ("hidden_prompt", 2)
-    assert "You are a helpful robot." in hidden["sentence"]
+    assert hidden["sentence"].endswith("only the chat template has: 'You are a helpful robot.'")
 
     own = [{"role": "system", "content": "You are a helpful robot."}]
     rows = [{"messages": own + chat(f"Why {n}?", f"Because {n}.")["messages"]} for n in range(2)]

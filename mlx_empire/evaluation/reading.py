@@ -8,16 +8,17 @@ hold, let alone run: each evaluation streams these rows like its own. Where mach
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.batches import MicroBatch, validation_micro_batches
 from mlx_empire.data.rows import Dataset, Row
+from mlx_empire.data.token_texts import Decode, token_texts
 from mlx_empire.disk import replace_private
 
 if TYPE_CHECKING:  # whoever looks at what was read needs no MLX
@@ -28,8 +29,6 @@ FILE_NAME = "samples.json"
 MOST_TOKENS = 400  # of a row that are shown
 MOST_WRITTEN = 64  # tokens after a prompt
 PROMPT_OF_TEXT = 32  # tokens at most of a text that has no prompt
-
-Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ class RowReader:
         self._batches = list(validation_micro_batches(valid, 1, rows))
         self._rows = [valid.row(batch.rows_read[0]) for batch in self._batches]
         self._decode, self._ends, self._longest = decode, ends, valid.sequence_length
+        # The rows are the same in every evaluation: what they say is found once.
+        self._said = [] if decode is None else [_said(row, decode) for row in self._rows]
 
     def read(self, trainer: Trainer, comm: Communicator, per_rank: int) -> list[ReadRow]:
         """What the model makes of the rows; nothing but on rank 0. Collective."""
@@ -73,11 +74,13 @@ class RowReader:
         if (decode := self._decode) is None:
             return []
         return [
-            replace(
-                _reading(batch, probabilities, min(len(row.inputs), MOST_TOKENS), decode),
-                continued=None if ids is None else _continuation(row, ids, decode),
+            ReadRow(
+                said.tokens,
+                [None, *(round(float(one), 4) for one in row[: len(said.tokens) - 1])],
+                said.counted,
+                None if ids is None else Continuation(said.prompt, decode(ids), said.held_out),
             )
-            for batch, probabilities, row, ids in zip(self._batches, found, self._rows, written, strict=True)
+            for said, row, ids in zip(self._said, found, written, strict=True)
         ]
 
     def _written(
@@ -103,19 +106,21 @@ def split_at_prompt(row: Row) -> tuple[list[int], list[int]]:
     return tokens[:at], tokens[at:]
 
 
-def _continuation(row: Row, written: Sequence[int], decode: Decode) -> Continuation:
+class _Said(NamedTuple):
+    """What a row says: its tokens, which of them count, and its two parts around the end of the prompt."""
+
+    tokens: list[str]
+    counted: list[bool]
+    prompt: str
+    held_out: str
+
+
+def _said(row: Row, decode: Decode) -> _Said:
+    length = min(len(row.inputs), MOST_TOKENS)
+    ids = [int(row.inputs[0]), *(int(one) for one in row.targets[:length])]
     prompt, rest = split_at_prompt(row)
-    return Continuation(decode(prompt), decode(written), decode(rest[:MOST_WRITTEN]))
-
-
-def _reading(batch: MicroBatch, probabilities: np.ndarray, length: int, decode: Decode) -> ReadRow:
-    """The first `length` targets of a row, and what comes before them."""
-    ids = [int(batch.inputs[0, 0]), *(int(one) for one in batch.targets[0, :length])]
-    return ReadRow(
-        pieces(ids, decode),
-        [None, *(round(float(one), 4) for one in probabilities[:length])],
-        [False, *(bool(one) for one in batch.mask[0, :length])],
-    )
+    counted = [False, *(bool(one) for one in row.mask[:length])]
+    return _Said(token_texts(ids, decode), counted, decode(prompt), decode(rest[:MOST_WRITTEN]))
 
 
 def token_probabilities(
@@ -131,19 +136,6 @@ def token_probabilities(
         values = np.concatenate(comm.gather_arrays(flat))
         ends = np.cumsum([batch.inputs.size for batch in batches[first : first + group]])
         found += np.split(np.exp(values), ends[:-1])
-    return found
-
-
-def pieces(ids: Sequence[int], decode: Decode) -> list[str]:
-    """What each token adds to the text; a token that is a part of a character adds nothing, the last of them all."""
-    whole = [decode(ids[:count]) for count in range(len(ids) + 1)]
-    found, shown = [], ""
-    for text in whole[1:]:
-        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            found.append(text[len(shown) :])
-            shown = text
-        else:
-            found.append("")
     return found
 
 

@@ -46,9 +46,11 @@ def matrix_section(survey: MatrixSurvey) -> str:
 
 
 def _is_telling(row: MatrixRow) -> bool:
-    """Whether not all clusters say the same, or one says something else than pooled memory would."""
+    """Whether the clusters differ, or one says something else than pooled memory would. A single cluster has none to
+    be the same as, so each of its rows is telling."""
     cells = row.cells.values()
-    return len({cell.verdict for cell in cells}) > 1 or any(c.pooled_says != c.verdict for c in cells)
+    alone, alike = len(cells) == 1, len({cell.verdict for cell in cells}) == 1
+    return alone or not alike or any(cell.pooled_says != cell.verdict for cell in cells)
 
 
 def _alike(rows: Sequence[MatrixRow]) -> str:
@@ -245,7 +247,8 @@ def _time(report: CapacityReport) -> str:
         ]
         for pace in report.paces
     ]
-    same = f" Each is bound by {escape(bounds.pop())}." if len(report.paces) > 1 == len(bounds) else ""
+    which = "Each" if len(report.paces) > 1 else "A step"
+    same = f" {which} is bound by {escape(bounds.pop())}." if len(bounds) == 1 else ""
     parts = list(report.paces[0].parts)
     split = [
         [escape(report.wire(pace)), *(span(pace.parts[name]) for name in parts)] for pace in report.paces

@@ -59,13 +59,13 @@ class Source:
 
     def rows(self, refuse: Refuse | None = None) -> Iterator[RawRow]:
         """Yield every row in file order. Errors: UserError with file and line; with `refuse` that is told of each line
-        that cannot be used, and reading goes on."""
+        or document that cannot be used, and reading goes on."""
         if self.kind == "arrow":
             yield from _arrow_rows(self.path)
         for file in self.files if self.kind != "arrow" else ():
             try:
                 if self.kind == ".txt":
-                    yield _text_document(file)
+                    yield from _text_document(file, refuse)
                 elif self.kind == ".parquet":
                     yield from _parquet_rows(file)
                 else:
@@ -189,14 +189,20 @@ class _ArrayError(UserError):
         )
 
 
-def _text_document(file: Path) -> RawRow:
+def _text_document(file: Path, refuse: Refuse | None) -> Iterator[RawRow]:
     """A `.txt` file is one document: it is split into rows later, and no context ends with a line."""
     content = file.read_bytes()
     try:
-        return RawRow(f"{file}:1", {"text": content.decode("utf-8-sig")})
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        where = f"{file}:{line}"
+        told = UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8")
+        if refuse is None:
+            raise told from error
+        refuse(where, told)
+    else:
+        yield RawRow(f"{file}:1", {"text": text})
 
 
 def optional_package(name: str, path: Path) -> ModuleType:

@@ -7,7 +7,7 @@ its own, and `samples.json` in the run's folder keeps the first reading beside t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import numpy as np
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.batches import MicroBatch, validation_micro_batches
 from mlx_empire.data.rows import Dataset
+from mlx_empire.data.token_texts import Decode, token_texts
 from mlx_empire.disk import replace_private
 
 if TYPE_CHECKING:  # whoever looks at what was read needs no MLX
@@ -24,8 +25,6 @@ if TYPE_CHECKING:  # whoever looks at what was read needs no MLX
 
 FILE_NAME = "samples.json"
 MOST_TOKENS = 400  # of a row that are shown
-
-Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
@@ -43,28 +42,29 @@ class RowReader:
 
     def __init__(self, valid: Dataset, rows: int, decode: Decode | None) -> None:
         self._batches = list(validation_micro_batches(valid, 1, rows))
-        self._lengths = [len(valid.row(batch.rows_read[0]).inputs) for batch in self._batches]
-        self._decode = decode
+        lengths = [min(len(valid.row(batch.rows_read[0]).inputs), MOST_TOKENS) for batch in self._batches]
+        # The rows are the same in every evaluation: what they say is found once.
+        self._said = (
+            []
+            if decode is None
+            else [_said(batch, length, decode) for batch, length in zip(self._batches, lengths, strict=True)]
+        )
 
     def read(self, step: StreamedStep, comm: Communicator, per_rank: int) -> list[ReadRow]:
         """What the model makes of the rows; nothing but on rank 0. Collective."""
         found = token_probabilities(step, comm, self._batches, per_rank)
-        if self._decode is None:
+        if not self._said:
             return []
         return [
-            _reading(batch, probabilities, min(length, MOST_TOKENS), self._decode)
-            for batch, probabilities, length in zip(self._batches, found, self._lengths, strict=True)
+            ReadRow(tokens, [None, *(round(float(one), 4) for one in row[: len(tokens) - 1])], counted)
+            for (tokens, counted), row in zip(self._said, found, strict=True)
         ]
 
 
-def _reading(batch: MicroBatch, probabilities: np.ndarray, length: int, decode: Decode) -> ReadRow:
-    """The first `length` targets of a row, and what comes before them."""
+def _said(batch: MicroBatch, length: int, decode: Decode) -> tuple[list[str], list[bool]]:
+    """The text of the first `length` targets of a row and of what comes before them, and which of them count."""
     ids = [int(batch.inputs[0, 0]), *(int(one) for one in batch.targets[0, :length])]
-    return ReadRow(
-        pieces(ids, decode),
-        [None, *(round(float(one), 4) for one in probabilities[:length])],
-        [False, *(bool(one) for one in batch.mask[0, :length])],
-    )
+    return token_texts(ids, decode), [False, *(bool(one) for one in batch.mask[0, :length])]
 
 
 def token_probabilities(
@@ -80,19 +80,6 @@ def token_probabilities(
         values = np.concatenate(comm.gather_arrays(flat))
         ends = np.cumsum([batch.inputs.size for batch in batches[first : first + group]])
         found += np.split(np.exp(values), ends[:-1])
-    return found
-
-
-def pieces(ids: Sequence[int], decode: Decode) -> list[str]:
-    """What each token adds to the text; a token that is a part of a character adds nothing, the last of them all."""
-    whole = [decode(ids[:count]) for count in range(len(ids) + 1)]
-    found, shown = [], ""
-    for text in whole[1:]:
-        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            found.append(text[len(shown) :])
-            shown = text
-        else:
-            found.append("")
     return found
 
 

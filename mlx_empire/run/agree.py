@@ -145,12 +145,17 @@ def greet(comm: Communicator, recipe_path: Path, overrides: Sequence[str]) -> No
         shake_hands(comm, _asked_for(recipe_path, overrides), remedy)
 
 
-def share_recipe(comm: Communicator, path: Path, overrides: Sequence[str]) -> Recipe:
+def share_recipe(
+    comm: Communicator,
+    path: Path,
+    overrides: Sequence[str],
+    read: Callable[[Path, Sequence[str]], Recipe] = load_recipe,
+) -> Recipe:
     """The recipe that rank 0 reads, on every rank."""
     text = None
     with together(comm):
         if comm.rank == 0:
-            text = dump_recipe(load_recipe(path, overrides))
+            text = dump_recipe(read(path, overrides))
     return parse_recipe(comm.broadcast_json(text), str(path))
 
 

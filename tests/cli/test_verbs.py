@@ -88,6 +88,7 @@ def test_without_a_verb_it_tells_each_in_a_line_by_what_one_wants(capsys: pytest
         for name, verb in verbs.items():
             assert f"  {name:<10} {verb.sentence}" in lines
     assert max(map(len, lines)) <= 80
+    assert lines[-1].split() == ["mlx-empire", "init"], "each command names the next"
 
 
 def test_a_verb_that_is_not_there_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from support.stepping import Case, batches_of, trainer_of, weights_of
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
+from mlx_empire.data.encode import Document
+from mlx_empire.data.rows import Dataset, build_table
+from mlx_empire.evaluation import reading
 from mlx_empire.evaluation.reading import (
     ReadRow,
-    pieces,
+    RowReader,
     read_readings,
     token_probabilities,
     write_readings,
@@ -54,12 +58,32 @@ def test_probabilities_are_those_of_a_forward_pass_through_the_whole_model(famil
         assert probabilities == pytest.approx(expected, rel=2e-5)
 
 
-def test_pieces_of_a_text_join_to_it_also_where_a_character_has_several_tokens() -> None:
-    data = "für 🙂 x".encode()
-    found = pieces(list(data), lambda ids: bytes(ids).decode(errors="replace"))
-    assert len(found) == len(data)
-    assert "".join(found) == "für 🙂 x"
-    assert found[:4] == ["f", "", "ü", "r"]
+def test_what_the_rows_say_is_found_once_and_is_shown_beside_each_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rows are the same in every evaluation."""
+    documents = [
+        Document(f"f:{n}", np.arange(n, n + 4, dtype=np.int32), np.ones(4, np.uint8)) for n in (1, 5)
+    ]
+    table, _ = build_table(documents, 8, False, False)
+    assert table is not None
+    asked: list[list[int]] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        asked.append(list(ids))
+        return "".join(f"<{one}>" for one in ids)
+
+    reader, silent = (RowReader(Dataset(table, 8, False), 2, one) for one in (decode, None))
+    first = len(asked)
+    found = [np.linspace(0.1, 0.8, 8)] * 2
+    monkeypatch.setattr(reading, "token_probabilities", lambda *words: found)
+    rows, again = (reader.read(None, SoloCommunicator("here"), 1) for _ in range(2))  # type: ignore[arg-type]
+    assert rows == again
+    assert len(asked) == first
+    assert sorted(row.tokens for row in rows) == [[f"<{m}>" for m in range(n, n + 4)] for n in (1, 5)]
+    assert all(row.probabilities == [None, 0.1, 0.2, 0.3] for row in rows)
+    assert all(row.counted == [False, True, True, True] for row in rows)
+    assert silent.read(None, SoloCommunicator("here"), 1) == []  # type: ignore[arg-type]
 
 
 def test_the_first_reading_stays_beside_the_last(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from support.outline import Outline
 from support.run_folders import HOSTILE, lines, made_run, records
 from support.saying import said
 
+from mlx_empire.page.documents import run_document
 from mlx_empire.page.saved import FILE_NAME, save_report, try_report
+from mlx_empire.page.watch import WatchedRun
 
 MOST_BYTES = 2_000_000
 
@@ -45,6 +47,22 @@ def test_it_says_what_the_folder_says(tmp_path: Path) -> None:
         assert words in text, words
 
 
+def test_checkpoints_that_lie_elsewhere_are_told_alike_everywhere(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "scout", 30)
+    (folder / "checkpoints").rename(tmp_path / "disk-0")
+    (tmp_path / "disk-0" / "step-000020" / "KEEP").touch()
+    (tmp_path / "disk-0" / "step-000030" / "COMMIT").unlink()
+    recipe = (folder / "recipe.yaml").read_text()
+    elsewhere = f"run: {{checkpoints: '{tmp_path}/disk-{{rank}}', "
+    (folder / "recipe.yaml").write_text(recipe.replace("run: {", elsewhere))
+    look = WatchedRun(folder, "scout").look()
+    assert look is not None
+    run = run_document(look, 1000.0)
+    assert {figure.name: figure.value for figure in run.figures}["last checkpoint"] == "step 20"
+    assert run.checkpoints == ["step 20 (kept: KEEP)", "step 10"]
+    assert [tick.part for tick in run.ticks] == [0.1, 0.2]
+
+
 def test_a_long_run_is_a_small_file(tmp_path: Path) -> None:
     folder = made_run(tmp_path / "run", 3)
     (folder / "metrics.jsonl").write_text(lines(records(1, 5000)))
@@ -60,6 +78,14 @@ def test_open_save_writes_it_and_names_what_is_no_run(
     made_run(Path("run"))
     assert said(capsys, "open", "run", "--save", "mine.html") == "mine.html\n"
     assert Path("mine.html").read_text().startswith("<!DOCTYPE html>")
+    monkeypatch.chdir("run")
+    said(capsys, "open", ".", "--save", "../mine.html")
+    Path("final").mkdir()
+    monkeypatch.chdir("final")
+    said(capsys, "open", "..", "--save", "../../of-its-parent.html")
+    monkeypatch.chdir(tmp_path)
+    for page in ("mine.html", "of-its-parent.html"):
+        assert "<h1>run</h1>" in Path(page).read_text()
     Path("empty").mkdir()
     assert "no run has been here" in said(capsys, "open", "empty", "--save", "x.html", code=64)
     assert "no such folder" in said(capsys, "open", "nowhere", code=64)

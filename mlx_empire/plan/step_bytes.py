@@ -189,11 +189,11 @@ class StepBytes(Reader):
             self._hold("contributions in flight", self._contribution(action))
 
     def _copy(self, action: Action) -> Items:
-        """Of a sum that is handed over one tensor at a time is made flat; running ahead, a layer's all at once."""
+        """Of a sum that is handed over a layer's tensors are made flat at once, the root's one at a time."""
+        if not self._contribution(action):
+            return {}
         size = self._sizes[action.unit]
-        copied = size.largest if self.shape.waits(action) else size.gradient
-        name = "unit gradient sums" if action.unit else "root gradients"
-        return {name: copied} if self._contribution(action) else {}
+        return {"unit gradient sums": size.gradient} if action.unit else {"root gradients": size.largest}
 
     def settle(self, action: Action) -> None:
         if self.shape.zero_stage == 1:
@@ -241,15 +241,13 @@ class StepBytes(Reader):
         return "update" if self._phase == "finish" else "release"
 
     def norm(self, action: Action) -> None:
-        """The squares of a piece of a segment's gradients, and their sums by halves."""
+        """The squares of a unit's gradients, or of a piece of them, and their sums by halves."""
         units = self._plan.units if action.unit == ALL_UNITS else (self._plan.units[action.unit],)
         self._flying = 0
-        trained = (s for unit in units for s in unit.segments if s.kind != "frozen")
-        spans = [self._plan.state_interval(segment, self._rank) for segment in trained]
-        largest = max((b - a for a, b in spans), default=0)
-        at_once, most = largest, SQUARED_ELEMENTS
+        rows = [self._sizes[unit.index].trained for unit in units]
+        at_once, most = max(rows, default=0), SQUARED_ELEMENTS
         if self.shape.run_ahead:
-            at_once, most = sum(b - a for a, b in spans), NORM_AHEAD
+            at_once, most = sum(rows), NORM_AHEAD
         self._moment({"norm of gradients": 2 * 4 * min(at_once, most)}, self._updating)
 
     def update(self, action: Action) -> None:

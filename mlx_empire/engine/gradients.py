@@ -15,7 +15,7 @@ unit is computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from typing import cast
 
 import mlx.core as mx
@@ -83,10 +83,28 @@ class RowSum:
 
 
 class EmbeddingSum:
-    """A cell's sum of the embedding's gradients over its micro-batches: the table's rows, other tensors whole."""
+    """A cell's sum of the embedding's gradients over its micro-batches: the table's rows, other tensors whole.
+
+    Both are there after `settle`: until then the CPU's stream computes, and one thread waits for rows and adds them, in
+    the order in which they were handed over.
+    """
 
     def __init__(self) -> None:
         self.rows, self.dense = RowSum(), MicroBatchSum()
+        self._adding: list[Future[None]] = []
+
+    def add_rows(self, adder: Executor, rows: np.ndarray, values: mx.array) -> None:
+        """Have `adder`, which has one thread, add one micro-batch's rows; `values` are handed over."""
+        self._adding.append(
+            adder.submit(lambda: self.rows.add(rows, np.array(values, copy=False)))  # which waits for them
+        )
+
+    def settle(self) -> None:
+        """Wait for all that was handed over."""
+        for added in self._adding:
+            added.result()
+        self._adding = []
+        mx.eval(self.dense.arrays)
 
 
 class GradientStore:

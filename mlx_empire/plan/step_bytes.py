@@ -26,6 +26,7 @@ NORM_AHEAD = 10 * SQUARED_ELEMENTS
 PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
 KEPT = "kept products"
+EMBEDDING = "embedding gradients"
 
 
 class StepBytes(Reader):
@@ -57,6 +58,8 @@ class StepBytes(Reader):
         self._stashed: dict[int, int] = {}  # by layer: bytes of its results that stay
         self._cell: dict[int, tuple[str, int]] = {}  # by layer: the name and size of the current round's sum
         self._handed_over: set[int] = set()  # rounds whose head's sum has become a part of the root's
+        self._embedding = 0  # bytes of one micro-batch's embedding, which nobody waits for
+        self._embedded: dict[int, int] = {}  # by round: bytes of the embedding's sum
         self._flying = 0  # bytes of the last unit's update, which may not be done where it is not waited for
         self._own = 0  # of the unit that is updated
         self._new: dict[int, int] = {}  # by unit that was updated: bytes of its new weights on this rank
@@ -102,7 +105,10 @@ class StepBytes(Reader):
         if action.unit == 0:
             self._hold("layer inputs", -self._held.get("layer inputs", 0))
             self._phase = "finish"
-        elif self._phase == "backward":  # its inputs went one by one; they count until the layer is left
+        elif self._phase in (
+            "backward",
+            "embed",
+        ):  # its inputs went one by one; they count until the layer is left
             self._hold("layer inputs", -self._hidden * self.shape.micro_batches)
             self._hold(KEPT, -self._stashed.pop(action.unit, 0))
 
@@ -151,17 +157,20 @@ class StepBytes(Reader):
     reuse = backward
 
     def embed(self, action: Action) -> None:
-        """Of a table only the tokens' rows: they in fp32, their gradient, and the sum of a cell's."""
+        """Of a table only the tokens' rows: they in fp32, their gradient, and the sum of a cell's. All of it may still
+        be there while the lowest layer's next micro-batch is differentiated."""
         self._phase = "embed"
+        self._hold(EMBEDDING, -self._embedding)
         if self._root.by_row:
-            self._moment({"embedding gradients": 2 * self._root.rows(1) + 4 * self._hidden // self._item})
+            self._embedding = 2 * self._root.rows(1) + 4 * self._hidden // self._item
             if action.micro in self._first:
-                self._hold(
-                    "embedding gradients", self._root.rows(self.shape.cells[action.round]) * action.times
-                )
+                rows = self._root.rows(self.shape.cells[action.round]) * action.times
+                self._embedded[action.round] = rows
+                self._hold(EMBEDDING, rows)
         else:
-            sums = self._root.embed * self._wide * self._adds_up
-            self._moment({"root gradients": 2 * self._root.embed + sums})
+            self._embedding = self._root.embed * (2 + self._wide * self._adds_up)
+        self._hold(EMBEDDING, self._embedding)
+        self._moment({})
 
     def _adds(self, action: Action) -> Adds:
         """What gradients are added to: a cell's first are left as they are, the second make a sum in fp32 of them."""
@@ -230,7 +239,8 @@ class StepBytes(Reader):
             self._handed_over.add(action.round)
             self._moment({"root gradients": self._root.joined(self.shape.cells[action.round])})
             name, size = "root gradients", self._root.head_sum(self.shape.cells[action.round]) * action.times
-            self._hold("embedding gradients", -self._held.get("embedding gradients", 0))
+            self._hold(EMBEDDING, -self._embedding - self._embedded.pop(action.round, 0))
+            self._embedding = 0
         self._hold(name, -size)
 
     # ---- update

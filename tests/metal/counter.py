@@ -20,16 +20,18 @@ from mlx_empire.plan.actions import Action
 
 
 class ByKind:
-    """In a trace's place: evaluations with work, by the kind of the action in which they were asked for."""
+    """In a trace's place: evaluations with work and stops, by the kind of the action in which they came."""
 
     def __init__(self) -> None:
-        self.found = Counter[str]()
+        self.worked, self.stops = Counter[str](), Counter[str]()
 
     @contextmanager
     def action(self, action: Action) -> Iterator[None]:
         before = evaluations()
         yield
-        self.found[action.kind] += sum(evaluations()[:2]) - sum(before[:2])
+        blocking, asynchronous, stops = (now - then for now, then in zip(evaluations(), before, strict=True))
+        self.worked[action.kind] += blocking + asynchronous
+        self.stops[action.kind] += stops
 
 
 if __name__ == "__main__":
@@ -57,6 +59,11 @@ if __name__ == "__main__":
                     now - then for now, then in zip(evaluations(), before, strict=True)
                 )
             chunks = sum(len(chunks) for unit in trainer.store.chunks for chunks in unit)
-            found = {"evaluations": blocking + asynchronous, "stops": stops, "chunks": chunks}
-            key = [layers, micro_batches, stage, run_ahead, totals, wide]
-            print(json.dumps([key, found | {"update": kinds.found["update"]}]), flush=True)
+            found = {
+                "evaluations": blocking + asynchronous,
+                "stops": stops,
+                "chunks": chunks,
+                "update": kinds.worked["update"],
+                "embed": [kinds.worked["embed"], kinds.stops["embed"]],
+            }
+            print(json.dumps([[layers, micro_batches, stage, run_ahead, totals, wide], found]), flush=True)

@@ -203,7 +203,7 @@ def test_characters_that_the_tokenizer_does_not_know_are_told(
 def test_keys_that_only_another_tool_reads_are_told(
     found: Callable[..., Any], write: Callable[..., Any]
 ) -> None:
-    """Stanford's Alpaca has a column text too, with all of it rendered: who asks for it learns the prompts."""
+    """Stanford's Alpaca has a column text too, with all of it rendered: a run told to read that learns prompts."""
     write(
         "rows.jsonl", *({"instruction": f"{n}?", "output": "x", "text": f"{n}? x", "id": n} for n in range(3))
     )

@@ -123,7 +123,7 @@ def _array_rows(file: Path, refuse: Refuse) -> Iterator[RawRow]:
 
 
 def _table_rows(file: Path, refuse: Refuse) -> Iterator[RawRow]:
-    """The rows of a CSV file, whose first line names the columns. Between cells stand tabs (.tsv), commas, or semicolons
+    """The rows of a CSV file, whose first line names the columns. Between cells stand tabs (.tsv), commas or semicolons
     where that line has no comma: so spreadsheets write it where numbers have a decimal comma."""
     csv.field_size_limit(LARGEST_FIELD)
     with _reading(file), file.open(encoding="utf-8-sig", newline="") as lines:

@@ -36,7 +36,6 @@ from mlx_empire.capacity.document import (
 )
 from mlx_empire.capacity.ladder import UNLOCKED, ladder
 from mlx_empire.capacity.matrix import compare, matrix, read_rows
-from mlx_empire.capacity.page import capacity_page
 from mlx_empire.capacity.text import (
     capacity_console,
     print_daughters,
@@ -145,6 +144,8 @@ def present(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wante
     ladder = cache(lambda: ladder_of(recipe, nodes))
     daughters = cache(lambda: daughters_of(recipe, nodes, wanted))
     if wanted.page is not None:
+        from mlx_empire.capacity.page import capacity_page  # the other answers need no templates
+
         refuse_unwritable_file("--html", wanted.page)
         page = capacity_page(report(), matrix(), ladder(), daughters(), command())
         write_file("--html", wanted.page, page)

@@ -23,8 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_empire.chat.command import BASE
+from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
+from mlx_empire.errors import UserError
 from mlx_empire.run.finished import Finished, finished
 from mlx_empire.run.resident import Resident, base_folder_of, load_model, speaking_with
 
@@ -79,25 +81,29 @@ def chat_command(options: argparse.Namespace) -> int:
 
 def speakers_of(options: argparse.Namespace) -> list[Speaker]:
     """Those who answer: the result, after what it is compared with. A base of both is read once. UserError."""
-    bases: dict[Path, Resident] = {}
+    bases: dict[Path, tuple[Resident, str]] = {}
 
-    def base(folder: Path) -> Resident:
+    def base(folder: Path) -> tuple[Resident, str]:
         where = folder.resolve()
         if where not in bases:
-            bases[where] = load_model(folder)
+            bases[where] = load_model(folder), sampled_digest(folder)
         return bases[where]
 
     def speaker(named: Path, found: Finished, key: str) -> Speaker:
         if not found.adapter:
-            return Speaker(str(named), base(found.weights))
-        return Speaker(
-            str(named), speaking_with(base(base_folder_of(found, options.model, key)), found.weights)
-        )
+            return Speaker(str(named), base(found.weights)[0])
+        folder = base_folder_of(found, options.model, key)
+        resident, digest = base(folder)
+        if found.base_differs(digest):
+            raise UserError(
+                f"{key}: {named}: was trained on other weights than those in {folder}; name its base by --model FOLDER"
+            )
+        return Speaker(str(named), speaking_with(resident, found.weights))
 
     found = finished(options.run, "RUN")
     others = []
     if options.against == BASE:
-        others = [Speaker(BASE, base(base_folder_of(found, options.model, "--against")))]
+        others = [Speaker(BASE, base(base_folder_of(found, options.model, "--against"))[0])]
     elif options.against is not None:
         named = Path(options.against)
         others = [speaker(named, finished(named, "--against"), "--against")]
@@ -133,17 +139,37 @@ def converse(speakers: Sequence[Speaker], options: argparse.Namespace, console: 
 def side_by_side(
     speakers: Sequence[Speaker], question: str, options: argparse.Namespace, console: Console
 ) -> None:
-    """Write the answers beside one another while they grow, a token each in turn."""
+    """Write the answers beside one another while they grow, a token each in turn: as much as the terminal has room for,
+    and in the end all.
+    """
     texts = [Text() for _ in speakers]
     table = Table(box=None, expand=True, padding=(0, 2, 0, 0), show_header=len(speakers) > 1)
     for speaker in speakers:
-        table.add_column(speaker.name, ratio=1, header_style="dim")
+        table.add_column(Text(speaker.name), ratio=1, header_style="dim")
     table.add_row(*texts)
-    growing = {i: speaker.answers(question, options) for i, speaker in enumerate(speakers)}
-    with Live(table, console=console, vertical_overflow="visible"):
-        while growing:
-            for i, answer in list(growing.items()):
-                if (piece := next(answer, None)) is None:
-                    del growing[i]
-                else:
-                    texts[i].append(piece)
+    with Live(table, console=console, vertical_overflow="crop"):  # its last frame is whole
+        for i, piece in in_turn([speaker.answers(question, options) for speaker in speakers]):
+            texts[i].append(piece)
+
+
+def in_turn(answers: Sequence[Iterator[str]]) -> Iterator[tuple[int, str]]:
+    """Pieces of several answers with the number of each, one of each in turn. MLX has one state of random numbers: each
+    answer goes on from its own, so it is sampled as if it were alone.
+    """
+    growing, states, drawing = dict(enumerate(answers)), {}, 0
+    while growing:
+        for i, answer in list(growing.items()):
+            if i != drawing:
+                states[drawing], drawing = _random_state(), i
+                mx.random.seed(states.get(i, 0))  # an answer that begins seeds it itself
+            if (piece := next(answer, None)) is None:
+                del growing[i]
+            else:
+                yield i, piece
+
+
+def _random_state() -> int:
+    """The seed with which MLX would draw what it is about to draw: a key is the two halves of its seed."""
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
+    return int(high) << 32 | int(low)

@@ -9,7 +9,6 @@ come to the end of. Of one with generations the newest counts: rows that it was 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +24,7 @@ from mlx_empire.recipe.changes import changes, harmless
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import load_data
+from mlx_empire.run.names import RECIPE, plan_of
 
 # Where things lie; what is found there is compared by digest. A later generation has rows and a start of its own.
 _PLACES = ("run.dir", "data.path", "model.path")
@@ -41,45 +41,44 @@ def changed(recipe: Recipe, people: Path, names: Sequence[str]) -> dict[str, str
     found = {}
     for name in finished:
         own = recipe_for(recipe, people, name)
-        with suppress(EmpireError, OSError, ValueError, KeyError, TypeError):
-            # What cannot be compared, such as rows that were moved away once learnt, is no new work.
-            if told := _told(own, Generations(own.run.dir), spec, base):
-                found[name] = "; ".join(told)
+        if told := _told(own, Generations(own.run.dir), spec, base):
+            found[name] = "; ".join(told)
     return found
 
 
-def base_differs(folder: Path, base: str) -> bool:
-    """Whether the run in a folder was trained on a base of another digest; where none is noted, it is the same."""
-    with suppress(OSError, ValueError, RecursionError, AttributeError):
-        return bool(json.loads((folder / "plan.json").read_text()).get("base_digest", base) != base)
-    return False
+def recipe_differs(own: Recipe, generations: Generations) -> list[str]:
+    """What a finished daughter's recipe asks for otherwise than the one by which its newest generation was trained."""
+    newest = max(generations.finished)
+    accepted = (*_PLACES, *own.run.accept_changes, *(_OF_LATER if newest > 1 else ()))
+    with suppress(EmpireError, OSError):  # what cannot be compared is no new work
+        before = load_recipe(generations.place(newest) / RECIPE)
+        return [
+            f"{key}: {a} -> {b}"
+            for key, (a, b) in changes(before, own).items()
+            if key not in accepted and (key == _LENGTH or not harmless(key, before, own))
+        ]
+    return []
 
 
 def rows_differ(own: Recipe, spec: ModelSpec | None = None) -> bool:
-    """Whether data.path holds other rows, as tokens, than the run in run.dir began with; errors of reading them."""
-    began_with = json.loads((own.run.dir / "plan.json").read_text())["data_digest"]
-    return bool(load_data(own, spec or single_target(own).spec).digest != began_with)
+    """Whether data.path holds other rows, as tokens, than the run in run.dir began with; where that is not noted, no.
+    UserError, OSError.
+    """
+    began_with = plan_of(own.run.dir).get("data_digest")
+    return began_with is not None and load_data(own, spec or single_target(own).spec).digest != began_with
 
 
 def _told(own: Recipe, generations: Generations, spec: ModelSpec, base: str) -> list[str]:
-    accepted = own.run.accept_changes
-    newest = max(generations.finished)
-    place = generations.place(newest)
-    told = _recipe_differs(own, place, [*accepted, *(_OF_LATER if newest > 1 else ())])
-    if base_differs(place, base) and not any(key.startswith("model.") for key in accepted):
+    accepted, newest = own.run.accept_changes, max(generations.finished)
+    told = recipe_differs(own, generations)
+    if generations.result(newest).base_differs(base) and not any(
+        key.startswith("model.") for key in accepted
+    ):
         told.append(f"{own.model.path} holds other weights")
-    if not any(key.startswith("data.") for key in accepted):
-        learnt = generations.learnt(newest) if newest > 1 else None
-        other = rows_of(own.data).digest != learnt.offered if learnt is not None else rows_differ(own, spec)
-        if other:
+    if any(key.startswith("data.") for key in accepted):
+        return told
+    learnt = generations.learnt(newest) if newest > 1 else None
+    with suppress(EmpireError, OSError):  # rows that were moved away once learnt are no new work
+        if rows_of(own.data).digest != learnt.offered if learnt is not None else rows_differ(own, spec):
             told.append(f"{own.data.path} holds other rows")
     return told
-
-
-def _recipe_differs(own: Recipe, place: Path, accepted: Sequence[str]) -> list[str]:
-    before = load_recipe(place / "recipe.yaml")
-    return [
-        f"{key}: {a} -> {b}"
-        for key, (a, b) in changes(before, own).items()
-        if key not in (*_PLACES, *accepted) and (key == _LENGTH or not harmless(key, before, own))
-    ]

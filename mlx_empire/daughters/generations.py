@@ -26,7 +26,7 @@ from mlx_empire.disk import create_private, replace_private, sync_file, sync_fol
 from mlx_empire.errors import UserError
 from mlx_empire.formats.seal import unseal
 from mlx_empire.formats.staging import fresh_folder, remove
-from mlx_empire.run.finished import CURRENT, FINAL
+from mlx_empire.run.finished import CURRENT, FINAL, Finished
 from mlx_empire.run.launched import COMPLETE
 
 FOLDER, DECISION, PINNED = "generations", "DECISION.json", "PINNED"
@@ -53,6 +53,10 @@ class Generations:
     def place(self, number: int) -> Path:
         """Where a generation lies."""
         return self.folder if number == 1 else self.folder / FOLDER / str(number)
+
+    def result(self, number: int) -> Finished:
+        """What came of a finished one."""
+        return Finished(self.place(number) / FINAL, self.place(number))
 
     @property
     def numbers(self) -> list[int]:

@@ -58,8 +58,8 @@ class JobsOf(Protocol):
         """The recipe of its job."""
         ...
 
-    def begun(self, name: str) -> None:
-        """Its folder is there. UserError, OSError."""
+    def begun(self, name: str, *, goes_on: bool) -> None:
+        """Its folder is there, of one that begins or goes on. UserError, OSError."""
         ...
 
     def done(self, name: str) -> str:
@@ -161,16 +161,15 @@ class Daughters:
             config = config_digest(recipe.model.path)
             origin = Origin(dump_recipe(recipe), splits.digest, self._base, config)
             job = Job.of(recipe, splits.train)
-            self._adapters.begin(place)
             step, note = self._resumed(place, recipe, origin, job.steps)
             note = "; ".join(filter(None, (note, *splits.warnings)))
-            lineage = self._begun_from(place, recipe, step)
+            lineage = lineage_of(recipe.run.dir) if step else self._begin(place, recipe)
             saved.clear(recipe.run.dir, goes_on=step > 0)
             comes_from = beside_plan(self._base, lineage)
             write_plan(
                 recipe, plan, [self._node], spec, splits, job.steps, resumed=step > 0, origin=comes_from
             )
-            self._jobs.begun(name)
+            self._jobs.begun(name, goes_on=step > 0)
             metrics = MetricsWriter(recipe.run.dir, step)
             gate = share_gate(self._comm, recipe, job.gate)
         except (EmpireError, OSError) as error:
@@ -206,15 +205,11 @@ class Daughters:
         saved.restore(arrays, self._adapters.store, place, folder)
         return found.step, f"goes on after step {found.step}"
 
-    def _begun_from(self, place: int, recipe: Recipe, step: int) -> Lineage | None:
-        """Put the adapter that tuning.start names into the place of one that begins; where it comes from. UserError."""
-        if recipe.tuning.start is None:
-            return None
-        if step:
-            return lineage_of(recipe.run.dir)
-        parent = read_parent(recipe, self._single, self._base)
-        self._adapters.begin(place, parent.weights)
-        return parent.lineage
+    def _begin(self, place: int, recipe: Recipe) -> Lineage | None:
+        """Put one that begins into a place, as tuning.start says; where it comes from. UserError."""
+        parent = None if recipe.tuning.start is None else read_parent(recipe, self._single, self._base)
+        self._adapters.begin(place, None if parent is None else parent.weights)
+        return None if parent is None else parent.lineage
 
     # ---- learning
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_empire.daughters.generations import Decision
-from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, LOWER_IS_BETTER, EvaluationSection
+from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, EvaluationSection, Gate, worse_by
 
 Pair = tuple[float | None, float | None]
 
@@ -26,18 +26,20 @@ def judge(
     scores = {} if first is None or last is None else _pairs(evaluation, first, last)
     gate = evaluation.stop_when
     compared = [gate.metric] if gate is not None else list(evaluation.scores) or [HELD_OUT_LOSS]
-    bad = [
-        name
-        for name in compared
-        if not (gate is not None and _passes(gate, scores, name)) and not _no_worse(name, scores.get(name))
-    ]
+    bad = [name for name in compared if not _good(gate, name, *scores.get(name, (None, None)))]
     said = "; ".join(_told(name, scores.get(name)) for name in bad or compared)
     return Decision(number, begun_from, not bad, said, scores)
 
 
-def _passes(gate: Any, scores: Mapping[str, Pair], name: str) -> bool:
-    value = scores.get(name, (None, None))[1]
-    return value is not None and bool(gate.passes(value))
+def _good(gate: Gate | None, name: str, before: float | None, after: float | None) -> bool:
+    """Whether a score meets the bound of the gate, if there is one, or was measured both times and is no worse."""
+    if after is None:
+        return False
+    if gate is not None and gate.passes(after):
+        return True
+    if before is None:
+        return False
+    return worse_by(name, before, after) <= 0
 
 
 def _pairs(
@@ -47,15 +49,6 @@ def _pairs(
     for name in evaluation.scores:
         pairs[name] = (first.get("scores", {}).get(name), last.get("scores", {}).get(name))
     return pairs
-
-
-def _no_worse(name: str, pair: Pair | None) -> bool:
-    """Whether a score was measured both times and did not get worse."""
-    before, after = pair or (None, None)
-    if before is None or after is None:
-        return False
-    down = name == HELD_OUT_LOSS or name.rpartition(".")[2] in LOWER_IS_BETTER
-    return after <= before if down else after >= before
 
 
 def _told(name: str, pair: Pair | None) -> str:

@@ -88,7 +88,8 @@ def of_the_next(
         return None
     share = DEFAULT_REPLAY if replay is None else replay
     again = {name for name in offered.train if name in known and _part(name, f"generation {number}") < share}
-    train = tuple(name for name in offered.order if name in new or name in again - apart)
+    chosen = new | (again - apart)
+    train = tuple(name for name in offered.order if name in chosen)
     return Learnt(train, tuple(valid), offered.digest)
 
 

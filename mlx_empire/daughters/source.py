@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_empire.daughters.changed import base_differs, rows_differ
+from mlx_empire.daughters.changed import recipe_differs, rows_differ
 from mlx_empire.daughters.generations import ROWS, Generations
 from mlx_empire.daughters.jobs import is_finished, recipe_for
 from mlx_empire.daughters.promote import judge
@@ -41,12 +41,13 @@ class JobSource:
         number = own.unfinished if self.watched and is_finished(self.recipe, name) else None
         return first if number is None else next_recipe(first, own, number)
 
-    def begun(self, name: str) -> None:
-        """The job's folder is there: keep what a first generation learns. UserError, OSError."""
-        job = self.of(name)
-        if job.run.dir == self.recipe.run.dir / name:
-            learnt = of_the_first(rows_of(job.data), job.data.validation_split)
-            self.generations(name).note(1, learnt)
+    def begun(self, name: str, *, goes_on: bool) -> None:
+        """The job's folder is there: keep what a first generation learns; one that `goes_on` has kept it. UserError,
+        OSError.
+        """
+        job, own = self.of(name), self.generations(name)
+        if job.run.dir == own.place(1) and not (goes_on and own.learnt(1) is not None):
+            own.note(1, of_the_first(rows_of(job.data), job.data.validation_split))
 
     def done(self, name: str) -> str:
         """The job is complete: decide which generation is in use; what there is to say. OSError."""
@@ -55,9 +56,15 @@ class JobSource:
     def other_base(self, name: str, base: str) -> str | None:
         """What to say where the generation in use was trained on another base; `base`: the digest of that of now."""
         own = self.generations(name)
-        if not base_differs(own.place(own.current), base):
+        if not own.result(own.current).base_differs(base):
             return None
         return f"{self.recipe.model.path} holds other weights than generation {own.current} was trained on"
+
+    def other_recipe(self, name: str) -> str | None:
+        """What to say where the recipe is another one by now, of a daughter that has nothing to learn and no pin."""
+        own = self.generations(name)
+        told = [] if own.pinned else recipe_differs(recipe_for(self.recipe, self.people, name), own)
+        return "; ".join(told) or None
 
     def prepare(self, name: str) -> bool:
         """Whether a finished daughter has a next generation to be trained here, which is begun if need be. UserError,

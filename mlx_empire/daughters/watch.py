@@ -13,6 +13,7 @@ from pathlib import Path
 from mlx_empire.daughters.generations import PINNED, Generations
 from mlx_empire.daughters.source import JobSource
 from mlx_empire.errors import UserError
+from mlx_empire.formats.staging import disk_errors
 from mlx_empire.recipe.schema import Recipe
 
 Fingerprint = tuple[tuple[str, int, int], ...]
@@ -64,10 +65,14 @@ def manage(jobs: JobSource, rollback: Sequence[str], pin: Sequence[str], unpin: 
         name, _, number = asked.partition("=")
         if number and not number.isdecimal():
             raise UserError(f"--rollback: {asked}: expected NAME or NAME=N, such as alice=1")
-        _known(jobs, name, "--rollback").roll_back(int(number) if number else None)
+        own = _known(jobs, name, "--rollback")
+        with disk_errors(own.folder):
+            own.roll_back(int(number) if number else None)
     for option, names in (("--pin", pin), ("--unpin", unpin)):
         for name in names:
-            _known(jobs, name, option).pin(on=option == "--pin")
+            own = _known(jobs, name, option)
+            with disk_errors(own.folder):
+                own.pin(on=option == "--pin")
     touched = dict.fromkeys([*(asked.partition("=")[0] for asked in rollback), *pin, *unpin])
     print("\n".join(line for name in touched for line in jobs.generations(name).lines()))
     return 0

@@ -126,7 +126,10 @@ def _over(recipe: Recipe, jobs: Jobs, *, watched: bool = False) -> int:
     left = [name for name, state in jobs.states.items() if state.state == CHANGED]
     print(f"{jobs.finished} of {len(jobs.states)} daughters are in {recipe.run.dir}")
     if left and watched:
-        print(f"{', '.join(left)}: left as they are: bring their base back, or begin anew in another run.dir")
+        print(
+            f"{', '.join(left)}: left as they are: bring their base or recipe back, or begin anew in another "
+            "run.dir; run.accept_changes=[optimizer.learning_rate] (or another key) takes a recipe as it is by now"
+        )
     elif left:
         print(
             f"{', '.join(left)}: changed since they were finished, and left as they are: --watch goes on from them "
@@ -197,11 +200,12 @@ def _next_generations(
         base = sampled_digest(jobs.recipe.model.path) if rank == comm.rank and names else ""
         for name in names if rank == comm.rank else ():
             try:
-                if (why := jobs.other_base(name, base)) is not None:
-                    tell_overseer(name, state=CHANGED, note=why)
-                elif jobs.prepare(name):
+                why = jobs.other_base(name, base)
+                if why is None and jobs.prepare(name):
                     begun.append(name)
                     tell_overseer(name, state=WAITING)
+                elif why := why or jobs.other_recipe(name):
+                    tell_overseer(name, state=CHANGED, note=why)
             except (EmpireError, OSError) as error:
                 failed.append(name)
                 tell_overseer(name, state=FAILED, note=str(error))

@@ -33,12 +33,11 @@ from mlx_empire.comm.failure import guard
 from mlx_empire.doctor.findings import Findings
 from mlx_empire.errors import EmpireError, UserArguments, UserError
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.run.names import RUNS
 
 if TYPE_CHECKING:
     from mlx_empire.doctor.asking import MachineAnswer
     from mlx_empire.recipe.schema import Recipe
-
-RUNS = Path("runs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

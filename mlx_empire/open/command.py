@@ -16,8 +16,8 @@ from pathlib import Path
 
 from mlx_empire.comm.environment import asked
 from mlx_empire.errors import UserArguments
+from mlx_empire.run.names import RUNS
 
-RUNS = Path("runs")
 PORT = 8790
 
 

@@ -1,4 +1,4 @@
-"""Decides the looks of our pages: one style sheet for light and dark, chosen by the reader's system, and tables.
+"""Decides the looks of our pages: one style sheet for light and dark, chosen by the reader's system.
 
 Colours of what fills memory are blues, violets and browns; green, amber and red are kept for verdicts, and no
 meaning hangs on a colour alone: every cell and every bar says in words what it shows.
@@ -8,7 +8,7 @@ what stood there stays until there is something to put in its place.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from mlx_empire.errors import UserError
@@ -124,24 +124,6 @@ footer {{ color: var(--muted); font-size: 13px; padding: 0 4px; }}
 }}
 @media print {{ section, header {{ break-inside: avoid; }} body {{ background: none; }} }}
 """
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table of ready-made HTML cells; the first of a row is its header, columns in `numbers` stand right. On a narrow
-    screen a row is a card, each cell beside its column's name."""
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        made = []
-        for i, cell in enumerate(row):
-            number = " class=number" if i in numbers else ""
-            told = f' data-name="{head[i]}"' if tag == "td" and i and head[i] and "<" not in head[i] else ""
-            own = tag if i else "th"
-            made.append(f"<{own}{number}{told}>{cell}</{own}>")
-        return "".join(made)
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    heads = f"<thead><tr>{cells(head, 'th')}</tr></thead>"
-    return f'<div class="scroll"><table class="rows">{heads}<tbody>{body}</tbody></table></div>'
 
 
 def refuse_unwritable_file(option: str, path: Path, sources: Iterable[Path] = ()) -> None:

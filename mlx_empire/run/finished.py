@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import CONFIG_NAME
 from mlx_empire.formats.peft import PEFT_NAME
 from mlx_empire.run.launched import COMPLETE
+from mlx_empire.run.names import RECIPE, plan_of
 
 CURRENT = "current"  # in a daughter's folder: a link to the final/ of the generation that is in use
-FINAL, RECIPE = "final", "recipe.yaml"
+FINAL = "final"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,16 @@ class Finished:
     def adapter(self) -> bool:
         """Whether the weights are an adapter's."""
         return (self.weights / CONFIG_NAME).exists()
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What the run's `plan.json` says; empty where there is none."""
+        return {} if self.run is None else plan_of(self.run)
+
+    def base_differs(self, digest: str | None) -> bool:
+        """Whether an adapter was trained on other weights than those of `digest`; where either is not known, no."""
+        theirs = self.plan.get("base_digest")
+        return None not in (digest, theirs) and theirs != digest
 
 
 def finished(named: Path, key: str) -> Finished:

@@ -16,16 +16,17 @@ from mlx_empire.checkpoint.paths import refuse_broken_link
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.data.splits import Splits
 from mlx_empire.disk import replace_private
-from mlx_empire.errors import UserError
+from mlx_empire.errors import EmpireError, UserError
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan.assess import assess
+from mlx_empire.plan.assess import assess_plan
 from mlx_empire.plan.hardware import known_speed, wire_of
 from mlx_empire.plan.pace import pace_of
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.launched import COMPLETE
+from mlx_empire.run.names import PLAN, RECIPE
 
 CLIPPING = {  # what plan.json says, by whether gradients are released
     False: "by the step's own global norm",
@@ -67,11 +68,7 @@ def write_plan(
     `origin`: what plan.json also says, of where the run comes from (`parent.beside_plan`).
     """
     folder = recipe.run.dir
-    stale = (
-        ["plan.json", "recipe.yaml"]
-        if resumed
-        else ["metrics.jsonl", "samples.json", "plan.json", "recipe.yaml"]
-    )
+    stale = [PLAN, RECIPE] if resumed else ["metrics.jsonl", "samples.json", PLAN, RECIPE]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in stale:  # of an earlier run that did not finish
@@ -79,24 +76,27 @@ def write_plan(
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; choose a folder that can be written") from None
     try:
-        replace_private(folder / "recipe.yaml", dump_recipe(recipe) + "\n")
+        replace_private(folder / RECIPE, dump_recipe(recipe) + "\n")
         document = plan_document(plan, nodes, spec, splits.digest, steps) | dict(origin)
-        seconds = planned_seconds(recipe, spec, nodes)
+        seconds = planned_seconds(recipe, plan, spec, nodes)
         document |= {} if seconds is None else {"step_seconds": seconds}
-        replace_private(folder / "plan.json", json.dumps(document, indent=1) + "\n")
+        replace_private(folder / PLAN, json.dumps(document, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None
 
 
-def planned_seconds(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node]) -> list[float] | None:
+def planned_seconds(
+    recipe: Recipe, plan: RunPlan, spec: ModelSpec, nodes: Sequence[Node]
+) -> list[float] | None:
     """How long a step takes at least and at most, by what the chips and the wire are known to do; None where a chip is
-    not known, or nothing can be predicted: no run ends for that."""
+    not known, or the model's graph cannot be read."""
     if known_speed(nodes) is None:
         return None
     try:
-        return list(pace_of(assess(recipe, spec, nodes, state_bytes_of), wire_of(nodes)).step_seconds)
-    except Exception:  # the plan that the run goes by is made; this one is for who looks on
+        pace = pace_of(assess_plan(recipe, plan, spec, nodes, state_bytes_of), wire_of(nodes))
+    except EmpireError:  # the plan that the run goes by is made; this one is for who looks on
         return None
+    return list(pace.step_seconds)
 
 
 def plan_document(

@@ -8,7 +8,6 @@ has it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,6 +28,7 @@ from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
 from mlx_empire.run.finished import Finished, finished
+from mlx_empire.run.names import plan_of
 
 KEY = "tuning.start"
 SAME_SCALE = 1e-6  # PEFT keeps alpha, from which the scale comes with a rounding
@@ -88,23 +88,21 @@ def read_parent(recipe: Recipe, target: Target, base: str | None) -> Parent:
         raise UserError(f"{KEY}: {start}: no adapter; a whole model is a base: name it in model.path")
     if (digest := sealed_digest(found.weights)) is not None:
         check_sealed(found.weights, digest)
-    plan = _plan_of(found)
-    theirs = plan.get("base_digest")
-    if None not in (base, theirs) and base != theirs:
+    if found.base_differs(base):
         raise UserError(
             f"{KEY}: {start}: was trained on other weights than those in {recipe.model.path}; name its base in "
             "model.path, or leave tuning.start out"
         )
     adapter = read_adapter(found.weights, target.base)
     _require_alike(adapter, target, start)
-    before = lineage_in(plan)
+    before = lineage_in(found.plan)
     older = () if before is None else (before.digest, *before.before)
     return Parent(adapter.weights, Lineage(str(start), _digest(found.weights), rows_seen(found), older))
 
 
 def lineage_of(run: Path) -> Lineage | None:
     """Where the run in a folder began, as its plan.json says; None for one that began afresh, or is not there."""
-    return lineage_in(_plan_of(Finished(run, run)))
+    return lineage_in(plan_of(run))
 
 
 def lineage_in(plan: Mapping[str, Any]) -> Lineage | None:
@@ -125,7 +123,7 @@ def rows_seen(found: Finished) -> int | None:
     """Rows that a finished adapter has learnt from, with those of all that it comes from; None: not known."""
     if found.run is None:
         return None
-    before = lineage_in(_plan_of(found))
+    before = lineage_in(found.plan)
     if before is not None and before.rows_seen is None:
         return None
     try:
@@ -134,15 +132,6 @@ def rows_seen(found: Finished) -> int | None:
     except (OSError, KeyError, UserError):
         return None
     return own + (0 if before is None or before.rows_seen is None else before.rows_seen)
-
-
-def _plan_of(found: Finished) -> dict[str, Any]:
-    with suppress(OSError, ValueError, RecursionError):
-        if found.run is not None and isinstance(
-            plan := json.loads((found.run / "plan.json").read_text()), dict
-        ):
-            return plan
-    return {}
 
 
 def _digest(weights: Path) -> str:

@@ -20,7 +20,8 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import WEIGHTS_NAME
 from mlx_empire.recipe.load import load_recipe
-from mlx_empire.run.finished import RECIPE, Finished
+from mlx_empire.run.finished import Finished
+from mlx_empire.run.names import RECIPE
 
 
 @dataclass(frozen=True)

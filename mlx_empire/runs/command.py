@@ -16,8 +16,7 @@ from pathlib import Path
 
 from mlx_empire.comm.environment import asked
 from mlx_empire.errors import UserArguments, UserError
-
-RUNS = Path("runs")  # where the recipes that come with this put theirs
+from mlx_empire.run.names import RUNS
 
 
 def parser(verb: str) -> UserArguments:

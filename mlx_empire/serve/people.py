@@ -7,7 +7,6 @@ was trained on other weights than the base's is not served.
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import WEIGHTS_NAME
-from mlx_empire.recipe.load import load_recipe
-from mlx_empire.run.finished import RECIPE, Finished, finished
+from mlx_empire.run.finished import Finished, finished
+from mlx_empire.run.resident import base_folder_of
 
 
 class UnknownPersonError(ValueError):
@@ -62,23 +61,18 @@ class People:
 
     def _found(self, name: str) -> Finished | None:
         found = _finished(self.folder / name)
-        if found is None or found.run is None:
-            return None
-        with suppress(OSError, ValueError, RecursionError, AttributeError):
-            plan = json.loads((found.run / "plan.json").read_text())
-            return found if plan.get("base_digest", self.digest) == self.digest else None
-        return None
+        return None if found is None or found.base_differs(self.digest) else found
 
 
 def people_in(folder: Path, base: Path | None) -> People:
-    """The daughters of a folder; `base`: the folder of theirs, if not what their recipes name. UserError."""
+    """The daughters of a folder; `base`: the folder of theirs, else the one that their recipes name. UserError."""
     if not folder.is_dir():
         raise UserError(f"PEOPLE: {folder}: no such folder; name the run.dir of mlx-empire daughters")
     found = {name: one for name in _folders(folder) if (one := _finished(folder / name)) is not None}
     if not found:
         raise UserError(f"PEOPLE: {folder}: no finished daughter is in it; mlx-empire daughters trains them")
-    named = {name: load_recipe(one.run / RECIPE).model.path for name, one in found.items() if one.run}
     if base is None:
+        named = {name: base_folder_of(one, None, "PEOPLE") for name, one in found.items()}
         (first, base), *others = named.items()
         for name, other in others:
             if other.resolve() != base.resolve():

@@ -123,7 +123,7 @@ def carry_out(
     job = job.part(plan.work.layout.of_rank(comm.rank))
     guards.lock(recipe.run.dir)
     evaluator = share_evaluator(comm, recipe, target.spec, plan)
-    reader = make_reader(comm, recipe, splits.valid)
+    reader = make_reader(comm, recipe, target.spec, plan, splits.valid)
     short = require_disks(comm, recipe, target, plan, nodes, job.steps, resumed=start.found is not None)
 
     # ---------------------------------------------------------------- the weights

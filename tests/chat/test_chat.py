@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
+import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,13 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
+from rich.live import Live
 from support.speaking import MODEL, answers, finish, write_adapter
 
+from mlx_empire.chat import talk
 from mlx_empire.chat.command import read
-from mlx_empire.chat.talk import side_by_side, speakers_of
+from mlx_empire.chat.talk import Speaker, side_by_side, speakers_of
+from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.cli import main as cli
 from mlx_empire.run.resident import load_model, speaking_with
 
@@ -98,6 +105,94 @@ def test_two_answers_grow_side_by_side(runs: Path) -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "base" in shown
     assert "alice" in shown
+
+
+def uncompiled(temp: float, top_p: float) -> Callable[[mx.array], mx.array]:
+    """A sampler that takes no seconds to compile."""
+    assert top_p == 1
+    return lambda scores: mx.random.categorical(scores / temp)
+
+
+def test_beside_another_each_is_sampled_as_if_it_were_alone(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one ends before the other, and the other goes on."""
+    monkeypatch.setattr(talk, "make_sampler", uncompiled)
+    words = ["--against", "base", "--temp", "1.5", "--seed", "3", "--max-tokens", str(TOKENS)]
+    options = read([str(runs / "alice"), *words])
+    together = speakers_of(options)
+    for short in (None, 0, 1):
+        found = [Speaker(one.name, one.resident) for one in together]
+        alone = [Speaker(one.name, one.resident) for one in together]
+        if short is not None:
+            for side in (found, alone):
+                side[short] = Brief(side[short].name, side[short].resident)
+        side_by_side(found, QUESTIONS[0], options, Console(file=io.StringIO(), force_terminal=True))
+        for one in alone:
+            list(one.answers(QUESTIONS[0], options))
+        assert [one.said for one in found] == [one.said for one in alone]
+    greedy = [said(QUESTIONS[0], adapter) for adapter in (None, runs / "alice/final")]
+    assert [one.said[-1]["content"] for one in found] != greedy
+
+
+class Brief(Speaker):
+    """One whose answers have three tokens."""
+
+    def answers(self, question: str, options: argparse.Namespace) -> Iterator[str]:
+        return super().answers(question, argparse.Namespace(**{**vars(options), "max_tokens": 3}))
+
+
+class Rehearsed(Speaker):
+    """One that says the same lines to everything, each shown before the next."""
+
+    shown: Live
+
+    def answers(self, question: str, options: argparse.Namespace) -> Iterator[str]:
+        for number in range(20):
+            yield f"line {number}\n"
+            self.shown.refresh()
+
+
+def test_an_answer_longer_than_the_terminal_is_shown_whole_once(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal goes back over what it shows and no further: what is redrawn must fit."""
+    height = 8
+    resident = load_model(MODEL)
+    speakers = [Rehearsed("[bold]a[/bold]", resident), Rehearsed("b", resident)]
+
+    class Seen(Live):
+        def __init__(self, *words: Any, **options: Any) -> None:
+            super().__init__(*words, **options)
+            Rehearsed.shown = self
+
+    monkeypatch.setattr(talk, "Live", Seen)
+    console = Console(file=io.StringIO(), width=60, height=height, force_terminal=True, color_system=None)
+    side_by_side(speakers, "?", read([str(runs / "alice")]), console)
+    frames = re.split(r"\r?\x1b\[2K(?:\x1b\[1A\x1b\[2K)*", console.file.getvalue())  # type: ignore[attr-defined]
+    *growing, whole = [frame for frame in frames if "line" in frame]
+    assert len(growing) > 10
+    assert max(frame.count("\n") for frame in growing) < height
+    assert whole.count("line 19") == 2
+    assert "[bold]a[/bold]" in whole, "a name is no markup"
+
+
+def test_an_adapter_of_other_weights_does_not_answer(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "alice", tmp_path / "alice")
+    plan = tmp_path / "alice/plan.json"
+    plan.write_text(json.dumps({"base_digest": sampled_digest(MODEL)}))
+    speakers_of(read([str(tmp_path / "alice")]))
+    plan.write_text(json.dumps({"base_digest": "of other weights"}))
+    with pytest.raises(SystemExit) as ended:
+        cli(["chat", str(tmp_path / "alice"), "--against", "base"])
+    assert ended.value.code == 64
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert (
+        f"RUN: {tmp_path}/alice: was trained on other weights than those in {MODEL}; name its base by" in said
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mlx_empire import progress
+from mlx_empire.daughters import source
 from mlx_empire.daughters.command import read
 from mlx_empire.daughters.generations import Generations
 from mlx_empire.daughters.promote import judge
@@ -43,7 +44,7 @@ def alice(recipe: Recipe) -> Generations:
     """The first generation of one person is finished."""
     jobs = JobSource(recipe, Path("people"), watched=True)
     complete(Path("runs/alice"), recipe, [3.0, 2.0])
-    jobs.begun("alice")
+    jobs.begun("alice", goes_on=False)
     return jobs.generations("alice")
 
 
@@ -204,6 +205,61 @@ def test_a_person_goes_back_pins_and_goes_on(
     manage(jobs, ["alice=1"], [], [])
     with pytest.raises(UserError, match="generation 1 is in use, and there is none before it"):
         manage(jobs, ["alice"], [], [])
+
+
+def test_what_cannot_be_written_is_one_line(recipe: Recipe, alice: Generations) -> None:
+    jobs = JobSource(recipe, Path("people"), watched=True)
+    for name in (".current", "PINNED"):
+        Path(f"runs/alice/{name}/somebodys").mkdir(parents=True)
+    for words in ((["alice=1"], [], []), ([], ["alice"], []), ([], [], ["alice"])):
+        with pytest.raises(UserError, match=r"^runs/alice: cannot be written: [^\n]*$"):
+            manage(jobs, *words)
+
+
+def test_another_recipe_without_new_rows_is_told_and_accepted_or_pinned_it_is_not(
+    recipe: Recipe, alice: Generations
+) -> None:
+    for words, said in (
+        ([], None),
+        (["optimizer.learning_rate=0.5"], "optimizer.learning_rate: 0.001 -> 0.5"),
+        (["optimizer.learning_rate=0.5", "run.accept_changes=[optimizer.learning_rate]"], None),
+        (["daughters.replay=0.9", "run.save_every=1"], None),
+    ):
+        jobs = JobSource(parse_recipe(RECIPE, "r", words), Path("people"), watched=True)
+        assert not jobs.prepare("alice")
+        assert jobs.other_recipe("alice") == said
+    alice.pin(on=True)
+    jobs = JobSource(parse_recipe(RECIPE, "r", ["optimizer.learning_rate=0.5"]), Path("people"), watched=True)
+    assert jobs.other_recipe("alice") is None
+
+
+def test_the_newest_generation_says_by_which_recipe_it_was_trained(
+    recipe: Recipe, alice: Generations
+) -> None:
+    offer(1, 2, 3, 4)
+    other = parse_recipe(RECIPE, "r", ["optimizer.learning_rate=0.5"])
+    next_generation(other, 2.0, 1.5)
+    assert JobSource(other, Path("people"), watched=True).other_recipe("alice") is None
+    found = JobSource(recipe, Path("people"), watched=True).other_recipe("alice")
+    assert found == "optimizer.learning_rate: 0.5 -> 0.001"
+
+
+def test_rows_are_read_again_where_one_begins_and_not_where_it_goes_on(
+    recipe: Recipe, alice: Generations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, before = JobSource(recipe, Path("people")), alice.learnt(1)
+    offer(1, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(source, "rows_of", lambda _: pytest.fail("the files were read"))
+        jobs.begun("alice", goes_on=True)
+    assert alice.learnt(1) == before
+    jobs.begun("alice", goes_on=False)  # anew, as run.resume: never does, and its rows are others by now
+    learnt = alice.learnt(1)
+    assert learnt is not None
+    assert set(learnt.train) == rows_hashes(1, 2)
+    Path("runs/alice/rows.json").unlink()
+    jobs.begun("alice", goes_on=True)  # an earlier version noted nothing
+    assert alice.learnt(1) == learnt
 
 
 def test_one_that_was_left_meanwhile_is_not_replaced(recipe: Recipe, alice: Generations) -> None:

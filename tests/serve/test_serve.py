@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from support.mpi import rank_environment
 from support.speaking import MODEL, answers, finish, write_adapter
 
 from mlx_empire.cli import main as cli
+from mlx_empire.errors import EmpireError, UserError
 from mlx_empire.serve.command import read
 from mlx_empire.serve.people import people_in
 from mlx_empire.serve.server import Server, serve
@@ -59,8 +61,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Asked:
     """A server that runs in this process, and how often it read a base."""
 
-    def __init__(self, url: str, loads: list[str]) -> None:
-        self.url, self.loads = url, loads
+    def __init__(self, made: Server, loads: list[str]) -> None:
+        self.made, self.url, self.loads = made, made.url, loads
 
     def get(self, path: str) -> tuple[int, Any]:
         return fetched(urllib.request.Request(f"{self.url}{path}"))
@@ -102,7 +104,7 @@ def server(runs: Path) -> Iterator[Asked]:
     with Server(options.host, options.port) as made:
         thread = threading.Thread(target=serve, args=(made, people_in(runs, None), options))
         thread.start()
-        yield Asked(made.url, loads)
+        yield Asked(made, loads)
         made.shutdown()
         thread.join()
     mlx_lm.server.load = real
@@ -181,6 +183,175 @@ def test_an_adapter_of_another_base_is_not_served(runs: Path, server: Asked) -> 
     assert server.ask(model="bob", prompt="Tom", max_tokens=2)[0] == 200
 
 
+def test_requests_of_one_person_share_a_batch(server: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four that wait when their adapter is put on: a pass of the model makes a token for each."""
+    generator, sizes = server.made.generator, []
+    assert generator is not None
+    server.said("bob", "She")  # from here on the batch is another person's
+    load = generator.model_provider.load
+
+    def once_all_wait(*words: Any) -> Any:
+        deadline = time.monotonic() + 60
+        while generator.requests.qsize() < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return load(*words)
+
+    class Counted(mlx_lm.server.BatchGenerator):  # type: ignore[misc]
+        def next(self) -> Any:
+            found = super().next()
+            sizes.append(len(found[1]))
+            return found
+
+    monkeypatch.setattr(generator.model_provider, "load", once_all_wait)
+    monkeypatch.setattr(mlx_lm.server, "BatchGenerator", Counted)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: server.said("alice", prompt), PROMPTS[:4]))
+    assert all(found)
+    assert max(sizes) == 4, sizes
+
+
+def test_no_web_page_may_ask_but_those_that_are_allowed(
+    server: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by what a browser sends without asking before: text, and a form."""
+    body = json.dumps({"model": "alice", "prompt": "Tom", "max_tokens": 2}).encode()
+    settings = server.made.generator.cli_args  # type: ignore[union-attr]
+
+    def of_page(origin: str, kind: str) -> int:
+        headers = {"Content-Type": kind, "Origin": origin}
+        code, found = fetched(urllib.request.Request(f"{server.url}/completions", body, headers))
+        assert code == 200 or "--allowed-origins names those that may" in found["error"]
+        return code
+
+    for kind in ("text/plain", "application/json"):
+        assert of_page("http://evil.example", kind) == 403
+        assert of_page("null", kind) == 403
+    names = urllib.request.Request(f"{server.url}/models", headers={"Origin": "http://evil.example"})
+    assert fetched(names)[0] == 403
+    monkeypatch.setattr(settings, "allowed_origins", ["http://mine.example"])
+    assert of_page("http://mine.example", "text/plain") == 200
+    assert of_page("http://evil.example", "text/plain") == 403
+    monkeypatch.setattr(settings, "allowed_origins", ["*"])
+    assert of_page("http://evil.example", "text/plain") == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "code"),
+    [
+        ("127.0.0.1", 200),
+        ("LocalHost:8080", 200),
+        ("[::1]:80", 200),
+        ("evil.example", 403),
+        ("evil.example:8080", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("user@localhost.evil.example", 403),
+        ("[", 403),
+        ("", 403),
+    ],
+)
+def test_on_this_machine_alone_it_is_asked_by_a_name_of_this_machine(
+    host: str, code: int, server: Asked
+) -> None:
+    found = server.made.server_address[:2]
+    asked = http.client.HTTPConnection(str(found[0]), int(found[1]), timeout=60)
+    asked.request("GET", "/v1/models", headers={"Host": host})
+    assert asked.getresponse().status == code
+    asked.close()
+
+
+def test_the_name_that_host_says_is_one_too() -> None:
+    with Server("127.0.0.2", 0) as made:
+        assert made.on_loopback
+        assert made.is_named("127.0.0.2:9")
+        assert not made.is_named("127.0.0.3")
+    with Server("0.0.0.0", 0) as open_to_all:
+        assert not open_to_all.on_loopback
+
+
+def test_what_somebody_asks_is_written_nowhere(
+    server: Asked, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for body in (b'{"prompt": "my secret', b'["my secret"]'):
+        request = urllib.request.Request(f"{server.url}/completions", body)
+        assert fetched(request)[0] == 400
+    bad = urllib.request.Request(f"{server.url}/completions", b"my secret \xff")
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        fetched(bad)
+    wait_for(lambda: "could not be answered" in capfd.readouterr().err)
+    assert caplog.text == ""
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_goes_wrong_with_a_request_is_one_line_and_a_client_that_hangs_up_none(
+    server: Asked, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for error in (BrokenPipeError(), ConnectionResetError(), ValueError("my secret")):
+        try:
+            raise error
+        except (OSError, ValueError):
+            server.made.handle_error(None, None)
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("a request could not be answered: ValueError in test_what_goes_wrong")
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": ["Tom"]}),
+        ("completions", {"prompt": "Tom", "stop": [1]}),
+        ("completions", {"prompt": "Tom", "stop": 1}),
+        ("chat/completions", {"messages": "Tom"}),
+        ("chat/completions", {"messages": ["Tom"]}),
+    ],
+)
+def test_what_would_end_the_thread_that_generates_is_refused(
+    path: str, body: dict[str, Any], server: Asked
+) -> None:
+    asked = json.dumps({"model": "bob", "max_tokens": 2, **body}).encode()
+    code, found = fetched(urllib.request.Request(f"{server.url}/{path}", asked))
+    assert code == 400
+    assert " must be " in found["error"]
+    assert server.ask(model="bob", prompt="Tom", max_tokens=2)[0] == 200
+
+
+def test_where_the_thread_that_generates_has_ended_the_command_ends() -> None:
+    with Server("127.0.0.1", 0) as made:
+        made.generator = argparse.Namespace(generation_available=lambda: False)
+        with pytest.raises(EmpireError, match="begin this command again"):
+            made.serve_forever()
+
+
+def test_a_base_that_mlx_lm_does_not_open_is_one_line(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(MODEL, tmp_path / "base")
+    (tmp_path / "base/config.json").write_text('{"model_type": "of\\nnobody"}')
+    options = read([str(runs), "--port", "0"])
+    with Server(options.host, 0) as made, pytest.raises(EmpireError) as caught:
+        serve(made, people_in(runs, tmp_path / "base"), options)
+    assert str(caught.value).startswith(f"{tmp_path}/base: mlx-lm does not open it: ")
+    assert "\n" not in str(caught.value)
+    assert caplog.text == ""
+    assert capfd.readouterr().err == ""
+
+
+def test_with_a_base_of_its_own_no_recipe_is_read(runs: Path, tmp_path: Path) -> None:
+    for name in ("alice", "bob"):
+        shutil.copytree(runs / name, tmp_path / name)
+    (tmp_path / "bob/recipe.yaml").write_text("model: {")
+    assert people_in(tmp_path, MODEL).names == ["alice", "bob"]
+    with pytest.raises(UserError, match=r"bob/recipe\.yaml"):
+        people_in(tmp_path, None)
+
+
 def test_it_listens_on_this_machine_alone_unless_told(runs: Path, server: Asked) -> None:
     assert server.url.startswith("http://127.0.0.1:")
     assert read([str(runs)]).host == "127.0.0.1"
@@ -209,6 +380,9 @@ def test_what_cannot_be_served_is_one_line(
         taken.listen()
         port = taken.getsockname()[1]
         assert f"--port: 127.0.0.1:{port}: " in refused([str(runs), "--port", str(port)], capsys)
+    assert "--port: a..b:8080: no name that a machine can have; choose another" in refused(
+        [str(runs), "--host", "a..b"], capsys
+    )
 
 
 @pytest.mark.faults
@@ -231,13 +405,14 @@ def test_killed_while_it_answers_it_leaves_nothing_behind(how: signal.Signals, r
         )
         assert process.stdout is not None
         assert process.stdout.readline().startswith("serving alice, bob, carl, dora on http://127.0.0.1:")
-        body = {"model": "alice", "prompt": "She", "max_tokens": 400}
+        body = {"model": "alice", "prompt": "She", "max_tokens": 100_000}
         with ThreadPoolExecutor(4) as pool:
             asked = [pool.submit(fetched, post(f"http://127.0.0.1:{port}/v1", body)) for _ in range(4)]
             time.sleep(0.5)
             process.send_signal(how)
             assert process.wait(30) != 0
-            assert any(one.exception() is not None or one.result()[0] == 200 for one in asked)
+            cut = [isinstance(one.exception(), OSError | http.client.HTTPException) for one in asked]
+        assert any(cut), "it was killed while it answered"
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
     assert {p: p.lstat().st_mtime_ns for p in runs.rglob("*")} == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,15 @@ def with_people(folder: Path, names: Sequence[str]) -> Workspace:
             own = [rows[(i + number) % len(rows)][number:] for i in range(2 + number % 2)]
             made.write(f"people/{name}/{split}.jsonl", jsonl({"tokens": tokens} for tokens in own))
     return made
+
+
+def hostfile(place: Workspace, limit: int, slots: int = 1) -> str:
+    """The file of one machine that may use so many bytes for each slot."""
+    place.write(
+        "hosts.txt",
+        f"{socket.gethostname()} slots={slots} # memory=64GiB limit={slots * limit / 1e6:.6f}MB\n",
+    )
+    return "hosts.txt"
 
 
 def command(place: Workspace, *words: object) -> tuple[list[str], dict[str, str]]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support.mpi import ROOT
 from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, metrics, raw_tensors, succeeded
-from train.people import command, run, started, with_people, worker
+from train.people import command, hostfile, run, started, with_people, worker
 from train.test_result import TRAIN, VALID
 
 from mlx_empire.cluster.hostfile import Node
@@ -44,14 +44,6 @@ def limit(place: Workspace) -> int:
         peaks[count] = capacity.plan.ledgers[0].peak
     assert peaks[2] < peaks[3]
     return (peaks[2] + peaks[3]) // 2
-
-
-def hostfile(place: Workspace, limit: int, slots: int = 1) -> str:
-    place.write(
-        "hosts.txt",
-        f"{socket.gethostname()} slots={slots} # memory=64GiB limit={slots * limit / 1e6:.6f}MB\n",
-    )
-    return "hosts.txt"
 
 
 @pytest.fixture(scope="module")

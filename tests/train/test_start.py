@@ -194,6 +194,20 @@ def test_the_last_line_of_a_frozen_adapter_is_a_command_that_works(
     assert held_out(place.folder / "gated-2")[0][1] == held_out(place.folder / "gated")[-1][1]
 
 
+@pytest.mark.slow
+def test_the_audit_begins_from_fresh_adapters_all_the_same(
+    place: Workspace, outcomes: dict[str, Outcome]
+) -> None:
+    found = []
+    for words in ([], [START]):
+        command = [sys.executable, "-m", "mlx_empire.verify", "recipe.yaml", *words, "--own", "--steps=2"]
+        command += ["--seeds=1", "--json", "audit.json"]
+        subprocess.run(command, cwd=place.folder, env=rank_environment(str(place.folder)), check=True)
+        found.append(json.loads((place.folder / "audit.json").read_text()))
+    assert found[0] == found[1]
+    assert found[0]["techniques"]
+
+
 def test_card_and_plan_say_where_it_comes_from(place: Workspace, outcomes: dict[str, Outcome]) -> None:
     start = json.loads((place.folder / "second/plan.json").read_text())["start"]
     assert (start["path"], start["rows_seen"], start["before"]) == ("first", 3 * 6, [])

@@ -69,6 +69,7 @@ VERBS: dict[str, dict[str, Verb]] = {
     },
     "results": {
         "chat": Verb("let a result answer, alone or beside its base", "mlx_empire.chat.command"),
+        "evaluate": Verb("score a result, beside its base or another", "mlx_empire.evaluate.command"),
         "serve": Verb("many adapters of one base by the API of OpenAI", "mlx_empire.serve.command"),
         "export": Verb("merge an adapter, change its format, pack a base", "mlx_empire.export.command"),
     },

@@ -14,6 +14,7 @@ DOOR = ("cli", "__main__")
 VERBS = (
     "train",
     "chat",
+    "evaluate",
     "serve",
     "export",
     "capacity",

@@ -184,6 +184,19 @@ def encode_prompt(tokenizer: Any, row: RawRow, messages: Messages) -> list[int]:
     return ids if ids[: len(head)] == head else head + ids
 
 
+def encode_continuation(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:
+    """The tokens of a plain text, and how many come before its continuation, which blanks at the end of the context
+    belong to. As lm-eval divides them; what the tokenizer puts before every text comes first. UserError as `_added`.
+    """
+    blanks = len(context) - len(context.rstrip())
+    if blanks:
+        context, continuation = context[:-blanks], context[-blanks:] + continuation
+    head, _ = _added(tokenizer)
+    before = [int(t) for t in tokenizer.encode(context, add_special_tokens=False)]
+    ids = [int(t) for t in tokenizer.encode(context + continuation, add_special_tokens=False)]
+    return (ids, len(before)) if ids[: len(head)] == head else (head + ids, len(head) + len(before))
+
+
 def _render(
     row: RawRow, data_format: str, tokenizer: Any, reader: ChatReader, mask_prompt: bool
 ) -> _Rendered:

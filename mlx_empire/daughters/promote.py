@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_empire.daughters.generations import Decision
-from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, LOWER_IS_BETTER, EvaluationSection, Gate
+from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, EvaluationSection, Gate, worse_by
 
 Pair = tuple[float | None, float | None]
 
@@ -39,8 +39,7 @@ def _good(gate: Gate | None, name: str, before: float | None, after: float | Non
         return True
     if before is None:
         return False
-    down = name == HELD_OUT_LOSS or name.rpartition(".")[2] in LOWER_IS_BETTER
-    return after <= before if down else after >= before
+    return worse_by(name, before, after) <= 0
 
 
 def _pairs(

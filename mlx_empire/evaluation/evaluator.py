@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.evaluation.generation import generate
 from mlx_empire.evaluation.questions import (
+    CHOICE,
     Answer,
     Prompt,
     Questions,
@@ -88,6 +89,15 @@ def from_json(raw: Sequence[Mapping[str, Any]]) -> list[Questions]:
     ]
 
 
+@dataclass
+class RowScore:
+    """What came of one row: metric -> value, the number of the choice that was the likeliest, what was generated."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    choice: int | None = None
+    said: str | None = None
+
+
 class Evaluator:
     """Scores the sets again and again. `ends`: tokens that end an answer; `decode`: on rank 0, tokens to text."""
 
@@ -103,43 +113,47 @@ class Evaluator:
         answers = list(every_answer(sets))
         self._batches = micro_batches(answers, sequence_length, micro_size) if answers else []
 
+    @property
+    def sets(self) -> Sequence[Questions]:
+        """What is asked."""
+        return self._sets
+
     def scores(self, trainer: Trainer, comm: Communicator, per_rank: int) -> dict[str, float]:
         """`set.metric` -> value, the same on every rank. Collective."""
-        rows = score_answers(trainer.streamed, comm, self._batches, per_rank)
-        texts = self._texts(trainer, comm)
-        found: dict[str, float] = {}
-        first = 0
-        for one in self._sets:
-            answers, first = rows[first : first + len(one.answers)], first + len(one.answers)
-            right, first = _right_choices(one, rows, first)
-            forced = {**_of_answers(answers), "multiple_choice": right}
-            said = texts.get(one.title, {})
-            found |= {f"{one.title}.{m}": said[m] if m in said else forced[m] for m in one.metrics}
-        return found
+        return self.measure(trainer, comm, per_rank)[0]
 
-    def _texts(self, trainer: Trainer, comm: Communicator) -> dict[str, dict[str, float]]:
-        """By set, the metrics of generated answers."""
-        prompts = [(one, prompt) for one in self._sets for prompt in one.prompts]
-        if not prompts:
-            return {}
-        tokens = generate(
-            trainer,
-            comm,
-            [prompt.tokens for _, prompt in prompts],
-            [one.max_tokens for one, _ in prompts],
-            self._ends,
+    def measure(
+        self, trainer: Trainer, comm: Communicator, per_rank: int
+    ) -> tuple[dict[str, float], dict[str, list[RowScore]]]:
+        """`scores`, and by set what came of each of its rows; answers in words on rank 0 alone. Collective."""
+        sums = score_answers(trainer.streamed, comm, self._batches, per_rank)
+        said = self._said(trainer, comm)
+        texts: dict[str, dict[str, float]] = comm.broadcast_json(
+            {one.title: _of_texts(pairs) for one, pairs in said if pairs} if comm.rank == 0 else None
         )
-        found: dict[str, dict[str, float]] | None = None
-        if comm.rank == 0:
-            assert self._decode is not None
-            said = [self._decode(ids) for ids in tokens]
-            found = {
-                one.title: _of_texts([(p, t) for (o, p), t in zip(prompts, said, strict=True) if o is one])
-                for one in self._sets
-                if one.prompts
-            }
-        shared: dict[str, dict[str, float]] = comm.broadcast_json(found)
-        return shared
+        scores: dict[str, float] = {}
+        rows: dict[str, list[RowScore]] = {}
+        first = 0
+        for one, pairs in said:
+            answers, first = sums[first : first + len(one.answers)], first + len(one.answers)
+            chosen, first = _chosen(one, sums, first)
+            right = sum(hit for _, hit in chosen) / max(len(chosen), 1)
+            found = {**_of_answers(answers), CHOICE: right, **texts.get(one.title, {})}
+            scores |= {f"{one.title}.{m}": found[m] for m in one.metrics}
+            rows[one.title] = _of_rows(one, answers, chosen, pairs)
+        return scores, rows
+
+    def _said(self, trainer: Trainer, comm: Communicator) -> list[tuple[Questions, list[tuple[Prompt, str]]]]:
+        """Each set with its prompts and what was generated after them: nothing but on rank 0."""
+        prompts = [(one, prompt) for one in self._sets for prompt in one.prompts]
+        said: Iterator[str] = iter(())
+        if prompts:
+            lengths = [one.max_tokens for one, _ in prompts]
+            tokens = generate(trainer, comm, [prompt.tokens for _, prompt in prompts], lengths, self._ends)
+            if comm.rank == 0:
+                assert self._decode is not None
+                said = map(self._decode, tokens)
+        return [(one, list(zip(one.prompts, said, strict=False))) for one in self._sets]
 
 
 def _of_answers(rows: np.ndarray) -> dict[str, float]:
@@ -155,13 +169,32 @@ def _of_answers(rows: np.ndarray) -> dict[str, float]:
     }
 
 
-def _right_choices(one: Questions, rows: np.ndarray, first: int) -> tuple[float, int]:
-    """The part of the questions whose right choice is the likeliest as a whole, and where the next rows begin."""
-    hits = 0
+def _chosen(one: Questions, sums: np.ndarray, first: int) -> tuple[list[tuple[int, bool]], int]:
+    """By question the choice that is the likeliest as a whole, and whether it is right; where the next rows begin."""
+    found = []
     for alternatives, right in one.choices:
-        hits += int(np.argmax(rows[first : first + len(alternatives), 0])) == right
+        choice = int(np.argmax(sums[first : first + len(alternatives), 0]))
+        found.append((choice, choice == right))
         first += len(alternatives)
-    return hits / max(len(one.choices), 1), first
+    return found, first
+
+
+def _of_rows(
+    one: Questions,
+    answers: np.ndarray,
+    chosen: Sequence[tuple[int, bool]],
+    pairs: Sequence[tuple[Prompt, str]],
+) -> list[RowScore]:
+    """What came of each row by itself: metric -> its loss per token, or 1 where it is right and 0 where it is not."""
+    found = [RowScore() for _ in range(max(len(answers), len(chosen), len(pairs)))]
+    for row, sums in zip(found, answers, strict=False):
+        row.values.update({m: v for m, v in _of_answers(sums[None]).items() if m in one.metrics})
+    for row, (choice, hit) in zip(found, chosen, strict=False):
+        row.values[CHOICE], row.choice = float(hit), choice
+    for row, pair in zip(found, pairs, strict=False):
+        row.values.update({m: v for m, v in _of_texts([pair]).items() if m in one.metrics})
+        row.said = pair[1]
+    return found
 
 
 def _of_texts(pairs: Sequence[tuple[Prompt, str]]) -> dict[str, float]:

@@ -3,7 +3,8 @@
 | metric                                          | a row has                                                       |
 |-------------------------------------------------|-----------------------------------------------------------------|
 | loss, perplexity, token_accuracy, exact_match   | what training data has; the answers' tokens count               |
-| multiple_choice                                 | prompt (a text), choices (texts), answer (the right one's index) |
+| multiple_choice                                 | prompt (a text), choices (texts), answer (the right one's index); |
+|                                                 | with a task what that benchmark's rows have (`tasks`)            |
 | regular_expression, valid_json, json_schema     | prompt or messages; pattern or schema, unless the set has it     |
 
 Questions are plain numbers and texts, so that rank 0 can read them for all. A row that is longer than
@@ -23,11 +24,20 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import jsonschema
+import numpy as np
 
-from mlx_empire.data.encode import Document, check_tokenizer, encode_prompt, encode_rows, load_tokenizer
+from mlx_empire.data.encode import (
+    Document,
+    check_tokenizer,
+    encode_continuation,
+    encode_prompt,
+    encode_rows,
+    load_tokenizer,
+)
 from mlx_empire.data.files import RawRow, detect_format, locate
 from mlx_empire.data.messages import standard_role
 from mlx_empire.errors import UserError
+from mlx_empire.evaluation.tasks import Choices, choices_of
 from mlx_empire.recipe.evaluation import EvaluationSet
 
 
@@ -154,6 +164,8 @@ class _Reader:
     def choice(self, row: RawRow) -> tuple[list[Answer], int]:
         """The alternatives of a question, and the right one."""
         value = row.value
+        if self._asked.task is not None:
+            return self._of_task(row, choices_of(self._asked.task, row))
         prompt, choices, answer = value.get("prompt"), value.get("choices"), value.get("answer")
         if not isinstance(prompt, str) or not _texts(choices) or len(choices) < 2:
             raise UserError(f"{row.where}: {CHOICE} needs prompt (a text) and choices (two texts or more)")
@@ -161,6 +173,16 @@ class _Reader:
             raise UserError(f"{row.where}: answer is {answer!r:.40}; it is the right choice's index, from 0")
         rows = [RawRow(row.where, {"prompt": prompt, "completion": choice}) for choice in choices]
         return self.answers(rows, "completions"), answer
+
+    def _of_task(self, row: RawRow, found: Choices) -> tuple[list[Answer], int]:
+        alternatives = []
+        for context, choice in found.pairs:
+            ids, before = encode_continuation(self.tokenizer, context, choice)
+            flags = np.arange(len(ids)) >= before
+            alternatives.append(
+                self._answer(Document(row.where, np.array(ids, np.int32), flags.astype(np.uint8)))
+            )
+        return alternatives, found.right
 
     def prompt(self, row: RawRow) -> Prompt:
         """A row that is to be continued."""

@@ -1,4 +1,4 @@
-"""Turn results into what other tools open: the four ways that `command` tells of.
+"""Turn results into what other tools open: the ways that `command` tells of, of which `push` has a file of its own.
 
 A run's model card goes along. Nothing of the source is changed. What --pack loses of an adapter is measured on the
 run's own rows and said.
@@ -15,7 +15,7 @@ from typing import Any
 from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UserError
-from mlx_empire.export.command import STORED
+from mlx_empire.export.command import PUSH, STORED
 from mlx_empire.formats.adapter_folder import (
     CARD_NAME,
     Adapter,
@@ -57,6 +57,14 @@ def export_command(options: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code."""
     with guard(None):
         choose_device()
+        if options.way == PUSH:
+            from mlx_empire.export.push import push  # what talks to the Hub
+
+            sent = push(options.source, str(options.out), base=options.base, public=options.public)
+            print("\n".join(sent))
+            return 0
+        if options.base is not None or options.public:
+            raise UserError("--base and --public go with push")
         for note in export(options):
             print(note)
         print(f"written: {options.out}")

@@ -10,9 +10,11 @@ from typing import Any
 
 from mlx_empire import __version__
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.recipe.evaluation import worse_by
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 
+MOST_WORSE = 10  # scores that are named because they got worse
 KINDS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA"}
 
 
@@ -36,6 +38,7 @@ def model_card(
         f"# {recipe.run.dir.name}\n\n{KINDS[kind]} of `{recipe.model.path}`, by mlx_empire {__version__}.",
         f"## Use\n\n{_use(recipe)}",
         f"## Figures\n\n{_figures(spec, metrics)}",
+        *([] if not (worse := _worse(metrics)) else [f"## What got worse\n\n{worse}"]),
         f"## Lineage\n\n{_lineage(recipe, data_digest, base_digest, source)}",
         *([] if start is None else [f"## Begun from\n\n{_began(recipe, metrics, start)}"]),
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
@@ -82,6 +85,20 @@ def _figures(spec: ModelSpec, metrics: Sequence[Mapping[str, Any]]) -> str:
         text = ", ".join(f"{k} {v:.4f}" for k, v in found.items() if isinstance(v, float))
         rows.append((f"held out, after {record['step']} steps", text))
     return "| | |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in rows)
+
+
+def _worse(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The scores that are worse than before the first step, the worst first; empty where none is."""
+    scores = [r.get("scores", {}) for r in metrics if "eval_loss" in r]
+    if len(scores) < 2:
+        return ""
+    pairs = {name: (scores[0][name], after) for name, after in scores[-1].items() if name in scores[0]}
+    lost = {n: by for n, (a, b) in pairs.items() if None not in (a, b) and (by := worse_by(n, a, b)) > 0}
+    lines = [
+        f"| {name} | {pairs[name][0]:.4f} | {pairs[name][1]:.4f} |"
+        for name in sorted(lost, key=lambda name: -lost[name])[:MOST_WORSE]
+    ]
+    return "\n".join(["| score | before the first step | now |", "|---|---|---|", *lines]) if lines else ""
 
 
 def _began(recipe: Recipe, metrics: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> str:

@@ -15,9 +15,30 @@ from mlx_empire.recipe.fields import Count, RecipePath, Section, as_tuple
 TEACHER_FORCED = ("loss", "perplexity", "token_accuracy", "exact_match", "multiple_choice")
 # ... and by greedy generation, where each machine can hold the model.
 GENERATED = ("regular_expression", "valid_json", "json_schema")
+# Tasks of EleutherAI's lm-eval that ask for log-likelihoods alone: `evaluation.tasks` turns their rows into choices.
+TASKS = (
+    "arc_challenge",
+    "arc_easy",
+    "boolq",
+    "copa",
+    "hellaswag",
+    "mmlu",
+    "openbookqa",
+    "piqa",
+    "sciq",
+    "winogrande",
+)
 LOWER_IS_BETTER = ("loss", "perplexity")
 HELD_OUT_LOSS = "eval_loss"
 LONGEST_NAME = 60
+
+
+def worse_by(name: str, before: float, after: float) -> float:
+    """By how much a score got worse, as a part of what it was; below 0 where it got better."""
+    down = name == HELD_OUT_LOSS or name.rpartition(".")[2] in LOWER_IS_BETTER
+    change = after - before if down else before - after
+    return change / abs(before) if before else change
+
 
 Metric = Literal[
     "loss",
@@ -31,8 +52,11 @@ Metric = Literal[
 ]
 SET = (
     "a list of sets such as [{path: data/facts.jsonl, metrics: [exact_match]}], with name, format, max_tokens, "
-    "pattern and schema where a set needs them ({person} in a path stands for a daughter's name, in "
-    "mlx_empire.daughters); metrics: " + ", ".join((*TEACHER_FORCED, *GENERATED))
+    "pattern and schema where a set needs them, or with task where its rows are a benchmark's ({person} in a path "
+    "stands for a daughter's name, in mlx_empire.daughters); metrics: "
+    + ", ".join((*TEACHER_FORCED, *GENERATED))
+    + "; tasks: "
+    + ", ".join(TASKS)
 )
 GATE = (
     "a gate such as {metric: facts.exact_match, at_least: 0.95, for: 2} (at_least or at_most), or null (none)"
@@ -46,9 +70,30 @@ class EvaluationSet(Section):
     metrics: Annotated[tuple[Metric, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=8)]
     name: Annotated[str, Field(pattern=rf"^[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}$")] | None = None
     format: Literal["auto", "chat", "completions", "text", "tokens"] = "auto"
+    task: (
+        Literal[
+            "arc_challenge",
+            "arc_easy",
+            "boolq",
+            "copa",
+            "hellaswag",
+            "mmlu",
+            "openbookqa",
+            "piqa",
+            "sciq",
+            "winogrande",
+        ]
+        | None
+    ) = None
     max_tokens: Annotated[int, Field(ge=1, le=65536)] = 128
     pattern: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
     json_schema: RecipePath | None = Field(default=None, alias="schema")
+
+    @model_validator(mode="after")
+    def _asks_a_task_for_choices(self) -> Self:
+        if self.task is not None and self.metrics != ("multiple_choice",):
+            raise ValueError("a task has multiple_choice alone")
+        return self
 
     @property
     def title(self) -> str:

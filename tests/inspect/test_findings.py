@@ -203,18 +203,18 @@ def test_characters_that_the_tokenizer_does_not_know_are_told(
 def test_keys_that_only_another_tool_reads_are_told(
     found: Callable[..., Any], write: Callable[..., Any]
 ) -> None:
-    """Stanford's Alpaca has a column text too, with all of it rendered: a run would learn the prompts."""
+    """Stanford's Alpaca has a column text too, with all of it rendered: a run told to read that learns prompts."""
     write(
         "rows.jsonl", *({"instruction": f"{n}?", "output": "x", "text": f"{n}? x", "id": n} for n in range(3))
     )
-    document = found("rows.jsonl")
+    document = found("rows.jsonl", "data.format=text")
     assert document["format"] == "text"
     assert document["not_read"] == {"instruction": 3, "output": 3, "id": 3}
     (other,) = document["findings"]
     assert (other["name"], other["count"]) == ("other_layout", 3)
     assert "mlx-empire inspect rows.jsonl --convert OUT" in other["sentence"]
     write("rows.jsonl", {"text": "x", "chosen": "y"}, {"text": "z", "input_ids": [1]})
-    others = [one["sentence"] for one in found("rows.jsonl")["findings"]]
+    others = [one["sentence"] for one in found("rows.jsonl", "data.format=text")["findings"]]
     assert len(others) == 2
     assert "--convert" not in "".join(others), "no conversion reads these keys"
 

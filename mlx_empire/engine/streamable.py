@@ -41,9 +41,8 @@ from mlx_empire.model.layers import LayerArguments, SlottedModel, refuse_sharing
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.scaled_down import VOCABULARY, scaled_down_config
 from mlx_empire.model.spec import RootNames, base_name
-from mlx_empire.plan.actions import StepShape
+from mlx_empire.plan.actions import Stash, StepShape
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.stash import Stash
 from mlx_empire.plan.workload import CellLayout, chunk_tokens
 
 WIDTH = 8

@@ -52,5 +52,6 @@ def _is_copied(graph: Graph, gradient: int, wire: mx.Dtype) -> bool:
 
 
 def _stand_in(graph: Graph, array: int, wire: mx.Dtype = mx.bfloat16) -> mx.array:
-    """An array without data: a gradient in float32, or in the short dtype of the wire."""
-    return mx.zeros(graph.shapes[array], mx.float32 if graph.items[array] == 4 else wire)
+    """An array without data of a gradient's length: in the wire's dtype if that has it."""
+    own = next(d for d in (wire, mx.float32, mx.bfloat16) if d.size == graph.items[array])
+    return mx.zeros(graph.shapes[array], own)

@@ -30,8 +30,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from mlx_empire.plan.stash import NOTHING, Stash
-
 ALL_UNITS = -1  # the unit of a norm over everything
 _PASSES = ("capture", "forward", "stash", "backward", "reuse")
 HANDED_OVER = frozenset((*_PASSES, "keep", "reduce", "settle", "norm", "update", "adopt"))
@@ -51,6 +49,37 @@ class Action(NamedTuple):
     round: int = -1
     times: int = 1
     products: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stash:
+    """Which results of recomputed layers stay on a rank: the first `visits` of a list of visits to layers.
+
+    `order`: (unit, products), what saves most a byte first; each entry stands for a visit by every micro-batch of the
+    rank, in order. So at most one is kept for some micro-batches and not for others, and one number says how far the
+    memory goes.
+    """
+
+    order: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    visits: int = 0
+
+    def products(self, unit: int, micro: int, micro_batches: int) -> tuple[int, ...]:
+        """What stays of a layer for a micro-batch, in the order of the layer's calls."""
+        if not self.visits:
+            return ()
+        entries = enumerate(self.order[: -(-self.visits // micro_batches)])
+        found = (own for n, (u, own) in entries if u == unit and n * micro_batches + micro < self.visits)
+        return tuple(sorted(product for own in found for product in own))
+
+    def arrays(self, micro_batches: int) -> int:
+        """How many results stay at most at a time, of so many micro-batches."""
+        entries = enumerate(self.order)
+        return sum(
+            len(own) * min(max(self.visits - n * micro_batches, 0), micro_batches) for n, (_, own) in entries
+        )
+
+
+NOTHING = Stash()
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.actions import NOTHING, Stash
 from mlx_empire.plan.kept import order_of
 from mlx_empire.plan.memory import Ledger, ledger
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan
-from mlx_empire.plan.stash import NOTHING, Stash
 from mlx_empire.plan.step_bytes import KEPT
 from mlx_empire.plan.work import step_flops
 from mlx_empire.plan.workload import Workload

@@ -23,7 +23,7 @@ Order = tuple[tuple[int, tuple[int, ...]], ...]
 def order_of(
     spec: ModelSpec, work: Workload, trained: tuple[bool, ...], least: int = LEAST_OPERATIONS
 ) -> Order:
-    """(unit, products) of all layers that are recomputed, what saves most a byte first (`stash.Stash`); products of
+    """(unit, products) of all layers that are recomputed, what saves most a byte first (`actions.Stash`); products of
     less than `least` operations are left out."""
     shape = StepShape(3, trained, (1,), work.unrecomputed)
     entries: list[tuple[int, int, tuple[int, ...]]] = []

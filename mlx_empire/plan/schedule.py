@@ -32,8 +32,7 @@ from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import Literal
 
-from mlx_empire.plan.actions import ALL_UNITS, Action, StepShape
-from mlx_empire.plan.stash import NOTHING
+from mlx_empire.plan.actions import ALL_UNITS, NOTHING, Action, StepShape
 
 Fold = Literal["nothing", "micro-batches", "rounds"]
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.actions import StepShape
+from mlx_empire.plan.actions import NOTHING, Stash, StepShape
 from mlx_empire.plan.shards import ShardPlan
-from mlx_empire.plan.stash import NOTHING, Stash
 from mlx_empire.plan.traffic import Route
 
 

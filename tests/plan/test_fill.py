@@ -11,11 +11,11 @@ from support.tiny_models import tiny_config
 from mlx_empire.model.build import build_model, describe
 from mlx_empire.model.kept import ATTENTION
 from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.plan.actions import Stash
 from mlx_empire.plan.fill import bought, most_operations
 from mlx_empire.plan.kept import kept_bytes, order_of, saved_operations
 from mlx_empire.plan.memory import ledger
 from mlx_empire.plan.resolve import TIGHT_HEADROOM
-from mlx_empire.plan.stash import Stash
 from mlx_empire.plan.step_bytes import KEPT
 from mlx_empire.plan.step_time import COMPUTE, Link, step_timeline
 from mlx_empire.plan.work import executed_flops, flops_per_token, step_flops

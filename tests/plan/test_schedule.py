@@ -15,10 +15,9 @@ from support.planning import llama_like
 from mlx_empire.engine.evaluations import Evaluations
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.optim.adamw import AdamW
-from mlx_empire.plan.actions import ALL_UNITS, Action, Reader, StepShape
+from mlx_empire.plan.actions import ALL_UNITS, Action, Reader, Stash, StepShape
 from mlx_empire.plan.schedule import evaluation, gradients, training_step
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.stash import Stash
 from mlx_empire.plan.step_bytes import StepBytes
 from mlx_empire.plan.step_traffic import StepTraffic
 from mlx_empire.plan.workload import CellLayout, Workload

@@ -27,9 +27,9 @@ from mlx_empire.model.head_loss import row_losses
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
+from mlx_empire.plan.actions import Stash
 from mlx_empire.plan.kept import order_of
 from mlx_empire.plan.shards import ShardPlan, make_plan
-from mlx_empire.plan.stash import Stash
 from mlx_empire.plan.workload import Workload, cell_layout
 from mlx_empire.recipe.sections import OptimizerSection
 from support.tiny_models import tiny_config

@@ -16,6 +16,8 @@ from mlx_empire.page.documents import run_document
 from mlx_empire.page.samples import samples_beside
 from mlx_empire.page.saved import FILE_NAME, save_report, try_report
 from mlx_empire.page.watch import Gallery, WatchedRun
+from mlx_empire.recipe.load import load_recipe
+from mlx_empire.run.what_next import next_commands
 
 MOST_BYTES = 2_000_000
 
@@ -48,6 +50,14 @@ def test_it_says_what_the_folder_says(tmp_path: Path) -> None:
         "The model writes written after 30 steps: speeches", "The row goes on b speeches",
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_a_finished_run_names_the_commands_that_come_next(tmp_path: Path) -> None:
+    going, done = (made_run(tmp_path / name, complete=name == "done") for name in ("going", "done"))
+    text = Outline(save_report(done).read_text()).text
+    for line in next_commands(load_recipe(done / "recipe.yaml"))[1:]:
+        assert " ".join(line.split()) in text
+    assert "mlx_lm.generate" not in Outline(save_report(going).read_text()).text
 
 
 def test_a_model_that_no_machine_holds_is_shown_as_it_reads_and_writes_nothing(tmp_path: Path) -> None:

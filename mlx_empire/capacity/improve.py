@@ -18,6 +18,7 @@ from mlx_empire.capacity.whatif import (
     with_least_memory,
     with_settings,
 )
+from mlx_empire.model.unread import learnt_positions
 from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.hardware import wire_named
 from mlx_empire.plan.pace import Pace, spell
@@ -119,7 +120,7 @@ def longest_sequence(assessment: Assessment) -> Assessment | None:
     Whole multiples of 256, and never longer than the positions that the model was made for.
     """
     text = assessment.spec.text_config
-    made_for = int(text.get("max_position_embeddings") or LONGEST_SEQUENCE)
+    made_for = int(text.get("max_position_embeddings") or learnt_positions(text) or LONGEST_SEQUENCE)
     top = min(made_for, LONGEST_SEQUENCE) // SEQUENCE_STEP
     low = high = max(assessment.recipe.data.sequence_length // SEQUENCE_STEP, 1)
     best: Assessment | None = None

@@ -8,84 +8,21 @@
   calls and results that it does not print are refused. Rows whose `tools` are not printed, thoughts that it drops and
   keys that nothing reads are counted, and the user is told.
 
-Which token ends a turn is decided here too (`Stops`). Most templates close a turn (`<|im_end|>`, `<|eot_id|>`,
-`</s>`). Some close nothing (GLM 4.5): there the next role's marker is what ends an answer in generation, so it is
-taught like a closing. Generation stops at the same tokens: both read `eos_token_ids` of one tokenizer
-(`encode.load_tokenizer`).
+Which token ends a turn: `data/stops.py`. An answer that says nothing, or that spells such a token out, teaches to stop
+there; it is counted, and the user is told.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from mlx_empire.data.files import RawRow
-from mlx_empire.data.forms import knows_role, printed_thoughts, settled_roles
+from mlx_empire.data.forms import knows_role, printed_thoughts, settled_roles, thought_key
 from mlx_empire.data.messages import Conversation, Messages, read_conversation
 from mlx_empire.data.spans import Render, Span, assistant_spans, attempt, moving_part, shared_prefix
+from mlx_empire.data.stops import Stops
 from mlx_empire.data.tools import PROBE, as_parts, in_printed_form, probed, rewritten, uses_tools
 from mlx_empire.errors import UserError
-
-
-@dataclass(frozen=True)
-class Stops:
-    """The texts of the end-of-sequence tokens, and of all special tokens."""
-
-    ends: tuple[str, ...]
-    specials: tuple[str, ...]
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> "Stops":
-        """Those of mlx-lm's tokenizer."""
-        ends = (tokenizer.decode([number]) for number in sorted(tokenizer.eos_token_ids))
-        specials = (str(token) for token in tokenizer.added_tokens_decoder.values())
-        # A token outside the vocabulary has no text, and every text ends with "".
-        return cls(tuple(filter(str.strip, ends)), tuple(filter(str.strip, specials)))
-
-    def closed(self, turn: str) -> int | None:
-        """How long `turn` is up to the last end in its closing (the white space and special tokens that it ends with)
-        and the white space after that; None where the closing holds no end. What follows is the next role's."""
-        rest = turn.rstrip()
-        while not rest.endswith(self.ends):
-            last = max((s for s in self.specials if rest.endswith(s)), key=len, default="")
-            if not last:
-                return None
-            rest = rest[: -len(last)].rstrip()
-        return len(rest) + _white(turn[len(rest) :])
-
-    def ended(self, after: str) -> int | None:
-        """How much of `after`, which follows what a turn says, is up to its last end and the white space after that."""
-        last = max((after.rfind(end) + len(end) for end in self.ends if end in after), default=None)
-        return None if last is None else last + _white(after[last:])
-
-    def opening(self, following: str) -> str:
-        """The end that `following` begins with, with the white space before it; "" where there is none."""
-        rest = following.lstrip()
-        end = max((e for e in self.ends if rest.startswith(e)), key=len, default="")
-        return following[: len(following) - len(rest)] + end if end else ""
-
-    def whole(self, text: str, end: int) -> int:
-        """`end`, moved to the beginning of the special token of `text` that it cuts in two, if it does."""
-        names, first_letters, longest = self._index
-        for start in range(max(0, end - longest + 1), end):
-            if text[start] in first_letters and any(
-                text[start : start + length] in names
-                for length in range(end - start + 1, min(longest, len(text) - start) + 1)
-            ):
-                return start
-        return end
-
-    @cached_property
-    def _index(self) -> tuple[frozenset[str], frozenset[str], int]:
-        """The special tokens, their first letters and the length of the longest: some tokenizers have thousands."""
-        letters = frozenset(token[0] for token in self.specials)
-        return frozenset(self.specials), letters, max(map(len, self.specials), default=0)
-
-
-def _white(text: str) -> int:
-    """How many characters of white space `text` begins with."""
-    return len(text) - len(text.lstrip())
-
 
 NEXT = "\ue001"  # as PROBE, for the message that is put after a conversation
 # Keys of messages that most templates read or that are no text: nothing is lost where one does not.
@@ -106,11 +43,14 @@ FIXED_CLOCK = (
 @dataclass
 class Remarks:
     """What the user is told about the conversations of a set: assistant turns that are learnt, those of them that
-    nothing ends, rows whose `tools` the template does not print, thoughts that it drops, keys that nothing reads.
+    nothing ends, that say nothing, and that spell an end out; rows whose `tools` the template does not print, thoughts
+    that it drops, keys that nothing reads.
     """
 
     turns: int = 0
     endless: int = 0
+    silent: int = 0
+    ending_within: int = 0
     tools_unseen: int = 0
     thoughts_unseen: int = 0
     unread: Counter[str] = field(default_factory=Counter)
@@ -119,6 +59,8 @@ class Remarks:
         """What was found in more conversations."""
         self.turns += others.turns
         self.endless += others.endless
+        self.silent += others.silent
+        self.ending_within += others.ending_within
         self.tools_unseen += others.tools_unseen
         self.thoughts_unseen += others.thoughts_unseen
         self.unread.update(others.unread)
@@ -133,6 +75,17 @@ class Remarks:
                 f"({ends}): the chat template of {tokenizer.name_or_path} writes none in or after them, so the model "
                 "does not learn to stop there; let it write one after each turn, or add the token that it does write "
                 "to eos_token_id in generation_config.json"
+            )
+        if self.silent:
+            told.append(
+                f"WARNING: {self.silent} of {self.turns} assistant turns say nothing, so the model learns to stop "
+                "before it says anything; remove these rows, or give the turns weight 0"
+            )
+        if self.ending_within:
+            told.append(
+                f"WARNING: {self.ending_within} of {self.turns} assistant turns spell an end-of-sequence token "
+                f"({', '.join(Stops.of(tokenizer).ends)}) out in what they say, so the model learns to stop in their "
+                "middle and to go on after it; remove it from their content"
             )
         if self.tools_unseen:
             told.append(
@@ -189,8 +142,15 @@ class ChatReader:
                     stop = self._stops.opening(full[end:])
                 self.remarks.endless += not stop
             spans[number] = start, end + len(stop)
-        self.remarks.turns += len(spans)
+        self._count([messages[turn] for turn in turns[: len(spans)]])
         return full, spans if mask_prompt else None
+
+    def _count(self, learnt: Messages) -> None:
+        self.remarks.turns += len(learnt)
+        for message in learnt:
+            said = _said(message.get("content"))
+            self.remarks.silent += not (said.strip() or message.get("tool_calls") or thought_key(message))
+            self.remarks.ending_within += any(end in said for end in self._stops.ends)
 
     def _closed_before_a_header(
         self, render: Render, messages: Messages, turn: int, full: str, start: int, end: int
@@ -284,6 +244,13 @@ class ChatReader:
                 if opening:
                     return opening
         return ""
+
+
+def _said(content: Any) -> str:
+    """All that a content says, in its parts if it has them."""
+    if not isinstance(content, list):
+        return content or ""
+    return "".join(_said(p["text"] if p.get("text") is not None else p.get("thinking")) for p in content)
 
 
 def _next_messages(last: dict[str, Any]) -> Messages:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from mlx_empire.errors import UserError
 
+LEARNT_POSITIONS = ("gpt2", "gpt_bigcode")
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "mamba_hidden_act")
 SILU = ("silu", "swish")
 # Exact or not: their difference is 5e-4 at most, and mlx-lm takes the one where transformers takes the other.
@@ -164,6 +165,12 @@ def left_out_window(config: Mapping[str, Any]) -> int | None:
     return None if section.get("use_sliding_window") is False else window
 
 
+def learnt_positions(config: Mapping[str, Any]) -> int | None:
+    """Rows of a completed configuration's table of positions; None for families that have none."""
+    known = config.get("n_positions") if config.get("model_type") in LEARNT_POSITIONS else None
+    return known if isinstance(known, int) else None
+
+
 def short_factors_up_to(config: Mapping[str, Any]) -> int | None:
     """Tokens of the longest row for which a completed configuration's longrope has factors of its own; None without.
 
@@ -185,9 +192,16 @@ def short_factors_up_to(config: Mapping[str, Any]) -> int | None:
 
 
 def refuse_row_length(config: Mapping[str, Any], length: int, name: str) -> None:
-    """UserError where mlx-lm's module computes another model on rows of `length` tokens than the folder's: they reach
-    farther than a window that it leaves out, or are short enough for longrope's short factors.
+    """UserError where mlx-lm's module computes another model on rows of `length` tokens than the folder's: they are
+    longer than a table of positions, behind whose end MLX reads on, reach farther than a window that it leaves out, or
+    are short enough for longrope's short factors.
     """
+    positions = learnt_positions(config)
+    if positions is not None and length > positions:
+        raise UserError(
+            f"data.sequence_length: {length}: {name} has learnt {positions} positions and no more; "
+            f"use at most {positions}"
+        )
     window = left_out_window(config)
     if window is not None and length > window:
         raise UserError(

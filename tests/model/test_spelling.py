@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.models
 import pytest
 from mlx_lm.utils import load_config
 from support import published
@@ -25,7 +27,7 @@ from mlx_empire.model.build import build_model, compute_dtype
 from mlx_empire.model.config import complete, read_config
 from mlx_empire.model.family_defaults import OTHERS
 from mlx_empire.model.target import planned_target
-from mlx_empire.model.unread import UNREAD
+from mlx_empire.model.unread import LEARNT_POSITIONS, UNREAD
 
 # What transformers' class has built in, so that its configuration has no such key.
 BUILT_IN = {
@@ -202,6 +204,23 @@ def test_rows_for_which_longrope_has_short_factors_are_refused(
     folder = folder_of(tmp_path / "f", config)
     found = planned_target(recipe_of(f"model.path={folder}", f"data.sequence_length={length}")).not_trainable
     assert (found is not None and "factors of its own for rows up to 256 tokens" in found) is refused
+
+
+@pytest.mark.parametrize("family", LEARNT_POSITIONS)
+@pytest.mark.parametrize(("length", "refused"), [(256, False), (257, True)])
+def test_rows_longer_than_the_table_of_positions_are_refused(
+    family: str, length: int, refused: bool, tmp_path: Path
+) -> None:
+    """MLX does not look at the bounds of a table: the process would read foreign memory, or abort."""
+    folder = folder_of(tmp_path / "f", tiny_config(family, n_positions=256))
+    found = planned_target(recipe_of(f"model.path={folder}", f"data.sequence_length={length}")).not_trainable
+    assert (found is not None and "has learnt 256 positions and no more" in found) is refused
+
+
+def test_these_are_the_families_that_have_such_a_table() -> None:
+    sources = Path(mlx_lm.models.__path__[0]).glob("*.py")
+    tables = {s.stem for s in sources if re.search(r"nn\.Embedding\([^)]*position", s.read_text("utf-8"))}
+    assert tables == set(LEARNT_POSITIONS)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])

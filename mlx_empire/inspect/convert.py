@@ -139,7 +139,11 @@ def _place(draft: Path, file: Path) -> None:
         if error.errno not in NO_LINKS:
             raise
         create_private(file).close()  # it is ours from here on
-        draft.rename(file)
+        try:
+            draft.rename(file)
+        except OSError:
+            _remove([file])
+            raise
 
 
 def _remove(files: Iterable[Path]) -> None:

@@ -51,6 +51,9 @@ VERBS: dict[str, dict[str, Verb]] = {
             "train over the machines of a hostfile, and go on after failures", "mlx_empire.launch.command"
         ),
         "daughters": Verb("train many adapters on one base", "mlx_empire.daughters.command"),
+        "sweep": Verb(
+            "adapters by several settings, the best of them to the end", "mlx_empire.daughters.sweep_command"
+        ),
         "attach": Verb(
             "the output of a detached run, until it ends", "mlx_empire.launch.command", ("attach",)
         ),

@@ -5,15 +5,17 @@ How many at a time is the plan's answer: as many as its ledger allows on this ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.daughters.many import Capacity, Daughters, JobsOf, Tell
+from mlx_empire.daughters.daughter import JobsOf
+from mlx_empire.daughters.many import Capacity, Daughters, Tell
 from mlx_empire.engine.multi_adapter import MultiAdapterSteps
 from mlx_empire.errors import UserError
 from mlx_empire.formats.fetched import naming_the_fetch
@@ -84,9 +86,15 @@ def _planned(recipe: Recipe, node: Node, count: int) -> RunPlan:
 
 
 def train_adapters(
-    recipe: Recipe, jobs: JobsOf, names: Sequence[str], node: Node, capacity: Capacity, tell: Tell
+    recipe: Recipe,
+    jobs: JobsOf,
+    names: Sequence[str],
+    node: Node,
+    capacity: Capacity,
+    tell: Tell,
+    pauses: Mapping[str, int] = MappingProxyType({}),
 ) -> list[str]:
-    """Train all `names`; returns those that failed."""
+    """Train all `names`, or as far as `pauses` says by name; returns those that failed."""
     target, present = _together(recipe, capacity.places)
     comm = SoloCommunicator(node.name)
     wired = limit_memory(capacity.plan, 0, recipe.memory.wired, node)
@@ -100,7 +108,7 @@ def train_adapters(
         adapters = MultiAdapterSteps(trainer, present, recipe.optimizer.clip_norm, recipe.run.seed)
         base = sampled_digest(recipe.model.path)
         many = Daughters(jobs, node, capacity, single_target(recipe), base, adapters, tell)
-        return many.run(list(names))
+        return many.run(list(names), pauses)
 
 
 def data_bytes(people: Path, name: str) -> int:

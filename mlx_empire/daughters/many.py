@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import mlx.core as mx
 
@@ -25,14 +26,12 @@ from mlx_empire.checkpoint.shard import live_pieces
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.data.batches import validation_micro_batches
-from mlx_empire.data.splits import Splits
 from mlx_empire.daughters import saved
-from mlx_empire.daughters.jobs import DONE, FAILED, TRAINING
+from mlx_empire.daughters.daughter import Daughter, JobsOf
+from mlx_empire.daughters.jobs import DONE, FAILED, TRAINING, WAITING
 from mlx_empire.daughters.saved import ResumePoint
 from mlx_empire.engine.multi_adapter import MultiAdapterSteps, StepInput, StepOutput
 from mlx_empire.errors import EmpireError, NumericsError, UnreadableError, UserError
-from mlx_empire.evaluation.evaluator import Evaluator
-from mlx_empire.evaluation.gate import GateKeeper
 from mlx_empire.formats.adapter_folder import AdapterWriter
 from mlx_empire.model.lora import own_name
 from mlx_empire.model.target import Target
@@ -51,62 +50,12 @@ from mlx_empire.run.resume import require_same, require_steps_left
 Tell = Callable[..., None]  # tell(name, **fields)
 
 
-class JobsOf(Protocol):
-    """What each daughter is to learn (`source.JobSource`)."""
-
-    def of(self, name: str) -> Recipe:
-        """The recipe of its job."""
-        ...
-
-    def begun(self, name: str, *, goes_on: bool) -> None:
-        """Its folder is there, of one that begins or goes on. UserError, OSError."""
-        ...
-
-    def done(self, name: str) -> str:
-        """Its result is written; what there is to say of that. UserError, OSError."""
-        ...
-
-
 @dataclass(frozen=True)
 class Capacity:
     """What a machine holds at a time: the model for `places` daughters and the plan for them."""
 
     places: int
     plan: RunPlan
-
-
-@dataclass
-class Daughter:
-    """A daughter in a place, after `step` steps of the job; `saved`: the step of the file. When it was saved and
-    evaluated last, this machine's monotonic clock says, or when it came."""
-
-    name: str
-    recipe: Recipe
-    splits: Splits
-    origin: Origin
-    job: Job
-    evaluator: Evaluator | None
-    gate: GateKeeper
-    metrics: MetricsWriter
-    step: int
-    saved: int
-    saved_at: float = field(default_factory=time.monotonic)
-    evaluated_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def done(self) -> bool:
-        """Whether no step is left, or it has learnt enough."""
-        return self.job.ends(self.step) or self.gate.reached
-
-    def to_be_scored(self, now: float) -> bool:
-        """Whether it is evaluated now: so often, and at the end."""
-        return self.done or self.job.evaluates(self.step, now - self.evaluated_at)
-
-    def to_be_saved(self, now: float) -> bool:
-        """Whether so many steps, or so much time, would be lost, or it is done."""
-        every = self.job.save_every
-        lost = self.step - self.saved >= every.steps if every.steps else now - self.saved_at >= every.seconds
-        return bool(every) and (self.done or lost)
 
 
 class Daughters:
@@ -128,9 +77,14 @@ class Daughters:
         self._daughters: dict[int, Daughter] = {}
         self._failed: list[str] = []
         self._passes = 0
+        self._pauses: Mapping[str, int] = {}
 
-    def run(self, waiting: list[str]) -> list[str]:
-        """Until none waits and every place is empty; those that failed. What had a place takes it again first."""
+    def run(self, waiting: list[str], pauses: Mapping[str, int] = MappingProxyType({})) -> list[str]:
+        """Until none waits and every place is empty; those that failed. What had a place takes it again first.
+
+        pauses: the step after which a daughter leaves its place for now, by name.
+        """
+        self._pauses = pauses
         places = {name: place_of(self._jobs.of(name)) for name in waiting}
         waiting.sort(key=lambda name: places[name] is None)
         for name, place in places.items():
@@ -175,7 +129,8 @@ class Daughters:
         except (EmpireError, OSError) as error:
             self._fail(name, str(error))
             return
-        daughter = Daughter(name, recipe, splits, origin, job, evaluator, gate, metrics, step, saved=step)
+        pause = self._pauses.get(name)
+        daughter = Daughter(name, recipe, splits, origin, job, evaluator, gate, metrics, step, step, pause)
         self._daughters[place] = daughter
         self._tell(name, state=TRAINING, machine=self._node.name, step=step, steps=job.steps, note=note)
         with self._alone(place, daughter):
@@ -240,6 +195,10 @@ class Daughters:
         ]:
             with self._alone(place, daughter):
                 self._graduate(place, daughter)
+        for place in [place for place, daughter in self._daughters.items() if daughter.pauses]:
+            daughter = self._daughters.pop(place)
+            daughter.metrics.close()
+            self._tell(daughter.name, state=WAITING, step=daughter.step)
 
     def _input(self, daughter: Daughter) -> StepInput:
         job, step = daughter.job, daughter.step + 1
@@ -290,7 +249,11 @@ class Daughters:
     def _save(self) -> None:
         """All as they are now. A disk that refuses ends no training: what was saved before stays."""
         pieces = live_pieces(self._adapters.store, 0)
-        kept = {place: daughter for place, daughter in self._daughters.items() if daughter.job.save_every}
+        kept = {
+            place: daughter
+            for place, daughter in self._daughters.items()
+            if daughter.job.save_every or daughter.pauses
+        }
         try:
             for place, daughter in kept.items():
                 daughter.saved, daughter.saved_at = daughter.step, time.monotonic()

@@ -121,9 +121,13 @@ def _drafted(
             done.written += 1
             if not done.written % 1000:
                 tell(done.written)
+    if not done.written and not done.dropped_count:
+        raise UserError(f"--convert: {name}: no rows; put at least one there")
     if not done.written:
-        why = f" (the first, {': '.join(done.dropped[0])})" if done.dropped else ""
-        raise UserError(f"--convert: {name}: of {row_count(done.dropped_count)} none can be used{why}")
+        first = ": ".join(done.dropped[0])
+        raise UserError(
+            f"--convert: {name}: of {row_count(done.dropped_count)} none can be used (the first, {first})"
+        )
     return done
 
 

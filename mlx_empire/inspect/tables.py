@@ -123,10 +123,14 @@ def _array_rows(file: Path, refuse: Refuse) -> Iterator[RawRow]:
 
 
 def _table_rows(file: Path, refuse: Refuse) -> Iterator[RawRow]:
-    """The rows of a CSV file (tabs between its cells: .tsv), whose first line names the columns."""
+    """The rows of a CSV file, whose first line names the columns. Between cells stand tabs (.tsv), commas or semicolons
+    where that line has no comma: so spreadsheets write it where numbers have a decimal comma."""
     csv.field_size_limit(LARGEST_FIELD)
     with _reading(file), file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, "excel-tab" if file.suffix == ".tsv" else "excel", strict=True)
+        head = lines.readline()
+        lines.seek(0)
+        comma = ";" if ";" in head and "," not in head else ","
+        reader = csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else comma, strict=True)
         names: list[str] = []
         first = 1  # of the lines that the next row takes; a line without cells is a row without any
         try:

@@ -150,8 +150,9 @@ class StepBytes(Reader):
             self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
         unit = self._spec.units[action.unit]
         adds, kept = self._adds(action), action.products
-        costs = layer_costs(unit, self._spec, self._work, adds=adds, kept=kept)
-        self._moment(self._of_narrow(action, costs, "one layer's recompute", "unit gradient sums"))
+        if not self._is_surpassed(action):
+            costs = layer_costs(unit, self._spec, self._work, adds=adds, kept=kept)
+            self._moment(self._of_narrow(action, costs, "one layer's recompute", "unit gradient sums"))
         self._hold_cell(action, action.unit, "unit gradient sums")
 
     reuse = backward
@@ -177,6 +178,11 @@ class StepBytes(Reader):
         if action.micro in self._first:
             return ""
         return "own" if self._item < 4 and action.micro - 1 in self._first else "wide"
+
+    def _is_surpassed(self, action: Action) -> bool:
+        """Whether the cell's next micro-batch needs more in any case: a sum lies beside what this one needs."""
+        alike = not self.shape.run_ahead and not self._work.stash(self._rank).visits
+        return alike and action.micro in self._first and self.shape.cells[action.round] > 1
 
     # ---- sums
 

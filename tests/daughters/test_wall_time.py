@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from run.test_job import job
 
-from mlx_empire.daughters.many import Daughter
+from mlx_empire.daughters.daughter import Daughter
 
 GATE: Any = SimpleNamespace(reached=False)
 REST: Any = SimpleNamespace()

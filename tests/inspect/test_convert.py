@@ -146,8 +146,8 @@ def test_what_a_run_refuses_names_the_command_that_makes_it_trainable(
 
 
 def test_a_table_is_read_as_python_reads_it(say: Callable[..., str], found: Callable[..., Any]) -> None:
-    """Cells with commas, quotation marks and line breaks; a table with tabs; an empty first cell of a column; lines
-    without cells. A row's place is the line on which it begins."""
+    """Cells with commas, quotation marks and line breaks; tables with tabs or semicolons, and a mark of UTF-8 before
+    them; an empty first cell of a column; lines without cells. A row's place is the line on which it begins."""
     cells = [
         ("Say, hi", "", 'He said "hi"\nand left'),
         ("Add", "1,1", "2"),
@@ -155,8 +155,8 @@ def test_a_table_is_read_as_python_reads_it(say: Callable[..., str], found: Call
         ("Lost", "", "\r\n"),
         ("", "", "x"),
     ]
-    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
-        with Path(name).open("w", newline="") as file:
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t"), ("semicolons.csv", ";")):
+        with Path(name).open("w", newline="", encoding="utf-8-sig") as file:
             writer = csv.writer(file, delimiter=delimiter)
             writer.writerows([("instruction", "input", "output"), *cells])
         (part,) = found(name, "--convert", f"{name}.jsonl")["parts"]

@@ -54,6 +54,15 @@ def test_a_file_that_came_meanwhile_is_left_and_what_was_placed_before_it_goes(
     assert files["valid"].read_text() == "the work of years"
 
 
+def test_a_table_without_rows_is_one_line(say: Callable[..., str], write: Callable[..., Path]) -> None:
+    write("head.csv", "question,answer")
+    write("none.json", "[]")
+    for name in ("head.csv", "none.json"):
+        assert say("inspect", name, "--convert", "out", code=64) == (
+            "mlx_empire: --convert: train: no rows; put at least one there\n"
+        )
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(
     say: Callable[..., str], write: Callable[..., Path]
 ) -> None:

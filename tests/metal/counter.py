@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from metal.watching import evaluations
 from support.stepping import VOCABULARY, Case, batches_of, counted_tokens, own_batches, trainer_of
 from support.tiny_models import SMOLLM2
+from support.watching import evaluations
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread

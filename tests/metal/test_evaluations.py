@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from metal.watching import library, watched
+from support.watching import library, watched
 
 COUNTER, STOPS = (Path(__file__).with_name(name) for name in ("counter.py", "stops.py"))
 LAYERS = 4  # by which the deeper model is deeper

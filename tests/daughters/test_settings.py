@@ -1,0 +1,128 @@
+"""Which settings a sweep tries, when it compares them, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.rows import MODEL
+
+from mlx_empire.cli import main as cli
+from mlx_empire.daughters.settings import divided, groups_of, rungs_of, settings_of
+from mlx_empire.errors import UserError
+from mlx_empire.recipe.load import parse_recipe
+
+RECIPE = f"""
+model: {{path: {MODEL}}}
+tuning: {{type: lora}}
+data: {{path: rows, format: tokens, sequence_length: 64}}
+batch: {{global_size: 2, micro_size: 1}}
+optimizer: {{learning_rate: 5.0e-3}}
+run: {{dir: swept, steps: 8}}
+"""
+
+
+def test_every_combination_has_a_recipe_and_a_folder_of_its_own() -> None:
+    changes, swept = divided(["learning_rate=1e-4,2e-4", "run.steps=5", "rank=8", "schedule.warmup=1,2"])
+    assert changes == ["run.steps=5"]
+    made = settings_of(parse_recipe(RECIPE, "r", changes), swept)
+    assert [
+        (s.recipe.optimizer.learning_rate, s.recipe.tuning.rank, s.recipe.run.dir.name) for s in made[::2]
+    ] == [
+        (1e-4, 8, "learning_rate=1e-4,rank=8,warmup=1"),
+        (2e-4, 8, "learning_rate=2e-4,rank=8,warmup=1"),
+    ]
+    assert {str(s.recipe.run.dir.parent) for s in made} == {"swept"}
+    assert {int(s.recipe.run.steps.value) for s in made} == {5}
+
+
+def test_settings_share_a_trainer_where_only_the_rate_differs() -> None:
+    _, swept = divided(["learning_rate=1e-4,2e-4", "rank=2,4"])
+    groups = groups_of(settings_of(parse_recipe(RECIPE, "r"), swept))
+    assert [[one.recipe.tuning.rank for one in group] for group in groups] == [[2, 2], [4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "keep", "rungs"),
+    [
+        (6, 8, 2, [(2, 3), (4, 2), (8, 2)]),
+        (9, 90, 3, [(10, 3), (30, 1), (90, 1)]),
+        (2, 100, 3, [(100, 2)]),
+        (8, 3, 2, [(1, 4), (3, 4)]),
+    ],
+)
+def test_the_last_comparisons_are_at_parts_of_the_whole_run(
+    count: int, steps: int, keep: int, rungs: list[tuple[int, int]]
+) -> None:
+    assert rungs_of(count, steps, keep) == rungs
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing is swept; name keys with their values"),
+        (["path=a,b"], "path: cannot be swept; keys of tuning, optimizer, schedule can, and run.seed"),
+        (["type=lora,dora"], "type: may be tuning.type or schedule.type"),
+        (["rank=8,8"], "two settings are the same; list each value once"),
+        (["rank=8"], "1 settings: a sweep compares 2 to 256"),
+        (["rank=,"], "rank: no value; list some"),
+        (["rank=2", "tuning.rank=4,5"], "tuning.rank: named twice"),
+        (["rank=8,x"], "tuning.rank"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(words: list[str], said: str) -> None:
+    def tried() -> None:
+        changes, swept = divided(words)
+        settings_of(parse_recipe(RECIPE, "r", changes), swept)
+
+    with pytest.raises(UserError) as caught:
+        tried()
+    assert said in str(caught.value)
+
+
+def test_another_sweep_in_the_same_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("rows").mkdir()
+    for name in ("train", "valid"):
+        Path(f"rows/{name}.jsonl").write_text(json.dumps({"tokens": [1, 2, 3]}) + "\n")
+    Path("swept").mkdir()
+    Path("swept/sweep.json").write_text(json.dumps({"rungs": [{"step": 8, "go_on": 2}], "settings": []}))
+    with pytest.raises(SystemExit) as ended:
+        cli(["sweep", "recipe.yaml", "rank=2,4"])
+    assert ended.value.code == 64
+    assert "swept/sweep.json: is of another sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rank=2,4"], "rows: nothing is held out to compare by; add a valid.jsonl"),
+        (["rank=2,4", "--by", "x.loss"], "--by: x.loss: is not measured; there are eval_loss"),
+        (["rank=2,4", "--keep", "1"], "--keep: 1: expected a whole number from 2 to 100"),
+        (
+            ["rank=2,4", "optimizer.in_backward=true"],
+            "optimizer.in_backward: true: every daughter is clipped",
+        ),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_line(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("rows").mkdir()
+    Path("rows/train.jsonl").write_text(json.dumps({"tokens": [1, 2, 3]}) + "\n")
+    with pytest.raises(SystemExit) as ended:
+        cli(["sweep", "recipe.yaml", *words])
+    assert ended.value.code == 64
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1

@@ -26,8 +26,9 @@ from mlx_empire.disk import create_private, replace_private, sync_file, sync_fol
 from mlx_empire.errors import UserError
 from mlx_empire.formats.seal import unseal
 from mlx_empire.formats.staging import fresh_folder, remove
-from mlx_empire.run.finished import CURRENT, FINAL, Finished
+from mlx_empire.run.finished import Finished
 from mlx_empire.run.launched import COMPLETE
+from mlx_empire.run.names import CURRENT, FINAL
 
 FOLDER, DECISION, PINNED = "generations", "DECISION.json", "PINNED"
 NOTE, ROWS = "rows.json", "rows"

@@ -30,8 +30,8 @@ from mlx_empire.formats.safetensors import COPY_BYTES, Entry, file_bytes, read_h
 from mlx_empire.formats.seal import unseal
 from mlx_empire.formats.staging import remove
 from mlx_empire.model.lora import own_name
-from mlx_empire.run.finished import CURRENT
 from mlx_empire.run.launched import COMPLETE
+from mlx_empire.run.names import CURRENT
 
 FILE_NAME, DRAFT_NAME = "unfinished.safetensors", ".unfinished.partial"
 FORMAT = "mlx_empire unfinished 1"

@@ -20,7 +20,7 @@ from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
-from mlx_empire.run.finished import CURRENT, FINAL
+from mlx_empire.run.names import CURRENT, FINAL
 
 
 @dataclass(frozen=True)

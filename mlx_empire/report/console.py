@@ -32,6 +32,7 @@ WIDTHS = {
     "grad norm": 6,
     "targets/s": 8,
     "learnt": 4,
+    "epoch": 5,
 }  # so that live figures stand still
 REDRAWS_PER_SECOND = 2
 PATIENCE_SECONDS = 2.0
@@ -193,6 +194,8 @@ class RunDisplay:
         ]
         if record.get("positions"):
             figures.append(("learnt", f"{record['tokens'] / record['positions']:.0%}"))
+        if "epoch" in record:
+            figures.append(("epoch", f"{record['epoch']:.2f}"))
         if self._evaluation:
             figures[1:1] = _evaluated(self._evaluation)
         return figures

@@ -15,10 +15,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import CONFIG_NAME
 from mlx_empire.formats.peft import PEFT_NAME
 from mlx_empire.run.launched import COMPLETE
-from mlx_empire.run.names import RECIPE, plan_of
-
-CURRENT = "current"  # in a daughter's folder: a link to the final/ of the generation that is in use
-FINAL = "final"
+from mlx_empire.run.names import CURRENT, FINAL, RECIPE, plan_of
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Job:
         targets, positions = self.targets(step), self.positions(step)
         return {
             "step": step,
+            "epoch": step * self.global_size / len(self.data),
             "loss": taken.loss,
             "learning_rate": self.rates(step),
             "grad_norm": taken.gradient_norm,

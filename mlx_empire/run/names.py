@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 RUNS = Path("runs")  # where the recipes that come with this put theirs
-RECIPE, PLAN = "recipe.yaml", "plan.json"
+RECIPE, PLAN, FINAL = "recipe.yaml", "plan.json", "final"
+CURRENT = "current"  # in a daughter's folder: a link to the final/ of the generation that is in use
 
 
 def plan_of(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.run.finished import CURRENT
+from mlx_empire.run.names import CURRENT
 
 PROMPT, WHOLE = "...", "as a whole model"
 

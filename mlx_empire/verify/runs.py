@@ -97,7 +97,9 @@ def verify(
         findings.insert(-1, packing(comm, variant(fixed, PLAIN), config, nodes, splits))
     who = "the model itself" if own else "the model scaled down"
     judged = "held-out loss" if splits.valid is not None else "loss of the last quarter"
-    what = f"{who}, {steps} steps, {seeds} paired seeds, {comm.size} ranks; differences of the {judged}"
+    on = "1 rank" if comm.size == 1 else f"{comm.size} ranks"
+    paired = "1 seed" if seeds == 1 else f"{seeds} paired seeds"
+    what = f"{who}, {steps:,} steps, {paired}, {on}; differences of the {judged}"
     saved = saved_bytes(recipe, original.spec, nodes, pairs)
     return FidelityReport(str(recipe.model.path), what, findings, saved)
 

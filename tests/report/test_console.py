@@ -147,14 +147,14 @@ def test_a_running_save_is_shown_live():
     display.close()
 
 
-def test_figures_of_a_live_display_stand_still_and_tell_what_part_is_learnt():
+def test_figures_of_a_live_display_stand_still_and_tell_the_epoch_and_what_part_is_learnt():
     display, _ = live()
     seen = []
     for norm, speed in ((0.961, 1000.0), (14.3, 12345.0)):
-        display.step(record(1, grad_norm=norm, tokens_per_second=speed, tokens=157, positions=512))
+        display.step(record(1, grad_norm=norm, tokens_per_second=speed, tokens=157, positions=512, epoch=1.5))
         seen.append(row_of(drawn(display), "grad norm"))
     assert seen[0].index("targets/s") == seen[1].index("targets/s")
-    assert all(line.rstrip().endswith("learnt  31%") for line in seen)
+    assert all(line.rstrip().endswith("learnt  31%  epoch  1.50") for line in seen)
     display.close()
 
 

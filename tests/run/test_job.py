@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from fractions import Fraction
 from math import ceil, cos, floor, pi
+from types import SimpleNamespace
 
 import pytest
 from data.test_batches import make_dataset
@@ -38,6 +39,11 @@ def recipe(*overrides: str) -> Recipe:
 
 def job(*overrides: str) -> Job:
     return Job.of(recipe(*overrides), make_dataset(LENGTHS, 64, False))
+
+
+def test_a_record_tells_how_often_the_rows_have_been_read() -> None:
+    taken = SimpleNamespace(loss=1.0, gradient_norm=1.0, wait_seconds=0.0, skipped=False, statistics={})
+    assert [job().record(step, taken, 1.0)["epoch"] for step in (1, 5)] == [0.4, 2.0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("unit", ["steps", "tok", "ep", "%"])

@@ -21,6 +21,7 @@ from mlx_empire.run.job import Job
 # DESIGN, "What a run leaves behind"
 FIELDS = {
     "step": int,
+    "epoch": float,
     "loss": float,
     "learning_rate": float,
     "grad_norm": float,

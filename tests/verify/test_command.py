@@ -59,4 +59,6 @@ def test_what_must_be_identical_is(tmp_path, ranks, arguments, more):
     assert abs(packing["difference"]) < 1e-5
     assert found["8-bit optimizer states"]["saved_bytes"] > 0
     assert "ZeRO" in printed
-    assert (tmp_path / "found.html").read_text().startswith("<!DOCTYPE html>")
+    page = (tmp_path / "found.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert f"2 steps, 1 seed, {'2 ranks' if ranks else '1 rank'}; differences of" in page

@@ -49,7 +49,7 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup model quickstart check test test-slow test-faults test-fuzz test-gpu test-metal soak test-interop lint docs \
+.PHONY: help setup model quickstart check test test-slow test-faults test-fuzz test-gpu test-metal soak test-interop year lint docs \
   golden bench bench-optim bench-quality lock clean
 
 help:
@@ -62,6 +62,7 @@ help:
 	@echo "make test-fuzz      2,000 broken files of each kind; only the errors of our own"
 	@echo "make test-gpu       what the GPU computes beside what the CPU computes (Metal, or CUDA); make test-metal is the same"
 	@echo "make test-interop   the tests that need torch, peft and datasets (installs them)"
+	@echo "make year           an owner's year, rehearsed by the commands that an owner types (minutes)"
 	@echo "make golden         300 steps of SmolLM2 beside a plain loop on torch (about an hour on two cores)"
 	@echo "make bench          the benchmarks, as ratios"
 	@echo "make bench-optim    the optimizer beside others of its kind, which it installs, and its speed"
@@ -170,6 +171,9 @@ test-metal: test-gpu
 # Twenty kills at random over sixty steps.
 soak: setup
 	@$(FAST) $(PY) tests/faults/soak.py
+
+year: setup
+	@$(FAST) $(PY) benchmarks/year.py --write docs/year.md
 
 golden: model
 	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.batches import MicroBatch, validation_micro_batches
 from mlx_empire.data.encode import Document
@@ -34,6 +35,7 @@ from mlx_empire.evaluation.questions import (
     is_json,
     matches,
 )
+from mlx_empire.evaluation.scorer import asked_text, load_scorer
 
 
 def micro_batches(answers: Sequence[Answer], sequence_length: int, micro_size: int) -> list[MicroBatch]:
@@ -84,6 +86,7 @@ def from_json(raw: Sequence[Mapping[str, Any]]) -> list[Questions]:
             [Answer(**a) for a in one["answers"]],
             [([Answer(**a) for a in alternatives], right) for alternatives, right in one["choices"]],
             [Prompt(**p) for p in one["prompts"]],
+            one["scorer"],
         )
         for one in raw
     ]
@@ -110,6 +113,8 @@ class Evaluator:
         decode: Decode | None,
     ) -> None:
         self._sets, self._ends, self._decode = sets, ends, decode
+        here = [one for one in sets if one.scorer is not None] if decode is not None else []
+        self._scorers = {one.title: load_scorer(str(one.scorer)) for one in here}
         answers = list(every_answer(sets))
         self._batches = micro_batches(answers, sequence_length, micro_size) if answers else []
 
@@ -128,9 +133,11 @@ class Evaluator:
         """`scores`, and by set what came of each of its rows; answers in words on rank 0 alone. Collective."""
         sums = score_answers(trainer.streamed, comm, self._batches, per_rank)
         said = self._said(trainer, comm)
-        texts: dict[str, dict[str, float]] = comm.broadcast_json(
-            {one.title: _of_texts(pairs) for one, pairs in said if pairs} if comm.rank == 0 else None
-        )
+        judged: dict[str, list[dict[str, float]]] | None = None
+        with together(comm):
+            if comm.rank == 0:
+                judged = {one.title: self._judged(one, pairs) for one, pairs in said if pairs}
+        texts: dict[str, list[dict[str, float]]] = comm.broadcast_json(judged)
         scores: dict[str, float] = {}
         rows: dict[str, list[RowScore]] = {}
         first = 0
@@ -138,10 +145,21 @@ class Evaluator:
             answers, first = sums[first : first + len(one.answers)], first + len(one.answers)
             chosen, first = _chosen(one, sums, first)
             right = sum(hit for _, hit in chosen) / max(len(chosen), 1)
-            found = {**_of_answers(answers), CHOICE: right, **texts.get(one.title, {})}
+            values = texts.get(one.title, [])
+            found = {**_of_answers(answers), CHOICE: right, **_means(values)}
             scores |= {f"{one.title}.{m}": found[m] for m in one.metrics}
-            rows[one.title] = _of_rows(one, answers, chosen, pairs)
+            rows[one.title] = _of_rows(one, answers, chosen, values)
+            for row, (_, text) in zip(rows[one.title], pairs, strict=False):
+                row.said = text
         return scores, rows
+
+    def _judged(self, one: Questions, pairs: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
+        """By generated answer of a set its metrics. On rank 0. UserError of a scorer."""
+        found = [_of_text(prompt, text) for prompt, text in pairs]
+        if (scorer := self._scorers.get(one.title)) is not None:
+            for values, (prompt, text) in zip(found, pairs, strict=True):
+                values["scorer"] = scorer(asked_text(prompt.row), text, prompt.row)
+        return found
 
     def _said(self, trainer: Trainer, comm: Communicator) -> list[tuple[Questions, list[tuple[Prompt, str]]]]:
         """Each set with its prompts and what was generated after them: nothing but on rank 0."""
@@ -183,27 +201,30 @@ def _of_rows(
     one: Questions,
     answers: np.ndarray,
     chosen: Sequence[tuple[int, bool]],
-    pairs: Sequence[tuple[Prompt, str]],
+    texts: Sequence[Mapping[str, float]],
 ) -> list[RowScore]:
     """What came of each row by itself: metric -> its loss per token, or 1 where it is right and 0 where it is not."""
-    found = [RowScore() for _ in range(max(len(answers), len(chosen), len(pairs)))]
+    found = [RowScore() for _ in range(max(len(answers), len(chosen), len(texts)))]
     for row, sums in zip(found, answers, strict=False):
         row.values.update({m: v for m, v in _of_answers(sums[None]).items() if m in one.metrics})
     for row, (choice, hit) in zip(found, chosen, strict=False):
         row.values[CHOICE], row.choice = float(hit), choice
-    for row, pair in zip(found, pairs, strict=False):
-        row.values.update({m: v for m, v in _of_texts([pair]).items() if m in one.metrics})
-        row.said = pair[1]
+    for row, values in zip(found, texts, strict=False):
+        row.values.update({m: v for m, v in values.items() if m in one.metrics})
     return found
 
 
-def _of_texts(pairs: Sequence[tuple[Prompt, str]]) -> dict[str, float]:
-    def share(hits: Iterator[bool]) -> float:
-        return sum(hits) / len(pairs)
+def _means(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metric -> its mean over the answers, where each answer has it."""
+    common = set.intersection(*(set(one) for one in values)) if values else set()
+    return {name: math.fsum(one[name] for one in values) / len(values) for name in common}
 
-    found = {"valid_json": share(is_json(text) for _, text in pairs)}
-    if all(prompt.pattern is not None for prompt, _ in pairs):
-        found["regular_expression"] = share(matches(text, str(prompt.pattern)) for prompt, text in pairs)
-    if all(prompt.schema is not None for prompt, _ in pairs):
-        found["json_schema"] = share(fits_schema(text, prompt.schema) for prompt, text in pairs)
+
+def _of_text(prompt: Prompt, text: str) -> dict[str, float]:
+    """Metrics of one generated answer, 1 where it is right and 0 where it is not."""
+    found = {"valid_json": float(is_json(text))}
+    if prompt.pattern is not None:
+        found["regular_expression"] = float(matches(text, prompt.pattern))
+    if prompt.schema is not None:
+        found["json_schema"] = float(fits_schema(text, prompt.schema))
     return found

@@ -6,6 +6,7 @@
 | multiple_choice                                 | prompt (a text), choices (texts), answer (the right one's index); |
 |                                                 | with a task what that benchmark's rows have (`tasks`)            |
 | regular_expression, valid_json, json_schema     | prompt or messages; pattern or schema, unless the set has it     |
+| scorer                                          | prompt or messages, and whatever the set's own function reads    |
 
 Questions are plain numbers and texts, so that rank 0 can read them for all. A row that is longer than
 `data.sequence_length` is refused: half an answer has no score.
@@ -37,8 +38,9 @@ from mlx_empire.data.encode import (
 from mlx_empire.data.files import RawRow, detect_format, locate
 from mlx_empire.data.messages import standard_role
 from mlx_empire.errors import UserError
+from mlx_empire.evaluation.scorer import load_scorer
 from mlx_empire.evaluation.tasks import Choices, choices_of
-from mlx_empire.recipe.evaluation import EvaluationSet
+from mlx_empire.recipe.evaluation import GENERATED, EvaluationSet
 
 
 def matches(text: str, pattern: str) -> bool:
@@ -95,11 +97,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens to be continued, and what the continuation must match: a regular expression, a JSON schema or neither."""
+    """Tokens to be continued, and what the continuation must match: a regular expression, a JSON schema or neither.
+
+    `row`: all of the row, where the set's scorer reads it.
+    """
 
     tokens: list[int]
     pattern: str | None = None
     schema: Any = None
+    row: Any = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class Questions:
     answers: list[Answer] = field(default_factory=list)
     choices: list[tuple[list[Answer], int]] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
+    scorer: str | None = None
 
 
 def load_questions(
@@ -123,7 +130,9 @@ def load_questions(
     if not rows:
         raise UserError(f"evaluation.sets: {asked.path}: no rows; put at least one there")
     reader = _Reader(asked, tokenizer_folder, sequence_length, vocabulary)
-    found = Questions(asked.title, asked.metrics, asked.max_tokens)
+    found = Questions(asked.title, asked.metrics, asked.max_tokens, scorer=asked.scorer)
+    if asked.scorer is not None:
+        load_scorer(asked.scorer)  # what cannot be called is refused before the first step
     if any(metric not in (CHOICE, *_generated(asked)) for metric in asked.metrics):
         found.answers.extend(reader.answers(rows))
     if CHOICE in asked.metrics:
@@ -134,7 +143,7 @@ def load_questions(
 
 
 def _generated(asked: EvaluationSet) -> tuple[str, ...]:
-    return tuple(m for m in asked.metrics if m in ("regular_expression", "valid_json", "json_schema"))
+    return tuple(m for m in asked.metrics if m in GENERATED)
 
 
 class _Reader:
@@ -202,7 +211,7 @@ class _Reader:
                 f"{row.where}: {len(tokens)} tokens and max_tokens {self._asked.max_tokens} are more than "
                 f"data.sequence_length {self._length}; raise that or lower max_tokens"
             )
-        return Prompt(tokens, pattern, schema)
+        return Prompt(tokens, pattern, schema, None if self._asked.scorer is None else value)
 
     def _prompt_tokens(self, row: RawRow, messages: list[Any]) -> list[int]:
         try:

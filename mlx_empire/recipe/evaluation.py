@@ -14,7 +14,7 @@ from mlx_empire.recipe.fields import Count, RecipePath, Section, as_tuple
 # By one streamed forward pass, exact also for a model that no machine holds whole ...
 TEACHER_FORCED = ("loss", "perplexity", "token_accuracy", "exact_match", "multiple_choice")
 # ... and by greedy generation, where each machine can hold the model.
-GENERATED = ("regular_expression", "valid_json", "json_schema")
+GENERATED = ("regular_expression", "valid_json", "json_schema", "scorer")
 # Tasks of EleutherAI's lm-eval that ask for log-likelihoods alone: `evaluation.tasks` turns their rows into choices.
 TASKS = (
     "arc_challenge",
@@ -49,11 +49,12 @@ Metric = Literal[
     "regular_expression",
     "valid_json",
     "json_schema",
+    "scorer",
 ]
 SET = (
     "a list of sets such as [{path: data/facts.jsonl, metrics: [exact_match]}], with name, format, max_tokens, "
-    "pattern and schema where a set needs them, or with task where its rows are a benchmark's ({person} in a path "
-    "stands for a daughter's name, in mlx_empire.daughters); metrics: "
+    "pattern, schema and scorer (file.py:function) where a set needs them, or with task where its rows are a "
+    "benchmark's ({person} in a path stands for a daughter's name, in mlx_empire.daughters); metrics: "
     + ", ".join((*TEACHER_FORCED, *GENERATED))
     + "; tasks: "
     + ", ".join(TASKS)
@@ -88,6 +89,13 @@ class EvaluationSet(Section):
     max_tokens: Annotated[int, Field(ge=1, le=65536)] = 128
     pattern: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
     json_schema: RecipePath | None = Field(default=None, alias="schema")
+    scorer: Annotated[str, Field(pattern=r"^.{1,1000}\.py:[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_scorer_where_it_is_measured(self) -> Self:
+        if (self.scorer is not None) != ("scorer" in self.metrics):
+            raise ValueError("the metric scorer and the key scorer go together")
+        return self
 
     @model_validator(mode="after")
     def _asks_a_task_for_choices(self) -> Self:

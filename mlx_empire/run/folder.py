@@ -17,6 +17,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.data.splits import Splits
 from mlx_empire.disk import replace_private
 from mlx_empire.errors import EmpireError, UserError
+from mlx_empire.evaluation.scorer import scorer_digests
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import assess_plan
@@ -80,6 +81,8 @@ def write_plan(
         document = plan_document(plan, nodes, spec, splits.digest, steps) | dict(origin)
         seconds = planned_seconds(recipe, plan, spec, nodes)
         document |= {} if seconds is None else {"step_seconds": seconds}
+        scorers = scorer_digests(recipe)
+        document |= {"scorers": scorers} if scorers else {}
         replace_private(folder / PLAN, json.dumps(document, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None

@@ -69,7 +69,7 @@ def test_a_gather_hides_behind_the_layer_before_and_a_reduction_behind_the_next(
     costs = Fixed({"forward": 10.0, "backward": 10.0, "head": 10.0, "embed": 10.0})
     timeline = timed([1, 1], 3, costs)
     half_root = ROOT / LAYER / 2
-    exposed = half_root + 0.5 + half_root  # in front: root, layer 1; behind: the root's own reduction
+    exposed = half_root + 0.5 + 0.5 + half_root  # in front: root, layer 1; behind: the reductions of both
     assert timeline.seconds == pytest.approx(8 * 10 + exposed, rel=1e-3)
 
 

@@ -26,7 +26,7 @@ from mlx_empire.model.graph import Graph
 from mlx_empire.model.layer_graph import NotTraceable, graph_of
 from mlx_empire.model.layers import Slot, SlottedModel, given_mask, hidden_of
 from mlx_empire.model.spec import ModelSpec, TensorSpec
-from mlx_empire.model.traced_experts import TracedExperts
+from mlx_empire.model.traced_experts import TracedExperts, stacked_tensors
 from mlx_empire.model.traced_products import TracedProducts
 
 Arrays = Sequence[mx.array]
@@ -173,7 +173,7 @@ class TracedModel:
     def with_experts(self, units: Sequence[int], trace: Callable[[], Graph]) -> Graph:
         """What `trace` gives, with stand-ins for the experts' gradients where MLX has no word for them."""
         kinds = {self._spec.units[u].kind for u in units}
-        if not kinds & self._segmented:
+        if not kinds & self._segmented and not self._trains_sorted(units):
             try:
                 return trace()
             except NotTraceable as error:
@@ -183,6 +183,14 @@ class TracedModel:
                 self._segmented |= kinds
         with self.experts.standing_in(self.forward(units).products):
             return self.experts.taken_out(trace())
+
+    def _trains_sorted(self, units: Sequence[int]) -> bool:
+        """Whether stacked experts are trained on sorted tokens."""
+        trained = {t.name for u in units for t in self._spec.units[u].tensors if t.trainable}
+        stacked = {
+            f"{self._spec.units[u].name}.{n}" for u in units for n in stacked_tensors(self.layers[u - 1])
+        }
+        return bool(trained & stacked) and bool(self.forward(units).products)
 
     def calls_in_blocks(self, units: Sequence[int]) -> list[Shapes]:
         """What comes in and out of the layers' attention in blocks."""

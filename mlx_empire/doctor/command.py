@@ -33,6 +33,7 @@ from mlx_empire.comm.failure import guard
 from mlx_empire.doctor.findings import Findings
 from mlx_empire.errors import EmpireError, UserArguments, UserError
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.recipe.packaged import host_file
 from mlx_empire.run.names import RUNS
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def _machines(options: Namespace) -> Cluster:
             f"--write-links: {options.hostfile}: MLX's hostfile has no place for speeds; without this option they "
             "are in the table, and `hosts.txt` in --dir is the same as a hostfile of mpirun"
         )
+    if not options.write_links:  # what came with the package is not written into
+        options.hostfile = host_file(str(options.hostfile))
     return load_any_hostfile(options.hostfile)
 
 

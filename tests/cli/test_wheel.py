@@ -102,7 +102,8 @@ def test_every_command_of_the_readme_runs_from_a_wheel(environment: Path, tmp_pa
     assert Path(where.strip()).is_relative_to(environment), "this checkout must not be what runs"
     for words in commands():
         ended = run(*words, *SHORT.get(words[0] if words else "", []))
-        assert ended.returncode == 0, (words, ended.stderr)
+        missing = words[:1] == ["doctor"]  # its machines, which it tells
+        assert ended.returncode == (1 if missing else 0), (words, ended.stderr)
         assert "Traceback" not in ended.stderr
     assert (tmp_path / "runs" / "mine" / "COMPLETE").exists()
     for page in ("scout.html", "seen.html", "mine.html"):

@@ -21,6 +21,7 @@ from mlx_empire.cluster.hostfile import Host, Node
 from mlx_empire.doctor import command, judge
 from mlx_empire.doctor.asking import LOCAL_NETWORK, why
 from mlx_empire.doctor.facts import facts, swap_in_use
+from mlx_empire.errors import UserError
 
 CHANGED = (
     "@@@@@@@\n@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\n@@@@@@@\nHost key verification failed."
@@ -268,6 +269,17 @@ def test_mlxs_hostfile_is_read_and_written_as_one_of_mpirun(played: Played) -> N
     check = played.folder / "check"
     assert command.main([str(played.folder / "hosts.json"), "--no-links", "--dir", str(check)]) == 0
     assert (check / "hosts.txt").read_text() == "king.invalid slots=1\n"
+
+
+def test_a_hostfile_that_comes_with_the_package_is_read_and_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["hosts/local.txt", "--dir", str(tmp_path)]
+    options = command._parser().parse_args(words)
+    assert [host.name for host in command._machines(options).nodes] == ["localhost"]
+    with pytest.raises(UserError, match="cannot read this hostfile"):
+        command._machines(command._parser().parse_args([*words, "--write-links"]))
 
 
 @pytest.mark.parametrize(

@@ -139,9 +139,9 @@ def test_an_open_page_follows_a_run_that_goes_on_is_killed_and_goes_back(
 
 
 @pytest.mark.slow
-def test_a_real_run_is_killed_and_resumed_behind_the_open_page(
-    browser: Browser, server: Server, root: Path
-) -> None:
+def test_a_real_run_is_killed_and_resumed_behind_the_open_page(browser: Browser, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    root.mkdir()
     words = ["run.steps=200", "run.save_every=5", "run.eval_every=50", "report.samples=2"]
     command = [
         sys.executable,
@@ -151,13 +151,13 @@ def test_a_real_run_is_killed_and_resumed_behind_the_open_page(
         *words,
         f"run.dir={root / 'real'}",
     ]
-    environment = os.environ | {"MLX_EMPIRE_CACHE": str(root.parent / "cache")}
+    environment = os.environ | {"MLX_EMPIRE_CACHE": str(tmp_path / "cache")}
     run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     try:
         while not (root / "real" / "checkpoints" / "step-000010" / "COMMIT").exists():
             assert run.poll() is None, "it ended before it could be killed"
             time.sleep(0.01)
-        with browser.page(f"{server.base}/run/real") as page:
+        with served(root) as server, browser.page(f"{server.base}/run/real") as page:
             ready(page)
             page.value("window.mine = 1")
             page.until(f"{X}.length > 10")

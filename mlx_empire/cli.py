@@ -105,4 +105,4 @@ def overview() -> Iterator[str]:
     for wish, verbs in VERBS.items():
         yield f"\n{wish}"
         yield from (f"  {name:<10} {verb.sentence}" for name, verb in verbs.items())
-    yield "\nmlx-empire VERB --help tells the options of a verb."
+    yield "\nmlx-empire VERB --help tells the options of a verb. To begin:\n  mlx-empire init"

@@ -87,6 +87,16 @@ class UnreachableError(EmpireError):
     exit_code = 75
 
 
+# What a clone without Git LFS has in the place of a large file.
+_POINTER_BEGINS = b"version https://git-lfs.github.com/spec/"
+POINTER = "a pointer of Git LFS, in the place of the file; bring that by `git lfs pull`, or download it again"
+
+
+def is_pointer(start: bytes) -> bool:
+    """Whether a file that begins so is a `POINTER`."""
+    return start.startswith(_POINTER_BEGINS)
+
+
 GPU_FAULTS = ("[METAL]",)
 NO_MEMORY = ("[metal::malloc]", "[malloc] Unable to allocate", "[malloc_or_wait] Unable to allocate")
 GPU_OUT_OF_MEMORY = "the GPU ran out of memory"  # what the supervisor looks for when it happens again

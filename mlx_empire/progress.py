@@ -56,6 +56,10 @@ PHASES = (
 _STALL_SECONDS, _STALL_FACTOR = 600.0, 3.0
 
 
+class Passing(str):
+    """A line for the user that the next of its kind replaces, where progress is redrawn."""
+
+
 def stalled_after(step: float) -> float:
     """Seconds without the end of a step after which a run is said to have stalled; `step`: how long one may take."""
     return max(_STALL_SECONDS, _STALL_FACTOR * step)

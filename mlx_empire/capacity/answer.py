@@ -36,7 +36,6 @@ from mlx_empire.capacity.document import (
 )
 from mlx_empire.capacity.ladder import UNLOCKED, ladder
 from mlx_empire.capacity.matrix import compare, matrix, read_rows
-from mlx_empire.capacity.page import capacity_page
 from mlx_empire.capacity.text import (
     capacity_console,
     print_daughters,
@@ -66,6 +65,7 @@ from mlx_empire.plan.wired_limit import untouched
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
+from mlx_empire.report.html import refuse_unwritable_file, write_file
 from mlx_empire.report.trace import trace_document
 from mlx_empire.run.agree import share_nodes, share_recipe
 from mlx_empire.run.disks import ledgers_of, planned_places, seen_places, what_else
@@ -144,8 +144,9 @@ def present(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wante
     ladder = cache(lambda: ladder_of(recipe, nodes))
     daughters = cache(lambda: daughters_of(recipe, nodes, wanted))
     if wanted.page is not None:
-        # A page that cannot be written is said before the work, not after.
-        write_file("--html", wanted.page, "")
+        from mlx_empire.capacity.page import capacity_page  # the other answers need no templates
+
+        refuse_unwritable_file("--html", wanted.page)
         page = capacity_page(report(), matrix(), ladder(), daughters(), command())
         write_file("--html", wanted.page, page)
     if wanted.part == "matrix":
@@ -287,14 +288,6 @@ def text_of(path: Path) -> tuple[str, str]:
     """(text, path) of the file to compare with. UserError."""
     remedy = "--compare takes a CSV file with the columns model,1K+3S,..."
     return read_small_text(path, "matrix", MOST_CSV_BYTES, remedy), str(path)
-
-
-def write_file(option: str, path: Path, text: str) -> None:
-    """Write what `option` asks for; UserError where that cannot be done."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{option}: {path}: {error.strerror}; choose a file that can be written") from None
 
 
 def command() -> str:

@@ -63,7 +63,8 @@ _TERMS = {
     ),
     "gradients": Term("4 or 2 bytes for each element of the share of the units that are complete", "exact"),
     "unit gradient sums": Term(
-        "4 bytes for each element of a layer, where a cell has several micro-batches", "exact"
+        "4 bytes for each element of a layer, where a cell has several micro-batches; copies for the wire",
+        "exact",
     ),
     "one unit's gradients": Term(
         "one micro-batch's gradients of a layer that are there at that moment", "derived"
@@ -107,7 +108,7 @@ _TERMS = {
         "2 more bytes for each element of the tail's share until the last round", "exact"
     ),
     "norm of gradients": Term(
-        "squares of at most 2^20 elements of the largest buffer, and their sums by halves", "exact"
+        "squares of the largest unit's gradients, at most 2^22 of them, and their sums by halves", "exact"
     ),
     "optimizer chunk": Term("new states and temporaries of a chunk of at most 2^21 elements", "fitted"),
     "new weights of a unit": Term(

@@ -196,7 +196,8 @@ class Saver:
             self.failed = [other for other in self.failed if other != step]
             total = sum(shard.nbytes for shard in shards)
             seconds = time.monotonic() - start
-            self._news.append(f"{name} saved: {amount(total)} in {seconds:.1f} s" + _after(commit.notes))
+            said = f"{name} saved: {amount(total)} in {seconds:.1f} s"
+            self._news.append(said + _after(commit.notes) if commit.notes else progress.Passing(said))
             self._retain(step)
         except SaveFailed as error:
             self.failed = sorted({*self.failed, step})

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 Run = Callable[
@@ -87,6 +88,7 @@ def read_vm_stat(text: str) -> int | None:
     return int(page[1]) * int(wired[1]) if page and wired else None
 
 
+SPOTLIGHT = ".metadata_never_index"  # a file of this name keeps Spotlight out of its folder
 _UPDATES = "/Library/Preferences/com.apple.SoftwareUpdate"
 QUESTIONS: dict[str, tuple[Sequence[str], Reader]] = {
     "system": (["/usr/bin/sw_vers"], read_sw_vers),
@@ -101,9 +103,13 @@ QUESTIONS: dict[str, tuple[Sequence[str], Reader]] = {
 
 
 def read_mac(run: Run, folder: str) -> dict[str, Any]:
-    """What each command of QUESTIONS says, and whether Time Machine leaves `folder` out; None for one that fails."""
+    """What each command of QUESTIONS says, and whether Time Machine leaves `folder` out; None for one that fails.
+
+    `indexed`: whether Spotlight reads the folder; None where that is not there yet.
+    """
     asked = QUESTIONS | {"excluded": (["/usr/bin/tmutil", "isexcluded", folder], read_excluded)}
-    found = {}
+    place = Path(folder)
+    found: dict[str, Any] = {"indexed": not (place / SPOTLIGHT).exists() if place.is_dir() else None}
     for name, (command, read) in asked.items():
         try:
             found[name] = read(run(command))

@@ -49,6 +49,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MLX_EMPIRE_CACHE") or "~/.cache/mlx_empire").expanduser()
 
 
+def tokens_folder() -> Path:
+    """Where the entries lie, each in a folder called by its key."""
+    return cache_folder() / "tokens"
+
+
 def cache_key(settings: Mapping[str, Any], files: Iterable[Path], tokenizer_folder: Path | None) -> str:
     """SHA-256 (hex) over the settings, the bytes of data and tokenizer files, and the code that reads them.
 

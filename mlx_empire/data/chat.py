@@ -115,6 +115,14 @@ class Remarks:
     thoughts_unseen: int = 0
     unread: Counter[str] = field(default_factory=Counter)
 
+    def add(self, others: "Remarks") -> None:
+        """What was found in more conversations."""
+        self.turns += others.turns
+        self.endless += others.endless
+        self.tools_unseen += others.tools_unseen
+        self.thoughts_unseen += others.thoughts_unseen
+        self.unread.update(others.unread)
+
     def sentences(self, tokenizer: Any) -> list[str]:
         """One line for each thing that is not as it should be."""
         told = []

@@ -1,12 +1,13 @@
 """Decides which files of `data.path` are the training and the validation split, reads them row by row, and refuses rows
 that are not of the file's kind (`data.format`).
 
-A path is one file, a folder with `train.*` (and `valid.*`), a folder of `.txt` documents, or a Hugging Face
-datasets folder written by `save_to_disk`. Reading is strict: a line that cannot be used is named by file and
-line. What is inside a conversation is read in `data/messages.py`.
+A path is one file, a folder with `train.*` (and `valid.*`), one of `.txt` documents, a Hugging Face datasets folder
+written by `save_to_disk`, or one as their Hub has it, where a split lies in numbered parts. Reading is strict: a line
+that cannot be used is named by file and line. What is inside a conversation is read in `data/messages.py`.
 """
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +16,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mlx_empire.errors import UserError
+from mlx_empire.errors import POINTER, UserError, is_pointer
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 TABLES = (".csv", ".tsv")  # read only to be converted
 VALID_NAMES = ("valid", "validation")
-EXPECTED = "train.jsonl (and valid.jsonl), .txt files or a folder written by datasets' save_to_disk"
+# A part of a split on the Hugging Face Hub, with a digest or without: train-00000-of-00002-1234567890abcdef.parquet
+PART = re.compile(r"(?P<name>[a-z]+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.[a-z]+")
+EXPECTED = (
+    "train.jsonl (and valid.jsonl), parts such as train-00000-of-00002.parquet, .txt files or a folder written by "
+    "datasets' save_to_disk"
+)
 
 Refuse = Callable[[str, UserError], None]  # told of a line that cannot be used: its place, and why
 
@@ -53,13 +59,13 @@ class Source:
 
     def rows(self, refuse: Refuse | None = None) -> Iterator[RawRow]:
         """Yield every row in file order. Errors: UserError with file and line; with `refuse` that is told of each line
-        that cannot be used, and reading goes on."""
+        or document that cannot be used, and reading goes on."""
         if self.kind == "arrow":
             yield from _arrow_rows(self.path)
         for file in self.files if self.kind != "arrow" else ():
             try:
                 if self.kind == ".txt":
-                    yield _text_document(file)
+                    yield from _text_document(file, refuse)
                 elif self.kind == ".parquet":
                     yield from _parquet_rows(file)
                 else:
@@ -90,11 +96,11 @@ def locate(path: Path) -> tuple[Source, Source | None]:
         return train, _arrow_source(path / valid) if valid else None
     if (path / "state.json").is_file():
         return _arrow_source(path), None
-    train_file, valid_file = _one_file(path, ("train",)), _one_file(path, VALID_NAMES)
-    held_out = Source(valid_file.suffix, valid_file, (valid_file,)) if valid_file else None
-    if train_file is not None:
-        return Source(train_file.suffix, train_file, (train_file,)), held_out
-    documents = tuple(sorted(file for file in path.glob("*.txt") if file != valid_file))
+    whole, held_out = _split(path, ("train",)), _split(path, VALID_NAMES)
+    if whole is not None:
+        return whole, held_out
+    known = held_out.files if held_out else ()
+    documents = tuple(sorted(file for file in path.glob("*.txt") if file not in known))
     if not documents:
         tables = any((path / f"train{suffix}").is_file() for suffix in TABLES)
         other = f"; `{converting(path)}` makes them of its tables" if tables else ""
@@ -102,12 +108,32 @@ def locate(path: Path) -> tuple[Source, Source | None]:
     return Source(".txt", path, documents), held_out
 
 
-def _one_file(folder: Path, names: tuple[str, ...]) -> Path | None:
-    found = [folder / f"{n}{s}" for n in names for s in SUFFIXES if (folder / f"{n}{s}").is_file()]
+def _split(folder: Path, names: tuple[str, ...]) -> Source | None:
+    """A split's one file or its numbered parts, here or in the folder `data`."""
+    files = [folder / f"{n}{s}" for n in names for s in SUFFIXES]
+    found = [Source(file.suffix, file, (file,)) for file in files if file.is_file()]
+    found += [source for place in (folder, folder / "data") for source in _in_parts(place, names)]
     if len(found) > 1:
-        listed = " and ".join(f.name for f in found)
+        listed = " and ".join(source.path.name for source in found)
         raise UserError(f"data.path {folder}: {listed} are the same split; keep one of them")
     return found[0] if found else None
+
+
+def _in_parts(folder: Path, names: tuple[str, ...]) -> Iterator[Source]:
+    """Splits whose parts are all there, one after the other. Errors: UserError where one is missing."""
+    parts: dict[tuple[str, int], list[Path]] = {}
+    for file in sorted(folder.glob("*-of-*")):
+        part = PART.fullmatch(file.name)
+        if part and part["name"] in names and file.suffix in SUFFIXES:
+            parts.setdefault((file.suffix, int(part["count"])), []).append(file)
+    for (suffix, count), files in parts.items():
+        numbers = [int(file.name.split("-")[1]) for file in files]
+        if numbers != list(range(count)):
+            raise UserError(
+                f"data.path {folder}: of the {count} parts that {files[0].name} belongs to there are those with the "
+                f"numbers {', '.join(map(str, numbers)):.200}; bring each once"
+            )
+        yield Source(suffix, files[0], tuple(files))
 
 
 def _arrow_source(folder: Path) -> Source:
@@ -138,6 +164,8 @@ def _json_object(where: str, file: Path, line: bytes, number: int) -> dict[str, 
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
+        if number == 1 and is_pointer(line):
+            raise UserError(f"{where}: {POINTER}") from error
         if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[") and number == 1:
             raise _ArrayError(where, file) from error
         reason = f"{error.msg} at column {error.colno}"
@@ -161,14 +189,20 @@ class _ArrayError(UserError):
         )
 
 
-def _text_document(file: Path) -> RawRow:
+def _text_document(file: Path, refuse: Refuse | None) -> Iterator[RawRow]:
     """A `.txt` file is one document: it is split into rows later, and no context ends with a line."""
     content = file.read_bytes()
     try:
-        return RawRow(f"{file}:1", {"text": content.decode("utf-8-sig")})
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        where = f"{file}:{line}"
+        told = UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8")
+        if refuse is None:
+            raise told from error
+        refuse(where, told)
+    else:
+        yield RawRow(f"{file}:1", {"text": text})
 
 
 def optional_package(name: str, path: Path) -> ModuleType:
@@ -196,6 +230,9 @@ def _parquet_rows(file: Path) -> Iterator[RawRow]:
     try:
         table = parquet.ParquetFile(file)
     except ValueError as error:  # pyarrow's ArrowInvalid
+        with file.open("rb") as stream:
+            if is_pointer(stream.readline(80)):
+                raise UserError(f"{file}: {POINTER}") from error
         raise UserError(f"{file}: not a readable parquet file ({error}); save it again") from error
     number = 0
     for batch in table.iter_batches(batch_size=1024):
@@ -219,6 +256,7 @@ FOREIGN = {
     "input_ids": "'input_ids' are tokens that another tool made; rename them to tokens (all count), or give the "
     "conversation as messages",
 }
+RENDERED_AS_TEXT = ("conversations", "instruction", "chosen")  # what a 'text' beside it is a rendering of
 
 
 def detect_format(row: RawRow) -> str:
@@ -228,16 +266,30 @@ def detect_format(row: RawRow) -> str:
     differently according to which one is read, and only the user knows which is meant.
     """
     found = [name for name, keys in KEYS.items() if all(row.value.get(key) is not None for key in keys)]
+    foreign = next((key for key in FOREIGN if key in row.value), None)
+    remedy = FOREIGN[foreign].format(convert=row.converting) if foreign else ""
+    if found == ["text"] and foreign in RENDERED_AS_TEXT:
+        raise UserError(
+            f"{row.where}: 'text' stands beside what it was made of: {remedy}; or say data.format: text to learn "
+            "every word of 'text', the question too"
+        )
+    if found == ["completions"] and isinstance(row.value.get("label"), bool):
+        raise UserError(
+            f"{row.where}: 'label' says whether the completion is wanted, and this learns every one; keep the rows in "
+            "which it is true, without 'label', or say data.format: completions to learn all"
+        )
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(f"{row.where}: could be {' or '.join(found)}; say which with data.format")
-    for key, remedy in FOREIGN.items():
-        if key in row.value:
-            raise UserError(f"{row.where}: {remedy.format(convert=row.converting)}")
+    if remedy:
+        raise UserError(f"{row.where}: {remedy}")
     wanted = ", ".join("+".join(keys) for keys in KEYS.values())
     has = ", ".join(row.value) or "none"
-    raise UserError(f"{row.where}: no known keys (it has {has}); a row needs one of {wanted}")
+    raise UserError(
+        f"{row.where}: no known keys (it has {has:.200}); a row needs one of {wanted}; "
+        f"`{row.converting}` makes such rows of many others"
+    )
 
 
 def check_row(row: RawRow, data_format: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_empire.data.cache import CacheEntry, cache_folder, cache_key, load_entry, make_entry, store_entry
+from mlx_empire.data.cache import CacheEntry, cache_key, load_entry, make_entry, store_entry, tokens_folder
 from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
 from mlx_empire.data.files import Source, detect_format, locate
 from mlx_empire.data.rows import Counts, Dataset, Table, build_table, fixed_permutation
@@ -89,7 +89,7 @@ def _from_cache_or_built(
     train: Source, valid: Source | None, settings: _Settings, tokenizer_folder: Path | None
 ) -> tuple[CacheEntry, str]:
     files = [*train.files, *(valid.files if valid else ())]
-    folder = cache_folder() / "tokens" / cache_key(vars(settings), files, tokenizer_folder)
+    folder = tokens_folder() / cache_key(vars(settings), files, tokenizer_folder)
     entry = load_entry(folder)
     if entry is not None:
         return entry, f"tokens read from the cache {folder}"

@@ -36,13 +36,14 @@ from mlx_empire.formats.adapter_folder import AdapterWriter
 from mlx_empire.model.lora import own_name
 from mlx_empire.model.target import Target
 from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.recipe.idle import refuse_unmeasured
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import MetricsWriter
 from mlx_empire.run import result
 from mlx_empire.run.agree import load_data, load_evaluator, share_gate
 from mlx_empire.run.folder import write_plan
-from mlx_empire.run.job import Job, refuse_idle_keys
+from mlx_empire.run.job import Job
 from mlx_empire.run.parent import Lineage, beside_plan, lineage_of, read_parent
 from mlx_empire.run.resume import require_same, require_steps_left
 
@@ -109,7 +110,7 @@ class Daughters:
             if (
                 recipe.evaluation.stop_when is not None
             ):  # without a gate a person may well have no held-out rows
-                refuse_idle_keys(recipe, splits)
+                refuse_unmeasured(recipe, splits.valid is not None)
             evaluator = load_evaluator(recipe, spec, plan)
             config = config_digest(recipe.model.path)
             origin = Origin(dump_recipe(recipe), splits.digest, self._base, config)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlx_empire.cluster.hostfile import Cluster, Host, Node
+from mlx_empire.cluster.macos import SPOTLIGHT
 from mlx_empire.cluster.match import match_ranks
 from mlx_empire.cluster.reach import typed_for
 from mlx_empire.doctor.asking import LOCAL_NETWORK, NO_ROUTE, MachineAnswer, resolved
@@ -23,7 +24,6 @@ from mlx_empire.sizes import GIB, amount
 CLOCK_SECONDS = 5.0
 MEMORY_TOLERANCE = 0.05
 SWAP_BYTES = GIB
-SPOTLIGHT = ".metadata_never_index"
 UPDATES = "/Library/Preferences/com.apple.SoftwareUpdate AutomaticallyInstallMacOSUpdates"
 
 
@@ -111,10 +111,7 @@ def _memory(host: Host, own: Node, findings: Findings) -> None:
 
 
 def _mac_rows(mac: Mapping[str, Any], folder: str) -> Iterator[tuple[str, str, str]]:
-    """(what, found, the command that would make it better) of what only macOS has; `folder`: where runs go.
-
-    Not run in CI.
-    """
+    """(what, found, the command that would make it better) of what only macOS has; `folder`: where runs go."""
     power, path = mac.get("power") or {}, shlex.quote(os.path.join(os.getcwd(), folder))
     if mac.get("wired_limit_mb") is not None:
         yield "iogpu.wired_limit_mb (0: macOS's own)", str(mac["wired_limit_mb"]), ""
@@ -139,7 +136,9 @@ def _mac_rows(mac: Mapping[str, Any], folder: str) -> Iterator[tuple[str, str, s
     if mac.get("firewall"):
         yield "firewall", "on: it has to let Python through (System Settings, Network)", ""
     if mac.get("excluded") is False:
-        yield "Time Machine copies runs", "yes", f"tmutil addexclusion {path} && touch {path}/{SPOTLIGHT}"
+        yield "Time Machine copies runs", "yes", f"tmutil addexclusion {path}"
+    if mac.get("indexed"):
+        yield "Spotlight reads runs", "yes", f"touch {path}/{SPOTLIGHT}"
 
 
 def _setup() -> str:
@@ -173,7 +172,7 @@ def compare_all(answers: Mapping[str, MachineAnswer], findings: Findings) -> Non
 
 
 def thunderbolt(answers: Mapping[str, MachineAnswer], findings: Findings) -> None:
-    """Which machines a Thunderbolt cable joins. Not run in CI: only macOS says so."""
+    """Which machines a Thunderbolt cable joins, which only macOS says."""
     ends = {
         port["id"]: (name, port)
         for name, answer in answers.items()

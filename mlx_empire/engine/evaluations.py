@@ -10,7 +10,7 @@ Streams work in order. So the bits are the same, and what is handed over later i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -31,15 +31,18 @@ class Evaluations:
             mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
             self._outstanding = True
 
-    def in_groups(self, arrays: Sequence[mx.array], sizes: Sequence[int], most: int) -> None:
-        """Evaluate arrays in their order: together as many as have no more than `most` of `sizes`, or one."""
-        start = size = 0
-        for i, own in enumerate(sizes):
-            if size and size + own > most:
-                self(arrays[start:i])
-                start, size = i, 0
+    def in_groups(self, arrays: Iterable[mx.array], size_of: Callable[[mx.array], int], most: int) -> None:
+        """Evaluate arrays in their order: together as many as have sizes of no more than `most`, or one."""
+        group: list[mx.array] = []
+        size = 0
+        for array in arrays:
+            own = size_of(array)
+            if group and size + own > most:
+                self(group)
+                group, size = [], 0
+            group.append(array)
             size += own
-        self(arrays[start:])
+        self(group)
 
     def mark(self) -> mx.array | None:
         """An array that is there once all is done that was handed over before; None where nothing was.

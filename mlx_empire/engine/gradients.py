@@ -15,7 +15,7 @@ unit is computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from typing import cast
 
 import mlx.core as mx
@@ -25,7 +25,7 @@ from mlx_empire import progress
 from mlx_empire.comm.buffers import DTYPES, host_view
 from mlx_empire.comm.protocol import Communicator, Wire
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.spares import Spares
+from mlx_empire.engine.spares import Spares, compile_rounding, rounded_into
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.plan.shards import Segment
 from mlx_empire.plan.workload import CellLayout
@@ -83,10 +83,28 @@ class RowSum:
 
 
 class EmbeddingSum:
-    """A cell's sum of the embedding's gradients over its micro-batches: the table's rows, other tensors whole."""
+    """A cell's sum of the embedding's gradients over its micro-batches: the table's rows, other tensors whole.
+
+    Both are there after `settle`: until then the CPU's stream computes, and one thread waits for rows and adds them, in
+    the order in which they were handed over.
+    """
 
     def __init__(self) -> None:
         self.rows, self.dense = RowSum(), MicroBatchSum()
+        self._adding: list[Future[None]] = []
+
+    def add_rows(self, adder: Executor, rows: np.ndarray, values: mx.array) -> None:
+        """Have `adder`, which has one thread, add one micro-batch's rows; `values` are handed over."""
+        self._adding.append(
+            adder.submit(lambda: self.rows.add(rows, np.array(values, copy=False)))  # which waits for them
+        )
+
+    def settle(self) -> None:
+        """Wait for all that was handed over."""
+        for added in self._adding:
+            added.result()
+        self._adding = []
+        mx.eval(self.dense.arrays)
 
 
 class GradientStore:
@@ -101,7 +119,9 @@ class GradientStore:
         dtype: str,
     ) -> None:
         self._store, self._comm, self._thread, self._layout = store, comm, thread, layout
-        self._dtype = DTYPES[dtype]
+        self._dtype = dtype
+        if dtype != "float32":
+            compile_rounding()
         self._plan = store.plan
         self.totals: dict[int, list[mx.array]] = {}
         self._spares = Spares(0)
@@ -111,10 +131,7 @@ class GradientStore:
         )
 
     def reuse(self, most: int) -> None:
-        """Keep totals' buffers for the next unit or step, up to so many bytes with those in use (`Ledger.spare`).
-
-        In float32, which is what contributions are added in; totals in bfloat16 are what MLX makes of them.
-        """
+        """Keep totals' buffers for the next unit or step, up to so many bytes with those in use (`Ledger.spare`)."""
         self._spares = Spares(most)
 
     @property
@@ -130,17 +147,16 @@ class GradientStore:
     def round_off(self, index: int, cell: MicroBatchSum) -> None:
         """Round a complete sum to the wire's dtype, in place: its arrays are then evaluated and flat.
 
-        vjp gives transposed gradients, so flat ones are copies: of as many at once as are no larger than the largest
-        one. Running ahead, all at once.
+        vjp gives transposed gradients, so flat ones are copies: of a layer all at once, when what it was differentiated
+        with is gone. Of the root as many at once as are no larger than the largest one.
         """
-        evaluate = self._store.evaluate
         for i, wire in enumerate(self._wires(index)):
             cell.arrays[i] = cell.arrays[i].astype(wire).flatten()
-        if evaluate.waits:
-            sizes = [array.nbytes for array in cell.arrays]
-            evaluate.in_groups(cell.arrays, sizes, max(sizes, default=0))
+        if index == 0:
+            largest = max((array.nbytes for array in cell.arrays), default=0)
+            self._store.evaluate.in_groups(cell.arrays, lambda array: array.nbytes, largest)
         else:
-            evaluate(cell.arrays)
+            self._store.evaluate(cell.arrays)
 
     def _wires(self, index: int) -> list[mx.Dtype]:
         """The wire's dtype of each trainable tensor of a unit."""
@@ -195,19 +211,16 @@ class GradientStore:
         for future in self._in_flight:
             self._thread.wait(future, "reduce")
         self._in_flight = []
-        if last and self._dtype != mx.float32:
-            wide, self.totals[index] = self.totals[index], [t.astype(self._dtype) for t in self.totals[index]]
+        if last and self._dtype != "float32":
+            wide = self.totals[index]
+            buffers, _ = self._spares.take([(t.size, self._dtype) for t in wide], lambda made: None)
+            self.totals[index] = rounded_into(buffers, wide)
             self._store.evaluate(self.totals[index])
-            self._spares.count(self.totals[index])
             self._spares.give(wide, self._store.evaluate.mark())
 
     def drop(self, index: int) -> None:
         """Unit `index`'s totals are not needed any more: all that reads them is handed over."""
-        totals = self.totals.pop(index)
-        if self._dtype == mx.float32:
-            self._spares.give(totals, self._store.evaluate.mark())
-        else:
-            self._spares.count([], gone=totals)
+        self._spares.give(self.totals.pop(index), self._store.evaluate.mark())
 
     def clear(self) -> None:
         """Drop all totals (after the update)."""

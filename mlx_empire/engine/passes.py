@@ -6,6 +6,7 @@ Everything is evaluated between the calls of `mx.vjp`, outside any transformatio
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -70,6 +71,7 @@ class Passes:
         self._by_pattern = ByPattern(slotted.layers, kernels)
         self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
         self._shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
+        self._adder = ThreadPoolExecutor(1, "embedding")
 
     def begin(self) -> None:
         """A new step or evaluation: micro-batches of other shapes."""
@@ -221,10 +223,10 @@ class Passes:
     # ---- embed
 
     def embed(self, r: Running, cell: EmbeddingSum) -> None:
-        """Add to `cell` the fp32 gradients by the embedding's tensors, from the cotangent of layer 0's input.
+        """Hand over to `cell` the fp32 gradients by the embedding's tensors, from the cotangent of layer 0's input.
 
         Of the table in which tokens are looked up only the rows that were looked up take part: the embedding runs on
-        those, with tokens counted anew.
+        those, with tokens counted anew. Nobody waits for it here: the CPU does it while the GPU goes on.
         """
         root, tokens = self._store.bound(0), r.batch[0]
         given = {i: root[i] for i in self.embed_tensors}
@@ -246,14 +248,17 @@ class Passes:
             # A frequent token's row is a sum over many positions: in fp32, or bfloat16 would swallow most of it.
             wide = [array.astype(mx.float32) for array in given.values()]
             _, gradients = mx.vjp(run, wide, [r.hidden.astype(mx.float32)])
-            mx.eval(gradients)
-        by_position = dict(zip(given, gradients, strict=True))
-        if self._table is not None:
-            cell.rows.add(rows, np.array(by_position.pop(self._table), copy=False))
-        cell.dense.add(list(by_position.values()))
+            by_position = dict(zip(given, gradients, strict=True))
+            looked_up = None if self._table is None else by_position.pop(self._table)
+            cell.dense.add(list(by_position.values()))
+            mx.async_eval(looked_up, cell.dense.arrays)  # type: ignore[no-untyped-call]
+        if looked_up is not None:
+            cell.add_rows(self._adder, rows, looked_up)
 
     def whole_root(self, head: MicroBatchSum, embed: EmbeddingSum) -> MicroBatchSum:
-        """Head and embedding sums of a cell, by the root's tensors, lazily; a tied matrix gets the sum of both."""
+        """Head and embedding sums of a cell, by the root's tensors, lazily; a tied matrix gets the sum of both. Waits
+        for the embedding's."""
+        embed.settle()
         root = self._store.bound(0)
         by_position: dict[int, mx.array] = dict(zip(self.head_tensors, head.arrays, strict=True))
         head.arrays = []

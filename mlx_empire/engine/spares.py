@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_empire.comm.buffers import DTYPES, empty_rows
+from mlx_empire.model.spec import BLOCK
+from mlx_empire.optim.compile import compiling_alone, fused
 
 
 class Spares:
@@ -43,11 +45,6 @@ class Spares:
         self._free.append((buffers, mark))
         self._make_room()
 
-    def count(self, made: Sequence[mx.array], gone: Sequence[mx.array] = ()) -> None:
-        """Buffers of others take room too, those `made`, and those `gone` no longer."""
-        self._used += _bytes(made) - _bytes(gone)
-        self._make_room()
-
     def drop(self) -> None:
         """Give back what is not in use, and forget how much ever was."""
         self._free = []
@@ -60,6 +57,29 @@ class Spares:
         kept = sum(_bytes(buffers) for buffers, _ in self._free)
         while self._free and self._used + kept > self._most:
             kept -= _bytes(self._free.pop(0)[0])
+
+
+def rounded_into(buffers: list[mx.array], wide: Sequence[mx.array]) -> list[mx.array]:
+    """`wide` in bfloat16, lazily, in the memory of `buffers` (same shapes), of which the list is emptied.
+
+    MLX computes in place of an input that nobody else holds. Where somebody does, or where nothing is fused, it takes
+    memory of its own.
+    """
+    buffers.reverse()
+    return [_rounded(array, buffers.pop()) for array in wide]
+
+
+@fused
+def _rounded(wide: mx.array, into: mx.array) -> mx.array:
+    narrow = wide.astype(mx.bfloat16)
+    return mx.where(into == into, narrow, narrow)  # whatever it holds
+
+
+def compile_rounding() -> None:
+    """Have the kernels of `rounded_into` built, one process at a time; a single row has one of its own."""
+    with compiling_alone():
+        for rows in (1, 2):
+            mx.eval(_rounded(mx.zeros((rows, BLOCK)), mx.zeros((rows, BLOCK), mx.bfloat16)))
 
 
 def _bytes(buffers: Sequence[mx.array]) -> int:

@@ -164,11 +164,9 @@ class StreamedStep(Reader):
     reuse = backward
 
     def embed(self, action: Action) -> None:
-        self._store.evaluate.finish()
         if self._passes.embed_tensors:
             cell = self._embeds.setdefault(action.round, EmbeddingSum())
             self._passes.embed(self._running[action.micro], cell)
-            mx.eval(cell.dense.arrays)
             self._store.rebind(0, self._store.bound(0))
 
     # ---- sums
@@ -198,6 +196,7 @@ class StreamedStep(Reader):
         """A round's sum of a unit, which is forgotten here; None where this rank has no cell."""
         cell = self._cells.pop((action.unit, action.round), None)
         if action.unit == 0 and cell is not None:
+            self._store.evaluate.finish()
             cell = self._passes.whole_root(cell, self._embeds.pop(action.round, EmbeddingSum()))
             mx.eval(cell.arrays)
         if cell is not None:

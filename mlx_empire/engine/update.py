@@ -25,7 +25,8 @@ A loss that is not finite makes the last layer's gradient so, which is the first
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from math import sqrt
 from typing import Any
 
@@ -150,20 +151,24 @@ class Updater:
     def _norm_of(self, layout: NormLayout, units: list[Unit]) -> float:
         """The norm over the trained segments of `units`, which are those of `layout`. As `norm`."""
         partials = NormPartials(layout, self._comm.rank)
-        segments: list[tuple[int, int]] = []  # unit, and which of its totals
-        pieces: list[list[mx.array]] = []  # of their sums
-        most = min(layout.most_rows(self._comm.rank), PIECE_ROWS)
-        for unit in units:
-            totals, first = self._sums.totals.get(unit.index, []), len(segments)
-            segments += [(unit.index, s) for s in range(len(totals))]
-            if self._store.plan.zero_stage == 0:
-                spans = [layout.interval(first + s, self._comm.rank) for s in range(len(totals))]
-                totals = [total[a:b] for total, (a, b) in zip(totals, spans, strict=True)]
-            own = [piece_sums(total) for total in totals]
-            flat = [piece for parts in own for piece in parts]
-            # Not all together: MLX would hold the squares of many at once.
-            self._store.evaluate.in_groups(flat, [piece.shape[0] for piece in flat], most)
-            pieces += own
+        segments = [
+            (unit.index, s) for unit in units for s in range(len(self._sums.totals.get(unit.index, [])))
+        ]
+        spans = [layout.interval(i, self._comm.rank) for i in range(len(segments))]
+        rows = Counter[int]()  # by unit
+        pieces: list[list[mx.array]] = []  # of each segment's sums
+
+        def made() -> Iterator[mx.array]:
+            for (index, s), (a, b) in zip(segments, spans, strict=True):
+                total = self._sums.totals[index][s]
+                pieces.append(piece_sums(total[a:b] if self._store.plan.zero_stage == 0 else total))
+                yield from pieces[-1]
+
+        for (index, _), (a, b) in zip(segments, spans, strict=True):
+            rows[index] += b - a
+        # A unit's together, but not all: MLX would hold the squares of many at once.
+        most = min(max(rows.values(), default=0), PIECE_ROWS)
+        self._store.evaluate.in_groups(made(), lambda piece: piece.shape[0], most)
         mx.eval(pieces)
         for s, parts in enumerate(pieces):
             partials.add(s, on_host(parts))

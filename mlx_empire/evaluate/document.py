@@ -83,7 +83,7 @@ def changed_document(found: Sequence[Scored]) -> dict[str, Any]:
         "sets": sets,
         "rows": {name: list(rows) for name, rows in after.rows.items()},
     }
-    return {**made, "told": told(made)}
+    return {**made, "told": sentences(made)}
 
 
 def _changed(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _changed(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
     return {"lost": len(kinds[LOST]), "gained": len(kinds[GAINED]), "changed": shown}
 
 
-def told(document: Mapping[str, Any]) -> list[str]:
+def sentences(document: Mapping[str, Any]) -> list[str]:
     """What there is to say in sentences."""
     if document["against"] is None:
         return []

@@ -1,14 +1,16 @@
-"""Greedy answers of many prompts at a time, by mlx-lm's own batched generation, where each machine can hold the model.
+"""Greedy answers by mlx-lm's own generation, where each machine can hold the model.
 
-Prompts form batches of a fixed size in the order of the file, dealt to the ranks: which prompts share a batch, and so
-every bit of an answer, does not depend on the number of ranks. The whole model is gathered on every rank for it, layer
-by layer, and let go again.
+Prompts of an evaluation set form batches of a fixed size in the order of the file, dealt to the ranks; a few samples
+are continued one by one, as every family can. So which prompts share a batch, and every bit of an answer, does not
+depend on the number of ranks. The whole model is gathered on every rank for it, layer by layer, and let go again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import mlx.core as mx
 
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.trainer import Trainer
@@ -58,14 +60,58 @@ def generate(
                 prefill_batch_size=BATCH,
             )
             own |= {first + i: [int(t) for t in ids] for i, ids in enumerate(answer.token_ids)}
+    return _of_all(comm, own)
+
+
+def generate_each(
+    trainer: Trainer,
+    comm: Communicator,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: Sequence[int],
+    ends: Sequence[int],
+) -> list[list[int]]:
+    """As `generate`, prompt by prompt."""
+    from mlx_lm.generate import generate_step  # imports transformers
+
+    own: dict[int, list[int]] = {}
+    with trainer.whole_model() as model:
+        for number in range(comm.rank, len(prompts), comm.size):
+            found: list[int] = []
+            for token, _ in generate_step(
+                mx.array(list(prompts[number])), model, max_tokens=max_tokens[number]
+            ):
+                if int(token) in ends:
+                    break
+                found.append(int(token))
+            own[number] = found
+    return _of_all(comm, own)
+
+
+def _of_all(comm: Communicator, own: Mapping[int, list[int]]) -> list[list[int]]:
+    """The answers of all ranks, in the order of their prompts. Collective."""
     merged: dict[int, list[int]] = {}
     for part in comm.gather_json([[i, ids] for i, ids in own.items()]):
         merged |= {int(i): ids for i, ids in part}
-    return [merged[i] for i in range(len(prompts))]
+    return [merged[i] for i in range(len(merged))]
 
 
 def refuse_too_large(plan: RunPlan, spec: ModelSpec, longest: int) -> None:
     """UserError where the whole model and the caches of a batch of `longest` tokens do not fit beside the shards."""
+    for rank, needed, limit in _whole_model(plan, spec, longest):
+        if needed > limit:
+            raise UserError(
+                f"evaluation.sets: generating answers needs the whole model on each machine: {amount(needed)} "
+                f"on rank {rank}, which has {amount(limit)}; use exact_match or multiple_choice, which stream it"
+            )
+
+
+def holds_whole(plan: RunPlan, spec: ModelSpec, longest: int) -> bool:
+    """Whether each machine has room for the whole model and those caches."""
+    return all(needed <= limit for _, needed, limit in _whole_model(plan, spec, longest))
+
+
+def _whole_model(plan: RunPlan, spec: ModelSpec, longest: int) -> Iterator[tuple[int, int, int]]:
+    """Of each rank its number, the bytes that generating needs there, and those that it may use."""
     text = spec.text_config
     heads = int(text.get("num_key_value_heads") or text.get("num_attention_heads") or text.get("n_head") or 1)
     hidden = int(text.get("hidden_size") or text.get("n_embd") or 0)
@@ -76,8 +122,4 @@ def refuse_too_large(plan: RunPlan, spec: ModelSpec, longest: int) -> None:
     whole = sum(u.gathered_bytes for u in plan.shards.units)
     for rank, (ledger, limit) in enumerate(zip(plan.ledgers, plan.limits, strict=True)):
         needed = sum(ledger.resident.values()) + cache + (whole if plan.shards.zero_stage == 3 else 0)
-        if needed > limit:
-            raise UserError(
-                f"evaluation.sets: generating answers needs the whole model on each machine: {amount(needed)} "
-                f"on rank {rank}, which has {amount(limit)}; use exact_match or multiple_choice, which stream it"
-            )
+        yield rank, needed, limit

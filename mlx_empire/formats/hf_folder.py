@@ -24,7 +24,12 @@ from mlx_empire.formats.safetensors import COPY_BYTES, MLX_DTYPES, Header, Tenso
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 32 << 20  # some 200,000 tensors
 FEW_FILES = 256  # what a process opens beside a model's files
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
+UNREAD = {  # weights in other formats: how their files are called, and what they are
+    **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.pkl"), "pickles, which are never read"),
+    "*.gguf": "GGUF, which is packed for llama.cpp; take the folder that it was made from",
+    "*.onnx": "ONNX, which is a graph for inference",
+    "consolidated*.safetensors": "named as Mistral's own tools have them; take the folder for transformers",
+}
 
 Build = Callable[[], nn.Module]  # builds mlx-lm's model lazily; called anew whenever a pristine one is needed
 
@@ -80,8 +85,8 @@ def open_folder(path: Path) -> ModelFolder:
     if mapping is None:
         names = sorted(f.name for f in path.glob("model*.safetensors"))
         if not names:
-            bait = any(True for pattern in PICKLES for _ in path.glob(pattern))
-            reason = "its weights are pickles, which are never read; " if bait else ""
+            unread = (why for pattern, why in UNREAD.items() if any(path.glob(pattern)))
+            reason = next((f"its weights are {why}; " for why in unread), "")
             raise UserError(
                 f"{path}: no model*.safetensors found; {reason}model.path needs safetensors files"
             )

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_empire.comm.buffers import host_view
 from mlx_empire.disk import create_private, sync_file
-from mlx_empire.errors import UnreadableError, UserError
+from mlx_empire.errors import POINTER, UnreadableError, UserError, is_pointer
 
 MAX_HEADER_BYTES = 4 << 20  # some 30,000 tensors in one file; a hostile header is read within a second
 MAX_DIMENSION = 2**31 - 1  # MLX shapes are 32-bit
@@ -90,7 +90,11 @@ def read_header(path: Path) -> Header:
     try:
         with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            begins = file.read(8)
+            length = int.from_bytes(begins, "little")
+            if is_pointer(begins + file.read(40)):
+                raise UserError(f"{path}: {POINTER}")
+            file.seek(8)
             if size < 8 or length > size - 8:
                 raise UserError(
                     f"{path}: its header of {length} bytes does not fit in {size} bytes; {REMEDY}"

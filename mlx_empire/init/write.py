@@ -1,7 +1,7 @@
 """Lists packaged recipes with the ledger's answer to whether they fit, and writes one for a model and data.
 
-What is written keeps the comments of the packaged one, is read back before it is said to be written, and never takes
-the place of another file.
+What is written keeps the comments of the packaged one, holds rows out where the data has none for evaluations, is read
+back before it is said to be written, and never takes the place of another file.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from mlx_empire.recipe.schema import Recipe
 
 WIDE = 4000  # columns where nobody says how wide the output is: one line a row
 ANSWERS = {"fits": "yes", "tight": "tight", "no": "no"}
+HELD_OUT = "  validation_split: 0.1       # of the rows, for evaluations: the data has no valid.jsonl"
 _LINE = re.compile(r"^(?P<key>  [a-z_]+: *)(?P<value>[^#\n]*?)(?P<comment> *#.*)?$")
 
 
@@ -96,8 +97,10 @@ def write_recipe(options: argparse.Namespace, nodes: Sequence[Node]) -> None:
     """Write the recipe and say what comes next. UserError for what cannot be trained, and for a file that is there."""
     text = template(options.recipe)
     read_config(options.model)
-    locate(options.data)
-    out = options.out or Path(f"{options.data.stem}.yaml")
+    _, valid = locate(options.data)
+    out = options.out or Path(
+        f"{options.data.absolute().stem}.yaml"
+    )  # the folder one is in may be the data, too
     values = {
         "model.path": written(options.model),
         "data.path": written(options.data),
@@ -105,7 +108,7 @@ def write_recipe(options: argparse.Namespace, nodes: Sequence[Node]) -> None:
         "run.dir": written(Path("runs") / out.stem),
     }
     title = f"# Made by `mlx-empire init {options.recipe}`. `mlx-empire keys` tells what every key decides."
-    made = filled(text, values, title)
+    made = filled(text, values, title, {"data.format": HELD_OUT} if valid is None else {})
     recipe = parse_recipe(made, str(out))
     answer = whether_it_fits(recipe, nodes)
     try:
@@ -137,10 +140,11 @@ def template(name: str) -> str:
     return known[name].read_text(encoding="utf-8")
 
 
-def filled(text: str, values: Mapping[str, str], title: str) -> str:
+def filled(text: str, values: Mapping[str, str], title: str, below: Mapping[str, str]) -> str:
     """The recipe `text` with other values, without what is said of those that it had, and without model.architecture.
 
-    `values`: by key, each of which has a line in the text. `title` takes the place of the comment at its head.
+    `values`: by key, each of which has a line in the text. `title` takes the place of the comment at its head. `below`:
+    by key the line that is put below it.
     """
     lines, section, left = [title], "", dict(values)
     body = text[re.search(r"^\w", text, re.M).start() :]  # type: ignore[union-attr]  # a recipe has sections
@@ -152,5 +156,6 @@ def filled(text: str, values: Mapping[str, str], title: str) -> str:
         if key == "model.architecture":  # the folder says what it is
             continue
         lines.append(f"{found['key']}{left.pop(key)}" if found and key in left else line)
+        lines += [below[key]] if key in below else []
     assert not left, f"a packaged recipe without {', '.join(left)}"
     return "\n".join(lines) + "\n"

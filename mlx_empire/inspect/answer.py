@@ -9,21 +9,25 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.data.files import locate
 from mlx_empire.errors import UserError, on_all_ranks
 from mlx_empire.inspect.command import LOSS_ROWS, RECIPES
 from mlx_empire.inspect.document import Document, inspection_document
+from mlx_empire.inspect.findings import unmeasured
 from mlx_empire.inspect.look import Inspection, counting, inspect_data, reading_of
 from mlx_empire.inspect.page import inspection_page
 from mlx_empire.inspect.terminal import print_inspection
-from mlx_empire.recipe.load import parse_override, parse_recipe, written
+from mlx_empire.recipe.load import load_recipe, parse_override, parse_recipe, written
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.report.html import refuse_unwritable_file, write_file
 from mlx_empire.run.agree import share_recipe
 
 ROWS, ROWS_OF_A_PAGE = 3, 30  # shown unless a person says how many
@@ -44,7 +48,8 @@ def inspect_command(options: argparse.Namespace) -> int:
         comm = connect()
     with guard(comm):
         whole = options.recipe.suffix in RECIPES
-        recipe = share_recipe(comm, options.recipe, options.overrides) if whole else alone(options)
+        read = load_recipe if whole else partial(alone, model=options.model)
+        recipe = share_recipe(comm, options.recipe, options.overrides, read)
         if options.loss and recipe.model.init == "random":
             raise on_all_ranks(
                 UserError("model.init: random: a model that begins at random knows no row; leave --loss out")
@@ -53,13 +58,15 @@ def inspect_command(options: argparse.Namespace) -> int:
         with together(comm):
             if comm.rank == 0:
                 if options.html is not None:
-                    _write(options.html, "")  # said before the work, not after
+                    refuse_unwritable_file("--html", options.html, [options.recipe, *files_of(recipe)])
                 found = inspected(recipe, options, whole)
                 rows = found.parts[0].own(found.parts[0].seen.measured)
         more, loss = _measured(comm, recipe, options, rows) if options.loss else ([], None)
         code = None
         with together(comm):
             if found is not None:
+                if whole:
+                    more = [*unmeasured(recipe, found.reading, found.parts), *more]
                 document = inspection_document(found, more, loss, recipe.batch.global_size if whole else None)
                 document["recipe"] = str(options.recipe) if whole else None
                 document["model"] = str(recipe.model.path) if whole or options.model else None
@@ -70,20 +77,25 @@ def inspect_command(options: argparse.Namespace) -> int:
     raise AssertionError("guard always leaves")
 
 
-def alone(options: argparse.Namespace) -> Recipe:
+def alone(path: Path, overrides: Sequence[str], model: Path | None) -> Recipe:
     """The recipe that data is read by where none is named. UserError for changes to what is not its data's."""
-    path: Path = options.recipe
     if not path.exists():
         raise UserError(f"{path}: neither a recipe nor data; name a YAML file, or a file or folder with rows")
-    for change in options.overrides:
+    for change in overrides:
         key = parse_override(change)[0]
         if key[0] != "data" or key[1] == "path":
             raise UserError(
                 f"{'.'.join(key)}: with data alone only its own keys change what is shown: data.sequence_length, "
                 "data.format, data.mask_prompt, data.packing, data.validation_split; or name a recipe"
             )
-    model = written(options.model) if options.model is not None else "none"
-    return parse_recipe(ALONE.format(model=model, data=written(path)), "inspect", options.overrides)
+    named = written(model) if model is not None else "none"
+    return parse_recipe(ALONE.format(model=named, data=written(path)), "inspect", overrides)
+
+
+def files_of(recipe: Recipe) -> Iterator[Path]:
+    """The files that are read of the recipe's data. UserError where there are none."""
+    for source in locate(recipe.data.path):
+        yield from () if source is None else source.files
 
 
 def inspected(recipe: Recipe, options: argparse.Namespace, whole: bool) -> Inspection:
@@ -133,15 +145,8 @@ def _changes(options: argparse.Namespace) -> str:
 def show_inspection(document: Document, options: argparse.Namespace) -> None:
     """Print the document as it is asked for, and write the page."""
     if options.html is not None:
-        _write(options.html, inspection_page(document))
+        write_file("--html", options.html, inspection_page(document))
     if options.json:
         print(json.dumps(document, indent=1))
     else:
         print_inspection(document, ROWS if options.rows is None else options.rows)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--html: {path}: {error.strerror}; choose a file that can be written") from None

@@ -71,8 +71,12 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         made.error("--convert goes with DATA, not with a recipe")
     if options.convert is None and (options.columns is not None or options.subset is not None):
         made.error("--columns and --subset go with --convert")
-    if options.convert is not None and (options.loss or options.html is not None or options.overrides):
-        made.error("--convert only writes rows: leave --loss, --html and key=value out, and inspect OUT next")
+    others = (options.model, options.rows, options.html, options.hosts, options.loss or None)
+    if options.convert is not None and (options.overrides or any(one is not None for one in others)):
+        made.error(
+            "--convert only writes rows: leave --model, --rows, --loss, --html, --hosts and key=value out, and "
+            "inspect OUT next"
+        )
     if options.loss and not recipe and options.model is None:
         made.error("--loss: say --model FOLDER: whose loss")
     if options.loss_rows is not None and not options.loss:
@@ -80,10 +84,13 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, count in (("--rows", options.rows), ("--loss-rows", options.loss_rows)):
         if count is not None and not 0 < count <= MOST_ROWS:
             made.error(f"{name} {count}: 1 to {MOST_ROWS:,}")
-    if options.columns is not None and len([c for c in options.columns.split(",") if c.strip()]) != 2:
-        made.error(
-            f"--columns {options.columns!r:.60}: two names with a comma between, such as question,answer"
-        )
+    if options.columns is not None:
+        names = [name.strip() for name in options.columns.split(",")]
+        if len(names) != 2 or not all(names):
+            made.error(
+                f"--columns {options.columns!r:.60}: two names with a comma between, such as question,answer"
+            )
+        options.columns = names
     return options
 
 

@@ -1,16 +1,20 @@
 """Writes other tools' rows as ours, and says what was mapped, what was left out and what was dropped, by file and line.
 
 Decides that nothing is guessed and nothing lost in silence: columns that no message has are counted, rows that training
-would refuse are named, a file that is there is never replaced, and what is written is whole or not there.
+would refuse are named, a file that is there is never replaced, and what is written is whole or not there: all splits
+are, or none is.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,11 +25,13 @@ from mlx_empire.data.files import RawRow
 from mlx_empire.disk import create_private, draft_of
 from mlx_empire.errors import UserError
 from mlx_empire.inspect.findings import row_count
-from mlx_empire.inspect.layouts import RowLayout, Unusable, layout_of
-from mlx_empire.inspect.look import Tell, counting
+from mlx_empire.inspect.layouts import RowLayout, Unusable, is_filled, layout_of
+from mlx_empire.inspect.look import Tell, Telling, counting
 from mlx_empire.inspect.tables import Foreign, Rows, foreign_data
 from mlx_empire.recipe.text import one_line
 
+# What file systems answer that have no second names of a file, as exFAT.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 PRINTED, MOST_KEPT = 10, 100_000  # dropped rows: on the terminal, and with reasons at all
 
 
@@ -52,14 +58,10 @@ def convert_command(options: argparse.Namespace) -> int:
     """What the command line asks for; returns the exit code."""
     with guard(None):
         source, out = options.recipe, options.convert
-        columns = [name.strip() for name in options.columns.split(",")] if options.columns else None
         found = foreign_data(source, options.subset)
         files = targets(found, out)
         with counting() as tell:
-            done = [
-                converted(name, rows, files[name], columns, tell(f"rows of {name}"))
-                for name, rows in found.splits.items()
-            ]
+            done = converted(found.splits, files, options.columns, tell)
         if options.json:
             print(json.dumps(conversion_document(source, out, found, done), indent=1))
         else:
@@ -77,55 +79,90 @@ def targets(found: Foreign, out: Path) -> dict[str, Path]:
     else:
         files = {name: out / f"{name}.jsonl" for name in found.splits}
     for file in files.values():
-        if file.exists() or file.is_symlink():
+        if os.path.lexists(file):
             raise UserError(f"--convert: {file}: is there already, and is left as it is; choose another name")
     return files
 
 
-def converted(name: str, rows: Rows, file: Path, columns: Sequence[str] | None, tell: Tell) -> Converted:
-    """Write one split. UserError where none of its rows can be used; then there is no file."""
-    done = Converted(name, file)
-    read = rows(done.drop)
-    draft = file.with_name(draft_of(file.name))
+def converted(
+    splits: Mapping[str, Rows], files: Mapping[str, Path], columns: Sequence[str] | None, telling: Telling
+) -> list[Converted]:
+    """Write all splits, or none. UserError where of one no row can be used, or where a file cannot be written."""
+    done, placed, file = [], list[Path](), Path()
+    drafts = {name: file.with_name(draft_of(file.name)) for name, file in files.items()}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.unlink(missing_ok=True)
-        with create_private(draft) as out:
-            for row in _usable(done, read, columns):
-                out.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-                done.written += 1
-                if not done.written % 1000:
-                    tell(done.written)
-        if not done.written:
-            why = f" (the first, {': '.join(done.dropped[0])})" if done.dropped else ""
-            raise UserError(f"--convert: {name}: of {row_count(done.dropped_count)} none can be used{why}")
-        draft.rename(file)
+        for name, rows in splits.items():
+            file = files[name]
+            done.append(_drafted(name, rows, file, drafts[name], columns, telling(f"rows of {name}")))
+        for name, file in files.items():
+            _place(drafts[name], file)
+            placed.append(file)
     except OSError as error:
+        _remove(placed)
         raise UserError(
             f"--convert: {file}: {error.strerror or error}; choose a file that can be written"
         ) from None
     finally:
-        draft.unlink(missing_ok=True)
+        _remove(drafts.values())
     return done
 
 
-def _usable(
-    done: Converted, read: Iterator[RawRow], columns: Sequence[str] | None
-) -> Iterator[dict[str, Any]]:
+def _drafted(
+    name: str, rows: Rows, file: Path, draft: Path, columns: Sequence[str] | None, tell: Tell
+) -> Converted:
+    """Write one split beside its place. OSError; UserError where none of its rows can be used."""
+    done = Converted(name, file)
+    read = rows(done.drop)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft.unlink(missing_ok=True)
+    with create_private(draft) as out:
+        for line in _usable(done, read, columns):
+            out.write(line + b"\n")
+            done.written += 1
+            if not done.written % 1000:
+                tell(done.written)
+    if not done.written and not done.dropped_count:
+        raise UserError(f"--convert: {name}: no rows; put at least one there")
+    if not done.written:
+        first = ": ".join(done.dropped[0])
+        raise UserError(
+            f"--convert: {name}: of {row_count(done.dropped_count)} none can be used (the first, {first})"
+        )
+    return done
+
+
+def _place(draft: Path, file: Path) -> None:
+    """Give a whole draft its name; OSError where there is a file of that name by now, which is left as it is."""
+    try:
+        os.link(draft, file)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        create_private(file).close()  # it is ours from here on
+        draft.rename(file)
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        with suppress(OSError):  # it may not be there, nor its folder
+            file.unlink(missing_ok=True)
+
+
+def _usable(done: Converted, read: Iterator[RawRow], columns: Sequence[str] | None) -> Iterator[bytes]:
+    """The lines to write."""
     first = next(read, None)
     if first is None:
         return
     done.layout = layout_of(first, columns)
     for raw in chain([first], read):
-        filled = (key for key, value in raw.value.items() if value not in (None, "", [], {}))
+        filled = (key for key, value in raw.value.items() if is_filled(value))
         done.left.update(key for key in filled if key not in done.layout.keys)
         try:
-            made = done.layout.row(raw)
-            json.dumps(made, ensure_ascii=False).encode()
+            line = json.dumps(done.layout.row(raw), ensure_ascii=False).encode()
         except (Unusable, TypeError, ValueError) as error:
             done.drop(raw.where, error)
         else:
-            yield made
+            yield line
 
 
 def conversion_document(source: Path, out: Path, found: Foreign, done: Sequence[Converted]) -> dict[str, Any]:

@@ -15,8 +15,12 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from mlx_empire.data.files import FOREIGN, converting
+from mlx_empire.errors import UserError
+from mlx_empire.inspect.layouts import layout_of
 from mlx_empire.inspect.texts import words
 from mlx_empire.inspect.walk import Reading, SeenRows
+from mlx_empire.recipe.idle import refuse_unmeasured
+from mlx_empire.recipe.schema import Recipe
 
 Item = TypeVar("Item")
 Level = Literal["refused", "leak", "look"]
@@ -81,6 +85,15 @@ def find(reading: Reading, parts: Sequence[SplitRows]) -> list[DataFinding]:
         found += [*_not_learnt(reading, parts), *_unknown(parts)]
     found += [*_repeated(train), *_contradictions(train), *_other_layout(reading, train)]
     return found
+
+
+def unmeasured(recipe: Recipe, reading: Reading, parts: Sequence[SplitRows]) -> list[DataFinding]:
+    """The finding about evaluations that a recipe asks for where no rows are held out."""
+    try:
+        refuse_unmeasured(recipe, held_out=len(parts) > 1 or reading.validation_split > 0)
+    except UserError as error:
+        return [DataFinding("unmeasured", "refused", len(parts[0].index), str(error))]
+    return []
 
 
 def _refused(parts: Sequence[SplitRows]) -> Iterator[DataFinding]:
@@ -197,9 +210,20 @@ def _other_layout(reading: Reading, train: SplitRows) -> Iterator[DataFinding]:
     """Keys that nothing reads, though another tool would learn from them."""
     for key in FOREIGN:
         if count := train.seen.unread[key]:
-            convert = converting(reading.path)
-            sentence = f"{row_count(count)} with {key!r}, which another tool reads and training does not; `{convert}`"
+            sentence = f"{row_count(count)} with {key!r}, which another tool reads and training does not"
+            if key in _convertible(train.seen):
+                sentence += f"; `{converting(reading.path)}`"
             yield DataFinding("other_layout", "look", count, sentence)
+
+
+def _convertible(seen: SeenRows) -> tuple[str, ...]:
+    """The keys that a conversion would read of such rows; it goes by the first of them."""
+    if seen.first is None:
+        return ()
+    try:
+        return layout_of(seen.first[0], None).keys
+    except UserError:
+        return ()
 
 
 @dataclass(frozen=True)

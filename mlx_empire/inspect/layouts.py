@@ -7,6 +7,7 @@ that training would refuse, or of which nothing would be learnt, is dropped with
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,13 +98,20 @@ def layout_of(first: RawRow, columns: Sequence[str] | None) -> RowLayout:
 def text_at(value: Value, key: str) -> str:
     """The text in a column. Unusable where there is none."""
     found = value.get(key)
+    if not is_filled(found):
+        raise Unusable(f"{key!r} is {'empty' if isinstance(found, str) else 'missing'}")
     if isinstance(found, bool | int | float):
         return str(found)
     if not isinstance(found, str):
-        raise Unusable(f"{key!r} is {'missing' if found is None else f'a {type(found).__name__}'}")
-    if not found.strip():
-        raise Unusable(f"{key!r} is empty")
+        raise Unusable(f"{key!r} is a {type(found).__name__}")
     return found
+
+
+def is_filled(value: Any) -> bool:
+    """Whether something stands in a column: blanks are nothing, nor is NaN, which tables have where a cell is empty."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value not in (None, [], {}) and not (isinstance(value, float) and math.isnan(value))
 
 
 def _listed(row: RawRow) -> str:
@@ -111,9 +119,11 @@ def _listed(row: RawRow) -> str:
 
 
 def _filled(value: Value, names: Sequence[str]) -> str | None:
-    """The first of these keys that says something."""
-    found = (name for name in names if value.get(name) not in (None, "", [], {}))
-    return next(found, None)
+    """Which of these keys, that mean one thing, is filled. Unusable where two are: one of them would be lost."""
+    found = [name for name in names if is_filled(value.get(name))]
+    if len(found) > 1:
+        raise Unusable(f"{found[0]!r} and {found[1]!r} are both filled, and mean the same; keep one of them")
+    return found[0] if found else None
 
 
 def _system(value: Value) -> list[Row]:
@@ -175,7 +185,7 @@ def _alpaca(answer: str) -> RowLayout:
 
     def make(value: Value) -> Row:
         asked, given = text_at(value, "instruction"), _filled(value, ALPACA_INPUTS)
-        below = "" if given is None or not str(value[given]).strip() else f"\n\n{text_at(value, given)}"
+        below = "" if given is None else f"\n\n{text_at(value, given)}"
         return _turns(value, asked + below, text_at(value, answer))
 
     mapping = f"instruction, and input or context below it, become user, {answer} assistant"

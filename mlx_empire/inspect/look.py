@@ -5,7 +5,6 @@ Decides which rows are whose: a validation file's, or those that a run would hol
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.formats.fetched import naming_the_fetch
 from mlx_empire.inspect.findings import DataFinding, SplitRows, Variety, collapse, find, variety
 from mlx_empire.inspect.texts import words
-from mlx_empire.inspect.walk import Reading, Walk, beginning, texts_of_tokens
+from mlx_empire.inspect.walk import Reading, SeenRows, Walk, beginning, texts_of_tokens
 from mlx_empire.model.config import read_config
 from mlx_empire.recipe.schema import Recipe
 
@@ -32,6 +31,7 @@ ROLE_WORDS = frozenset({"system", "user", "assistant", "human", "model", "develo
 A_SENTENCE = 3  # words that no row has make a system prompt of what every row begins with
 
 Tell = Callable[[int], None]
+Telling = Callable[[str], Tell]  # what is counted, in words
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def inspect_data(
     """Read all rows once, and tell what there is to tell. UserError where nothing can be read."""
     remarks = Remarks()
     with counting() as tell:
-        walk = Walk(reading, shown, measured, remarks)
-        seen = walk.over(train, tell("training rows"))
+        seen = Walk(reading, shown, measured, remarks).over(train, tell("training rows"))
         if valid is not None:
             other = Walk(reading, shown, 0, remarks).over(valid, tell("validation rows"))
             parts = [
@@ -98,7 +97,7 @@ def inspect_data(
                 SplitRows("valid", other, np.arange(len(other.rows))),
             ]
         elif reading.validation_split and len(seen.rows):
-            parts = _held_out(reading, walk, measured)
+            parts = _held_out(reading, seen, shown, measured)
         else:
             parts = [SplitRows("train", seen, np.arange(len(seen.rows)))]
     found, answers = find(reading, parts), variety(parts[0])
@@ -109,15 +108,18 @@ def inspect_data(
     return Inspection(reading, parts, found, answers, begins, told)
 
 
-def _held_out(reading: Reading, walk: Walk, measured: int) -> list[SplitRows]:
+def _held_out(reading: Reading, seen: SeenRows, shown: int, measured: int) -> list[SplitRows]:
     """The splits of a source of which a part is held out, as a run chooses it."""
-    seen, fraction = walk.seen(), reading.validation_split
-    if len(seen.rows) == 1 and reading.splittable and seen.first is not None and seen.first[1] is not None:
-        halves = end_held_out(seen.first[1], reading.sequence_length, fraction)
+    fraction = reading.validation_split
+    if len(seen.rows) == 1 and reading.splittable and seen.first is not None:
+        document = seen.first[1]
+        if document is None:  # a run holds its end out; where that begins only tokens tell
+            return [SplitRows("train", seen, np.arange(1))]
+        halves = end_held_out(document, reading.sequence_length, fraction)
         if halves is not None:
             found = []
             for name, half in zip(("train", "valid"), halves, strict=True):
-                one = Walk(replace(reading, validation_split=0.0), walk.shown, measured)
+                one = Walk(replace(reading, validation_split=0.0), shown, measured)
                 one.take(half.where, texts_of_tokens(half), half, lambda: "")
                 found.append(SplitRows(name, one.seen(), np.arange(1)))
             return found
@@ -136,13 +138,18 @@ def _hidden(written: str, reading: Reading, count: int) -> list[DataFinding]:
     own = [word for word in words(written) if word not in ROLE_WORDS]
     if len(own) < A_SENTENCE:
         return []
-    text = re.sub(r"\s+", " ", written).strip()
+    said = written.split()
+    while said[0] in ROLE_WORDS:
+        del said[0]
+    while said[-1] in ROLE_WORDS:
+        del said[-1]
+    text = " ".join(said)
     sentence = f"every row begins with words that only the chat template has: {text[:200]!r}"
     return [DataFinding("hidden_prompt", "look", count, sentence)]
 
 
 @contextmanager
-def counting() -> Iterator[Callable[[str], Tell]]:
+def counting() -> Iterator[Telling]:
     """Around reading: `tell(what)` gives what shows a person on standard error how many there are so far."""
     console = Console(stderr=True)
     columns = (

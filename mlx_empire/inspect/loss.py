@@ -7,8 +7,10 @@ itself, each the likeliest after the ones before) and which look *incoherent* to
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,15 @@ from mlx_empire import progress
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.evaluation.evaluator import micro_batches, score_answers
 from mlx_empire.evaluation.questions import Answer
 from mlx_empire.inspect.findings import MOST_PLACES, DataFinding, RowPlace
 from mlx_empire.inspect.walk import SeenRow
-from mlx_empire.model.spec import RootNames
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import agree_on_model, share_config, share_nodes, share_target
+from mlx_empire.run.proof import share_proof
 from mlx_empire.run.trainer import explaining_memory, limit_memory, load_weights, make_trainer
 
 DEVIATIONS = (
@@ -92,14 +93,8 @@ def losses(
     nodes = share_nodes(comm, recipe, hosts)
     agree_on_model(comm, recipe)
     config = share_config(comm, recipe)
-    target = share_target(comm, recipe, config)
-    shown = None
-    with together(comm):
-        if comm.rank == 0:
-            by_pattern = recipe.numerics.attention != "mask"
-            shown = asdict(verify_scaled_down(config, str(recipe.model.path), by_pattern=by_pattern))
-    names = RootNames(**comm.broadcast_json(shown))
-    target = replace(target, spec=replace(target.spec, root_names=names))
+    say = partial(print, file=sys.stderr)  # standard output has the findings alone
+    target = share_proof(comm, recipe, config, share_target(comm, recipe, config), say=say)
     with together(comm):
         plan = fitting_plan(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
         limit_memory(plan, comm.rank, recipe.memory.wired, nodes[comm.rank])

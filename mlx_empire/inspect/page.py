@@ -6,17 +6,19 @@ Everything that comes from data goes through jinja2's escaping; what cannot be s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.resources import files
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Template
 from markupsafe import Markup
 
-from mlx_empire import __version__
 from mlx_empire.inspect.tokens import visible
+from mlx_empire.page.render import templates
 from mlx_empire.recipe.text import one_line
 from mlx_empire.report.html import STYLE
 
+HERE = Path(__file__).parent
 PLACES = 100  # of a finding are on the page
 VERDICTS = {
     0: ("fits", "nothing is in the way of training"),
@@ -31,12 +33,7 @@ def inspection_page(document: Mapping[str, Any]) -> str:
     verdict, says = VERDICTS[document["exit_code"]]
     if not document["exit_code"] and document["findings"]:
         verdict, says = "tight", "worth a look before training"
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"visible": visible, "one_line": one_line, "thousands": "{:,}".format}
-    template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return _template().render(
         found=document,
         verdict=verdict,
         says=says,
@@ -44,5 +41,11 @@ def inspection_page(document: Mapping[str, Any]) -> str:
         places=PLACES,
         most=max((one["rows"] for one in document["lengths"]), default=1),
         style=Markup(STYLE),  # noqa: S704  ours alone
-        version=__version__,
     )
+
+
+@cache
+def _template() -> Template:
+    made = templates(HERE)
+    made.filters |= {"visible": visible, "one_line": one_line, "thousands": "{:,}".format}
+    return made.get_template("page.html")

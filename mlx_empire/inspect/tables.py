@@ -8,11 +8,14 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
+
+import httpx2
 
 from mlx_empire.data.files import TABLES, VALID_NAMES, RawRow, Refuse, Source, locate, optional_package
 from mlx_empire.errors import UnreachableError, UserError
@@ -20,7 +23,8 @@ from mlx_empire.errors import UnreachableError, UserError
 HUB_NAME = re.compile(
     r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[A-Za-z0-9][\w./-]{0,95})?", re.ASCII
 )
-WHOLE = (".json", *TABLES)  # suffixes of files that are not read line by line
+ARRAYS = (".json", ".jsonl")  # suffixes of files that may hold one array
+UNREACHED = (OSError, httpx2.HTTPError)  # of huggingface_hub, whose own errors are OSErrors
 LARGEST_FIELD = 1 << 24  # characters in a cell of a CSV file
 
 Rows = Callable[[Refuse], Iterator[RawRow]]
@@ -40,7 +44,7 @@ def foreign_data(path: Path, subset: str | None) -> Foreign:
         return _hub(str(path), subset)
     if subset is not None:
         raise UserError(f"--subset: {path}: only data sets of the Hub have subsets: owner/name")
-    if path.is_file() and path.suffix in WHOLE:
+    if path.is_file() and path.suffix in (*ARRAYS, *TABLES):
         return Foreign({"train": _whole(path)})
     if path.is_dir():
         found = {"train": _only(path, ("train",)), "valid": _only(path, VALID_NAMES)}
@@ -52,8 +56,8 @@ def foreign_data(path: Path, subset: str | None) -> Foreign:
 
 
 def _only(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The one file of a split in a folder whose suffix is in `WHOLE`, or that of lines beside one."""
-    found = [folder / f"{name}{suffix}" for name in names for suffix in (*WHOLE, ".jsonl", ".parquet")]
+    """The one file of a split in a folder that need not be as training reads it."""
+    found = [folder / f"{name}{suffix}" for name in names for suffix in (*ARRAYS, *TABLES, ".parquet")]
     found = [file for file in found if file.is_file()]
     if len(found) > 1:
         raise UserError(
@@ -65,35 +69,44 @@ def _only(folder: Path, names: tuple[str, ...]) -> Path | None:
 def _whole(file: Path) -> Rows:
     if file.suffix in TABLES:
         return lambda refuse: _table_rows(file, refuse)
-    if file.suffix == ".json" and _is_array(file):
+    if file.suffix in ARRAYS and _is_array(file):
         return lambda refuse: _array_rows(file, refuse)
     return Source(file.suffix, file, (file,)).rows
 
 
 def _is_array(file: Path) -> bool:
-    with file.open("rb") as content:
-        return content.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    with _reading(file), file.open("rb") as content:
+        beginning = content.read(64)
+    return beginning.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def _text(file: Path) -> str:
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Around reading a file: UserError where it cannot be read, or not as text."""
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}; check who may read it") from None
 
 
 def _array_rows(file: Path, refuse: Refuse) -> Iterator[RawRow]:
     """The objects of a JSON array one by one; an object's place is the line on which it begins."""
-    text, decoder, blank = _text(file), json.JSONDecoder(), re.compile(r"\s*")
+    with _reading(file):
+        text = file.read_bytes().decode("utf-8-sig")
+    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
     at, line, counted = text.index("[") + 1, 1, 0
     while True:
         at = blank.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
-        if text[at : at + 1] == "]":
-            return
         line, counted = line + text.count("\n", counted, at), at
         where = f"{file}:{line}"
+        if text[at : at + 1] == "]":
+            if text[at + 1 :].strip():
+                raise UserError(
+                    f"{where}: the array ends here, and more follows; make one array of all of it"
+                )
+            return
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
@@ -110,62 +123,70 @@ def _array_rows(file: Path, refuse: Refuse) -> Iterator[RawRow]:
 
 
 def _table_rows(file: Path, refuse: Refuse) -> Iterator[RawRow]:
-    """The rows of a CSV file (tabs between its cells: .tsv), whose first line names the columns."""
+    """The rows of a CSV file, whose first line names the columns. Between cells stand tabs (.tsv), commas or semicolons
+    where that line has no comma: so spreadsheets write it where numbers have a decimal comma."""
     csv.field_size_limit(LARGEST_FIELD)
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(
-                lines, dialect="excel-tab" if file.suffix == ".tsv" else "excel", strict=True
-            )
-            where = f"{file}:2"
-            for value in reader:
-                if None in value:
-                    refuse(
-                        where,
-                        UserError(f"{where}: more cells than columns; put quotation marks around commas"),
-                    )
-                else:
-                    yield RawRow(where, value)
-                where = f"{file}:{reader.line_num + 1}"
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    except csv.Error as error:
-        raise UserError(f"{file}:{reader.line_num}: not CSV ({error}); save the file again") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+    with _reading(file), file.open(encoding="utf-8-sig", newline="") as lines:
+        head = lines.readline()
+        lines.seek(0)
+        comma = ";" if ";" in head and "," not in head else ","
+        reader = csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else comma, strict=True)
+        names: list[str] = []
+        first = 1  # of the lines that the next row takes; a line without cells is a row without any
+        try:
+            for cells in reader:
+                where, first = f"{file}:{first}", reader.line_num + 1
+                if not names:
+                    names = cells
+                elif len(cells) > len(names):
+                    told = f"{where}: more cells than columns; put quotation marks around commas"
+                    refuse(where, UserError(told))
+                elif cells:
+                    yield RawRow(where, dict(zip_longest(names, cells)))
+        except csv.Error as error:
+            raise UserError(f"{file}:{reader.line_num}: not CSV ({error}); save the file again") from None
 
 
 def _hub(named: str, subset: str | None) -> Foreign:
     """The splits of a data set on the Hub, read as they come, without a copy on this disk."""
     name, _, revision = named.partition("@")
     datasets = optional_package("datasets", Path(named))
+    broken = datasets.exceptions.DatasetsError
     try:
         found = datasets.load_dataset(name, subset, revision=revision or None, streaming=True)
     except ValueError as error:  # most often: that a subset must be named, and which there are
         raise UserError(f"{named}: {_first_line(error)}; --subset NAME says which") from None
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+    except (*UNREACHED, broken) as error:
         raise _unreached(named, error) from None
     valid = next((split for split in VALID_NAMES if split in found), None)
     if "train" not in found:
         raise UserError(f"{named}: no split train; it has {', '.join(found)}")
-    splits = {"train": _stream(named, "train", found)}
+    splits = {"train": _stream(f"{named}/train", found["train"], broken)}
     if valid is not None:
-        splits["valid"] = _stream(named, valid, found)
+        splits["valid"] = _stream(f"{named}/{valid}", found[valid], broken)
     return Foreign(splits, tuple(split for split in found if split not in ("train", valid)))
 
 
-def _stream(named: str, split: str, found: Any) -> Rows:
+def _stream(named: str, split: Iterable[dict[str, Any]], broken: type[Exception]) -> Rows:
+    """The rows of a split. `broken`: what `datasets` raises where rows differ, beside ValueError and TypeError."""
+
     def rows(refuse: Refuse) -> Iterator[RawRow]:
+        number = 0
         try:
-            for number, value in enumerate(found[split], 1):
-                yield RawRow(f"{named}/{split}:{number}", value)
-        except OSError as error:
+            for number, value in enumerate(split, 1):
+                yield RawRow(f"{named}:{number}", value)
+        except UNREACHED as error:
             raise _unreached(named, error) from None
+        except (ValueError, TypeError, broken) as error:
+            raise UserError(
+                f"{named}:{number + 1}: `datasets` cannot read this row ({_first_line(error)}); fetch the data set and "
+                "convert its files one by one"
+            ) from None
 
     return rows
 
 
-def _unreached(named: str, error: Exception) -> UserError | UnreachableError:
+def _unreached(named: str, error: BaseException) -> UserError | UnreachableError:
     absent = isinstance(error, FileNotFoundError) or "NotFound" in type(error).__name__
     if absent:
         return UserError(
@@ -175,5 +196,5 @@ def _unreached(named: str, error: Exception) -> UserError | UnreachableError:
     return UnreachableError(f"{named}: the Hub was not reached ({_first_line(error)}); try again")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(chain(str(error).splitlines(), [type(error).__name__]))[:200]

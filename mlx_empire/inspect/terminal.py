@@ -78,9 +78,9 @@ def _rows(document: Mapping[str, Any], rows: int, coloured: bool) -> Iterator[Te
     if shown:
         key = "grey: read   on green: learnt   struck out: cut off" if coloured else "⟦learnt⟧ ⟨cut off⟩"
         what = f"{key}; " if document["tokenized"] else ""
+        count = document["parts"][0]["rows"]
         yield Text(
-            f"\n{what}{len(shown)} of {document['shown_of']:,} rows, a fair sample: --rows N shows more\n",
-            "dim",
+            f"\n{what}{len(shown)} of {count:,} training rows, a fair sample: --rows N shows more\n", "dim"
         )
 
 

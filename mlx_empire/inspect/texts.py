@@ -80,14 +80,9 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def first_content(row: RawRow, data_format: str) -> tuple[str, str]:
-    """Under which role a row begins, and with what text; both empty where that cannot be told from the file."""
-    if data_format == "chat":
-        first = row.value["messages"][0]
-        return standard_role(str(first["role"])), _said(first)
-    if data_format == "completions":
-        return "user", str(row.value["prompt"])
-    return "", str(row.value.get("text", ""))
+def first_content(row: RawRow, data_format: str) -> str:
+    """The first text of a row that a chat template writes."""
+    return _said(row.value["messages"][0]) if data_format == "chat" else str(row.value["prompt"])
 
 
 def plain(row: RawRow, data_format: str, most: int) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
+from mlx_empire.data.token_texts import token_texts
 from mlx_empire.inspect.walk import Reading, SeenRow
 from mlx_empire.recipe.text import one_line
 
 State = Literal["read", "learnt", "cut"]
 MOST_TOKENS = 1500  # of a row are shown
-LONGEST_CHARACTER = 8  # tokens that one character is written with, at most
-BROKEN = "\ufffd"
 
 
 def states_of(row: SeenRow) -> list[State]:
@@ -23,25 +21,9 @@ def states_of(row: SeenRow) -> list[State]:
 def shown_tokens(row: SeenRow, reading: Reading) -> list[tuple[str, State]]:
     """The text and the state of each of a row's first tokens; ids where no tokenizer says what they are."""
     ids = row.tokens[:MOST_TOKENS].tolist()
-    texts = [f"{one} " for one in ids] if reading.tokenizer is None else token_texts(reading.tokenizer, ids)
+    tokenizer = reading.tokenizer
+    texts = [f"{one} " for one in ids] if tokenizer is None else token_texts(ids, tokenizer.decode)
     return list(zip(texts, states_of(row), strict=False))
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token; of several that write one character the last has it, and the others are empty.
-
-    A token is decoded behind the one before it: alone, many tokenizers take the blank off that it begins with.
-    """
-    texts, before, waiting = [""] * len(ids), list[int](), list[int]()
-    for place, one in enumerate(ids):
-        waiting.append(one)
-        head, whole = (tokenizer.decode(part) if part else "" for part in (before, before + waiting))
-        text = whole[len(head) :] if whole.startswith(head) else tokenizer.decode(waiting)
-        if text.endswith(BROKEN) and len(waiting) < LONGEST_CHARACTER and place + 1 < len(ids):
-            continue
-        texts[place] = text
-        before, waiting = [one], []
-    return texts
 
 
 def visible(text: str) -> str:

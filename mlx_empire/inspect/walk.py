@@ -7,6 +7,7 @@ Decides what is kept of a row that has been read, since the data may be larger t
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ import numpy as np
 
 from mlx_empire import progress
 from mlx_empire.data.chat import Remarks
-from mlx_empire.data.encode import BATCH, Document, encode_rows
+from mlx_empire.data.encode import BATCH, Document, encode_rows, uses_template
 from mlx_empire.data.files import KEYS, RawRow, Source, check_row
 from mlx_empire.data.messages import read_conversation
 from mlx_empire.data.rows import build_table
@@ -29,7 +30,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.inspect.sample import FairSample
 from mlx_empire.inspect.texts import RowTexts, digest64, first_content, plain, texts_of
 
-# By name, as `array` and numpy have them, 64 bytes a row: where it stands; digests of what it says; its tokens, those
+# By name, as `struct` and numpy have them, 64 bytes a row: where it stands; digests of what it says; its tokens, those
 # within the sequence length, those that are learnt, the pieces that it is trained in; unknown tokens; characters.
 COLUMNS = {
     "file": "I",
@@ -45,9 +46,11 @@ COLUMNS = {
     "unknown": "I",
     "characters": "I",
 }
+ROW = struct.Struct("=" + "".join(COLUMNS.values()))
 READ = KEYS | {"chat": (*KEYS["chat"], "tools", "functions")}
 MOST_REFUSED = 1000  # are kept with their reasons; all are counted
 TEXTS, TEXT_LENGTH = 2000, 4000  # answers that are looked at together, and how much of each
+MOST_SHARED = 2048  # tokens of what every row begins with: of one long row that would be all of it
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class SeenRow:
 
 @dataclass
 class SeenRows:
-    """What one pass found. `shared`: the tokens with which every row begins; `first`: the first row and its tokens;
-    `unread`: keys beside those that are read, with the rows that have them."""
+    """What one pass found. `shared`: the tokens with which every row begins, at most `MOST_SHARED`; `first`: the first
+    row and its tokens; `unread`: keys beside those that are read, with the rows that have them."""
 
     rows: np.ndarray
     lengths: np.ndarray  # of all pieces, in tokens
@@ -119,8 +122,7 @@ class Walk:
     remarks: Remarks = field(default_factory=Remarks)
 
     def __post_init__(self) -> None:
-        self._columns = {name: array(code) for name, code in COLUMNS.items()}
-        self._lengths = array("I")
+        self._rows, self._count, self._lengths = bytearray(), 0, array("I")
         self._files: dict[str, int] = {}
         self._refused: list[tuple[str, str]] = []
         self._refused_count = 0
@@ -140,28 +142,24 @@ class Walk:
                 self._first = self._first or (row, document)
                 self._unread.update(key for key in row.value if key not in READ[self.reading.format])
                 self.take(row.where, texts, document, partial(plain, row, self.reading.format, TEXT_LENGTH))
-            tell(len(self._columns["line"]) + self._refused_count)
+            tell(self._count + self._refused_count)
         return self.seen()
 
     def take(
         self, where: str, texts: RowTexts, document: Document | None, plain_text: Callable[[], str]
     ) -> None:
         """One more row; `plain_text` says what it says."""
-        columns, place = self._columns, len(self._columns["line"])
-        file, _, line = where.rpartition(":")
-        columns["file"].append(self._files.setdefault(file, len(self._files)))
-        columns["line"].append(int(line))
-        for name in ("exact", "words", "prompt", "reply", "characters"):
-            columns[name].append(getattr(texts, name))
+        place, tokens = self._count, 0 if document is None else len(document.tokens)
+        file, line = _place(where)
         kept, learnt, pieces = self._trained(document)
-        unknown = self._unknown(document)
-        tokens = 0 if document is None else len(document.tokens)
-        for name, value in zip(
-            ("tokens", "kept", "learnt", "pieces", "unknown"),
-            (tokens, kept, learnt, pieces, unknown),
-            strict=True,
-        ):
-            columns[name].append(value)
+        self._rows += ROW.pack(
+            self._files.setdefault(file, len(self._files)),
+            line,
+            *(texts.exact, texts.words, texts.prompt, texts.reply),
+            *(tokens, kept, learnt, pieces, self._unknown(document)),
+            texts.characters,
+        )
+        self._count += 1
         self._share(document)
 
         def whole() -> SeenRow:
@@ -174,15 +172,12 @@ class Walk:
             self._answers.offer(place, lambda: texts.answer[:TEXT_LENGTH])
 
     def seen(self) -> SeenRows:
-        """What there is so far."""
-        rows = np.zeros(len(self._columns["line"]), list(COLUMNS.items()))
-        for name, column in self._columns.items():
-            rows[name] = column
+        """What was found, at the end: the rows' numbers are not copied, so no more rows can be taken."""
         return SeenRows(
-            rows,
-            np.array(self._lengths, np.int64),
+            np.frombuffer(self._rows, list(COLUMNS.items())),
+            np.frombuffer(self._lengths, np.uint32),
             list(self._files),
-            sorted(self._refused, key=lambda pair: _order(pair[0])),
+            sorted(self._refused, key=lambda pair: _place(pair[0])),
             self._refused_count,
             np.empty(0, np.int32) if self._shared is None else self._shared,
             self._first,
@@ -204,7 +199,7 @@ class Walk:
             for row in batch:
                 yield from self._encoded([row])
             return
-        _add(self.remarks, remarks)
+        self.remarks.add(remarks)
         yield from zip(batch, documents, strict=True)
 
     def _documents(self, batch: list[RawRow], remarks: Remarks) -> list[Document | None]:
@@ -252,7 +247,7 @@ class Walk:
         if document is None:
             return
         if self._shared is None:
-            self._shared = document.tokens.copy()
+            self._shared = document.tokens[:MOST_SHARED].copy()
             return
         n = min(len(self._shared), len(document.tokens))
         differs = np.flatnonzero(self._shared[:n] != document.tokens[:n])
@@ -267,7 +262,7 @@ class Walk:
 Item = TypeVar("Item")
 
 
-def _order(where: str) -> tuple[str, int]:
+def _place(where: str) -> tuple[str, int]:
     file, _, line = where.rpartition(":")
     return file, int(line)
 
@@ -300,20 +295,23 @@ def beginning(seen: SeenRows, reading: Reading) -> tuple[str, str]:
     if seen.first is None or not len(seen.shared) or reading.tokenizer is None:
         return "", ""
     text = str(reading.tokenizer.decode(seen.shared.tolist()))
-    _, content = first_content(seen.first[0], reading.format)
-    head = content.strip()
-    if not head:
-        return text, text
-    place = text.find(head)
+    if not uses_template(reading.format, reading.tokenizer):
+        return text, ""
+    head = first_content(seen.first[0], reading.format).strip()
+    place = text.find(head) if head else -1
     if place < 0:  # what is shared ends within the first content, or before it
-        ends = (start for start in range(len(text)) if head.startswith(text[start:]))
-        place = next(ends, len(text))
+        place = len(text) - _overlap(text, head)
     return text, text[:place]
 
 
-def _add(whole: Remarks, part: Remarks) -> None:
-    whole.turns += part.turns
-    whole.endless += part.endless
-    whole.tools_unseen += part.tools_unseen
-    whole.thoughts_unseen += part.thoughts_unseen
-    whole.unread.update(part.unread)
+def _overlap(text: str, head: str) -> int:
+    """How many characters at the end of `text` are the beginning of `head`, by the Knuth-Morris-Pratt table of both:
+    the time grows with their length, not with its square."""
+    codes = [*map(ord, head[: len(text)]), -1, *map(ord, text)]
+    table = [0] * len(codes)
+    for place in range(1, len(codes)):
+        same = table[place - 1]
+        while same and codes[same] != codes[place]:
+            same = table[same - 1]
+        table[place] = same + (codes[same] == codes[place])
+    return table[-1]

@@ -14,19 +14,19 @@ from typing import TypeVar
 
 from mlx_empire.model.attention.patterns import Pattern
 from mlx_empire.model.attention.segments import Kernels
+from mlx_empire.model.graph import Graph, repeated
 from mlx_empire.model.layer_graph import NotTraceable
 from mlx_empire.model.layer_passes import Adds, LayerPasses, Pass
 from mlx_empire.model.liveness import (
     BUNDLES,
     TASKS_IN_BUNDLE,
-    Graph,
     HandedOver,
     Played,
-    evaluations,
     layouts_of,
     play,
     play_ahead,
-    repeated,
+    script,
+    script_ahead,
 )
 from mlx_empire.model.spec import ModelSpec, UnitSpec
 from mlx_empire.model.storage import View
@@ -160,7 +160,8 @@ class LayerCosts:
     def _worst_ahead(
         self, one: Pass, row: Graph, handed: Sequence[HandedOver], layouts: Mapping[int, View]
     ) -> Need:
-        played = [play_ahead(row, handed, bundled=start, layouts=layouts) for start in STARTS]
+        written = script_ahead(row, handed)
+        played = [play_ahead(written, bundled=start, layouts=layouts) for start in STARTS]
         return self._need(replace(one, graph=row), max(played, key=lambda found: found.peak))
 
     def head(self) -> Needs | None:
@@ -205,9 +206,8 @@ class LayerCosts:
 
     def _worst(self, passes: LayerPasses, units: Sequence[int], traced: Pass) -> Needs:
         """The worst moment of each evaluation."""
-        graph = self._played(passes, units, traced.graph)
-        tapes = evaluations(graph, traced.before)
-        played = [play(graph, tapes, traced.before, bundled=start) for start in STARTS]
+        written = script(self._played(passes, units, traced.graph), traced.before)
+        played = [play(written, bundled=start) for start in STARTS]
         return tuple(
             self._need(traced, max(evaluation, key=lambda one: one.peak))
             for evaluation in zip(*played, strict=True)

@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from mlx_empire.errors import EmpireError
 from mlx_empire.model.build import reason_of
-from mlx_empire.model.liveness import Graph
+from mlx_empire.model.graph import Graph
 from mlx_empire.model.storage import Primitive, Shape
 
 Arrays = Sequence[mx.array]

@@ -1,7 +1,9 @@
 """The passes of layers and head, traced as the engine runs them: a layer's forward and vjp, and the loss with the vjp
 of an un-recomputed tail.
 
-How the model is called on arrays without data: `traced_model`.
+How the model is called on arrays without data: `traced_model`. A pass is traced once, alone; what differs from
+micro-batch to micro-batch is changed in its graph: the sums that gradients are added to (`traced_sums`), the products
+that are kept (`traced_products`).
 """
 
 from __future__ import annotations
@@ -14,15 +16,28 @@ import mlx.core as mx
 
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.closed_forms import root_parts
+from mlx_empire.model.graph import Graph
 from mlx_empire.model.head_loss import head_chunks, joined_chunks
-from mlx_empire.model.liveness import Graph
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 from mlx_empire.model.traced_experts import stacked_tensors
 from mlx_empire.model.traced_model import Arrays, Body, TracedModel, dtype_of
-from mlx_empire.model.traced_products import Product
+from mlx_empire.model.traced_products import Product, TracedProduct, kept_in, told
+from mlx_empire.model.traced_sums import with_flat_copies, with_sums
 
 # What a pass adds its gradients to: nothing, those of one micro-batch in their own dtypes, or sums in fp32.
 Adds = Literal["", "own", "wide"]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A pass alone. Its last outputs are the `gradients`, in the order of the trained tensors, and before these come
+    `before`; so many of its given arrays are `free`."""
+
+    graph: Graph
+    before: Sequence[int]
+    gradients: Sequence[int]
+    free: int
+    products: Sequence[TracedProduct] = ()
 
 
 @dataclass(frozen=True)
@@ -55,24 +70,37 @@ class LayerPasses:
             self.model.experts,
             self.model.products,
         )
+        self._traced: dict[tuple[int, ...], Traced] = {}  # by layers, of tails those with 0 for the head
         self._chunk, self._positions = chunk, max(chunk // rows, 1)
         head, _ = root_parts(spec)
         self._heads = [t for kind in ("trainable", "small") for t in head if t.kind == kind]
 
     def forward(self, unit: int) -> Pass:
         """A layer's forward; the hidden state stays with the caller."""
-        return Pass(self.model.forward([unit]))
+        return Pass(self.model.forward([unit]).graph)
 
     def products(self, unit: int) -> list[Product]:
         """What a layer's run computes that could be kept, and whether its vjp computes it again."""
-        return self._products.told(self.backward(unit, adds="", kept=None).graph)
+        traced = self._backward(unit)
+        return told(traced.graph, traced.products)
 
-    def backward(self, unit: int, *, adds: Adds, flat: bool = False, kept: Sequence[int] | None = ()) -> Pass:
+    def backward(self, unit: int, *, adds: Adds, flat: bool = False, kept: Sequence[int] = ()) -> Pass:
         """A layer's vjp; `flat`: its gradients in the wire's dtype and flat, too, as the exchange takes them; `kept`:
-        products whose results are there (None: all), as its last sources."""
-        self._products.wanted = kept
+        products whose results are there, as its last sources."""
+        traced, trained = self._backward(unit), self._trained([unit])
+        graph = kept_in(traced.graph, [one for one in traced.products if one.product.number in kept])
+        gradients, copies = traced.gradients, dict[int, int]()
+        if adds:
+            graph, gradients = with_sums(graph, gradients, _sums(trained, adds), traced.free)
+        if flat:
+            graph, copies = with_flat_copies(graph, gradients, [_wire(t) for t in trained])
+        graph = replace(graph, outputs=[*traced.before, *gradients, *copies.values()])
+        return Pass(graph, tuple(gradients), flat=copies)
 
-        def body(hidden: mx.array, cotangent: mx.array, *sums: mx.array) -> list[mx.array]:
+    def _backward(self, unit: int) -> Traced:
+        """A layer's vjp alone."""
+
+        def body(hidden: mx.array, cotangent: mx.array) -> list[mx.array]:
             def run(*arrays: mx.array) -> list[mx.array]:
                 self.model.begin(arrays[len(trained) + 1 :])
                 self.model.bind(trained, arrays)
@@ -81,14 +109,10 @@ class LayerPasses:
             trained, taps = self._primals([unit])
             primals = [*(self.model.bound[t.name] for t in trained), hidden, *taps]
             _, found = mx.vjp(run, primals, [cotangent, *self._blocks.cotangents])
-            every = self._trained([unit])
-            made = self._added(sums, [unit], trained, found)
-            added, others = made[: len(every)], made[len(every) :]
-            wires = [(a, _wire(t)) for a, t in zip(added, every, strict=True) if flat]
-            copies = [a.astype(w).flatten() for a, w in wires if _is_copied(a, w)]
-            return [found[len(trained)], *added, *copies, *self._products.extra(), *others]
+            gradients, others = self._gradients([unit], trained, found)
+            return [found[len(trained)], *gradients, *self._products.extra(), *others]
 
-        return self._differentiated([unit], body, adds=adds, besides=[self._hidden])
+        return self._once((unit,), body, besides=[self._hidden])
 
     def head(self) -> Pass:
         """The loss and its gradients, an evaluation for each chunk of positions: of two at most, for more are alike."""
@@ -104,10 +128,23 @@ class LayerPasses:
         with the first of them the layers' forward; what the head's gradients are added to, with the backward."""
 
         two = min(2 * self._positions, self._hidden.shape[1])  # of the chunks that follow nothing is new
+        traced, trained = self._tail(units, two), self._trained(units)
+        chunks = self._of_chunks(traced.graph, two)
+        if not adds:
+            return replace(chunks, gradients=(*chunks.gradients, *traced.gradients))
+        # Chunks are added in fp32: where there are several, so is the head's sum already.
+        own = adds == "own" and two <= self._positions
+        sums = [*_sums(self._heads, "own" if own else "wide"), *_sums(trained, adds)]
+        ended = sum(chunks.before)
+        last = traced.graph.outputs[ended - 1 - len(self._heads) : ended - 1]
+        graph, made = with_sums(traced.graph, [*last, *traced.gradients], sums, traced.free)
+        graph = replace(graph, outputs=[*traced.before, *made])
+        return Pass(graph, (*chunks.gradients, *made), chunks.before)
 
-        def body(hidden: mx.array, *rest: mx.array) -> list[mx.array]:
-            batch, roots, sums = rest[:3], rest[3 : 3 + len(root_sums)], rest[3 + len(root_sums) :]
+    def _tail(self, units: Sequence[int], two: int) -> Traced:
+        """The pass of a tail alone, with the loss of the first `two` positions."""
 
+        def body(hidden: mx.array, *batch: mx.array) -> list[mx.array]:
             def run(*arrays: mx.array) -> tuple[mx.array, ...]:
                 self.model.begin(arrays[len(trained) + 1 :])
                 self.model.bind(trained, arrays)
@@ -124,17 +161,10 @@ class LayerPasses:
             trained, taps = self._primals(units)
             primals = [*(self.model.bound[t.name] for t in trained), hidden, *taps]
             (_, *chunks), found = mx.value_and_grad(run, argnums=tuple(range(len(primals))))(*primals)
-            last = chunks[len(chunks) - 1 - len(self._heads) : -1]
-            heads = [a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(roots, last, strict=False)]
-            return [*chunks, found[len(trained)], *heads, *self._added(sums, units, trained, found)]
+            gradients, others = self._gradients(units, trained, found)
+            return [*chunks, found[len(trained)], *gradients, *others]
 
-        own = adds == "own" and two <= self._positions  # chunks are added in fp32
-        root_sums = [mx.zeros(t.shape, dtype_of(t) if own else mx.float32) for t in self._heads if adds]
-        besides = [*self._batch(self._hidden), *root_sums]
-        traced = self._differentiated(units, body, adds=adds, besides=besides, head=True)
-        chunks = self._of_chunks(traced.graph, two)
-        heads = traced.graph.outputs[sum(chunks.before) + 1 :][: len(root_sums)]
-        return replace(chunks, gradients=(*chunks.gradients, *heads, *traced.gradients))
+        return self._once((*units, 0), body, besides=self._batch(self._hidden))
 
     # ---- head
 
@@ -164,27 +194,24 @@ class LayerPasses:
 
     # ---- what is differentiated
 
-    def _differentiated(
-        self, units: Sequence[int], body: Body, *, adds: Adds, besides: Arrays = (), head: bool = False
-    ) -> Pass:
-        trained = self._trained(units)
-        sums = [mx.zeros(t.shape, dtype_of(t) if adds == "own" else mx.float32) for t in trained]
-        free = [self._hidden, *besides, *(sums if adds else ())]
-        bound = [*units, 0] if head else units
+    def _once(self, key: tuple[int, ...], body: Body, *, besides: Arrays) -> Traced:
+        """`body` of layers, where 0 is among them with the head, traced once. It is given the hidden state and
+        `besides`."""
+        if key not in self._traced:
+            self._traced[key] = self._differentiated(key, body, besides)
+        return self._traced[key]
+
+    def _differentiated(self, key: tuple[int, ...], body: Body, besides: Arrays) -> Traced:
+        free, units = [self._hidden, *besides], [u for u in key if u]
         with self._blocks.differentiated(self.model.calls_in_blocks(units)):
             graph = self.model.with_experts(
-                units, lambda: self._blocks.put_together(self.model.graph(bound, free, [], body))
+                units, lambda: self._blocks.put_together(self.model.graph(key, free, [], body))
             )
-        if not head:
-            graph = self._products.kept_in(graph)
-        start = len(graph.outputs) - len(trained) if head else 1
-        gradients, flat = graph.outputs[start : start + len(trained)], graph.outputs[start + len(trained) :]
-        copied = [
-            a
-            for a, t in zip(gradients, trained, strict=True)
-            if len(t.shape) != 1 or graph.items[a] != _wire(t).size
-        ]
-        return Pass(graph, tuple(gradients), flat=dict(zip(copied, flat, strict=bool(flat))))
+        products: list[TracedProduct] = []
+        if 0 not in key:
+            graph, products = self._products.taken_out(graph)
+        first = len(graph.outputs) - len(self._trained(units))
+        return Traced(graph, graph.outputs[:first], graph.outputs[first:], len(free), products)
 
     def _trained(self, units: Sequence[int]) -> list[TensorSpec]:
         """In the order in which the engine differentiates: by unit, segment by segment."""
@@ -214,28 +241,23 @@ class LayerPasses:
             *self._blocks.summands,
         ]
 
-    def _added(
-        self, sums: Arrays, units: Sequence[int], trained: Sequence[TensorSpec], found: Sequence[mx.array]
-    ) -> list[mx.array]:
-        """The gradients of all trained tensors, added to `sums` where there are any; then those of `_blocks`."""
+    def _gradients(
+        self, units: Sequence[int], trained: Sequence[TensorSpec], found: Sequence[mx.array]
+    ) -> tuple[list[mx.array], list[mx.array]]:
+        """The gradients of all trained tensors, and those of `_blocks`."""
         by_name = dict(zip((t.name for t in trained), found, strict=False))
         cotangents = found[len(trained) + 1 :]
         experts = len(self._experts.shapes)
         missing = [t for t in self._trained(units) if t.name not in by_name]
         by_name |= self._experts.gradients(missing, cotangents[:experts])
-        gradients = [by_name[t.name] for t in self._trained(units)]
-        if sums:
-            gradients = [
-                a.astype(mx.float32) + g.astype(mx.float32) for a, g in zip(sums, gradients, strict=True)
-            ]
-        return [*gradients, *self._blocks.gradients(cotangents[experts:])]
+        return [by_name[t.name] for t in self._trained(units)], self._blocks.gradients(cotangents[experts:])
+
+
+def _sums(tensors: Sequence[TensorSpec], adds: Adds) -> list[mx.array]:
+    """What gradients of these are added to."""
+    return [mx.zeros(t.shape, dtype_of(t) if adds == "own" else mx.float32) for t in tensors]
 
 
 def _wire(tensor: TensorSpec) -> mx.Dtype:
     """The dtype in which a tensor's gradient is exchanged."""
     return mx.float32 if tensor.kind == "small" else dtype_of(tensor)
-
-
-def _is_copied(gradient: mx.array, wire: mx.Dtype) -> bool:
-    """Whether a gradient is another array once it is flat and in the wire's dtype."""
-    return gradient.ndim != 1 or gradient.dtype != wire

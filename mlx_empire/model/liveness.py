@@ -1,82 +1,121 @@
 """The peak of evaluating a graph, without evaluating it: MLX's order, its buffers, and how far it runs ahead.
 
-The order is that of MLX's `eval` (0.32): from the outputs back, breadth first until 20 primitives wait, then depth
-first. Buffers are `storage`'s, and `primitives` says who gets which.
+The order is `graph`'s. Buffers are `storage`'s, and `primitives` says who gets which.
 
 MLX hands work to another thread and goes on: a buffer is taken when a primitive is handed over, and given back when
 its last reader has been done. It waits once more than ten bundles of ten tasks are not done. Here the other thread is
 never faster than it has to be, as is so where products take longer than a list is walked: what is measured is
 this peak or, with small arrays, less.
+
+Who reads an array last follows from the order alone. So that is a `Script`, which is written once and played from each
+place of a bundle.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
-from mlx_empire.model.primitives import place_outputs
-from mlx_empire.model.storage import Buffers, Primitive, Shape, View
+from mlx_empire.model.graph import Graph, evaluations, order, outputs_of
+from mlx_empire.model.primitives import rule_of
+from mlx_empire.model.storage import Buffers, Primitive, Rule, View
 
-WIDTH = 20  # MLX_BFS_MAX_WIDTH
 TASKS_IN_BUNDLE, BUNDLES = 10, 10  # DISPATCHES_PER_TASK, MAX_ACTIVE_TASKS
 
 
-@dataclass(frozen=True)
-class Graph:
-    """Arrays by number, with their shapes and bytes of an element, and the primitives between them.
+# ---- what follows from the order
 
-    `nodes` are in an order in which they can be computed; `outputs` in that in which they are evaluated. `sources`:
-    arrays that are there before, `given` by the caller or constants; of these the caller keeps `held` until the end.
+
+class Evaluated(NamedTuple):
+    """A primitive and its rule; `sole`: its inputs that nobody else holds; `ended`: arrays that nobody holds after it.
+
+    `first` is its first output, `others` are its inputs and further outputs.
     """
 
-    shapes: Sequence[Shape]
-    items: Sequence[int]
-    nodes: Sequence[Primitive]
+    rule: Rule
+    node: Primitive
+    first: int
+    others: tuple[int, ...]
+    sole: tuple[int, ...]
+    ended: tuple[int, ...]
+
+
+class HandedOver(NamedTuple):
+    """An evaluation of `outputs`. `dropped`: arrays that the caller lets go once it is handed over; `taken`: those that
+    another thread lets go once it is done."""
+
     outputs: Sequence[int]
-    given: Sequence[int]
-    sources: Sequence[int]
-    held: frozenset[int]
+    dropped: Sequence[int] = ()
+    taken: Sequence[int] = ()
 
 
-def order(graph: Graph, outputs: Sequence[int], done: Collection[int] = ()) -> list[int]:
-    """The numbers of the nodes as MLX evaluates them for `outputs`; those that are `done` are left out."""
-    maker = {a: n for n, node in enumerate(graph.nodes) if n not in done for a in node.outputs}
-    degree: dict[int, int] = {}
-    reached = list(dict.fromkeys(maker[a] for a in outputs if a in maker))
-    for a in outputs:
-        if a in maker:
-            degree[maker[a]] = degree.get(maker[a], 0) + 1
-    seen = set(reached)
-    while reached:
-        for array in graph.nodes[reached.pop()].inputs:
-            if (n := maker.get(array)) is not None:
-                degree[n] = degree.get(n, 0) + 1
-                if n not in seen:
-                    seen.add(n)
-                    reached.append(n)
-    tape: list[int] = []  # from the outputs to the sources
-    stack: list[tuple[int, int]] = []
-    at = -1  # the outputs come first, as MLX's synchronizer has them
-    while at < len(tape) or stack:
-        if at >= len(tape):
-            n, start = stack.pop()
-        else:
-            n, start = (-1 if at < 0 else tape[at]), 0
-            at += 1
-        inputs = outputs if n < 0 else graph.nodes[n].inputs
-        for j in range(start, len(inputs)):
-            if (made := maker.get(inputs[j])) is None:
-                continue
-            if len(tape) - at >= WIDTH:
-                stack.append((n, j))
-                break
-            degree[made] -= 1
-            if degree[made] == 0:
-                tape.append(made)
-    return tape[::-1]
+class Evaluation(NamedTuple):
+    """The steps of an evaluation, and the arrays that nobody holds after it."""
+
+    handed: HandedOver
+    steps: Sequence[Evaluated]
+    ended: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Script:
+    """Evaluations of a graph that follow one another; `unread`: sources that nobody holds and none of them reads."""
+
+    graph: Graph
+    unread: Sequence[int]
+    evaluations: Sequence[Evaluation]
+
+
+def script(graph: Graph, before: Sequence[int] = ()) -> Script:
+    """The `evaluations` of a graph. Outputs of all but the last are dropped after them."""
+    parts = outputs_of(graph, before)
+    handed = [HandedOver(part, part) for part in parts[:-1]] + [HandedOver(parts[-1])]
+    return _script(graph, evaluations(graph, before), handed, graph.outputs)
+
+
+def script_ahead(graph: Graph, handed: Sequence[HandedOver]) -> Script:
+    """Evaluations that the caller does not wait for."""
+    tapes: list[list[int]] = []
+    for one in handed:
+        tapes.append(order(graph, one.outputs, {n for tape in tapes for n in tape}))
+    owned = {a for one in handed for a in (*one.outputs, *one.dropped, *one.taken)}
+    return _script(graph, tapes, handed, owned)
+
+
+def _script(
+    graph: Graph, tapes: Sequence[Sequence[int]], handed: Sequence[HandedOver], owned: Collection[int]
+) -> Script:
+    """`owned`: the arrays that the caller holds until it lets them go."""
+    nodes = [graph.nodes[n] for tape in tapes for n in tape]
+    holders = Counter(chain(owned, graph.held))
+    holders.update(chain.from_iterable(side for node in nodes for side in (node.inputs, node.outputs)))
+
+    def let_go(arrays: Iterable[int]) -> list[int]:
+        ended = []
+        for array in arrays:
+            holders[array] -= 1
+            if holders[array] == 0:
+                ended.append(array)
+        return ended
+
+    def step(node: Primitive) -> Evaluated:
+        first, *further = node.outputs
+        sole = tuple(a for a in node.inputs if holders[a] == 1)
+        others, ended = (*node.inputs, *further), let_go((*node.inputs, *node.outputs))
+        return Evaluated(rule_of(node), node, first, others, sole, tuple(ended))
+
+    unread = [a for a in graph.sources if not holders[a]]
+    found = []
+    for tape, one in zip(tapes, handed, strict=True):
+        steps = [step(graph.nodes[n]) for n in tape]
+        found.append(Evaluation(one, steps, let_go((*one.dropped, *one.taken))))
+    return Script(graph, unread, found)
+
+
+# ---- what hangs on where it begins
 
 
 class Tasks:
@@ -89,31 +128,31 @@ class Tasks:
 
     def hand_over(self, tasks: int, buffers: Collection[int]) -> None:
         """`tasks` of a primitive, and one that holds its `buffers` until then."""
-        closes, self._bundled = divmod(self._bundled + tasks + 1, TASKS_IN_BUNDLE)
-        ends = closes > 0 and self._bundled == 0  # the last one closes a bundle itself
-        for _ in range(closes - ends):
-            self._close()
-        self._open += buffers
-        if ends:
-            self._close()
+        self._bundled += tasks + 1
+        if self._bundled < TASKS_IN_BUNDLE:
+            self._open += buffers
+        else:
+            closes, self._bundled = divmod(self._bundled, TASKS_IN_BUNDLE)
+            ends = self._bundled == 0  # the last one closes a bundle itself
+            for _ in range(closes - ends):
+                self._close()
+            self._open += buffers
+            if ends:
+                self._close()
         if len(self._closed) > BUNDLES:
-            self._give_back(self._closed.popleft())
+            self._memory.drop(self._closed.popleft())
 
     def finish(self) -> None:
         """Wait for all."""
         for bundle in self._closed:
-            self._give_back(bundle)
-        self._give_back(self._open)
+            self._memory.drop(bundle)
+        self._memory.drop(self._open)
         self._closed.clear()
         self._open = []
 
     def _close(self) -> None:
         self._closed.append(self._open)
         self._open = []
-
-    def _give_back(self, buffers: Iterable[int]) -> None:
-        for buffer in buffers:
-            self._memory.drop(buffer)
 
 
 @dataclass(frozen=True)
@@ -129,155 +168,70 @@ class Played:
     results: Mapping[int, int]
 
 
-def evaluations(graph: Graph, before: Sequence[int] = ()) -> list[list[int]]:
-    """The nodes in order of each evaluation: of so many outputs one after the other as `before` says, then the rest."""
-    found: list[list[int]] = []
-    for part in _parts(graph, before):
-        found.append(order(graph, part, {n for tape in found for n in tape}))
-    return found
-
-
-def play(
-    graph: Graph,
-    tapes: Sequence[Sequence[int]],
-    before: Sequence[int] = (),
-    *,
-    bundled: int = 0,
-    donates: bool = True,
-    shares: bool = True,
-) -> list[Played]:
-    """Play the `evaluations` of a graph: one `Played` for each. Outputs of all but the last are dropped after them."""
-    memory = Buffers(graph.shapes, graph.items, donates=donates, shares=shares)
-    for array in graph.sources:
-        memory.fresh(array)
-    memory.begin()
-    memory.refer((*graph.outputs, *graph.held, *graph.sources))
-    memory.refer(_used(graph, tapes))
-    for array in graph.sources:  # whoever is not held is left to the graph
-        memory.release(array)
+def play(script: Script, *, bundled: int = 0, donates: bool = True, shares: bool = True) -> list[Played]:
+    """Play a script evaluation by evaluation: one `Played` for each."""
+    memory = _begun(script, Buffers(script.graph, donates=donates, shares=shares))
     stream = Tasks(memory, bundled)
     found: list[Played] = []
     results: dict[int, int] = {}
-    for tape, part in zip(tapes, _parts(graph, before), strict=True):
+    for one in script.evaluations:
         memory.begin()
-        for n in tape:
-            _evaluate(memory, stream, graph.nodes[n])
+        _evaluate(memory, stream, one.steps)
         stream.finish()
-        results = results | {a: memory.firsts[memory.views[a].buffer] for a in part}
-        if len(found) < len(tapes) - 1:
-            for array in part:
-                memory.release(array)
+        results = results | {a: memory.first_in(a) for a in one.handed.outputs}
+        memory.forget(one.ended)
         found.append(Played(memory.peak, memory.alive_at_peak(), results))
     return found
 
 
-# ---- evaluations that are handed over and not waited for
-
-
-def repeated(graph: Graph, times: int, fed: Mapping[int, int], kept: Collection[int] = ()) -> Graph:
-    """`graph` so many times in a row: for `fed` {a: b} the source `a` of one is the output `b` of the one before.
-
-    Array a of the n-th is number n * len(graph.shapes) + a. Of the first `kept` are held, too.
-    """
-    size = len(graph.shapes)
-
-    def number(n: int, a: int) -> int:
-        return (n - 1) * size + fed[a] if n and a in fed else n * size + a
-
-    def numbers(arrays: Iterable[int]) -> list[int]:
-        return [number(n, a) for n in range(times) for a in arrays]
-
-    nodes = [
-        node._replace(
-            inputs=tuple(number(n, a) for a in node.inputs), outputs=tuple(n * size + a for a in node.outputs)
-        )
-        for n in range(times)
-        for node in graph.nodes
-    ]
-    sources = [n * size + a for n in range(times) for a in graph.sources if not (n and a in fed)]
-    known = {*sources}
-    held = frozenset([*kept, *(a for a in numbers(graph.held) if a in known)])
-    outputs, given = numbers(graph.outputs), numbers(graph.given)
-    return Graph(list(graph.shapes) * times, list(graph.items) * times, nodes, outputs, given, sources, held)
-
-
-class HandedOver(NamedTuple):
-    """An evaluation of `outputs`. `dropped`: arrays that the caller lets go once it is handed over; `taken`: those that
-    another thread lets go once it is done."""
-
-    outputs: Sequence[int]
-    dropped: Sequence[int] = ()
-    taken: Sequence[int] = ()
-
-
-def play_ahead(
-    graph: Graph, handed: Sequence[HandedOver], *, bundled: int = 0, layouts: Mapping[int, View] | None = None
-) -> Played:
+def play_ahead(script: Script, *, bundled: int = 0, layouts: Mapping[int, View] | None = None) -> Played:
     """Play evaluations that follow one another at once.
 
     `layouts`: how sources lie that are not in the order of rows.
     """
-    memory = Buffers(graph.shapes, graph.items)
-    for array in graph.sources:
-        memory.fresh(array)
-    for array, view in (layouts or {}).items():
-        memory.views[array].strides, memory.views[array].flags = view.strides, view.flags
-    memory.begin()
-    tapes: list[list[int]] = []
-    for one in handed:
-        tapes.append(order(graph, one.outputs, {n for tape in tapes for n in tape}))
-    owned = {a for one in handed for a in (*one.outputs, *one.dropped, *one.taken)}  # by the caller
-    memory.refer((*graph.held, *graph.sources, *owned))
-    memory.refer(_used(graph, tapes))
-    for array in graph.sources:
-        memory.release(array)
+    memory = _begun(script, Buffers(script.graph), layouts)
     stream = Tasks(memory, bundled)
     results: dict[int, int] = {}
-    for tape, one in zip(tapes, handed, strict=True):
-        for n in tape:
-            _evaluate(memory, stream, graph.nodes[n])
-        results |= {a: memory.firsts[memory.views[a].buffer] for a in one.outputs}
-        taken = {memory.views[a].buffer for a in one.taken}
+    for one in script.evaluations:
+        _evaluate(memory, stream, one.steps)
+        results |= {a: memory.first_in(a) for a in one.handed.outputs}
+        taken = {memory.views[a].buffer for a in one.handed.taken}
         for buffer in taken:
             memory.hold(buffer)
-        for array in (*one.dropped, *one.taken):
-            memory.release(array)
+        memory.forget(one.ended)
         stream.hand_over(0, taken)
     return Played(memory.peak, memory.alive_at_peak(), results)
 
 
 def layouts_of(graph: Graph, arrays: Sequence[int]) -> list[View]:
     """How `arrays`, outputs of the graph, lie in memory once they are evaluated."""
-    memory = Buffers(graph.shapes, graph.items)
-    for array in graph.sources:
-        memory.fresh(array)
-    stream = Tasks(memory)
-    tape = order(graph, graph.outputs)
-    memory.refer((*graph.outputs, *graph.sources))
-    memory.refer(_used(graph, [tape]))
-    for n in tape:
-        _evaluate(memory, stream, graph.nodes[n])
+    written = script(replace(graph, held=frozenset(graph.sources)))
+    memory = _begun(written, Buffers(graph))
+    for one in written.evaluations:
+        _evaluate(memory, Tasks(memory), one.steps)
     return [memory.views[a] for a in arrays]
 
 
-def _parts(graph: Graph, before: Sequence[int]) -> list[Sequence[int]]:
-    edges = [0, *accumulate(before), len(graph.outputs)]
-    return [graph.outputs[a:b] for a, b in pairwise(edges)]
+def _begun(script: Script, memory: Buffers, layouts: Mapping[int, View] | None = None) -> Buffers:
+    """The sources are there; those that nobody reads have gone."""
+    for array in script.graph.sources:
+        memory.fresh(array)
+    for array, view in (layouts or {}).items():
+        memory.views[array].strides, memory.views[array].flags = view.strides, view.flags
+    memory.begin()
+    memory.forget(script.unread)
+    return memory
 
 
-def _used(graph: Graph, tapes: Sequence[Sequence[int]]) -> Iterator[int]:
-    """The arrays that the nodes of the tapes read and make, each as often as it is."""
-    nodes = (graph.nodes[n] for tape in tapes for n in tape)
-    return chain.from_iterable(side for node in nodes for side in (node.inputs, node.outputs))
-
-
-def _evaluate(memory: Buffers, stream: Tasks, node: Primitive) -> None:
-    done = place_outputs(memory, node)
-    views = memory.views
-    buffers = {views[a].buffer for a in (*node.inputs, *node.outputs[1:])}
-    buffers.discard(views[node.outputs[0]].buffer)
-    for buffer in buffers:
-        memory.hold(buffer)
-    stream.hand_over(done.tasks, (*buffers, *done.temporaries))
-    for array in (*node.inputs, *node.outputs):
-        memory.release(array)
+def _evaluate(memory: Buffers, stream: Tasks, steps: Iterable[Evaluated]) -> None:
+    views, holders = memory.views, memory.holders
+    for rule, node, first, others, sole, ended in steps:
+        memory.sole = sole
+        tasks, temporaries = rule(memory, node)
+        buffers = {views[a].buffer for a in others}
+        buffers.discard(views[first].buffer)
+        for buffer in buffers:
+            holders[buffer] += 1
+        stream.hand_over(tasks, (*buffers, *temporaries) if temporaries else buffers)
+        if ended:
+            memory.forget(ended)

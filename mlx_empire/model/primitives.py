@@ -15,12 +15,6 @@ from mlx_empire.model.views import VIEWS
 # ---- element by element
 
 
-def _elementwise(m: Buffers, node: Primitive) -> Done:
-    if len(node.inputs) == 1:
-        return _unary(m, node)
-    return _binary(m, node) if len(node.inputs) == 2 else _ternary(m, node)
-
-
 def _unary(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
     if m.views[array].flags.contiguous:
@@ -53,11 +47,7 @@ def _binary(m: Buffers, node: Primitive) -> Done:
         elif (va.flags.rows and vb.flags.rows) or (va.flags.columns and vb.flags.columns):
             candidates, model = [a, b], a
         else:
-            whole_ones = [
-                x
-                for x in (a, b)
-                if m.views[x].flags.rows and math.prod(m.shapes[x]) == math.prod(m.shapes[out])
-            ]
+            whole_ones = [x for x in (a, b) if m.views[x].flags.rows and m.elements[x] == m.elements[out]]
             candidates, model = whole_ones, -1
         _take_or_make(m, out, candidates, model)
     return Done(1)
@@ -118,7 +108,7 @@ def _scatter(m: Buffers, node: Primitive) -> Done:
 def _update(m: Buffers, node: Primitive) -> Done:
     (out,), array = node.outputs, node.inputs[0]
     v = m.views[array]
-    vector = v.size != 1 and v.flags.contiguous and v.size == math.prod(m.shapes[array])
+    vector = v.size != 1 and v.flags.contiguous and v.size == m.elements[array]
     return Done(1 + _copied(m, out, array, vector=vector))
 
 
@@ -173,6 +163,8 @@ def _product(m: Buffers, node: Primitive) -> Done:
         tasks += _copied(m, out, rest[0], vector=v.size != 1 and v.flags.rows)
     else:
         m.fresh(out)
+    if _is_matrix(m, a) and _is_matrix(m, b):
+        return Done(tasks)
     temporaries = tuple(_temporary(m, x) for x in (a, b) if not _is_matrix(m, x))
     return Done(tasks + len(temporaries), temporaries)
 
@@ -223,15 +215,15 @@ def _new(m: Buffers, node: Primitive) -> Done:
     return Done(1)
 
 
-_ELEMENTWISE = (
+_NAMES = (
     "Abs Add ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTan2 ArcTanh BitwiseBinary BitwiseInvert Ceil Conjugate Cos Cosh "
     "DivMod Divide Equal Erf ErfInv Exp Expm1 Floor FloorDivide Greater GreaterEqual Imag Less LessEqual Log Log1p "
     "LogAddExp LogicalAnd LogicalNot LogicalOr Maximum Minimum Multiply Negative NotEqual Power Real Remainder Round "
     "Select Sigmoid Sign Sin Sinh Sqrt Square Subtract Tan Tanh"
 )
+_ELEMENTWISE = frozenset(_NAMES.split())
 _RULES: dict[str, Rule] = {
     **VIEWS,
-    **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(("Scatter", "ScatterAxis", "MaskedScatter"), _scatter),
     **dict.fromkeys(("SliceUpdate", "DynamicSliceUpdate"), _update),
     **dict.fromkeys(("Sort", "Partition"), _sort),
@@ -247,6 +239,8 @@ _RULES: dict[str, Rule] = {
 }
 
 
-def place_outputs(memory: Buffers, node: Primitive) -> Done:
-    """Give the outputs of a primitive their buffers; its inputs have theirs."""
-    return _RULES.get(node.name, _new)(memory, node)
+def rule_of(node: Primitive) -> Rule:
+    """What gives the outputs of a primitive their buffers, once its inputs have theirs."""
+    if node.name in _ELEMENTWISE:
+        return (_unary, _binary, _ternary)[len(node.inputs) - 1]
+    return _RULES.get(node.name, _new)

@@ -1,4 +1,4 @@
-"""Buffers without bytes: which arrays lie in them, who still refers to them, and how much is alive.
+"""Buffers without bytes: which arrays lie in them, who still needs them, and how much is alive.
 
 No array is computed and none is allocated: an array here is a shape, strides and the number of its buffer. What MLX's
 primitives do with buffers is said in `primitives`.
@@ -7,11 +7,10 @@ primitives do with buffers is said in `primitives`.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 Shape = tuple[int, ...]
 DONATION_EXTRA = 16384  # bytes that a donated buffer may be larger than the output
@@ -60,6 +59,17 @@ def whole(shape: Shape) -> Flags:
     return Flags(True, True, math.prod(shape) <= 1 or math.prod(shape) == max(shape, default=1))
 
 
+class ArraySizes(Protocol):
+    """What is known of arrays by number: `shapes`, `items` (bytes of an element) and numbers of `elements`."""
+
+    @property
+    def shapes(self) -> Sequence[Shape]: ...
+    @property
+    def items(self) -> Sequence[int]: ...
+    @property
+    def elements(self) -> Sequence[int]: ...
+
+
 @cache
 def contiguity(shape: Shape, strides: Shape) -> tuple[int, bool, bool]:
     """(elements without broadcast dimensions, whether in the order of rows, whether in that of columns)."""
@@ -80,19 +90,17 @@ def _in_order(shape: Shape, strides: Shape) -> bool:
 
 
 class Buffers:
-    """Buffers, who refers to them, and the arrays in them.
+    """Buffers, who needs them, and the arrays in them.
 
-    `shapes`, `items` (bytes of an element): by array. `references` counts who holds an array; a buffer lives while an
-    array in it or a task that is not done does. With `donates` False no input's buffer is taken for an output, with
-    `shares` False what MLX makes a view is a copy (both for tests).
+    A buffer lives while an array in it or a task that is not done does. `sole`: inputs of the primitive at hand that
+    nobody else holds. With `donates` False no input's buffer is taken for an output, with `shares` False what MLX makes
+    a view is a copy (both for tests).
     """
 
-    def __init__(
-        self, shapes: Sequence[Shape], items: Sequence[int], *, donates: bool = True, shares: bool = True
-    ) -> None:
-        self.shapes, self.items = shapes, items
+    def __init__(self, arrays: ArraySizes, *, donates: bool = True, shares: bool = True) -> None:
+        self.shapes, self.items, self.elements = arrays.shapes, arrays.items, arrays.elements
         self.views: dict[int, View] = {}
-        self.references: Counter[int] = Counter()
+        self.sole: Collection[int] = ()
         self.sizes: list[int] = []  # of buffers, in bytes
         self.firsts: list[int] = []  # of buffers, the array that was first in it; -1: a temporary
         self.holders: list[int] = []
@@ -137,38 +145,36 @@ class Buffers:
         """Somebody needs `buffer`."""
         self.holders[buffer] += 1
 
-    def drop(self, buffer: int) -> None:
-        """Somebody no longer needs `buffer`."""
-        self.holders[buffer] -= 1
-        if self.holders[buffer] == 0:
-            self.active -= self.sizes[buffer]
-            self._events.append(~buffer)
-
-    def refer(self, arrays: Iterable[int]) -> None:
-        """One more holds each of `arrays`."""
-        self.references.update(arrays)
-
-    def release(self, array: int) -> None:
-        """One fewer holds `array`; with the last one its part in the buffer goes."""
-        self.references[array] -= 1
-        if self.references[array] == 0 and array in self.views:
-            self.drop(self.views.pop(array).buffer)
+    def drop(self, buffers: Iterable[int]) -> None:
+        """Somebody no longer needs `buffers`."""
+        holders = self.holders
+        for buffer in buffers:
+            holders[buffer] -= 1
+            if holders[buffer] == 0:
+                self.active -= self.sizes[buffer]
+                self._events.append(~buffer)
 
     # ---- arrays
+
+    def forget(self, arrays: Iterable[int]) -> None:
+        """Nobody holds `arrays` any more; their parts in the buffers go."""
+        views = self.views
+        self.drop([views.pop(array).buffer for array in arrays])
+
+    def first_in(self, array: int) -> int:
+        """The array that was first in the buffer of `array`."""
+        return self.firsts[self.views[array].buffer]
 
     def place(self, array: int, view: View) -> None:
         """`array` lies so."""
         self.views[array] = view
-        self.hold(view.buffer)
+        self.holders[view.buffer] += 1
 
     def fresh(self, array: int) -> None:
         """A new buffer in the order of rows."""
-        shape = self.shapes[array]
-        size = math.prod(shape)
-        self.place(
-            array,
-            View(self.allocate(size * self.items[array], array), row_strides(shape), whole(shape), size),
-        )
+        shape, size = self.shapes[array], self.elements[array]
+        buffer = self.allocate(size * self.items[array], array)
+        self.place(array, View(buffer, row_strides(shape), whole(shape), size))
 
     def like(self, array: int, other: int) -> None:
         """A new buffer laid out as that of `other`."""
@@ -191,10 +197,10 @@ class Buffers:
         buffer = self.views[array].buffer
         return (
             self._donates
-            and self.references[array] == 1
+            and array in self.sole
             and self.holders[buffer] == 1
             and self.items[array] == self.items[out]
-            and self.sizes[buffer] <= math.prod(self.shapes[out]) * self.items[out] + DONATION_EXTRA
+            and self.sizes[buffer] <= self.bytes_of(out) + DONATION_EXTRA
         )
 
     def take(self, array: int, out: int) -> None:
@@ -204,7 +210,7 @@ class Buffers:
 
     def bytes_of(self, array: int) -> int:
         """Bytes of all elements."""
-        return math.prod(self.shapes[array]) * self.items[array]
+        return self.elements[array] * self.items[array]
 
 
 class Done(NamedTuple):

@@ -18,7 +18,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from mlx_empire.model.attention.traced import without_summands
-from mlx_empire.model.liveness import Graph
+from mlx_empire.model.graph import Graph
 from mlx_empire.model.spec import TensorSpec
 
 
@@ -36,14 +36,25 @@ class TracedExperts:
     """What stands in for SegmentedMM: the experts' sorted products of a pass, each with a summand."""
 
     stand_in: bool = False
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    shapes: Sequence[tuple[int, ...]] = ()
     # Tokens, matrices, indices.
     calls: list[tuple[mx.array, mx.array, mx.array]] = field(default_factory=list)
     given: list[mx.array] = field(default_factory=list)
+    seen: list[tuple[int, ...]] = field(default_factory=list)  # the shapes of the last call's products
 
     @contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """`mx.gather_mm` gets summands; the layers are called once before, to see how many and of what shape."""
+    def standing_in(self, shapes: Sequence[tuple[int, ...]]) -> Iterator[None]:
+        """Within, the layers' sorted products, which have these `shapes`, get summands."""
+        self.stand_in, self.shapes = True, shapes
+        try:
+            with self.watching():
+                yield
+        finally:
+            self.stand_in, self.shapes = False, ()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within, the layers' sorted products are noted."""
         original = mx.gather_mm
 
         def gather_mm(a: mx.array, b: mx.array, *rest: Any, **keywords: Any) -> mx.array:
@@ -52,18 +63,15 @@ class TracedExperts:
                 return y
             place = len(self.calls)
             self.calls.append((a, b, keywords["rhs_indices"]))
-            if place < len(self.given):
-                return y + self.given[place]
-            self.shapes.append(tuple(y.shape))
-            return y
+            self.seen.append(tuple(y.shape))
+            return y + self.given[place] if place < len(self.given) else y
 
-        self.stand_in, self.shapes = True, []
         mx.gather_mm = gather_mm
         try:
             yield
         finally:
             mx.gather_mm = original
-            self.stand_in, self.shapes, self.calls, self.given = False, [], [], []
+            self.calls, self.given, self.seen = [], [], []
 
     def placeholders(self) -> list[mx.array]:
         """Arrays without data for the summands."""
@@ -71,7 +79,7 @@ class TracedExperts:
 
     def begin(self, summands: Sequence[mx.array]) -> None:
         """A call of layers: its products get these."""
-        self.given, self.calls = list(summands), []
+        self.given, self.calls, self.seen = list(summands), [], []
 
     def summands(self) -> list[mx.array]:
         """Those of the graph."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -22,15 +22,24 @@ from mlx_empire.model.attention.patterns import Pattern, telling_width
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.attention.traced import Shapes, TracedBlocks
 from mlx_empire.model.build import find_layers, reason_of
+from mlx_empire.model.graph import Graph
 from mlx_empire.model.layer_graph import NotTraceable, graph_of
 from mlx_empire.model.layers import Slot, SlottedModel, given_mask, hidden_of
-from mlx_empire.model.liveness import Graph
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 from mlx_empire.model.traced_experts import TracedExperts
 from mlx_empire.model.traced_products import TracedProducts
 
 Arrays = Sequence[mx.array]
 Body = Callable[..., list[mx.array]]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward's graph, what comes in and out of its attention in blocks, and its experts' sorted products."""
+
+    graph: Graph
+    in_blocks: list[Shapes]
+    products: list[tuple[int, ...]]
 
 
 class TracedModel:
@@ -46,7 +55,7 @@ class TracedModel:
             raise NotTraceable("there is no module to trace")
         self._spec, self._model = spec, spec.module
         self.blocks = TracedBlocks()
-        self._seen: dict[tuple[int, ...], list[Shapes]] = {}  # by layers the calls that are in blocks
+        self._forwards: dict[tuple[int, ...], Forward] = {}
         self._segmented: set[object] = set()  # kinds of layers whose experts' gradients need stand-ins
         owner, key, _ = find_layers(self._model, spec.name)
         self._list = owner, key
@@ -153,11 +162,13 @@ class TracedModel:
             for container, key, array in before:
                 container[key] = array
 
-    def forward(self, units: Sequence[int]) -> Graph:
-        """The graph of the layers' forward in a row."""
-        graph = self.graph(units, [], [self.hidden], lambda x: [self.through(units, x)])
-        self._seen[*units,] = self.blocks.seen()
-        return graph
+    def forward(self, units: Sequence[int]) -> Forward:
+        """The layers' forward in a row, traced once."""
+        if (*units,) not in self._forwards:
+            with self.experts.watching():
+                graph = self.graph(units, [], [self.hidden], lambda x: [self.through(units, x)])
+                self._forwards[*units,] = Forward(graph, self.blocks.seen(), list(self.experts.seen))
+        return self._forwards[*units,]
 
     def with_experts(self, units: Sequence[int], trace: Callable[[], Graph]) -> Graph:
         """What `trace` gives, with stand-ins for the experts' gradients where MLX has no word for them."""
@@ -170,17 +181,14 @@ class TracedModel:
                     raise
             if len(kinds) == 1:
                 self._segmented |= kinds
-        with self.experts.standing_in():
-            self.forward(units)
+        with self.experts.standing_in(self.forward(units).products):
             return self.experts.taken_out(trace())
 
     def calls_in_blocks(self, units: Sequence[int]) -> list[Shapes]:
         """What comes in and out of the layers' attention in blocks."""
         if all(self.pattern(u) is None for u in units):
             return []
-        if (*units,) not in self._seen:
-            self.forward(units)
-        return self._seen[*units,]
+        return self.forward(units).in_blocks
 
     def begin(self, placeholders: Arrays) -> None:
         """A call of layers: what stands in for primitives gets these."""

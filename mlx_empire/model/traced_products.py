@@ -2,7 +2,8 @@
 
 The arrays that come into and out of a layer's products are further outputs of the traced vjp, so that their places in
 the graph are known. What makes a result that is kept is then replaced by what the engine has in its place: a node of
-what came in and of a further source, which is the kept array and lies in its buffer.
+what came in and of a further source, which is the kept array and lies in its buffer. So a layer is traced once, and
+what is kept is chosen afterwards.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_empire.model.attention.blocks import forward_operations
-from mlx_empire.model.attention.traced import AttentionCall, TracedBlocks
+from mlx_empire.model.attention.traced import TracedBlocks
+from mlx_empire.model.graph import Graph, evaluations
 from mlx_empire.model.kept import ATTENTION, Watching, calling
-from mlx_empire.model.liveness import Graph, evaluations
 from mlx_empire.model.storage import Primitive
 
 
@@ -39,16 +40,53 @@ class _Made(NamedTuple):
     given: list[mx.array]
 
 
+class TracedProduct(NamedTuple):
+    """A product and, by call, its results and what came in, as arrays of the graph."""
+
+    product: Product
+    calls: list[tuple[list[int], list[int]]]
+
+
+def kept_in(graph: Graph, products: Sequence[TracedProduct]) -> Graph:
+    """The graph with the products' results as its last sources."""
+    if not products:
+        return graph
+    shapes, items, nodes = list(graph.shapes), list(graph.items), list(graph.nodes)
+    maker = {a: n for n, node in enumerate(nodes) for a in node.outputs}
+    kept: list[int] = []
+    for results, given in chain.from_iterable(one.calls for one in products):
+        own = list(range(len(shapes), len(shapes) + len(results)))
+        shapes += [graph.shapes[a] for a in results]
+        items += [graph.items[a] for a in results]
+        nodes[maker[results[0]]] = Primitive("Depends", (), (*own, *given), tuple(results))
+        kept += own
+    return replace(
+        graph,
+        shapes=shapes,
+        items=items,
+        nodes=nodes,
+        given=[*graph.given, *kept],
+        sources=[*graph.sources, *kept],
+    )
+
+
+def told(graph: Graph, products: Sequence[TracedProduct]) -> list[Product]:
+    """What could be kept; computed again are those whose kept results the graph would read."""
+    all_kept = kept_in(graph, products)
+    read = {a for tape in evaluations(all_kept) for n in tape for a in all_kept.nodes[n].inputs}
+    sources = iter(range(len(graph.shapes), len(all_kept.shapes)))
+    sizes = [sum(len(results) for results, _ in one.calls) for one in products]
+    again = [bool(read & {*islice(sources, size)}) for size in sizes]
+    return [one.product._replace(again=is_read) for one, is_read in zip(products, again, strict=True)]
+
+
 @dataclass
 class TracedProducts:
-    """The products of a layer's last run, of which those of `wanted` numbers are kept, None: all; in blocks attends
-    `blocks`."""
+    """The products of a layer's last run; in blocks attends `blocks`."""
 
     blocks: TracedBlocks
-    wanted: Sequence[int] | None = ()
     _watching: Watching = field(default_factory=Watching)
-    _attention: list[AttentionCall] = field(default_factory=list)
-    _places: list[list[tuple[list[int], list[int]]]] = field(default_factory=list)  # among the extra outputs
+    _found: list[tuple[Product, list[tuple[list[int], list[int]]]]] = field(default_factory=list)
     _extra: int = 0
 
     def watch(self) -> AbstractContextManager[None]:
@@ -56,77 +94,46 @@ class TracedProducts:
         self._watching = Watching()
         return calling(self._watching.product)
 
-    @property
-    def _numbers(self) -> Sequence[int]:
-        if self.wanted is not None:
-            return self.wanted
-        return [*([ATTENTION] if self._attention else []), *range(len(self._watching.products))]
-
     def extra(self) -> list[mx.array]:
-        """Further outputs of the graph, each array once."""
-        found: dict[int, mx.array] = {}
-        self._places, self._attention = [], list(self.blocks.calls)
-        for calls in map(self._made, self._numbers):
-            found |= {id(a): a for made in calls for arrays in made for a in arrays}
-            order = list(found)
-            self._places.append(
-                [
-                    ([order.index(id(a)) for a in m.results], [order.index(id(a)) for a in m.given])
-                    for m in calls
-                ]
-            )
-        self._extra = len(found)
-        return list(found.values())
+        """Further outputs of the graph, its last ones, each array once."""
+        places: dict[int, int] = {}
+        arrays: list[mx.array] = []
+        self._found = []
+        for number, made in self._made():
+            for array in chain.from_iterable((*one.results, *one.given) for one in made):
+                if id(array) not in places:
+                    places[id(array)] = len(arrays)
+                    arrays.append(array)
+            calls = [
+                ([places[id(a)] for a in one.results], [places[id(a)] for a in one.given]) for one in made
+            ]
+            self._found.append((self._product(number, made), calls))
+        self._extra = len(arrays)
+        return arrays
 
-    def kept_in(self, graph: Graph) -> Graph:
-        """The graph with the wanted results as sources; the extra outputs, its last ones, are none any more."""
-        if not self._extra:
-            return graph
+    def taken_out(self, graph: Graph) -> tuple[Graph, list[TracedProduct]]:
+        """The graph without the extra outputs, and the products in it."""
         count = len(graph.outputs) - self._extra
         extra = graph.outputs[count:]
-        shapes, items, nodes = list(graph.shapes), list(graph.items), list(graph.nodes)
-        maker = {a: n for n, node in enumerate(nodes) for a in node.outputs}
-        kept: list[int] = []
-        for results, given in chain.from_iterable(self._places):
-            own = list(range(len(shapes), len(shapes) + len(results)))
-            arrays = [extra[i] for i in results]
-            shapes += [graph.shapes[a] for a in arrays]
-            items += [graph.items[a] for a in arrays]
-            inputs = (*own, *(extra[i] for i in given))
-            nodes[maker[arrays[0]]] = Primitive("Depends", (), inputs, tuple(arrays))
-            kept += own
-        return replace(
-            graph,
-            shapes=shapes,
-            items=items,
-            nodes=nodes,
-            outputs=graph.outputs[:count],
-            given=[*graph.given, *kept],
-            sources=[*graph.sources, *kept],
-        )
+        found = [
+            TracedProduct(
+                product,
+                [([extra[i] for i in results], [extra[i] for i in given]) for results, given in calls],
+            )
+            for product, calls in self._found
+        ]
+        return replace(graph, outputs=graph.outputs[:count]), found
 
-    def told(self, graph: Graph) -> list[Product]:
-        """The wanted ones; computed again are those whose results `graph`, which `kept_in` gave, reads."""
-        tapes = evaluations(graph)
-        read = {a for tape in tapes for n in tape for a in graph.nodes[n].inputs}
-        sizes = [sum(len(results) for results, _ in calls) for calls in self._places]
-        sources = iter(graph.given[len(graph.given) - sum(sizes) :])
-        found = []
-        for number, size in zip(self._numbers, sizes, strict=True):
-            found.append(self._product(number, again=bool(read & {*islice(sources, size)})))
-        return found
+    def _made(self) -> list[tuple[int, list[_Made]]]:
+        """By product its calls: one of a linear module, or all of attention."""
+        attention = [_Made(c.results, c.given) for c in self.blocks.calls]
+        products = [[_Made([result], [given])] for given, result in self._watching.products]
+        return [*([(ATTENTION, attention)] if attention else []), *enumerate(products)]
 
-    def _made(self, number: int) -> list[_Made]:
-        """By call: one of a linear module, or all of attention."""
-        if number == ATTENTION:
-            return [_Made(c.results, c.given) for c in self._attention]
-        given, result = self._watching.products[number]
-        return [_Made([result], [given])]
-
-    def _product(self, number: int, *, again: bool) -> Product:
-        nbytes = sum(a.nbytes for made in self._made(number) for a in made.results)
+    def _product(self, number: int, made: Sequence[_Made]) -> Product:
+        nbytes = sum(a.nbytes for one in made for a in one.results)
         if number != ATTENTION:
-            given, result = self._watching.products[number]
-            return Product(number, nbytes, 2 * result.size * given.shape[-1], again)
-        operations = (forward_operations(c.attention, *c.given[:3]) for c in self._attention)
-        return Product(number, nbytes, sum(operations), again)
+            (one,) = made
+            return Product(number, nbytes, 2 * one.results[0].size * one.given[0].shape[-1], False)
+        operations = (forward_operations(c.attention, *c.given[:3]) for c in self.blocks.calls)
+        return Product(number, nbytes, sum(operations), False)

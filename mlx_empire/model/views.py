@@ -6,6 +6,7 @@ The rules are those of MLX's `backend/common` (0.32), read there.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 from mlx_empire.model.storage import (
     Buffers,
@@ -34,14 +35,17 @@ def _depends(m: Buffers, node: Primitive) -> Done:
 
 def _broadcast(m: Buffers, node: Primitive) -> Done:
     (out,), array = node.outputs, node.inputs[0]
-    v, shape, full = m.views[array], m.shapes[array], m.shapes[out]
-    strides = [0] * (len(full) - len(shape)) + [
-        0 if n == 1 else s for n, s in zip(shape, v.strides, strict=True)
-    ]
-    grown = math.prod(full) > math.prod(shape)
+    v = m.views[array]
+    grown = m.elements[out] > m.elements[array]
     flags = Flags(v.flags.contiguous, False, False) if grown else v.flags
-    m.share(out, array, tuple(strides), flags, v.size)
+    m.share(out, array, _broadcasted(m.shapes[array], v.strides, len(m.shapes[out])), flags, v.size)
     return Done(0)
+
+
+@cache
+def _broadcasted(shape: Shape, strides: Shape, dimensions: int) -> Shape:
+    own = (0 if n == 1 else s for n, s in zip(shape, strides, strict=True))
+    return ((0,) * (dimensions - len(shape))) + (*own,)
 
 
 def _transpose(m: Buffers, node: Primitive) -> Done:
@@ -49,7 +53,7 @@ def _transpose(m: Buffers, node: Primitive) -> Done:
     v = m.views[array]
     strides = tuple(v.strides[axis] for axis in node.arguments[0])
     flags = v.flags
-    if flags.contiguous and v.size == math.prod(m.shapes[array]):
+    if flags.contiguous and v.size == m.elements[array]:
         _, rows, columns = contiguity(m.shapes[out], strides)
         flags = Flags(True, rows, columns)
     m.share(out, array, strides, flags, v.size)
@@ -76,12 +80,22 @@ def _squeeze(m: Buffers, node: Primitive) -> Done:
 
 def _slice(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
-    v, shape = m.views[array], m.shapes[out]
-    strides = tuple(s * step for s, step in zip(v.strides, node.arguments[2], strict=True))
+    strides = _sliced(m.views[array].strides, tuple(node.arguments[2]))
+    m.share(out, array, strides, *_spanned(m.shapes[out], strides))
+    return Done(0)
+
+
+@cache
+def _sliced(strides: Shape, steps: Shape) -> Shape:
+    return tuple(s * step for s, step in zip(strides, steps, strict=True))
+
+
+@cache
+def _spanned(shape: Shape, strides: Shape) -> tuple[Flags, int]:
+    """The flags of such a view, and the elements of the data from its first to its last."""
     size = 1 + sum(abs(s) * (n - 1) for s, n in zip(strides, shape, strict=True))
     plain, rows, columns = contiguity(shape, strides)
-    m.share(out, array, strides, Flags(plain == size, rows, columns), size)
-    return Done(0)
+    return Flags(plain == size, rows, columns), size
 
 
 def _split(m: Buffers, node: Primitive) -> Done:
@@ -100,10 +114,8 @@ def _split(m: Buffers, node: Primitive) -> Done:
 
 def _strided(m: Buffers, node: Primitive) -> Done:
     (out,), (array,) = node.outputs, node.inputs
-    shape, strides = m.shapes[out], tuple(node.arguments[1])
-    plain, rows, columns = contiguity(shape, strides)
-    size = 1 + sum(abs(s) * (n - 1) for s, n in zip(strides, shape, strict=True))
-    m.share(out, array, strides, Flags(plain == size, rows, columns), size)
+    strides = tuple(node.arguments[1])
+    m.share(out, array, strides, *_spanned(m.shapes[out], strides))
     return Done(0)
 
 
@@ -122,6 +134,7 @@ def _reshape(m: Buffers, node: Primitive) -> Done:
     return Done(0)
 
 
+@cache
 def _reshaped(shape: Shape, strides: Shape, wanted: Shape) -> Shape | None:
     """Strides of `wanted` over the same data; None where it has to be copied."""
     if not shape:

@@ -26,10 +26,9 @@ from mlx_empire.open.guard import Guard
 from mlx_empire.page import render
 from mlx_empire.page.board import boards, named, run_rows
 from mlx_empire.page.charts import compared
-from mlx_empire.page.documents import run_document
-from mlx_empire.page.live import Message, PanelFeed, RunFeed
+from mlx_empire.page.live import Message, PanelFeed, RunFeed, screen
 from mlx_empire.page.samples import samples_beside
-from mlx_empire.page.watch import Gallery
+from mlx_empire.page.watch import Gallery, held_still
 from mlx_empire.run.compare import differences, figures
 from mlx_empire.run.overview import look_at
 
@@ -84,21 +83,24 @@ class Pages:
             return _missing(name, str(error), 500)
         if look is None:
             return _missing(name, f"No run is called so in {self._gallery.root}.", 404)
-        run = run_document(look, time.time())
-        events = f"/events/run/{render.quote(name)}"
-        return _html(render.live_page("run", events, run=run, panels=render.run_panels(run)))
+        run, panels = look.once(screen)
+        return _html(render.live_page("run", f"/events/run/{render.quote(name)}", run=run, panels=panels))
 
     def compare(self, request: Request) -> Response:
         """Runs beside each other."""
-        looks = list(named(self._gallery, request.query_params.getlist("run")))
+        try:
+            looks = list(named(self._gallery, request.query_params.getlist("run")))
+            runs = [look_at(look.overview.folder) for look in looks]
+        except UserError as error:
+            return _missing("Compare", str(error), 500)
         if len(looks) < 2:
             return _missing("Compare", "Tick two runs or more in the list of runs.", 400)
-        runs = [look_at(look.overview.folder) for look in looks]
         tables = [
             ("What differs in their recipes", list(differences(runs))),
             ("What came of it", list(figures(runs, curves=False))),
         ]
-        document = [chart.document() for chart in compared(looks)]
+        with held_still(looks):
+            document = [chart.document() for chart in compared(looks)]
         values = {
             "names": [look.name for look in looks],
             "tables": tables,

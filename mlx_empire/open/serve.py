@@ -17,7 +17,7 @@ import uvicorn
 from mlx_empire.errors import UserError
 from mlx_empire.open.app import make_app
 from mlx_empire.open.command import PORT
-from mlx_empire.page.watch import Gallery
+from mlx_empire.page.watch import Gallery, full_path, name_in
 from mlx_empire.run.names import RUNS
 from mlx_empire.run.overview import runs_in
 
@@ -52,11 +52,12 @@ def root_of(folder: Path) -> tuple[Path, str]:
     """The folder whose runs are shown, and the page at which one begins. UserError where there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give that of a run, or one with runs in it")
+    folder = full_path(folder)
     if folder not in runs_in(folder):
         return folder, "/"
-    root = RUNS if folder.absolute().is_relative_to(RUNS.absolute()) else folder.parent
-    inside = folder.absolute().relative_to(root.absolute())
-    return root, f"/run/{quote(inside.as_posix())}"
+    around = RUNS.absolute() if RUNS.absolute() in folder.parents else folder.parent
+    root = next(one for one in (around, folder.parent, folder) if folder in runs_in(one))
+    return root, f"/run/{quote(name_in(root, folder))}"
 
 
 def lan_hosts() -> list[str]:

@@ -93,10 +93,6 @@ class NormLayout:
         """The rows of `segment` that `rank` counts, half open."""
         return self.edges[segment][rank], self.edges[segment][rank + 1]
 
-    def most_rows(self, rank: int) -> int:
-        """The rows of the segment of which `rank` counts most."""
-        return max((b - a for a, b in (self.interval(s, rank) for s in range(len(self.edges)))), default=0)
-
     def lengths(self, rank: int) -> tuple[int, int]:
         """Elements of the two arrays that `rank` sends: float64 chunk sums, float32 block sums."""
         segments = range(len(self.edges))

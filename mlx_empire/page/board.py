@@ -9,7 +9,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from mlx_empire.page.documents import mood_of, progress_of
+from mlx_empire.page.documents import mood_of
 from mlx_empire.page.svg import sparkline
 from mlx_empire.page.watch import Gallery, Look
 from mlx_empire.report.text import duration
@@ -99,8 +99,8 @@ def _daughter(look: Look, at_work: bool) -> DaughterRow:
         title=run.folder.name,
         state=state,
         mood=mood,
-        step=progress_of(run),
-        spark=_spark(look),
+        step=run.progress,
+        spark=look.once(_spark),
         before=f"{losses[0]:.4f}" if len(losses) > 1 else "–",
         now=f"{losses[-1]:.4f}" if losses else "–",
     )
@@ -113,8 +113,8 @@ def _row(size: int, look: Look, now: float) -> RunRow:
         name=look.name,
         condition=run.condition,
         mood=mood_of(run),
-        spark=_spark(look),
-        step=progress_of(run),
+        spark=look.once(_spark),
+        step=run.progress,
         done=run.step,
         loss=run.steps[-1].get("loss") if run.steps else None,
         held_out=run.evaluations[-1]["eval_loss"] if run.evaluations else None,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_empire.checkpoint.paths import PIN, is_folder, steps_in
+from mlx_empire.checkpoint.paths import PIN
 from mlx_empire.page.charts import CAUSES
 from mlx_empire.page.samples import Sample, samples_of
 from mlx_empire.page.watch import Look
@@ -18,6 +18,7 @@ from mlx_empire.recipe.load import written
 from mlx_empire.report.text import duration, fraction, span
 from mlx_empire.run.overview import RECENT, Overview
 from mlx_empire.run.status import condition_sentence, date, failure_sentence, last_lines, quiet_sentence
+from mlx_empire.run.what_next import next_commands
 from mlx_empire.sizes import amount
 
 LOG_LINES = 14
@@ -99,6 +100,7 @@ class RunDocument:
     checkpoints: Sequence[str]
     restarts: str | None
     command: str | None
+    coming: Sequence[str]
     log: Sequence[str]
     samples: Sequence[Sample]
     recipe: Sequence[tuple[str, str]]
@@ -139,6 +141,7 @@ def run_document(look: Look, now: float) -> RunDocument:
         checkpoints=list(_checkpoints(run)),
         restarts=None if launch is None else f"{launch.restarts} of {launch.budget}",
         command=launch.command if launch is not None and launch.code not in (0, None) else None,
+        coming=next_commands(run.recipe) if run.complete and run.recipe is not None else [],
         log=last_lines(run.folder, LOG_LINES),
         samples=samples_of(run),
         recipe=list(_recipe(run)),
@@ -156,14 +159,9 @@ def mood_of(run: Overview) -> str:
     return MOODS["failed" if lost else "idle"]
 
 
-def progress_of(run: Overview) -> str:
-    """How far a run is."""
-    return f"{run.step:,}" if run.total is None else f"{run.step:,} of {run.total:,}"
-
-
 def _figures(look: Look, now: float) -> Iterator[Figure]:
     run, series = look.overview, look.series
-    yield Figure(progress_of(run), "step")
+    yield Figure(run.progress, "step")
     if run.steps:
         smoothed = series.curves.get("smoothed")
         yield Figure(f"{smoothed.y[-1]:.4f}" if smoothed else "nan", "loss, smoothed")
@@ -187,25 +185,13 @@ def _seconds(value: float) -> str:
 
 def _ticks(run: Overview) -> Iterator[Tick]:
     if run.total:
-        for step in _saved(run):
+        for step in run.saved:
             yield Tick(min(step / run.total, 1.0), f"checkpoint of step {step:,}")
 
 
-def _saved(run: Overview) -> list[int]:
-    """The steps of the checkpoints in the run's folder."""
-    root = run.folder / "checkpoints"
-    return (
-        sorted(step for step, path in steps_in(root).items() if (path / "COMMIT").is_file())
-        if is_folder(root)
-        else []
-    )
-
-
 def _checkpoints(run: Overview) -> Iterator[str]:
-    root = run.folder / "checkpoints"
-    for step in reversed(_saved(run)):
-        pinned = " (kept: KEEP)" if (steps_in(root)[step] / PIN).exists() else ""
-        yield f"step {step:,}{pinned}"
+    for step, path in reversed(run.saved.items()):
+        yield f"step {step:,}{f' (kept: {PIN})' if (path / PIN).exists() else ''}"
 
 
 def _machines(run: Overview) -> Iterator[MachineRow]:

@@ -16,7 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mlx_empire.page.charts import Chart, charts_of
-from mlx_empire.page.documents import run_document
+from mlx_empire.page.documents import RunDocument, run_document
 from mlx_empire.page.render import run_panels
 from mlx_empire.page.series import MOST_POINTS
 from mlx_empire.page.watch import Look, WatchedRun
@@ -25,6 +25,17 @@ AT_FIRST = (
     1500  # points of a curve in the first message; once MOST_POINTS are reached all is sent thinned again
 )
 Message = dict[str, Any]
+
+
+def screen(look: Look) -> tuple[RunDocument, dict[str, Markup]]:
+    """What a run's page says as it is now, and its panels. Ask for it by `Look.once`."""
+    run = run_document(look, time.time())
+    return run, run_panels(run)
+
+
+def _first(look: Look) -> list[dict[str, Any]]:
+    """All charts, as they are sent to a page that opens."""
+    return [chart.document(AT_FIRST) for chart in look.once(charts_of)]
 
 
 class PanelFeed:
@@ -61,19 +72,18 @@ class RunFeed:
             if look is None or look is self._look:
                 return None
             self._look = look
-            run = run_document(look, time.time())
-            self._now = run_panels(run)
+            run, self._now = look.once(screen)
             message = self._panels.news() or {}
             if message:
                 message |= {"title": f"{run.name}: {run.condition}", "mood": run.mood}
-            charts = charts_of(look)
+            charts = look.once(charts_of)
             shape = look.round, [(c.key, [line.name for line in c.lines], c.marks, c.bound) for c in charts]
             counts = {(c.key, line.name): len(line.curve) for c in charts for line in c.lines}
             most = max(
                 (self._points.get(k, 0) + n - self._sent.get(k, 0) for k, n in counts.items()), default=0
             )
             if shape != self._shape or most > MOST_POINTS:
-                message["charts"] = [chart.document(AT_FIRST) for chart in charts]
+                message["charts"] = look.once(_first)
                 self._points = {key: min(count, AT_FIRST) for key, count in counts.items()}
             elif counts != self._sent:
                 message["more"] = {c.key: more for c in charts if (more := self._more(c))}

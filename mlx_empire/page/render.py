@@ -85,14 +85,19 @@ def still_page(folder: Path, screen: str, **values: Any) -> str:
     return _page(templates(folder), screen, live=False, events=None, style=Markup(style()), **values)
 
 
+def still_part(folder: Path, name: str, **values: Any) -> Markup:
+    """A part of such a screen."""
+    return Markup(templates(folder).get_template(f"{name}.html").render(**values).strip())
+
+
 def _page(made: Environment, screen: str, **values: Any) -> str:
     return made.get_template(f"{screen}.html").render(made=date(time.time()), **values)
 
 
 def _panel(name: str, **values: Any) -> Markup:
-    return Markup(templates().get_template(f"panel_{name}.html").render(**values).strip())
+    return still_part(HERE / "templates", f"panel_{name}", **values)
 
 
 def _percent(part: float, whole: float) -> str:
     """A part as a CSS width, at most all of it."""
-    return f"{100 * min(part / max(whole, 1), 1.0):.3f}%"
+    return f"{100 * min(part / (whole or 1), 1.0):.3f}%"

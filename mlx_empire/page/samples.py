@@ -1,4 +1,6 @@
-"""Held-out rows as a page shows them: tokens coloured by the probability that a model gives them, at first and now."""
+"""Held-out rows as a page shows them, at first and now: what a model wrote after their prompts, where it can be held,
+and their tokens coloured by the probability that it gives them.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,21 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A held-out row as the model read it at some steps: (what stands above it, its tokens) for each."""
+class Moment:
+    """A row at one moment: what stands above it, its tokens, and what the model wrote after the prompt, if it did."""
 
-    views: Sequence[tuple[str, Sequence[Token]]]
+    when: str
+    tokens: Sequence[Token]
+    written: str | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out row at some moments; `prompt` and what the row has after it, where the model wrote."""
+
+    views: Sequence[Moment]
+    prompt: str | None
+    held_out: str | None
 
 
 def samples_of(run: Overview) -> list[Sample]:
@@ -36,29 +49,35 @@ def samples_of(run: Overview) -> list[Sample]:
         return []
     first, last = found["first"], found["last"]
     times = [first] if first["step"] == last["step"] else [first, last]
-    return [
-        Sample(
-            [(_when(one["step"], texts[i]), _tokens(texts[i])) for one in times for texts in [one["texts"]]]
-        )
-        for i in range(min(len(one["texts"]) for one in times))
-    ]
+    rows = zip(*(one["texts"] for one in times), strict=False)
+    return [_sample([_when(one["step"], row) for one, row in zip(times, at, strict=True)], at) for at in rows]
 
 
 def samples_beside(looks: Sequence[Look]) -> list[Sample]:
     """The rows that all these runs read, as of the last evaluation of each."""
-    found = {look.name: read_readings(look.overview.folder) for look in looks}
-    texts = {name: one["last"]["texts"] for name, one in found.items() if one is not None}
-    if len(texts) < len(looks):
+    found = [
+        (look.name, readings["last"]) for look in looks if (readings := read_readings(look.overview.folder))
+    ]
+    if len(found) < len(looks):
         return []
-    samples = []
-    for rows in zip(*texts.values(), strict=False):
-        if all(row["tokens"] == rows[0]["tokens"] for row in rows):
-            steps = [one["last"]["step"] for one in found.values() if one is not None]
-            parts = zip(texts, steps, rows, strict=True)
-            samples.append(
-                Sample([(f"{name}, {_when(step, row)}", _tokens(row)) for name, step, row in parts])
-            )
-    return samples
+    return [
+        _sample(
+            [f"{name}, {_when(one['step'], row)}" for (name, one), row in zip(found, rows, strict=True)], rows
+        )
+        for rows in zip(*(one["texts"] for _, one in found), strict=False)
+        if all(row["tokens"] == rows[0]["tokens"] for row in rows)
+    ]
+
+
+def _sample(above: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Sample:
+    """One row at several moments, or in several runs."""
+    written = [row.get("continued") for row in rows]
+    shown: Mapping[str, Any] = next((one for one in reversed(written) if one is not None), {})
+    views = [
+        Moment(when, _tokens(row), None if one is None else str(one["written"]))
+        for when, row, one in zip(above, rows, written, strict=True)
+    ]
+    return Sample(views, shown.get("prompt"), shown.get("held_out"))
 
 
 def _when(step: int, text: Mapping[str, Any]) -> str:

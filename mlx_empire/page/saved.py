@@ -7,17 +7,19 @@ from pathlib import Path
 
 from mlx_empire.disk import replace_private
 from mlx_empire.errors import UserError
-from mlx_empire.page.charts import charts_of
-from mlx_empire.page.documents import run_document
-from mlx_empire.page.render import saved_page
-from mlx_empire.page.watch import WatchedRun
 
 FILE_NAME = "report.html"
 
 
 def save_report(folder: Path, out: Path | None = None) -> Path:
     """Write the screen of the run in `folder` to `out`, or into the folder. UserError without a run, OSError."""
-    look = WatchedRun(folder, folder.absolute().name).look()
+    # What draws is no part of a step: only the rank that writes the page imports it, once the result is there.
+    from mlx_empire.page.charts import charts_of
+    from mlx_empire.page.documents import run_document
+    from mlx_empire.page.render import saved_page
+    from mlx_empire.page.watch import WatchedRun, full_path
+
+    look = WatchedRun(folder, full_path(folder).name).look()
     if look is None:
         raise UserError(f"{folder}: no run has been here")
     out = out or folder / FILE_NAME

@@ -37,8 +37,9 @@ class Curve:
 
     def points(self, start: int = 0, most: int = MOST_POINTS) -> tuple[list[int], list[float]]:
         """The points from number `start` on, at most `most`: where there are more, of each stretch its lowest and its
-        highest one, in their order; the first and the last point always stay."""
-        x, y = np.asarray(self.x)[start:], np.asarray(self.y)[start:]
+        highest one, in their order; the first and the last point always stay. A copy: while an array looks into `x` and
+        `y` nothing can be added."""
+        x, y = np.array(self.x[start:]), np.array(self.y[start:])
         if len(x) > most:
             kept = _extremes(y, most)
             x, y = x[kept], y[kept]

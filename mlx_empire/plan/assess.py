@@ -151,8 +151,15 @@ class Assessment:
 
 def assess(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], states_of: StatesOf) -> Assessment:
     """Resolve `recipe` on `nodes` and hold it against their limits."""
+    plan = resolve(recipe, spec, nodes, states_of(recipe.optimizer))
+    return assess_plan(recipe, plan, spec, nodes, states_of)
+
+
+def assess_plan(
+    recipe: Recipe, plan: RunPlan, spec: ModelSpec, nodes: Sequence[Node], states_of: StatesOf
+) -> Assessment:
+    """Hold a recipe's resolved plan against the limits of its `nodes`."""
     sizes = states_of(recipe.optimizer)
-    plan = resolve(recipe, spec, nodes, sizes)
     assessed = tuple(_node(spec, plan, r, n, sizes) for r, n in enumerate(nodes))
     return Assessment(spec, recipe, plan, assessed, states_of)
 

@@ -197,9 +197,9 @@ def _comparison(assessment: Assessment, pace: Pace, gpus: int, hours: Range, dol
 
 
 def spell(pair: Range) -> str:
-    """A range in words, with as many digits as it deserves: `3.1-7.4`, `120-290`."""
+    """A range in words, with as many digits as it deserves: `3.1 to 7.4`, `120 to 290`."""
     low, high = (f"{x:,.0f}" if x >= 10 else f"{x:.1f}" if x >= 0.1 else f"{x:.2g}" for x in pair)
-    return low if low == high else f"{low}-{high}"
+    return low if low == high else f"{low} to {high}"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ or two units are ever whole. The phases, and what overlaps:
 2. forward   layer by layer, while the next layer is gathered; only the layers' inputs are kept
 3. head      loss, and the gradients of head and un-recomputed layers, which run here, once, as one graph
 4. backward  layer by layer, last to first: the vjp recomputes the layer; its sums are reduced during the next layer
-5. embed     the embedding's gradient; then the root's sums are reduced
+5. embed     the embedding's gradient, a micro-batch's beside the lowest layer's backward of the next; then the root's
+             sums are reduced
 6. update    global norm, then unit by unit; where weights stay whole a unit is renewed during the next one's update
 
 Every rank's list has the same collectives in the same order, whatever its micro-batches: `gather`, `reduce`,
@@ -19,8 +20,8 @@ Every rank's list has the same collectives in the same order, whatever its micro
 `bind`, `settle` and `adopt` wait for them (and `free` for a renewal of its unit). One reduction is in flight at a time.
 
 Where a rank runs ahead (`StepShape.run_ahead`), what most actions evaluate is handed to the device, and the main
-thread goes on to the next layer. It waits in head, embed and score, for the root's sums and for the norm: there memory
-is at its peak, or a number is asked for. Before the first head and each embed it waits for all that it handed over.
+thread goes on to the next layer. It waits in head and score, for the root's sums and for the norm: there memory is at
+its peak, or a number is asked for. Before the first head and the root's sums it waits for all that it handed over.
 """
 
 from __future__ import annotations
@@ -144,17 +145,22 @@ class _Step:
             if shape.sharded and u > shape.lowest:
                 yield Action("gather", u - 1)
             for r, members, times in self._rounds:
-                yield from self._visits("backward", "reuse", u, members, r, times)
+                for visit in self._visits("backward", "reuse", u, members, r, times):
+                    yield visit
+                    if u == shape.lowest and shape.trained[0]:  # beside the next micro-batch's backward
+                        yield visit._replace(kind="embed", unit=0, products=())
                 yield from self._deliver(u, r, times)
             yield Action("free", u)
 
     def embed(self) -> Iterator[Action]:
         """The root's gradient: the head's, which waited, and the embedding's."""
-        if self._shape.trained[0]:
+        shape = self._shape
+        if shape.trained[0]:
             for r, members, times in self._rounds:
                 if r > 0:  # it hides behind nothing, and a second large contribution would be there beside it
                     yield from self._settle()
-                yield from self.each("embed", 0, members, r, times)
+                if shape.boundary < shape.lowest:  # else it came with the lowest layer's backward
+                    yield from self.each("embed", 0, members, r, times)
                 yield from self._deliver(0, r, times)
         yield Action("free", 0)
 

@@ -26,6 +26,7 @@ NORM_AHEAD = 10 * SQUARED_ELEMENTS
 PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
 KEPT = "kept products"
+EMBEDDING = "embedding gradients"
 
 
 class StepBytes(Reader):
@@ -57,6 +58,8 @@ class StepBytes(Reader):
         self._stashed: dict[int, int] = {}  # by layer: bytes of its results that stay
         self._cell: dict[int, tuple[str, int]] = {}  # by layer: the name and size of the current round's sum
         self._handed_over: set[int] = set()  # rounds whose head's sum has become a part of the root's
+        self._embedding = 0  # bytes of one micro-batch's embedding, which nobody waits for
+        self._embedded: dict[int, int] = {}  # by round: bytes of the embedding's sum
         self._flying = 0  # bytes of the last unit's update, which may not be done where it is not waited for
         self._own = 0  # of the unit that is updated
         self._new: dict[int, int] = {}  # by unit that was updated: bytes of its new weights on this rank
@@ -102,7 +105,10 @@ class StepBytes(Reader):
         if action.unit == 0:
             self._hold("layer inputs", -self._held.get("layer inputs", 0))
             self._phase = "finish"
-        elif self._phase == "backward":  # its inputs went one by one; they count until the layer is left
+        elif self._phase in (
+            "backward",
+            "embed",
+        ):  # its inputs went one by one; they count until the layer is left
             self._hold("layer inputs", -self._hidden * self.shape.micro_batches)
             self._hold(KEPT, -self._stashed.pop(action.unit, 0))
 
@@ -144,30 +150,39 @@ class StepBytes(Reader):
             self._hold("contributions in flight", -self._held.get("contributions in flight", 0))
         unit = self._spec.units[action.unit]
         adds, kept = self._adds(action), action.products
-        costs = layer_costs(unit, self._spec, self._work, adds=adds, kept=kept)
-        self._moment(self._of_narrow(action, costs, "one layer's recompute", "unit gradient sums"))
+        if not self._is_surpassed(action):
+            costs = layer_costs(unit, self._spec, self._work, adds=adds, kept=kept)
+            self._moment(self._of_narrow(action, costs, "one layer's recompute", "unit gradient sums"))
         self._hold_cell(action, action.unit, "unit gradient sums")
 
     reuse = backward
 
     def embed(self, action: Action) -> None:
-        """Of a table only the tokens' rows: they in fp32, their gradient, and the sum of a cell's."""
+        """Of a table only the tokens' rows: they in fp32, their gradient, and the sum of a cell's. All of it may still
+        be there while the lowest layer's next micro-batch is differentiated."""
         self._phase = "embed"
+        self._hold(EMBEDDING, -self._embedding)
         if self._root.by_row:
-            self._moment({"embedding gradients": 2 * self._root.rows(1) + 4 * self._hidden // self._item})
+            self._embedding = 2 * self._root.rows(1) + 4 * self._hidden // self._item
             if action.micro in self._first:
-                self._hold(
-                    "embedding gradients", self._root.rows(self.shape.cells[action.round]) * action.times
-                )
+                rows = self._root.rows(self.shape.cells[action.round]) * action.times
+                self._embedded[action.round] = rows
+                self._hold(EMBEDDING, rows)
         else:
-            sums = self._root.embed * self._wide * self._adds_up
-            self._moment({"root gradients": 2 * self._root.embed + sums})
+            self._embedding = self._root.embed * (2 + self._wide * self._adds_up)
+        self._hold(EMBEDDING, self._embedding)
+        self._moment({})
 
     def _adds(self, action: Action) -> Adds:
         """What gradients are added to: a cell's first are left as they are, the second make a sum in fp32 of them."""
         if action.micro in self._first:
             return ""
         return "own" if self._item < 4 and action.micro - 1 in self._first else "wide"
+
+    def _is_surpassed(self, action: Action) -> bool:
+        """Whether the cell's next micro-batch needs more in any case: a sum lies beside what this one needs."""
+        alike = not self.shape.run_ahead and not self._work.stash(self._rank).visits
+        return alike and action.micro in self._first and self.shape.cells[action.round] > 1
 
     # ---- sums
 
@@ -189,11 +204,11 @@ class StepBytes(Reader):
             self._hold("contributions in flight", self._contribution(action))
 
     def _copy(self, action: Action) -> Items:
-        """Of a sum that is handed over one tensor at a time is made flat; running ahead, a layer's all at once."""
+        """Of a sum that is handed over a layer's tensors are made flat at once, the root's one at a time."""
+        if not self._contribution(action):
+            return {}
         size = self._sizes[action.unit]
-        copied = size.largest if self.shape.waits(action) else size.gradient
-        name = "unit gradient sums" if action.unit else "root gradients"
-        return {name: copied} if self._contribution(action) else {}
+        return {"unit gradient sums": size.gradient} if action.unit else {"root gradients": size.largest}
 
     def settle(self, action: Action) -> None:
         if self.shape.zero_stage == 1:
@@ -230,7 +245,8 @@ class StepBytes(Reader):
             self._handed_over.add(action.round)
             self._moment({"root gradients": self._root.joined(self.shape.cells[action.round])})
             name, size = "root gradients", self._root.head_sum(self.shape.cells[action.round]) * action.times
-            self._hold("embedding gradients", -self._held.get("embedding gradients", 0))
+            self._hold(EMBEDDING, -self._embedding - self._embedded.pop(action.round, 0))
+            self._embedding = 0
         self._hold(name, -size)
 
     # ---- update
@@ -241,15 +257,13 @@ class StepBytes(Reader):
         return "update" if self._phase == "finish" else "release"
 
     def norm(self, action: Action) -> None:
-        """The squares of a piece of a segment's gradients, and their sums by halves."""
+        """The squares of a unit's gradients, or of a piece of them, and their sums by halves."""
         units = self._plan.units if action.unit == ALL_UNITS else (self._plan.units[action.unit],)
         self._flying = 0
-        trained = (s for unit in units for s in unit.segments if s.kind != "frozen")
-        spans = [self._plan.state_interval(segment, self._rank) for segment in trained]
-        largest = max((b - a for a, b in spans), default=0)
-        at_once, most = largest, SQUARED_ELEMENTS
+        rows = [self._sizes[unit.index].trained for unit in units]
+        at_once, most = max(rows, default=0), SQUARED_ELEMENTS
         if self.shape.run_ahead:
-            at_once, most = sum(b - a for a, b in spans), NORM_AHEAD
+            at_once, most = sum(rows), NORM_AHEAD
         self._moment({"norm of gradients": 2 * 4 * min(at_once, most)}, self._updating)
 
     def update(self, action: Action) -> None:

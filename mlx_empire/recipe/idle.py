@@ -1,6 +1,7 @@
 """Which keys of a recipe have no effect with the others: told once at the start and in the capacity report.
 
-What contradicts another key is refused by the schema; what is merely idle is told. A value that is the default is never
+What contradicts another key is refused by the schema, what needs data that is not there by `refuse_unmeasured`; what is
+merely idle is told. A value that is the default is never
 told, for nobody asked for it.
 """
 
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from mlx_empire.recipe.evaluation import GENERATED
+from mlx_empire.errors import UserError
+from mlx_empire.recipe.evaluation import GENERATED, HELD_OUT_LOSS
 from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import written
 from mlx_empire.recipe.schema import Recipe
@@ -96,3 +98,24 @@ def _of_the_rest(recipe: Recipe) -> Iterator[Reason]:
         yield "comm.deadline_floor_seconds", "no deadline is longer than comm.deadline_seconds"
     if recipe.model.init == "random":
         yield "model.compare", "model.init is random, so no weights are read"
+
+
+def refuse_unmeasured(recipe: Recipe, held_out: bool) -> None:
+    """UserError for an evaluation that was asked for and could never happen, where no rows are `held_out`."""
+    if held_out:
+        return
+    gate = recipe.evaluation.stop_when
+    if gate is not None and gate.metric == HELD_OUT_LOSS:
+        raise UserError(
+            f"evaluation.stop_when: {HELD_OUT_LOSS}: there is no validation data to measure it on"
+        )
+    if recipe.run.eval_every is not None and not recipe.evaluation.sets:
+        raise UserError(
+            f"run.eval_every: {recipe.run.eval_every}: there is no validation data; add a valid.jsonl to data.path "
+            "or set data.validation_split"
+        )
+    if recipe.report.samples and recipe.run.eval_every is not None:
+        raise UserError(
+            f"report.samples: {recipe.report.samples}: there is no validation data to read; add a valid.jsonl to "
+            "data.path or set data.validation_split"
+        )

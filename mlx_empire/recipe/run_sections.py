@@ -102,7 +102,7 @@ class ReportSection(Section):
         description=f"a duration above 0: {OFTEN}; or null (every step)",
     )
     samples: Annotated[int, Field(ge=0, le=8)] = Field(
-        title="How many held-out rows are shown token by token, as they were read at first and are now.",
+        title="How many held-out rows are shown as the model reads and continues them, at first and now.",
         default=0,
         description="a whole number from 0 to 8 (held-out rows that each evaluation also reads, for mlx-empire open)",
     )

@@ -20,11 +20,19 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_empire.plan.lengths import Every
+from mlx_empire.progress import Passing
 from mlx_empire.report.text import NodeRow, bar, duration, fraction, level, number, terminal_size
 from mlx_empire.sizes import amount
 
 PLAIN_WIDTH = 110
 BAR_WIDTH = 12
+WIDTHS = {
+    "loss": 7,
+    "eval loss": 7,
+    "grad norm": 6,
+    "targets/s": 8,
+    "learnt": 4,
+}  # so that live figures stand still
 REDRAWS_PER_SECOND = 2
 PATIENCE_SECONDS = 2.0
 print_line = partial(print, flush=True)
@@ -70,6 +78,7 @@ class RunDisplay:
         self._clock = _Clock(total_steps)
         self._record: Mapping[str, Any] = {}
         self._evaluation: Mapping[str, Any] = {}
+        self._passing = ""
         self._console, live = _console(stream or sys.stdout, mode)
         self._print_header(title_rows)
         self._live: Live | None = None
@@ -109,14 +118,22 @@ class RunDisplay:
             self._print_line("  ".join([self._step_of(record), *figures]))
 
     def message(self, text: str) -> None:
-        """Print one remark above the progress: a checkpoint saved, a request to stop."""
-        self._print_line(text)
+        """Print one remark above the progress, such as a request to stop.
+
+        Where progress is redrawn, a passing one, such as a checkpoint saved, stands below it until the next one comes.
+        """
+        if self._live is not None and isinstance(text, Passing):
+            self._passing = text
+        else:
+            self._print_line(text)
 
     def close(self, summary: Mapping[str, object] | None = None) -> None:
         """End the display and print `summary`, one row an entry. Calling it again prints nothing more."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+            if self._passing:
+                self._print_line(self._passing)
         if summary:
             self._console.print(_pairs([(name, str(value)) for name, value in summary.items()]))
 
@@ -174,6 +191,8 @@ class RunDisplay:
             ("grad norm", number(record["grad_norm"], ".3g")),
             ("targets/s", number(record["tokens_per_second"], ",.0f")),
         ]
+        if record.get("positions"):
+            figures.append(("learnt", f"{record['tokens'] / record['positions']:.0%}"))
         if self._evaluation:
             figures[1:1] = _evaluated(self._evaluation)
         return figures
@@ -199,11 +218,12 @@ class RunDisplay:
             f"{duration(self._clock.elapsed())} so far",
             f"{duration(self._clock.seconds_left())} left" if done else "",
         )
-        status = Text(self.status() or "", "dim")
+        status = Text(self.status() or self._passing, "dim")
         if not self._record:
             return Group(line, Text("waiting for the first step", "dim"), status)
         figures = Text("  ").join(
-            Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in self._figures()
+            Text.assemble((f"{name} ", "dim"), (value.rjust(WIDTHS.get(name, 0)), "bold"))
+            for name, value in self._figures()
         )
         return Group(line, figures, self._memory_table(), *([status] if status.plain else []))
 

@@ -1,10 +1,17 @@
-"""Decides the looks of our pages: one style sheet for light and dark, chosen by the reader's system, and tables.
+"""Decides the looks of our pages: one style sheet for light and dark, chosen by the reader's system.
 
 Colours of what fills memory are blues, violets and browns; green, amber and red are kept for verdicts, and no
 meaning hangs on a colour alone: every cell and every bar says in words what it shows.
+
+Decides too how the file of an option such as `--html` is written: whether that can be done is said before the work, and
+what stood there stays until there is something to put in its place.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlx_empire.errors import UserError
 
 LIGHT = """
   --page: #f5f6f8; --card: #ffffff; --ink: #1a2330; --muted: #566376; --line: #dde2e9; --track: #eceff3;
@@ -119,19 +126,27 @@ footer {{ color: var(--muted); font-size: 13px; padding: 0 4px; }}
 """
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table of ready-made HTML cells; the first of a row is its header, columns in `numbers` stand right. On a narrow
-    screen a row is a card, each cell beside its column's name."""
+def refuse_unwritable_file(option: str, path: Path, sources: Iterable[Path] = ()) -> None:
+    """UserError where the file that `option` names cannot be written, or is one of `sources`, which are read; it is
+    left as it is."""
+    if os.path.exists(path) and any(os.path.exists(one) and os.path.samefile(path, one) for one in sources):
+        raise UserError(f"{option}: {path}: is read here, and is left as it is; choose another name")
+    there = os.path.lexists(path)
+    try:
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise _unwritable(option, path, error) from None
 
-    def cells(row: Sequence[str], tag: str) -> str:
-        made = []
-        for i, cell in enumerate(row):
-            number = " class=number" if i in numbers else ""
-            told = f' data-name="{head[i]}"' if tag == "td" and i and head[i] and "<" not in head[i] else ""
-            own = tag if i else "th"
-            made.append(f"<{own}{number}{told}>{cell}</{own}>")
-        return "".join(made)
 
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    heads = f"<thead><tr>{cells(head, 'th')}</tr></thead>"
-    return f'<div class="scroll"><table class="rows">{heads}<tbody>{body}</tbody></table></div>'
+def write_file(option: str, path: Path, text: str) -> None:
+    """Write what `option` asks for; UserError where that cannot be done."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(option, path, error) from None
+
+
+def _unwritable(option: str, path: Path, error: OSError) -> UserError:
+    return UserError(f"{option}: {path}: {error.strerror}; choose a file that can be written")

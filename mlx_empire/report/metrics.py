@@ -71,7 +71,7 @@ class MetricsWriter:
         required = EVALUATION_FIELDS if "eval_loss" in record else STEP_FIELDS
         missing = [name for name in required if name not in record]
         assert not missing, f"a metrics record without {', '.join(missing)}"
-        line = json.dumps({name: _strict(value) for name, value in record.items()}, allow_nan=False)
+        line = json.dumps({name: strict_json(value) for name, value in record.items()}, allow_nan=False)
         self._unwritten += line.encode() + b"\n"
         self._write()
 
@@ -153,16 +153,16 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def _strict(value: Any) -> Any:
+def strict_json(value: Any) -> Any:
     """The value in JSON's terms: arrays and their scalars as plain numbers, None for what is not finite."""
     if isinstance(value, Mapping):
-        return {str(name): _strict(item) for name, item in value.items()}
+        return {str(name): strict_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict_json(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "tolist"):  # numpy's and MLX's arrays and scalars
-        return _strict(value.tolist())
+        return strict_json(value.tolist())
     return value
 
 

@@ -1,4 +1,5 @@
-"""Decides how a run's loss looks on paper: an SVG file with the training loss and that on held-out text.
+"""Decides how a run's loss looks on paper: an SVG file with the training loss, each step's faint behind its running
+mean, and that on held-out text.
 
 python -m mlx_empire.report.picture runs/quickstart [loss.svg]
 """
@@ -22,6 +23,7 @@ STYLE = (
     "{rect{fill:#0d1117}text{fill:#c4ccd6}.grid{stroke:#2f3944}}</style>"
 )
 MAX_POINTS = 1000
+SMOOTHING = 0.9  # of the running mean, a point
 
 Point = tuple[float, float]
 
@@ -41,6 +43,15 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     return [
         (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups
     ]
+
+
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """The mean of each point's value and those before it, which forgets, without the pull of its beginning."""
+    mean, weight, found = 0.0, 0.0, []
+    for x, y in points:
+        mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * y, SMOOTHING * weight + 1 - SMOOTHING
+        found.append((x, mean / weight))
+    return found
 
 
 def loss_picture(records: Sequence[Mapping[str, Any]], title: str) -> str:
@@ -75,11 +86,15 @@ def loss_picture(records: Sequence[Mapping[str, Any]], title: str) -> str:
         x, _ = place((value, low))
         parts.append(_text(x, HEIGHT - BOTTOM + 18, f"{value:g}", "middle"))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "step", "middle"))
-    parts += _curve([place(point) for point in train], TRAIN, dots=False)
+    parts.append(f'<g transform="rotate(-90 14 {HEIGHT / 2})">{_text(14, HEIGHT / 2, "loss", "middle")}</g>')
+    parts.append(
+        f'<g opacity=".4">{"".join(_curve([place(point) for point in train], TRAIN, dots=False))}</g>'
+    )
+    parts += _curve([place(point) for point in smoothed(train)], TRAIN, dots=False)
     parts += _curve([place(point) for point in held_out], HELD_OUT, dots=True)
-    parts.append(_legend(0, "training loss", TRAIN))
+    parts += _legend(0, "training loss, smoothed", TRAIN)
     if held_out:
-        parts.append(_legend(1, "loss on held-out text", HELD_OUT))
+        parts += _legend(1, "loss on held-out text", HELD_OUT)
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -98,9 +113,10 @@ def _curve(points: Sequence[Point], colour: str, dots: bool) -> list[str]:
     return [line, *circles]
 
 
-def _legend(row: int, name: str, colour: str) -> str:
-    x, y = WIDTH - RIGHT - 150, TOP + 14 + 18 * row
-    return f'<path d="M{x} {y - 4}h18" stroke="{colour}" stroke-width="3"/>' + _text(x + 26, y, name)
+def _legend(row: int, name: str, colour: str) -> list[str]:
+    """A name beside its colour, above the drawing, where no line of the grid is."""
+    x, y = WIDTH - RIGHT - 180 * (2 - row), 22
+    return [f'<path d="M{x} {y - 4}h18" stroke="{colour}" stroke-width="3"/>', _text(x + 26, y, name)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         out = options.out or options.run / "loss.svg"
-        out.write_text(loss_picture(read_metrics(options.run), str(options.run)), encoding="utf-8")
+        out.write_text(loss_picture(read_metrics(options.run), options.run.absolute().name), encoding="utf-8")
     except OSError as error:
         print(f"picture: {error.filename}: {error.strerror}; give the folder of a run", file=sys.stderr)
         return UserError.exit_code

@@ -145,12 +145,17 @@ def greet(comm: Communicator, recipe_path: Path, overrides: Sequence[str]) -> No
         shake_hands(comm, _asked_for(recipe_path, overrides), remedy)
 
 
-def share_recipe(comm: Communicator, path: Path, overrides: Sequence[str]) -> Recipe:
+def share_recipe(
+    comm: Communicator,
+    path: Path,
+    overrides: Sequence[str],
+    read: Callable[[Path, Sequence[str]], Recipe] = load_recipe,
+) -> Recipe:
     """The recipe that rank 0 reads, on every rank."""
     text = None
     with together(comm):
         if comm.rank == 0:
-            text = dump_recipe(load_recipe(path, overrides))
+            text = dump_recipe(read(path, overrides))
     return parse_recipe(comm.broadcast_json(text), str(path))
 
 
@@ -287,17 +292,24 @@ def _read_sets(recipe: Recipe, spec: ModelSpec) -> tuple[list[Questions], Decode
     return sets, tokenizer.decode, sorted(map(int, tokenizer.eos_token_ids))
 
 
-def make_reader(comm: Communicator, recipe: Recipe, valid: Dataset | None) -> RowReader | None:
-    """What reads held-out rows token by token; None where nobody asked, or there are none. Collective."""
+def make_reader(
+    comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: RunPlan, valid: Dataset | None
+) -> RowReader | None:
+    """What reads held-out rows, and goes on with them where each machine has room for the model; None where nobody
+    asked, or there are none. Collective."""
     if valid is None or not recipe.report.samples:
         return None
+    from mlx_empire.evaluation.generation import holds_whole
     from mlx_empire.evaluation.reading import RowReader
 
-    decode = None
+    decode, ends = None, None
     with together(comm):
         if comm.rank == 0:
-            decode = load_tokenizer(recipe.model.path).decode
-    return RowReader(valid, recipe.report.samples, decode)
+            tokenizer = load_tokenizer(recipe.model.path)
+            decode = tokenizer.decode
+            if holds_whole(plan, spec, recipe.data.sequence_length + 1):
+                ends = sorted(map(int, tokenizer.eos_token_ids))
+    return RowReader(valid, recipe.report.samples, decode, comm.broadcast_json(ends))
 
 
 def share_gate(comm: Communicator, recipe: Recipe, gate: Gate | None) -> GateKeeper:

@@ -30,10 +30,7 @@ def differences(runs: Sequence[Overview]) -> Iterator[list[str]]:
 def figures(runs: Sequence[Overview], *, curves: bool = True) -> Iterator[list[str]]:
     """Rows of a figure's name and its value for each run; `curves`: with losses at steps that all have."""
     yield ["state", *(run.condition for run in runs)]
-    yield [
-        "steps",
-        *(f"{run.step:,}" if run.total is None else f"{run.step:,} of {run.total:,}" for run in runs),
-    ]
+    yield ["steps", *(run.progress for run in runs)]
     yield ["parameters trained", *(_count(run.plan.get("trainable_parameters")) for run in runs)]
     yield ["data", *_same(runs)]
     if curves:

@@ -16,11 +16,11 @@ from mlx_empire.checkpoint.paths import refuse_broken_link
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.data.splits import Splits
 from mlx_empire.disk import replace_private
-from mlx_empire.errors import UserError
+from mlx_empire.errors import EmpireError, UserError
 from mlx_empire.evaluation.scorer import scorer_digests
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan.assess import assess
+from mlx_empire.plan.assess import assess_plan
 from mlx_empire.plan.hardware import known_speed, wire_of
 from mlx_empire.plan.pace import pace_of
 from mlx_empire.plan.resolve import RunPlan
@@ -79,7 +79,7 @@ def write_plan(
     try:
         replace_private(folder / RECIPE, dump_recipe(recipe) + "\n")
         document = plan_document(plan, nodes, spec, splits.digest, steps) | dict(origin)
-        seconds = planned_seconds(recipe, spec, nodes)
+        seconds = planned_seconds(recipe, plan, spec, nodes)
         document |= {} if seconds is None else {"step_seconds": seconds}
         scorers = scorer_digests(recipe)
         document |= {"scorers": scorers} if scorers else {}
@@ -88,15 +88,18 @@ def write_plan(
         raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None
 
 
-def planned_seconds(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node]) -> list[float] | None:
+def planned_seconds(
+    recipe: Recipe, plan: RunPlan, spec: ModelSpec, nodes: Sequence[Node]
+) -> list[float] | None:
     """How long a step takes at least and at most, by what the chips and the wire are known to do; None where a chip is
-    not known, or nothing can be predicted: no run ends for that."""
+    not known, or the model's graph cannot be read."""
     if known_speed(nodes) is None:
         return None
     try:
-        return list(pace_of(assess(recipe, spec, nodes, state_bytes_of), wire_of(nodes)).step_seconds)
-    except Exception:  # the plan that the run goes by is made; this one is for who looks on
+        pace = pace_of(assess_plan(recipe, plan, spec, nodes, state_bytes_of), wire_of(nodes))
+    except EmpireError:  # the plan that the run goes by is made; this one is for who looks on
         return None
+    return list(pace.step_seconds)
 
 
 def plan_document(

@@ -12,12 +12,10 @@ from typing import Any
 
 from mlx_empire.data.batches import MicroBatch, micro_batch, positions, valid_tokens
 from mlx_empire.data.rows import Dataset
-from mlx_empire.data.splits import Splits
 from mlx_empire.engine.trainer import StepResult
-from mlx_empire.errors import UserError
 from mlx_empire.optim.choose import LearningRate
 from mlx_empire.plan.lengths import DataSize, Every, Lengths
-from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, Gate
+from mlx_empire.recipe.evaluation import Gate
 from mlx_empire.recipe.schema import Recipe
 
 
@@ -115,22 +113,3 @@ class Job:
         `waited`: seconds since the last save.
         """
         return bool(self.save_every) and (last or self.save_every.due(step, waited))
-
-
-def refuse_idle_keys(recipe: Recipe, splits: Splits) -> None:
-    """UserError for an evaluation that was asked for and could never happen."""
-    gate = recipe.evaluation.stop_when
-    if gate is not None and gate.metric == HELD_OUT_LOSS and splits.valid is None:
-        raise UserError(
-            f"evaluation.stop_when: {HELD_OUT_LOSS}: there is no validation data to measure it on"
-        )
-    if recipe.run.eval_every is not None and splits.valid is None and not recipe.evaluation.sets:
-        raise UserError(
-            f"run.eval_every: {recipe.run.eval_every}: there is no validation data; add a valid.jsonl to data.path "
-            "or set data.validation_split"
-        )
-    if recipe.report.samples and recipe.run.eval_every is not None and splits.valid is None:
-        raise UserError(
-            f"report.samples: {recipe.report.samples}: there is no validation data to read; add a valid.jsonl to "
-            "data.path or set data.validation_split"
-        )

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from mlx_empire.checkpoint.paths import COMMIT, steps_in
 from mlx_empire.disk import replace_private
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.lock import LAUNCHER, RunLock, is_held
 
 STATE, LOG, COMPLETE = "launch.json", "launch.log", "COMPLETE"
-_STEP = re.compile(r"step-(\d{6,})")
 
 
 @dataclass
@@ -84,14 +83,15 @@ class RunFolder:
         return (self.path / COMPLETE).exists()
 
     @property
+    def saved(self) -> dict[int, Path]:
+        """The committed checkpoints on this machine by step, ascending."""
+        found = steps_in(self.checkpoints)
+        return {step: path for step, path in found.items() if (path / COMMIT).is_file()}
+
+    @property
     def committed(self) -> int | None:
         """The step of the newest committed checkpoint on this machine."""
-        steps = [
-            int(found[1])
-            for folder in self.checkpoints.glob("step-*")
-            if (found := _STEP.fullmatch(folder.name)) and (folder / "COMMIT").is_file()
-        ]
-        return max(steps, default=None)
+        return max(self.saved, default=None)
 
     def __enter__(self) -> Self:
         self.take()

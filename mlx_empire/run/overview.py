@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ class Overview:
         return int(length.value) if length is not None and length.unit == "steps" else None
 
     @property
+    def progress(self) -> str:
+        """How far it is, such as 1,200 of 5,000 (steps)."""
+        return f"{self.step:,}" if self.total is None else f"{self.step:,} of {self.total:,}"
+
+    @property
     def pace(self) -> float | None:
         """Seconds that one of the last steps took, on average."""
         seconds = [float(record["step_seconds"]) for record in self.steps[-RECENT:]]
@@ -77,12 +82,17 @@ class Overview:
             return None
         return max(self.total - self.step, 0) * self.pace
 
-    @property
-    def committed(self) -> int | None:
-        """The step of the newest checkpoint that counts; where the recipe puts them elsewhere, there."""
+    @cached_property
+    def saved(self) -> dict[int, Path]:
+        """The checkpoints that count, by step, ascending; where the recipe puts them elsewhere, there."""
         # Its recipe may name another run.dir: the folder may have been moved.
         elsewhere = self.recipe is not None and self.recipe.run.checkpoints is not None
-        return (run_folder(self.recipe) if elsewhere and self.recipe else RunFolder(self.folder)).committed
+        return (run_folder(self.recipe) if elsewhere and self.recipe else RunFolder(self.folder)).saved
+
+    @property
+    def committed(self) -> int | None:
+        """The step of the newest checkpoint that counts."""
+        return max(self.saved, default=None)
 
     @property
     def condition(self) -> str:
@@ -106,10 +116,34 @@ def look_at(folder: Path) -> Overview:
     return found
 
 
-def read_folder(folder: Path, records: Sequence[dict[str, Any]] | None = None) -> Overview | None:
+class RecipeFile:
+    """The recipe as a run resolved it, read once for each state of its file: who watches runs asks again and again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / RECIPE
+        self._stamp: object = None
+        self._found: Recipe | None = None
+
+    def read(self) -> Recipe | None:
+        """The recipe; None before there is one, and for one that cannot be read."""
+        try:
+            about = self._path.stat()
+            stamp = about.st_ino, about.st_size, about.st_mtime_ns
+            if stamp != self._stamp:
+                self._stamp, self._found = stamp, None
+                self._found = load_recipe(self._path)
+        except (OSError, UserError):
+            return None
+        return self._found
+
+
+def read_folder(
+    folder: Path, records: Sequence[dict[str, Any]] | None = None, recipe: RecipeFile | None = None
+) -> Overview | None:
     """What a run's folder tells; None where no run has been. UserError for a launch.json that cannot be understood.
 
     records: those of metrics.jsonl, for who has read them already; the last RECENT steps and all evaluations will do.
+    recipe: the folder's, for who asks again and again.
     """
     launch = read_state(folder)
     if records is None:
@@ -118,7 +152,7 @@ def read_folder(folder: Path, records: Sequence[dict[str, Any]] | None = None) -
     if launch is None and not records and not complete and not (folder / PLAN).exists():
         return None
     held = is_held(folder, RUN) or is_held(folder, LAUNCHER)
-    return Overview(folder, _recipe(folder), launch, tuple(records), held, complete)
+    return Overview(folder, (recipe or RecipeFile(folder)).read(), launch, tuple(records), held, complete)
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -149,19 +183,3 @@ def _blocks(path: Path) -> int:
         return path.lstat().st_blocks * 512
     except OSError:  # gone meanwhile
         return 0
-
-
-def _recipe(folder: Path) -> Recipe | None:
-    """The recipe as the run resolved it; None before it has."""
-    path = folder / RECIPE
-    try:
-        stamp = path.stat()
-        return _loaded(path, stamp.st_mtime_ns, stamp.st_size)
-    except (OSError, UserError):
-        return None
-
-
-@lru_cache(maxsize=64)
-def _loaded(path: Path, changed: int, size: int) -> Recipe:
-    """Read once for each state of the file: who watches a run asks again and again."""
-    return load_recipe(path)

@@ -30,7 +30,7 @@ def status_rows(folder: Path, now: float | None = None) -> list[Row]:
         rows += _launch_rows(run.launch, now)
     rows += _progress_rows(run, now)
     rows += _memory_rows(run)
-    rows.append(("last checkpoint", "none" if run.committed is None else f"step {run.committed}"))
+    rows.append(("last checkpoint", "none" if run.committed is None else f"step {run.committed:,}"))
     rows.append(("on the disk", amount(held_on_disk(folder))))
     said = last_lines(folder)
     return [*rows, *([("last lines", "\n".join(said))] if said else [])]
@@ -79,10 +79,10 @@ def failure_sentence(failure: Mapping[str, Any]) -> str:
 
 def _progress_rows(run: Overview, now: float) -> Iterator[Row]:
     if not run.steps:
-        yield "step", "none yet" if run.total is None else f"none of {run.total} yet"
+        yield "step", "none yet" if run.total is None else f"none of {run.total:,} yet"
         return
     last = run.steps[-1]
-    yield "step", f"{last['step']}" if run.total is None else f"{last['step']} of {run.total}"
+    yield "step", run.progress
     if last["loss"] is not None:
         yield "loss", f"{last['loss']:.4f}"
     if run.evaluations:

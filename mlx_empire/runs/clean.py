@@ -21,7 +21,7 @@ from mlx_empire.checkpoint.paths import (
     set_aside_in,
     steps_in,
 )
-from mlx_empire.data.cache import cache_folder
+from mlx_empire.data.cache import tokens_folder
 from mlx_empire.run.launched import COMPLETE
 from mlx_empire.run.lock import LAUNCHER, RUN, is_held
 from mlx_empire.run.overview import Overview, held_on_disk
@@ -46,7 +46,8 @@ def deletions(runs: Sequence[Overview]) -> list[Deletion]:
 
 
 def delete(one: Deletion) -> None:
-    """Delete it. A run that went on since is left alone. OSError where the system refuses."""
+    """Delete it. OSError where the system refuses, and for what is left alone: a run that went on since, and what was
+    pinned since."""
     if one.run is None:
         shutil.rmtree(one.path)
         return
@@ -54,8 +55,10 @@ def delete(one: Deletion) -> None:
         raise OSError(0, "the run is at work again; left alone", str(one.path))
     if one.path.parent == one.run:
         shutil.rmtree(one.path)
-    elif not _pinned(one.path):
-        remove_checkpoint(one.path)
+        return
+    if _pinned(one.path):
+        raise OSError(0, f"{PIN} was put into it; left alone", str(one.path))
+    remove_checkpoint(one.path)
 
 
 def _of_run(folder: Path) -> Iterator[Deletion]:
@@ -79,9 +82,10 @@ def _of_run(folder: Path) -> Iterator[Deletion]:
 
 
 def _of_cache() -> Iterator[Deletion]:
-    root = cache_folder()
-    for path in sorted(root.iterdir()) if is_folder(root) else ():
-        if is_folder(path) and (path / "index.json").is_file():
+    root = tokens_folder()
+    for path in sorted(root.iterdir()) if is_folder(root.parent) and is_folder(root) else ():
+        ours = not path.name.startswith(".")  # else it is an entry that a run is about to store
+        if ours and is_folder(path) and (path / "index.json").is_file():
             yield Deletion(path, "tokenised data; made again where it is needed", held_on_disk(path), None)
 
 

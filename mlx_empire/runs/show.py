@@ -90,11 +90,13 @@ def show_deletions(folders: Sequence[Path], yes: bool) -> int:
     for one in found:
         _add(table, str(one.path), one.why, amount(one.bytes))
     _print(table)
-    freed = sum(one.bytes for one in found)
     if not yes:
-        print(f"{amount(freed)} in all. Nothing was deleted; the same command with --yes does it.")
+        would = amount(sum(one.bytes for one in found))
+        print(f"{would} in all. Nothing was deleted; the same command with --yes does it.")
         return 0
-    problems = [problem for one in found if (problem := _try(one)) is not None]
+    tried = [(one, _try(one)) for one in found]
+    problems = [problem for _, problem in tried if problem is not None]
+    freed = sum(one.bytes for one, problem in tried if problem is None)
     for problem in problems:
         print(problem, file=sys.stderr)
     left = f", but for {len(problems)}" if problems else ""
@@ -111,11 +113,15 @@ def _try(one: Deletion) -> str | None:
 
 
 def _cells(run: Overview, now: float) -> list[str]:
-    step = f"{run.step:,}" if run.total is None else f"{run.step:,} of {run.total:,}"
     loss = number(run.steps[-1]["loss"], ".4f") if run.steps else "-"
     held_out = f"{run.evaluations[-1]['eval_loss']:.4f}" if run.evaluations else "-"
     left = run.seconds_left
-    return [step, loss, held_out, "-" if left is None else f"{date(now + left)} (in {duration(left)})"]
+    return [
+        run.progress,
+        loss,
+        held_out,
+        "-" if left is None else f"{date(now + left)} (in {duration(left)})",
+    ]
 
 
 def _document(run: Overview, now: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_empire.cluster.hostfile import Cluster, Host
+from mlx_empire.cluster.macos import SPOTLIGHT
 from mlx_empire.cluster.other_hostfiles import load_any_hostfile
 from mlx_empire.cluster.reach import is_here, of_all, typed_for
 from mlx_empire.comm.failure import guard
@@ -91,13 +92,13 @@ def _make_ready(cluster: Cluster, *, dry_run: bool) -> int:
 
 
 def _offer(hosts: Sequence[Host]) -> None:
-    """What a person may do besides, where the machines are Macs. Not run in CI."""
+    """What a person may do besides, where the machines are Macs."""
     if sys.platform != "darwin":
         return
     runs = shlex.quote(os.path.join(os.getcwd(), "runs"))
     print("so that nothing copies or reads runs while they are written:")
     for host in hosts:
-        words = f"mkdir -p {runs} && tmutil addexclusion {runs} && touch {runs}/.metadata_never_index"
+        words = f"mkdir -p {runs} && tmutil addexclusion {runs} && touch {runs}/{SPOTLIGHT}"
         print(f"  {typed_for(host, words)}")
     print("so that a run goes on after a power cut: --launchd RECIPE prints a job for launchd")
 

@@ -154,7 +154,7 @@ def evaluate(run: Run, step: int, gate: GateKeeper) -> None:
     if run.evaluator is not None:
         found["scores"] = run.evaluator.scores(run.trainer, comm, most)
     if run.reader is not None:
-        readings = run.reader.read(run.trainer.streamed, comm, most)
+        readings = run.reader.read(run.trainer, comm, most)
         run.report.samples(step, readings)
     run.report.evaluation(found)
     if gate.observe(found):

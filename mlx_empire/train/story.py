@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,16 +20,13 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import arm_faults, guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.model.attention.fused import refuse_too_short
-from mlx_empire.model.spec import RootNames
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.page.saved import try_report
 from mlx_empire.plan.resolve import keeps_products, kernels_differ
 from mlx_empire.plan.wired_limit import fitting_plan
-from mlx_empire.recipe.idle import without_effect
+from mlx_empire.recipe.idle import refuse_unmeasured, without_effect
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.console import said_if_slow
 from mlx_empire.report.run import RunReport
 from mlx_empire.run import result
 from mlx_empire.run.agree import (
@@ -49,18 +45,14 @@ from mlx_empire.run.agree import (
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.disks import require_disks
 from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
-from mlx_empire.run.job import Job, refuse_idle_keys
+from mlx_empire.run.job import Job
 from mlx_empire.run.parent import beside_plan, lineage_of, share_parent
+from mlx_empire.run.proof import share_proof
 from mlx_empire.run.resume import open_saver, where_to_begin
 from mlx_empire.run.stop import StopRequest
 from mlx_empire.run.trainer import explaining_memory, limit_memory, load_state, make_trainer
 from mlx_empire.run.what_next import next_commands
 from mlx_empire.train.loop import Run, train, write_result
-
-VERIFYING = (
-    "verifying on the model scaled down that layer by layer it has the whole model's loss and gradients "
-    "(slower where layers go position by position, as state-space layers do)"
-)
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -116,21 +108,12 @@ def carry_out(
 
     # ---------------------------------------------------------------- the proof that it can be streamed
     progress.reach("proof")
-    shown = None
-    with together(comm):
-        if comm.rank == 0:
-            with said_if_slow(f"{recipe.model.path}: {VERIFYING}"):
-                by_pattern = recipe.numerics.attention != "mask"
-                name = str(recipe.model.path)
-                keeps = keeps_products(recipe, nodes)
-                shown = asdict(verify_scaled_down(config, name, by_pattern=by_pattern, keeps=keeps))
-    root_names = RootNames(**comm.broadcast_json(shown))
-    target = replace(target, spec=replace(target.spec, root_names=root_names))
+    target = share_proof(comm, recipe, config, target, keeps=keeps_products(recipe, nodes))
 
     # ---------------------------------------------------------------- the plan, before anything is allocated
     progress.reach("plan")
     with together(comm):
-        refuse_idle_keys(recipe, splits)
+        refuse_unmeasured(recipe, splits.valid is not None)
         if mx.metal.is_available() and computes_on_gpu():
             refuse_too_short(recipe.data.sequence_length)
         plan = fitting_plan(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
@@ -140,7 +123,7 @@ def carry_out(
     job = job.part(plan.work.layout.of_rank(comm.rank))
     guards.lock(recipe.run.dir)
     evaluator = share_evaluator(comm, recipe, target.spec, plan)
-    reader = make_reader(comm, recipe, splits.valid)
+    reader = make_reader(comm, recipe, target.spec, plan, splits.valid)
     short = require_disks(comm, recipe, target, plan, nodes, job.steps, resumed=start.found is not None)
 
     # ---------------------------------------------------------------- the weights

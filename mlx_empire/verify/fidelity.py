@@ -8,8 +8,10 @@ seeds (same start, same order of data). The noise floor is the plain run from a 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any
 
@@ -51,6 +53,11 @@ class Outcome:
     digest: str
 
     @property
+    def bits(self) -> bytes:
+        """The training losses as they lie in memory."""
+        return array("d", self.losses).tobytes()
+
+    @property
     def judged(self) -> float:
         """What runs are compared by: the held-out loss, or the mean of the last quarter's training losses."""
         if self.held_out is not None:
@@ -68,9 +75,10 @@ class Finding:
 
     @property
     def same(self) -> bool:
-        """Whether losses and weights are equal to the last bit, for every seed."""
+        """Whether losses and weights are equal to the last bit, for every seed; a loss that is no number is as equal to
+        another such one as its bits are."""
         both = zip(self.plain, self.tried, strict=True)
-        return all((a.losses, a.digest) == (b.losses, b.digest) for a, b in both)
+        return all((a.bits, a.digest) == (b.bits, b.digest) for a, b in both)
 
     @property
     def failed(self) -> bool:
@@ -84,9 +92,11 @@ class Finding:
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean; None for a single seed."""
+        """Of the mean; None for a single seed, not a number where a difference is none."""
         if len(self._differences) < 2:
             return None
+        if not all(map(isfinite, self._differences)):
+            return nan
         return float(stdev(self._differences) / len(self._differences) ** 0.5)
 
     @property

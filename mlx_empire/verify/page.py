@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from statistics import mean, stdev
 from mlx_empire.page.charts import EQUALS, Chart, ChartLine
 from mlx_empire.page.render import still_page
 from mlx_empire.page.series import Curve
+from mlx_empire.report.metrics import strict_json
 from mlx_empire.sizes import amount
 from mlx_empire.verify.fidelity import ALL, Finding
 
@@ -34,8 +36,8 @@ class FidelityReport:
 
 
 def fidelity_document(report: FidelityReport) -> dict[str, object]:
-    """The report as JSON; loss differences are relative, memory in bytes."""
-    return {
+    """The report as JSON; loss differences are relative and null where they are not finite, memory in bytes."""
+    document: dict[str, object] = {
         "model": report.model,
         "what": report.what,
         "techniques": [
@@ -54,6 +56,7 @@ def fidelity_document(report: FidelityReport) -> dict[str, object]:
             for f in report.findings
         ],
     }
+    return {name: strict_json(value) for name, value in document.items()}
 
 
 def rows(report: FidelityReport) -> list[tuple[str, ...]]:
@@ -93,6 +96,10 @@ def _sentence(finding: Finding) -> str:
     seen = f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
     if finding.same:
         return f"0 bits differ in {steps:,} steps of {seen}."
+    lost = sum(not math.isfinite(apart) for line in _apart(finding) for apart in line)
+    if lost:
+        told = f"Bits differ on {seen}; {lost:,} of {steps * seeds:,} losses are not finite and cannot be compared."
+        return f"{told} What is drawn is the difference of the others." if _lines(finding) else told
     if _lines(finding) == []:
         return f"The losses of {steps:,} steps are the same bits, the weights are not."
     return f"The difference of each step's loss as a part of the loss, without its sign, on {seen}."
@@ -103,7 +110,7 @@ def _chart(finding: Finding) -> Chart | None:
     where no step's loss is another one."""
     lines, losses = _lines(finding), [run.losses for run in finding.plain]
     if lines and len(losses) > 1:
-        spread = [stdev(at) / abs(mean(at)) if mean(at) else 0.0 for at in zip(*losses, strict=False)]
+        spread = [_spread(at) for at in zip(*losses, strict=False)]
         lines.insert(0, ChartLine("spread between seeds", _curve(spread), "faint", "muted"))
     name = finding.pair.name
     return (
@@ -115,17 +122,36 @@ def _chart(finding: Finding) -> Chart | None:
 
 def _lines(finding: Finding) -> list[ChartLine]:
     """How far apart the losses of each seed are, for those where they are."""
-    lines = []
-    for number, (plain, tried) in enumerate(zip(finding.plain, finding.tried, strict=True)):
-        apart = [abs(b - a) / abs(a) if a else 0.0 for a, b in zip(plain.losses, tried.losses, strict=False)]
-        lines.append(ChartLine(f"seed {number + 1}", _curve(apart), "line", EQUALS[number % len(EQUALS)]))
+    lines = [
+        ChartLine(f"seed {number + 1}", _curve(apart), "line", EQUALS[number % len(EQUALS)])
+        for number, apart in enumerate(_apart(finding))
+    ]
     return [line for line in lines if len(line.curve)]
 
 
+def _apart(finding: Finding) -> list[list[float]]:
+    """Of each seed, by step, how far apart the losses are as a part of the plain one; 0 where they are the same."""
+    pairs = [zip(a.losses, b.losses, strict=False) for a, b in zip(finding.plain, finding.tried, strict=True)]
+    return [[_relative(a, b) for a, b in pair] for pair in pairs]
+
+
+def _relative(plain: float, tried: float) -> float:
+    if plain == tried or (math.isnan(plain) and math.isnan(tried)):
+        return 0.0
+    return abs(tried - plain) / (abs(plain) or math.inf)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """The standard deviation as a part of the mean; not a number where one is none."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return stdev(values) / abs(mean(values)) if mean(values) else 0.0
+
+
 def _curve(values: Sequence[float]) -> Curve:
-    """Over the steps from 1; a logarithmic axis has no place for zero."""
+    """Over the steps from 1; a logarithmic axis has no place for zero, nor for what is not finite."""
     curve = Curve()
     for step, value in enumerate(values, 1):
-        if value > 0:
+        if value > 0 and math.isfinite(value):
             curve.add(step, value)
     return curve

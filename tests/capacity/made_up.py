@@ -79,7 +79,7 @@ def report() -> CapacityReport:
         Advice(f"sudo {HOSTILE}", "raises the limit", "tight"),
     )
     paces = (pace("10gbe", "network", 2.0), pace("thunderbolt", "compute", 1.0))
-    cloud = Cloud(8, (3.0, 5.0), (100.0, 200.0), "8 x H100 would take 3-5 hours")
+    cloud = Cloud(8, (3.0, 5.0), (100.0, 200.0), "8 x H100 would take 3 to 5 hours")
     disks = (
         DiskLedger("a", "king", 276 * GIB, 111 * GIB, Keeping(10, 3, True), 201 * GIB, 0, GIB, 1700 * GIB),
         DiskLedger("b", HOSTILE, 111 * GIB, 276 * GIB, Keeping(10, 3, True), 0, 0, 0, 200 * GIB),

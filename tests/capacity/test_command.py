@@ -223,7 +223,7 @@ def test_a_calibration_takes_the_place_of_the_planned_figures(say, recipe, hosts
     planned = say(recipe, "--hosts", box, "--json").json
     found = say(recipe, "--hosts", box, "--json", "--calibrate").json
     assert asked == ["float32"]
-    assert "45-55 TFLOP/s executed (measured: calibration on here)" in found["notes"][0]
+    assert "45 to 55 TFLOP/s executed (measured: calibration on here)" in found["notes"][0]
     assert "here" not in planned["notes"][0]
     slow, fast = (one["time"]["positions_per_second"][0] for one in (planned, found))
     assert fast > 2 * slow

@@ -9,7 +9,9 @@ import re
 import pytest
 from support.planning import assess, llama_like, nodes_of, recipe_of
 
-from mlx_empire.capacity.charts import CLOSE, KINDS, lanes_of, timeline_chart, timeline_document
+from mlx_empire.capacity.charts import CLOSE, KINDS, lane_pieces, lanes_of, timeline_document
+from mlx_empire.capacity.page import HERE
+from mlx_empire.page.render import templates
 from mlx_empire.plan.hardware import wire_named
 from mlx_empire.plan.pace import pace_of
 from mlx_empire.plan.step_time import ADD, COMPUTE, EXCHANGE, WAIT, Event, Timeline
@@ -61,8 +63,12 @@ def test_spans_are_as_long_as_the_lanes_and_in_order(stage):
 
 def test_the_chart_names_every_lane_and_escapes_what_it_shows():
     timeline = Timeline((Event(0, COMPUTE, "forward", 1, 0.0, 5.0),), 10.0, 0.0)
-    chart = timeline_chart(timeline, ["<king>"], "a & b")
-    assert 'aria-label="&lt;king&gt;, compute, a &amp; b: 50% of the step"' in chart
-    assert 'aria-label="&lt;king&gt;, network, a &amp; b: 0% of the step"' in chart
-    (style,) = re.findall(r'<i style="(left[^"]*)"', chart)
-    assert style == "left:0.00%;width:50.00%;background:var(--weights)"
+    draw = templates(HERE).get_template("drawings.html").module
+    compute, network = (
+        draw.lane(lane, lane_pieces(lane), timeline.seconds, "a & b", True)
+        for lane in lanes_of(timeline, ["<king>"])
+    )
+    assert 'aria-label="&lt;king&gt;, compute, a &amp; b: 50% of the step"' in compute
+    assert 'aria-label="&lt;king&gt;, network, a &amp; b: 0% of the step"' in network
+    (style,) = re.findall(r'<i style="(left[^"]*)"', compute + network)
+    assert style == "left:0.000%;width:50.000%;background:var(--weights)"

@@ -88,6 +88,7 @@ def test_without_a_verb_it_tells_each_in_a_line_by_what_one_wants(capsys: pytest
         for name, verb in verbs.items():
             assert f"  {name:<10} {verb.sentence}" in lines
     assert max(map(len, lines)) <= 80
+    assert lines[-1].split() == ["mlx-empire", "init"], "each command names the next"
 
 
 def test_a_verb_that_is_not_there_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,3 +189,12 @@ def test_a_verb_that_was_a_file_is_called_as_before(verb: str, capsys: pytest.Ca
         import_module(f"mlx_empire.{verb}").main(["merge", "--nonsense"])
     assert ended.value.code == 64
     assert capsys.readouterr().err.startswith("mlx_empire: ")
+
+
+def test_train_is_called_from_python_as_when_it_was_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    from mlx_empire import train
+
+    with pytest.raises(SystemExit) as left:
+        train.main(["--help"])
+    assert left.value.code == 0
+    assert "Train a model by a recipe" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +102,13 @@ def test_a_command_that_fails_leaves_the_others_answers() -> None:
     assert (found["system"]["build"], found["power"], found["excluded"]) == ("25B78", None, False)
     assert ["/usr/bin/tmutil", "isexcluded", "runs"] in asked
     assert all(command[0].startswith("/") for command in asked)  # no PATH of a bare shell over there
+
+
+def test_spotlight_reads_a_folder_that_does_not_forbid_it(tmp_path: Path) -> None:
+    def indexed(folder: Path) -> bool | None:
+        found: bool | None = macos.read_mac(lambda command: "", str(folder))["indexed"]
+        return found
+
+    assert (indexed(tmp_path), indexed(tmp_path / "runs")) == (True, None)
+    (tmp_path / ".metadata_never_index").touch()
+    assert indexed(tmp_path) is False

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mlx_empire.data.files import locate
+from mlx_empire.data.files import detect_format, locate
 from mlx_empire.data.splits import load_splits
 from mlx_empire.errors import UserError
 
 TOKENS = {"tokens": [1, 2, 3]}
+PAIR = {"prompt": "once", "completion": "upon a time"}
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -60,6 +61,19 @@ def test_text_files_are_one_document_each_in_the_order_of_their_names(tmp_path):
         (b'{"other": "a"}\n', 1, "no known keys (it has other)"),
         (b'{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', 2, "no 'text' in a file of format text"),
         (b'{"text": "a", "tokens": [1]}\n', 1, "text or tokens; say which with data.format"),
+        (
+            b'{"instruction": "a", "output": "b", "text": "a b"}\n',
+            1,
+            "writes it as messages; or say data.format",
+        ),
+        (b'{"conversations": [], "text": "a b"}\n', 1, "writes it as messages; or say data.format: text"),
+        (
+            b'{"prompt": "a", "completion": "b", "label": false}\n',
+            1,
+            "'label' says whether the completion is wanted",
+        ),
+        (b'{"question": "a", "answer": "b"}\n', 1, "--convert OUT` makes such rows"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", 1, "git lfs pull"),
         (b'{"text": "\\ud800"}\n', 1, "lone surrogate"),
         (b'{"tokens": [1, -1]}\n', 1, "token 1 is -1"),
         (b'{"tokens": [1, true]}\n', 1, "token 1 is True"),
@@ -86,6 +100,49 @@ def test_bad_lines_are_named_by_file_and_line_in_one_line(content, line, says, t
     assert says in message
     assert "; " in message, "every message ends with a remedy"
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"instruction": "a", "output": "b", "text": "once upon"}, "text"),
+        ({**PAIR, "label": False}, "completions"),
+    ],
+)
+def test_what_two_things_could_be_meant_by_is_learnt_where_a_person_says_which(
+    row, format, write, tokenizer_folder
+):
+    path = write("a.jsonl", row, row)
+    splits = load_splits(path=path, sequence_length=16, format=format, tokenizer_folder=tokenizer_folder)
+    assert len(splits.train) == 2
+
+
+def test_a_class_beside_a_completion_is_no_preference(write):
+    assert detect_format(next(locate(write("a.jsonl", {**PAIR, "label": 1}))[0].rows())) == "completions"
+
+
+@pytest.mark.parametrize("place", ["", "data/"])
+def test_a_split_in_numbered_parts_as_the_hub_has_them_is_read_in_their_order(place, write, tmp_path):
+    for number in (2, 0, 1):
+        write(
+            f"{place}train-0000{number}-of-00003-0123456789abcdef.jsonl",
+            {"text": f"{number}a"},
+            {"text": "b"},
+        )
+    write(f"{place}validation-00000-of-00001.jsonl", {"text": "held out"})
+    write(f"{place}test-00000-of-00001.jsonl", {"text": "never read"})
+    train, valid = locate(tmp_path)
+    assert [row.value["text"] for row in train.rows()] == ["0a", "b", "1a", "b", "2a", "b"]
+    assert valid is not None
+    assert [row.value["text"] for row in valid.rows()] == ["held out"]
+
+
+@pytest.mark.parametrize("numbers", [(0,), (1, 2), (0, 2)])
+def test_a_split_of_which_a_part_is_missing_is_refused(numbers, write, tmp_path):
+    for number in numbers:
+        write(f"train-0000{number}-of-00003.jsonl", {"text": "a"})
+    with pytest.raises(UserError, match="of the 3 parts"):
+        locate(tmp_path)
 
 
 def test_a_text_file_that_is_not_utf8_is_named_with_its_line(tmp_path):

@@ -181,6 +181,7 @@ def mac(**more: Any) -> dict[str, Any]:
         "filevault": False,
         "updates": 0,
         "excluded": True,
+        "indexed": False,
     }
     return sound | {"swap_bytes": 0, "wired_limit_mb": 0, "thunderbolt": []} | more
 
@@ -196,6 +197,7 @@ def test_what_only_macos_has_is_told_by_machine(played: Played) -> None:
         filevault=True,
         updates=1,
         excluded=False,
+        indexed=True,
     )
     played.answering("odd.invalid", mac=odd, reached={"king.invalid": "No route to host"})
     _, rows = played.doctor()
@@ -206,7 +208,10 @@ def test_what_only_macos_has_is_told_by_machine(played: Played) -> None:
     assert "autorestart 1" in mends["starts again after a power cut"]
     assert "authrestart" in mends["FileVault"]
     assert "AutomaticallyInstallMacOSUpdates 0" in mends["macOS installs updates by itself"]
-    assert shlex.split(mends["Time Machine copies runs"])[-1].startswith("tmutil addexclusion /")
+    assert mends["Time Machine copies runs"] == f"ssh -t odd.invalid tmutil addexclusion {Path.cwd()}/runs"
+    assert (
+        mends["Spotlight reads runs"] == f"ssh -t odd.invalid touch {Path.cwd()}/runs/.metadata_never_index"
+    )
     assert mends["reaches king.invalid"] == LOCAL_NETWORK
     assert row(rows, "macOS build", "odd.invalid")["found"] == "25A354, and 25B78 on king.invalid"
     assert row(rows, "Thunderbolt port 1", "king.invalid")["found"] == "to odd.invalid, Up to 80 Gb/s"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import mlx.core as mx
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_empire.comm.buffers import host_view
-from mlx_empire.engine.gradients import RowSum
+from mlx_empire.engine.gradients import EmbeddingSum, RowSum
 
 VOCABULARY, WIDTH = 13, 4
 micro_batches = st.lists(
@@ -46,3 +49,18 @@ def test_a_tied_matrix_gets_the_sum_of_head_and_rows(batches, seed):
     before = np.array(head)
     tied = by_row.added_to(head)
     assert np.array_equal(np.array(tied), before + whole)
+
+
+def test_what_is_handed_over_is_added_in_its_order_and_is_there_once_asked_for():
+    begun, row = Event(), np.array([5])
+    with ThreadPoolExecutor(1) as adder:
+        adder.submit(begun.wait)  # nothing is added while rows are handed over
+        cell = EmbeddingSum()
+        for value in (1.0, 1e8, -1e8, 3.0):  # in another order 1 would be left, or nothing
+            values = mx.full((1, WIDTH), value)
+            mx.async_eval(values)
+            cell.add_rows(adder, row, values)
+        assert cell.rows.rows.size == 0
+        begun.set()
+        cell.settle()
+    assert np.array_equal(cell.rows.values, np.full((1, WIDTH), 3.0, np.float32))

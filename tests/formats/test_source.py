@@ -245,6 +245,20 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model-Q4_K_M.gguf", "model.onnx", "consolidated.00.safetensors"])
+def test_weights_in_a_format_that_is_not_read_are_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"its weights are (GGUF|ONNX|named as Mistral's)"):
+        open_folder(tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5000000000\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(UserError, match=r"model\.safetensors: a pointer of Git LFS.*git lfs pull"):
+        open_folder(tmp_path)
+
+
 def test_a_tensor_in_two_files_is_refused(write_folder: Write) -> None:
     folder = write_folder(tiny_config("llama"), {"a": mx.zeros((2,))})
     mx.save_safetensors(str(folder / "model-2.safetensors"), {"a": mx.ones((2,))})

@@ -85,6 +85,27 @@ def test_a_path_that_yaml_would_read_otherwise_comes_back_as_it_was(
     assert (made.model.path, made.data.path) == (Path("a: b #c"), Path("yes"))
 
 
+def test_the_folder_that_one_is_in_may_be_the_data(say: Callable[..., str]) -> None:
+    Path("train.jsonl").write_text('{"text": "x"}\n')
+    name = Path.cwd().stem
+    assert (
+        say("init", "tiny", "--model", MODEL, "--data", ".").splitlines()[-1]
+        == f"  mlx-empire inspect {name}.yaml"
+    )
+    assert load_recipe(Path(f"{name}.yaml")).run.dir == Path("runs") / name
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")))
+def test_rows_are_held_out_where_the_data_has_none_for_the_evaluations_that_are_asked_for(
+    say: Callable[..., str], name: str
+) -> None:
+    for data, share in ((DATA, None), (DATA / "train.jsonl", 0.1)):
+        say("init", name, "--model", MODEL, "--data", data, "--out", f"{data.stem}.yaml")
+        made = load_recipe(Path(f"{data.stem}.yaml"))
+        assert made.data.validation_split == share
+        assert made.run.eval_every is not None
+
+
 def test_a_file_that_is_there_is_never_overwritten(say: Callable[..., str]) -> None:
     Path("wordnet.yaml").write_text("the work of years")
     said = say("init", "tiny", "--model", MODEL, "--data", DATA, code=64)

@@ -13,9 +13,10 @@ from support.rows import FIXTURES, MODEL, chat
 
 from mlx_empire.data.encode import load_tokenizer
 from mlx_empire.data.splits import Splits, load_splits
+from mlx_empire.data.token_texts import token_texts
 from mlx_empire.inspect.look import inspect_data, reading_of
 from mlx_empire.inspect.sample import FairSample
-from mlx_empire.inspect.tokens import token_texts, visible
+from mlx_empire.inspect.tokens import visible
 from mlx_empire.recipe.load import load_recipe
 
 RECIPE = f"""\
@@ -138,7 +139,7 @@ def test_each_token_is_shown_as_it_stands_in_the_text(tmp_path: Path) -> None:
     own, in_bytes = load_tokenizer(MODEL), byte_tokenizer(tmp_path / "m", None, ("<e>",), ("<e>",), eos="<e>")
     for tokenizer in (own, in_bytes):
         ids = tokenizer.encode(text, add_special_tokens=False)
-        texts = token_texts(tokenizer, ids)
+        texts = token_texts(ids, tokenizer.decode)
         assert len(texts) == len(ids)
         assert "".join(texts) == tokenizer.decode(ids)
     assert len(texts) == len(text.encode()), "a byte is a token"

@@ -125,13 +125,16 @@ def test_what_a_run_refuses_names_the_command_that_makes_it_trainable(
     say: Callable[..., str], write: Callable[..., Path]
 ) -> None:
     """Each message is followed to the letter."""
-    write("alpaca.json", json.dumps([row for row, _ in ALPACA]))
+    for array in ("alpaca.json", "array.jsonl"):
+        write(array, json.dumps([row for row, _ in ALPACA]))
     write("alpaca.jsonl", *(row for row, _ in ALPACA[1:]))
     write("share it.jsonl", *(row for row, _ in SHAREGPT[:2]))
     write("from.jsonl", MESSAGES[0][0])
     write("a.csv", "question,answer", "Why?,So.")
     write("set/train.csv", "question,answer", "Why?,So.")
-    for name in ("alpaca.json", "alpaca.jsonl", "share it.jsonl", "from.jsonl", "a.csv", "set"):
+    for name in (
+        "alpaca.json", "array.jsonl", "alpaca.jsonl", "share it.jsonl", "from.jsonl", "a.csv", "set",
+    ):  # fmt: skip
         model = ["--model", MODEL] if name == "from.jsonl" else []
         message = say("inspect", name, *model, code=64)
         quoted = f"'{name}'" if " " in name else name
@@ -143,10 +146,17 @@ def test_what_a_run_refuses_names_the_command_that_makes_it_trainable(
 
 
 def test_a_table_is_read_as_python_reads_it(say: Callable[..., str], found: Callable[..., Any]) -> None:
-    """Cells with commas, quotation marks and line breaks; a table with tabs; an empty first cell of a column."""
-    cells = [("Say, hi", "", 'He said "hi"\nand left'), ("Add", "1,1", "2"), ("Lost", "", ""), ("", "", "x")]
-    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
-        with Path(name).open("w", newline="") as file:
+    """Cells with commas, quotation marks and line breaks; tables with tabs or semicolons, and a mark of UTF-8 before
+    them; an empty first cell of a column; lines without cells. A row's place is the line on which it begins."""
+    cells = [
+        ("Say, hi", "", 'He said "hi"\nand left'),
+        ("Add", "1,1", "2"),
+        (),
+        ("Lost", "", "\r\n"),
+        ("", "", "x"),
+    ]
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t"), ("semicolons.csv", ";")):
+        with Path(name).open("w", newline="", encoding="utf-8-sig") as file:
             writer = csv.writer(file, delimiter=delimiter)
             writer.writerows([("instruction", "input", "output"), *cells])
         (part,) = found(name, "--convert", f"{name}.jsonl")["parts"]
@@ -155,8 +165,8 @@ def test_a_table_is_read_as_python_reads_it(say: Callable[..., str], found: Call
             {"messages": turns("Add\n\n1,1", "2")},
         ]
         assert part["dropped_at"] == [
-            {"where": f"{name}:5", "says": "'output' is empty"},
-            {"where": f"{name}:6", "says": "'instruction' is empty"},
+            {"where": f"{name}:6", "says": "'output' is empty"},
+            {"where": f"{name}:8", "says": "'instruction' is empty"},
         ]
 
 
@@ -279,6 +289,8 @@ def test_a_data_set_of_the_hub_is_streamed_by_datasets(
         (["rows.jsonl", "--loss"], "say --model FOLDER"),
         (["rows.jsonl", "--columns", "a,b"], "go with --convert"),
         (["rows.jsonl", "--convert", "out", "--columns", "a"], "two names"),
+        (["rows.jsonl", "--convert", "out", "--columns", "a,,b"], "two names"),
+        (["rows.jsonl", "--convert", "out", "--model", MODEL], "only writes rows"),
         (["rows.jsonl", "--convert", "out", "--html", "x.html"], "only writes rows"),
         (["rows.jsonl", "--rows", "0"], "--rows 0"),
         (["rows.jsonl", "--loss-rows", "5"], "goes with --loss"),
@@ -286,6 +298,7 @@ def test_a_data_set_of_the_hub_is_streamed_by_datasets(
         (["rows.jsonl", "data.path=x"], "only its own keys"),
         (["nowhere"], "neither a recipe nor data"),
         (["rows.jsonl", "--html", "no/such/folder.html"], "--html: no/such/folder.html"),
+        (["rows.jsonl", "--html", "rows.jsonl"], "--html: rows.jsonl: is read here"),
         (["tiny", "--loss", f"model.path={MODEL}", "model.init=random"], "leave --loss out"),
     ],
 )
@@ -297,3 +310,4 @@ def test_words_that_do_not_go_together_are_one_line(
     assert says in text
     assert text.count("\n") == 1
     assert sorted(path.name for path in Path().iterdir()) == ["rows.jsonl"]
+    assert rows_of("rows.jsonl") == [chat("a", "b")]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.rows import FIXTURES, MODEL, chat
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from mlx_empire.data.files import locate
+from mlx_empire.inspect import walk
 
 LONG = "once upon a time there was a little girl who liked to play " * 3
 # By line of train.jsonl, from 1.
@@ -137,6 +141,20 @@ def test_a_split_of_which_nothing_is_learnt_is_what_a_run_refuses(
     assert names == ["empty_train", "dropped_train", "cut_train"]
 
 
+def test_evaluations_that_a_recipe_asks_for_without_rows_to_measure_are_what_a_run_refuses(
+    found: Callable[..., Any], write: Callable[..., Any]
+) -> None:
+    write("rows.jsonl", *(chat(f"What is {n}?", f"A number, {n}.") for n in range(9)))
+    words = ["tiny", f"model.path={MODEL}", "data.path=rows.jsonl"]
+    document = found(*words, code=64)
+    (one,) = document["findings"]
+    assert (one["name"], one["count"]) == ("unmeasured", 9)
+    assert one["sentence"].startswith("run.eval_every: 10: there is no validation data; add a valid.jsonl")
+    assert document["next"] is None
+    for mended in ("run.eval_every=null", "data.validation_split=0.2"):
+        assert found(*words, mended)["next"].startswith("mlx-empire train ")
+
+
 def test_a_system_prompt_that_only_the_template_has_is_told(
     found: Callable[..., Any], write: Callable[..., Any], tmp_path: Any
 ) -> None:
@@ -152,7 +170,7 @@ def test_a_system_prompt_that_only_the_template_has_is_told(
     assert document["begins_with"]["template"] == "<s>system\nYou are a helpful robot.<e><s>user\n"
     (hidden,) = document["findings"]
     assert (hidden["name"], hidden["count"]) == ("hidden_prompt", 2)
-    assert "You are a helpful robot." in hidden["sentence"]
+    assert hidden["sentence"].endswith("only the chat template has: 'You are a helpful robot.'")
 
     own = [{"role": "system", "content": "You are a helpful robot."}]
     rows = [{"messages": own + chat(f"Why {n}?", f"Because {n}.")["messages"]} for n in range(2)]
@@ -185,16 +203,52 @@ def test_characters_that_the_tokenizer_does_not_know_are_told(
 def test_keys_that_only_another_tool_reads_are_told(
     found: Callable[..., Any], write: Callable[..., Any]
 ) -> None:
-    """Stanford's Alpaca has a column text too, with all of it rendered: a run would learn the prompts."""
+    """Stanford's Alpaca has a column text too, with all of it rendered: a run told to read that learns prompts."""
     write(
         "rows.jsonl", *({"instruction": f"{n}?", "output": "x", "text": f"{n}? x", "id": n} for n in range(3))
     )
-    document = found("rows.jsonl")
+    document = found("rows.jsonl", "data.format=text")
     assert document["format"] == "text"
     assert document["not_read"] == {"instruction": 3, "output": 3, "id": 3}
     (other,) = document["findings"]
     assert (other["name"], other["count"]) == ("other_layout", 3)
     assert "mlx-empire inspect rows.jsonl --convert OUT" in other["sentence"]
+    write("rows.jsonl", {"text": "x", "chosen": "y"}, {"text": "z", "input_ids": [1]})
+    others = [one["sentence"] for one in found("rows.jsonl", "data.format=text")["findings"]]
+    assert len(others) == 2
+    assert "--convert" not in "".join(others), "no conversion reads these keys"
+
+
+def test_documents_that_are_not_utf_8_are_refused_each_by_its_line(
+    found: Callable[..., Any], say: Callable[..., str]
+) -> None:
+    Path("books").mkdir()
+    for name, content in (("a", b"One.\nTwo."), ("b", b"One.\n\xff\xfe"), ("c", b"Three.")):
+        Path(f"books/{name}.txt").write_bytes(content)
+    document = found("books", code=64)
+    assert places(document) == {"refused": ["books/b.txt:2"]}
+    assert document["parts"][0]["rows"] == 2
+    alone = say("inspect", "books/b.txt", code=64)
+    assert alone.count("\n") == 1
+    assert "books/b.txt:2: not UTF-8" in alone
+
+
+def test_one_document_whose_end_is_held_out_is_not_too_few_rows(found: Callable[..., Any]) -> None:
+    """Where its end begins only tokens tell; a run holds it out."""
+    Path("book.txt").write_text("A cat sat there. " * 200)
+    document = found("book.txt", "data.validation_split=0.1")
+    assert [(part["name"], part["rows"]) for part in document["parts"]] == [("train", 1)]
+
+
+def test_what_all_rows_begin_with_is_looked_for_in_their_beginnings_alone(
+    write: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one long row that would be all of it, again and again."""
+    monkeypatch.setattr(walk, "MOST_SHARED", 50)
+    path = write("rows.jsonl", *({"tokens": [7] * 100 + [n]} for n in range(3)))
+    reading = walk.Reading(path, "tokens", 200, False, True, 0.0, None, None)
+    seen = walk.Walk(reading, shown=1).over(locate(path)[0], lambda count: None)
+    assert seen.shared.tolist() == [7] * 50
 
 
 @pytest.mark.parametrize("alike", [True, False])

@@ -54,7 +54,7 @@ def test_without_colours_signs_stand_around_what_is_learnt(
     document, text = found(*WORDS), say("inspect", *WORDS)
     shown = text.partition("⟦learnt⟧")[0].replace("\n", "")
     assert "".join(re.findall("⟦(.*?)⟧", shown)) == learnt(document)
-    assert "9 of 9 rows, a fair sample" in text
+    assert "9 of 9 training rows, a fair sample" in text
     last = document["shown"][-1]
     assert last["cut"] == last["count"] - 97 > 0, "a row has a token more than positions"
     assert f"rows.jsonl:9  {last['count']:,} tokens, 0 learnt, {last['cut']:,} cut off: dropped" in text

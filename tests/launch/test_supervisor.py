@@ -267,3 +267,12 @@ def test_the_owner_hears_of_a_failure_once_and_how_to_go_on(scene: Scene) -> Non
 
 def test_a_kind_of_notice_that_the_launcher_does_not_know_ends_nothing(scene: Scene) -> None:
     assert scene.play(["notice newer something; complete"]) == 0
+
+
+def test_the_owner_hears_of_a_full_disk_and_of_a_run_that_nothing_starts_again(scene: Scene) -> None:
+    disk = "notice disk the_disk_is_full; "
+    scene.play([disk + KILLED, KILLED, KILLED], budget=1)
+    assert [kind for kind, _ in scene.notices] == ["disk", "restart", "failure"]
+    sentence = scene.notices[-1][1]
+    assert sentence.startswith("rank 1 on king was killed by SIGKILL; exit code ")
+    assert sentence.endswith("to go on: the same command again")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from metal.kernel_names import SYSTEMS, known_names
-from metal.watching import Kind
+from support.watching import Kind
 
 MOST_BUFFERS = 31  # of one kernel's arguments
 OWN_BUFFERS = 3  # that a fused kernel takes besides: shapes, strides, sizes

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from metal.watching import evaluations
+from support.watching import evaluations
 
 
 def counted(what: str, ask: Callable[[], Any]) -> Any:

@@ -1,7 +1,7 @@
 """Every node that a training step evaluates has its kernel in MLX's wheels for macOS, and no stream waits for another.
 
-Nothing here runs on a GPU: a step's graphs are watched on their way into MLX's evaluation (`watch.cpp`), and held
-against the kernels that the wheels bring. Of all families every day a few; all settings in `make test-slow`.
+Nothing here runs on a GPU: a step's graphs are watched on their way into MLX's evaluation (`support/watch.cpp`), and
+held against the kernels that the wheels bring. Of all families every day a few; all settings in `make test-slow`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from metal.rules import complaints
 from metal.settings import DAILY, SETTINGS
-from metal.watching import Kind, library, watched
+from support.watching import Kind, library, watched
 
 WORKER = Path(__file__).with_name("worker.py")
 PARTS = [pytest.param(True, id="daily"), pytest.param(False, id="all", marks=pytest.mark.slow)]

@@ -12,9 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 from metal.settings import SETTINGS
-from metal.watching import Watch
 from support.stepping import Case, batches_of, counted_tokens, own_batches, trainer_of
 from support.tuning import TunedCase, tuned_trainer
+from support.watching import Watch
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread

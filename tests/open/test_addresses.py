@@ -12,10 +12,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from starlette.requests import Request
 from support.run_folders import HOSTILE, made_long, made_run
 from support.saying import said
 from support.served import Server, served
 
+from mlx_empire.open.app import Pages
+from mlx_empire.open.serve import root_of
+from mlx_empire.page.live import RunFeed
+from mlx_empire.page.series import Series
+from mlx_empire.page.watch import Gallery, Look
 from mlx_empire.run.lock import RUN, RunLock
 
 MOST_BYTES = 2_000_000
@@ -83,6 +89,44 @@ def test_what_is_not_there_is_told_without_leaving_the_folder(server: Server) ->
     assert server.get("/events/run/nobody").status == 404
     assert server.get("/compare?run=scout").status == 400
     assert server.get("/run/%3Cimg%20src=x%3E").body.count("<img") == 0
+
+
+def test_a_run_that_cannot_be_read_is_told_whenever_it_is_asked_for(server: Server, root: Path) -> None:
+    (made_run(root / "damaged") / "launch.json").write_text("{")
+    for path in ("/run/damaged", "/run/damaged", "/compare?run=damaged&run=scout"):
+        answer = server.get(path)
+        assert (answer.status, "launch.json: cannot be read" in answer.body) == (500, True), path
+
+
+class HeldStill:
+    """In the place of `Look.series`: it is read by who holds the run's lock, and by nobody else."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __set__(self, look: Look, series: Series) -> None:
+        look.__dict__["series"] = series
+
+    def __get__(self, look: Look, _: type) -> Series:
+        assert look.lock._is_owned(), "another thread may add a step at this moment"
+        self.read += 1
+        return look.__dict__["series"]
+
+
+def test_no_screen_reads_a_series_that_another_thread_may_add_to(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = HeldStill()
+    monkeypatch.setattr(Look, "series", guard, raising=False)
+    scope = {"type": "http", "headers": [], "query_string": b"run=scout&run=slow"}
+    request = Request(scope | {"path_params": {"name": "scout"}})
+    for screen in (Pages.runs, Pages.people, Pages.run, Pages.compare):
+        guard.read = 0
+        assert screen(Pages(Gallery(root)), request).status_code == 200
+        assert guard.read, screen
+    watched = Gallery(root).run("scout")
+    assert watched is not None
+    assert RunFeed(watched).news() is not None
 
 
 def test_only_reading_is_possible_and_only_by_the_names_of_this_machine(server: Server) -> None:
@@ -156,6 +200,31 @@ def test_a_port_that_is_taken_is_told_in_one_line(server: Server, root: Path) ->
     assert done.returncode == 64
     assert done.stderr.count("\n") == 1
     assert f"--port {server.port}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("here", "typed", "root", "start"),
+    [
+        ("home", "runs/scout", "home/runs", "/run/scout"),
+        ("home/runs/scout", ".", "home/runs", "/run/scout"),
+        ("home/runs/scout/final", "..", "home/runs", "/run/scout"),
+        ("home/runs", ".", "home/runs", "/"),
+        ("home", "runs/people/alice", "home/runs", "/run/people/alice"),
+        ("home", "runs/a/b/c/d/deep", "home/runs/a/b/c/d", "/run/deep"),
+        ("home", ".hidden", "home/.hidden", "/run/.hidden"),
+    ],
+)
+def test_a_runs_folder_is_opened_however_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, typed: str, root: str, start: str
+) -> None:
+    home = tmp_path / "home"
+    for name in ("runs/scout", "runs/people/alice", "runs/a/b/c/d/deep", ".hidden"):
+        made_run(home / name, 1)
+    (home / "runs" / "scout" / "final").mkdir()
+    monkeypatch.chdir(tmp_path / here)
+    assert root_of(Path(typed)) == (tmp_path / root, start)
+    if start != "/":
+        assert Gallery(tmp_path / root).run(start.removeprefix("/run/")) is not None
 
 
 def test_wrong_words_are_told_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:

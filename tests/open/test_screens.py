@@ -6,18 +6,28 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import nan
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+from capacity import made_up
 from support.browser import ENOUGH, MEASURE, needs_browser
 from support.devtools import Browser, Page
 from support.run_folders import HOSTILE, evaluation, lines, made_run, records, step
 from support.served import Server, served
 
+from mlx_empire.capacity.page import capacity_page
+from mlx_empire.report.metrics import read_metrics
+from mlx_empire.verify.fidelity import Finding, Outcome, Pair
+from mlx_empire.verify.page import FidelityReport, fidelity_page
+
 pytestmark = needs_browser
+ROOT = Path(__file__).resolve().parents[2]
 SCREENS = {
     "runs": "/",
     "run": "/run/scout",
@@ -129,6 +139,46 @@ def test_an_open_page_follows_a_run_that_goes_on_is_killed_and_goes_back(
 
 
 @pytest.mark.slow
+def test_a_real_run_is_killed_and_resumed_behind_the_open_page(
+    browser: Browser, server: Server, root: Path
+) -> None:
+    words = ["run.steps=200", "run.save_every=5", "run.eval_every=50", "report.samples=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_empire.train",
+        "recipes/tiny.yaml",
+        *words,
+        f"run.dir={root / 'real'}",
+    ]
+    environment = os.environ | {"MLX_EMPIRE_CACHE": str(root.parent / "cache")}
+    run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        while not (root / "real" / "checkpoints" / "step-000010" / "COMMIT").exists():
+            assert run.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        with browser.page(f"{server.base}/run/real") as page:
+            ready(page)
+            page.value("window.mine = 1")
+            page.until(f"{X}.length > 10")
+            run.kill()
+            run.wait()
+            written = [record["step"] for record in read_metrics(root / "real") if "loss" in record]
+            assert page.until(f"{X}.length === {len(written)} && {X}") == written
+            page.until("!document.getElementById('panel-head').innerText.includes('running')")
+            subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+            assert page.until(f"{X}.length === 200 && {X}") == list(range(1, 201))
+            page.until("document.getElementById('panel-head').innerText.includes('complete')")
+            page.until("document.getElementById('panel-samples').innerText.includes('The model writes')")
+            assert page.value("window.mine") == 1, "without a reload"
+            assert page.complaints == []
+    finally:
+        run.kill()
+        run.wait()
+    assert (root / "real" / "report.html").stat().st_size <= 2_000_000
+
+
+@pytest.mark.slow
 def test_the_list_is_sorted_by_a_click_and_keeps_its_ticks_while_runs_go_on(
     browser: Browser, server: Server, root: Path
 ) -> None:
@@ -172,3 +222,52 @@ def test_the_saved_page_is_legible_too(browser: Browser, root: Path, tmp_path: P
             assert len(page.requests) == 1 + sum(url.startswith("data:") for url in page.requests)
             assert page.value("document.querySelectorAll('.chart svg polyline').length") >= 7
             assert page.complaints == []
+
+
+def fidelity() -> str:
+    """The page of an audit in which one seed of two lost its numbers."""
+    plain = tuple(Outcome((3.0 + seed, 2.0, 1.0), 1.0, "a") for seed in range(2))
+    tried = (
+        replace(plain[0], losses=(3.0, 2.002, 1.0), digest="b"),
+        replace(plain[1], losses=(4.0, nan, 1.0)),
+    )
+    findings = [Finding(Pair(HOSTILE, {}, True), plain, tried), Finding(Pair("same", {}, True), plain, plain)]
+    return fidelity_page(FidelityReport(HOSTILE, "made up", findings, {HOSTILE: 2**30}))
+
+
+def capacity() -> str:
+    """The capacity page with every case that it must show."""
+    surveys = made_up.matrix(), made_up.ladder(), made_up.daughters()
+    return capacity_page(made_up.report(), *surveys, HOSTILE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [capacity, fidelity])
+@pytest.mark.parametrize(
+    ("width", "dark", "media"), [(1280, True, ""), (390, False, ""), (390, True, ""), (800, False, "print")]
+)
+def test_pages_without_a_run_are_legible_on_a_phone_and_on_paper_too(
+    browser: Browser, tmp_path: Path, make: Callable[[], str], width: int, dark: bool, media: str
+) -> None:
+    (tmp_path / "page.html").write_text(make())
+    with browser.page((tmp_path / "page.html").as_uri(), width=width, dark=dark) as page:
+        ready(page, charts=False)
+        if media:
+            page.ask("Emulation.setEmulatedMedia", media=media)
+        found = measured(page)  # opens what is folded
+        assert found["overflow"] <= 0
+        assert len(found["texts"]) > 15
+        assert [text for text in found["texts"] if text["contrast"] < ENOUGH] == []
+        assert found["images"] == 0
+        assert page.complaints == []
+        assert len(page.requests) == 1 + sum(url.startswith("data:") for url in page.requests)
+
+
+@pytest.mark.slow
+def test_a_run_on_paper_has_its_charts_and_none_of_the_buttons(browser: Browser, server: Server) -> None:
+    with browser.page(f"{server.base}/run/scout", width=800) as page:
+        ready(page)
+        page.ask("Emulation.setEmulatedMedia", media="print")
+        assert page.value("getComputedStyle(document.querySelector('nav')).display") == "none"
+        assert page.value("document.querySelectorAll('.plot svg').length") > 0
+        assert page.value(OVERFLOW) <= 0

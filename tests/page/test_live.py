@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from support.run_folders import evaluation, lines, made_run, records, step
 
-from mlx_empire.page import live
+from mlx_empire.errors import UserError
+from mlx_empire.page import live, watch
+from mlx_empire.page.documents import run_document
 from mlx_empire.page.live import RunFeed
 from mlx_empire.page.series import MOST_POINTS
 from mlx_empire.page.watch import Gallery, WatchedRun
+from mlx_empire.run import overview
 from mlx_empire.run.lock import RUN, RunLock
 
 
@@ -123,6 +126,52 @@ def test_readers_of_one_run_do_not_take_from_each_other(folder: Path) -> None:
     one.hear()
     other.hear()
     assert one.curves == other.curves
+
+
+def test_what_a_page_says_of_a_look_is_made_once_for_all_readers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(live, "run_document", lambda *words: made.append(words) or run_document(*words))
+    watched = WatchedRun(folder, "run")
+    readers = [Reader(RunFeed(watched)) for _ in range(10)]
+    for number in (31, 32):
+        for reader in readers:
+            reader.hear()
+        append(folder, step(number))
+    assert len(made) == 2
+    assert all(reader.panels == readers[0].panels for reader in readers)
+
+
+def test_of_many_runs_each_recipe_is_read_once_for_each_state_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    load = overview.load_recipe
+    monkeypatch.setattr(overview, "load_recipe", lambda path: asked.append(path) or load(path))
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.0)
+    for number in range(70):
+        made_run(tmp_path / "runs" / f"run-{number}", 1)
+    gallery = Gallery(tmp_path / "runs")
+    for _ in range(2):
+        assert all(look.overview.recipe is not None for _, look in gallery.looks())
+    assert len(asked) == 70
+    changed = tmp_path / "runs" / "run-7" / "recipe.yaml"
+    changed.write_text(changed.read_text().replace("1.0e-5", "2.0e-5"))
+    (found,) = [look for run, look in gallery.looks() if run.name == "run-7"]
+    assert found.overview.recipe is not None
+    assert found.overview.recipe.optimizer.learning_rate == 2e-5
+    assert len(asked) == 71
+
+
+def test_what_cannot_be_read_is_told_to_everybody_who_asks(folder: Path) -> None:
+    watched = WatchedRun(folder, "run")
+    (folder / "launch.json").write_text("{")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"launch\.json: cannot be read"):
+            watched.look()
+    (folder / "launch.json").unlink()
+    assert watched.look() is not None
 
 
 def test_a_gallery_leads_to_its_runs_and_to_nothing_else(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 from pathlib import Path
@@ -11,7 +12,12 @@ from support.outline import Outline
 from support.run_folders import HOSTILE, lines, made_run, records
 from support.saying import said
 
+from mlx_empire.page.documents import run_document
+from mlx_empire.page.samples import samples_beside
 from mlx_empire.page.saved import FILE_NAME, save_report, try_report
+from mlx_empire.page.watch import Gallery, WatchedRun
+from mlx_empire.recipe.load import load_recipe
+from mlx_empire.run.what_next import next_commands
 
 MOST_BYTES = 2_000_000
 
@@ -40,9 +46,56 @@ def test_it_says_what_the_folder_says(tmp_path: Path) -> None:
         "rank 1 on soldier-1: was killed by SIGKILL", "in backward, step 15", "gate 0.95", "1e-05",
         "the others wait for it", "8.5 s 85.0 %",
         "planned for these chips 8 to 12.5 s, measured 10 s", "waiting for all-gather 1 s 10.0 %",
-        f"{1.1 + 2.718281828 ** -0.6:.4f}",
+        f"{1.1 + 2.718281828 ** -0.6:.4f}", "The model writes written after 0 steps: speeches",
+        "The model writes written after 30 steps: speeches", "The row goes on b speeches",
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_a_finished_run_names_the_commands_that_come_next(tmp_path: Path) -> None:
+    going, done = (made_run(tmp_path / name, complete=name == "done") for name in ("going", "done"))
+    text = Outline(save_report(done).read_text()).text
+    for line in next_commands(load_recipe(done / "recipe.yaml"))[1:]:
+        assert " ".join(line.split()) in text
+    assert "mlx_lm.generate" not in Outline(save_report(going).read_text()).text
+
+
+def test_a_model_that_no_machine_holds_is_shown_as_it_reads_and_writes_nothing(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "scout")
+    found = json.loads((folder / "samples.json").read_text())
+    found["first"]["texts"][0].pop("continued")  # as runs wrote it before they went on with rows
+    found["last"]["texts"][0]["continued"] = None
+    (folder / "samples.json").write_text(json.dumps(found))
+    text = Outline(save_report(folder).read_text()).text
+    assert "after step 30: mean probability 48 %" in text
+    assert "The model writes" not in text
+
+
+def test_runs_beside_each_other_show_what_each_writes_after_one_prompt(tmp_path: Path) -> None:
+    made_run(tmp_path / "runs" / "one", 10)
+    made_run(tmp_path / "runs" / "two", 20)
+    (sample,) = samples_beside([look for _, look in Gallery(tmp_path / "runs").looks()])
+    assert [(view.when.partition(",")[0], view.written) for view in sample.views] == [
+        ("one", "written after 10 steps: speeches"),
+        ("two", "written after 20 steps: speeches"),
+    ]
+    assert (sample.prompt, sample.held_out) == ("a", " b speeches")
+
+
+def test_checkpoints_that_lie_elsewhere_are_told_alike_everywhere(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "scout", 30)
+    (folder / "checkpoints").rename(tmp_path / "disk-0")
+    (tmp_path / "disk-0" / "step-000020" / "KEEP").touch()
+    (tmp_path / "disk-0" / "step-000030" / "COMMIT").unlink()
+    recipe = (folder / "recipe.yaml").read_text()
+    elsewhere = f"run: {{checkpoints: '{tmp_path}/disk-{{rank}}', "
+    (folder / "recipe.yaml").write_text(recipe.replace("run: {", elsewhere))
+    look = WatchedRun(folder, "scout").look()
+    assert look is not None
+    run = run_document(look, 1000.0)
+    assert {figure.name: figure.value for figure in run.figures}["last checkpoint"] == "step 20"
+    assert run.checkpoints == ["step 20 (kept: KEEP)", "step 10"]
+    assert [tick.part for tick in run.ticks] == [0.1, 0.2]
 
 
 def test_a_long_run_is_a_small_file(tmp_path: Path) -> None:
@@ -60,6 +113,14 @@ def test_open_save_writes_it_and_names_what_is_no_run(
     made_run(Path("run"))
     assert said(capsys, "open", "run", "--save", "mine.html") == "mine.html\n"
     assert Path("mine.html").read_text().startswith("<!DOCTYPE html>")
+    monkeypatch.chdir("run")
+    said(capsys, "open", ".", "--save", "../mine.html")
+    Path("final").mkdir()
+    monkeypatch.chdir("final")
+    said(capsys, "open", "..", "--save", "../../of-its-parent.html")
+    monkeypatch.chdir(tmp_path)
+    for page in ("mine.html", "of-its-parent.html"):
+        assert "<h1>run</h1>" in Path(page).read_text()
     Path("empty").mkdir()
     assert "no run has been here" in said(capsys, "open", "empty", "--save", "x.html", code=64)
     assert "no such folder" in said(capsys, "open", "nowhere", code=64)

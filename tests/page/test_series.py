@@ -6,9 +6,11 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.run_folders import lines, made_long, step
 
+from mlx_empire.page import series as columns
 from mlx_empire.page.charts import charts_of
 from mlx_empire.page.series import MOST_POINTS, SMOOTHING, Curve, Series
 from mlx_empire.page.watch import WatchedRun
@@ -33,6 +35,21 @@ def test_a_thinned_curve_keeps_its_ends_its_peaks_and_its_order(count: int) -> N
         assert len(x) == count
     else:
         assert len(x) > MOST_POINTS / 2
+
+
+def test_a_curve_can_grow_while_its_points_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread reads a run's new lines: what is sent is a copy."""
+    curve, extremes = Curve(), columns._extremes
+    for number in range(10):
+        curve.add(number, 1.0 + number)
+
+    def meanwhile(values: np.ndarray, most: int) -> np.ndarray:
+        curve.add(10, 11.0)
+        return extremes(values, most)
+
+    monkeypatch.setattr(columns, "_extremes", meanwhile)
+    assert curve.points(0, 6)[0][-1] == 9
+    assert len(curve) == 11
 
 
 def test_a_smoothed_loss_is_the_mean_weighted_by_age() -> None:

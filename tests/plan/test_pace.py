@@ -249,8 +249,8 @@ def test_rented_machines_hold_what_is_trained():
 
 def test_ranges_in_words():
     assert [spell(p) for p in ((0.0123, 0.5), (3.14, 7.0), (12.4, 12.4), (1200.0, 3400.0))] == [
-        "0.012-0.5",
-        "3.1-7.0",
+        "0.012 to 0.5",
+        "3.1 to 7.0",
         "12",
-        "1,200-3,400",
+        "1,200 to 3,400",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +106,26 @@ def test_the_first_visits_of_the_order_are_kept_and_found_again_in_recomputed_la
         assert not any(a.products for a in actions if a.kind in ("forward", "backward"))
         assert shape.stash.arrays(shape.micro_batches) == sum(len(own) for _, _, own in visits)
         assert {a.kind for a in evaluation(shape)}.isdisjoint({"stash", "reuse"})
+
+
+@given(ranked_shapes())
+@settings(max_examples=150)
+def test_the_embeddings_gradient_is_computed_beside_the_next_backward_and_before_the_roots_sum(shapes):
+    for shape in shapes:
+        actions = list(training_step(shape))
+        embeds = [a for a in actions if a.kind == "embed"]
+        assert [a.micro for a in embeds] == list(range(shape.micro_batches)) * shape.trained[0]
+        if shape.lowest <= shape.boundary:
+            before = [one for one, after in pairwise(actions) if after.kind == "embed"]
+            assert all((a.kind in ("backward", "reuse")) and a.unit == shape.lowest for a in before)
+            assert [(a.micro, a.round) for a in before] == [(a.micro, a.round) for a in embeds]
+        for r in range(len(shape.cells) * shape.trained[0]):
+            sums = next(
+                i
+                for i, a in enumerate(actions)
+                if a.kind in ("keep", "reduce") and (a.unit, a.round) == (0, r)
+            )
+            assert not [a for a in actions[sums:] if a.kind == "embed" and a.round == r]
 
 
 @given(ranked_shapes())

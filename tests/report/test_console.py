@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from mlx_empire.plan.lengths import Every
+from mlx_empire.progress import Passing
 from mlx_empire.report import console as console_module
 from mlx_empire.report.console import RunDisplay, said_if_slow
 from mlx_empire.report.text import NodeRow
@@ -146,6 +147,33 @@ def test_a_running_save_is_shown_live():
     display.close()
 
 
+def test_figures_of_a_live_display_stand_still_and_tell_what_part_is_learnt():
+    display, _ = live()
+    seen = []
+    for norm, speed in ((0.961, 1000.0), (14.3, 12345.0)):
+        display.step(record(1, grad_norm=norm, tokens_per_second=speed, tokens=157, positions=512))
+        seen.append(row_of(drawn(display), "grad norm"))
+    assert seen[0].index("targets/s") == seen[1].index("targets/s")
+    assert all(line.rstrip().endswith("learnt  31%") for line in seen)
+    display.close()
+
+
+def test_a_passing_line_is_replaced_by_the_next_and_the_last_one_stays():
+    display, stream = live()
+    display.step(record(1))
+    display.message(Passing("step-000001 saved"))
+    assert "step-000001 saved" in drawn(display)
+    display.message(Passing("step-000002 saved"))
+    assert "step-000001 saved" not in drawn(display)
+    display.status = lambda: "saving step-000003"
+    assert "step-000002 saved" not in drawn(display), "what goes on comes first"
+    display.close()
+    assert stream.getvalue().rstrip().endswith("step-000002 saved")
+    told, lines = plain()
+    told.message(Passing("step-000001 saved"))
+    assert "step-000001 saved" in written(lines), "a line of its own where nothing is redrawn"
+
+
 def test_the_live_display_shows_progress_and_the_memory_of_every_rank():
     display, stream = live()
     with display:
@@ -156,7 +184,7 @@ def test_the_live_display_shows_progress_and_the_memory_of_every_rank():
         display.message("checkpoint saved")
         text = drawn(display)
     assert "step 5/20" in text
-    assert "loss 2.5000  eval loss 3.2500  lr 1.00e-05  grad norm 0.75  targets/s 12,346" in text
+    assert "loss  2.5000  eval loss  3.2500  lr 1.00e-05  grad norm   0.75  targets/s   12,346" in text
     assert re.search(r"king\.local +█{6}░{6} +50% +200 GiB of 400 GiB", text)
     assert re.search(r"soldier-1\.local +█{9}░{3} +75% +156 GiB of 208 GiB", text)
     assert not display.is_live

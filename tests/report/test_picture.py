@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 import pytest
 
 from mlx_empire.errors import UserError
-from mlx_empire.report.picture import MAX_POINTS, loss_picture, main, thinned, ticks
+from mlx_empire.report.picture import MAX_POINTS, TOP, loss_picture, main, smoothed, thinned, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 RECORDS = [
@@ -22,6 +22,27 @@ def curves(picture: str) -> list[list[tuple[float, float]]]:
     return [[tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in lines]
 
 
+def raw(records: list[dict[str, float | None]]) -> list[list[tuple[float, float]]]:
+    """The faint curves of each step's loss."""
+    groups = ElementTree.fromstring(loss_picture(records, "x")).findall(f"{SVG}g[@opacity]")
+    return [one for group in groups for one in curves(ElementTree.tostring(group, encoding="unicode"))]
+
+
+def test_each_steps_loss_is_faint_behind_its_running_mean():
+    means = [4.0, (0.9 * 4 + 3) / 1.9, (0.81 * 4 + 0.9 * 3 + 2) / 2.71]
+    assert [y for _, y in smoothed([(1, 4.0), (2, 3.0), (3, 2.0)])] == pytest.approx(means)
+    steps = [{"step": n, "loss": 3.0 + n % 2} for n in range(1, 40)]
+    (zigzag,), (mean,) = raw(steps), curves(loss_picture(steps, "x"))
+    assert len(zigzag) == len(mean) == 39
+    assert abs(mean[30][1] - mean[31][1]) < 0.2 * abs(zigzag[30][1] - zigzag[31][1])
+
+
+def test_both_axes_have_a_name_and_no_name_of_a_curve_lies_on_the_drawing():
+    texts = {t.text: t for t in ElementTree.fromstring(loss_picture(RECORDS, "x")).iter(f"{SVG}text")}
+    assert {"step", "loss", "training loss, smoothed", "loss on held-out text", "x"} <= texts.keys()
+    assert all(float(texts[name].get("y") or 99) < TOP for name in ("training loss, smoothed", "x"))
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [(0, 10, [0, 2, 4, 6, 8, 10]), (1.93, 4.1, [2, 2.5, 3, 3.5, 4]), (0, 1200, [0, 500, 1000]), (3, 3, [3])],
@@ -31,7 +52,7 @@ def test_ticks_are_round_numbers_inside(low, high, expected):
 
 
 def test_both_losses_are_drawn_to_one_scale():
-    train, held_out = curves(loss_picture(RECORDS, "runs/<x>"))
+    (train,), (_, held_out) = raw(RECORDS), curves(loss_picture(RECORDS, "runs/<x>"))
     assert len(train) == 3  # the step without a loss is left out
     assert len(held_out) == 2
     (x1, y1), (x3, y3), (x4, y4) = train

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from support.planning import llama_like, node_of, recipe_of
 
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.errors import UserError
+from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.plan.resolve import resolve
 from mlx_empire.run import folder
 from mlx_empire.run.folder import planned_seconds
 
@@ -12,18 +18,32 @@ GIB = 2**30
 NODES = [node_of(f"node-{i}", 200 * GIB, chip="M3-Ultra", link_bytes_per_second=1e9) for i in range(2)]
 
 
+def planned(nodes: Sequence[Node], *changes: str) -> list[float] | None:
+    """What is said of a recipe whose plan is made."""
+    recipe, spec = recipe_of(*changes), llama_like(8, 1024)
+    plan = resolve(recipe, spec, nodes, state_bytes_of(recipe.optimizer))
+    return planned_seconds(recipe, plan, spec, nodes)
+
+
 def test_a_step_of_twice_the_rows_is_planned_to_take_nearly_twice_as_long() -> None:
-    spec = llama_like(8, 1024)
-    one, two = (
-        planned_seconds(recipe_of(f"batch.global_size={rows}"), spec, NODES) or [] for rows in (64, 128)
-    )
+    one, two = (planned(NODES, f"batch.global_size={rows}") or [] for rows in (64, 128))
     assert 0 < one[0] < one[1]
     assert one[0] * 1.5 < two[0] < one[0] * 2.1
+
+
+def test_the_seconds_are_those_of_the_plan_that_the_run_goes_by() -> None:
+    recipe, spec = recipe_of("batch.global_size=64"), llama_like(8, 1024)
+    longer = recipe_of("batch.global_size=128")
+    plan = resolve(longer, spec, NODES, state_bytes_of(longer.optimizer))
+    assert planned_seconds(recipe, plan, spec, NODES) == planned(NODES, "batch.global_size=128")
 
 
 def test_nothing_is_planned_for_chips_that_are_not_known_and_no_run_ends_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert planned_seconds(recipe_of(), llama_like(), [node_of("pc", 200 * GIB)]) is None
-    monkeypatch.setattr(folder, "pace_of", None)
-    assert planned_seconds(recipe_of(), llama_like(), NODES) is None
+    def unreadable(*words: object) -> None:
+        raise UserError("the layer's graph cannot be read")
+
+    assert planned([node_of("pc", 200 * GIB)]) is None
+    monkeypatch.setattr(folder, "pace_of", unreadable)
+    assert planned(NODES) is None

@@ -11,13 +11,13 @@ from data.test_batches import make_dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.data.splits import Splits
 from mlx_empire.errors import UserError
 from mlx_empire.plan.lengths import Every
 from mlx_empire.plan.workload import cell_layout
+from mlx_empire.recipe.idle import refuse_unmeasured
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.run.job import Job, refuse_idle_keys
+from mlx_empire.run.job import Job
 
 TEXT = """\
 model: {path: m}
@@ -120,7 +120,6 @@ def test_the_ranks_share_out_every_row_once_an_epoch(
 
 def test_what_could_never_happen_is_refused() -> None:
     data = make_dataset(LENGTHS, 64, False)
-    blind, seeing = (Splits(data, valid, [], "") for valid in (None, data))
     gated = recipe("run.eval_every=2", "evaluation.stop_when={metric: eval_loss, at_most: 2}")
     assert Job.of(gated, data).gate == gated.evaluation.stop_when
     for asked, said in (
@@ -133,6 +132,6 @@ def test_what_could_never_happen_is_refused() -> None:
             r"report\.samples: 2: there is no validation data",
         ),
     ):
-        refuse_idle_keys(asked, seeing)
+        refuse_unmeasured(asked, held_out=True)
         with pytest.raises(UserError, match=said):
-            refuse_idle_keys(asked, blind)
+            refuse_unmeasured(asked, held_out=False)

@@ -77,7 +77,8 @@ def test_plans_take_the_speed_that_was_measured(measured, capsys):
     (changed := file.with_name("changed.json")).write_text(json.dumps(document))
     assert capacity([str(recipe), "--json", "--unit", str(changed)]) == 0
     assert (
-        "45-55 TFLOP/s executed (measured: calibration on " in json.loads(capsys.readouterr().out)["notes"][0]
+        "45 to 55 TFLOP/s executed (measured: calibration on "
+        in json.loads(capsys.readouterr().out)["notes"][0]
     )
 
 

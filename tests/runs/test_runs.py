@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from support.saying import said
 
+from mlx_empire.data.splits import load_splits
 from mlx_empire.run.lock import RUN, RunLock
 from mlx_empire.run.status import date, status_rows
 
@@ -181,6 +183,14 @@ def test_runs_of_one_recipe_say_so(say: Callable[..., str]) -> None:
     assert "the recipes say the same" in say("compare", "a", "b")
 
 
+def stored_tokens() -> Path:
+    """An entry of the token cache, as a run stores it."""
+    Path("rows.jsonl").write_text("".join(f'{{"tokens": [{n}, 1, 2, 3]}}\n' for n in range(4)))
+    load_splits(path="rows.jsonl", sequence_length=4)
+    (index,) = Path("cache").rglob("index.json")
+    return index.parent
+
+
 def kept_things() -> tuple[list[Path], list[Path]]:
     """Runs in every state: the folders that may go, and those that may not."""
     done = made(Path("runs/done"), 4.0, complete=True)
@@ -199,9 +209,7 @@ def kept_things() -> tuple[list[Path], list[Path]]:
     linked = made(Path("runs/linked"), 4.0, complete=True)
     (linked / "checkpoints").symlink_to(outside.parent.absolute())
     stays.append(outside)
-    cached = Path("cache") / ("0" * 64)
-    cached.mkdir(parents=True)
-    (cached / "index.json").write_text("{}")
+    cached = stored_tokens()
     (Path("cache") / "thesis").mkdir()
     (Path("cache") / "thesis" / "text").write_text("mine")
     return [*goes, cached], [*stays, Path("cache/thesis")]
@@ -248,8 +256,30 @@ def test_a_run_that_began_again_after_it_was_listed_is_left_alone(
     with RunLock(Path("runs/done"), RUN), pytest.raises(OSError, match="at work again"):
         clean.delete(listed[0])
     (found / "KEEP").touch()
-    clean.delete(listed[0])
+    with pytest.raises(OSError, match="KEEP"):
+        clean.delete(listed[0])
     assert found.is_dir()
+
+
+def test_what_could_not_be_deleted_is_not_counted_as_freed(
+    say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_empire.runs import clean
+
+    done = made(Path("runs/done"), 4.0, complete=True)
+    goes, stays = (checkpoint(done, name) for name in ("step-000002", "step-000004"))
+    remove = clean.remove_checkpoint
+
+    def refusing(folder: Path) -> None:
+        if folder.name == stays.name:
+            raise OSError(errno.EACCES, "Permission denied", str(folder))
+        remove(folder)
+
+    monkeypatch.setattr(clean, "remove_checkpoint", refusing)
+    text = say("clean", "--yes", code=64)
+    assert "deleted, but for 1: 28 KiB in all" in text
+    assert f"{stays}: Permission denied" in text
+    assert (goes.exists(), stays.exists()) == (False, True)
 
 
 def test_reading_a_run_imports_no_mlx_and_writes_nothing(tmp_path: Path) -> None:

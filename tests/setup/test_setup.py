@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support.mpi import ROOT
 
+from mlx_empire.cluster.hostfile import parse_hostfile
 from mlx_empire.setup import command, steps
 from mlx_empire.setup.launchd import job
 
@@ -98,6 +99,21 @@ def test_what_is_missing_is_done_and_what_is_ready_is_left_alone(
         assert sent.stdout.split() == ["kept.py"]  # what git does not know stays here
     assert command.main([str(machines / "hosts.txt")]) == 0
     assert capfd.readouterr().out == "every machine is ready\n"
+
+
+def test_on_macs_it_offers_what_lets_a_run_survive_a_house(
+    machines: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On each machine the exclusion from Time Machine and from Spotlight; and the job that repeats the launch."""
+    monkeypatch.setattr("sys.platform", "darwin")
+    command._offer(parse_hostfile("localhost\nme@new.invalid port=2222\n", "hosts").nodes)
+    told = capsys.readouterr().out
+    here, there = (line.strip() for line in lines(told))
+    runs = f"{machines}/clone/runs"
+    words = f"mkdir -p {runs} && tmutil addexclusion {runs} && touch {runs}/.metadata_never_index"
+    assert here == words
+    assert there == f"ssh -t -p 2222 me@new.invalid '{words}'"
+    assert "--launchd RECIPE prints a job for launchd" in told
 
 
 def test_a_machine_that_stays_as_it_was_is_named(machines: Path, capfd: pytest.CaptureFixture[str]) -> None:

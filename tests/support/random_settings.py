@@ -28,6 +28,9 @@ DENSE = (
 )
 
 
+UNPACKED = ("gpt2", "mamba2")  # absolute positions, and no mask that could keep documents apart
+
+
 def drawn(seed: int, count: int) -> list[tuple[int, dict[str, Any]]]:
     """(ranks, fields) of `count` settings; families come in an order of chance, each before any comes again."""
     chance = random.Random(seed)
@@ -35,6 +38,28 @@ def drawn(seed: int, count: int) -> list[tuple[int, dict[str, Any]]]:
     while len(families) < count:
         families += chance.sample([*DENSE, *MIXTURES], len(DENSE) + len(MIXTURES))
     return [_setting(chance, family) for family in families[:count]]
+
+
+def drawn_otherwise(seed: int, count: int) -> list[tuple[int, dict[str, Any]]]:
+    """The settings of `drawn` with a main thread that runs ahead, with packed rows, or with rows that are long enough
+    for attention by pattern, packed or not.
+
+    Packed rows hold one document to eight, of each micro-batch others: a plan is for any rows that may come.
+    """
+    chance = random.Random(f"{seed} otherwise")
+    return [(ranks, fields | _otherwise(chance, fields)) for ranks, fields in drawn(seed, count)]
+
+
+def _otherwise(chance: random.Random, fields: dict[str, Any]) -> dict[str, Any]:
+    may_pack = fields["family"] not in UNPACKED
+    ways: list[dict[str, Any]] = [{"run_ahead": True}]
+    if may_pack:
+        ways.append({"packed": True, "documents": 0})
+    if fields["dtype"] == "float32":
+        width = 16 * chance.randint(17, 32)
+        packed = {"packed": True, "documents": 0} if may_pack and chance.random() < 0.5 else {}
+        ways.append({"by_pattern": True, "width": width, **packed})
+    return chance.choice(ways)
 
 
 def title(ranks: int, fields: dict[str, Any]) -> str:
@@ -51,9 +76,10 @@ def title(ranks: int, fields: dict[str, Any]) -> str:
     sizes = " ".join(f"{name} {size}" for name, size in said.items())
     how = f"{tuning['type']}{tuning.get('bits', '')} {fields.get('optimizer', 'adamw')}{fields['state_bits']}"
     step = f"{fields['rows']} x {fields['width']} x {fields['micro_batches']}, cells {fields['cells']}"
+    ways = "".join(f", {way}" for way in ("run_ahead", "packed", "by_pattern") if fields.get(way))
     return (
         f"{fields['family']}: {sizes}; {step}; {ranks} ranks, stage {fields['stage']}, tail {fields['tail']}, {how}, "
-        f"{fields['dtype']}"
+        f"{fields['dtype']}{ways}"
     )
 
 

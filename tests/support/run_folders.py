@@ -81,6 +81,11 @@ def plan(total: int, hosts: Sequence[str]) -> dict[str, Any]:
     return told | {"ranks": ranks}
 
 
+def continuation(data: str, at: int) -> dict[str, str]:
+    """What a model wrote after `at` steps."""
+    return {"prompt": "a", "written": f"written after {at} steps: {data}", "held_out": f" b {data}"}
+
+
 def made_run(
     folder: Path, steps: int = 30, *, total: int = 100, hosts: Sequence[str] = ("king", "soldier-1"),
     data: str = "speeches", rate: str = "1.0e-5", tuning: str = "full", complete: bool = False,
@@ -100,7 +105,10 @@ def made_run(
             "counted": [False, True, True],
         }
     ]
-    then, now = ({"step": at, "texts": texts} for at in (0, steps))
+    then, now = (
+        {"step": at, "texts": [one | {"continued": continuation(data, at)} for one in texts]}
+        for at in (0, steps)
+    )
     (folder / "samples.json").write_text(json.dumps({"first": then, "last": now}))
     for number in range(10, steps + 1, 10):
         checkpoint = folder / "checkpoints" / f"step-{number:06d}"

@@ -35,12 +35,14 @@ from mlx_empire.recipe.sections import OptimizerSection
 from support.tiny_models import tiny_config
 
 VOCABULARY = 256
+VARIED = (8, 1, 4, 2)  # documents of a row, where they are to vary
 
 
 @dataclass(frozen=True)
 class Case:
-    """One setting. `shares` has one weight per rank and is cut or repeated to the world's size. `kept`: the part of
-    what recomputed layers could keep that they do."""
+    """One setting. `shares` has one weight per rank and is cut or repeated to the world's size. `documents` of a packed
+    row; 0: of each micro-batch others, in its first of step 1 a single one. `kept`: the part of what recomputed layers
+    could keep that they do."""
 
     family: str = "llama"
     shares: tuple[float, ...] = (1.0,)
@@ -99,10 +101,12 @@ def batches_of(case: Case, step: int = 0) -> list[MicroBatch]:
         documents = None
         if case.packed:
             place, cut = np.arange(case.width), 5 + 3 * (j % 4)
-            starts = [
-                cut,
-                *(cut + n * case.width // (case.documents - 1) for n in range(1, case.documents - 1)),
-            ]
+            count = case.documents or VARIED[(step + j) % len(VARIED)]
+            starts = (
+                [cut, *(cut + n * case.width // (count - 1) for n in range(1, count - 1))]
+                if count > 1
+                else []
+            )
             row = np.searchsorted(starts, place, side="right").astype(np.int32)
             documents = np.repeat(row[None], case.rows, 0)
         made.append(MicroBatch(tokens[:, :-1], tokens[:, 1:], mask, documents, tuple(range(case.rows))))

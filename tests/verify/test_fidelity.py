@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -94,3 +95,29 @@ def test_the_page_draws_how_far_losses_are_apart_and_says_where_no_bit_differs()
     html = fidelity_page(FidelityReport("m", "w", [same], {}))
     assert f"0 bits differ in {len(ONE.losses)} steps of 1 seed." in html
     assert "<polyline" not in html
+
+
+def test_losses_that_are_not_finite_are_told_and_not_drawn():
+    nan, inf = float("nan"), float("inf")
+    plain = (Outcome((3.0, 2.0, 1.0), 1.0, "a"), Outcome((3.3, nan, inf), nan, "a"))
+    tried = (Outcome((3.0, 2.002, 1.0), 1.0, "b"), Outcome((3.3, nan, 1.0), 1.0, "b"))
+    found = Finding(Pair("it", {}, True), plain, tried)
+    report = FidelityReport("m", "w", [found], {})
+    html = fidelity_page(report)
+    assert "1 of 6 losses are not finite" in html
+    assert "seed 1 from 0.001 to 0.001" in html
+    points = re.findall(r'points="([^"]*)"', html)
+    assert points
+    assert not any("nan" in one or "inf" in one for one in points)
+    assert rows(report)[0][3:5] == ("+nan %", "nan %")
+    (technique,) = json.loads(json.dumps(fidelity_document(report), allow_nan=False))["techniques"]
+    assert (technique["difference"], technique["curves"]["plain"][1]) == (None, [3.3, None, None])
+    lost = Finding(found.pair, (Outcome((nan,), None, "a"),), (Outcome((1.0,), None, "a"),))
+    html = fidelity_page(FidelityReport("m", "w", [lost], {}))
+    assert "1 of 1 losses are not finite" in html
+    assert "<polyline" not in html
+
+
+def test_two_runs_that_lose_their_numbers_alike_are_the_same_bits():
+    lost = [Outcome((3.0, float(word)), None, "a") for word in ("nan", "nan")]
+    assert Finding(Pair("it", {}, True), (lost[0],), (lost[1],)).same

@@ -16,7 +16,7 @@ from types import MappingProxyType
 import mlx.core as mx
 
 from mlx_empire.model.attention.blocks import Attention
-from mlx_empire.model.liveness import Graph
+from mlx_empire.model.graph import Graph
 from mlx_empire.model.storage import Primitive
 
 Shapes = tuple[tuple[tuple[int, ...], mx.Dtype], ...]

@@ -8,7 +8,7 @@
 // evaluated and waited, or waited for (or read) an array that was evaluated asynchronously, whether that was done by then
 // or not. `watch_report` writes all of it and begins anew.
 //
-// Compiled by tests/metal/watching.py against the headers of the MLX that is installed.
+// Compiled by tests/support/watching.py against the headers of the MLX that is installed.
 #include <dlfcn.h>
 #include <unistd.h>
 

@@ -1,0 +1,122 @@
+"""A conversion is whole or not there, takes no file's place, and says in one line what it could not read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_empire.data.files import RawRow, Refuse
+from mlx_empire.errors import UnreachableError, UserError
+from mlx_empire.inspect import convert
+from mlx_empire.inspect.convert import converted
+from mlx_empire.inspect.layouts import Unusable, layout_of
+from mlx_empire.inspect.tables import _stream
+
+PAIR = {"question": "Why?", "answer": "So."}
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_where_one_split_cannot_be_used_none_is_written(
+    say: Callable[..., str], write: Callable[..., Path]
+) -> None:
+    write("set/train.csv", "question,answer", "Why?,So.")
+    write("set/valid.csv", "question,answer", "When?,")
+    assert "valid: of 1 row none can be used" in say("inspect", "set", "--convert", "out", code=64)
+    assert everything(Path("out")) == []
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["linked", "without links, as on exFAT"])
+def test_a_file_that_came_meanwhile_is_left_and_what_was_placed_before_it_goes(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "valid")}
+
+    def meanwhile(refuse: Refuse) -> Iterator[RawRow]:
+        yield RawRow("valid:1", PAIR)
+        files["valid"].write_text("the work of years")
+
+    def no_links(*words: Any) -> None:
+        raise OSError(convert.NO_LINKS[0], "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    splits = {"train": lambda refuse: iter([RawRow("train:1", PAIR)]), "valid": meanwhile}
+    with pytest.raises(UserError, match=r"^--convert: .*valid\.jsonl: File exists"):
+        converted(splits, files, None, lambda what: lambda count: None)
+    assert everything(tmp_path) == ["valid.jsonl"]
+    assert files["valid"].read_text() == "the work of years"
+
+
+def test_a_table_without_rows_is_one_line(say: Callable[..., str], write: Callable[..., Path]) -> None:
+    write("head.csv", "question,answer")
+    write("none.json", "[]")
+    for name in ("head.csv", "none.json"):
+        assert say("inspect", name, "--convert", "out", code=64) == (
+            "mlx_empire: --convert: train: no rows; put at least one there\n"
+        )
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    say: Callable[..., str], write: Callable[..., Path]
+) -> None:
+    write("in.jsonl", PAIR)
+    write("file", "x")
+    text = say("inspect", "in.jsonl", "--convert", "file/out", code=64)
+    assert text.count("\n") == 1
+    assert "--convert: file/out" in text
+
+
+def test_what_cannot_be_read_is_one_line(say: Callable[..., str]) -> None:
+    for name, content in (("a.csv", b"question,answer\n\xff,x\n"), ("a.json", b'[{"question": "\xff"}]')):
+        Path(name).write_bytes(content)
+        text = say("inspect", name, "--convert", "out", code=64)
+        assert text.count("\n") == 1
+        assert f"{name}: not UTF-8" in text
+
+
+@pytest.mark.parametrize(
+    ("broken", "told", "says"),
+    [
+        (
+            TypeError("Couldn't cast array of type string to int64\nmore"),
+            UserError,
+            "set/train:3: .*Couldn't cast",
+        ),
+        (ConnectionError("no route to host"), UnreachableError, "the Hub was not reached"),
+    ],
+)
+def test_a_stream_that_breaks_off_is_one_line(broken: Exception, told: type[Exception], says: str) -> None:
+    def split() -> Iterator[dict[str, Any]]:
+        yield from (PAIR, PAIR)
+        raise broken
+
+    rows = _stream("set/train", split(), ZeroDivisionError)(lambda where, error: None)
+    assert [next(rows).where for _ in range(2)] == ["set/train:1", "set/train:2"]
+    with pytest.raises(told, match=says) as caught:
+        next(rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_cell_of_a_table_is_nothing_and_not_nan() -> None:
+    """pandas and `datasets` have NaN where a cell is empty."""
+    nan = float("nan")
+    layout = layout_of(RawRow("f:1", {"instruction": "a", "output": "b"}), None)
+    row = layout.row(RawRow("f:1", {"instruction": "Add.", "input": nan, "output": 2.5, "system": nan}))
+    assert [one["content"] for one in row["messages"]] == ["Add.", "2.5"]
+    with pytest.raises(Unusable, match="'output' is missing"):
+        layout.row(RawRow("f:2", {"instruction": "Add.", "output": nan}))
+
+
+def test_of_two_columns_that_mean_the_same_none_is_lost_in_silence() -> None:
+    layout = layout_of(RawRow("f:1", {"instruction": "a", "output": "b"}), None)
+    row = {"instruction": "a", "output": "b", "input": "c", "context": "d"}
+    with pytest.raises(Unusable, match="'input' and 'context' are both filled"):
+        layout.row(RawRow("f:1", row))
+    assert layout.row(RawRow("f:1", row | {"context": " "}))["messages"][0]["content"] == "a\n\nc"

@@ -102,7 +102,7 @@ def test_every_verb_with_a_recipe_takes_it_first_and_hosts_by_the_same_option() 
     made = {name: import_module(verb.module) for name, verb in VERBS.items() if not verb.words}
     parsers = {name: module.parser() for name, module in made.items() if hasattr(module, "parser")}
     recipes = {name for name, parser in parsers.items() if isinstance(parser, RecipeArguments)}
-    assert recipes == {"train", "launch", "daughters", "capacity", "verify", "inspect"}
+    assert recipes == {"train", "launch", "daughters", "sweep", "capacity", "verify", "inspect"}
     for name in recipes:
         usage = parsers[name].format_usage()
         subject = r"RECIPE\|DATA" if name == "inspect" else "recipe"

@@ -189,12 +189,3 @@ def test_a_verb_that_was_a_file_is_called_as_before(verb: str, capsys: pytest.Ca
         import_module(f"mlx_empire.{verb}").main(["merge", "--nonsense"])
     assert ended.value.code == 64
     assert capsys.readouterr().err.startswith("mlx_empire: ")
-
-
-def test_train_is_called_from_python_as_when_it_was_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    from mlx_empire import train
-
-    with pytest.raises(SystemExit) as left:
-        train.main(["--help"])
-    assert left.value.code == 0
-    assert "Train a model by a recipe" in capsys.readouterr().out

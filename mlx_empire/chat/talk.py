@@ -44,13 +44,14 @@ class Speaker:
     def answers(self, question: str, options: argparse.Namespace) -> Iterator[str]:
         """An answer, piece by piece; it is remembered with the question once it is whole."""
         messages = [*self.said, {"role": "user", "content": question}]
+        prompt = prompt_of(self.resident.tokenizer, messages)
         mx.random.seed(options.seed)
         pieces: list[str] = []
         for response in stream_generate(
             self.resident.model,
             self.resident.tokenizer,
-            prompt_of(self.resident.tokenizer, messages),
-            max_tokens=options.max_tokens,
+            prompt,
+            max_tokens=self.resident.tokens_behind(prompt, options.max_tokens),
             sampler=make_sampler(temp=options.temp, top_p=options.top_p),
         ):
             pieces.append(response.text)

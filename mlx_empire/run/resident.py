@@ -7,6 +7,8 @@ base is read and held once, however many adapters speak on it, and none changes 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from mlx_lm.tuner.utils import load_adapters
 
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import WEIGHTS_NAME
+from mlx_empire.model.config import read_config
+from mlx_empire.model.unread import learnt_positions
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.finished import Finished
 from mlx_empire.run.names import RECIPE
@@ -26,10 +30,25 @@ from mlx_empire.run.names import RECIPE
 
 @dataclass(frozen=True)
 class Resident:
-    """A model that speaks, and its tokenizer (mlx-lm's)."""
+    """A model that speaks, its tokenizer (mlx-lm's), and the rows of its table of positions where it has learnt them:
+    MLX reads beyond the end of such a table, and the process is aborted.
+    """
 
     model: nn.Module
     tokenizer: Any
+    positions: int | None = None
+
+    def tokens_behind(self, prompt: str | Sequence[int], wanted: int) -> int:
+        """How many of the `wanted` tokens there is room for behind a prompt. UserError for none."""
+        if self.positions is None:
+            return wanted
+        length = len(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        if length >= self.positions:
+            raise UserError(
+                f"the conversation has {length} tokens, and the model's table of positions {self.positions} rows; "
+                f"begin it again, or ask for less"
+            )
+        return min(wanted, self.positions - length)
 
 
 def base_folder_of(found: Finished, named: Path | None, key: str) -> Path:
@@ -51,7 +70,14 @@ def load_model(folder: Path) -> Resident:
         model, tokenizer = mlx_lm.load(str(folder))[:2]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder}: mlx-lm does not open it: {str(error)[:200]}") from None
-    return Resident(model, tokenizer)
+    return Resident(model, tokenizer, table_of_positions(folder))
+
+
+def table_of_positions(folder: Path) -> int | None:
+    """Rows of a folder's table of learnt positions; None without, and for a model that only speaks here."""
+    with suppress(UserError):
+        return learnt_positions(read_config(folder))
+    return None
 
 
 def speaking_with(base: Resident, weights: Path) -> Resident:
@@ -65,7 +91,7 @@ def speaking_with(base: Resident, weights: Path) -> Resident:
         raise UserError(f"{weights}: mlx-lm does not open it on this base: {str(error)[:200]}") from None
     model.eval()
     mx.eval(model.parameters())
-    return Resident(model, base.tokenizer)
+    return Resident(model, base.tokenizer, base.positions)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

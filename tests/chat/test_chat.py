@@ -14,15 +14,18 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.utils import save_model
 from rich.console import Console
 from rich.live import Live
 from support.speaking import MODEL, answers, finish, write_adapter
+from support.tiny_models import tiny_config, tiny_model
 
 from mlx_empire.chat import talk
 from mlx_empire.chat.command import read
 from mlx_empire.chat.talk import Speaker, side_by_side, speakers_of
 from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.cli import main as cli
+from mlx_empire.errors import UserError
 from mlx_empire.run.resident import load_model, speaking_with
 
 QUESTIONS = ("Tom said", "Once upon a time")
@@ -220,3 +223,27 @@ def test_what_cannot_answer_is_one_line(
     printed = capsys.readouterr().err
     assert told in printed
     assert printed.count("\n") == 1
+
+
+def learnt(folder: Path, positions: int) -> Path:
+    """A GPT-2 with a table of so many positions, and the tiny llama's tokenizer."""
+    save_model(folder, tiny_model("gpt2", n_positions=positions, n_ctx=positions, vocab_size=512)[0]())
+    config = tiny_config("gpt2", n_positions=positions, n_ctx=positions, vocab_size=512)
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in MODEL.glob("token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_an_answer_ends_where_a_table_of_positions_does(tmp_path: Path) -> None:
+    """MLX reads beyond the end of the table, and then the process is aborted."""
+    resident = load_model(learnt(tmp_path / "gpt", 40))
+    assert (resident.positions, load_model(MODEL).positions) == (40, None)
+    question = talk.prompt_of(resident.tokenizer, [{"role": "user", "content": "Tom said"}])
+    length = len(question)
+    assert resident.tokens_behind(question, 100) == 40 - length
+    assert resident.tokens_behind("Tom said", 3) == 3
+    pieces = list(Speaker("it", resident).answers("Tom said", read([str(tmp_path), "--max-tokens", "100"])))
+    assert len(pieces) <= 40 - length + 1  # the last one is what the tokenizer held back
+    with pytest.raises(UserError, match="has 40 tokens, and the model's table of positions 40 rows"):
+        resident.tokens_behind([1] * 40, 1)

@@ -22,8 +22,10 @@ from typing import Any
 
 import mlx_lm.server
 import pytest
+from mlx_lm.utils import save_model
 from support.mpi import rank_environment
 from support.speaking import MODEL, answers, finish, write_adapter
+from support.tiny_models import tiny_config, tiny_model
 
 from mlx_empire.cli import main as cli
 from mlx_empire.errors import EmpireError, UserError
@@ -383,6 +385,16 @@ def test_what_cannot_be_served_is_one_line(
     assert "--port: a..b:8080: no name that a machine can have; choose another" in refused(
         [str(runs), "--host", "a..b"], capsys
     )
+
+
+def test_a_base_whose_table_of_positions_an_answer_could_leave_is_not_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "gpt", tiny_model("gpt2")[0]())
+    (tmp_path / "gpt/config.json").write_text(json.dumps(tiny_config("gpt2")))
+    write_adapter(tmp_path / "people/alice/final", seed=1)
+    finish(tmp_path / "people/alice", tmp_path / "gpt")
+    assert "its table of positions has 256 rows" in refused([str(tmp_path / "people")], capsys)
 
 
 @pytest.mark.faults

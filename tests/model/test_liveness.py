@@ -71,6 +71,7 @@ def measured(target: Target, *, adds: bool) -> int:
     weights = dict(zip(names, arrays, strict=True))
     found = []
     limit = mx.set_cache_limit(0)  # a buffer that is used again may be larger than what is asked for
+    gc.freeze()  # a whole suite's objects take long to be looked through
     # One of four advances that follow one another has no divisor of BUNDLE, so it begins at each place of a bundle.
     for more in (more for more in range(4) for _ in range(BUNDLE)):
         mx.eval([mx.zeros(1) + n for n in range(more)])
@@ -89,6 +90,7 @@ def measured(target: Target, *, adds: bool) -> int:
         mx.eval(by_input, results)
         found.append(mx.get_peak_memory() - before)
         del by_input, results
+    gc.unfreeze()
     mx.set_cache_limit(limit)
     return max(found)
 

@@ -72,6 +72,7 @@ class Passes:
         self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
         self._shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
         self._adder = ThreadPoolExecutor(1, "embedding")
+        self.beside: mx.Stream | mx.DeviceType = mx.cpu  # where the embedding's gradient is computed
 
     def begin(self) -> None:
         """A new step or evaluation: micro-batches of other shapes."""
@@ -244,7 +245,7 @@ class Passes:
 
         # On Metal a scatter-add uses atomics, in any order; the CPU's is sequential, so the sum is reproducible. What
         # the CPU does is evaluated by itself: the GPU must not wait for it within one evaluation.
-        with mx.stream(mx.cpu):
+        with mx.stream(self.beside):
             # A frequent token's row is a sum over many positions: in fp32, or bfloat16 would swallow most of it.
             wide = [array.astype(mx.float32) for array in given.values()]
             _, gradients = mx.vjp(run, wide, [r.hidden.astype(mx.float32)])

@@ -63,10 +63,10 @@ def rounded_into(buffers: list[mx.array], wide: Sequence[mx.array]) -> list[mx.a
     """`wide` in bfloat16, lazily, in the memory of `buffers` (same shapes), of which the list is emptied.
 
     MLX computes in place of an input that nobody else holds. Where somebody does, or where nothing is fused, it takes
-    memory of its own.
+    memory of its own. A GPU starts no fused kernel on an array without elements, such as an empty interval's.
     """
     buffers.reverse()
-    return [_rounded(array, buffers.pop()) for array in wide]
+    return [_rounded(array, buffers.pop()) if array.size else buffers.pop() for array in wide]
 
 
 @fused

@@ -165,6 +165,8 @@ class StreamedStep(Reader):
 
     def embed(self, action: Action) -> None:
         if self._passes.embed_tensors:
+            for earlier in self._embeds.values():  # one micro-batch's gradient is in flight at a time
+                earlier.settle()
             cell = self._embeds.setdefault(action.round, EmbeddingSum())
             self._passes.embed(self._running[action.micro], cell)
             self._store.rebind(0, self._store.bound(0))

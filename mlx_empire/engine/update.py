@@ -166,7 +166,7 @@ class Updater:
 
         for (index, _), (a, b) in zip(segments, spans, strict=True):
             rows[index] += b - a
-        # A unit's together, but not all: MLX would hold the squares of many at once.
+        # As many at once as the largest unit has: MLX would hold the squares of all.
         most = min(max(rows.values(), default=0), PIECE_ROWS)
         self._store.evaluate.in_groups(made(), lambda piece: piece.shape[0], most)
         mx.eval(pieces)

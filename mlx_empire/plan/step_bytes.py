@@ -181,7 +181,7 @@ class StepBytes(Reader):
 
     def _is_surpassed(self, action: Action) -> bool:
         """Whether the cell's next micro-batch needs more in any case: a sum lies beside what this one needs."""
-        alike = not self.shape.run_ahead and not self._work.stash(self._rank).visits
+        alike = not self.shape.run_ahead and not self.shape.stash.visits
         return alike and action.micro in self._first and self.shape.cells[action.round] > 1
 
     # ---- sums
@@ -257,7 +257,8 @@ class StepBytes(Reader):
         return "update" if self._phase == "finish" else "release"
 
     def norm(self, action: Action) -> None:
-        """The squares of a unit's gradients, or of a piece of them, and their sums by halves."""
+        """The squares of as many gradients at once as the largest unit has, or of a piece of them, and their sums by
+        halves; running ahead, of as many pieces as are in flight."""
         units = self._plan.units if action.unit == ALL_UNITS else (self._plan.units[action.unit],)
         self._flying = 0
         rows = [self._sizes[unit.index].trained for unit in units]

@@ -3,7 +3,8 @@
 A rank has a compute lane (the main thread) and a queue of exchanges (the communication thread), and its card has two
 directions. The rules:
 
-1. compute   forward, stash, head, backward, reuse, embed and update follow one another;
+1. compute   forward, stash, head, backward, reuse, embed and update follow one another, also where the engine has the
+             CPU do embed while the next micro-batch's backward runs;
 2. begin     gather, reduce, replicate and renew are queued when the compute lane reaches them, and do not stop it;
 3. exchange  an exchange begins on a rank when the one before has ended there. A card sends and receives at the wire's
              rate, each rank's bytes in each direction one after the other; a rank is done when it has sent and received

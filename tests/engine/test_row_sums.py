@@ -1,16 +1,24 @@
-"""A table's gradient as the rows that were looked up is the whole table's, bit for bit."""
+"""A table's gradient as the rows that were looked up is the whole table's, bit for bit, and is computed beside the step.
+
+On a CPU the stream that computes it is the one of all else; here it also has one of its own, as on a Mac.
+"""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.stepping import Case, batches_of, counted_tokens, gathered_gradients, own_batches, trainer_of
 
 from mlx_empire.comm.buffers import host_view
+from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.gradients import EmbeddingSum, RowSum
 
 VOCABULARY, WIDTH = 13, 4
@@ -64,3 +72,51 @@ def test_what_is_handed_over_is_added_in_its_order_and_is_there_once_asked_for()
         begun.set()
         cell.settle()
     assert np.array_equal(cell.rows.values, np.full((1, WIDTH), 3.0, np.float32))
+
+
+class Deferring:
+    """An executor that does nothing before it is waited for; the most that was ever waiting."""
+
+    def __init__(self):
+        self.most = self._waiting = 0
+
+    def submit(self, work):
+        self._waiting += 1
+        self.most = max(self.most, self._waiting)
+        return SimpleNamespace(result=lambda: self._done(work))
+
+    def _done(self, work):
+        self._waiting -= 1
+        work()
+
+
+def gradients_of(case, *, stream=None, adder=None):
+    """A step's loss and gradients, with the embedding's on `stream` and added up by `adder`."""
+    comm = SoloCommunicator("here")
+    with CommThread() as thread:
+        trainer = trainer_of(case, comm, thread)
+        passes = trainer.streamed._passes
+        passes.beside, passes._adder = stream or passes.beside, adder or passes._adder
+        batches = batches_of(case)
+        loss = trainer.compute(own_batches(trainer, batches, 0), counted_tokens(batches))
+        return loss, gathered_gradients(trainer, comm)
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_on_a_stream_of_its_own_the_embedding_s_gradient_has_the_same_bits(tied, run_ahead):
+    case = Case(cells=2, tied=tied, run_ahead=run_ahead)
+    loss, expected = gradients_of(case)
+    own, found = gradients_of(case, stream=mx.new_stream(mx.cpu))
+    assert own == loss
+    assert {name for name, array in expected.items() if not np.array_equal(found[name], array)} == set()
+
+
+@pytest.mark.parametrize("tail", [0, 4])  # beside the lowest layer's backward, and after all of it
+def test_one_micro_batch_s_embedding_is_in_flight_at_a_time(tail):
+    """So the ledger counts one, however many cells there are."""
+    case, adder = Case(cells=2, run_ahead=True, tail=tail), Deferring()
+    _, found = gradients_of(case, adder=adder)
+    assert adder.most == 1
+    _, expected = gradients_of(case)
+    assert all(np.array_equal(found[name], array) for name, array in expected.items())

@@ -154,6 +154,26 @@ def test_rounding_takes_the_memory_that_it_is_given(rows):
     assert bits_of(rounded[1]) == bits_of(mx.ones((2, 64), mx.bfloat16))
 
 
+def test_no_kernel_rounds_an_array_without_elements(monkeypatch):
+    """A GPU cannot start a fused one on nothing, and a rank's interval may be empty."""
+    seen, real = [], spares._rounded
+
+    def noted(wide, into):
+        seen.append(wide.size)
+        return real(wide, into)
+
+    monkeypatch.setattr(spares, "_rounded", noted)
+    wide = [mx.ones((rows, 64)) for rows in (0, 2, 0)]
+    given = [mx.zeros(array.shape, mx.bfloat16) for array in wide]
+    rounded = spares.rounded_into(given, wide)
+    assert seen == [2 * 64]
+    assert given == []
+    assert [(array.shape, array.dtype) for array in rounded] == [
+        (array.shape, mx.bfloat16) for array in wide
+    ]
+    assert bits_of(rounded[1]) == bits_of(mx.ones((2, 64), mx.bfloat16))
+
+
 def test_rounding_leaves_memory_alone_that_somebody_else_holds():
     held = mx.full((4, 64), 7.0, mx.bfloat16)
     mx.eval(held)

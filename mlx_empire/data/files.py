@@ -266,7 +266,7 @@ def detect_format(row: RawRow) -> str:
     differently according to which one is read, and only the user knows which is meant.
     """
     found = [name for name, keys in KEYS.items() if all(row.value.get(key) is not None for key in keys)]
-    foreign = next((key for key in FOREIGN if key in row.value), None)
+    foreign = next((key for key in FOREIGN if row.value.get(key) is not None), None)
     remedy = FOREIGN[foreign].format(convert=row.converting) if foreign else ""
     if found == ["text"] and foreign in RENDERED_AS_TEXT:
         raise UserError(

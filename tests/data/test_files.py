@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_empire.data.files import detect_format, locate
+from mlx_empire.data.files import RawRow, detect_format, locate
 from mlx_empire.data.splits import load_splits
 from mlx_empire.errors import UserError
 
@@ -119,6 +119,14 @@ def test_what_two_things_could_be_meant_by_is_learnt_where_a_person_says_which(
 
 def test_a_class_beside_a_completion_is_no_preference(write):
     assert detect_format(next(locate(write("a.jsonl", {**PAIR, "label": 1}))[0].rows())) == "completions"
+
+
+def test_a_column_of_a_table_in_which_a_row_has_nothing_says_nothing_of_its_format():
+    """Parquet and datasets give every row all columns, with None where it has no value."""
+    row = RawRow("a.parquet:1", {"text": "hi", "instruction": None, "conversations": None, "messages": None})
+    assert detect_format(row) == "text"
+    with pytest.raises(UserError, match="no known keys"):
+        detect_format(RawRow("a.parquet:1", {"body": "hi", "instruction": None}))
 
 
 @pytest.mark.parametrize("place", ["", "data/"])

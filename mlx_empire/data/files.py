@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -76,16 +76,17 @@ class Source:
                 ) from error
 
 
-def locate(path: Path) -> tuple[Source, Source | None]:
+def locate(path: Path, suffixes: Sequence[str] = SUFFIXES) -> tuple[Source, Source | None]:
     """Find the training source and, where there is one, the validation source of `data.path`.
 
-    Errors: UserError when the path does not exist, holds nothing usable, or offers two files for one split.
+    suffixes: of the files that are taken, `TABLES` too where they are to be converted. Errors: UserError when the path
+    does not exist, holds nothing usable, or offers two files for one split.
     """
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if path.suffix not in suffixes:
             other = f"; `{converting(path)}` makes one of it" if path.suffix in TABLES else ""
             raise UserError(
-                f"data.path {path}: unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}{other}"
+                f"data.path {path}: unknown suffix {path.suffix!r}; use one of {', '.join(suffixes)}{other}"
             )
         return Source(path.suffix, path, (path,)), None
     if not path.is_dir():
@@ -96,7 +97,7 @@ def locate(path: Path) -> tuple[Source, Source | None]:
         return train, _arrow_source(path / valid) if valid else None
     if (path / "state.json").is_file():
         return _arrow_source(path), None
-    whole, held_out = _split(path, ("train",)), _split(path, VALID_NAMES)
+    whole, held_out = _split(path, ("train",), suffixes), _split(path, VALID_NAMES, suffixes)
     if whole is not None:
         return whole, held_out
     known = held_out.files if held_out else ()
@@ -108,23 +109,23 @@ def locate(path: Path) -> tuple[Source, Source | None]:
     return Source(".txt", path, documents), held_out
 
 
-def _split(folder: Path, names: tuple[str, ...]) -> Source | None:
+def _split(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> Source | None:
     """A split's one file or its numbered parts, here or in the folder `data`."""
-    files = [folder / f"{n}{s}" for n in names for s in SUFFIXES]
+    files = [folder / f"{n}{s}" for n in names for s in suffixes]
     found = [Source(file.suffix, file, (file,)) for file in files if file.is_file()]
-    found += [source for place in (folder, folder / "data") for source in _in_parts(place, names)]
+    found += [source for place in (folder, folder / "data") for source in _in_parts(place, names, suffixes)]
     if len(found) > 1:
         listed = " and ".join(source.path.name for source in found)
         raise UserError(f"data.path {folder}: {listed} are the same split; keep one of them")
     return found[0] if found else None
 
 
-def _in_parts(folder: Path, names: tuple[str, ...]) -> Iterator[Source]:
+def _in_parts(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> Iterator[Source]:
     """Splits whose parts are all there, one after the other. Errors: UserError where one is missing."""
     parts: dict[tuple[str, int], list[Path]] = {}
     for file in sorted(folder.glob("*-of-*")):
         part = PART.fullmatch(file.name)
-        if part and part["name"] in names and file.suffix in SUFFIXES:
+        if part and part["name"] in names and file.suffix in suffixes:
             parts.setdefault((file.suffix, int(part["count"])), []).append(file)
     for (suffix, count), files in parts.items():
         numbers = [int(file.name.split("-")[1]) for file in files]

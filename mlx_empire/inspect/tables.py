@@ -17,7 +17,16 @@ from typing import Any
 
 import httpx2
 
-from mlx_empire.data.files import TABLES, VALID_NAMES, RawRow, Refuse, Source, locate, optional_package
+from mlx_empire.data.files import (
+    SUFFIXES,
+    TABLES,
+    VALID_NAMES,
+    RawRow,
+    Refuse,
+    Source,
+    locate,
+    optional_package,
+)
 from mlx_empire.errors import UnreachableError, UserError
 
 HUB_NAME = re.compile(
@@ -44,26 +53,16 @@ def foreign_data(path: Path, subset: str | None) -> Foreign:
         return _hub(str(path), subset)
     if subset is not None:
         raise UserError(f"--subset: {path}: only data sets of the Hub have subsets: owner/name")
-    if path.is_file() and path.suffix in (*ARRAYS, *TABLES):
-        return Foreign({"train": _whole(path)})
-    if path.is_dir():
-        found = {"train": _only(path, ("train",)), "valid": _only(path, VALID_NAMES)}
-        named = {name: _whole(file) for name, file in found.items() if file is not None}
-        if "train" in named:
-            return Foreign(named)
-    train, valid = locate(path)
-    return Foreign({"train": train.rows, **({"valid": valid.rows} if valid is not None else {})})
+    train, valid = locate(path, (*SUFFIXES, *TABLES))
+    return Foreign({"train": _rows_of(train), **({} if valid is None else {"valid": _rows_of(valid)})})
 
 
-def _only(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The one file of a split in a folder that need not be as training reads it."""
-    found = [folder / f"{name}{suffix}" for name in names for suffix in (*ARRAYS, *TABLES, ".parquet")]
-    found = [file for file in found if file.is_file()]
-    if len(found) > 1:
-        raise UserError(
-            f"{folder}: {' and '.join(file.name for file in found)} are the same split; keep one of them"
-        )
-    return found[0] if found else None
+def _rows_of(source: Source) -> Rows:
+    """The rows of a split, each file of which may be a table or an array."""
+    if source.kind == "arrow":
+        return source.rows
+    every = [_whole(file) for file in source.files]
+    return lambda refuse: chain.from_iterable(rows(refuse) for rows in every)
 
 
 def _whole(file: Path) -> Rows:

@@ -23,6 +23,7 @@ from mlx_empire.data.spans import Render, Span, assistant_spans, attempt, moving
 from mlx_empire.data.stops import Stops
 from mlx_empire.data.tools import PROBE, as_parts, in_printed_form, probed, rewritten, uses_tools
 from mlx_empire.errors import UserError
+from mlx_empire.recipe.text import words_of
 
 NEXT = "\ue001"  # as PROBE, for the message that is put after a conversation
 # Keys of messages that most templates read or that are no text: nothing is lost where one does not.
@@ -197,9 +198,8 @@ class ChatReader:
             if other is not None and _hidden(render, parts, other) is None:
                 return parts, other
         if refusal:
-            reason = str(refusal).splitlines()[0] if str(refusal) else type(refusal).__name__
             raise UserError(
-                f"{row.where}: the tokenizer's chat template refuses this conversation ({reason}); "
+                f"{row.where}: the tokenizer's chat template refuses this conversation ({words_of(refusal)}); "
                 "correct the row"
             ) from refusal
         if hidden is not None:

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from mlx_empire.errors import POINTER, UserError, is_pointer
+from mlx_empire.recipe.text import one_line, words_of
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 TABLES = (".csv", ".tsv")  # read only to be converted
@@ -220,8 +221,9 @@ def _arrow_rows(folder: Path) -> Iterator[RawRow]:
     try:
         table = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: not a readable datasets folder ({reason}); save it again") from error
+        raise UserError(
+            f"{folder}: not a readable datasets folder ({words_of(error)}); save it again"
+        ) from error
     for number, value in enumerate(table):
         yield RawRow(f"{folder}:{number + 1}", value)
 
@@ -234,7 +236,7 @@ def _parquet_rows(file: Path) -> Iterator[RawRow]:
         with file.open("rb") as stream:
             if is_pointer(stream.readline(80)):
                 raise UserError(f"{file}: {POINTER}") from error
-        raise UserError(f"{file}: not a readable parquet file ({error}); save it again") from error
+        raise UserError(f"{file}: not a readable parquet file ({words_of(error)}); save it again") from error
     number = 0
     for batch in table.iter_batches(batch_size=1024):
         for value in batch.to_pylist():
@@ -286,7 +288,7 @@ def detect_format(row: RawRow) -> str:
     if remedy:
         raise UserError(f"{row.where}: {remedy}")
     wanted = ", ".join("+".join(keys) for keys in KEYS.values())
-    has = ", ".join(row.value) or "none"
+    has = ", ".join(map(one_line, row.value)) or "none"
     raise UserError(
         f"{row.where}: no known keys (it has {has:.200}); a row needs one of {wanted}; "
         f"`{row.converting}` makes such rows of many others"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,12 +29,17 @@ from mlx_empire.data.files import (
     optional_package,
 )
 from mlx_empire.errors import UnreachableError, UserError
+from mlx_empire.recipe.text import words_of
 
 HUB_NAME = re.compile(
     r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[A-Za-z0-9][\w./-]{0,95})?", re.ASCII
 )
 ARRAYS = (".json", ".jsonl")  # suffixes of files that may hold one array
 UNREACHED = (OSError, httpx2.HTTPError)  # of huggingface_hub, whose own errors are OSErrors
+# Of `datasets` beside ValueErrors: a script, a codec or a package that it would need; NotImplementedError among them.
+UNSUPPORTED = (RuntimeError, ImportError)
+CONVERTED = "refs/convert/parquet"  # the revision of a data set to which the Hub itself has converted it
+ONE_BY_ONE = "fetch the data set and convert its files one by one"
 LARGEST_FIELD = 1 << 24  # characters in a cell of a CSV file
 
 Rows = Callable[[Refuse], Iterator[RawRow]]
@@ -154,7 +160,9 @@ def _hub(named: str, subset: str | None) -> Foreign:
     try:
         found = datasets.load_dataset(name, subset, revision=revision or None, streaming=True)
     except ValueError as error:  # most often: that a subset must be named, and which there are
-        raise UserError(f"{named}: {_first_line(error)}; --subset NAME says which") from None
+        raise UserError(f"{named}: {words_of(error)}; --subset NAME says which") from None
+    except UNSUPPORTED as error:
+        raise _unread(named, error, f"try {name}@{CONVERTED}, or {ONE_BY_ONE}") from None
     except (*UNREACHED, broken) as error:
         raise _unreached(named, error) from None
     valid = next((split for split in VALID_NAMES if split in found), None)
@@ -176,24 +184,23 @@ def _stream(named: str, split: Iterable[dict[str, Any]], broken: type[Exception]
                 yield RawRow(f"{named}:{number}", value)
         except UNREACHED as error:
             raise _unreached(named, error) from None
-        except (ValueError, TypeError, broken) as error:
-            raise UserError(
-                f"{named}:{number + 1}: `datasets` cannot read this row ({_first_line(error)}); fetch the data set and "
-                "convert its files one by one"
-            ) from None
+        except (*UNSUPPORTED, ValueError, TypeError, broken) as error:
+            raise _unread(f"{named}:{number + 1}", error, ONE_BY_ONE) from None
 
     return rows
+
+
+def _unread(where: str, error: BaseException, remedy: str) -> UserError:
+    if isinstance(error, ImportError):  # it says which package; its files need that, too
+        remedy = f"install that beside `datasets`, by {sys.executable} -m pip install"
+    return UserError(f"{where}: `datasets` cannot read this ({words_of(error)}); {remedy}")
 
 
 def _unreached(named: str, error: BaseException) -> UserError | UnreachableError:
     absent = isinstance(error, FileNotFoundError) or "NotFound" in type(error).__name__
     if absent:
         return UserError(
-            f"{named}: neither a file here nor a data set that the Hub shows you ({_first_line(error)}); look for "
+            f"{named}: neither a file here nor a data set that the Hub shows you ({words_of(error)}); look for "
             "typing errors, or `hf auth login`"
         )
-    return UnreachableError(f"{named}: the Hub was not reached ({_first_line(error)}); try again")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(chain(str(error).splitlines(), [type(error).__name__]))[:200]
+    return UnreachableError(f"{named}: the Hub was not reached ({words_of(error)}); try again")

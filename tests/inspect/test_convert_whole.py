@@ -90,6 +90,13 @@ def test_what_cannot_be_read_is_one_line(say: Callable[..., str]) -> None:
             "set/train:3: .*Couldn't cast",
         ),
         (ConnectionError("no route to host"), UnreachableError, "the Hub was not reached"),
+        (
+            ImportError("To support decoding images, please install 'Pillow'."),
+            UserError,
+            "set/train:3: .*pip install",
+        ),
+        (NotImplementedError("Extraction protocol"), UserError, "set/train:3: .*files one by one"),
+        (RuntimeError("the codec \x1b[31mstops"), UserError, r"the codec \\x1b\[31mstops"),
     ],
 )
 def test_a_stream_that_breaks_off_is_one_line(broken: Exception, told: type[Exception], says: str) -> None:

@@ -124,6 +124,9 @@ def test_an_empty_cell_of_a_table_is_nothing_and_not_nan() -> None:
 def test_of_two_columns_that_mean_the_same_none_is_lost_in_silence() -> None:
     layout = layout_of(RawRow("f:1", {"instruction": "a", "output": "b"}), None)
     row = {"instruction": "a", "output": "b", "input": "c", "context": "d"}
-    with pytest.raises(Unusable, match="'input' and 'context' are both filled"):
+    with pytest.raises(Unusable, match="'input' and 'context' mean the same, and differ here"):
         layout.row(RawRow("f:1", row))
-    assert layout.row(RawRow("f:1", row | {"context": " "}))["messages"][0]["content"] == "a\n\nc"
+    for same in (" ", "c"):
+        assert layout.row(RawRow("f:1", row | {"context": same}))["messages"][0]["content"] == "a\n\nc"
+    twice = layout.row(RawRow("f:1", row | {"context": None, "system": "s", "system_prompt": "s"}))
+    assert [one["role"] for one in twice["messages"]] == ["system", "user", "assistant"]

@@ -248,36 +248,6 @@ def test_a_folder_keeps_its_validation_rows_apart(
     assert rows_of("out/valid.jsonl") == [{"messages": turns("When?", "Now.")}]
 
 
-@pytest.mark.parametrize("place", ["", "data/"])
-@pytest.mark.parametrize("train", ["train.jsonl", "train.csv", "train-00000-of-00001.csv"])
-def test_the_splits_of_a_folder_need_not_be_of_one_kind(
-    place: str, train: str, say: Callable[..., str], write: Callable[..., Path]
-) -> None:
-    """One file beside numbered parts, as folders look to which a person has added something."""
-    ask = json.dumps(PAIRS[0][0]) if train.endswith("l") else "question,answer\nWhy?,So."
-    write(f"set/{train}", ask)
-    for number in (1, 0):
-        row = {"question": f"When {number}?", "answer": "Now."}
-        write(f"set/{place}validation-0000{number}-of-00002.jsonl", row)
-    say("inspect", "set", "--convert", "out")
-    assert rows_of("out/train.jsonl") == [{"messages": turns("Why?", "So.")}]
-    assert rows_of("out/valid.jsonl") == [{"messages": turns(f"When {n}?", "Now.")} for n in range(2)]
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-@pytest.mark.parametrize("other", ["{}-00000-of-00001.jsonl", "data/{}-00000-of-00001.jsonl", "{}.csv"])
-def test_a_split_that_is_there_twice_is_refused(
-    split: str, other: str, say: Callable[..., str], write: Callable[..., Path]
-) -> None:
-    write("set/train.jsonl", PAIRS[0][0])
-    for name in ("{}.jsonl", other):
-        write(f"set/{name.format(split)}", PAIRS[0][0])
-    message = say("inspect", "set", "--convert", "out", code=64)
-    assert "are the same split; keep one of them" in message
-    assert message.count("\n") == 1
-    assert not Path("out").exists()
-
-
 def test_a_data_set_of_the_hub_is_streamed_by_datasets(
     say: Callable[..., str], found: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,12 @@ def everything(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def answered(split: str) -> list[tuple[str, ...]]:
+    """What is asked and answered in the rows of a split that was written."""
+    rows = map(json.loads, Path(f"out/{split}.jsonl").read_text().splitlines())
+    return [tuple(one["content"] for one in row["messages"]) for row in rows]
+
+
 def test_where_one_split_cannot_be_used_none_is_written(
     say: Callable[..., str], write: Callable[..., Path]
 ) -> None:
@@ -30,6 +37,36 @@ def test_where_one_split_cannot_be_used_none_is_written(
     write("set/valid.csv", "question,answer", "When?,")
     assert "valid: of 1 row none can be used" in say("inspect", "set", "--convert", "out", code=64)
     assert everything(Path("out")) == []
+
+
+@pytest.mark.parametrize("place", ["", "data/"])
+@pytest.mark.parametrize("train", ["train.jsonl", "train.csv", "train-00000-of-00001.csv"])
+def test_the_splits_of_a_folder_need_not_be_of_one_kind(
+    place: str, train: str, say: Callable[..., str], write: Callable[..., Path]
+) -> None:
+    """One file beside numbered parts, as folders look to which a person has added something."""
+    ask = json.dumps(PAIR) if train.endswith("l") else "question,answer\nWhy?,So."
+    write(f"set/{train}", ask)
+    for number in (1, 0):
+        row = {"question": f"When {number}?", "answer": "Now."}
+        write(f"set/{place}validation-0000{number}-of-00002.jsonl", row)
+    say("inspect", "set", "--convert", "out")
+    assert answered("train") == [("Why?", "So.")]
+    assert answered("valid") == [("When 0?", "Now."), ("When 1?", "Now.")]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("other", ["{}-00000-of-00001.jsonl", "data/{}-00000-of-00001.jsonl", "{}.csv"])
+def test_a_split_that_is_there_twice_is_refused(
+    split: str, other: str, say: Callable[..., str], write: Callable[..., Path]
+) -> None:
+    write("set/train.jsonl", PAIR)
+    for name in ("{}.jsonl", other):
+        write(f"set/{name.format(split)}", PAIR)
+    message = say("inspect", "set", "--convert", "out", code=64)
+    assert "are the same split; keep one of them" in message
+    assert message.count("\n") == 1
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["linked", "without links, as on exFAT"])

@@ -122,6 +122,7 @@ def answer(comm: Communicator, recipe_path: Path, overrides: Sequence[str], want
     code = None
     with together(comm):
         if comm.rank == 0:
+            refuse_sources(recipe, recipe_path, wanted)
             code = present(recipe, nodes, places, wanted)
     return int(comm.broadcast_json(code))
 
@@ -135,6 +136,13 @@ def nodes_of(comm: Communicator, recipe: Recipe, hosts: Path | None) -> list[Nod
     return planned_nodes(load_hostfile(file), own) if file is not None else [own]
 
 
+def refuse_sources(recipe: Recipe, recipe_path: Path, wanted: Wanted) -> None:
+    """UserError where a file that is to be written cannot be, or is read for the answer."""
+    sources = [recipe_path, find_hostfile(recipe.run.hosts, wanted.hosts), wanted.compare, wanted.unit]
+    for option, file in (("--html", wanted.page), ("--trace", wanted.trace)):
+        refuse_unwritable_file(option, file, sources)
+
+
 def present(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wanted) -> int:
     """Print what is wanted and write the page; the exit code."""
     report = cache(
@@ -146,7 +154,6 @@ def present(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wante
     if wanted.page is not None:
         from mlx_empire.capacity.page import capacity_page  # the other answers need no templates
 
-        refuse_unwritable_file("--html", wanted.page)
         page = capacity_page(report(), matrix(), ladder(), daughters(), command())
         write_file("--html", wanted.page, page)
     if wanted.part == "matrix":

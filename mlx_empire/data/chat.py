@@ -23,6 +23,7 @@ from mlx_empire.data.spans import Render, Span, assistant_spans, attempt, moving
 from mlx_empire.data.stops import Stops
 from mlx_empire.data.tools import PROBE, as_parts, in_printed_form, probed, rewritten, uses_tools
 from mlx_empire.errors import UserError
+from mlx_empire.recipe.text import words_of
 
 NEXT = "\ue001"  # as PROBE, for the message that is put after a conversation
 # Keys of messages that most templates read or that are no text: nothing is lost where one does not.
@@ -43,11 +44,13 @@ FIXED_CLOCK = (
 @dataclass
 class Remarks:
     """What the user is told about the conversations of a set: assistant turns that are learnt, those of them that
-    nothing ends, that say nothing, and that spell an end out; rows whose `tools` the template does not print, thoughts
-    that it drops, keys that nothing reads.
+    say nothing, and that spell an end out; of those whose end is looked at (`ends`; without `mask_prompt` of a row's
+    last one alone) those that nothing ends; rows whose `tools` the template does not print, thoughts that it drops,
+    keys that nothing reads.
     """
 
     turns: int = 0
+    ends: int = 0
     endless: int = 0
     silent: int = 0
     ending_within: int = 0
@@ -58,6 +61,7 @@ class Remarks:
     def add(self, others: "Remarks") -> None:
         """What was found in more conversations."""
         self.turns += others.turns
+        self.ends += others.ends
         self.endless += others.endless
         self.silent += others.silent
         self.ending_within += others.ending_within
@@ -71,7 +75,7 @@ class Remarks:
         if self.endless:
             ends = ", ".join(Stops.of(tokenizer).ends) or "it names none"
             told.append(
-                f"WARNING: {self.endless} of {self.turns} assistant turns end without an end-of-sequence token "
+                f"WARNING: {self.endless} of {self.ends} assistant turns end without an end-of-sequence token "
                 f"({ends}): the chat template of {tokenizer.name_or_path} writes none in or after them, so the model "
                 "does not learn to stop there; let it write one after each turn, or add the token that it does write "
                 "to eos_token_id in generation_config.json"
@@ -124,14 +128,14 @@ class ChatReader:
         turns = [turn for turn, wanted in enumerate(conversation.learnt) if wanted]
         ends_it = conversation.learnt[-1]
         if mask_prompt:
-            spans = assistant_spans(render, row, messages, turns, full)
+            spans, ending = assistant_spans(render, row, messages, turns, full), turns
         else:
-            spans, turns = [(0, len(full))][:ends_it], turns[-1:]
+            spans, ending = [(0, len(full))][:ends_it], turns[-1:]
         for number, (start, end) in enumerate(spans):
             end, stop = self._stops.whole(full, end), ""
             closed = self._stops.closed(full[start:end])
             if closed is None:
-                closed = self._closed_before_a_header(render, messages, turns[number], full, start, end)
+                closed = self._closed_before_a_header(render, messages, ending[number], full, start, end)
             if closed is not None:
                 end = start + closed if mask_prompt else end
             else:
@@ -142,7 +146,8 @@ class ChatReader:
                     stop = self._stops.opening(full[end:])
                 self.remarks.endless += not stop
             spans[number] = start, end + len(stop)
-        self._count([messages[turn] for turn in turns[: len(spans)]])
+        self.remarks.ends += len(spans)
+        self._count([messages[turn] for turn in turns])
         return full, spans if mask_prompt else None
 
     def _count(self, learnt: Messages) -> None:
@@ -197,9 +202,8 @@ class ChatReader:
             if other is not None and _hidden(render, parts, other) is None:
                 return parts, other
         if refusal:
-            reason = str(refusal).splitlines()[0] if str(refusal) else type(refusal).__name__
             raise UserError(
-                f"{row.where}: the tokenizer's chat template refuses this conversation ({reason}); "
+                f"{row.where}: the tokenizer's chat template refuses this conversation ({words_of(refusal)}); "
                 "correct the row"
             ) from refusal
         if hidden is not None:

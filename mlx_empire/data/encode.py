@@ -13,6 +13,7 @@ import numpy as np
 from mlx_empire import progress
 from mlx_empire.data.files import RawRow, check_row
 from mlx_empire.errors import UserError
+from mlx_empire.recipe.text import words_of
 
 if TYPE_CHECKING:
     from mlx_empire.data.chat import ChatReader, Remarks
@@ -52,9 +53,8 @@ def load_tokenizer(folder: Path | None) -> Any:
     try:
         return load(folder, {"local_files_only": True, "trust_remote_code": False}, _end_ids(folder))
     except Exception as error:  # transformers raises anything from OSError to KeyError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model.path {folder}: no tokenizer can be loaded from it ({reason}); "
+            f"model.path {folder}: no tokenizer can be loaded from it ({words_of(error)}); "
             "put tokenizer.json and tokenizer_config.json there"
         ) from error
 

@@ -10,13 +10,14 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mlx_empire.errors import POINTER, UserError, is_pointer
+from mlx_empire.recipe.text import one_line, words_of
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 TABLES = (".csv", ".tsv")  # read only to be converted
@@ -76,16 +77,17 @@ class Source:
                 ) from error
 
 
-def locate(path: Path) -> tuple[Source, Source | None]:
+def locate(path: Path, suffixes: Sequence[str] = SUFFIXES) -> tuple[Source, Source | None]:
     """Find the training source and, where there is one, the validation source of `data.path`.
 
-    Errors: UserError when the path does not exist, holds nothing usable, or offers two files for one split.
+    suffixes: of the files that are taken, `TABLES` too where they are to be converted. Errors: UserError when the path
+    does not exist, holds nothing usable, or offers two files for one split.
     """
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if path.suffix not in suffixes:
             other = f"; `{converting(path)}` makes one of it" if path.suffix in TABLES else ""
             raise UserError(
-                f"data.path {path}: unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}{other}"
+                f"data.path {path}: unknown suffix {path.suffix!r}; use one of {', '.join(suffixes)}{other}"
             )
         return Source(path.suffix, path, (path,)), None
     if not path.is_dir():
@@ -96,7 +98,7 @@ def locate(path: Path) -> tuple[Source, Source | None]:
         return train, _arrow_source(path / valid) if valid else None
     if (path / "state.json").is_file():
         return _arrow_source(path), None
-    whole, held_out = _split(path, ("train",)), _split(path, VALID_NAMES)
+    whole, held_out = _split(path, ("train",), suffixes), _split(path, VALID_NAMES, suffixes)
     if whole is not None:
         return whole, held_out
     known = held_out.files if held_out else ()
@@ -108,23 +110,23 @@ def locate(path: Path) -> tuple[Source, Source | None]:
     return Source(".txt", path, documents), held_out
 
 
-def _split(folder: Path, names: tuple[str, ...]) -> Source | None:
+def _split(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> Source | None:
     """A split's one file or its numbered parts, here or in the folder `data`."""
-    files = [folder / f"{n}{s}" for n in names for s in SUFFIXES]
+    files = [folder / f"{n}{s}" for n in names for s in suffixes]
     found = [Source(file.suffix, file, (file,)) for file in files if file.is_file()]
-    found += [source for place in (folder, folder / "data") for source in _in_parts(place, names)]
+    found += [source for place in (folder, folder / "data") for source in _in_parts(place, names, suffixes)]
     if len(found) > 1:
         listed = " and ".join(source.path.name for source in found)
         raise UserError(f"data.path {folder}: {listed} are the same split; keep one of them")
     return found[0] if found else None
 
 
-def _in_parts(folder: Path, names: tuple[str, ...]) -> Iterator[Source]:
+def _in_parts(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> Iterator[Source]:
     """Splits whose parts are all there, one after the other. Errors: UserError where one is missing."""
     parts: dict[tuple[str, int], list[Path]] = {}
     for file in sorted(folder.glob("*-of-*")):
         part = PART.fullmatch(file.name)
-        if part and part["name"] in names and file.suffix in SUFFIXES:
+        if part and part["name"] in names and file.suffix in suffixes:
             parts.setdefault((file.suffix, int(part["count"])), []).append(file)
     for (suffix, count), files in parts.items():
         numbers = [int(file.name.split("-")[1]) for file in files]
@@ -219,8 +221,9 @@ def _arrow_rows(folder: Path) -> Iterator[RawRow]:
     try:
         table = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: not a readable datasets folder ({reason}); save it again") from error
+        raise UserError(
+            f"{folder}: not a readable datasets folder ({words_of(error)}); save it again"
+        ) from error
     for number, value in enumerate(table):
         yield RawRow(f"{folder}:{number + 1}", value)
 
@@ -233,7 +236,7 @@ def _parquet_rows(file: Path) -> Iterator[RawRow]:
         with file.open("rb") as stream:
             if is_pointer(stream.readline(80)):
                 raise UserError(f"{file}: {POINTER}") from error
-        raise UserError(f"{file}: not a readable parquet file ({error}); save it again") from error
+        raise UserError(f"{file}: not a readable parquet file ({words_of(error)}); save it again") from error
     number = 0
     for batch in table.iter_batches(batch_size=1024):
         for value in batch.to_pylist():
@@ -266,7 +269,7 @@ def detect_format(row: RawRow) -> str:
     differently according to which one is read, and only the user knows which is meant.
     """
     found = [name for name, keys in KEYS.items() if all(row.value.get(key) is not None for key in keys)]
-    foreign = next((key for key in FOREIGN if key in row.value), None)
+    foreign = next((key for key in FOREIGN if row.value.get(key) is not None), None)
     remedy = FOREIGN[foreign].format(convert=row.converting) if foreign else ""
     if found == ["text"] and foreign in RENDERED_AS_TEXT:
         raise UserError(
@@ -285,7 +288,7 @@ def detect_format(row: RawRow) -> str:
     if remedy:
         raise UserError(f"{row.where}: {remedy}")
     wanted = ", ".join("+".join(keys) for keys in KEYS.values())
-    has = ", ".join(row.value) or "none"
+    has = ", ".join(map(one_line, row.value)) or "none"
     raise UserError(
         f"{row.where}: no known keys (it has {has:.200}); a row needs one of {wanted}; "
         f"`{row.converting}` makes such rows of many others"

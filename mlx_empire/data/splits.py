@@ -36,7 +36,10 @@ class Splits:
 
 @dataclass(frozen=True)
 class _Settings:
-    """Everything but the files that decides what the rows are; part of the cache's key."""
+    """Everything but the files' contents that decides what the rows are; part of the cache's key.
+
+    kinds: of each split how its files are read and how many there are, so where training ends and validation begins.
+    """
 
     format: str
     sequence_length: int
@@ -71,7 +74,7 @@ def load_splits(
     data_format = _first_format(train) if format == "auto" else format
     if data_format == "tokens":
         tokenizer_folder = None
-    kinds = tuple(source.kind for source in (train, valid) if source)
+    kinds = tuple(f"{source.kind} {len(source.files)}" for source in (train, valid) if source)
     settings = _Settings(
         data_format, sequence_length, packing, mask_prompt, 0.0 if valid else fraction, vocab_size, kinds
     )

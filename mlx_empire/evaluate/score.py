@@ -35,6 +35,7 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.recipe.load import dump_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.report.html import refuse_unwritable_file
 from mlx_empire.run.agree import (
     agree_on_model,
     share_config,
@@ -57,7 +58,11 @@ def evaluate_command(options: argparse.Namespace) -> int:
         told = None
         with together(comm):
             if comm.rank == 0:
-                told = [dump_recipe(recipe) for recipe in recipes_of(options, comm.size)]
+                asked = recipes_of(options, comm.size)
+                sources = [options.hosts, *(one.path for recipe in asked for one in recipe.evaluation.sets)]
+                refuse_unwritable_file("--json", options.json, sources)
+                refuse_unwritable_file("--html", options.html, sources)
+                told = [dump_recipe(recipe) for recipe in asked]
         recipes = [parse_recipe(text, str(options.named)) for text in comm.broadcast_json(told)]
         names = [str(options.named)] if len(recipes) == 1 else [options.against, str(options.named)]
         with standing(comm, recipes[0]):

@@ -41,6 +41,7 @@ from mlx_empire.errors import UserError
 from mlx_empire.evaluation.scorer import load_scorer
 from mlx_empire.evaluation.tasks import Choices, choices_of
 from mlx_empire.recipe.evaluation import GENERATED, EvaluationSet
+from mlx_empire.recipe.text import words_of
 
 
 def matches(text: str, pattern: str) -> bool:
@@ -219,8 +220,9 @@ class _Reader:
         except UserError:
             raise
         except Exception as error:  # templates raise what they like
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{row.where}: the chat template refuses this prompt ({reason})") from None
+            raise UserError(
+                f"{row.where}: the chat template refuses this prompt ({words_of(error)})"
+            ) from None
 
     def _check(self, row: RawRow, pattern: Any, schema: Any) -> None:
         if "regular_expression" in self._asked.metrics:

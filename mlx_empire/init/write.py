@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import shlex
 import sys
@@ -98,9 +99,8 @@ def write_recipe(options: argparse.Namespace, nodes: Sequence[Node]) -> None:
     text = template(options.recipe)
     read_config(options.model)
     _, valid = locate(options.data)
-    out = options.out or Path(
-        f"{options.data.absolute().stem}.yaml"
-    )  # the folder one is in may be the data, too
+    named = Path(os.path.abspath(options.data)).stem  # the data may be "." or "..", too
+    out = options.out or Path(f"{named}.yaml")
     values = {
         "model.path": written(options.model),
         "data.path": written(options.data),

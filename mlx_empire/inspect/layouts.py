@@ -119,10 +119,11 @@ def _listed(row: RawRow) -> str:
 
 
 def _filled(value: Value, names: Sequence[str]) -> str | None:
-    """Which of these keys, that mean one thing, is filled. Unusable where two are: one of them would be lost."""
+    """Which of these keys, that mean one thing, is filled. Unusable where two differ: one of them would be lost."""
     found = [name for name in names if is_filled(value.get(name))]
-    if len(found) > 1:
-        raise Unusable(f"{found[0]!r} and {found[1]!r} are both filled, and mean the same; keep one of them")
+    other = next((name for name in found if value[name] != value[found[0]]), None)
+    if other is not None:
+        raise Unusable(f"{found[0]!r} and {other!r} mean the same, and differ here; keep one of them")
     return found[0] if found else None
 
 

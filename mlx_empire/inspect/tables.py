@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +18,28 @@ from typing import Any
 
 import httpx2
 
-from mlx_empire.data.files import TABLES, VALID_NAMES, RawRow, Refuse, Source, locate, optional_package
+from mlx_empire.data.files import (
+    SUFFIXES,
+    TABLES,
+    VALID_NAMES,
+    RawRow,
+    Refuse,
+    Source,
+    locate,
+    optional_package,
+)
 from mlx_empire.errors import UnreachableError, UserError
+from mlx_empire.recipe.text import words_of
 
 HUB_NAME = re.compile(
     r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[A-Za-z0-9][\w./-]{0,95})?", re.ASCII
 )
 ARRAYS = (".json", ".jsonl")  # suffixes of files that may hold one array
 UNREACHED = (OSError, httpx2.HTTPError)  # of huggingface_hub, whose own errors are OSErrors
+# Of `datasets` beside ValueErrors: a script, a codec or a package that it would need; NotImplementedError among them.
+UNSUPPORTED = (RuntimeError, ImportError)
+CONVERTED = "refs/convert/parquet"  # the revision of a data set to which the Hub itself has converted it
+ONE_BY_ONE = "fetch the data set and convert its files one by one"
 LARGEST_FIELD = 1 << 24  # characters in a cell of a CSV file
 
 Rows = Callable[[Refuse], Iterator[RawRow]]
@@ -44,26 +59,16 @@ def foreign_data(path: Path, subset: str | None) -> Foreign:
         return _hub(str(path), subset)
     if subset is not None:
         raise UserError(f"--subset: {path}: only data sets of the Hub have subsets: owner/name")
-    if path.is_file() and path.suffix in (*ARRAYS, *TABLES):
-        return Foreign({"train": _whole(path)})
-    if path.is_dir():
-        found = {"train": _only(path, ("train",)), "valid": _only(path, VALID_NAMES)}
-        named = {name: _whole(file) for name, file in found.items() if file is not None}
-        if "train" in named:
-            return Foreign(named)
-    train, valid = locate(path)
-    return Foreign({"train": train.rows, **({"valid": valid.rows} if valid is not None else {})})
+    train, valid = locate(path, (*SUFFIXES, *TABLES))
+    return Foreign({"train": _rows_of(train), **({} if valid is None else {"valid": _rows_of(valid)})})
 
 
-def _only(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The one file of a split in a folder that need not be as training reads it."""
-    found = [folder / f"{name}{suffix}" for name in names for suffix in (*ARRAYS, *TABLES, ".parquet")]
-    found = [file for file in found if file.is_file()]
-    if len(found) > 1:
-        raise UserError(
-            f"{folder}: {' and '.join(file.name for file in found)} are the same split; keep one of them"
-        )
-    return found[0] if found else None
+def _rows_of(source: Source) -> Rows:
+    """The rows of a split, each file of which may be a table or an array."""
+    if source.kind == "arrow":
+        return source.rows
+    every = [_whole(file) for file in source.files]
+    return lambda refuse: chain.from_iterable(rows(refuse) for rows in every)
 
 
 def _whole(file: Path) -> Rows:
@@ -155,7 +160,9 @@ def _hub(named: str, subset: str | None) -> Foreign:
     try:
         found = datasets.load_dataset(name, subset, revision=revision or None, streaming=True)
     except ValueError as error:  # most often: that a subset must be named, and which there are
-        raise UserError(f"{named}: {_first_line(error)}; --subset NAME says which") from None
+        raise UserError(f"{named}: {words_of(error)}; --subset NAME says which") from None
+    except UNSUPPORTED as error:
+        raise _unread(named, error, f"try {name}@{CONVERTED}, or {ONE_BY_ONE}") from None
     except (*UNREACHED, broken) as error:
         raise _unreached(named, error) from None
     valid = next((split for split in VALID_NAMES if split in found), None)
@@ -177,24 +184,23 @@ def _stream(named: str, split: Iterable[dict[str, Any]], broken: type[Exception]
                 yield RawRow(f"{named}:{number}", value)
         except UNREACHED as error:
             raise _unreached(named, error) from None
-        except (ValueError, TypeError, broken) as error:
-            raise UserError(
-                f"{named}:{number + 1}: `datasets` cannot read this row ({_first_line(error)}); fetch the data set and "
-                "convert its files one by one"
-            ) from None
+        except (*UNSUPPORTED, ValueError, TypeError, broken) as error:
+            raise _unread(f"{named}:{number + 1}", error, ONE_BY_ONE) from None
 
     return rows
+
+
+def _unread(where: str, error: BaseException, remedy: str) -> UserError:
+    if isinstance(error, ImportError):  # it says which package; its files need that, too
+        remedy = f"install that beside `datasets`, by {sys.executable} -m pip install"
+    return UserError(f"{where}: `datasets` cannot read this ({words_of(error)}); {remedy}")
 
 
 def _unreached(named: str, error: BaseException) -> UserError | UnreachableError:
     absent = isinstance(error, FileNotFoundError) or "NotFound" in type(error).__name__
     if absent:
         return UserError(
-            f"{named}: neither a file here nor a data set that the Hub shows you ({_first_line(error)}); look for "
+            f"{named}: neither a file here nor a data set that the Hub shows you ({words_of(error)}); look for "
             "typing errors, or `hf auth login`"
         )
-    return UnreachableError(f"{named}: the Hub was not reached ({_first_line(error)}); try again")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(chain(str(error).splitlines(), [type(error).__name__]))[:200]
+    return UnreachableError(f"{named}: the Hub was not reached ({words_of(error)}); try again")

@@ -140,7 +140,7 @@ class Walk:
             for row, document in self._encoded(batch):
                 texts = texts_of(row, self.reading.format)
                 self._first = self._first or (row, document)
-                self._unread.update(key for key in row.value if key not in READ[self.reading.format])
+                self._unread.update(_unread(row, self.reading.format))
                 self.take(row.where, texts, document, partial(plain, row, self.reading.format, TEXT_LENGTH))
             tell(self._count + self._refused_count)
         return self.seen()
@@ -271,6 +271,11 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     remaining = iter(items)
     while batch := list(islice(remaining, BATCH)):
         yield batch
+
+
+def _unread(row: RawRow, data_format: str) -> Iterator[str]:
+    """The keys of a row that training does not read. A table's row has every column: None is nothing."""
+    return (k for k, value in row.value.items() if value is not None and k not in READ[data_format])
 
 
 def _whole(where: str, text: str, document: Document | None, kept: int, learnt: int) -> SeenRow:

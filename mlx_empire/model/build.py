@@ -32,8 +32,8 @@ from mlx_empire.model.mlx_lm_modules import classes_of
 from mlx_empire.model.packing_config import is_packed, packing_method
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter
 from mlx_empire.model.stored_tensors import spell_tensors
+from mlx_empire.recipe.text import first_line
 
-MOST_CHARACTERS = 160
 LACKS = re.compile(r"__init__\(\) missing \d+ required positional arguments?: (.+)")
 
 
@@ -70,11 +70,6 @@ def reason_of(error: BaseException) -> str:
     if absent := LACKS.search(str(error)):
         return first_line(f"config.json lacks {absent[1]}")
     return text if isinstance(error, ValueError | RuntimeError) else f"{kind}: {text}"
-
-
-def first_line(text: str) -> str:
-    """The first line of a text, cut to a length that a terminal shows."""
-    return (text.strip().splitlines() or [""])[0][:MOST_CHARACTERS]
 
 
 def _is_ours(traceback: TracebackType | None) -> bool:

@@ -22,7 +22,7 @@ import yaml
 
 from mlx_empire.errors import UserError
 
-MAX_QUOTED = 60
+MAX_QUOTED, MAX_LINE = 60, 200
 
 
 def one_line(text: str) -> str:
@@ -30,6 +30,16 @@ def one_line(text: str) -> str:
     break.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def first_line(text: str) -> str:
+    """The first line of a text, escaped and cut, as a part of a one-line message."""
+    return one_line((text.strip().splitlines() or [""])[0][:MAX_LINE])
+
+
+def words_of(error: BaseException) -> str:
+    """What an error of another library says, in one line; its kind where it says nothing."""
+    return first_line(str(error)) or type(error).__name__
 
 
 def printable(text: str) -> bool:

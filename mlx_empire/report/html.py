@@ -126,11 +126,18 @@ footer {{ color: var(--muted); font-size: 13px; padding: 0 4px; }}
 """
 
 
-def refuse_unwritable_file(option: str, path: Path, sources: Iterable[Path] = ()) -> None:
-    """UserError where the file that `option` names cannot be written, or is one of `sources`, which are read; it is
-    left as it is."""
-    if os.path.exists(path) and any(os.path.exists(one) and os.path.samefile(path, one) for one in sources):
+def refuse_source(option: str, path: Path, sources: Iterable[Path | None]) -> None:
+    """UserError where the file that `option` names is one of those that are read; it is left as it is."""
+    read = (one for one in sources if one is not None and os.path.exists(one))
+    if os.path.exists(path) and any(os.path.samefile(path, one) for one in read):
         raise UserError(f"{option}: {path}: is read here, and is left as it is; choose another name")
+
+
+def refuse_unwritable_file(option: str, path: Path | None, sources: Iterable[Path | None]) -> None:
+    """UserError where the file that `option` names, if it is asked for, is one of `sources` or cannot be written."""
+    if path is None:
+        return
+    refuse_source(option, path, sources)
     there = os.path.lexists(path)
     try:
         path.open("ab").close()

@@ -5,6 +5,7 @@ python -m mlx_empire.report.picture runs/quickstart [loss.svg]
 """
 
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         out = options.out or options.run / "loss.svg"
-        out.write_text(loss_picture(read_metrics(options.run), options.run.absolute().name), encoding="utf-8")
+        title = Path(os.path.abspath(options.run)).name  # the run may be "." or ".."
+        out.write_text(loss_picture(read_metrics(options.run), title), encoding="utf-8")
     except OSError as error:
         print(f"picture: {error.filename}: {error.strerror}; give the folder of a run", file=sys.stderr)
         return UserError.exit_code

@@ -48,6 +48,7 @@ from mlx_empire.plan.work import unit_flops
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
+from mlx_empire.report.html import refuse_source
 from mlx_empire.run.agree import share_config, share_nodes, share_recipe, share_target
 from mlx_empire.run.trainer import explaining_memory, limit_memory, load_weights, make_trainer
 from mlx_empire.sizes import amount
@@ -97,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guard(comm):
         options = parser.parse_intermixed_args(arguments)
         recipe = share_recipe(comm, options.recipe, options.overrides)
+        with together(comm):
+            if comm.rank == 0:
+                refuse_source("--out", options.out, [options.recipe, options.hosts])
         comm = connect(recipe.comm.route, recipe.comm.bucket_bytes, recipe.comm.deadline_seconds)
         train_layer(comm, recipe, options.hosts, options.out)
     return 0

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.cluster.match import find_hostfile
 from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
@@ -38,6 +39,7 @@ from mlx_empire.plan.resolve import RunPlan, resolve
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.report.html import refuse_unwritable_file, write_file
 from mlx_empire.run.agree import share_config, share_data, share_nodes, share_recipe, share_target
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.job import Job
@@ -56,14 +58,19 @@ def audit_command(options: argparse.Namespace) -> int:
     with guard(comm):
         keep_awake()
         recipe = share_recipe(comm, options.recipe, options.overrides)
+        with together(comm):
+            if comm.rank == 0:
+                sources = [options.recipe, find_hostfile(recipe.run.hosts, options.hosts)]
+                refuse_unwritable_file("--json", options.json, sources)
+                refuse_unwritable_file("--html", options.html, sources)
         found = verify(comm, recipe, options.hosts, options.own, options.steps, options.seeds)
         with together(comm):
             if comm.rank == 0:
                 show(found)
                 if options.json is not None:
-                    options.json.write_text(json.dumps(fidelity_document(found), indent=1) + "\n")
+                    write_file("--json", options.json, json.dumps(fidelity_document(found), indent=1) + "\n")
                 if options.html is not None:
-                    options.html.write_text(fidelity_page(found) + "\n")
+                    write_file("--html", options.html, fidelity_page(found) + "\n")
         return 1 if found.failed else 0
     raise AssertionError("guard always leaves")
 

@@ -149,6 +149,26 @@ def test_bad_input_is_one_line_and_64(say, recipe, arguments, words):
         assert word in line
 
 
+@pytest.mark.parametrize(
+    ("option", "read"),
+    [
+        *(("--html", name) for name in ("recipe.yaml", "hosts.txt", "unit.json", "table.csv")),
+        *(("--trace", name) for name in ("recipe.yaml", "hosts.txt", "unit.json")),
+    ],
+)
+def test_no_file_that_is_read_is_written_over(say, recipe, hosts, tmp_path, option, read):
+    hostfile, table, unit = hosts(*CLUSTER), tmp_path / "table.csv", tmp_path / "unit.json"
+    table.write_text("model,1K+3S\n")
+    unit.write_text("{}")
+    before, other = (tmp_path / read).read_bytes(), tmp_path / "by another name"
+    other.symlink_to(read)
+    more = ["--matrix", "--compare", table] if read == "table.csv" else []
+    said = say(recipe, "--hosts", hostfile, "--unit", unit, *more, option, other)
+    assert (said.code, said.out) == (64, "")
+    assert said.err.startswith(f"mlx_empire: {option}: {other}: is read here, and is left as it is;")
+    assert (tmp_path / read).read_bytes() == before
+
+
 def test_a_hostfile_without_memory_is_one_line_and_64(say, recipe, hosts):
     said = say(recipe, "--hosts", hosts("king slots=1 # memory=512GiB", "far.example slots=1"), "--json")
     assert (said.code, said.out) == (64, "")

@@ -58,6 +58,18 @@ def test_the_same_content_elsewhere_is_the_same_entry(write, builds):
     assert same(first, second)
 
 
+def test_the_same_files_are_another_entry_where_one_of_them_went_from_training_to_validation(write, builds):
+    for folder, trained in (("a", 2), ("b", 1)):
+        for number, row in enumerate(ROWS[:3]):
+            split, place = ("train", number) if number < trained else ("validation", number - trained)
+            count = trained if split == "train" else 3 - trained
+            path = write(f"{folder}/{split}-{place:05}-of-{count:05}.jsonl", row)
+        loaded = load_splits(path=path.parent, sequence_length=8)
+        assert builds == [1 if folder == "a" else 2]
+        assert loaded.valid is not None
+        assert (len(loaded.train), len(loaded.valid)) == (trained, 3 - trained)
+
+
 def test_whatever_changes_the_rows_is_another_entry(write, builds, tmp_path, tokenizer_folder):
     path = write("a.jsonl", *[{"prompt": f"number {n}", "completion": f" is {n}"} for n in range(20)])
     folder = tmp_path / "model"

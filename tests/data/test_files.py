@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_empire.data.files import detect_format, locate
+from mlx_empire.data.files import RawRow, detect_format, locate
 from mlx_empire.data.splits import load_splits
 from mlx_empire.errors import UserError
 
@@ -59,6 +59,7 @@ def test_text_files_are_one_document_each_in_the_order_of_their_names(tmp_path):
         (b'{"tokens": [' + b"1" * 5000 + b"]}\n", 1, "not usable JSON"),
         (b'{"text": 3}\n', 1, "must be a string"),
         (b'{"other": "a"}\n', 1, "no known keys (it has other)"),
+        (b'{"\\u001b[2Jother": "a"}\n', 1, r"no known keys (it has \x1b[2Jother)"),
         (b'{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', 2, "no 'text' in a file of format text"),
         (b'{"text": "a", "tokens": [1]}\n', 1, "text or tokens; say which with data.format"),
         (
@@ -99,7 +100,7 @@ def test_bad_lines_are_named_by_file_and_line_in_one_line(content, line, says, t
     assert message.startswith(f"{path}:{line}: ")
     assert says in message
     assert "; " in message, "every message ends with a remedy"
-    assert "\n" not in message
+    assert message.isprintable(), "one line, and nothing that a terminal obeys"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,14 @@ def test_what_two_things_could_be_meant_by_is_learnt_where_a_person_says_which(
 
 def test_a_class_beside_a_completion_is_no_preference(write):
     assert detect_format(next(locate(write("a.jsonl", {**PAIR, "label": 1}))[0].rows())) == "completions"
+
+
+def test_a_column_of_a_table_in_which_a_row_has_nothing_says_nothing_of_its_format():
+    """Parquet and datasets give every row all columns, with None where it has no value."""
+    row = RawRow("a.parquet:1", {"text": "hi", "instruction": None, "conversations": None, "messages": None})
+    assert detect_format(row) == "text"
+    with pytest.raises(UserError, match="no known keys"):
+        detect_format(RawRow("a.parquet:1", {"body": "hi", "instruction": None}))
 
 
 @pytest.mark.parametrize("place", ["", "data/"])

@@ -203,21 +203,25 @@ def test_a_thought_is_learnt_under_whichever_name_the_template_has_for_it(tokeni
     assert text.count("Moon?") == 1
 
 
-def test_answers_that_teach_to_stop_where_nobody_means_it_are_told(tokenizer):
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_answers_that_teach_to_stop_where_nobody_means_it_are_told(mask_prompt, tokenizer):
     remarks, end = Remarks(), "<|im_end|>"
     blank, within = SAYS | {"content": " "}, SAYS | {"content": f"Low{end} tide."}
-    for answers in ((SAYS, blank), (within, SAYS), (blank | {"weight": 0}, SAYS)):
+    rows = ((SAYS, blank), (within, SAYS), (blank | {"weight": 0}, SAYS))
+    for answers in rows if mask_prompt else rows[:2]:
         talk = [message for answer in answers for message in (ASKS, answer)]
         encoded(
             tokenizer,
             [*talk, ASKS | {"content": f"And {end}?"}],
             THINKS.replace("KEY", "reasoning"),
+            mask_prompt,
             remarks=remarks,
         )
-    assert (remarks.turns, remarks.silent, remarks.ending_within) == (5, 1, 1)
+    turns = 5 if mask_prompt else 4
+    assert (remarks.turns, remarks.silent, remarks.ending_within) == (turns, 1, 1)
     silent, within = remarks.sentences(tokenizer)
-    assert "1 of 5 assistant turns say nothing" in silent
-    assert "1 of 5 assistant turns spell an end-of-sequence token" in within
+    assert f"1 of {turns} assistant turns say nothing" in silent
+    assert f"1 of {turns} assistant turns spell an end-of-sequence token" in within
 
 
 def test_thoughts_that_the_template_drops_and_keys_that_nothing_reads_are_told(tokenizer):

@@ -177,6 +177,13 @@ def test_two_ranks_give_the_bits_of_one_and_of_an_adapter_in_peft_s_form(place: 
             ["{model}", "--against", "base", "--sets", "{place}/facts.jsonl"],
             "--against: base: {model}: nothing says",
         ),
+        *(
+            (
+                ["{model}", "--sets", "{place}/facts.jsonl", option, "{place}/facts.jsonl"],
+                option + ": {place}/facts.jsonl: is read here, and is left as it is",
+            )
+            for option in ("--json", "--html")
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(

@@ -86,14 +86,16 @@ def test_a_path_that_yaml_would_read_otherwise_comes_back_as_it_was(
     assert (made.model.path, made.data.path) == (Path("a: b #c"), Path("yes"))
 
 
-def test_the_folder_that_one_is_in_may_be_the_data(say: Callable[..., str]) -> None:
-    Path("train.jsonl").write_text('{"text": "x"}\n')
-    name = Path.cwd().stem
-    assert (
-        say("init", "tiny", "--model", MODEL, "--data", ".").splitlines()[-1]
-        == f"  mlx-empire inspect {name}.yaml"
-    )
-    assert load_recipe(Path(f"{name}.yaml")).run.dir == Path("runs") / name
+@pytest.mark.parametrize("data", [".", "..", "../mine"])
+def test_the_folder_that_one_is_in_may_be_the_data_or_stand_in_it(
+    data: str, say: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine" / "here").mkdir(parents=True)
+    (tmp_path / "mine" / "train.jsonl").write_text('{"text": "x"}\n')
+    monkeypatch.chdir(tmp_path / "mine" / ("here" if data == ".." else ""))
+    told = say("init", "tiny", "--model", MODEL, "--data", data)
+    assert told.splitlines()[-1] == "  mlx-empire inspect mine.yaml"
+    assert load_recipe(Path("mine.yaml")).run.dir == Path("runs/mine")
 
 
 def test_rows_are_held_out_where_the_data_has_none_for_the_evaluations_that_are_asked_for(

@@ -253,6 +253,15 @@ def test_a_data_set_of_the_hub_is_streamed_by_datasets(
 ) -> None:
     """`datasets` itself is asked in test_as_datasets.py; here its answers and errors are made up."""
     asked = {}
+    parquet, install = "try {}@refs/convert/parquet", "-m pip install"
+    refused = {
+        "with/script": (
+            RuntimeError("Dataset scripts are no longer supported, but found script.py"),
+            parquet,
+        ),
+        "with/protocol": (NotImplementedError("Extraction protocol for TAR archives"), parquet),
+        "with/images": (ImportError("To support decoding images, please install 'Pillow'."), install),
+    }
 
     def load_dataset(name: str, subset: str | None, revision: str | None, streaming: bool) -> Any:
         asked.update(name=name, subset=subset, revision=revision, streaming=streaming)
@@ -260,6 +269,8 @@ def test_a_data_set_of_the_hub_is_streamed_by_datasets(
             raise FileNotFoundError("Dataset 'no/where' doesn't exist on the Hub")
         if name == "cut/off":
             raise ConnectionError("no route to host")
+        if name in refused:
+            raise refused[name][0]
         if subset is None:
             raise ValueError("Config name is missing.\nPlease pick one among ['main', 'socratic']")
         return {"train": [PAIRS[0][0]] * 2, "validation": [PAIRS[0][0]], "test": []}
@@ -276,6 +287,10 @@ def test_a_data_set_of_the_hub_is_streamed_by_datasets(
     assert "the Hub was not reached (no route to host)" in say(
         "inspect", "cut/off", "--convert", "b", code=75
     )
+    for name, (_, remedy) in refused.items():
+        message = say("inspect", f"{name}@v1", "--convert", "b", code=64)
+        assert remedy.format(name) in message
+        assert message.count("\n") == 1
     assert "only data sets of the Hub have subsets" in say(
         "inspect", "out", "--subset", "main", "--convert", "b", code=64
     )

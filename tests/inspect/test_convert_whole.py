@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,12 @@ def everything(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def answered(split: str) -> list[tuple[str, ...]]:
+    """What is asked and answered in the rows of a split that was written."""
+    rows = map(json.loads, Path(f"out/{split}.jsonl").read_text().splitlines())
+    return [tuple(one["content"] for one in row["messages"]) for row in rows]
+
+
 def test_where_one_split_cannot_be_used_none_is_written(
     say: Callable[..., str], write: Callable[..., Path]
 ) -> None:
@@ -30,6 +37,36 @@ def test_where_one_split_cannot_be_used_none_is_written(
     write("set/valid.csv", "question,answer", "When?,")
     assert "valid: of 1 row none can be used" in say("inspect", "set", "--convert", "out", code=64)
     assert everything(Path("out")) == []
+
+
+@pytest.mark.parametrize("place", ["", "data/"])
+@pytest.mark.parametrize("train", ["train.jsonl", "train.csv", "train-00000-of-00001.csv"])
+def test_the_splits_of_a_folder_need_not_be_of_one_kind(
+    place: str, train: str, say: Callable[..., str], write: Callable[..., Path]
+) -> None:
+    """One file beside numbered parts, as folders look to which a person has added something."""
+    ask = json.dumps(PAIR) if train.endswith("l") else "question,answer\nWhy?,So."
+    write(f"set/{train}", ask)
+    for number in (1, 0):
+        row = {"question": f"When {number}?", "answer": "Now."}
+        write(f"set/{place}validation-0000{number}-of-00002.jsonl", row)
+    say("inspect", "set", "--convert", "out")
+    assert answered("train") == [("Why?", "So.")]
+    assert answered("valid") == [("When 0?", "Now."), ("When 1?", "Now.")]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("other", ["{}-00000-of-00001.jsonl", "data/{}-00000-of-00001.jsonl", "{}.csv"])
+def test_a_split_that_is_there_twice_is_refused(
+    split: str, other: str, say: Callable[..., str], write: Callable[..., Path]
+) -> None:
+    write("set/train.jsonl", PAIR)
+    for name in ("{}.jsonl", other):
+        write(f"set/{name.format(split)}", PAIR)
+    message = say("inspect", "set", "--convert", "out", code=64)
+    assert "are the same split; keep one of them" in message
+    assert message.count("\n") == 1
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["linked", "without links, as on exFAT"])
@@ -90,6 +127,13 @@ def test_what_cannot_be_read_is_one_line(say: Callable[..., str]) -> None:
             "set/train:3: .*Couldn't cast",
         ),
         (ConnectionError("no route to host"), UnreachableError, "the Hub was not reached"),
+        (
+            ImportError("To support decoding images, please install 'Pillow'."),
+            UserError,
+            "set/train:3: .*pip install",
+        ),
+        (NotImplementedError("Extraction protocol"), UserError, "set/train:3: .*files one by one"),
+        (RuntimeError("the codec \x1b[31mstops"), UserError, r"the codec \\x1b\[31mstops"),
     ],
 )
 def test_a_stream_that_breaks_off_is_one_line(broken: Exception, told: type[Exception], says: str) -> None:
@@ -117,6 +161,9 @@ def test_an_empty_cell_of_a_table_is_nothing_and_not_nan() -> None:
 def test_of_two_columns_that_mean_the_same_none_is_lost_in_silence() -> None:
     layout = layout_of(RawRow("f:1", {"instruction": "a", "output": "b"}), None)
     row = {"instruction": "a", "output": "b", "input": "c", "context": "d"}
-    with pytest.raises(Unusable, match="'input' and 'context' are both filled"):
+    with pytest.raises(Unusable, match="'input' and 'context' mean the same, and differ here"):
         layout.row(RawRow("f:1", row))
-    assert layout.row(RawRow("f:1", row | {"context": " "}))["messages"][0]["content"] == "a\n\nc"
+    for same in (" ", "c"):
+        assert layout.row(RawRow("f:1", row | {"context": same}))["messages"][0]["content"] == "a\n\nc"
+    twice = layout.row(RawRow("f:1", row | {"context": None, "system": "s", "system_prompt": "s"}))
+    assert [one["role"] for one in twice["messages"]] == ["system", "user", "assistant"]

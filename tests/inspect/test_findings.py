@@ -213,7 +213,12 @@ def test_keys_that_only_another_tool_reads_are_told(
     (other,) = document["findings"]
     assert (other["name"], other["count"]) == ("other_layout", 3)
     assert "mlx-empire inspect rows.jsonl --convert OUT" in other["sentence"]
-    write("rows.jsonl", {"text": "x", "chosen": "y"}, {"text": "z", "input_ids": [1]})
+    write(
+        "rows.jsonl",
+        {"text": "x", "chosen": "y", "output": None},
+        {"text": "z", "input_ids": [1], "chosen": None},
+    )
+    assert found("rows.jsonl", "data.format=text")["not_read"] == {"chosen": 1, "input_ids": 1}
     others = [one["sentence"] for one in found("rows.jsonl", "data.format=text")["findings"]]
     assert len(others) == 2
     assert "--convert" not in "".join(others), "no conversion reads these keys"

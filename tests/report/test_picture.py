@@ -82,6 +82,15 @@ def test_one_step_alone_is_a_picture_and_none_is_a_users_error():
         loss_picture([{"step": 1, "loss": None}], "x")
 
 
+def test_a_run_is_called_by_its_folders_name_from_wherever_it_is_drawn(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "final").mkdir(parents=True)
+    (tmp_path / "mine" / "metrics.jsonl").write_text(json.dumps(RECORDS[1]) + "\n")
+    monkeypatch.chdir(tmp_path / "mine" / "final")
+    assert main(["..", "loss.svg"]) == 0
+    texts = {t.text for t in ElementTree.parse("loss.svg").iter(f"{SVG}text")}
+    assert "mine" in texts
+
+
 def test_the_command(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     assert main([str(tmp_path)]) == 0

@@ -103,6 +103,16 @@ def test_only_a_hundredth_and_what_mlx_gives_back_late_are_let_pass(measured):
     assert unit.above_plan([replace(figures, peak_bytes=most + 1)])
 
 
+def test_what_was_measured_is_not_written_over_the_recipe(tmp_path, capsys):
+    recipe = recipe_at(tmp_path, SMOLLM2)
+    before = recipe.read_text()
+    with pytest.raises(SystemExit) as ended:
+        unit.main([str(recipe), "--out", str(recipe)])
+    assert ended.value.code == 64
+    assert f"--out: {recipe}: is read here" in capsys.readouterr().err
+    assert recipe.read_text() == before
+
+
 WRONG = {
     "no JSON": "{",
     "no figures": "{}",

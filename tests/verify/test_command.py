@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support.mpi import mpirun, rank_environment
 
+from mlx_empire.verify import command
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RECIPE = f"""
 model: {{path: {FIXTURES}/tiny-llama-260k, dtype: bfloat16}}
@@ -62,3 +64,23 @@ def test_what_must_be_identical_is(tmp_path, ranks, arguments, more):
     page = (tmp_path / "found.html").read_text()
     assert page.startswith("<!DOCTYPE html>")
     assert f"2 steps, 1 seed, {'2 ranks' if ranks else '1 rank'}; differences of" in page
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [("recipe.yaml", "is read here"), ("hosts.txt", "is read here"), ("nowhere/x", "No such file")],
+)
+def test_a_file_that_is_read_or_cannot_be_written_is_refused_before_the_work(
+    option, file, told, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    texts = {"recipe.yaml": RECIPE, "hosts.txt": "localhost slots=1\n"}
+    for name, text in texts.items():
+        Path(name).write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["recipe.yaml", "--hosts", "hosts.txt", option, file, "--steps=1", "--seeds=1"])
+    assert ended.value.code == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mlx_empire: {option}: {file}: {told}")
+    assert {path.name: path.read_text() for path in Path().iterdir()} == texts

@@ -1,8 +1,8 @@
 """Decides how memory and time are drawn on the capacity page, without a script.
 
 Memory is a box per machine, filled by what the ledger names, with a line at what its GPU may use. All boxes of a
-chart share one scale, so a machine of twice the memory is a box of twice the length. What comes out are plain values:
-the templates draw them.
+chart share one scale, so a machine of twice the memory is a box of twice the length. Machines that are alike are drawn
+once. What comes out are plain values: the templates draw them.
 
 A step in time is per machine a lane of computation and a lane of the network, as spans. Events that follow one
 another closely and are of one kind are one span: a reader sees hundreds of them, not thousands. Made from the clock's
@@ -12,10 +12,10 @@ fast end (`plan.step_time`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
-from mlx_empire.capacity.ledger_groups import GROUPS, entries, grouped
+from mlx_empire.capacity.ledger_groups import GROUPS, entries, grouped, kinds_of, short_names
 from mlx_empire.plan.assess import NodeAssessment
 from mlx_empire.plan.step_time import ADD, EXCHANGE, WAIT, Event, Timeline
 from mlx_empire.sizes import amount
@@ -23,6 +23,7 @@ from mlx_empire.sizes import amount
 TITLES = {group.key: group.title for group in GROUPS}
 WORDS = {"fits": "fits", "tight": "tight", "no": "does not fit"}
 SIGNS = {"fits": "✓", "tight": "!", "no": "✗"}
+SAID = {"words": WORDS, "signs": SIGNS}  # what templates need to say a verdict
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,14 @@ class Stretch:
 
 @dataclass(frozen=True)
 class NodeBar:
-    """A node's memory: what it needs in `pieces`, in bytes, and by how much that is above the limit (0 or more)."""
+    """The memory of nodes that are alike: `names` in short, the first of them, and the names of the `others`.
 
+    What it needs in `pieces`, in bytes, and by how much that is above the limit (0 or more).
+    """
+
+    names: str
     of: NodeAssessment
+    others: Sequence[str]
     pieces: Sequence[Stretch]
     over: int
 
@@ -51,15 +57,17 @@ class NodeBar:
 
 
 def node_bars(nodes: Sequence[NodeAssessment]) -> list[NodeBar]:
-    """A stacked bar per node, in the order of the groups from the left."""
+    """A stacked bar for each kind of node, in the order of the groups from the left."""
     bars = []
-    for node in nodes:
+    for kind in kinds_of(nodes):
+        node, names = kind[0], [one.node.name for one in kind]
         pieces: list[Stretch] = []
         total = 0
         for key, size in grouped(entries(node)).items():
             pieces.append(Stretch(key, f"{TITLES[key]}: {amount(size)}", total, size))
             total += size
-        bars.append(NodeBar(node, pieces, max(total - node.limit_bytes, 0)))
+        over = max(total - node.limit_bytes, 0)
+        bars.append(NodeBar(short_names(names), node, names[1:], pieces, over))
     return bars
 
 
@@ -133,6 +141,25 @@ def _spans(events: Sequence[Event], seconds: float) -> tuple[Span, ...]:
 def timeline_document(timeline: Timeline, names: Sequence[str]) -> dict[str, object]:
     """As JSON: `seconds` of the step, and by machine and lane its spans [kind, start, end] in seconds."""
     return {"seconds": timeline.seconds, "lanes": [asdict(lane) for lane in lanes_of(timeline, names)]}
+
+
+def drawn_once(lanes: Sequence[Lane], seconds: float) -> list[Lane]:
+    """Of machines whose lanes look the same, only those of the first, named for all of them."""
+    found: dict[tuple[object, ...], list[Sequence[Lane]]] = {}
+    for first in range(0, len(lanes), len(LANES)):
+        own = lanes[first : first + len(LANES)]
+        found.setdefault(tuple(_looks(lane, seconds) for lane in own), []).append(own)
+    return [
+        replace(lane, node=short_names([own[0].node for own in group]))
+        for group in found.values()
+        for lane in group[0]
+    ]
+
+
+def _looks(lane: Lane, seconds: float) -> tuple[object, ...]:
+    """What is seen of a lane: kinds and places to `CLOSE` of the step."""
+    unit = CLOSE * (seconds or 1)
+    return tuple((span.kind, round(span.start / unit), round(span.end / unit)) for span in lane.spans)
 
 
 def lane_pieces(lane: Lane) -> list[Stretch]:

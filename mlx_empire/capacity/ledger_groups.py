@@ -215,13 +215,20 @@ def _figure(size: int, unit: int) -> str:
 
 
 def alike(nodes: Sequence[NodeAssessment]) -> list[tuple[str, NodeAssessment]]:
-    """Nodes with the same limit that need the same, to a thousandth of it, as (their names, the first of them)."""
-    found: dict[tuple[int, int], list[NodeAssessment]] = {}
+    """The kinds of nodes, as (names in short, the first of them)."""
+    return [(short_names([node.node.name for node in group]), group[0]) for group in kinds_of(nodes)]
+
+
+def kinds_of(nodes: Sequence[NodeAssessment]) -> list[list[NodeAssessment]]:
+    """Nodes with the same memory and limit that need the same, to a thousandth of it, together."""
+    found: dict[tuple[int, int, int], list[NodeAssessment]] = {}
     for node in nodes:
         limit = node.limit_bytes
-        found.setdefault((limit, round(1000 * node.peak_bytes / max(limit, 1))), []).append(node)
-    return [(_names([node.node.name for node in group]), group[0]) for group in found.values()]
+        part = round(1000 * node.peak_bytes / max(limit, 1))
+        found.setdefault((node.node.memory_bytes, limit, part), []).append(node)
+    return list(found.values())
 
 
-def _names(names: Sequence[str]) -> str:
+def short_names(names: Sequence[str]) -> str:
+    """The first of several names, and how many there are besides."""
     return names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}"

@@ -1,21 +1,24 @@
-"""Decides what stands on the capacity page: one self-contained HTML file, no script, nothing from elsewhere.
+"""Decides what stands on the capacity page: one self-contained HTML file, nothing from elsewhere.
 
 Made from the same report and surveys as `--json` and the terminal's tables: here they become plain values, which the
 templates print, and which they escape. The surveys on it are the matrix as a heat map, the ladder, and the daughters.
+
+What fits, and what is looked up now and then, is folded behind a line that says the most of it. The one script copies a
+command at a click; without it the page says the same.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from mlx_empire.capacity.charts import (
-    SIGNS,
-    WORDS,
+    SAID,
+    NodeBar,
+    drawn_once,
     lane_pieces,
     lanes_of,
     node_bars,
@@ -25,20 +28,22 @@ from mlx_empire.capacity.charts import (
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughter_tables
 from mlx_empire.capacity.disks import DISK_COLUMNS, disk_notes, disk_rows
 from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSurvey, MatrixSurvey, time_cells
+from mlx_empire.capacity.heat_map import HERE, counted, matrix_section
 from mlx_empire.capacity.ladder import Rung
-from mlx_empire.capacity.ledger_groups import alike, ledger_lines
-from mlx_empire.capacity.matrix import Cell, MatrixRow
-from mlx_empire.capacity.whatif import AS_IT_IS
+from mlx_empire.capacity.ledger_groups import alike, ledger_lines, short_names
+from mlx_empire.capacity.whatif import AS_IT_IS, Advice
 from mlx_empire.capacity.when import milestones
-from mlx_empire.page.render import still_page, still_part
+from mlx_empire.page.render import still_page
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS
+from mlx_empire.plan.disk import DiskLedger
 from mlx_empire.plan.pace import Pace
-from mlx_empire.report.text import billions, room, run_length, span
+from mlx_empire.plan.wired_limit import SYSTEM
+from mlx_empire.report.text import billions, run_length, span
 from mlx_empire.sizes import amount
 
-HERE = Path(__file__).parent / "templates"
 MOST_LIMITS = 3  # bars of the ladder are cut off at so many times the largest limit
-SAID = {"words": WORDS, "signs": SIGNS}
+BEST = 3  # changes that are not folded
+COUNTED = {"fits": "fit", "tight": "are tight", "no": "do not fit"}
 
 
 def capacity_page(
@@ -48,7 +53,8 @@ def capacity_page(
     daughters: DaughterSurvey,
     command: str,
 ) -> str:
-    """The page's text. `command` is what made it, shown at the end."""
+    """The page's text. `command` is what made it, shown at the end, and with each change that can be typed after it."""
+    bars = node_bars(report.nodes)
     return still_page(
         HERE,
         "capacity",
@@ -57,88 +63,18 @@ def capacity_page(
         command=command,
         span=span,
         **_header(report),
-        **_memory(report),
-        **_advice(report),
+        **_memory(report, bars),
+        **_disks(report.disks),
+        **_advice(report.advice, command),
         **_time(report),
         **_ladder(ladder),
         matrix=matrix_section(matrix),
-        daughters=daughter_tables(daughters),
+        daughters=[
+            (title, _verdicts_of(head, rows), head, rows) for title, head, rows in daughter_tables(daughters)
+        ],
         daughters_barred=daughters.not_trainable,
-        **_ledger(report),
+        **_ledger(bars),
     )
-
-
-@dataclass(frozen=True)
-class HeatCell:
-    """A model on a cluster: coloured by verdict, the stronger (`depth`, in %) the more room is left; grey where memory
-    alone is not the question. `differs`: pooled memory says something else."""
-
-    colour: str
-    depth: str
-    differs: bool
-    pooled: str
-    said: str
-    room: str
-
-
-@dataclass(frozen=True)
-class HeatRow:
-    """A model on all clusters; `barred`: why it cannot be trained."""
-
-    model: str
-    barred: str | None
-    parameters: str
-    cells: Sequence[HeatCell]
-
-
-def matrix_section(survey: MatrixSurvey) -> Markup:
-    """Every model against every cluster; a dashed frame where pooled memory would have said otherwise."""
-    clusters, found = survey.matrix.clusters, survey.comparison
-    telling = [row for row in survey.by_size if _is_telling(row)]
-    rest = [row for row in survey.by_size if not _is_telling(row)]
-    differences = found.differences if found is not None else ()
-    return still_part(
-        HERE,
-        "matrix",
-        **SAID,
-        clusters=clusters,
-        telling=[_heat(row, clusters) for row in telling],
-        rest=[_heat(row, clusters) for row in rest],
-        alike=_alike(rest),
-        comparison=found,
-        differences=[(d.model, d.cluster, d.file_says, d.verdict, d.why) for d in differences],
-    )
-
-
-def _is_telling(row: MatrixRow) -> bool:
-    """Whether the clusters differ, or one says something else than pooled memory would. A single cluster has none to
-    be the same as, so each of its rows is telling."""
-    cells = row.cells.values()
-    alone, alike = len(cells) == 1, len({cell.verdict for cell in cells}) == 1
-    return alone or not alike or any(cell.pooled_says != cell.verdict for cell in cells)
-
-
-def _alike(rows: Sequence[MatrixRow]) -> str:
-    """How many models fit everywhere, and nowhere."""
-    counts = dict.fromkeys(WORDS, 0)
-    for row in rows:
-        counts[next(iter(row.cells.values())).verdict] += 1
-    said = {"fits": "fit everywhere", "tight": "are tight everywhere", "no": "fit nowhere"}
-    return ", ".join(f"{count} {said[verdict]}" for verdict, count in counts.items() if count)
-
-
-def _heat(row: MatrixRow, clusters: Sequence[str]) -> HeatRow:
-    cells = [_cell(row.cells[name], trainable=row.not_trainable is None) for name in clusters]
-    return HeatRow(row.model, row.not_trainable, billions(row.parameters), cells)
-
-
-def _cell(cell: Cell, *, trainable: bool) -> HeatCell:
-    verdict, headroom = cell.verdict, cell.headroom
-    depth = 22 if verdict == "no" else 16 + 34 * min(max(headroom, 0.0), 1.0)
-    colour, said = (verdict, f"{SIGNS[verdict]} {verdict}") if trainable else ("none", f"memory: {verdict}")
-    pooled = cell.pooled_says
-    left = f"{room(headroom)} · Z{cell.zero_stage}"
-    return HeatCell(colour, f"{depth:.0f}", pooled != verdict, WORDS[pooled], said, left)
 
 
 def _header(report: CapacityReport) -> dict[str, Any]:
@@ -164,25 +100,69 @@ def _header(report: CapacityReport) -> dict[str, Any]:
     }
 
 
-def _memory(report: CapacityReport) -> dict[str, Any]:
-    """Each machine's bar, all of one scale, and the disks."""
-    bars = node_bars(report.nodes)
+def _memory(report: CapacityReport, bars: Sequence[NodeBar]) -> dict[str, Any]:
+    """Each machine's bar, all of one scale; and what shows how much a run really takes."""
     return {
         "bars": bars,
         "bars_scale": max(max(n.node.memory_bytes, n.limit_bytes, n.peak_bytes) for n in report.nodes),
         "groups": used_groups(bars),
-        "disk_head": DISK_COLUMNS,
-        "disks": disk_rows(report.disks),
-        "disk_notes": disk_notes(report.disks),
+        "look": shlex.join(["mlx-empire", "open", str(report.assessment.recipe.run.dir)]),
     }
 
 
-def _advice(report: CapacityReport) -> dict[str, Any]:
-    """What to change, what that brings and what it comes to; then what no change would better."""
+def _disks(disks: Sequence[DiskLedger]) -> dict[str, Any]:
+    """The disks, those with the same figures once; folded behind the most that is asked of one, unless one is short."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, *figures in disk_rows(disks):
+        found.setdefault(tuple(figures), []).append(name)
     return {
-        "changes": [one for one in report.advice if one.change != AS_IT_IS],
-        "bests": [one.effect[0].upper() + one.effect[1:] for one in report.advice if one.change == AS_IT_IS],
+        "disk_head": DISK_COLUMNS,
+        "disks": [[short_names(names), *figures] for figures, names in found.items()],
+        "disks_short": any(one.verdict in ("tight", "no") for one in disks),
+        "disks_said": _disks_said(disks),
+        "disk_notes": disk_notes(disks),
     }
+
+
+def _disks_said(disks: Sequence[DiskLedger]) -> str:
+    if not disks:
+        return ""
+    most = max(disks, key=lambda one: one.asked)
+    unknown = sum(one.free is None for one in disks)
+    fits = "each fits" if len(disks) > 1 else "it fits"
+    free = f"what is free is not known on {unknown} of {len(disks)}" if unknown else fits
+    return f"At most {amount(most.asked)}, on {most.name}: {free}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A piece of advice, and the commands that carry it out, none where it is something to buy."""
+
+    change: str
+    effect: str
+    verdict: str
+    commands: Sequence[str]
+
+
+def _advice(advice: Sequence[Advice], command: str) -> dict[str, Any]:
+    """What to change, what that brings and what it comes to, the best apart; then what no change would better."""
+    changes = [
+        Change(one.change, one.effect, one.verdict, _commands(one, command))
+        for one in advice
+        if one.change != AS_IT_IS
+    ]
+    return {
+        "changes": changes[:BEST],
+        "more_changes": changes[BEST:],
+        "bests": [one.effect[0].upper() + one.effect[1:] for one in advice if one.change == AS_IT_IS],
+    }
+
+
+def _commands(advice: Advice, command: str) -> list[str]:
+    """What can be typed for a piece of advice: this report with other settings, or what raises a machine's limit."""
+    if advice.is_settings:
+        return [f"{command} {shlex.join(advice.change.split())}"]
+    return re.findall(rf"{re.escape(SYSTEM)}=\d+", advice.change)
 
 
 def _time(report: CapacityReport) -> dict[str, Any]:
@@ -196,6 +176,7 @@ def _time(report: CapacityReport) -> dict[str, Any]:
             [_wire(report, pace), *time_cells(report, pace), *([pace.bound] if several else [])]
             for pace in report.paces
         ],
+        "other_wires": ", ".join(report.wire(pace) for pace in report.paces[1:]),
         "milestones": milestones(report),
         "parts": list(report.paces[0].parts),
         "split": [
@@ -203,13 +184,13 @@ def _time(report: CapacityReport) -> dict[str, Any]:
             for pace in report.paces
         ],
         "steps": [_step(report, pace) for pace in report.paces],
-        "notes": [report.cloud.sentence, *report.notes],
+        "notes": report.notes,
     }
 
 
 def _step(report: CapacityReport, pace: Pace) -> tuple[Any, ...]:
     """A step over a wire: its name, the seconds, each machine's lanes with their pieces, and what is in them."""
-    lanes = lanes_of(pace.timeline, report.names)
+    lanes = drawn_once(lanes_of(pace.timeline, report.names), pace.timeline.seconds)
     return (
         report.wire(pace),
         pace.timeline.seconds,
@@ -231,7 +212,16 @@ def _ladder(ladder: LadderSurvey) -> dict[str, Any]:
         "ladder": ladder,
         "rungs": [(rung, alike(rung.assessment.nodes), _unlocks(rung)) for rung in ladder.rungs],
         "rungs_scale": min(max(largest, highest), MOST_LIMITS * largest),
+        "rungs_said": _rungs_said(ladder.rungs),
     }
+
+
+def _rungs_said(rungs: Sequence[Rung]) -> str:
+    """From where on it fits."""
+    fit = [rung.assessment.verdict != "no" for rung in rungs]
+    if all(fit) or not any(fit):
+        return f"{len(rungs)} rungs: it fits on {'each' if all(fit) else 'none'} of them"
+    return f"{len(rungs)} rungs: it fits first with “{rungs[fit.index(True)].name.removeprefix('+ ')}”"
 
 
 def _unlocks(rung: Rung) -> list[str]:
@@ -241,19 +231,28 @@ def _unlocks(rung: Rung) -> list[str]:
     return found or ["none of the catalog"]
 
 
-def _ledger(report: CapacityReport) -> dict[str, Any]:
-    unit, kinds, lines = ledger_lines(report.nodes)
+def _verdicts_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """How many of a table's rows fit; empty where they have no verdict."""
+    return counted((row[head.index("verdict")] for row in rows), COUNTED) if "verdict" in head else ""
+
+
+def _ledger(bars: Sequence[NodeBar]) -> dict[str, Any]:
+    """A ledger for each kind of node; and the other limits."""
     return {
-        "unit": unit,
-        "kinds": kinds,
-        "ledger": lines,
+        "ledgers": [(bar, *_entries(bar)) for bar in bars],
         "limits": [
             [
-                names,
-                f"{amount(node.largest_array_bytes)} of {amount(node.buffer_limit_bytes)}",
-                f"{node.live_buffers:,} of {MOST_LIVE_BUFFERS:,}",
-                f"at most {amount(node.cache_bound_bytes)}",
+                bar.names,
+                f"{amount(bar.of.largest_array_bytes)} of {amount(bar.of.buffer_limit_bytes)}",
+                f"{bar.of.live_buffers:,} of {MOST_LIVE_BUFFERS:,}",
+                f"at most {amount(bar.of.cache_bound_bytes)}",
             ]
-            for names, node in kinds
+            for bar in bars
         ],
     }
+
+
+def _entries(bar: NodeBar) -> tuple[str, list[tuple[str, str, str, str]]]:
+    """A ledger's unit, and its lines: name, size, how well it is known, how it was found; the last is the peak."""
+    unit, _, lines = ledger_lines([bar.of])
+    return unit, [(line.name, line.sizes[0], line.mark, line.formula) for line in lines]

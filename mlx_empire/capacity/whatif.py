@@ -10,6 +10,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.plan.assess import VERDICTS, Assessment, assess
 from mlx_empire.plan.resolve import never_fits
 from mlx_empire.recipe.changes import variant
+from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.sizes import amount
 
@@ -26,6 +27,12 @@ class Advice:
     change: str
     effect: str
     verdict: str
+
+    @property
+    def is_settings(self) -> bool:
+        """Whether the change is settings of the recipe and nothing else: words that may follow a command."""
+        names = (word.partition("=") for word in self.change.split())
+        return all(equals and name in leaf_fields() for name, equals, _ in names)
 
 
 def with_settings(

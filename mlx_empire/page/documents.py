@@ -18,7 +18,7 @@ from mlx_empire.recipe.load import written
 from mlx_empire.report.text import duration, fraction, span
 from mlx_empire.run.overview import RECENT, Overview
 from mlx_empire.run.status import condition_sentence, date, failure_sentence, last_lines, quiet_sentence
-from mlx_empire.run.what_next import next_commands
+from mlx_empire.run.what_next import capacity_command, next_commands
 from mlx_empire.sizes import amount
 
 LOG_LINES = 14
@@ -101,6 +101,7 @@ class RunDocument:
     restarts: str | None
     command: str | None
     coming: Sequence[str]
+    plan_command: str
     log: Sequence[str]
     samples: Sequence[Sample]
     recipe: Sequence[tuple[str, str]]
@@ -142,6 +143,9 @@ def run_document(look: Look, now: float) -> RunDocument:
         restarts=None if launch is None else f"{launch.restarts} of {launch.budget}",
         command=launch.command if launch is not None and launch.code not in (0, None) else None,
         coming=next_commands(run.recipe) if run.complete and run.recipe is not None else [],
+        plan_command=capacity_command(
+            run.folder, len(machines), None if run.recipe is None else run.recipe.run.hosts
+        ),
         log=last_lines(run.folder, LOG_LINES),
         samples=samples_of(run),
         recipe=list(_recipe(run)),

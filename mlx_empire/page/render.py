@@ -23,6 +23,7 @@ from mlx_empire.page.documents import RunDocument
 from mlx_empire.page.samples import Sample
 from mlx_empire.page.svg import chart_svg
 from mlx_empire.report.html import STYLE
+from mlx_empire.report.text import times_signs
 from mlx_empire.run.status import date
 from mlx_empire.sizes import amount
 
@@ -40,7 +41,7 @@ def templates(*others: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"amount": amount, "path": quote}
+    made.filters |= {"amount": amount, "path": quote, "times": times_signs}
     made.globals |= {"percent": _percent, "chart_svg": chart_svg, "version": __version__}
     return made
 

@@ -83,11 +83,17 @@ ol.advice {{ list-style: none; margin: 8px 0 0; padding: 0; }}
 ol.advice li {{ border-top: 1px solid var(--line); padding: 9px 0; display: grid; gap: 2px 16px;
   grid-template-columns: minmax(200px, 2fr) 4fr auto; align-items: baseline; }}
 ol.advice li:first-child {{ border-top: 0; }}
-.heat td.cell {{ text-align: center; padding: 5px 8px; border: 2px solid var(--card); border-radius: 8px;
-  background: color-mix(in srgb, var(--verdict) var(--depth), var(--card)); min-width: 116px; }}
-.heat td.cell b {{ display: block; white-space: nowrap; font-weight: 650; font-variant-numeric: tabular-nums; }}
-.heat td.cell span {{ font-size: 12px; color: var(--ink); opacity: .93; }}
-.heat td.differs {{ outline: 2px dashed var(--ink); outline-offset: -4px; }}
+.typed {{ display: flex; gap: 10px; align-items: baseline; min-width: 0; }}
+.typed code {{ white-space: nowrap; overflow-x: auto; min-width: 0; color: var(--muted); user-select: all; }}
+.advice .typed {{ grid-column: 1 / -1; }}
+p.look {{ margin: 10px 0 2px; }}
+.heat {{ font-size: 13px; line-height: 20px; }}
+.heat th, .heat td {{ padding: 2px 10px 2px 0; }}
+.heat td.cell {{ text-align: center; padding: 2px 8px; border: 1px solid var(--card); border-radius: 6px;
+  background: color-mix(in srgb, var(--verdict) var(--depth), var(--card)); white-space: nowrap;
+  font-variant-numeric: tabular-nums; }}
+.heat td.cell b {{ font-weight: 650; }}
+.heat td.differs {{ outline: 2px dashed var(--ink); outline-offset: -3px; }}
 .heat th.cluster {{ text-align: center; }}
 .rung {{ display: grid; grid-template-columns: 190px 1fr 230px; gap: 2px 16px; padding: 9px 0; align-items: center;
   border-top: 1px solid var(--line); }}
@@ -110,9 +116,9 @@ footer {{ color: var(--muted); font-size: 13px; padding: 0 4px; }}
   .node, .rung, ol.advice li {{ grid-template-columns: 1fr; }}
   .node .says {{ text-align: left; }}
   .badge {{ justify-self: start; }}
-  .heat td.cell {{ min-width: 58px; padding: 4px 2px; font-size: 12px; }}
-  .heat td.cell span {{ font-size: 11px; }}
-  .heat .number {{ display: none; }}
+  .heat td.cell {{ padding: 2px; font-size: 12px; }}
+  .heat th {{ font-size: 12px; overflow-wrap: anywhere; padding-right: 4px; }}
+  .heat .number, .heat .wide {{ display: none; }}
   .rows thead {{ display: none; }}
   .rows tr {{ display: block; padding: 8px 0; border-top: 1px solid var(--line); }}
   .rows th, .rows td {{ display: block; border: 0; padding: 2px 0; overflow-wrap: anywhere; }}
@@ -122,7 +128,12 @@ footer {{ color: var(--muted); font-size: 13px; padding: 0 4px; }}
   .lanes {{ grid-template-columns: auto auto; }}
   .lane {{ grid-column: 1 / -1; }}
 }}
-@media print {{ section, header {{ break-inside: avoid; }} body {{ background: none; }} }}
+@media print {{
+  section, header {{ break-inside: avoid; }}
+  body {{ background: none; }}
+  .typed code {{ white-space: normal; }}
+  button.copy {{ display: none; }}
+}}
 """
 
 

@@ -8,6 +8,7 @@ rank on the machine where it was typed, and elsewhere a daemon that writes to no
 
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -150,6 +151,11 @@ def _three_digits(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def times_signs(text: str) -> str:
+    """A sentence of figures as a page shows it: the sign of multiplication where a terminal has an `x`."""
+    return re.sub(r"(?<=[\w)%]) x (?=[\w(])", " × ", text)
 
 
 def room(headroom: float) -> str:

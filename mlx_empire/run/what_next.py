@@ -26,6 +26,13 @@ def next_commands(recipe: Recipe) -> list[str]:
     return _told({speak: "let it speak", f"mlx-empire open {_word(run)}": "look at it", **use})
 
 
+def capacity_command(folder: Path, machines: int, hosts: Path | None) -> str:
+    """The capacity report of the run in a folder, as a page; where its recipe names no hostfile, several machines need
+    one."""
+    where = " --hosts HOSTFILE" if machines > 1 and hosts is None else ""
+    return f"mlx-empire capacity {_word(folder / 'recipe.yaml')}{where} --html capacity.html"
+
+
 def next_of_many(recipe: Recipe, name: str) -> list[str]:
     """The same for a folder of daughters, with one of them, `name`."""
     run = recipe.run.dir

@@ -1,8 +1,10 @@
-"""The page as a reader gets it: one file, nothing hostile in it, and legible in a real browser, light and dark."""
+"""The page as a reader gets it: one file, nothing hostile in it, short until something is unfolded, and legible in a
+real browser, light and dark."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
 from html import unescape
 from typing import Any
@@ -13,21 +15,30 @@ from support import browser
 from support.browser import ENOUGH, needs_browser
 from support.outline import Outline
 
-from mlx_empire.capacity.document import MatrixSurvey
-from mlx_empire.capacity.page import capacity_page, matrix_section
+from mlx_empire.capacity import command
+from mlx_empire.capacity.document import CapacityReport, MatrixSurvey
+from mlx_empire.capacity.heat_map import HERE, matrix_section
+from mlx_empire.capacity.page import capacity_page
+from mlx_empire.capacity.whatif import Advice
 
 ENOUGH_FOR_PICTURES = 1.9  # contrast of parts of a bar against the card (they are labelled too)
 
 
+def page_of(report: CapacityReport, made_by: str = f"capacity {made_up.HOSTILE}") -> str:
+    return capacity_page(report, made_up.matrix(), made_up.ladder(), made_up.daughters(), made_by)
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
-    return capacity_page(
-        made_up.report(),
-        made_up.matrix(),
-        made_up.ladder(),
-        made_up.daughters(),
-        f"capacity {made_up.HOSTILE}",
+    return page_of(made_up.report())
+
+
+def commands_of(page: str) -> list[str]:
+    """The commands that have a button."""
+    found = re.findall(
+        r'<div class="typed"><code>([^<]*)</code><button [^>]*hidden>copy</button></div>', page
     )
+    return [unescape(one) for one in found]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["light", "dark"])
@@ -36,11 +47,13 @@ def measured(page: str, request: pytest.FixtureRequest, tmp_path_factory: pytest
     return found | {"dark": request.param}
 
 
-def test_one_well_formed_file_that_fetches_and_runs_nothing(page):
+def test_one_well_formed_file_that_fetches_nothing_and_runs_only_what_copies(page):
     outline = Outline(page)
     assert outline.open == []
     assert outline.suspicious == []
-    assert not outline.tags & {"script", "img", "iframe", "object", "form"}
+    assert not outline.tags & {"img", "iframe", "object", "form"}
+    assert page.count("<script") == 1
+    assert (HERE / "copy.html").read_text().strip() in page, "whatever names say"
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)", page)
 
 
@@ -64,6 +77,75 @@ def test_it_says_what_the_report_and_the_surveys_say(page):
         made_up.HOSTILE,
     ):
         assert words in text, words
+
+
+def test_what_fits_is_folded_and_what_is_short_is_not(page):
+    outline = Outline(page)
+    text, seen = outline.text, outline.seen_text
+    for words in (
+        "the worst moment of a chunk's loss",  # the ledger of what does not fit
+        "✓ king: 4 entries, 352 GiB of 464 GiB, 112 GiB free",
+        "token cache",  # a disk is short
+        "3 rungs: it fits first with “another”",
+        "Over other wires: TCP over Thunderbolt",
+        "Training a daughter of scout on one machine: 1 fit",
+    ):
+        assert words in seen, words
+    for words in ("scores alive", "pure", "56.0 GiB"):
+        assert words not in seen, words
+    for words in ("scores alive", "pure", "56.0 GiB"):
+        assert words in text, words
+    disk = made_up.report().disks[0]
+    shown = Outline(page_of(replace(made_up.report(), disks=(disk,)))).seen_text
+    assert "token cache" not in shown
+    assert re.search(r"At most [\d,.]+ GiB, on .*: it fits", shown)
+
+
+def test_machines_that_are_alike_are_drawn_once():
+    king, soldier = (
+        made_up.node("king", "king", 512, 464, "fits", weights=100),
+        made_up.node("soldier-1", "soldier", 256, 208, "fits", weights=60, attention=5),
+    )
+    nodes = [
+        king,
+        soldier,
+        *(replace(soldier, node=replace(soldier.node, name=f"soldier-{i}")) for i in (2, 3)),
+    ]
+    report = replace(made_up.report(), assessment=made_up.assessed(*nodes), disks=())
+    alike = page_of(report)
+    assert alike.count('<div class="node">') == 2
+    text = Outline(alike).text
+    assert "soldier-1 +2 soldier · 256 GiB · share 25.0% each and soldier-2, soldier-3" in text
+    assert text.count("soldier-2") == 1
+    assert text.count("✓ soldier-1 +2: 2 entries, 65.0 GiB of 208 GiB, 143 GiB free") == 1
+
+
+def test_a_change_that_can_be_typed_comes_with_the_whole_command():
+    raising = "sudo sysctl iogpu.wired_limit_mb=475136"
+    advice = (
+        Advice("memory.shares=memory optimizer.state_bits=8", "soldiers need 2 x 3 GiB", "fits"),
+        Advice(f"{raising} on king (in the hostfile limit=464GiB)", made_up.HOSTILE, "tight"),
+        Advice(f"another {made_up.HOSTILE}", "2,000 dollars", "fits"),
+        Advice(f"run.steps={made_up.HOSTILE}", "a name is no setting", "fits"),
+        Advice("batch.micro_size=2", "is folded", "fits"),
+    )
+    made_by = "mlx-empire capacity recipes/scout.yaml --hosts hosts/empire.txt --html my.html run.steps=5"
+    page = page_of(replace(made_up.report(), advice=advice), made_by)
+    typed = commands_of(page)
+    changed = f"{made_by} memory.shares=memory optimizer.state_bits=8"
+    assert typed == ["mlx-empire open runs/test", changed, raising, f"{made_by} batch.micro_size=2"]
+    words = command.read(shlex.split(changed)[2:])
+    assert words.overrides == ["run.steps=5", "memory.shares=memory", "optimizer.state_bits=8"]
+    assert "2 more" in Outline(page).seen_text
+    assert "is folded" not in Outline(page).seen_text
+
+
+def test_figures_are_multiplied_by_one_sign(page):
+    text = Outline(page).text
+    assert re.findall(r"[\d%] x ", text) == []
+    assert "8 × H100" in text
+    assert "8 × 2,048 positions a step" in text
+    assert made_up.HOSTILE in text, "a name's x stays"
 
 
 @needs_browser
@@ -162,14 +244,7 @@ def test_on_one_cluster_every_model_is_shown_and_nothing_is_said_of_others():
 )
 def test_what_bounds_a_step_is_said_however_many_wires_there_are(bounds, said):
     paces = [made_up.pace(wire, bound, 1.0) for wire, bound in zip(("10gbe", "cable"), bounds, strict=False)]
-    whole = capacity_page(
-        replace(made_up.report(), paces=tuple(paces)),
-        made_up.matrix(),
-        made_up.ladder(),
-        made_up.daughters(),
-        "capacity",
-    )
-    text = Outline(whole).text
+    text = Outline(page_of(replace(made_up.report(), paces=tuple(paces)))).text
     assert ("bound by" in text.replace(said or "", "")) == (said is None), "once, or a column"
     assert said is None or said in text
 

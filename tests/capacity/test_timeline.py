@@ -9,8 +9,8 @@ import re
 import pytest
 from support.planning import assess, llama_like, nodes_of, recipe_of
 
-from mlx_empire.capacity.charts import CLOSE, KINDS, lane_pieces, lanes_of, timeline_document
-from mlx_empire.capacity.page import HERE
+from mlx_empire.capacity.charts import CLOSE, KINDS, drawn_once, lane_pieces, lanes_of, timeline_document
+from mlx_empire.capacity.heat_map import HERE
 from mlx_empire.page.render import templates
 from mlx_empire.plan.hardware import wire_named
 from mlx_empire.plan.pace import pace_of
@@ -59,6 +59,19 @@ def test_spans_are_as_long_as_the_lanes_and_in_order(stage):
         events = sum(e.rank == rank for e in timeline.events)
         assert busy - 1e-9 <= drawn <= busy + events * CLOSE * timeline.seconds
         assert {kind for kind, _, _ in spans} <= set(KINDS)
+
+
+def test_machines_whose_lanes_look_the_same_are_drawn_once():
+    def lanes(*ends):
+        events = (Event(rank, COMPUTE, "forward", 1, 0.0, end) for rank, end in enumerate(ends))
+        return lanes_of(Timeline(tuple(events), 100.0, 0.0), list("abcd"))
+
+    close, far = 50 + 0.1 * 100 * CLOSE, 50 + 2 * 100 * CLOSE
+    drawn = drawn_once(lanes(50.0, close, far, 50.0), 100.0)
+    assert [(lane.node, lane.lane) for lane in drawn] == [
+        ("a +2", "compute"), ("a +2", "network"), ("c", "compute"), ("c", "network"),
+    ]  # fmt: skip
+    assert [lane.spans for lane in drawn] == [(("forward", 0.0, 50.0),), (), (("forward", 0.0, far),), ()]
 
 
 def test_the_chart_names_every_lane_and_escapes_what_it_shows():

@@ -264,6 +264,59 @@ def test_pages_without_a_run_are_legible_on_a_phone_and_on_paper_too(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("width", "most"), [(1280, 3000), (390, 5000)])
+def test_the_report_on_scout_is_short_until_something_is_unfolded(
+    browser: Browser, scout: Path, width: int, most: int
+) -> None:
+    rows = "[...document.querySelectorAll('.heat tbody tr')].map(row => row.getBoundingClientRect().height)"
+    with browser.page(scout.as_uri(), width=width) as page:
+        ready(page, charts=False)
+        assert page.value("document.querySelectorAll('details[open]').length") <= 1, "a step, as it is drawn"
+        assert page.value("document.documentElement.scrollHeight") < most
+        assert page.value(OVERFLOW) <= 0
+        page.value("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        found = page.value(rows)
+        assert len(found) == 35
+        assert sorted(found)[len(found) // 2] <= (28 if width == 1280 else 44), "a dense heat map"
+
+
+@pytest.fixture(scope="module")
+def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the recipe that README shows."""
+    out = tmp_path_factory.mktemp("scout") / "scout.html"
+    words = ["capacity", "recipes/scout.yaml", "--hosts", "hosts/empire.txt", "--html", str(out)]
+    subprocess.run([sys.executable, "-m", "mlx_empire", *words], cwd=ROOT, check=True, capture_output=True)
+    return out
+
+
+@pytest.mark.slow
+def test_a_click_copies_the_whole_command_with_and_without_a_clipboard(
+    browser: Browser, tmp_path: Path
+) -> None:
+    (tmp_path / "page.html").write_text(capacity())
+    wanted = f"{HOSTILE} memory.shares=memory"
+    click = (
+        f"[...document.querySelectorAll('.typed')].find(one => one.innerText.includes({json.dumps(wanted)}))"
+    )
+    with browser.page((tmp_path / "page.html").as_uri()) as page:
+        ready(page, charts=False)
+        page.value(
+            "Object.defineProperty(navigator, 'clipboard', {configurable: true, value: {writeText: async text => {"
+            " window.got = text; }}})"
+        )
+        page.value(f"{click}.querySelector('button').click()")
+        assert page.until("window.got") == wanted
+        assert page.until(f"{click}.querySelector('button').innerText === 'copied'")
+        page.value("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+        page.value("getSelection().removeAllRanges()")
+        page.value(f"{click}.querySelector('button').click()")
+        assert page.value("getSelection().toString()") == wanted, (
+            "to be copied by hand, whatever the browser allows"
+        )
+        assert page.complaints == []
+
+
+@pytest.mark.slow
 def test_a_run_on_paper_has_its_charts_and_none_of_the_buttons(browser: Browser, server: Server) -> None:
     with browser.page(f"{server.base}/run/scout", width=800) as page:
         ready(page)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import stat
 from pathlib import Path
 
 import pytest
 from support.outline import Outline
-from support.run_folders import HOSTILE, lines, made_run, records
+from support.run_folders import HOSTILE, lines, made_run, records, step
 from support.saying import said
 
+from mlx_empire.capacity import command as capacity
 from mlx_empire.page.documents import run_document
 from mlx_empire.page.samples import samples_beside
 from mlx_empire.page.saved import FILE_NAME, save_report, try_report
@@ -50,6 +52,23 @@ def test_it_says_what_the_folder_says(tmp_path: Path) -> None:
         "The model writes written after 30 steps: speeches", "The row goes on b speeches",
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_what_was_measured_leads_to_what_was_planned_and_to_the_command_that_plans_it(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / HOSTILE)
+    page = save_report(folder).read_text()
+    assert page.count('href="#panel-capacity"') == page.count('id="panel-capacity"') == 1
+    typed = f"mlx-empire capacity {shlex.quote(str(folder / 'recipe.yaml'))} --hosts HOSTFILE --html capacity.html"
+    assert typed in Outline(page).text
+    (folder / "HOSTFILE").touch()
+    words = capacity.read(shlex.split(typed.replace("HOSTFILE", shlex.quote(str(folder / "HOSTFILE"))))[2:])
+    assert load_recipe(words.recipe).run.steps.value == 100
+    one = made_run(tmp_path / "alone", hosts=["king"])
+    (one / "metrics.jsonl").write_text(lines([step(1, ranks=1)]))
+    assert f"{one}/recipe.yaml --html capacity.html" in Outline(save_report(one).read_text()).text
+    (one / "metrics.jsonl").write_text("")
+    assert 'panel-capacity" class' in (unmeasured := save_report(one).read_text())
+    assert 'href="#panel-capacity"' not in unmeasured, "there is nothing to see there yet"
 
 
 def test_a_finished_run_names_the_commands_that_come_next(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 class Outline(HTMLParser):
     """`open`: elements that nothing closes; `tags`: all there are; `suspicious`: attributes that fetch or run a thing;
-    `pieces`: what is to be read."""
+    `pieces`: what is to be read, `seen` those of them that are there before anything is unfolded."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -17,6 +17,8 @@ class Outline(HTMLParser):
         self.tags: set[str] = set()
         self.suspicious: list[str] = []
         self.pieces: list[str] = []
+        self.seen: list[str] = []
+        self._folded: list[bool] = []  # by open element: whether it hides what it has besides its summary
         self.feed(page)
         self.close()
 
@@ -29,21 +31,32 @@ class Outline(HTMLParser):
         self.handle_startendtag(tag, attrs)
         if tag not in VOID:
             self.open.append(tag)
+            self._folded.append(tag == "details" and "open" not in dict(attrs))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag, f"</{tag}> closes something else"
+        self._folded.pop()
 
     def handle_data(self, data: str) -> None:
         self.pieces.append(data)
+        within_each = [*self.open[1:], ""][: len(self.open)]
+        inside = zip(self._folded, within_each, strict=True)
+        if not any(folded and within != "summary" for folded, within in inside):
+            self.seen.append(data)
 
     @property
     def text(self) -> str:
         """The pieces with a space between them and between words."""
         return " ".join(" ".join(self.pieces).split())
 
+    @property
+    def seen_text(self) -> str:
+        """The same of those that are seen."""
+        return " ".join(" ".join(self.seen).split())
+
 
 def _acts(name: str, value: str) -> bool:
-    """Whether an attribute fetches or runs something; a picture that lies in the page does not."""
+    """Whether an attribute fetches or runs something; a picture or a place that lies in the page does not."""
     if name == "href":
-        return not value.startswith("data:image/svg")
+        return not value.startswith(("data:image/svg", "#"))
     return name in ("src", "action") or name.startswith("on")

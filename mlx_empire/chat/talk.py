@@ -95,7 +95,7 @@ def speakers_of(options: argparse.Namespace) -> list[Speaker]:
             return Speaker(str(named), base(found.weights)[0])
         folder = base_folder_of(found, options.model, key)
         resident, digest = base(folder)
-        if found.base_differs(digest):
+        if not found.speaks_on(folder, digest, named=options.model is not None):
             raise UserError(
                 f"{key}: {named}: was trained on other weights than those in {folder}; name its base by --model FOLDER"
             )

@@ -66,6 +66,10 @@ class Daughter:
         """Whether it is evaluated now: so often, and before it leaves its place."""
         return self.done or self.pauses or self.job.evaluates(self.step, now - self.evaluated_at)
 
+    def only_compared(self, now: float) -> bool:
+        """Whether it is evaluated only because it leaves its place: alone it would not be."""
+        return self.pauses and not self.job.evaluates(self.step, now - self.evaluated_at)
+
     def to_be_saved(self, now: float) -> bool:
         """Whether so many steps, or so much time, would be lost, or it is done."""
         every = self.job.save_every

@@ -42,7 +42,7 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import MetricsWriter
 from mlx_empire.run import result
 from mlx_empire.run.agree import load_data, load_evaluator, share_gate
-from mlx_empire.run.folder import write_plan
+from mlx_empire.run.folder import refuse_other_scorers, write_plan
 from mlx_empire.run.job import Job
 from mlx_empire.run.parent import Lineage, beside_plan, lineage_of, read_parent
 from mlx_empire.run.resume import require_same, require_steps_left
@@ -117,11 +117,22 @@ class Daughters:
             job = Job.of(recipe, splits.train)
             step, note = self._resumed(place, recipe, origin, job.steps)
             note = "; ".join(filter(None, (note, *splits.warnings)))
+            scorers = {} if evaluator is None else evaluator.scorer_digests
+            if step:
+                refuse_other_scorers(recipe, scorers)
             lineage = lineage_of(recipe.run.dir) if step else self._begin(place, recipe)
             saved.clear(recipe.run.dir, goes_on=step > 0)
             comes_from = beside_plan(self._base, lineage)
             write_plan(
-                recipe, plan, [self._node], spec, splits, job.steps, resumed=step > 0, origin=comes_from
+                recipe,
+                plan,
+                [self._node],
+                spec,
+                splits,
+                job.steps,
+                resumed=step > 0,
+                origin=comes_from,
+                scorers=scorers,
             )
             self._jobs.begun(name, goes_on=step > 0)
             metrics = MetricsWriter(recipe.run.dir, step)
@@ -186,8 +197,9 @@ class Daughters:
                     )
                 self._record(daughter, inputs[place], outcome, seconds)
                 if daughter.to_be_scored(now):
-                    self._evaluate(place, daughter)
-                    daughter.evaluated_at = now
+                    only_compared = daughter.only_compared(now)
+                    self._evaluate(place, daughter, comparison=only_compared)
+                    daughter.evaluated_at = daughter.evaluated_at if only_compared else now
         if any(daughter.to_be_saved(now) for daughter in self._daughters.values()):
             self._save()
         for place, daughter in [
@@ -228,12 +240,13 @@ class Daughters:
         )
         self._tell(daughter.name, step=daughter.step)
 
-    def _evaluate(self, place: int, daughter: Daughter) -> None:
+    def _evaluate(self, place: int, daughter: Daughter, *, comparison: bool = False) -> None:
         valid, run = daughter.splits.valid, daughter.recipe.run
         if valid is None and daughter.evaluator is None:
             return
         progress.reach("evaluate")
         found: dict[str, Any] = {"step": daughter.step, "eval_loss": None}
+        found |= {"comparison": True} if comparison else {}
         if valid is not None:
             batches = validation_micro_batches(valid, daughter.recipe.batch.micro_size, run.eval_batches)
             found["eval_loss"] = self._adapters.held_out(place, list(batches), 1)

@@ -11,13 +11,14 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from mlx_empire.checkpoint.manifest import Origin, config_digest, sampled_digest
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import arm_faults, guard
 from mlx_empire.comm.protocol import Communicator
@@ -27,8 +28,9 @@ from mlx_empire.daughters.settings import Setting, divided, groups_of, rungs_of,
 from mlx_empire.daughters.table import DaughterTable
 from mlx_empire.disk import replace_private
 from mlx_empire.errors import UserError
+from mlx_empire.recipe.changes import changes, parse_stored
 from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, worse_by
-from mlx_empire.recipe.load import load_recipe
+from mlx_empire.recipe.load import dump_recipe, load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
 from mlx_empire.run.agree import load_data, share_nodes
@@ -36,6 +38,7 @@ from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.job import Job
 from mlx_empire.run.launched import COMPLETE
 from mlx_empire.run.lock import RunLock
+from mlx_empire.run.resume import require_same
 from mlx_empire.run.what_next import next_commands
 
 FILE_NAME = "sweep.json"
@@ -105,6 +108,9 @@ class Sweep:
                 f"{recipe.data.path}: nothing is held out to compare by; add a valid.jsonl, data.validation_split or "
                 "evaluation.sets"
             )
+        folder = recipe.model.path
+        base, config = sampled_digest(folder), config_digest(folder)
+        self._origin = Origin(dump_recipe(recipe), splits.digest, base, config)
         self._steps = Job.of(recipe, splits.train).steps
         self._rungs = rungs_of(len(settings), self._steps, options.keep)
         (self._node,) = share_nodes(comm, recipe, options.hosts)
@@ -193,13 +199,17 @@ class Sweep:
         return [{"step": step, "go_on": go_on} for step, go_on in self._rungs]
 
     def _refuse_another(self) -> None:
-        """UserError where run.dir has a sweep of other settings or other comparisons: it could not be gone on with."""
-        path = self._recipe.run.dir / FILE_NAME
+        """UserError where run.dir has a sweep of other settings, comparisons, questions, rows or weights: its scores
+        would be told as those of this one.
+        """
+        path, told = self._recipe.run.dir / FILE_NAME, None
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             alike = before["rungs"] == self._told_rungs and {one["name"] for one in before["settings"]} == {
                 one.name for one in self._settings
             }
+            if "origin" in before:  # an earlier version noted none
+                told = Origin(**before["origin"])
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError):
@@ -208,11 +218,24 @@ class Sweep:
             raise UserError(
                 f"{path}: is of another sweep (settings, steps or --keep); choose another run.dir"
             )
+        if told is not None:
+            require_same(told, self._origin, str(path), anew="choose another run.dir")
+            self._refuse_other_questions(parse_stored(told.recipe, str(path)), path)
+
+    def _refuse_other_questions(self, before: Recipe, path: Path) -> None:
+        """UserError where other scores are asked for: they change no bit of an adapter, but who goes on."""
+        for key in changes(before, self._recipe):
+            if key.startswith("evaluation.") and key not in self._recipe.run.accept_changes:
+                raise UserError(
+                    f"{path}: {key}: settings were compared by another one; put the old value back, add "
+                    f"run.accept_changes=[{key}], or choose another run.dir"
+                )
 
     def _write(self) -> None:
         """`sweep.json` beside the settings' folders."""
         document = {
             "metric": self._metric,
+            "origin": asdict(self._origin),
             "rungs": self._told_rungs,
             "settings": [
                 {

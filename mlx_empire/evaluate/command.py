@@ -1,10 +1,10 @@
 """What may be typed after `mlx-empire evaluate`, which scores a finished run, a model's folder or an adapter's:
 
 mlx-empire evaluate RUN|MODEL [--sets FILE[=METRIC,...] ...] [--tasks NAME,... --tasks-from DIR] [--against base|RUN]
-                    [--model FOLDER] [--hosts FILE] [--json FILE] [--html FILE] [key=value ...]
+                    [--scorers] [--model FOLDER] [--hosts FILE] [--json FILE] [--html FILE] [key=value ...]
 
-Without --sets and --tasks the sets of the run's recipe are asked. Alone or under mpirun: a model that no machine holds
-is streamed over the ranks, as in training.
+Without --sets and --tasks the sets of the run's recipe are asked; code that it names is run with --scorers only. Alone
+or under mpirun: a model that no machine holds is streamed over the ranks, as in training.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def parser() -> UserArguments:
     )
     made.add_argument("--tasks", default="", metavar="NAME,...", help="benchmarks, such as arc_easy,piqa")
     made.add_argument("--tasks-from", type=Path, metavar="DIR", help="where NAME.jsonl of each task lies")
+    made.add_argument("--scorers", action="store_true", help="run the code that the run's recipe names")
     made.add_argument("--against", metavar="base|RUN", help="score beside it: its base, or another result")
     made.add_argument(
         "--model", type=Path, metavar="FOLDER", help="the base of an adapter, where no recipe tells"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from mlx_empire.evaluation.evaluator import RowScore
 from mlx_empire.evaluation.questions import Answer, Questions
@@ -20,7 +21,7 @@ from mlx_empire.recipe.evaluation import LOWER_IS_BETTER, worse_by
 MOST_ROWS = 200  # of one kind that are told of a set
 MOST_RISEN = 10
 LOST, GAINED, ROSE = "no longer right", "right now", "loss rose most"
-SMOOTH = (*LOWER_IS_BETTER, "token_accuracy")
+SMOOTH = (*LOWER_IS_BETTER, "token_accuracy", "scorer")  # a row is not right or wrong by these
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -125,17 +126,17 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
 
 
 def score_table(document: Mapping[str, Any]) -> Table:
-    """The scores for a terminal."""
+    """The scores for a terminal. Names are a person's, and no markup."""
     both = document["against"] is not None
-    made = Table(title=document["model"], title_justify="left")
+    made = Table(title=Text(document["model"], "table.title"), title_justify="left")
     made.add_column("score")
     if both:
-        made.add_column(str(document["against"]), justify="right", overflow="fold")
+        made.add_column(Text(str(document["against"])), justify="right", overflow="fold")
     made.add_column("result", justify="right")
     if both:
         made.add_column("change", justify="right")
     for one in document["scores"]:
-        cells = [one["name"], f"{one['after']:.4f}"]
+        cells: list[str | Text] = [Text(one["name"]), f"{one['after']:.4f}"]
         if both:
             cells[1:] = [
                 f"{one['before']:.4f}",

@@ -1,8 +1,9 @@
 """What is evaluated, as a recipe: whatever a person names becomes the recipe of a run that would only evaluate it.
 
 So a finished model, a foreign one, an adapter and its base are read, planned and streamed as in training. Decided here
-is which weights a name means, and which sets are asked. An adapter goes on its base by `tuning.start`; the base of one
-that was trained on packed weights is packed alike, with adapters that add nothing.
+is which weights a name means, which sets are asked, and that no code is run which only the run's recipe names. An
+adapter goes on its base by `tuning.start`; the base of one that was trained on packed weights is packed alike, with
+adapters that add nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +70,20 @@ def recipes_of(options: argparse.Namespace, ranks: int) -> list[Recipe]:
         raise UserError(
             f"RUN: {options.named}: its recipe asks no questions; name some by --sets FILE or --tasks NAME,..."
         )
+    if not (
+        sets or options.scorers or any(word.startswith("evaluation.sets=") for word in options.overrides)
+    ):
+        _refuse_code(made[-1], options.named)
     return made
+
+
+def _refuse_code(recipe: Recipe, named: Path) -> None:
+    """UserError where a run's own recipe names code: it comes with the run, maybe from somebody else."""
+    code = [one.scorer for one in recipe.evaluation.sets if one.scorer is not None]
+    if code:
+        raise UserError(
+            f"RUN: {named}: its recipe names code, {', '.join(code)}; look at it, then add --scorers to run it"
+        )
 
 
 def _against(found: Finished, options: argparse.Namespace) -> Recipe:

@@ -10,7 +10,7 @@ import argparse
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import mlx.core as mx
 from rich.console import Console
@@ -22,14 +22,12 @@ from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.encode import load_tokenizer
-from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.evaluate.document import Scored, changed_document, score_table, worded
 from mlx_empire.evaluate.named import recipes_of
 from mlx_empire.evaluate.page import evaluation_page
 from mlx_empire.formats.hf_folder import has_weights
 from mlx_empire.formats.staging import disk_errors
 from mlx_empire.model.build import describe
-from mlx_empire.model.spec import RootNames
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.wired_limit import fitting_plan
@@ -46,6 +44,7 @@ from mlx_empire.run.agree import (
 )
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.parent import share_parent
+from mlx_empire.run.proof import share_proof
 from mlx_empire.run.trainer import explaining_memory, limit_memory, load_weights, make_trainer
 
 
@@ -80,13 +79,7 @@ def scored(comm: Communicator, name: str, recipe: Recipe, nodes: Sequence[Node])
     config = share_config(comm, recipe)
     target = frozen(share_target(comm, recipe, config))
     parent = share_parent(comm, recipe, target, _digest(recipe) if comm.rank == 0 else None)
-    shown = None
-    with together(comm):
-        if comm.rank == 0:
-            by_pattern = recipe.numerics.attention != "mask"
-            shown = asdict(verify_scaled_down(config, str(recipe.model.path), by_pattern=by_pattern))
-    roots = RootNames(**comm.broadcast_json(shown))
-    target = replace(target, spec=replace(target.spec, root_names=roots))
+    target = share_proof(comm, recipe, config, target)
     with together(comm):
         plan = fitting_plan(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
     evaluator = share_evaluator(comm, recipe, target.spec, plan)

@@ -20,7 +20,7 @@ import numpy as np
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.batches import MicroBatch, validation_micro_batches
-from mlx_empire.data.encode import Document
+from mlx_empire.data.encode import Document, load_tokenizer
 from mlx_empire.data.rows import Dataset, build_table
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.trainer import Trainer
@@ -33,9 +33,11 @@ from mlx_empire.evaluation.questions import (
     every_answer,
     fits_schema,
     is_json,
+    load_questions,
     matches,
 )
-from mlx_empire.evaluation.scorer import asked_text, load_scorer
+from mlx_empire.evaluation.scorer import Scorer, asked_text, load_scorers
+from mlx_empire.recipe.schema import Recipe
 
 
 def micro_batches(answers: Sequence[Answer], sequence_length: int, micro_size: int) -> list[MicroBatch]:
@@ -86,7 +88,6 @@ def from_json(raw: Sequence[Mapping[str, Any]]) -> list[Questions]:
             [Answer(**a) for a in one["answers"]],
             [([Answer(**a) for a in alternatives], right) for alternatives, right in one["choices"]],
             [Prompt(**p) for p in one["prompts"]],
-            one["scorer"],
         )
         for one in raw
     ]
@@ -101,27 +102,47 @@ class RowScore:
     said: str | None = None
 
 
-class Evaluator:
-    """Scores the sets again and again. `ends`: tokens that end an answer; `decode`: on rank 0, tokens to text."""
+@dataclass(frozen=True)
+class AskedSets:
+    """The sets, and the tokens that `ends` an answer; on rank 0 what makes text of tokens where answers are generated,
+    and the sets' own functions by title.
+    """
 
-    def __init__(
-        self,
-        sets: Sequence[Questions],
-        sequence_length: int,
-        micro_size: int,
-        ends: Sequence[int],
-        decode: Decode | None,
-    ) -> None:
-        self._sets, self._ends, self._decode = sets, ends, decode
-        here = [one for one in sets if one.scorer is not None] if decode is not None else []
-        self._scorers = {one.title: load_scorer(str(one.scorer)) for one in here}
-        answers = list(every_answer(sets))
+    sets: Sequence[Questions]
+    ends: Sequence[int] = ()
+    decode: Decode | None = None
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+
+
+def read_sets(recipe: Recipe, vocabulary: int) -> AskedSets:
+    """All that rank 0 reads; what cannot be asked, or called, is refused before the first step. UserError."""
+    folder, asked = recipe.model.path, recipe.evaluation
+    sets = [load_questions(one, folder, recipe.data.sequence_length, vocabulary) for one in asked.sets]
+    if not asked.generates:
+        return AskedSets(sets)
+    tokenizer = load_tokenizer(folder)
+    return AskedSets(
+        sets, sorted(map(int, tokenizer.eos_token_ids)), tokenizer.decode, load_scorers(asked.sets)
+    )
+
+
+class Evaluator:
+    """Scores the sets again and again."""
+
+    def __init__(self, asked: AskedSets, sequence_length: int, micro_size: int) -> None:
+        self._asked, self._sets = asked, asked.sets
+        answers = list(every_answer(asked.sets))
         self._batches = micro_batches(answers, sequence_length, micro_size) if answers else []
 
     @property
     def sets(self) -> Sequence[Questions]:
         """What is asked."""
         return self._sets
+
+    @property
+    def scorer_digests(self) -> dict[str, str]:
+        """SHA-256 of each scorer's file as it was run, by its path; on rank 0."""
+        return {one.path: one.digest for one in self._asked.scorers.values()}
 
     def scores(self, trainer: Trainer, comm: Communicator, per_rank: int) -> dict[str, float]:
         """`set.metric` -> value, the same on every rank. Collective."""
@@ -156,7 +177,7 @@ class Evaluator:
     def _judged(self, one: Questions, pairs: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
         """By generated answer of a set its metrics. On rank 0. UserError of a scorer."""
         found = [_of_text(prompt, text) for prompt, text in pairs]
-        if (scorer := self._scorers.get(one.title)) is not None:
+        if (scorer := self._asked.scorers.get(one.title)) is not None:
             for values, (prompt, text) in zip(found, pairs, strict=True):
                 values["scorer"] = scorer(asked_text(prompt.row), text, prompt.row)
         return found
@@ -167,10 +188,12 @@ class Evaluator:
         said: Iterator[str] = iter(())
         if prompts:
             lengths = [one.max_tokens for one, _ in prompts]
-            tokens = generate(trainer, comm, [prompt.tokens for _, prompt in prompts], lengths, self._ends)
+            tokens = generate(
+                trainer, comm, [prompt.tokens for _, prompt in prompts], lengths, self._asked.ends
+            )
             if comm.rank == 0:
-                assert self._decode is not None
-                said = map(self._decode, tokens)
+                assert self._asked.decode is not None
+                said = map(self._asked.decode, tokens)
         return [(one, list(zip(one.prompts, said, strict=False))) for one in self._sets]
 
 

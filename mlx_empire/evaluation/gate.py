@@ -54,8 +54,10 @@ class GateKeeper:
             self.observe(record)
 
     def observe(self, record: Mapping[str, Any]) -> bool:
-        """Take an evaluation's record; whether the gate is reached with it."""
-        if self._gate is None or int(record["step"]) < self._first:
+        """Take an evaluation's record; whether the gate is reached with it. One that was made only to compare a run
+        with others (`comparison`) is passed over: a run alone would not have it.
+        """
+        if self._gate is None or int(record["step"]) < self._first or record.get("comparison"):
             return False
         metric = self._gate.metric
         value = record["eval_loss"] if metric == HELD_OUT_LOSS else record.get("scores", {}).get(metric)

@@ -38,7 +38,6 @@ from mlx_empire.data.encode import (
 from mlx_empire.data.files import RawRow, detect_format, locate
 from mlx_empire.data.messages import standard_role
 from mlx_empire.errors import UserError
-from mlx_empire.evaluation.scorer import load_scorer
 from mlx_empire.evaluation.tasks import Choices, choices_of
 from mlx_empire.recipe.evaluation import GENERATED, EvaluationSet
 from mlx_empire.recipe.text import words_of
@@ -119,7 +118,6 @@ class Questions:
     answers: list[Answer] = field(default_factory=list)
     choices: list[tuple[list[Answer], int]] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
-    scorer: str | None = None
 
 
 def load_questions(
@@ -131,9 +129,7 @@ def load_questions(
     if not rows:
         raise UserError(f"evaluation.sets: {asked.path}: no rows; put at least one there")
     reader = _Reader(asked, tokenizer_folder, sequence_length, vocabulary)
-    found = Questions(asked.title, asked.metrics, asked.max_tokens, scorer=asked.scorer)
-    if asked.scorer is not None:
-        load_scorer(asked.scorer)  # what cannot be called is refused before the first step
+    found = Questions(asked.title, asked.metrics, asked.max_tokens)
     if any(metric not in (CHOICE, *_generated(asked)) for metric in asked.metrics):
         found.answers.extend(reader.answers(rows))
     if CHOICE in asked.metrics:

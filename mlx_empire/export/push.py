@@ -1,9 +1,9 @@
 """A result as a private repository of the Hugging Face Hub: what goes there, and what of this machine does not.
 
 Weights and tokenizer as they lie in the folder; the model card, the recipe (training_config.yaml), its figures
-(training_metrics.json), the software that pushed it (environment.json), and digests of all of it (SHA256SUMS). In texts
-a path becomes its last name, a base that came from the Hub its name there; where notices are posted, and on which
-hosts it ran, is left out. Nothing is sent before every text was looked through.
+(training_metrics.json), the software that pushed it (environment.json), and digests of all of it (SHA256SUMS). In
+settings and texts a path becomes a name (`stripped`); where notices are posted, and on which hosts it ran, is left out.
+Nothing is sent before every text was looked through.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import yaml
@@ -25,6 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 
 from mlx_empire.comm.checks import environment
 from mlx_empire.errors import UnreachableError, UserError
+from mlx_empire.export.stripped import Stripped
 from mlx_empire.formats.adapter_folder import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from mlx_empire.formats.fetched import source_of
 from mlx_empire.formats.peft import PEFT_NAME, PEFT_WEIGHTS
@@ -39,10 +39,7 @@ from mlx_empire.run.finished import Finished, finished
 from mlx_empire.run.names import RECIPE
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
-_PATH = re.compile(r"(?<![\w:/.<>~-])(?:~|/[\w.@+%-]+)(?:/[\w.@+%-]+)+/?")
 _RECIPE = re.compile(r"(?s)(## Recipe\n\n```yaml\n).*?(```)")
-# Settings in which libraries note where a model came from; the rest of such a file is sent as it is.
-_NOTED = ("base_model_name_or_path", "_name_or_path")
 
 Contents = dict[str, Path | bytes]
 
@@ -84,18 +81,22 @@ def contents_of(found: Finished, base: str | None) -> Pushed:
         check_sealed(found.weights, digest)
     recipe = load_recipe(found.run / RECIPE)
     known = base or (source_of(recipe) or "").partition("@")[0] or None
-    strip = _Stripped(recipe, known)
-    contents: Contents = {}
-    for path in _weights(found):
-        name = str(path.relative_to(found.weights))
-        contents[name] = _settings(path, strip) if path.name in (CONFIG_NAME, "config.json") else path
-    config = strip(dump_recipe(_told(recipe)))
+    strip = Stripped(recipe, known)
+    contents: Contents = {
+        str(path.relative_to(found.weights)): _looked_at(path, strip) for path in _weights(found)
+    }
+    config = strip(dump_recipe(strip.recipe(_told(recipe))))
     card, notes = _card(found, known, strip, config)
-    contents[CARD_NAME] = card
-    contents["training_config.yaml"] = config.encode()
-    contents["training_metrics.json"] = strip(json.dumps(read_metrics(found.run), indent=1)).encode()
-    contents["environment.json"] = (strip(json.dumps(environment(), indent=1)) + "\n").encode()
-    strip.require_clean({n: v.decode() for n, v in contents.items() if isinstance(v, bytes)})
+    ours = {
+        CARD_NAME: card,
+        "training_config.yaml": config,
+        "training_metrics.json": strip(json.dumps(read_metrics(found.run), indent=1)),
+        "environment.json": strip(json.dumps(environment(), indent=1)) + "\n",
+    }
+    contents |= {name: text.encode() for name, text in ours.items()}
+    for name, value in contents.items():
+        if isinstance(value, bytes):
+            strip.require_clean(name, value.decode(errors="replace"), ours=name in ours)
     contents["SHA256SUMS"] = "".join(f"{_sha256(v)}  {n}\n" for n, v in sorted(contents.items())).encode()
     return Pushed(contents, notes)
 
@@ -113,53 +114,28 @@ def _weights(found: Finished) -> Iterator[Path]:
     yield from side_files(folder)
 
 
+def _looked_at(path: Path, strip: Stripped) -> Path | bytes:
+    """A file as it is sent: settings with names for paths, templates to be looked through; vocabulary and weights, in
+    which nobody notes a path, as they lie there. UserError.
+    """
+    if path.name.endswith("config.json"):  # the tokenizer's, for generation ...
+        return strip.settings(path)
+    return path.read_bytes() if path.suffix == ".jinja" or path.name == "chat_template.json" else path
+
+
 def _told(recipe: Recipe) -> Recipe:
     """The recipe without what is this owner's alone."""
     return variant(recipe, {"report.notify": None, "run.hosts": None, "run.checkpoints": None})
 
 
-class _Stripped:
-    """Takes this machine's paths out of texts. `known`: the base's name on the Hub, which its path becomes."""
-
-    def __init__(self, recipe: Recipe, known: str | None) -> None:
-        paths = {str(value) for _, section in recipe for _, value in section if isinstance(value, Path)}
-        paths |= {
-            str(p) for one in recipe.evaluation.sets for p in (one.path, one.json_schema) if p is not None
-        }
-        self._names = {path: Path(path).name or path for path in paths if "/" in path}
-        self._names[str(Path.home())] = "~"
-        if known is not None:
-            self._names[str(recipe.model.path)] = known
-
-    def __call__(self, text: str) -> str:
-        for path in sorted(self._names, key=len, reverse=True):
-            text = text.replace(path, self._names[path])
-        return _PATH.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], text)
-
-    @staticmethod
-    def require_clean(texts: Mapping[str, str]) -> None:
-        """UserError for a text in which a path of this machine is left."""
-        home = str(Path.home())
-        for name, text in texts.items():
-            if (len(home) > 1 and home in text) or _PATH.search(text):
-                raise UserError(f"{name}: a path of this machine is left in it; nothing was sent")
-
-
-def _settings(path: Path, strip: _Stripped) -> bytes:
-    """A JSON file of settings, of which only what notes a model's place is changed."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    noted = {key: strip(found[key]) for key in _NOTED if isinstance(found.get(key), str)}
-    return (json.dumps(found | noted, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _card(found: Finished, known: str | None, strip: _Stripped, config: str) -> tuple[bytes, list[str]]:
+def _card(found: Finished, known: str | None, strip: Stripped, config: str) -> tuple[str, list[str]]:
     """The model card as the Hub reads it, with the recipe that is sent. UserError where there is none, or it cannot be
     read.
     """
     path = found.weights / CARD_NAME
     if not path.exists():
         raise UserError(f"{path}: the result has no model card, so nobody could tell what it is")
-    text, notes = strip(path.read_text(encoding="utf-8")), []
+    text, notes = strip.card(path.read_text(encoding="utf-8")), []
     text = _RECIPE.sub(lambda block: f"{block[1]}{config}{block[2]}", text)
     if known is None:  # a folder's name would lead to somebody else's model
         text = re.sub(r"(?m)^base_model(_relation)?:.*\n", "", text, count=2)
@@ -174,7 +150,7 @@ def _card(found: Finished, known: str | None, strip: _Stripped, config: str) -> 
         ) from None
     if known is not None and data.get("base_model") != known:
         raise UserError(f"{path}: base_model is {data.get('base_model')!r:.60}, not {known}; write it there")
-    return text.encode(), notes
+    return text, notes
 
 
 def _sha256(value: Path | bytes) -> str:

@@ -38,7 +38,7 @@ from mlx_empire.model.target import Target, make_target, with_adapter
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
-from mlx_empire.run.finished import current_of
+from mlx_empire.run.finished import current_of, packed_from
 from mlx_empire.run.packing_loss import packing_loss
 
 
@@ -83,7 +83,8 @@ def export(options: argparse.Namespace) -> list[str]:
             raise UserError(f"--bits: say how the base is packed: {', '.join(map(str, QUANT_FORMATS))}")
         plain = _plain(options.source)
         source = plain_weights(options.source, plain)
-        return write_packed(options.out, source, plain.spec, uniformly(packing), options.source)
+        about = packed_from(options.source, options.bits)
+        return write_packed(options.out, source, plain.spec, uniformly(packing), options.source, about=about)
     found = _source(options.source, options.model, packing)
     if options.way == "merge":
         return _merge(found, options.out, again, as_stored=options.pack == STORED)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -182,11 +183,17 @@ CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32"
 
 
 def write_packed(
-    out: Path, source: WeightSource, spec: ModelSpec, choose: Choice, side_files: Path, card: str = ""
+    out: Path,
+    source: WeightSource,
+    spec: ModelSpec,
+    choose: Choice,
+    side_files: Path,
+    card: str = "",
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[str]:
     """Write `out` from a source of the plain model `spec`; returns notes for the user. UserError.
 
-    `choose`: how each matrix is packed, if it is.
+    `choose`: how each matrix is packed, if it is. `about`: what EXPORT.json also says.
     """
     refuse_foreign(out)
     temporary = out.parent / f".{out.name}.partial"
@@ -208,7 +215,7 @@ def write_packed(
         _, notes = copy_side_files(side_files, temporary)
         if card:
             write_text(temporary / "README.md", card)
-        publish(temporary, out, "mlx-lm", notes)
+        publish(temporary, out, "mlx-lm", notes, about)
     return notes
 
 

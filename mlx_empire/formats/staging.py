@@ -16,7 +16,7 @@ import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from mlx_empire import __version__
@@ -154,15 +154,24 @@ def refuse_foreign(out: Path) -> None:
     names = _names(out) if out.exists() else set()
     if not names:
         return
+    record = export_record(out)
     try:
-        record: Any = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
         ours = str(record["written_by"]).startswith("mlx_empire") and names <= set(record["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         ours = False
     if not ours:
         raise UserError(
             f"{out}: exists and holds files that mlx_empire did not write; move them or export elsewhere"
         )
+
+
+def export_record(folder: Path) -> dict[str, Any]:
+    """What stands in a folder's EXPORT.json; nothing without one that can be read."""
+    try:
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _names(folder: Path) -> set[str]:
@@ -185,13 +194,22 @@ def fresh_folder(folder: Path) -> None:
     folder.chmod(0o700)
 
 
-def publish(temporary: Path, out: Path, layout: str, notes: Sequence[str]) -> None:
-    """Record which files were written, and rename `temporary` to `out` once they are on the disk."""
+def publish(
+    temporary: Path,
+    out: Path,
+    layout: str,
+    notes: Sequence[str],
+    about: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Record which files were written, and what is to be said `about` them, and rename `temporary` to `out` once they
+    are on the disk.
+    """
     record = {
         "written_by": f"mlx_empire {__version__}",
         "layout": layout,
         "notes": list(notes),
         "files": sorted({RECORD_NAME} | _names(temporary)),
+        **about,
     }
     write_json(temporary / RECORD_NAME, record)
     sync_folder(temporary)

@@ -50,8 +50,7 @@ from mlx_empire.report.metrics import read_metrics
 from mlx_empire.run.lock import RunLock
 
 if TYPE_CHECKING:
-    from mlx_empire.evaluation.evaluator import Decode, Evaluator
-    from mlx_empire.evaluation.questions import Questions
+    from mlx_empire.evaluation.evaluator import Evaluator
     from mlx_empire.evaluation.reading import RowReader
 
 
@@ -250,18 +249,18 @@ def share_evaluator(comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: R
     if not recipe.evaluation.sets:
         return None
     # Here and below: only a run with evaluation sets loads what reads, generates and scores their answers.
-    from mlx_empire.evaluation.evaluator import Evaluator, from_json, to_json
+    from mlx_empire.evaluation.evaluator import AskedSets, Evaluator, from_json, read_sets, to_json
     from mlx_empire.evaluation.generation import refuse_too_large
 
-    raw, decode, ends = None, None, None
+    found = None
     with together(comm):
         if recipe.evaluation.generates:
             refuse_too_large(plan, spec, length)
         if comm.rank == 0:
-            sets, decode, ends = _read_sets(recipe, spec)
-            raw = to_json(sets)
-    raw, ends = comm.broadcast_json(raw), comm.broadcast_json(ends)
-    return Evaluator(from_json(raw), length, recipe.batch.micro_size, ends, decode)
+            found = read_sets(recipe, int(spec.text_config["vocab_size"]))
+    sets = from_json(comm.broadcast_json(None if found is None else to_json(found.sets)))
+    ends = comm.broadcast_json(None if found is None else list(found.ends))
+    return Evaluator(found or AskedSets(sets, ends), length, recipe.batch.micro_size)
 
 
 def load_evaluator(recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator | None:
@@ -269,27 +268,13 @@ def load_evaluator(recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator 
     length = recipe.data.sequence_length
     if not recipe.evaluation.sets:
         return None
-    from mlx_empire.evaluation.evaluator import Evaluator
+    from mlx_empire.evaluation.evaluator import Evaluator, read_sets
     from mlx_empire.evaluation.generation import refuse_too_large
 
     if recipe.evaluation.generates:
         refuse_too_large(plan, spec, length)
-    sets, decode, ends = _read_sets(recipe, spec)
-    return Evaluator(sets, length, recipe.batch.micro_size, ends, decode)
-
-
-def _read_sets(recipe: Recipe, spec: ModelSpec) -> tuple[list[Questions], Decode | None, list[int]]:
-    """The evaluation sets, and where answers are generated what makes text of tokens and which tokens end an answer."""
-    from mlx_empire.evaluation.questions import load_questions
-
-    folder, vocabulary = recipe.model.path, int(spec.text_config["vocab_size"])
-    sets = [
-        load_questions(one, folder, recipe.data.sequence_length, vocabulary) for one in recipe.evaluation.sets
-    ]
-    if not recipe.evaluation.generates:
-        return sets, None, []
-    tokenizer = load_tokenizer(folder)
-    return sets, tokenizer.decode, sorted(map(int, tokenizer.eos_token_ids))
+    found = read_sets(recipe, int(spec.text_config["vocab_size"]))
+    return Evaluator(found, length, recipe.batch.micro_size)
 
 
 def make_reader(

@@ -3,19 +3,30 @@
 Decides what such a name means. A run's folder means what came of it (`final/`), a daughter's with generations the one
 that is `current`; the folder of the weights itself may be named as well, and an adapter's folder that no run of ours
 made. A run that is not finished is none.
+
+And on which base an adapter speaks: on the weights that it was trained on, and where those were packed while they were
+loaded (qlora) on a folder with the same packing of them.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import CONFIG_NAME
 from mlx_empire.formats.peft import PEFT_NAME
+from mlx_empire.formats.staging import export_record
+from mlx_empire.model.config import read_config
+from mlx_empire.model.quantize import DEFAULT_BITS
+from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.launched import COMPLETE
 from mlx_empire.run.names import CURRENT, FINAL, RECIPE, plan_of
+
+PACKED_FROM = "packed_from"  # in EXPORT.json
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,31 @@ class Finished:
         """Whether an adapter was trained on other weights than those of `digest`; where either is not known, no."""
         theirs = self.plan.get("base_digest")
         return None not in (digest, theirs) and theirs != digest
+
+    def speaks_on(self, base: Path, digest: str, *, named: bool) -> bool:
+        """Whether an adapter belongs to the base in a folder, whose weights have `digest`.
+
+        `named`: a person chose the folder. Only then a packed one that does not say what it was made from will do.
+        """
+        if not self.base_differs(digest):
+            return True
+        assert self.run is not None, "an adapter without a run differs from no base"
+        with suppress(UserError):
+            tuning = load_recipe(self.run / RECIPE).tuning
+            if tuning.type == "qlora" and read_config(base).get("quantization"):
+                told = export_record(base).get(PACKED_FROM)
+                ours = _packing(self.plan.get("base_digest"), tuning.bits or DEFAULT_BITS)
+                return named if told is None else bool(told == ours)
+        return False
+
+
+def packed_from(base: Path, bits: int | str) -> dict[str, Any]:
+    """What EXPORT.json says of a base that is packed: which weights it was made from, and how."""
+    return {PACKED_FROM: _packing(sampled_digest(base), bits)}
+
+
+def _packing(digest: str | None, bits: int | str) -> dict[str, str | None]:
+    return {"base_digest": digest, "bits": str(bits)}
 
 
 def finished(named: Path, key: str) -> Finished:

@@ -17,7 +17,6 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.data.splits import Splits
 from mlx_empire.disk import replace_private
 from mlx_empire.errors import EmpireError, UserError
-from mlx_empire.evaluation.scorer import scorer_digests
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import assess_plan
@@ -27,7 +26,7 @@ from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.launched import COMPLETE
-from mlx_empire.run.names import PLAN, RECIPE
+from mlx_empire.run.names import PLAN, RECIPE, plan_of
 
 CLIPPING = {  # what plan.json says, by whether gradients are released
     False: "by the step's own global norm",
@@ -63,10 +62,12 @@ def write_plan(
     *,
     resumed: bool = False,
     origin: Mapping[str, object] = MappingProxyType({}),
+    scorers: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """`recipe.yaml` (resolved) and `plan.json` in the run's folder; only a `resumed` run keeps its metrics.
 
-    `origin`: what plan.json also says, of where the run comes from (`parent.beside_plan`).
+    `origin`: what plan.json also says, of where the run comes from (`parent.beside_plan`); `scorers`: by path the
+    digests of the files of the sets' own functions.
     """
     folder = recipe.run.dir
     stale = [PLAN, RECIPE] if resumed else ["metrics.jsonl", "samples.json", PLAN, RECIPE]
@@ -81,11 +82,23 @@ def write_plan(
         document = plan_document(plan, nodes, spec, splits.digest, steps) | dict(origin)
         seconds = planned_seconds(recipe, plan, spec, nodes)
         document |= {} if seconds is None else {"step_seconds": seconds}
-        scorers = scorer_digests(recipe)
-        document |= {"scorers": scorers} if scorers else {}
+        document |= {"scorers": dict(scorers)} if scorers else {}
         replace_private(folder / PLAN, json.dumps(document, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: {folder}: {error.strerror}; make it possible to write there") from None
+
+
+def refuse_other_scorers(recipe: Recipe, now: Mapping[str, str]) -> None:
+    """UserError where a scorer's file holds other code than plan.json says that the run was scored by so far; `now`: by
+    path the digests of what would score it.
+    """
+    before = plan_of(recipe.run.dir).get("scorers") or {}
+    changed = [path for path, digest in now.items() if before.get(path, digest) != digest]
+    if changed and not any(key.startswith("evaluation.") for key in recipe.run.accept_changes):
+        raise UserError(
+            f"{recipe.run.dir}: evaluation.sets: scorer: {changed[0]} holds other code than the run was scored by; "
+            "bring back what was there, add run.accept_changes=[evaluation.sets], or begin anew with run.resume=never"
+        )
 
 
 def planned_seconds(

@@ -33,10 +33,13 @@ DATA, MODEL = "data.path", "model.path"  # may be spelled in another way where t
 # ---- what must be as it was
 
 
-def require_same(before: Origin, now: Origin, where: str) -> list[str]:
+def require_same(
+    before: Origin, now: Origin, where: str, anew: str = "begin anew with run.resume=never"
+) -> list[str]:
     """UserError unless what began as `before` (noted in `where`) may go on as `now`; a line for each key that differs.
 
-    What `now`'s recipe accepts by run.accept_changes may differ, and keys that change no bit of the result.
+    What `now`'s recipe accepts by run.accept_changes may differ, and keys that change no bit of the result. `anew`:
+    what else may be done where rows or weights are others.
     """
     recipe = parse_stored(now.recipe, "the recipe")
     accepted = recipe.run.accept_changes
@@ -56,7 +59,7 @@ def require_same(before: Origin, now: Origin, where: str) -> list[str]:
         if not same and not any(one.startswith(f"{key.split('.')[0]}.") for one in accepted):
             raise UserError(
                 f"{where}: {key}: {what} than the run began with; bring back what was there, add "
-                f"run.accept_changes=[{key}], or begin anew with run.resume=never"
+                f"run.accept_changes=[{key}], or {anew}"
             )
     return lines
 

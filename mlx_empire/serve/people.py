@@ -37,11 +37,12 @@ class Version:
 
 @dataclass(frozen=True)
 class People:
-    """The daughters in a folder that stand on one base; `digest`: of its weights."""
+    """The daughters in a folder that stand on one base; `digest`: of its weights, `named`: a person named it."""
 
     folder: Path
     base: Path
     digest: str
+    named: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -61,7 +62,8 @@ class People:
 
     def _found(self, name: str) -> Finished | None:
         found = _finished(self.folder / name)
-        return None if found is None or found.base_differs(self.digest) else found
+        speaks = found is not None and found.speaks_on(self.base, self.digest, named=self.named)
+        return found if speaks else None
 
 
 def people_in(folder: Path, base: Path | None) -> People:
@@ -71,6 +73,7 @@ def people_in(folder: Path, base: Path | None) -> People:
     found = {name: one for name in _folders(folder) if (one := _finished(folder / name)) is not None}
     if not found:
         raise UserError(f"PEOPLE: {folder}: no finished daughter is in it; mlx-empire daughters trains them")
+    asked = base is not None
     if base is None:
         named = {name: base_folder_of(one, None, "PEOPLE") for name, one in found.items()}
         (first, base), *others = named.items()
@@ -79,7 +82,7 @@ def people_in(folder: Path, base: Path | None) -> People:
                 raise UserError(
                     f"--model: {first} stands on {base}, {name} on {other}; name the one that is to be served"
                 )
-    return People(folder, base, sampled_digest(base))
+    return People(folder, base, sampled_digest(base), asked)
 
 
 def _folders(folder: Path) -> list[str]:

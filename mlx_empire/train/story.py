@@ -44,7 +44,7 @@ from mlx_empire.run.agree import (
 )
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.disks import require_disks
-from mlx_empire.run.folder import refuse_finished, refuse_unwritable, write_plan
+from mlx_empire.run.folder import refuse_finished, refuse_other_scorers, refuse_unwritable, write_plan
 from mlx_empire.run.job import Job
 from mlx_empire.run.parent import beside_plan, lineage_of, share_parent
 from mlx_empire.run.proof import share_proof
@@ -123,6 +123,10 @@ def carry_out(
     job = job.part(plan.work.layout.of_rank(comm.rank))
     guards.lock(recipe.run.dir)
     evaluator = share_evaluator(comm, recipe, target.spec, plan)
+    scorers = {} if evaluator is None else evaluator.scorer_digests
+    with together(comm):
+        if comm.rank == 0 and start.found is not None:
+            refuse_other_scorers(recipe, scorers)
     reader = make_reader(comm, recipe, target.spec, plan, splits.valid)
     short = require_disks(comm, recipe, target, plan, nodes, job.steps, resumed=start.found is not None)
 
@@ -150,6 +154,7 @@ def carry_out(
                     job.steps,
                     resumed=start.found is not None,
                     origin=beside_plan(start.origin.base, lineage if recipe.tuning.start else None),
+                    scorers=scorers,
                 )
         with (
             RunReport(

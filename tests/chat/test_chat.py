@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.cli import main as cli
 from mlx_empire.errors import UserError
 from mlx_empire.run.resident import load_model, speaking_with
+from mlx_empire.serve.people import people_in
 
 QUESTIONS = ("Tom said", "Once upon a time")
 TOKENS = 12
@@ -196,6 +198,45 @@ def test_an_adapter_of_other_weights_does_not_answer(
     assert (
         f"RUN: {tmp_path}/alice: was trained on other weights than those in {MODEL}; name its base by" in said
     )
+
+
+def test_an_adapter_of_a_packed_base_speaks_on_it_packed_alike_and_on_no_other(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its model card says, by `export base`; served too, and on one that does not say what it was made from."""
+    run = tmp_path / "people/alice"
+    shutil.copytree(runs / "alice", run)
+    told = json.loads((run / "recipe.yaml").read_text())
+    (run / "plan.json").write_text(json.dumps({"base_digest": sampled_digest(MODEL)}))
+    for bits in ("4", "8"):
+        assert cli(["export", "base", str(MODEL), str(tmp_path / bits), "--bits", bits]) == 0
+
+    def speaks(kind: str, base: str) -> bool:
+        (run / "recipe.yaml").write_text(json.dumps({**told, "tuning": {"type": kind}}))
+        served = people_in(run.parent, tmp_path / base).names == ["alice"]
+        with suppress(UserError):
+            assert speakers_of(read([str(run), "--model", str(tmp_path / base)]))
+            return served
+        assert not served
+        return False
+
+    assert [speaks(kind, base) for kind, base in (("qlora", "4"), ("qlora", "8"), ("lora", "4"))] == [
+        True,
+        False,
+        False,
+    ]
+    record = json.loads((tmp_path / "4/EXPORT.json").read_text())
+    other = {"packed_from": {**record["packed_from"], "base_digest": "of others"}}
+    (tmp_path / "4/EXPORT.json").write_text(json.dumps(record | other))
+    assert not speaks("qlora", "4")
+    (tmp_path / "4/EXPORT.json").unlink()
+    assert speaks("qlora", "4"), "who names it knows"
+    assert not speaks("lora", "4")
+    (run / "recipe.yaml").write_text(
+        json.dumps({**told, "tuning": {"type": "qlora"}, "model": {"path": str(tmp_path / "4")}})
+    )
+    with pytest.raises(UserError, match="was trained on other weights"):
+        speakers_of(read([str(run)]))
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from support.rows import MODEL
 
 from mlx_empire.cli import main as cli
+from mlx_empire.daughters import machine
 from mlx_empire.daughters.settings import divided, groups_of, rungs_of, settings_of
+from mlx_empire.daughters.sweep import SettingsAsJobs
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.load import parse_recipe
+from mlx_empire.recipe.schema import Recipe
 
 RECIPE = f"""
 model: {{path: {MODEL}}}
@@ -126,3 +130,51 @@ def test_a_sweep_that_cannot_be_is_one_line(
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
+
+
+@pytest.fixture
+def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sweep that has come to its end; nothing is trained, but for a record of each setting."""
+
+    def finish(recipe: Recipe, jobs: SettingsAsJobs, names: Sequence[str], *_: object) -> list[str]:
+        for name in names:
+            folder = jobs.of(name).run.dir
+            folder.mkdir(parents=True)
+            (folder / "metrics.jsonl").write_text('{"step": 8, "eval_loss": 2.0}\n')
+            (folder / "COMPLETE").write_text("\n")
+        return []
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "train_adapters", finish)
+    monkeypatch.setattr(machine, "capacity_for", lambda *_: None)
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("rows").mkdir()
+    for split in ("train", "valid"):
+        Path(f"rows/{split}.jsonl").write_text('{"tokens": [1, 2, 3, 4]}\n')
+    assert cli(["sweep", "recipe.yaml", *SWEEP]) == 0
+    return tmp_path
+
+
+SWEEP = ["learning_rate=1e-4,2e-4", "--keep", "3"]
+
+
+def test_a_sweep_of_other_rows_recipe_or_questions_does_not_tell_the_old_scores(
+    swept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def given(*words: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli(["sweep", "recipe.yaml", *SWEEP, *words])
+        said = capsys.readouterr()
+        assert (ended.value.code, said.err.count("\n"), "the best" in said.out) == (64, 1, False)
+        return said.err
+
+    assert cli(["sweep", "recipe.yaml", *SWEEP]) == 0, "the same goes on"
+    assert "optimizer.weight_decay: 0.0 -> 0.2" in given("optimizer.weight_decay=0.2")
+    sets = "evaluation.sets=[{path: rows/valid.jsonl, metrics: [loss]}]"
+    assert "evaluation.sets: settings were compared by another one" in given(sets, "run.eval_every=4")
+    Path("rows/valid.jsonl").write_text('{"tokens": [4, 3, 2, 1]}\n')
+    said = given()
+    assert "data.path: rows holds other rows than the run began with" in said
+    assert said.endswith("add run.accept_changes=[data.path], or choose another run.dir\n")
+    assert cli(["sweep", "recipe.yaml", *SWEEP, "run.accept_changes=[data.path]"]) == 0

@@ -1,4 +1,4 @@
-"""When a daughter is saved and evaluated by wall time, on one machine's clock."""
+"""When a daughter is saved and evaluated: by wall time on one machine's clock, by steps, and before it pauses."""
 
 from __future__ import annotations
 
@@ -30,6 +30,17 @@ def test_by_wall_time_the_clock_decides_and_the_last_step(step: int, now: float,
 @pytest.mark.parametrize(("step", "saved", "due"), [(6, 4, False), (7, 4, True), (20, 19, True)])
 def test_by_steps_it_is_what_would_be_lost(step: int, saved: int, due: bool) -> None:
     assert daughter("run.save_every=3", step=step, saved=saved).to_be_saved(1e9) == due
+
+
+@pytest.mark.parametrize(("step", "scored", "only"), [(3, True, False), (4, True, True), (5, True, True)])
+def test_an_evaluation_before_a_pause_is_one_of_its_own_only_where_it_is_due(
+    step: int, scored: bool, only: bool
+) -> None:
+    one = daughter("run.eval_every=3", step=step)
+    one.pause = step
+    assert (one.to_be_scored(100.0), one.only_compared(100.0)) == (scored, only)
+    one.pause = step + 1
+    assert (one.to_be_scored(100.0), one.only_compared(100.0)) == (not only, False)
 
 
 def test_without_a_duration_nothing_is_saved() -> None:

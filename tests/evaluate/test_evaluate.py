@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -15,10 +16,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from rich.console import Console
 from support.mpi import mpirun, rank_environment
 from support.speaking import MODEL, answers, finish, write_adapter
 
 from mlx_empire.cli import main as cli
+from mlx_empire.evaluate.document import Scored, changed_document, score_table
 
 FACTS = [("Tom has a", " red ball"), ("Lily likes", " the moon"), ("The dog ate", " a blue hat")]
 PIQA = [
@@ -130,6 +133,26 @@ def test_an_answer_that_only_one_says_is_a_row_that_changed(place: Path) -> None
     asked = answers(["Tom said"], place / "alice/final", 12, chat=True)[0]
     assert only["after"] == asked
     assert not only["before"].startswith(asked[:8])
+
+
+def test_a_mark_that_sank_a_little_is_no_longer_right_nowhere_and_names_are_no_markup() -> None:
+    def of(name: str, mark: float, right: float) -> Scored:
+        row = {
+            "question": "q",
+            "expected": None,
+            "said": "s",
+            "values": {"scorer": mark, "valid_json": right},
+        }
+        return Scored(name, {"[red]mine.scorer": mark}, {"mine": [row]})
+
+    for right, lost in ((1.0, 0), (0.0, 1)):
+        found = changed_document([of("[bold]a", 0.81, 1.0), of("[/x] b", 0.80, right)])
+        assert found["sets"][0]["lost"] == lost
+        assert [row["what"] for row in found["sets"][0]["changed"]] == ["valid_json"] * lost
+    console = Console(file=io.StringIO(), width=80)
+    console.print(score_table(found))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(name in shown for name in ("[bold]a", "[/x] b", "[red]mine.scorer"))
 
 
 @pytest.mark.parametrize("kind", ["a model's folder", "an adapter of another tool"])

@@ -37,6 +37,16 @@ def test_what_was_evaluated_before_a_restart_counts():
     assert keeper.observe(record(20, 0.9))
 
 
+def test_what_was_evaluated_only_to_compare_does_not_count():
+    """Between two evaluations of a run's own, and on resume."""
+    compared = {**record(5, 1.0), "comparison": True}
+    keeper = GateKeeper(gate(at_least=0.9, **{"for": 2}), [record(0, 0.1), compared, record(10, 1.0)])
+    assert not keeper.reached
+    assert not keeper.observe({**record(12, 1.0), "comparison": True})
+    assert keeper.observe(record(20, 0.9))
+    assert keeper.sentence().startswith("the gate is reached at step 20")
+
+
 def test_a_gate_that_is_not_reached_says_how_near_it_came():
     keeper = GateKeeper(gate(at_least=0.9))
     assert not any(watched(keeper, 0.1, 0.8, 0.7))

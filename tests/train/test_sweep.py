@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.mpi import rank_environment
-from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, raw_tensors, succeeded
+from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, metrics, raw_tensors, succeeded
 from train.people import started
 from train.test_result import TRAIN, VALID
 
@@ -113,6 +113,19 @@ def test_the_best_come_to_the_end_with_the_bits_that_they_have_alone(place: Work
         place.folder / "swept" / best / "final"
     )
     assert curve(place.folder / "one/only") == curve(place.folder / "swept" / best)
+
+
+@pytest.mark.slow
+def test_comparisons_do_not_count_at_a_gate(place: Workspace) -> None:
+    """Every evaluation passes; alone the second of its own is after three steps, and the first comparison after two."""
+    gate = "evaluation.stop_when={metric: eval_loss, at_most: 100, for: 3}"
+    succeeded(sweep(place, "learning_rate=1e-4,2e-2", "--keep", "2", "run.steps=9", "run.eval_every=3", gate))
+    told = found_in(place)
+    assert [one["step"] for one in told["rungs"]] == [4, 9]
+    for one in told["settings"]:
+        records = [r for r in metrics(place.folder / "swept" / one["name"]) if "eval_loss" in r]
+        steps = [(r["step"], r.get("comparison", False)) for r in records]
+        assert steps == [(0, False), (3, False), (4, True), (6, False)][: 3 if one["left"] else 4]
 
 
 @pytest.mark.slow

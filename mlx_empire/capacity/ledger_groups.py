@@ -75,7 +75,7 @@ _TERMS = {
     ),
     "root gradients": Term("sums and parts of head and embedding, in fp32 where they are added up", "exact"),
     "embedding gradients": Term(
-        "fp32 gradients of the rows of the embedding that a cell's tokens look up, at most all of them",
+        "fp32 sums of the embedding's gradients, of each cell: the rows that its tokens look up; adapters whole",
         "exact",
     ),
     "layer inputs": Term(

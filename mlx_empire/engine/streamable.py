@@ -168,7 +168,7 @@ def verify_scaled_down(
     `by_pattern`: streamed layers attend in blocks, though rows are short, and those of the whole model by their masks;
     `keeps`: of streamed layers everything is kept that can be.
 
-    Returns which parameters of the root its head and embedding depend on: the model's own, by their names.
+    Returns which parameters of the root its head and embedding depend on, and how: the model's own, by their names.
     """
     on_gpu = computes_on_gpu()
     small = scaled_down_config(config, fused=FUSED_HEAD_DIMS if on_gpu else ())
@@ -256,4 +256,4 @@ def _streamed(
     }
     names = [base_name(placement.tensor.name) for _, placement in store.trainable(0)]
     head, embed = (tuple(names[i] for i in used) for used in (use.head, use.embed))
-    return of_all_rows(rows), flat, RootNames(head, embed)
+    return of_all_rows(rows), flat, RootNames(head, embed, None if use.table is None else names[use.table])

@@ -67,11 +67,28 @@ def root_parts(spec: ModelSpec) -> tuple[list[TensorSpec], list[TensorSpec]]:
             of_head, of_embed = name in spec.root_names.head, name in spec.root_names.embed
         else:
             of_embed = len(tensor.shape) == 2 and is_embedding(tensor.name)
-            position = "wpe" in tensor.name or "position" in tensor.name
-            of_head = (tied and not position) if of_embed else True
+            of_head = (tied and not _is_of_positions(tensor.name)) if of_embed else True
         head += [tensor] * of_head
         embed += [tensor] * of_embed
     return head, embed
+
+
+def looked_up(spec: ModelSpec) -> TensorSpec | None:
+    """The trained matrix of which a step needs the rows that tokens look up alone; None where there is none, as where
+    the embedding has adapters.
+
+    As the scaled-down model showed, else by names: the embedding's first matrix that is not one of positions.
+    """
+    _, embed = root_parts(spec)
+    if any(is_adapter(t.name) for t in embed):
+        return None
+    if spec.root_names is not None:
+        return next((t for t in embed if base_name(t.name) == spec.root_names.table), None)
+    return next((t for t in embed if not _is_of_positions(t.name)), None)
+
+
+def _is_of_positions(name: str) -> bool:
+    return "wpe" in name or "position" in name
 
 
 def has_closed_form(config: Mapping[str, Any]) -> bool:

@@ -85,10 +85,14 @@ class UnitSpec:
 
 @dataclass(frozen=True)
 class RootNames:
-    """Names of the root's parameters, without adapters, that the head depends on, and those that the embedding does."""
+    """Names of the root's parameters, without adapters, that the head depends on, and those that the embedding does.
+
+    `table`: the one of the latter of which the rows that tokens look up are enough; None where there is none.
+    """
 
     head: tuple[str, ...]
     embed: tuple[str, ...]
+    table: str | None
 
 
 @dataclass(frozen=True)

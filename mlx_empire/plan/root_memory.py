@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from mlx_empire.model.closed_forms import root_use
-from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
+from mlx_empire.model.closed_forms import looked_up, root_parts, root_use
+from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, TensorSpec
 from mlx_empire.plan.workload import Workload, chunk_tokens
 
 # Where the head cannot be traced:
@@ -61,15 +61,35 @@ class RootMemory:
         return root_use(self._spec)[1] * self._item
 
     @cached_property
+    def _table(self) -> TensorSpec | None:
+        return looked_up(self._spec)
+
+    @cached_property
     def by_row(self) -> bool:
         """Whether the embedding's gradient is that of the rows that are looked up; adapters' is whole."""
-        root = self._spec.units[0].tensors
-        return not self._spec.frozen_root and not any(".lora_" in t.name for t in root)
+        return self._table is not None
 
-    def rows(self, micro_batches: int) -> int:
-        """Bytes in fp32 of the rows that so many micro-batches look up at most."""
-        rows = min(micro_batches * self._work.tokens, self._vocabulary)
-        return rows * 4 * (self.embed // self._item // max(self._vocabulary, 1))
+    @cached_property
+    def _whole(self) -> list[TensorSpec]:
+        """What of the embedding has a whole gradient."""
+        return [t for t in root_parts(self._spec)[1] if t is not self._table]
+
+    def embedding_sum(self, micro_batches: int) -> int:
+        """The sum of the embedding's gradients of so many micro-batches of a cell, in fp32: of a table the rows that
+        they look up at most, other tensors whole."""
+        return self._rows(micro_batches) + 4 * sum(t.size for t in self._whole)
+
+    def embedding_beside(self, hidden: int) -> int:
+        """What one micro-batch's gradients of the embedding need beside that sum: the tensors in fp32, where they are
+        not, their gradients, where they are no sum yet, and the cotangent of so many bytes in fp32."""
+        whole = sum(4 * t.size * ((ITEM_BYTES[t.dtype] < 4) + self._adds_up) for t in self._whole)
+        return 2 * self._rows(1) + whole + (hidden if self.embed else 0)
+
+    def _rows(self, micro_batches: int) -> int:
+        if self._table is None:
+            return 0
+        rows, columns = self._table.shape
+        return 4 * columns * min(micro_batches * self._work.tokens, rows)
 
     def joined(self, micro_batches: int) -> int:
         """What there is besides when head's and embedding's sums of a cell are put together: a tied matrix in fp32, and

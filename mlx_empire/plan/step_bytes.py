@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 
 from mlx_empire.model.layer_passes import Adds
-from mlx_empire.model.spec import BLOCK, ITEM_BYTES, ModelSpec
+from mlx_empire.model.spec import BLOCK, ITEM_BYTES, ModelSpec, is_adapter
 from mlx_empire.plan.actions import ALL_UNITS, Action, Reader
 from mlx_empire.plan.activations import forward_bytes, head_costs, hidden_bytes, layer_costs
 from mlx_empire.plan.kept import kept_bytes
@@ -58,7 +58,7 @@ class StepBytes(Reader):
         self._stashed: dict[int, int] = {}  # by layer: bytes of its results that stay
         self._cell: dict[int, tuple[str, int]] = {}  # by layer: the name and size of the current round's sum
         self._handed_over: set[int] = set()  # rounds whose head's sum has become a part of the root's
-        self._embedding = 0  # bytes of one micro-batch's embedding, which nobody waits for
+        self._embedding = 0  # bytes of one micro-batch's embedding beside its cell's sum: nobody waits for it
         self._embedded: dict[int, int] = {}  # by round: bytes of the embedding's sum
         self._flying = 0  # bytes of the last unit's update, which may not be done where it is not waited for
         self._own = 0  # of the unit that is updated
@@ -158,18 +158,16 @@ class StepBytes(Reader):
     reuse = backward
 
     def embed(self, action: Action) -> None:
-        """Of a table only the tokens' rows: they in fp32, their gradient, and the sum of a cell's. All of it may still
-        be there while the lowest layer's next micro-batch is differentiated."""
+        """A cell's sum is there from its first micro-batch until the root is reduced. The rest may still be there while
+        the lowest layer's next micro-batch is differentiated."""
         self._phase = "embed"
         self._hold(EMBEDDING, -self._embedding)
-        if self._root.by_row:
-            self._embedding = 2 * self._root.rows(1) + 4 * self._hidden // self._item
-            if action.micro in self._first:
-                rows = self._root.rows(self.shape.cells[action.round]) * action.times
-                self._embedded[action.round] = rows
-                self._hold(EMBEDDING, rows)
-        else:
-            self._embedding = self._root.embed * (2 + self._wide * self._adds_up)
+        if action.micro in self._first:
+            # Behind a whole tail a round's come with its reduction: no other one's are there.
+            rounds = action.times if self.shape.boundary >= self.shape.lowest else 1
+            self._embedded[action.round] = self._root.embedding_sum(self.shape.cells[action.round]) * rounds
+            self._hold(EMBEDDING, self._embedded[action.round])
+        self._embedding = self._root.embedding_beside(4 * self._hidden // self._item)
         self._hold(EMBEDDING, self._embedding)
         self._moment({})
 
@@ -180,9 +178,12 @@ class StepBytes(Reader):
         return "own" if self._item < 4 and action.micro - 1 in self._first else "wide"
 
     def _is_surpassed(self, action: Action) -> bool:
-        """Whether the cell's next micro-batch needs more in any case: a sum lies beside what this one needs."""
+        """Whether the cell's next micro-batch needs more in any case: a sum lies beside what this one needs. That of
+        adapters is small: in a bfloat16 model it may be less than what the next one's other order saves.
+        """
         alike = not self.shape.run_ahead and not self.shape.stash.visits
-        return alike and action.micro in self._first and self.shape.cells[action.round] > 1
+        shown = self._item == 4 or not any(is_adapter(t.name) for t in self._spec.units[action.unit].tensors)
+        return alike and shown and action.micro in self._first and self.shape.cells[action.round] > 1
 
     # ---- sums
 

@@ -21,11 +21,13 @@ from support.every_model import models
 from support.model_table import refusal
 from support.stepping import (
     Case,
+    as_fp32,
     batches_of,
     counted_tokens,
     gathered_gradients,
     our_losses,
     reference_loss,
+    rounded_to_bf16,
     stock_losses,
     trainer_of,
     weights_of,
@@ -47,12 +49,6 @@ MORE_THAN_LOOKED_UP = {
     "nanochat": "transformer.wte.weight",
     "phi3small": "model.embed_tokens.weight",
 }
-
-
-def rounded(values: np.ndarray) -> np.ndarray:
-    """float32 to bfloat16 and back, ties to even."""
-    bits = values.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 class _Tables(nn.Embedding):
@@ -94,7 +90,9 @@ def expected(case: Case) -> tuple[float, dict[str, np.ndarray]]:
         for name in tables:
             of_cell[f"{name}.weight"] = of_cell.pop(f"{name}.head") + of_cell[f"{name}.weight"]
         for name, tensor in tensors.items():
-            sums[name] = sums[name] + (of_cell[name] if tensor.kind == "small" else rounded(of_cell[name]))
+            if tensor.kind != "small":
+                of_cell[name] = as_fp32(rounded_to_bf16(of_cell[name], ties_to_even=True))
+            sums[name] = sums[name] + of_cell[name]
     return loss, sums
 
 

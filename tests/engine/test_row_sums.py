@@ -1,6 +1,6 @@
-"""A table's gradient as the rows that were looked up is the whole table's, bit for bit, and is computed beside the step.
+"""A table's gradient as the rows that were looked up is the whole table's, bit for bit, also on a stream of its own.
 
-On a CPU the stream that computes it is the one of all else; here it also has one of its own, as on a Mac.
+On a CPU the stream that computes it is the one of all else, on a Mac it is not.
 """
 
 from __future__ import annotations

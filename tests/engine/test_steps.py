@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from support.stepping import (
     Case,
+    as_fp32,
     batches_of,
     counted_tokens,
     gathered_gradients,
     own_batches,
     reference_gradients,
+    rounded_to_bf16,
     trainer_of,
     weights_of,
     whole_weights,
@@ -123,7 +125,9 @@ def test_bfloat16_with_exact_master_is_bit_for_bit_an_fp32_master_with_a_bf16_co
     masters: dict[str, np.ndarray] = {}
     for name, (_, _, p) in plan.tensors.items():
         exact = np.array(weights_of(case)[2][name]).reshape(-1)
-        masters[name] = exact if p.tensor.kind == "small" else _as_fp32(_rounded(exact, ties_to_even=True))
+        masters[name] = (
+            exact if p.tensor.kind == "small" else as_fp32(rounded_to_bf16(exact, ties_to_even=True))
+        )
     m = {name: np.zeros_like(w) for name, w in masters.items()}
     v = {name: np.zeros_like(w) for name, w in masters.items()}
     f32 = np.float32
@@ -143,19 +147,8 @@ def test_bfloat16_with_exact_master_is_bit_for_bit_an_fp32_master_with_a_bf16_co
         for name, found in whole_weights(trainer).items():
             ties_even = plan.tensors[name][2].tensor.kind == "small"
             np.testing.assert_array_equal(
-                found, _rounded(masters[name], ties_even), err_msg=f"{name}, step {step}"
+                found, rounded_to_bf16(masters[name], ties_even), err_msg=f"{name}, step {step}"
             )
-
-
-def _rounded(values: np.ndarray, ties_to_even: bool) -> np.ndarray:
-    """fp32 -> bf16 bits (uint16); small tensors are cast by MLX (ties to even), masters split (ties away)."""
-    bits = values.astype(np.float32).view(np.uint32)
-    bump = np.uint32(0x7FFF) + ((bits >> 16) & 1) if ties_to_even else np.uint32(0x8000)
-    return ((bits + bump) >> 16).astype(np.uint16)
-
-
-def _as_fp32(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -168,9 +168,7 @@ def test_no_kernel_rounds_an_array_without_elements(monkeypatch):
     rounded = spares.rounded_into(given, wide)
     assert seen == [2 * 64]
     assert given == []
-    assert [(array.shape, array.dtype) for array in rounded] == [
-        (array.shape, mx.bfloat16) for array in wide
-    ]
+    assert [(array.shape, array.dtype) for array in rounded] == [(array.shape, mx.bfloat16) for array in wide]
     assert bits_of(rounded[1]) == bits_of(mx.ones((2, 64), mx.bfloat16))
 
 

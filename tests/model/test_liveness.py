@@ -12,11 +12,17 @@ from support.tiny_models import tiny_config
 
 from mlx_empire.model.graph import Graph, evaluations
 from mlx_empire.model.layer_graph import graph_of
-from mlx_empire.model.layer_passes import LayerPasses
+from mlx_empire.model.layer_passes import Adds, LayerPasses
 from mlx_empire.model.layers import SlottedModel, hidden_of
 from mlx_empire.model.liveness import play, script
+from mlx_empire.model.spec import ITEM_BYTES
 from mlx_empire.model.storage import Primitive
 from mlx_empire.model.target import Target, make_target
+from mlx_empire.optim.adamw import AdamW
+from mlx_empire.plan.actions import Action
+from mlx_empire.plan.shards import make_plan
+from mlx_empire.plan.step_bytes import StepBytes
+from mlx_empire.plan.workload import CellLayout, Workload
 from mlx_empire.recipe.sections import TuningSection
 
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
@@ -42,10 +48,10 @@ WIDTH, UNIT = 192, 2
 BUNDLE = 10  # what MLX's CPU stream hands over as one task; where a bundle begins moves the peak
 
 
-def target_of(family: str, kind: str) -> Target:
+def target_of(family: str, kind: str, dtype: str = "float32") -> Target:
     tuning = {"type": kind} if kind == "full" else {"type": kind, "rank": 16}
     config = tiny_config(family, **{**SIZES, **FAMILIES[family]})
-    return make_target(config, TuningSection.model_validate(tuning), family, "float32")
+    return make_target(config, TuningSection.model_validate(tuning), family, dtype)
 
 
 def measured(target: Target, *, adds: bool) -> int:
@@ -95,8 +101,8 @@ def measured(target: Target, *, adds: bool) -> int:
     return max(found)
 
 
-def played(target: Target, *, adds: bool, **how: bool) -> int:
-    passed = LayerPasses(target.spec, 1, WIDTH, WIDTH).backward(UNIT, adds="wide" if adds else "")
+def played(target: Target, *, adds: bool, second: Adds = "wide", **how: bool) -> int:
+    passed = LayerPasses(target.spec, 1, WIDTH, WIDTH).backward(UNIT, adds=second if adds else "")
     written = script(passed.graph)
     return max(play(written, bundled=start, **how)[0].peak for start in range(BUNDLE))
 
@@ -109,12 +115,21 @@ def test_the_played_peak_of_a_layer_is_what_mlx_measures(family, kind, adds):
     assert -0.005 <= here / there - 1 <= 0.03
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("family", "kind"), sorted({(family, kind) for family, kind, _ in CASES}))
-def test_a_cell_s_first_micro_batch_needs_no_more_than_its_next(family, kind):
-    """So the ledger plays the first one only where none follows (`StepBytes._is_surpassed`)."""
-    target = target_of(family, kind)
-    sums = sum(4 * t.size for t in target.spec.units[UNIT].tensors if t.trainable)
-    assert played(target, adds=False) <= played(target, adds=True) + sums
+def test_a_cell_s_first_micro_batch_needs_no_more_than_its_next(family, kind, dtype):
+    """The next one's gradients are added to the first one's, as narrow as they are. So the ledger plays the first one
+    only where none follows, and where adapters' gradients are added in a narrow model."""
+    target = target_of(family, kind, dtype)
+    work = Workload(1, WIDTH, CellLayout(3, 1, 1), 0, "float32", "auto", 1 << 20)
+    ledger = StepBytes(target.spec, make_plan(target.spec.units, [1.0], 3), work, 0, AdamW().state_bytes)
+    if ledger._is_surpassed(Action("backward", UNIT, micro=0, round=0)):
+        sums = sum(ITEM_BYTES[t.dtype] * t.size for t in target.spec.units[UNIT].tensors if t.trainable)
+        second = ledger._adds(Action("backward", UNIT, micro=1, round=0))
+        assert played(target, adds=False) <= played(target, adds=True, second=second) + sums
+    else:
+        assert kind != "full"
+        assert dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("how", ["donates", "shares"])

@@ -6,7 +6,7 @@ import pytest
 from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 
 from mlx_empire.engine.streamable import verify_scaled_down
-from mlx_empire.model.closed_forms import root_use
+from mlx_empire.model.closed_forms import looked_up, root_use
 from mlx_empire.model.target import make_target
 from mlx_empire.recipe.sections import TuningSection
 
@@ -37,6 +37,8 @@ def test_by_names_and_shapes_it_is_what_the_scaled_down_model_shows(family):
         head, embed = root_use(spec)
         assert embed > 0
         assert root_use(replace(spec, root_names=shown)) == (head, embed)
+        assert looked_up(replace(spec, root_names=shown)) == looked_up(spec)
+        assert (looked_up(spec) is None) == (tuning["type"] != "full")
 
 
 def test_another_answer_of_the_model_is_heard():

@@ -198,6 +198,18 @@ def whole_weights(trainer: Trainer) -> dict[str, np.ndarray]:
     return found
 
 
+def rounded_to_bf16(values: np.ndarray, ties_to_even: bool) -> np.ndarray:
+    """fp32 -> bf16 bits (uint16); MLX casts with ties to even, masters are split with ties away."""
+    bits = values.astype(np.float32).view(np.uint32)
+    bump = np.uint32(0x7FFF) + ((bits >> 16) & 1) if ties_to_even else np.uint32(0x8000)
+    return ((bits + bump) >> 16).astype(np.uint16)
+
+
+def as_fp32(bits: np.ndarray) -> np.ndarray:
+    """bf16 bits (uint16) -> fp32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def digest(arrays: dict[str, np.ndarray]) -> str:
     """SHA-256 over names and bytes."""
     sha = hashlib.sha256()

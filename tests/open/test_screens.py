@@ -264,7 +264,7 @@ def test_pages_without_a_run_are_legible_on_a_phone_and_on_paper_too(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "most"), [(1280, 2900), (390, 4300)])
+@pytest.mark.parametrize(("width", "most"), [(1280, 2800), (390, 4000)])
 def test_a_report_on_what_fits_is_short_until_something_is_unfolded(
     browser: Browser, tmp_path: Path, width: int, most: int
 ) -> None:

@@ -74,10 +74,10 @@ def _is_telling(row: MatrixRow) -> bool:
 def _alike(rows: Sequence[MatrixRow]) -> str:
     """How many models fit everywhere, and nowhere."""
     said = {"fits": "fit everywhere", "tight": "are tight everywhere", "no": "fit nowhere"}
-    return counted((next(iter(row.cells.values())).verdict for row in rows), said)
+    return counted_verdicts((next(iter(row.cells.values())).verdict for row in rows), said)
 
 
-def counted(verdicts: Iterable[str], said: Mapping[str, str]) -> str:
+def counted_verdicts(verdicts: Iterable[str], said: Mapping[str, str]) -> str:
     """How many there are of each verdict, in the words that `said` has for them."""
     counts = dict.fromkeys(WORDS, 0)
     for verdict in verdicts:

@@ -28,7 +28,7 @@ from mlx_empire.capacity.charts import (
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughter_tables
 from mlx_empire.capacity.disks import DISK_COLUMNS, disk_notes, disk_rows
 from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSurvey, MatrixSurvey, time_cells
-from mlx_empire.capacity.heat_map import HERE, counted, matrix_section
+from mlx_empire.capacity.heat_map import HERE, counted_verdicts, matrix_section
 from mlx_empire.capacity.ladder import Rung
 from mlx_empire.capacity.ledger_groups import alike, ledger_lines, short_names
 from mlx_empire.capacity.whatif import AS_IT_IS, Advice
@@ -43,7 +43,7 @@ from mlx_empire.sizes import amount
 
 MOST_LIMITS = 3  # bars of the ladder are cut off at so many times the largest limit
 BEST = 3  # changes that are not folded
-COUNTED = {"fits": "fit", "tight": "are tight", "no": "do not fit"}
+COUNTED = {"fits": "fit", "tight": "tight", "no": "too large"}
 
 
 def capacity_page(
@@ -233,7 +233,9 @@ def _unlocks(rung: Rung) -> list[str]:
 
 def _verdicts_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """How many of a table's rows fit; empty where they have no verdict."""
-    return counted((row[head.index("verdict")] for row in rows), COUNTED) if "verdict" in head else ""
+    return (
+        counted_verdicts((row[head.index("verdict")] for row in rows), COUNTED) if "verdict" in head else ""
+    )
 
 
 def _ledger(bars: Sequence[NodeBar]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, NodeAssessment
 from mlx_empire.plan.disk import DiskLedger, Keeping
-from mlx_empire.plan.hardware import M3_ULTRA, wire_named
+from mlx_empire.plan.hardware import M3_ULTRA, WIRES, wire_named
 from mlx_empire.plan.lengths import Every, Lengths
 from mlx_empire.plan.memory import Ledger
 from mlx_empire.plan.pace import Cloud, Pace
@@ -169,4 +169,30 @@ def daughters() -> DaughterSurvey:
         [served],
         [machine],
         2,
+    )
+
+
+def fitting() -> tuple[CapacityReport, MatrixSurvey, LadderSurvey, DaughterSurvey]:
+    """As large a model, and as many machines, wires, models, rungs and ways as README's example has: all of it fits."""
+    king = node("king", "king", 512, 464, "fits", weights=100, optimizer_m=150, gradients=90)
+    soldier = node("soldier-1", "soldier", 256, 208, "fits", weights=60, optimizer_m=90, gradients=30)
+    others = (replace(soldier, node=replace(soldier.node, name=f"soldier-{i}")) for i in (2, 3))
+    every = assessed(king, soldier, *others)
+    whole = report()
+    disks = tuple(replace(whole.disks[0], name=one.node.name) for one in every.nodes)
+    advice = tuple(Advice(f"batch.micro_size={size}", "a little faster", "fits") for size in range(2, 7))
+    paces = tuple(pace(wire.key, "compute", 1.0) for wire in WIRES)
+    first = matrix().by_size[0].cells
+    alike = {name: replace(cell, verdict="fits", pooled_says="fits") for name, cell in first.items()}
+    rows = [
+        MatrixRow(f"model-{i}-109b", 10**9 * (i + 1), 10**9, None, first if i < 7 else alike)
+        for i in range(35)
+    ]
+    rungs = [replace(rung, name=f"+ technique {i}") for i in range(3) for rung in ladder().rungs]
+    tuned = daughters()
+    return (
+        replace(whole, assessment=every, disks=disks, advice=advice, paces=paces, untouched=None),
+        MatrixSurvey(Matrix(CLUSTERS, {}, {}, tuple(rows)), None),
+        LadderSurvey("scout", rungs),
+        replace(tuned, runs=8 * list(tuned.runs), served=8 * list(tuned.served)),
     )

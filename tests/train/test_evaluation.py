@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from train.launching import MODEL, Workspace, curve, jsonl, metrics, raw_tensors, succeeded
+from support.mpi import rank_environment
+from train.launching import MODEL, Outcome, Workspace, curve, jsonl, metrics, raw_tensors, succeeded
+from train.people import started
 
 from mlx_empire.formats.seal import check_sealed
 
@@ -205,6 +208,33 @@ def test_two_ranks_find_the_same_scores(alone: Workspace) -> None:
     for name in commands:
         assert evaluations(alone.folder / name) == evaluations(alone.folder / "full")
         assert raw_tensors(alone.folder / name / "final") == raw_tensors(alone.folder / "full/final")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["a run", "a daughter"])
+def test_it_goes_on_with_the_scorer_that_it_began_with_and_no_other(kind: str, place: Workspace) -> None:
+    code = place.write("mine.py", "def f(*_): return 1\n")
+    asked = "evaluation.sets=[{path: forms.jsonl, metrics: [scorer], scorer: mine.py:f, max_tokens: 1}]"
+    words = ["recipe.yaml", asked, "evaluation.stop_when=null", "tuning.type=lora", "run.steps=12"]
+    words += ["run.eval_every=2", "run.save_every=2", f"run.dir=scored {kind}"]
+    if kind == "a daughter":
+        for name in ("train", "valid"):
+            place.write(f"people/anna/{name}.jsonl", jsonl(FACTS))
+        words = ["mlx_empire.daughters", *words, "--people", "people", "--work"]
+    else:
+        words = ["mlx_empire.train", *words]
+
+    def run(*more: str, fault: str = "") -> Outcome:
+        environment = {**rank_environment(str(place.folder)), "MLX_EMPIRE_FAULT": fault}
+        return started(place, [sys.executable, "-m", *words, *more], environment)
+
+    assert run(fault="step=11;phase=forward;action=kill").code == -signal.SIGKILL
+    code.write_text("def f(*_): return 2\n")
+    refused = run()
+    assert refused.code == (65 if kind == "a daughter" else 64), refused.stdout
+    assert "mine.py holds other code than the run was scored by" in refused.stdout + refused.stderr
+    code.write_text("def f(*_): return 1\n")
+    succeeded(run())
 
 
 def test_a_daughter_trains_on_the_frozen_base_and_on_no_other(alone: Workspace) -> None:

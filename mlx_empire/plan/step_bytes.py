@@ -209,6 +209,11 @@ class StepBytes(Reader):
         if not self._contribution(action):
             return {}
         size = self._sizes[action.unit]
+        if (
+            action.unit == 0 and not self._root.by_row
+        ):  # whole sums are waited for, and nothing is beside them
+            self._hold(EMBEDDING, -self._embedding)
+            self._embedding = 0
         return {"unit gradient sums": size.gradient} if action.unit else {"root gradients": size.largest}
 
     def settle(self, action: Action) -> None:

@@ -110,6 +110,16 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "qwen3_moe 384 stage 2, qlora of experts": setting(
             "qwen3_moe", 384, 2, [1], tuning=tuned("qlora", targets=["q_proj", "experts"])
         ),
+        "llama 64 stage 2, lora of the embedding, 3 cells": setting(
+            "llama",
+            64,
+            2,
+            [1],
+            micro_batches=6,
+            cells=3,
+            tuning=tuned("lora", targets=["embed_tokens"]) | {"rank": 128},
+            config={**SIZES, "num_hidden_layers": 4, "vocab_size": 16384},
+        ),
         "gemma2 384 stage 2, lora": setting("gemma2", 384, 2, [1], tuning=tuned("lora")),
         "llama 64 stage 3, released, bfloat16, 8 bits": setting(
             "llama", 64, 3, [1], dtype="bfloat16", gradient_dtype="bfloat16", state_bits=8, release=True

@@ -6,6 +6,7 @@ fitted there. MLX_EMPIRE_TEST_GPU=1 leaves the choice to MLX.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,10 @@ if os.environ.get("MLX_EMPIRE_TEST_GPU") != "1":
     os.environ["MLX_EMPIRE_DEVICE"] = "cpu"
 # Hundreds of processes import the package: whoever wants no caches of compiled code would compile it in each of them.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A suite that a shell begins in the background ignores Ctrl-C, and so would whatever it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))

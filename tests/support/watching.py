@@ -72,7 +72,7 @@ def library(folder: Path) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if sys.platform != "linux" or compiler is None:
         pytest.skip("the watch over evaluations takes Linux and a C++ compiler")
-    name = hashlib.sha256(SOURCE.read_bytes() + mx.__version__.encode()).hexdigest()[:16]
+    name = hashlib.sha256(SOURCE.read_bytes() + f"{mx.__version__} {PACKAGE}".encode()).hexdigest()[:16]
     built = folder / f"watch-{name}.so"
     if not built.exists():
         link = [f"-L{PACKAGE / 'lib'}", "-lmlx", f"-Wl,-rpath,{PACKAGE / 'lib'}"]

@@ -5,7 +5,7 @@ Scores are named `set.metric`, such as `facts.exact_match`; `eval_loss` is the l
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
@@ -16,7 +16,7 @@ TEACHER_FORCED = ("loss", "perplexity", "token_accuracy", "exact_match", "multip
 # ... and by greedy generation, where each machine can hold the model.
 GENERATED = ("regular_expression", "valid_json", "json_schema", "scorer")
 # Tasks of EleutherAI's lm-eval that ask for log-likelihoods alone: `evaluation.tasks` turns their rows into choices.
-TASKS = (
+Task = Literal[
     "arc_challenge",
     "arc_easy",
     "boolq",
@@ -27,7 +27,8 @@ TASKS = (
     "piqa",
     "sciq",
     "winogrande",
-)
+]
+TASKS = get_args(Task)
 LOWER_IS_BETTER = ("loss", "perplexity")
 HELD_OUT_LOSS = "eval_loss"
 LONGEST_NAME = 60
@@ -71,21 +72,7 @@ class EvaluationSet(Section):
     metrics: Annotated[tuple[Metric, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=8)]
     name: Annotated[str, Field(pattern=rf"^[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}$")] | None = None
     format: Literal["auto", "chat", "completions", "text", "tokens"] = "auto"
-    task: (
-        Literal[
-            "arc_challenge",
-            "arc_easy",
-            "boolq",
-            "copa",
-            "hellaswag",
-            "mmlu",
-            "openbookqa",
-            "piqa",
-            "sciq",
-            "winogrande",
-        ]
-        | None
-    ) = None
+    task: Task | None = None
     max_tokens: Annotated[int, Field(ge=1, le=65536)] = 128
     pattern: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
     json_schema: RecipePath | None = Field(default=None, alias="schema")

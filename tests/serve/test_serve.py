@@ -11,11 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from typing import Any
 import mlx_lm.server
 import pytest
 from mlx_lm.utils import save_model
+from serve.asking import PEOPLE, PROMPTS, Asked, expected, fetched, post
 from support.mpi import rank_environment
-from support.speaking import MODEL, answers, finish, write_adapter
+from support.speaking import MODEL, finish, write_adapter
 from support.tiny_models import tiny_config, tiny_model
 
 from mlx_empire.cli import main as cli
@@ -32,89 +32,6 @@ from mlx_empire.errors import EmpireError, UserError
 from mlx_empire.serve.command import read
 from mlx_empire.serve.people import people_in
 from mlx_empire.serve.server import Server, serve
-
-PEOPLE: dict[str, dict[str, Any]] = {
-    "alice": {"seed": 100},
-    "bob": {"seed": 200, "rank": 8, "scale": 1.0},
-    "carl": {"seed": 300, "kind": "dora"},
-    "dora": {"seed": 400},
-}
-PROMPTS = ("Once upon a time", "Tom said", "The little dog", "In the garden there was", "She")
-TOKENS = 8
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four finished daughters, one of whom has two generations, one that is not finished, and what is none."""
-    folder = tmp_path_factory.mktemp("serve") / "people"
-    for name, about in PEOPLE.items():
-        write_adapter(folder / name / "final", **about)
-        finish(folder / name)
-    write_adapter(folder / "dora/generations/2/final", seed=500)
-    finish(folder / "dora/generations/2")
-    (folder / "dora/current").symlink_to("generations/2/final")
-    write_adapter(folder / "late/final", seed=600)
-    finish(folder / "late")
-    (folder / "late/COMPLETE").unlink()
-    (folder / "notes").mkdir()
-    return folder
-
-
-class Asked:
-    """A server that runs in this process, and how often it read a base."""
-
-    def __init__(self, made: Server, loads: list[str]) -> None:
-        self.made, self.url, self.loads = made, made.url, loads
-
-    def get(self, path: str) -> tuple[int, Any]:
-        return fetched(urllib.request.Request(f"{self.url}{path}"))
-
-    def ask(self, **body: Any) -> tuple[int, Any]:
-        return fetched(post(self.url, body))
-
-    def said(self, name: str, prompt: str) -> str:
-        code, found = self.ask(model=name, prompt=prompt, max_tokens=TOKENS)
-        assert code == 200, found
-        text: str = found["choices"][0]["text"]
-        return text
-
-
-def post(url: str, body: dict[str, Any]) -> urllib.request.Request:
-    headers = {"Content-Type": "application/json"}
-    return urllib.request.Request(f"{url}/completions", json.dumps(body).encode(), headers)
-
-
-def fetched(request: urllib.request.Request) -> tuple[int, Any]:
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
-@pytest.fixture(scope="module")
-def server(runs: Path) -> Iterator[Asked]:
-    loads: list[str] = []
-    real = mlx_lm.server.load
-
-    def counted(path: str, *words: Any, **options: Any) -> Any:
-        loads.append(str(path))
-        return real(path, *words, **options)
-
-    mlx_lm.server.load = counted
-    options: argparse.Namespace = read([str(runs), "--port", "0"])
-    with Server(options.host, options.port) as made:
-        thread = threading.Thread(target=serve, args=(made, people_in(runs, None), options))
-        thread.start()
-        yield Asked(made, loads)
-        made.shutdown()
-        thread.join()
-    mlx_lm.server.load = real
-
-
-def expected(adapter: Path, *prompts: str) -> list[str]:
-    """What mlx-lm alone says with the adapter in a folder."""
-    return answers(prompts, adapter, TOKENS)
 
 
 def test_twenty_at_once_are_each_answered_as_mlx_lm_alone_answers(runs: Path, server: Asked) -> None:

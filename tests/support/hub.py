@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Self
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
+
+from support.loopback import LoopbackServer, Quiet
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class StubHub:
+class StubHub(LoopbackServer):
     """One repository at one commit, of `kind` models or datasets.
 
     `cut`: names whose connection ends in the middle, once; `wrong`: names of which one byte is another, until they are
@@ -31,30 +30,14 @@ class StubHub:
         self.ranges: list[tuple[str, str | None]] = []
         hub = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(Quiet):
             def do_GET(self) -> None:
                 hub.answer(self, body=True)
 
             def do_HEAD(self) -> None:
                 hub.answer(self, body=False)
 
-            def log_message(self, *_: object) -> None:
-                """Says nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
     def sha256(self, name: str) -> str:
         return hashlib.sha256(self.files[name]).hexdigest()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
 from urllib.parse import urlsplit
+
+from support.loopback import LoopbackServer, Quiet
 
 COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
 
 
-class WrittenHub:
+class WrittenHub(LoopbackServer):
     """Repositories by name: `private`, and `files` by theirs. `refuses`: it answers 403 to who would write."""
 
     def __init__(self) -> None:
@@ -22,9 +22,7 @@ class WrittenHub:
         self.refuses = False
         hub = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(Quiet):
             def do_GET(self) -> None:
                 hub.tell(self)
 
@@ -32,21 +30,7 @@ class WrittenHub:
                 body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
                 hub.take(self, body)
 
-            def log_message(self, *_: object) -> None:
-                """Says nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
     def tell(self, request: BaseHTTPRequestHandler) -> None:
         name = urlsplit(request.path).path.removeprefix("/api/models/").partition("/revision/")[0]

@@ -11,19 +11,14 @@ from typing import Any
 
 import pytest
 from support.mpi import rank_environment
-from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, metrics, raw_tensors, succeeded
+from train import people
+from train.launching import Outcome, Workspace, curve, held_out, jsonl, metrics, raw_tensors, succeeded
 from train.people import started
 from train.test_result import TRAIN, VALID
 
-RECIPE = f"""\
-model: {{path: {MODEL}, dtype: float32}}
-tuning: {{type: lora, rank: 4}}
-data: {{path: rows, format: tokens, sequence_length: 64}}
-batch: {{global_size: 2, micro_size: 1}}
-optimizer: {{learning_rate: 5.0e-3}}
-memory: {{gradient_checkpointing: true}}
-run: {{dir: swept, steps: 8}}
-"""
+RECIPE = people.RECIPE.replace("path: people", "path: rows").replace(
+    "dir: runs, steps: 6, eval_every: 3", "dir: swept, steps: 8"
+)
 SWEPT = ("learning_rate=1e-4,2e-2,5.0e-3", "rank=2,4", "--keep", "2")
 NAMES = [f"learning_rate={rate},rank={rank}" for rate in ("1e-4", "2e-2", "5.0e-3") for rank in (2, 4)]
 

@@ -79,7 +79,7 @@ _TERMS = {
         "exact",
     ),
     "layer inputs": Term(
-        "one hidden state for each layer that the backward reaches and each micro-batch, and the current ones",
+        "one hidden state for each layer that the backward reaches and micro-batch that passes, and the current ones",
         "exact",
     ),
     "kept products": Term(

@@ -107,6 +107,7 @@ class StreamedStep(Reader):
     def _begin(self, batches: Sequence[MicroBatch], total_tokens: int) -> None:
         self._passes.begin()
         self._batches, self._running, self._cells, self._embeds = list(batches), {}, {}, {}
+        self._losses = []
         self._total = mx.array(float(total_tokens), mx.float32)
 
     # ---- weights
@@ -120,8 +121,8 @@ class StreamedStep(Reader):
     def free(self, action: Action) -> None:
         self._weights.pop(action.unit, None)
         self._store.free(action.unit)
-        if action.unit == 0:  # nothing is computed any more: hidden states go
-            self._losses = [np.array(r.loss) for r in self._running.values() if r.loss is not None]
+        if action.unit == 0:  # nothing of these micro-batches is computed any more: hidden states go
+            self._losses += [np.array(r.loss) for r in self._running.values() if r.loss is not None]
             self._running = {}
 
     # ---- micro-batches
@@ -141,7 +142,7 @@ class StreamedStep(Reader):
         self._measured.append(self._measure(self._running[action.micro]))
 
     def head(self, action: Action) -> None:
-        if action.micro == 0:
+        if action.micro == min(self._running):
             progress.reach("backward")
             self._store.evaluate.finish()
         r, boundary = self._running[action.micro], self._shape.boundary

@@ -89,7 +89,8 @@ class StepShape:
     `cells`: number of this rank's micro-batches in each round (0 where it has no cell); `trained`: by unit, whether
     anything of it trains; `unrecomputed`: how many last layers keep their activations; `in_backward`: a unit is
     updated as soon as its gradient is complete; `run_ahead`: the next layer is handed to the device while one runs;
-    `stash`: which results of the others stay from the forward to the backward.
+    `stash`: which results of the others stay from the forward to the backward; `wave`: how many micro-batches of a cell
+    at most pass all layers before the others do, where weights stay whole; 0: all of the step pass together.
     """
 
     zero_stage: int
@@ -99,6 +100,7 @@ class StepShape:
     in_backward: bool = False
     run_ahead: bool = False
     stash: Stash = NOTHING
+    wave: int = 0
 
     def waits(self, action: Action) -> bool:
         """Whether the main thread waits for what the action evaluates, or hands it over and goes on."""

@@ -51,7 +51,8 @@ def largest_array(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int) -
 def live_buffers(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_bytes: StateBytes) -> int:
     """How many arrays `rank` holds at once: the chunks' weights and states, gradients, layer inputs."""
     count = _IN_FLIGHT + 4 * max(len(u.tensors) for u in spec.units)
-    count += work.micro_batches(rank) * (len(plan.units) - work.unrecomputed + 4)
+    micros = work.micro_batches(rank)
+    count += min(micros, work.wave or micros) * (len(plan.units) - work.unrecomputed + 4)
     count += work.stash(rank).arrays(work.micro_batches(rank))
     for unit in plan.units:
         for segment in unit.segments:

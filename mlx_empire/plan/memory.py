@@ -64,7 +64,7 @@ def ledger(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, state_by
         * sum(_odd_arrays(s) for u in plan.units for s in u.segments),
     }
     step = StepBytes(spec, plan, work, rank, state_bytes)
-    step.play(folded_step(step.shape))
+    step.play(folded_step(step.shape, "peak"))
     named = {name: size for name, size in resident.items() if size}
     return Ledger(named, step.phases, costs_of(spec, work).derived, step.spare)
 

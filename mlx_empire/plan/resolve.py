@@ -100,7 +100,8 @@ def resolve(
     if spec.dtype == "float32" and memory.gradient_dtype == "auto":
         dtypes = ("float32",)
     stages = _stages(memory.zero_stage, nodes)
-    seeks_tail = memory.gradient_checkpointing == "auto" and not never_fits(spec, nodes, state_bytes)
+    hopeless = never_fits(spec, nodes, state_bytes)
+    seeks_tail = memory.gradient_checkpointing == "auto" and not hopeless
     tried: list[RunPlan] = []
     tight: list[RunPlan] = []
     for dtype in dtypes:
@@ -133,6 +134,13 @@ def resolve(
                 return _fewest_operations(
                     spec, [_filled(one, spec, state_bytes) for one in found] if keeps else found
                 )
+            if plan.fits:
+                tight.append(plan)
+        for plan in () if hopeless else filter(_may_pass_in_waves, plans):
+            plan = _in_waves(plan, partial(_shared, recipe, spec, nodes, plan.shards.zero_stage, state_bytes))
+            if plan.comfortable:
+                return plan
+            tried.append(plan)
             if plan.fits:
                 tight.append(plan)
         tried += plans
@@ -293,6 +301,33 @@ def _shared(
         shards = make_plan(spec.units, solve_shares(recipe.memory.shares, stretched, fixed), stage)
         ledgers = tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks)
     return RunPlan(shards, work, ledgers, limits)
+
+
+def _may_pass_in_waves(plan: RunPlan) -> bool:
+    """Whether weights stay whole, so that a second visit gathers nothing, and a rank has several micro-batches. Stage 1
+    keeps whole contributions of all cells until the end, and gains nothing."""
+    resident = plan.shards.zero_stage in (0, 2) or plan.shards.world_size == 1
+    layout = plan.work.layout
+    return resident and plan.shards.zero_stage != 1 and layout.micro_batches > layout.world_size
+
+
+def _in_waves(whole: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPlan:
+    """The plan whose micro-batches pass in the largest waves that leave headroom, else in waves of one.
+
+    One machine pays nothing for it but some waits: what has to be computed is the same.
+    """
+
+    def passing(wave: int) -> RunPlan:
+        return with_work(replace(whole.work, wave=wave))
+
+    low, best = 1, passing(1)
+    high = 1 + len(whole.work.layout.members(0))  # cells differ by one at most
+    while best.comfortable and high - low > 1:
+        middle = (low + high) // 2
+        plan = passing(middle)
+        low, high = (middle, high) if plan.comfortable else (low, middle)
+        best = plan if plan.comfortable else best
+    return best
 
 
 def _least_stretch(holds: Callable[[float], bool]) -> float:

@@ -19,6 +19,10 @@ Every rank's list has the same collectives in the same order, whatever its micro
 `replicate`, `renew` use the wires, `norm` the control plane. They run one after the other, beside the computation;
 `bind`, `settle` and `adopt` wait for them (and `free` for a renewal of its unit). One reduction is in flight at a time.
 
+Where weights stay whole, nothing has to be gathered for a second visit, so micro-batches may pass in *waves*
+(`StepShape.wave`): phases 1 to 5 for some of a cell's micro-batches after the other. Only a wave's inputs are kept, and
+every unit's sum, until the cell's last wave delivers it. Cells follow one another, so the order of additions stays.
+
 Where a rank runs ahead (`StepShape.run_ahead`), what most actions evaluate is handed to the device, and the main
 thread goes on to the next layer. It waits in head and score, for the root's sums and for the norm: there memory is at
 its peak, or a number is asked for. Before the first head and the root's sums it waits for all that it handed over.
@@ -26,22 +30,23 @@ its peak, or a number is asked for. Before the first head and the root's sums it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate, groupby
-from typing import Literal
+from itertools import accumulate, groupby, pairwise
+from typing import Literal, NamedTuple
 
 from mlx_empire.plan.actions import ALL_UNITS, NOTHING, Action, StepShape
 
-Fold = Literal["nothing", "micro-batches", "rounds"]
+Fold = Literal["nothing", "micro-batches", "rounds", "peak"]
 
 
 def training_step(shape: StepShape, *, update: bool = True, fold: Fold = "nothing") -> Iterator[Action]:
     """A step of one rank; without `update` its gradients alone, complete at the end.
 
     `fold`: of a row of alike micro-batches only the first, the second with how often it comes, and the last; `rounds`:
-    of alike rounds as well. For readers that count: the peak of memory lies at the first, the second or the last.
+    of alike rounds as well, where they pass together. For readers that count: the peak of memory lies at the first, the
+    second or the last. `peak`: of waves these alone, each once, for what they hold does not grow with their number.
     """
     yield from gradients(shape, update=update, fold=fold)
     if update:
@@ -52,10 +57,11 @@ def training_step(shape: StepShape, *, update: bool = True, fold: Fold = "nothin
 def gradients(shape: StepShape, *, update: bool = False, fold: Fold = "nothing") -> Iterator[Action]:
     """Forward and backward, until all totals are complete; with `update` and `in_backward` units are updated too."""
     step = _Step(shape, update, fold)
-    yield from step.forward(shape.boundary)
-    yield from step.head()
-    yield from step.backward()
-    yield from step.embed()
+    for wave in _waves(shape, fold):
+        yield from step.forward(shape.boundary, wave)
+        yield from step.head(wave)
+        yield from step.backward(wave)
+        yield from step.embed(wave)
     yield from step.finish()
 
 
@@ -81,16 +87,28 @@ def updates(shape: StepShape) -> Iterator[Action]:
 def evaluation(shape: StepShape) -> Iterator[Action]:
     """A forward pass over this rank's micro-batches, in which no input is kept and every layer runs."""
     step = _Step(replace(shape, stash=NOTHING), update=False, fold="nothing")
-    yield from step.forward(shape.layers)
+    yield from step.forward(shape.layers, [_Part(0, range(shape.micro_batches))])
     yield from step.each("score", 0, range(shape.micro_batches))
     yield Action("free", shape.layers)
     yield Action("free", 0)
 
 
 @lru_cache(maxsize=256)
-def folded_step(shape: StepShape) -> tuple[Action, ...]:
+def folded_step(shape: StepShape, fold: Fold = "rounds") -> tuple[Action, ...]:
     """A folded training step, made once."""
-    return tuple(training_step(shape, fold="rounds"))
+    return tuple(training_step(shape, fold=fold))
+
+
+class _Part(NamedTuple):
+    """Micro-batches of a round that pass together, and how many alike parts they stand for; `last`: of the round."""
+
+    round: int
+    members: range
+    times: int = 1
+    last: bool = True
+
+
+_Wave = Sequence[_Part]
 
 
 class _Step:
@@ -98,15 +116,14 @@ class _Step:
 
     def __init__(self, shape: StepShape, update: bool, fold: Fold) -> None:
         self._shape, self._fold = shape, fold != "nothing"
-        self._rounds = list(_rounds(shape, fold == "rounds"))
         self._updates = update and shape.in_backward
         self._in_flight: tuple[int, int, int] | None = None  # unit, round, times
         self._kept: list[tuple[int, int, int]] = []
         self._updated: int | None = None  # the unit whose renewal may be on its way
 
-    def forward(self, last: int) -> Iterator[Action]:
+    def forward(self, last: int, wave: _Wave) -> Iterator[Action]:
         """Root and layers up to `last`; the model's very last layer stays for what follows."""
-        shape, micros = self._shape, range(self._shape.micro_batches)
+        shape, micros = self._shape, range(wave[0].members.start, wave[-1].members.stop)
         if shape.sharded:
             yield Action("gather", 0)
             yield Action("gather", 1)
@@ -120,7 +137,7 @@ class _Step:
             if u < shape.layers:
                 yield Action("free", u)
 
-    def head(self) -> Iterator[Action]:
+    def head(self, wave: _Wave) -> Iterator[Action]:
         """The loss, and the un-recomputed layers, which stay whole for all rounds."""
         shape = self._shape
         kept = range(shape.boundary + 1, shape.layers + 1)
@@ -129,13 +146,13 @@ class _Step:
         yield from (Action("bind", u) for u in kept)
         if shape.sharded and kept and shape.boundary >= shape.lowest:
             yield Action("gather", shape.boundary)
-        for r, members, times in self._rounds:
-            yield from self.each("head", 0, members, r, times)
+        for part in wave:
+            yield from self.each("head", 0, part.members, part.round, part.times)
             for u in reversed(kept):
-                yield from self._deliver(u, r, times)
+                yield from self._deliver(u, part)
         yield from (Action("free", u) for u in kept)
 
-    def backward(self) -> Iterator[Action]:
+    def backward(self, wave: _Wave) -> Iterator[Action]:
         """The recomputed layers that train, or have one below that does."""
         shape = self._shape
         for u in range(shape.boundary, shape.lowest - 1, -1):
@@ -143,24 +160,26 @@ class _Step:
                 yield Action("bind", u)
             if shape.sharded and u > shape.lowest:
                 yield Action("gather", u - 1)
-            for r, members, times in self._rounds:
-                for visit in self._visits("backward", "reuse", u, members, r, times):
+            for part in wave:
+                for visit in self._visits("backward", "reuse", u, part.members, part.round, part.times):
                     yield visit
                     if u == shape.lowest and shape.trained[0]:  # beside the next micro-batch's backward
                         yield visit._replace(kind="embed", unit=0, products=())
-                yield from self._deliver(u, r, times)
+                yield from self._deliver(u, part)
             yield Action("free", u)
 
-    def embed(self) -> Iterator[Action]:
+    def embed(self, wave: _Wave) -> Iterator[Action]:
         """The root's gradient: the head's, which waited, and the embedding's."""
         shape = self._shape
         if shape.trained[0]:
-            for r, members, times in self._rounds:
-                if r > 0:  # it hides behind nothing, and a second large contribution would be there beside it
+            for part in wave:
+                if (
+                    part.round > 0
+                ):  # it hides behind nothing, and a second large contribution would be there beside it
                     yield from self._settle()
                 if shape.boundary < shape.lowest:  # else it came with the lowest layer's backward
-                    yield from self.each("embed", 0, members, r, times)
-                yield from self._deliver(0, r, times)
+                    yield from self.each("embed", 0, part.members, part.round, part.times)
+                yield from self._deliver(0, part)
         yield Action("free", 0)
 
     def finish(self) -> Iterator[Action]:
@@ -197,9 +216,10 @@ class _Step:
             products = self._shape.kept(unit, alike.start) if alike else ()
             yield from self.each(keeping if products else plain, unit, alike, round, times, products)
 
-    def _deliver(self, unit: int, round: int, times: int) -> Iterator[Action]:
-        """A round's sums of a unit are there: reduce them, or at stage 1 keep them."""
-        if not self._shape.trained[unit]:
+    def _deliver(self, unit: int, part: _Part) -> Iterator[Action]:
+        """Where a round's sums of a unit are complete: reduce them, or at stage 1 keep them."""
+        round, times = part.round, part.times
+        if not self._shape.trained[unit] or not part.last:
             return
         if self._shape.zero_stage == 1:
             self._kept.append((unit, round, times))
@@ -234,8 +254,28 @@ def _update(shape: StepShape, unit: int, before: int | None) -> Iterator[Action]
             yield Action("adopt", before)
 
 
-def _rounds(shape: StepShape, fold: bool) -> Iterator[tuple[int, range, int]]:
-    """(round, its micro-batches, how many alike rounds it stands for)."""
+def _waves(shape: StepShape, fold: Fold) -> Iterator[_Wave]:
+    """What passes all layers before the next does: all of the step, or some of a cell."""
+    if not shape.wave:
+        yield list(_rounds(shape, fold in ("rounds", "peak")))
+        return
+    rounds = list(_parts(shape))
+    if fold == "peak":
+        rounds = [[*parts[:2], *parts[2:][-1:]] for parts in (*rounds[:2], *rounds[2:][-1:])]
+    yield from ([part] for parts in rounds for part in parts)
+
+
+def _parts(shape: StepShape) -> Iterator[list[_Part]]:
+    """Each round in waves; a round without a cell is one of no micro-batch, for its collectives."""
+    starts = list(accumulate(shape.cells, initial=0))
+    for r, size in enumerate(shape.cells):
+        stop = starts[r] + size
+        edges = [*range(starts[r], stop, shape.wave), stop] if size else [stop, stop]
+        yield [_Part(r, range(a, b), last=b == stop) for a, b in pairwise(edges)]
+
+
+def _rounds(shape: StepShape, fold: bool) -> Iterator[_Part]:
+    """The rounds that pass together."""
     cells, border = shape.cells, shape.border
     starts, last = list(accumulate(cells, initial=0)), len(cells) - 1
 
@@ -248,4 +288,4 @@ def _rounds(shape: StepShape, fold: bool) -> Iterator[tuple[int, range, int]]:
         *([last] for _ in cells[1:2]),
     ]
     for first, *more in groups:
-        yield first, range(starts[first], starts[first + 1]), 1 + len(more)
+        yield _Part(first, range(starts[first], starts[first + 1]), 1 + len(more))

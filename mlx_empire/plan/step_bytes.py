@@ -52,6 +52,7 @@ class StepBytes(Reader):
         self._first = set(accumulate(self.shape.cells, initial=0))  # micro-batches that begin a cell
         self._held: Items = {}
         self._total = self._most_others = 0
+        self._passing = 0  # micro-batches that pass now: the step's, or a wave's
         self._worst = dict.fromkeys(PHASES, -1)
         self._phase = "forward"
         self._whole = self._most_whole = 0  # bytes of gathered units, now and at most
@@ -104,17 +105,19 @@ class StepBytes(Reader):
             self._whole -= self._sizes[action.unit].gathered
         if action.unit == 0:
             self._hold("layer inputs", -self._held.get("layer inputs", 0))
-            self._phase = "finish"
+            self._phase, self._passing = "finish", 0
         elif self._phase in (
             "backward",
             "embed",
         ):  # its inputs went one by one; they count until the layer is left
-            self._hold("layer inputs", -self._hidden * self.shape.micro_batches)
+            self._hold("layer inputs", -self._hidden * self._passing)
             self._hold(KEPT, -self._stashed.pop(action.unit, 0))
 
     # ---- micro-batches
 
     def capture(self, action: Action) -> None:
+        self._phase = "forward"
+        self._passing += action.times
         self._hold("layer inputs", self._hidden * action.times)
 
     def forward(self, action: Action) -> None:
@@ -137,9 +140,8 @@ class StepBytes(Reader):
         if action.micro in self._first:
             self._hold("root gradients", self._root.head_sum(1) * action.times)
         elif action.micro - 1 in self._first:
-            rounds = action.times // max(
-                self.shape.cells[action.round] - 2, 1
-            )  # alike ones that it stands for
+            others = max(self.shape.cells[action.round] - 2, 1)
+            rounds = 1 if self.shape.wave else action.times // others  # alike ones that it stands for
             self._hold("root gradients", (self._root.head_sum(2) - self._root.head_sum(1)) * rounds)
         for u in range(self.shape.boundary + 1, self.shape.layers + 1):
             self._hold_cell(action, u, "tail sums")

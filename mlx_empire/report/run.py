@@ -164,6 +164,7 @@ def title_rows(spec: ModelSpec, plan: RunPlan, ranks: int) -> list[tuple[str, st
         ("ranks", f"{ranks}, {work.layout.micro_batches} micro-batches a step in {work.layout.cells} cells"),
         ("ZeRO stage", f"{plan.shards.zero_stage}, gradients kept in {work.gradient_dtype}"),
         ("recomputed", f"{layers - work.unrecomputed} of {layers} layers"),
+        *((("waves", f"{work.wave} micro-batches pass at a time"),) if work.wave else ()),
         *((("kept", kept),) if (kept := bought(spec, plan.shards, work, plan.ledgers)) else ()),
         *(
             (("updates", "in the backward, clipped by the last step's norm"),)

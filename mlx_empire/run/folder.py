@@ -126,6 +126,7 @@ def plan_document(
         "dtype": spec.dtype,
         "zero_stage": plan.shards.zero_stage,
         "tail": plan.work.unrecomputed,
+        "wave": plan.work.wave,
         "clipping": CLIPPING[plan.work.optimizer_in_backward],
         "gradient_dtype": plan.work.gradient_dtype,
         "cells": plan.work.layout.cells,

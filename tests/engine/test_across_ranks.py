@@ -74,6 +74,13 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
             "compare": False,
             "steps": 2,
         }
+    for stage, wave, tail in ((2, 1, 0), (0, 2, 3)):  # cells of 2 and 3 micro-batches
+        made[f"steps:stage {stage} waves of {wave}"] = {
+            **made["steps:stage 3 relay"],
+            "stage": stage,
+            "wave": wave,
+            "tail": tail,
+        }
     small = {"micro_batches": 4, "rows": 1, "width": 16, "config": {"num_hidden_layers": 1}, "compare": False}
     step = {**made["steps:stage 3 relay"], **small, "steps": 3, "dtype": "bfloat16"}
     for name, bits, master in OPTIMIZERS:

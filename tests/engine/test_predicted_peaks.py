@@ -107,6 +107,23 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
                 ("llama", 1024, 2, 1, {"name": " by pattern", "by_pattern": True}),
             )
         },
+        "llama 384 stage 3, lora, 12 micro-batches in waves of 2": setting(
+            "llama", 384, 3, [1], micro_batches=12, wave=2, tuning=tuned("lora")
+        ),
+        "llama 384 stage 2, 2 cells in waves of 1": setting(
+            "llama", 384, 2, [1], micro_batches=8, cells=2, wave=1
+        ),
+        "llama 64 stage 2, bfloat16, waves of 3, tail of 4": setting(
+            "llama",
+            64,
+            2,
+            [1],
+            micro_batches=7,
+            wave=3,
+            tail=4,
+            dtype="bfloat16",
+            gradient_dtype="bfloat16",
+        ),
         "qwen3_moe 384 stage 2, qlora of experts": setting(
             "qwen3_moe", 384, 2, [1], tuning=tuned("qlora", targets=["q_proj", "experts"])
         ),
@@ -172,6 +189,7 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         ),
         "llama 128 stage 3, released": setting("llama", 128, 3, [2, 1], release=True),
         "llama 128 stage 2, released, tail of 3": setting("llama", 128, 2, [2, 1], tail=3, release=True),
+        "gemma2 128 stage 2, waves of 1": setting("gemma2", 128, 2, [2, 1], micro_batches=6, wave=1),
         "llama 64 stage 1, released, bfloat16, 8 bits": setting(
             "llama", 64, 1, [2, 1], dtype="bfloat16", gradient_dtype="bfloat16", state_bits=8, release=True
         ),

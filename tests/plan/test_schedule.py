@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -43,11 +44,16 @@ def ranked_shapes(draw: st.DrawFn) -> list[StepShape]:
         draw(st.booleans()),
     )
     order = draw(st.permutations([(u, own) for u in range(1, layers + 1) for own in ((0, 2), (1,))]))
+    wave = draw(st.integers(0, 4)) if stage in (0, 2) or (ranks, stage) == (1, 3) else 0
     shapes = []
     for r in range(ranks):
         cells = tuple(map(len, layout.of_rank(r)))
-        stash = Stash(tuple(order), draw(st.integers(0, len(order) * sum(cells))))
-        shapes.append(StepShape(stage, tuple(trained), cells, tail, release, stash=stash))
+        visits = 0 if wave else draw(st.integers(0, len(order) * sum(cells)))
+        shapes.append(
+            StepShape(
+                stage, tuple(trained), cells, tail, release, stash=Stash(tuple(order), visits), wave=wave
+            )
+        )
     return shapes
 
 
@@ -192,7 +198,51 @@ def test_a_folded_step_counts_the_same_and_gradients_alone_are_its_beginning(sha
         ]
 
 
+@given(ranked_shapes())
+@settings(max_examples=150)
+def test_in_waves_no_more_pass_together_and_cells_follow_one_another(shapes):
+    for shape in shapes:
+        inside: set[int] = set()
+        passed: list[int] = []
+        rounds = []
+        for action in training_step(shape):
+            if action.micro >= 0 and shape.wave:
+                inside.add(action.micro)
+                assert len(inside) <= shape.wave
+                if action.kind == "head":
+                    rounds.append(action.round)
+            if (action.kind, action.unit) == ("free", 0):
+                passed += sorted(inside)
+                inside.clear()
+        assert rounds == sorted(rounds)
+        if shape.wave:
+            assert passed == list(range(shape.micro_batches))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_waves_that_are_left_out_of_a_ledger_do_not_matter(stage, dtype):
+    spec = llama_like(layers=3, dtype=dtype)
+    for wave, tail, micros, cells in ((1, 0, 9, 2), (2, 2, 14, 1), (3, 3, 20, 4), (5, 0, 11, 1)):
+        layout = CellLayout(micros, cells, 1)
+        work = Workload(1, 64, layout, tail, dtype, "auto", 4096, wave=wave)
+        plan = make_plan(spec.units, [1], stage)
+        every, few = (StepBytes(spec, plan, work, 0, AdamW().state_bytes) for _ in range(2))
+        every.play(training_step(every.shape))
+        few.play(training_step(few.shape, fold="peak"))
+        assert few.phases == every.phases
+        assert few.spare == every.spare
+        together = StepBytes(spec, plan, replace(work, wave=0), 0, AdamW().state_bytes)
+        together.play(training_step(together.shape, fold="peak"))
+        inputs = [one.phases["backward" if tail < 3 else "head"]["layer inputs"] for one in (few, together)]
+        assert inputs[0] < inputs[1]
+
+
 def test_many_micro_batches_and_rounds_are_folded():
+    few, many = (
+        StepShape(2, (True,) * 49, (micros,) * rounds, 2, wave=3) for micros, rounds in ((10, 3), (400, 300))
+    )
+    assert len(list(training_step(many, fold="peak"))) == len(list(training_step(few, fold="peak")))
     few, many = (StepShape(3, (True,) * 49, (micros,) * rounds, 2) for micros, rounds in ((4, 3), (400, 300)))
     assert len(list(training_step(many, fold="rounds"))) == len(list(training_step(few, fold="rounds")))
 

@@ -1,0 +1,60 @@
+"""Micro-batches pass in waves where all of them together would not fit and weights stay whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.planning import llama_like, node_of, recipe_of
+
+from mlx_empire.cluster.hostfile import Node
+from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.plan.resolve import RunPlan, resolve
+from mlx_empire.plan.step_traffic import step_traffic
+
+MIB = 1 << 20
+# Inputs of 32 micro-batches are most of what a step needs.
+KEYS = (
+    "batch.global_size=32",
+    "batch.micro_size=1",
+    "batch.cells=2",
+    "data.sequence_length=1024",
+    "memory.gradient_checkpointing=true",
+    "memory.gradient_dtype=float32",
+)
+SPEC = llama_like(6, 128)
+
+
+def plan(limit: int, *more: str, ranks: int = 1) -> RunPlan:
+    recipe = recipe_of(*KEYS, *more)
+    nodes: list[Node] = [node_of(f"node-{rank}", limit) for rank in range(ranks)]
+    return resolve(recipe, SPEC, nodes, state_bytes_of(recipe.optimizer))
+
+
+def test_the_less_memory_there_is_the_smaller_are_the_waves_and_what_does_not_fit_then_is_told_in_waves_of_one():
+    whole = plan(1 << 40)
+    assert whole.work.wave == 0
+    peak = whole.ledgers[0].peak
+    inputs = sum(size for name, size in whole.ledgers[0].items().items() if name == "layer inputs")
+    assert inputs > 0.5 * peak
+    waves = []
+    for part in (0.9, 0.8, 0.75, 0.7, 0.65):
+        found = plan(int(part * peak))
+        assert found.comfortable
+        assert replace(found.work, wave=0) == whole.work
+        waves.append(found.work.wave)
+    assert waves == sorted(waves, reverse=True)
+    assert 16 >= waves[0] > waves[-1] >= 1
+    least = plan(peak // 8)
+    assert not least.fits
+    assert least.work.wave == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_only_where_weights_stay_whole(stage):
+    asked = f"memory.zero_stage={stage}"
+    whole = plan(1 << 40, asked, ranks=2)
+    tight = plan(int(0.8 * max(one.peak for one in whole.ledgers)), asked, ranks=2)
+    assert bool(tight.work.wave) == (stage in (0, 2))
+    assert tight.comfortable == (stage in (0, 2))
+    assert step_traffic(tight.shards, tight.work) == step_traffic(whole.shards, whole.work)

@@ -259,6 +259,7 @@ FOREIGN = {
     "input_ids": "'input_ids' are tokens that another tool made; rename them to tokens (all count), or give the "
     "conversation as messages",
 }
+TARGETS = ("labels", "loss_mask")  # by position, beside tokens or messages
 RENDERED_AS_TEXT = ("conversations", "instruction", "chosen")  # what a 'text' beside it is a rendering of
 
 
@@ -303,13 +304,20 @@ def check_row(row: RawRow, data_format: str) -> None:
                 f"{row.where}: no {key!r} in a file of format {data_format}; "
                 "give every row the same keys or split the file"
             )
+    for key in TARGETS if data_format in ("tokens", "chat") else ():
+        if isinstance(row.value.get(key), list):
+            raise UserError(
+                f"{row.where}: {key!r} says which positions are learnt, and is not read: of tokens all are learnt, of "
+                f"messages the assistant's ('weight': 0 leaves one out); remove {key!r}, or give messages without it"
+            )
     if data_format == "tokens":
         _check_tokens(row.where, row.value["tokens"])
     elif data_format != "chat":  # conversations are checked as they are read (data/messages.py)
         for key in KEYS[data_format]:
             if not isinstance(row.value[key], str):
                 kind = type(row.value[key]).__name__
-                raise UserError(f"{row.where}: {key!r} is a {kind}; it must be a string")
+                talk = f" (messages? `{row.converting}` joins them)" if kind == "list" else ""
+                raise UserError(f"{row.where}: {key!r} is a {kind}; it must be a string{talk}")
 
 
 def _check_tokens(where: str, tokens: Any) -> None:

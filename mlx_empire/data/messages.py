@@ -28,9 +28,10 @@ ROLE_UNLESS_KNOWN = {"developer": "system"} | dict.fromkeys(
 CALL_ROLES = ("function_call", "tool_call")
 # Names of the thought before an answer: DeepSeek and Qwen; OpenRouter and vLLM; gpt-oss.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-# Whether a message is learnt, for OpenAI and Mistral; axolotl; ms-swift and XTuner. torchtune says the opposite.
-FLAGS = ("weight", "train", "training", "loss")
+# Whether a message is learnt, for OpenAI and Mistral; axolotl; ms-swift and XTuner; others. torchtune: the opposite.
+FLAGS = ("weight", "train", "training", "loss", "trainable", "train_on_turn", "loss_mask")
 OPPOSITE_FLAG = "masked"
+SYSTEM = ("system", "system_prompt")  # what some tools put beside the messages
 FLAGS_WITHIN = ("train_detail", "training_detail", "loss_scale")
 NO_TEXT = "'content' must be a string"
 
@@ -179,15 +180,24 @@ def _check_row_keys(row: RawRow) -> None:
         raise UserError(
             f"{row.where}: 'weight' is {weight}; all rows count alike: remove the key, or remove or repeat the row"
         )
-    if row.value.get("system"):
-        raise UserError(
-            f"{row.where}: 'system' beside the messages; make it the first message, of role system"
-        )
+    for key in SYSTEM:
+        if row.value.get(key) and not _begins_with_it(row, key):
+            raise UserError(
+                f"{row.where}: {key!r} beside the messages; make it the first message, of role system"
+            )
     if row.value.get("chat_template_kwargs"):
         raise UserError(
             f"{row.where}: 'chat_template_kwargs': rows are rendered without options; write what they say into the "
             "chat template, or remove the key"
         )
+
+
+def _begins_with_it(row: RawRow, key: str) -> bool:
+    """Whether what stands beside the messages only repeats the first of them, as the records of some tools do."""
+    first = next(iter(row.value["messages"]), None) if isinstance(row.value.get("messages"), list) else None
+    return (
+        isinstance(first, dict) and first.get("role") == "system" and first.get("content") == row.value[key]
+    )
 
 
 def _tools(row: RawRow) -> list[dict[str, Any]] | None:

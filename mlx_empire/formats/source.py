@@ -18,9 +18,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_empire.errors import UserError, of_gpu
-from mlx_empire.formats.hf_folder import Build, open_folder
+from mlx_empire.formats.hf_folder import Build, ModelFolder, open_folder
+from mlx_empire.formats.safetensors import TensorInfo, open_plain
 from mlx_empire.model.build import read_stored
-from mlx_empire.model.config import HEADS, TIE
+from mlx_empire.model.config import EMBEDDINGS, HEADS, TIE
 from mlx_empire.model.lora import as_first_values, initial_adapter, magnitude
 from mlx_empire.model.quantize import Choice, quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec
@@ -33,6 +34,7 @@ NO_WEIGHTS = (
     ".attention.bias",
     ".position_ids",
 )  # constants of older folders
+SAMPLE_BYTES = 64 << 10  # in which two tensors that are not the same differ
 PACKED = ("uint32", "uint8")  # codes, and the scales of MLX's floating-point formats
 
 
@@ -144,12 +146,39 @@ class FolderSource(_LazySource):
     def __init__(self, folder: Path, build: Build, spec: ModelSpec) -> None:
         self._folder = open_folder(folder)
         self._build = build
+        if spec.text_config.get(TIE) is True:
+            _refuse_other_head(self._folder)
         super().__init__(str(folder), spec)
 
     def _open(self) -> dict[str, mx.array]:
         model = self._build()
         with mx.stream(mx.cpu):
             return read_stored(model, self._folder.load(), self._where)
+
+
+def _refuse_other_head(folder: ModelFolder) -> None:
+    """UserError where a head is stored beside the embedding that it is tied to, and is another matrix."""
+    heads = [info for name, info in folder.tensors.items() if name.endswith(HEADS)]
+    embeddings = [info for name, info in folder.tensors.items() if name.endswith(EMBEDDINGS)]
+    if len(heads) != 1 or len(embeddings) != 1:
+        return
+    head, embedding = heads[0], embeddings[0]
+    alike = (head.code, head.shape) == (embedding.code, embedding.shape)
+    if alike and _sample(head) != _sample(embedding):
+        raise UserError(
+            f"{folder.path}: {head.name} differs from {embedding.name}, and config.json ties them ({TIE}: true), so "
+            f"tools disagree on which is the head; write {TIE}: false to use {head.name}, or remove it from the folder"
+        )
+
+
+def _sample(info: TensorInfo) -> tuple[bytes, bytes]:
+    """A tensor's first and last bytes."""
+    with open_plain(info.file) as file:
+        ends = []
+        for place in (info.start, max(info.start, info.stop - SAMPLE_BYTES)):
+            file.seek(place)
+            ends.append(file.read(min(SAMPLE_BYTES, info.stop - info.start)))
+    return ends[0], ends[1]
 
 
 class RandomSource(_LazySource):

@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_empire.data.files import RawRow
-from mlx_empire.data.messages import CALL_ROLES, read_conversation, standard_role
+from mlx_empire.data.messages import CALL_ROLES, SYSTEM, read_conversation, standard_role
 from mlx_empire.errors import UserError
 
 Value = Mapping[str, Any]
 Row = dict[str, Any]
 
 TOOLS = ("tools", "functions")
-SYSTEM = ("system", "system_prompt")
 ALPACA_ANSWERS = ("output", "response")
 ALPACA_INPUTS = ("input", "context")
 # What is asked, and what may answer it.
@@ -76,7 +76,7 @@ def layout_of(first: RawRow, columns: Sequence[str] | None) -> RowLayout:
             )
         return _pair("named columns", columns[0], columns[1])
     for name in ("messages", "conversations", "conversation"):
-        if isinstance(keys.get(name), list):
+        if isinstance(_unpacked(keys.get(name)), list):
             return _conversation(name)
     answer = next((name for name in ALPACA_ANSWERS if name in keys), None)
     if "instruction" in keys and answer is not None:
@@ -137,7 +137,7 @@ def _conversation(name: str) -> RowLayout:
     """ShareGPT's conversations, or messages: who says what, in order; a system message beside them goes first."""
 
     def make(value: Value) -> Row:
-        messages = value.get(name)
+        messages = _unpacked(value.get(name))
         if not isinstance(messages, list) or not messages:
             raise Unusable(f"{name!r} is not a list of one message or more")
         said = [*_system(value), *(_message(message, number) for number, message in enumerate(messages, 1))]
@@ -149,6 +149,14 @@ def _conversation(name: str) -> RowLayout:
         f"{name} become messages (from and value: role and content), system the first of them; tools stay"
     )
     return RowLayout(title, mapping, (name, *SYSTEM, *TOOLS), make)
+
+
+def _unpacked(value: Any) -> Any:
+    """A list that a table could hold as JSON text only; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _message(message: Any, number: int) -> Row:
@@ -195,9 +203,28 @@ def _alpaca(answer: str) -> RowLayout:
 
 def _pair(title: str, prompt: str, answer: str) -> RowLayout:
     def make(value: Value) -> Row:
+        if value.get("label") is False:
+            raise Unusable("'label' is false: this answer is not wanted")
+        if isinstance(value.get(prompt), list) and isinstance(value.get(answer), list):
+            return _joined(value, prompt, answer)
         return _turns(value, text_at(value, prompt), text_at(value, answer))
 
-    return RowLayout(title, f"{prompt} becomes user, {answer} assistant", (prompt, answer, *SYSTEM), make)
+    mapping = f"{prompt} becomes user, {answer} assistant"
+    return RowLayout(title, mapping, (prompt, answer, "label", *SYSTEM, *TOOLS), make)
+
+
+def _joined(value: Value, prompt: str, answer: str) -> Row:
+    """TRL's conversations in two parts, of which the second is learnt."""
+    said = [_message(message, number) for number, message in enumerate(value[prompt], 1)]
+    for message in said:
+        if message.get("role") == "assistant":
+            message["weight"] = 0
+    answered = [_message(message, number) for number, message in enumerate(value[answer], len(said) + 1)]
+    tools = _filled(value, TOOLS)
+    return {
+        "messages": [*_system(value), *said, *answered],
+        **({} if tools is None else {tools: value[tools]}),
+    }
 
 
 def _turns(value: Value, asked: str, answered: str) -> Row:

@@ -34,6 +34,7 @@ MAX_HEADER_BYTES = 100 << 20
 TIE = "tie_word_embeddings"
 BESIDE = "hf_quant_config.json"  # where NVIDIA's ModelOpt says how it packed
 HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 FLOAT_TAG = "__float__"
 DTYPE_KEYS = ("torch_dtype", "dtype")
 DTYPE_NAMES = {

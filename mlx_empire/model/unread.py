@@ -106,6 +106,8 @@ UNREAD: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "qwen2_moe": {"norm_topk_prob": (False,)},
 }
 ANY_MODULE: Mapping[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False, "vision")}
+# module -> keys that it cannot do without, where null means that the model does.
+NEEDED: Mapping[str, tuple[str, ...]] = {"gemma2": ("attn_logit_softcapping", "final_logit_softcapping")}
 # Stored tensors that count and that the module drops or has no place for.
 DROPPED: Mapping[str, tuple[str, ...]] = {
     "ernie4_5_moe": ("moe_statics.e_score_correction_bias",),
@@ -140,6 +142,12 @@ def refuse_unread_keys(
     for key, allowed in {**ANY_MODULE, **UNREAD.get(module, {})}.items():
         if key in section and section[key] not in allowed:
             refuse(key, section[key])
+    for key in NEEDED.get(module, ()):
+        if key in section and section[key] is None:
+            raise UserError(
+                f"{where}: {key}: null: mlx-lm's {module} has no way without it; if the model was trained with it and "
+                "another tool switched it off, write its number, else use a folder of another family"
+            )
     if module in SINGLE and section.get("num_experts_per_tok") == 1 and section.get("norm_topk_prob"):
         refuse("norm_topk_prob", True)
     for ending in DROPPED.get(module, ()):

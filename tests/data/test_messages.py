@@ -45,7 +45,9 @@ def encoded(tokenizer, messages, template=CHATML, mask_prompt=True, remarks=None
     return tokenizer.decode(tokens.tolist()), tokenizer.decode(tokens[document.counted == 1].tolist())
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
+@pytest.mark.parametrize(
+    "key", ["weight", "train", "training", "loss", "trainable", "train_on_turn", "loss_mask"]
+)
 @pytest.mark.parametrize(("no", "yes"), [(0, 1), (False, True), (0.0, 1.0), (0, None)])
 def test_an_answer_that_is_not_to_be_learnt_is_read_and_is_no_target(tokenizer, key, no, yes):
     talk = [ASKS, WRONG | {key: no}, ASKS, SAYS | {key: yes}, ASKS, WRONG | {key: no}]
@@ -57,6 +59,12 @@ def test_an_answer_that_is_not_to_be_learnt_is_read_and_is_no_target(tokenizer, 
 def test_torchtunes_masked_says_the_opposite_and_zero_on_a_question_changes_nothing(tokenizer):
     talk = [ASKS | {"masked": True, "weight": 0}, WRONG | {"masked": True}, ASKS, SAYS | {"masked": False}]
     assert encoded(tokenizer, talk)[1] == "Low.<|im_end|>\n"
+
+
+def test_a_system_message_that_stands_beside_the_messages_once_more_is_no_reason_against_a_row(tokenizer):
+    system = {"role": "system", "content": "Be brief."}
+    text, _ = encoded(tokenizer, [system, ASKS, SAYS], system_prompt="Be brief.")
+    assert text == encoded(tokenizer, [system, ASKS, SAYS])[0]
 
 
 def test_a_row_with_no_answer_to_learn_is_dropped_and_said(tmp_path):
@@ -89,6 +97,7 @@ def test_a_row_with_no_answer_to_learn_is_dropped_and_said(tmp_path):
         ),
         ([ASKS, SAYS], {"weight": 2.0}, r"'weight' is 2\.0; all rows count alike"),
         ([ASKS, SAYS], {"system": "Be brief."}, "'system' beside the messages"),
+        ([ASKS, SAYS], {"system_prompt": "Be brief."}, "'system_prompt' beside the messages"),
         ([ASKS, SAYS], {"chat_template_kwargs": {"enable_thinking": False}}, "'chat_template_kwargs'"),
         (
             [{"from": "human", "value": "Tide?"}, SAYS],

@@ -107,9 +107,24 @@ def test_links_of_a_hugging_face_cache_are_followed(write_folder: Write, tmp_pat
 
 def test_tied_head_is_not_asked_for(write_folder: Write) -> None:
     tensors = huggingface_tensors("llama")  # with a head, as some tied folders have
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     build, spec = tiny_model("llama", tie_word_embeddings=True)
     source = FolderSource(write_folder(tiny_config("llama"), tensors), build, spec)
     assert "lm_head.weight" not in all_tensors(source, spec)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_tied_head_that_is_stored_as_another_matrix_is_refused(write_folder: Write, place: int) -> None:
+    """transformers 5 computes with the stored head, mlx-lm and older tools with the embedding."""
+    tensors = huggingface_tensors("llama")
+    head = mx.array(tensors["model.embed_tokens.weight"])
+    head[place, place] += 1
+    build, spec = tiny_model("llama", tie_word_embeddings=True)
+    folder = write_folder(tiny_config("llama"), tensors | {"lm_head.weight": head})
+    with pytest.raises(
+        UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight, and config\.json ties"
+    ):
+        FolderSource(folder, build, spec)
 
 
 def test_settle_ties_the_head_that_a_folder_lacks(write_folder: Write) -> None:

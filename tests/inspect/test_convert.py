@@ -85,6 +85,7 @@ SHAREGPT = [
 MESSAGES = [
     ({"messages": said_by(("human", "Hi"), ("gpt", "Hello"))}, {"messages": turns("Hi", "Hello")}),
     ({"messages": turns("Hi", "Hello"), "score": 3}, {"messages": turns("Hi", "Hello")}),
+    ({"messages": json.dumps(turns("Hi", "Hello"))}, {"messages": turns("Hi", "Hello")}),
 ]
 PAIRS = [({"question": "Why?", "answer": "So.", "id": 1}, {"messages": turns("Why?", "So.")})]
 TEXTS = [({"text": "Once upon a time.", "meta": {}}, {"text": "Once upon a time."})]

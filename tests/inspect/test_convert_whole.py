@@ -148,6 +148,26 @@ def test_a_stream_that_breaks_off_is_one_line(broken: Exception, told: type[Exce
     assert "\n" not in str(caught.value)
 
 
+def test_a_conversation_in_two_parts_is_one_and_the_second_part_is_learnt() -> None:
+    """TRL's: the answers in its prompt are read only; tools stay."""
+    asks, says = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    row = {"prompt": [asks, says, asks], "completion": [says], "tools": [{"name": "f"}]}
+    layout = layout_of(RawRow("f:1", row), None)
+    assert layout.row(RawRow("f:1", row)) == {
+        "messages": [asks, says | {"weight": 0}, asks, says],
+        "tools": [{"name": "f"}],
+    }
+    assert row["prompt"][1] == says  # what was read is left as it is
+
+
+def test_an_answer_that_is_labelled_as_not_wanted_is_dropped() -> None:
+    row = {"prompt": "Hi", "completion": "Hello", "label": True}
+    layout = layout_of(RawRow("f:1", row), None)
+    assert len(layout.row(RawRow("f:1", row))["messages"]) == 2
+    with pytest.raises(Unusable, match="'label' is false: this answer is not wanted"):
+        layout.row(RawRow("f:2", row | {"label": False}))
+
+
 def test_an_empty_cell_of_a_table_is_nothing_and_not_nan() -> None:
     """pandas and `datasets` have NaN where a cell is empty."""
     nan = float("nan")

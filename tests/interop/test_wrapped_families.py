@@ -1,4 +1,5 @@
-"""Vision-language folders that transformers saves: the language model in them has torch's loss on text.
+"""Vision-language folders that transformers saves: the language model in them has torch's loss on text, towers come
+back beside a result, and PEFT's adapters go both ways.
 
 The towers are as small as they can be; nothing reads them here but transformers. Needs torch: `make test-interop`.
 """
@@ -9,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mlx_empire.export.command import main
+from mlx_empire.formats.export_folder import FolderWriter
+from mlx_empire.formats.hf_folder import open_folder
+from mlx_empire.formats.source import FolderSource
+from mlx_empire.model.config import read_config
+from mlx_empire.model.target import make_target
+from mlx_empire.recipe.sections import TuningSection
 
 torch = pytest.importorskip("torch", reason="torch is not installed: run `make test-interop`")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -60,3 +69,69 @@ def test_the_first_loss_of_a_saved_folder_is_that_of_torch(name: str, dtype: str
     plain.torch_model(settings(*WRAPPED[name]), kind).to(getattr(torch, dtype)).save_pretrained(folder)
     model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     assert plain.our_loss(folder) == pytest.approx(plain.torch_loss(model), rel=1e-4)
+
+
+# Their results are in mlx-lm's own layout, which a note of the export says.
+MLX_LM_ONLY = ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+THEIRS = [name for name in WRAPPED if name not in MLX_LM_ONLY]
+TOKENIZER = Path(__file__).parents[1] / "fixtures/tiny-llama-260k"
+KIND = transformers.AutoModelForImageTextToText
+
+
+def saved(name: str, folder: Path) -> Path:
+    plain.torch_model(settings(*WRAPPED[name]), KIND).save_pretrained(folder)
+    for file in TOKENIZER.glob("token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def opened(folder: Path) -> Any:
+    """As transformers opens it; nothing of it is missing in the folder or left over."""
+    model, report = KIND.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_result_is_opened_by_transformers_with_its_towers(name: str, tmp_path: Path) -> None:
+    base, out = saved(name, tmp_path / "base"), tmp_path / "out"
+    stored = open_folder(base).stored()
+    target = make_target(read_config(base), TuningSection(), "base", "float32", stored)
+    source = FolderSource(base, target.rebuild, target.spec)
+    with FolderWriter(out, target.spec, target.rebuild, base) as writer:
+        for index in range(len(target.spec.units)):
+            writer.write_unit(index, {t.name: array for t, array in source.unit(index)})
+    before, after = opened(base).state_dict(), opened(out).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_an_adapter_of_peft_goes_to_mlx_lm_and_back(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed: run `make test-interop`")
+    base = saved(name, tmp_path / "base")
+    torch.manual_seed(1)
+    asked = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        target_modules=r".*language_model.*\.(q_proj|o_proj|down_proj)",
+        init_lora_weights=False,
+    )
+    adapted = peft.get_peft_model(opened(base), asked)
+    expected = plain.torch_loss(adapted)
+    assert expected != pytest.approx(plain.torch_loss(opened(base)), rel=1e-3)
+    adapted.save_pretrained(tmp_path / "theirs")
+    for way, source in (("mlx-lm", "theirs"), ("peft", "mlx-lm"), ("merge", "theirs")):
+        assert main([way, str(tmp_path / source), str(tmp_path / way), "--model", str(base)]) == 0
+    again = peft.PeftModel.from_pretrained(opened(base), tmp_path / "peft")
+    assert plain.torch_loss(again.eval()) == pytest.approx(expected, rel=1e-5)
+    report = again.load_adapter(str(tmp_path / "peft"), "again")
+    assert not report.unexpected_keys
+    assert not [key for key in report.missing_keys if "lora" in key]
+    assert plain.our_loss(tmp_path / "merge") == pytest.approx(expected, rel=1e-4)
+    if name in THEIRS:
+        assert plain.torch_loss(opened(tmp_path / "merge")) == pytest.approx(expected, rel=1e-5)

@@ -131,6 +131,7 @@ LEFT_OUT = {
     "clipped projections": ("olmoe", {"clip_qkv": 0.3}, "clip_qkv: 0.3"),
     "both directions": ("llama", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     "one expert alone": ("deepseek_v3", {"num_experts_per_tok": 1}, "norm_topk_prob: True"),
+    "scores without a cap": ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping: null"),
     "rounded activations": ("llama", {"quantize_activations": True}, "quantize_activations"),
 }
 

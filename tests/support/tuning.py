@@ -93,6 +93,7 @@ def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Tr
         8192,
         by_pattern=case.by_pattern,
         run_ahead=case.run_ahead,
+        compiled=case.compiled,
         paged=False,
     )
     plan = make_plan(built.spec.units, shares, case.stage)

@@ -187,7 +187,7 @@ test-interop: setup
 	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py tests/inspect/test_as_datasets.py $(PYTEST_ARGS)
 
 bench: setup
-	@$(FAST) $(PY) benchmarks/run.py && $(PY) benchmarks/adapters.py && $(PY) benchmarks/attention.py && $(PY) benchmarks/capacity_report.py
+	@$(FAST) $(PY) benchmarks/run.py && $(PY) benchmarks/adapters.py && $(PY) benchmarks/attention.py && $(PY) benchmarks/main_thread.py && $(PY) benchmarks/capacity_report.py
 
 # The others come in an environment of their own, which no test sees.
 PEERS := torchao==0.18.0 bitsandbytes==0.50.2 torch-optimi==0.3.3 flashoptim-jax==0.1.0 jax==0.10.2 jaxlib==0.10.2

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import mlx.core as mx
@@ -63,6 +64,7 @@ WIRE_DTYPES: dict[Wire, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
 }
 SHARED_AMONG_THREADS = 1 << 20  # elements of a total from which several threads add
+ADDED_BESIDE = 1 << 14  # elements of a piece from which it is added beside the exchange
 ADDERS = 8  # threads at most: the memory's bandwidth is then used up
 
 
@@ -130,14 +132,19 @@ class Adder:
     """Adds contributions to fp32 totals block by block; its threads share one block of scratch memory.
 
     bfloat16 is the upper half of a float32, so the conversion is a shift and exact; float16 converts
-    exactly too. Large totals are cut into runs for several threads (numpy lets the others run while it adds): which
-    thread adds an element changes nothing, for the order of additions is each element's own.
+    exactly too. Large totals are cut into runs for several threads (numpy lets the others run while it adds), and
+    pieces of one may be added at once: which thread adds an element changes nothing, for the order of additions is
+    each element's own.
     """
 
     def __init__(self, threads: int | None = None) -> None:
         """`threads`: of large totals; all cores, up to `ADDERS`, if not given."""
         self._threads = threads or min(os.cpu_count() or 1, ADDERS)
         self._bits = np.empty(ADDED_AT_ONCE, np.uint32)
+        self._size = ADDED_AT_ONCE // self._threads
+        self._scratch: SimpleQueue[Array] = SimpleQueue()  # a part for each thread, and for the caller
+        for n in range(self._threads):
+            self._scratch.put(self._bits[n * self._size : (n + 1) * self._size])
         self._pool: ThreadPoolExecutor | None = None
 
     @property
@@ -151,43 +158,56 @@ class Adder:
         Overflow and NaN pass silently: whoever looks at the gradient's norm finds them.
         """
         runs = self._threads if total.size >= SHARED_AMONG_THREADS else 1
-        size = ADDED_AT_ONCE // runs
-        blocks = -(-total.size // size)
-        edges = [blocks * n // runs * size for n in range(runs + 1)]
+        blocks = -(-total.size // self._size)
+        edges = [blocks * n // runs * self._size for n in range(runs + 1)]
 
         def run(n: int) -> None:
-            starts = range(edges[n], min(edges[n + 1], total.size), size)
-            bits = self._bits[n * size : (n + 1) * size]
-            self._add_blocks(starts, total, contributions, wire, fresh, bits)
+            self._add_blocks(edges[n], min(edges[n + 1], total.size), total, contributions, wire, fresh)
 
-        if runs == 1:
-            return run(0)
-        self._pool = self._pool or ThreadPoolExecutor(self._threads - 1, "adder")
-        others = [self._pool.submit(run, n) for n in range(1, runs)]
+        others = [self._workers().submit(run, n) for n in range(1, runs)]
         run(0)
         for other in others:
             other.result()
-        return None
+
+    def begin(
+        self, total: Array, contributions: Sequence[Pieces], wire: Wire, *, fresh: bool = False
+    ) -> Future[None] | None:
+        """As `add`, beside the caller, who leaves all of it alone until the future is done; None: it is done.
+
+        That is for pieces of a total, of which several are added at once; small ones are not worth it.
+        """
+        if self._threads == 1 or total.size < ADDED_BESIDE:
+            self.add(total, contributions, wire, fresh=fresh)
+            return None
+        return self._workers().submit(self._add_blocks, 0, total.size, total, contributions, wire, fresh)
+
+    def _workers(self) -> ThreadPoolExecutor:
+        self._pool = self._pool or ThreadPoolExecutor(self._threads - 1, "adder")
+        return self._pool
 
     def _add_blocks(
         self,
-        starts: range,
+        first: int,
+        stop: int,
         total: Array,
         contributions: Sequence[Pieces],
         wire: Wire,
         fresh: bool,
-        bits: Array,
     ) -> None:
-        """The blocks of `total` from `starts`: each is zeroed and added to while it is in the cache."""
-        with np.errstate(all="ignore"):
-            for low in starts:
-                block = total[low : min(low + starts.step, starts.stop)]
-                if fresh:
-                    block.fill(0)
-                for pieces in contributions:
-                    for offset, part in overlaps(pieces, low, low + block.size):
-                        target = block[offset : offset + part.size]
-                        np.add(target, _wide(part, bits) if wire == "bfloat16" else part, out=target)
+        """[first, stop) of `total`: each block is zeroed and added to while it is in the cache."""
+        bits = self._scratch.get()
+        try:
+            with np.errstate(all="ignore"):
+                for low in range(first, stop, self._size):
+                    block = total[low : min(low + self._size, stop)]
+                    if fresh:
+                        block.fill(0)
+                    for pieces in contributions:
+                        for offset, part in overlaps(pieces, low, low + block.size):
+                            target = block[offset : offset + part.size]
+                            np.add(target, _wide(part, bits) if wire == "bfloat16" else part, out=target)
+        finally:
+            self._scratch.put(bits)
 
 
 def _wide(part: Array, bits: Array) -> Array:

@@ -50,6 +50,10 @@ def pause(idle_seconds: float) -> None:
         time.sleep(min(idle_seconds * SLEEP_FRACTION, LONGEST_SLEEP_SECONDS))
 
 
+def _nothing() -> bool:
+    return False
+
+
 @dataclass
 class Flight:
     """One posted message, or credit. land(): called when it has been moved; what was posted in its place."""
@@ -83,9 +87,15 @@ class Exchange:
         self._busy = threading.Lock()
 
     def run(
-        self, name: str, tag: int, streams: Sequence[Stream], within_seconds: float | None = None
+        self,
+        name: str,
+        tag: int,
+        streams: Sequence[Stream],
+        within_seconds: float | None = None,
+        beside: Callable[[], bool] = _nothing,
     ) -> None:
-        """Move all messages of all streams.
+        """Move all messages of all streams. `beside` is asked again and again: whether something is under way here
+        for which messages may have to wait.
 
         Raises LostRankError naming the peers waited for: when nothing has moved for the deadline or, if
         `within_seconds` is given, when not everything has moved by then.
@@ -93,26 +103,34 @@ class Exchange:
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(f"{name}: two threads use one communicator")
         try:
-            self._run(name, tag, streams, within_seconds)
+            self._run(name, tag, streams, within_seconds, beside)
         finally:
             self._busy.release()
 
-    def _run(self, name: str, tag: int, streams: Sequence[Stream], within: float | None) -> None:
+    def _run(
+        self,
+        name: str,
+        tag: int,
+        streams: Sequence[Stream],
+        within: float | None,
+        beside: Callable[[], bool],
+    ) -> None:
         receives, sends = [x for x in streams if not x.sends], [x for x in streams if x.sends]
         flights = [self._await_credit(stream, tag) for stream in sends if stream.granted < stream.count]
         start = moved = time.monotonic()
         while True:
+            working = beside()
             for stream in (*receives, *sends):
                 while stream.may_post:
                     flights.append(self._post(stream, tag))
                 if not stream.sends and stream.posted > stream.granted:
                     flights.append(self._grant(stream, tag))
-            if not flights:
+            if not flights and not working:
                 assert all(stream.finished == stream.count for stream in streams), (
                     f"{name}: a message never became ready"
                 )
                 return
-            completed = MPI.Request.Testsome([flight.request for flight in flights])
+            completed = MPI.Request.Testsome([flight.request for flight in flights]) if flights else []
             if completed:
                 posted = [flights[index].land() for index in sorted(completed)]
                 landed = set(completed)
@@ -122,7 +140,7 @@ class Exchange:
                 progress.moved()
                 continue
             now = time.monotonic()
-            patient = progress.watched() or now - moved <= self._deadline
+            patient = working or progress.watched() or now - moved <= self._deadline
             if not patient if within is None else now - start > within:
                 raise LostRankError(self._lost(name, streams, self._deadline if within is None else within))
             pause(now - moved)

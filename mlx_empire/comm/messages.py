@@ -7,7 +7,9 @@ A reduce-scatter's streams also say what is packed, where it lands and when it i
 whatever the order of arrival.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -158,7 +160,9 @@ class ReduceScatter:
 
     def __post_init__(self) -> None:
         self.buckets = self._cut(self.rank)
-        self.added = 0  # own buckets whose sum is complete
+        self.begun = 0  # own buckets that are being added, or have been
+        self.added = 0  # own buckets whose sum is complete, and that of all before them
+        self.adding: deque[Future[None] | None] = deque()  # those between
         self.arrived: dict[int, int] = {}  # own buckets received, by contributing peer
 
     def streams(self) -> list[Stream]:
@@ -169,22 +173,44 @@ class ReduceScatter:
         streams = [self._receive(peer) for peer in contributors]
         return streams + [self._send(peer) for peer in peers] if self.contributes[self.rank] else streams
 
-    def add_arrived(self) -> None:
-        """Add every bucket to which all contributions have come; all of them where no peer contributes."""
-        while self.added < len(self.buckets) and all(count > self.added for count in self.arrived.values()):
-            low, high = self.buckets[self.added]
-            start = self.edges[self.rank]
-            contributions = [
-                self._values(source, low, high) for source, flag in enumerate(self.contributes) if flag
-            ]
-            own = self.total[low - start : high - start]
-            self.adder.add(own, contributions, self.wire, fresh=self.fresh)
-            self.added += 1
+    def add_arrived(self) -> bool:
+        """Begin to add the buckets to which all contributions have come; whether any is being added.
+
+        Threads add while the exchange goes on. A bucket's memory takes the next one when its sum is complete.
+        """
+        while self.arrived and self.begun < min(len(self.buckets), *self.arrived.values()):
+            low, high = self.buckets[self.begun]
+            self.adding.append(self.adder.begin(*self._sum(low, high), self.wire, fresh=self.fresh))
+            self.begun += 1
+        while self.adding and ((first := self.adding[0]) is None or first.done()):
+            self._complete(self.adding.popleft())
+        return bool(self.adding)
+
+    def finish(self) -> None:
+        """After the exchange: wait for what is being added; all of it is added here where no peer contributes."""
+        self.add_arrived()
+        while self.adding:
+            self._complete(self.adding.popleft())
+        if not self.arrived and self.buckets:
+            own = self._sum(self.edges[self.rank], self.edges[self.rank + 1])
+            self.adder.add(*own, self.wire, fresh=self.fresh)
+
+    def _complete(self, sum_: Future[None] | None) -> None:
+        if sum_ is not None:
+            sum_.result()
+            progress.moved()
+        self.added += 1
+
+    def _sum(self, low: int, high: int) -> tuple[Array, list[Pieces]]:
+        """The total of [low, high), and the contributions to it in the order of the ranks."""
+        start = self.edges[self.rank]
+        sources = [source for source, flag in enumerate(self.contributes) if flag]
+        return self.total[low - start : high - start], [self._values(s, low, high) for s in sources]
 
     def _values(self, source: int, low: int, high: int) -> Pieces:
         if source == self.rank:
             return list(overlaps(self.contribution, low, high))
-        return [(0, self.staging.take("received", source, self.added % self.slots, high - low, self.wire))]
+        return [(0, self.staging.take("received", source, self.begun % self.slots, high - low, self.wire))]
 
     def _receive(self, peer: int) -> Stream:
         def message(k: int) -> Array:

@@ -138,8 +138,8 @@ class MpiCommunicator:
             self._slots,
             fresh,
         )
-        self._data.run("reduce-scatter", REDUCE, reduction.streams())
-        reduction.add_arrived()
+        self._data.run("reduce-scatter", REDUCE, reduction.streams(), beside=reduction.add_arrived)
+        reduction.finish()
 
     def scatter(self, source: Array | None, edges: Sequence[int], out: Array, root: int) -> None:
         low, high = edges[self.rank], edges[self.rank + 1]

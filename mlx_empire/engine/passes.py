@@ -5,10 +5,11 @@ Everything is evaluated between the calls of `mx.vjp`, outside any transformatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +18,7 @@ from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
 from mlx_empire.engine.loss import Chunk, head_gradients, head_loss, head_readings, head_scores, logit_chunks
 from mlx_empire.engine.store import ShardStore
+from mlx_empire.engine.traces import Arrays, Traces, parted
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.by_pattern import ByPattern
 from mlx_empire.model.attention.patterns import Cuts, cuts_of
@@ -24,6 +26,9 @@ from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.head_loss import head_chunks, joined_chunks
 from mlx_empire.model.kept import Calls, Kept, Noting, Reusing, calling
 from mlx_empire.model.layers import LayerArguments, LayerNoise, SlottedModel, hidden_of, separate
+
+Call = Callable[[mx.array, Calls | None], mx.array]  # a layer's, of the hidden state
+PassBody = Callable[[Call, Arrays, Arrays], tuple[list[mx.array], Any]]
 
 
 @dataclass
@@ -52,7 +57,8 @@ class Passes:
     `head_tensors` and `embed_tensors` are positions among the root's trainable tensors that the head and the embedding
     depend on (a tied matrix stands in both); `tokens`: of a chunk of the loss; `noise` is there where layers have
     dropout; `table` is the position of the matrix in which tokens are looked up, where nothing else of the root goes by
-    tokens. Layers are counted from 0. Without `kernels` every layer attends by the mask that it is given.
+    tokens. Layers are counted from 0. Without `kernels` every layer attends by the mask that it is given. Layers
+    that are recomputed are traced where one `compiles`.
     """
 
     def __init__(
@@ -65,10 +71,13 @@ class Passes:
         noise: LayerNoise | None = None,
         table: int | None = None,
         kernels: Kernels | None = None,
+        *,
+        compiles: bool = False,
     ) -> None:
         self._slotted, self._store, self._noise, self._tokens = slotted, store, noise, tokens
         self._table = table
         self._by_pattern = ByPattern(slotted.layers, kernels)
+        self.traces = Traces(slotted.layers, store, compiles=compiles)
         self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
         self._shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
         self._adder = ThreadPoolExecutor(1, "embedding")
@@ -77,6 +86,7 @@ class Passes:
     def begin(self) -> None:
         """A new step or evaluation: micro-batches of other shapes."""
         self._shapes = {}
+        self.traces.begin()
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
@@ -104,23 +114,72 @@ class Passes:
 
     def forward(self, layer: int, r: Running, *, keep_input: bool, products: Sequence[int] = ()) -> None:
         """Run a layer; its input is kept where the backward will come back to it, and of `products` the results."""
-        noting = Noting(products) if products else None
-        output = self._layer(layer, r.hidden, r, noting)
-        if noting is not None:
-            r.kept[layer] = noting.kept
-        self._store.evaluate(output, [] if noting is None else noting.kept.arrays())
+
+        def run(call: Call, _: Arrays, given: Arrays) -> tuple[list[mx.array], list[int]]:
+            noting = Noting(products)
+            output = call(given[0], noting if products else None)
+            return [output, *noting.kept.arrays()], list(noting.kept.products)
+
+        (output, *kept), numbers = self._run(layer, r, ("forward", *products), run, [r.hidden])
+        if products:
+            r.kept[layer] = Kept.of(numbers, kept)
+        with self.traces.evaluated():
+            self._store.evaluate(output, kept)
         if keep_input:
             r.inputs[layer] = r.hidden
         r.hidden = output
 
-    def _layer(self, index: int, hidden: mx.array, r: Running, calls: Calls | None = None) -> mx.array:
-        layer, given = self._slotted.layers[index], r.arguments[index]
-        if given.pattern is not None:
-            given = replace(given, pattern=given.pattern.packed(r.cuts))
-        elif r.documents is not None:
-            given = separate(layer, given, r.documents)
-        if self._noise is not None and layer.training:
+    def _run(
+        self, layer: int, r: Running, what: tuple[Hashable, ...], body: PassBody, arrays: Arrays
+    ) -> tuple[list[mx.array], Any]:
+        """What `body` gives of the layer's call for the micro-batch, of its trained tensors and of `arrays`, lazily.
+
+        `what`: all else that the body depends on.
+        """
+        own, rest, joined = parted(self._given(layer, r))
+        documents = self._documents(layer, r)
+        if seeded := self._noise is not None and self._slotted.layers[layer].training:
+            self._noise.seed(r.position, layer)
+        count, masked = len(arrays), documents is not None
+
+        def whole(weights: Arrays, arrays: Arrays) -> tuple[list[mx.array], Any]:
+            own = arrays[count + masked :]
+            documents = arrays[count] if masked else None
+
+            def call(hidden: mx.array, calls: Calls | None) -> mx.array:
+                return self._call(layer, hidden, joined(own), documents, calls)
+
+            return body(call, weights, arrays[:count])
+
+        arrays = [*arrays, *(() if documents is None else (documents,)), *own]
+        return self.traces.run(layer, (*what, masked, rest), whole, arrays, seeded=seeded)
+
+    def _given(self, index: int, r: Running) -> LayerArguments:
+        """What a layer is given for the micro-batch, where documents are kept apart by its pattern with that."""
+        given = r.arguments[index]
+        return given if given.pattern is None else replace(given, pattern=given.pattern.packed(r.cuts))
+
+    def _documents(self, index: int, r: Running) -> mx.array | None:
+        """The documents of the micro-batch, where a layer's mask has to keep them apart."""
+        return r.documents if r.arguments[index].pattern is None else None
+
+    def _layer(self, index: int, hidden: mx.array, r: Running) -> mx.array:
+        """A layer's call, with its noise."""
+        if self._noise is not None and self._slotted.layers[index].training:
             self._noise.seed(r.position, index)
+        return self._call(index, hidden, self._given(index, r), self._documents(index, r), None)
+
+    def _call(
+        self,
+        index: int,
+        hidden: mx.array,
+        given: LayerArguments,
+        documents: mx.array | None,
+        calls: Calls | None,
+    ) -> mx.array:
+        layer = self._slotted.layers[index]
+        if documents is not None:
+            given = separate(layer, given, documents)
         if calls is None:
             output = hidden_of(self._by_pattern.call(layer, hidden, given))
         else:
@@ -209,14 +268,20 @@ class Passes:
 
         What was kept of the layer is not computed again.
         """
-        kept = r.kept.pop(layer, None)
+        kept = r.kept.pop(layer, Kept())
+        numbers, some = list(kept.products), bool(kept.arrays())
 
-        def run(*arrays: mx.array) -> mx.array:
-            self._store.rebind(layer + 1, arrays[:-1])
-            return self._layer(layer, arrays[-1], r, None if kept is None else Reusing(kept))
+        def run(call: Call, weights: Arrays, given: Arrays) -> tuple[list[mx.array], None]:
+            hidden, cotangent, *arrays = given
 
-        _, gradients = mx.vjp(run, [*weights, r.inputs.pop(layer)], [r.hidden])
-        self._store.rebind(layer + 1, weights)
+            def through(*given: mx.array) -> mx.array:
+                self._store.rebind(layer + 1, given[:-1])
+                return call(given[-1], Reusing(Kept.of(numbers, arrays)) if some else None)
+
+            return mx.vjp(through, [*weights, hidden], [cotangent])[1], None
+
+        arrays = [r.inputs.pop(layer), r.hidden, *kept.arrays()]
+        gradients, _ = self._run(layer, r, ("backward", some, *numbers), run, arrays)
         if onward:
             r.hidden = gradients[-1]
         return list(gradients[:-1])

@@ -160,7 +160,8 @@ class StreamedStep(Reader):
         r, cell = self._running[action.micro], self._cell(action.unit, action.round)
         onward = self._needed(action.unit)
         cell.add(self._passes.backward(action.unit - 1, r, self._weights[action.unit], onward=onward))
-        self._store.evaluate(r.hidden, cell.arrays)
+        with self._passes.traces.evaluated():
+            self._store.evaluate(r.hidden, cell.arrays)
 
     reuse = backward
 

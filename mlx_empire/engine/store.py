@@ -16,7 +16,7 @@ anew after its chunks were updated. Stage 3 has the same calls with shorter live
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -216,6 +216,24 @@ class ShardStore:
             if segment.kind != "frozen":
                 for binding in self._bindings[index][s]:
                     binding.container[binding.key] = next(values)
+
+    def all_bound(self, index: int) -> list[mx.array]:
+        """Every tensor of a unit that is bound, frozen ones too, segment by segment, in the dtype it computes in."""
+        return [b.container[b.key] for segment in self._bindings[index] for b in segment]
+
+    def rebind_all(self, index: int, arrays: Sequence[mx.array]) -> list[mx.array]:
+        """Put `arrays`, ordered as `all_bound` returns them, into the model; returns those of trained tensors."""
+        values, trained = iter(arrays), []
+        for s, segment in enumerate(self.plan.units[index].segments):
+            for binding in self._bindings[index][s]:
+                array = binding.container[binding.key] = next(values)
+                if segment.kind != "frozen":
+                    trained.append(array)
+        return trained
+
+    def places(self, index: int) -> set[tuple[int, Any]]:
+        """Where a unit's tensors live in the model: (id of the container, key)."""
+        return {(id(b.container), b.key) for segment in self._bindings[index] for b in segment}
 
     def free(self, index: int) -> None:
         """The unit is not needed for now: placeholders in the model, and at stage 3 its buffer goes."""

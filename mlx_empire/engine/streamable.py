@@ -161,12 +161,17 @@ NOISE = 1e-3  # of the largest gradient: smaller ones, in good part rounding, ar
 
 
 def verify_scaled_down(
-    config: Mapping[str, Any], name: str, *, by_pattern: bool = False, keeps: bool = False
+    config: Mapping[str, Any],
+    name: str,
+    *,
+    by_pattern: bool = False,
+    keeps: bool = False,
+    compiles: bool = False,
 ) -> RootNames:
     """Train-step it both ways in fp32 and compare; UserError naming what differs, or that it cannot be built.
 
     `by_pattern`: streamed layers attend in blocks, though rows are short, and those of the whole model by their masks;
-    `keeps`: of streamed layers everything is kept that can be.
+    `keeps`: of streamed layers everything is kept that can be; `compiles`: they run by traces.
 
     Returns which parameters of the root its head and embedding depend on, and how: the model's own, by their names.
     """
@@ -187,7 +192,7 @@ def verify_scaled_down(
     with foreign(f"{name}: mlx-lm's model cannot be differentiated here"):
         loss, gradients = _whole(model, batch)
     with foreign(f"{name}: mlx-lm's model cannot be run layer by layer", mixed=True):
-        streamed_loss, streamed, root = _streamed(model, small, name, batch, by_pattern, keeps)
+        streamed_loss, streamed, root = _streamed(model, small, name, batch, by_pattern, keeps, compiles)
     worst, where = abs(loss - streamed_loss) / max(abs(loss), 1e-9), "the loss"
     floor = max(NOISE * max(float(np.abs(g).max()) for g in gradients.values()), 1e-6)
     for path, expected in gradients.items():
@@ -225,7 +230,13 @@ def _whole(model: nn.Module, batch: MicroBatch) -> tuple[float, dict[str, np.nda
 
 
 def _streamed(
-    model: nn.Module, config: Mapping[str, Any], name: str, batch: MicroBatch, by_pattern: bool, keeps: bool
+    model: nn.Module,
+    config: Mapping[str, Any],
+    name: str,
+    batch: MicroBatch,
+    by_pattern: bool,
+    keeps: bool,
+    compiles: bool,
 ) -> tuple[float, dict[str, np.ndarray], RootNames]:
     weights = dict(tree_flatten(model.parameters()))
     spec = describe(model, config, name, "float32")
@@ -241,7 +252,9 @@ def _streamed(
         sums = GradientStore(store, comm, thread, layout, "float32")
         kernels = replace(Kernels.here(), short=0) if by_pattern else None
         tokens = chunk_tokens(VOCABULARY)
-        passes = Passes(slotted, store, use.head, use.embed, tokens, table=use.table, kernels=kernels)
+        passes = Passes(
+            slotted, store, use.head, use.embed, tokens, table=use.table, kernels=kernels, compiles=compiles
+        )
         shape = StepShape(3, plan.trained, (1,))
         if keeps:
             stash = Stash(tuple((u, EVERY) for u in range(1, shape.layers + 1)), shape.layers)

@@ -48,7 +48,8 @@ class StepResult:
     """What all ranks know after a step; `loss` is the mean over the step's counted tokens.
 
     `skipped`: nothing was updated; `go_back`: and the last checkpoint is to be restored; `note`: what there is to say
-    about that; `statistics`: see `UpdateStatistics`; `waited_for`: `wait_seconds` of this rank by what was waited for.
+    about that; `statistics`: see `UpdateStatistics`; `waited_for`: `wait_seconds` of this rank by what was waited for;
+    `untraced`: a line for each class of layer of which it turned out in this step that it cannot be traced.
     """
 
     loss: float
@@ -59,6 +60,7 @@ class StepResult:
     note: str | None = None
     statistics: Mapping[str, float] = field(default_factory=dict)
     waited_for: Mapping[str, float] = field(default_factory=dict)
+    untraced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ class Trainer:
             self.store, self._sums, optimizer, comm, settings.clip_norm, self._statistics
         )
         self._noise = None if seed is None else LayerNoise(seed)
+        self._passes: Passes
         self.streamed: StreamedStep
+        self._told = 0  # lines of layers that cannot be traced
 
     def prepare(self, *, packing: bool, fresh: bool = True) -> None:
         """After the weights are in: probe the model (UserError if it cannot be streamed) and make the states.
@@ -116,11 +120,19 @@ class Trainer:
             raise on_all_ranks(error) from None
         tokens = chunk_tokens(vocabulary, frozen=not self.store.trainable(0))
         kernels = Kernels.here() if self.work.by_pattern else None
-        passes = Passes(
-            self._slotted, self.store, use.head, use.embed, tokens, self._noise, use.table, kernels
+        self._passes = Passes(
+            self._slotted,
+            self.store,
+            use.head,
+            use.embed,
+            tokens,
+            self._noise,
+            use.table,
+            kernels,
+            compiles=self.work.compiled,
         )
         self._shape = step_shape(self.store.plan, self.work, self._comm.rank)
-        self.streamed = StreamedStep(passes, self.store, self._sums, self._shape, self._updater)
+        self.streamed = StreamedStep(self._passes, self.store, self._sums, self._shape, self._updater)
         if fresh:
             self._updater.init_states()
 
@@ -201,7 +213,9 @@ class Trainer:
             self.renew(lambda name: scalars)
         causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
         statistics = self._measured(step)
-        return StepResult(loss, norm, waited, verdict.skip, verdict.back, verdict.note, statistics, causes)
+        return StepResult(
+            loss, norm, waited, verdict.skip, verdict.back, verdict.note, statistics, causes, self._untraced()
+        )
 
     def _released_step(
         self,
@@ -224,7 +238,21 @@ class Trainer:
         assert not verdict.skip, "the recipe refuses it: units are updated before the norm is known"
         causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
         statistics = self._measured(step)
-        return StepResult(loss, norm, waited, note=verdict.note, statistics=statistics, waited_for=causes)
+        return StepResult(
+            loss,
+            norm,
+            waited,
+            note=verdict.note,
+            statistics=statistics,
+            waited_for=causes,
+            untraced=self._untraced(),
+        )
+
+    def _untraced(self) -> tuple[str, ...]:
+        """What is new of it."""
+        lines = list(self._passes.traces.untraced.values())
+        new, self._told = tuple(lines[self._told :]), len(lines)
+        return new
 
     def _measured(self, step: int) -> Mapping[str, float]:
         return {} if self._statistics is None else self._statistics.measured(step)

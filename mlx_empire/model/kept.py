@@ -57,6 +57,12 @@ class Kept:
     products: dict[int, mx.array] = field(default_factory=dict)
     attention: list[tuple[mx.array, mx.array]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, numbers: Sequence[int], arrays: Sequence[mx.array]) -> Kept:
+        """Products of these `numbers`, and what stays of attention, from what `arrays` gave."""
+        products, pairs = arrays[: len(numbers)], arrays[len(numbers) :]
+        return cls(dict(zip(numbers, products, strict=True)), list(zip(pairs[::2], pairs[1::2], strict=True)))
+
     def arrays(self) -> list[mx.array]:
         """All of them."""
         return [*self.products.values(), *(array for pair in self.attention for array in pair)]

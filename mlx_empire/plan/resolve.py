@@ -116,6 +116,7 @@ def resolve(
             recipe.optimizer.in_backward,
             _LINEAR and not _needs_masks(recipe) and all(_has_metal(n) for n in nodes),
             by_pattern=recipe.numerics.attention != "mask",
+            compiled=recipe.numerics.compiled_layers,
             paged=not all(_is_cpu(node) for node in nodes),
         )
         plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]

@@ -9,8 +9,8 @@ directions. The rules:
 3. exchange  an exchange begins on a rank when the one before has ended there. A card sends and receives at the wire's
              rate, each rank's bytes in each direction one after the other; a rank is done when it has sent and received
              its own, so the rank with most bytes (the hub of reductions) holds up who sends to it. Relayed in a ring,
-             pieces are passed on as they come. Contributions are added on the host when they have come, before the
-             next exchange;
+             pieces are passed on as they come. Contributions are added on the host piece by piece as they come, all
+             of them before the next exchange;
 4. wait      bind, settle and adopt stop the compute lane until their exchange is done; the norm until all ranks are
              there and have swapped two small messages.
 
@@ -203,16 +203,22 @@ class _Wires:
                 self._sent += part.sent
                 ends = self._ends(part, starts)
                 adding = [self._costs[r].add(int(nbytes)) for r, nbytes in enumerate(part.added)]
+                done = [self._added(part, r, start, ends[r], adding[r]) for r, start in enumerate(starts)]
                 for r, (start, end) in enumerate(zip(starts, ends, strict=True)):
                     self._note(r, EXCHANGE, action, start, end)
-                    self._note(r, ADD, action, end, end + adding[r])
-                starts = [end + adding[r] for r, end in enumerate(ends)]
+                    self._note(r, ADD, action, done[r] - adding[r], done[r])
+                starts = done
             for rank, end in zip(ranks, starts, strict=True):
                 rank.done.append(end)
 
     def _note(self, rank: int, lane: str, action: Action, start: float, end: float) -> None:
         if end > start:
             self.events.append(Event(rank, lane, action.kind, action.unit, start, end))
+
+    def _added(self, part: Part, rank: int, start: float, end: float, adding: float) -> float:
+        """When a rank has added all: it begins with the first piece that has come, and ends with the last one."""
+        pieces = max(1, -(-int(part.sent[:, rank].max()) // self._piece))
+        return max(start + (end - start) / pieces + adding, end + adding / pieces)
 
     def _ends(self, part: Part, starts: list[float]) -> list[float]:
         """When each rank has sent and received its part."""

@@ -78,10 +78,10 @@ class Workload:
 
     `linear_attention`: causal attention without an array mask needs no scores (Metal). `optimizer_in_backward`: a unit
     is updated as soon as its gradient is complete, which is then not kept. `by_pattern`: long rows are attended by
-    segments where layers allow it. `run_ahead`: the next layer is handed to the device while one runs. `stashes`: by
-    rank, which results of recomputed layers stay; none where it is empty. `wave`: how many micro-batches of a cell at
-    most pass all layers before the others do; 0: all of a step pass together. `paged`: buffers take whole pages (Metal;
-    a CPU's are as long as what is in them).
+    segments where layers allow it. `run_ahead`: the next layer is handed to the device while one runs. `compiled`:
+    recomputed layers run by one trace for all of a kind. `stashes`: by rank, which results of recomputed layers stay;
+    none where it is empty. `wave`: how many micro-batches of a cell at most pass all layers before the others do; 0: all
+    of a step pass together. `paged`: buffers take whole pages (Metal; a CPU's are as long as what is in them).
     """
 
     micro_size: int
@@ -95,6 +95,7 @@ class Workload:
     linear_attention: bool = False
     by_pattern: bool = False
     run_ahead: bool = False
+    compiled: bool = False
     stashes: tuple[Stash, ...] = ()
     wave: int = 0
     paged: bool = True

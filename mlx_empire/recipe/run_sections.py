@@ -78,6 +78,11 @@ class NumericsSection(Section):
         description="auto (pattern, but a run that began with mask goes on so), pattern (block by block, without what "
         "causal, window and chunk masks and documents hide) or mask (MLX's own way)",
     )
+    compiled_layers: bool = Field(
+        title="Whether layers that are alike run by one trace, with what is element-wise fused, not call by call.",
+        default=False,
+        description="true (the same bits on a CPU; not proven on Metal) or false",
+    )
 
 
 class ReportSection(Section):

@@ -38,7 +38,9 @@ def share_proof(
     with together(comm):
         if comm.rank == 0:
             with said_if_slow(f"{name}: {VERIFYING}", say=say):
-                by_pattern = recipe.numerics.attention != "mask"
-                shown = asdict(verify_scaled_down(config, name, by_pattern=by_pattern, keeps=keeps))
+                by_pattern, compiles = recipe.numerics.attention != "mask", recipe.numerics.compiled_layers
+                shown = asdict(
+                    verify_scaled_down(config, name, by_pattern=by_pattern, keeps=keeps, compiles=compiles)
+                )
     names = RootNames(**comm.broadcast_json(shown))
     return replace(target, spec=replace(target.spec, root_names=names))

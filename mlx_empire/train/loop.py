@@ -108,6 +108,8 @@ def take_step(run: Run, step: int) -> float:
     line |= speed(run, job.positions(step), seconds)
     line["waited_for"] = {**taken.waited_for, "save": run.saver.held_up()}
     report.step(line, sum(moved.sent), sum(moved.received))
+    for told in taken.untraced:
+        report.message(told)
     if taken.note:
         report.message(taken.note)
         report.notify("spike", taken.note)

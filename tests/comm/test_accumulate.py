@@ -6,6 +6,7 @@ import pytest
 
 from mlx_empire.comm.buffers import (
     ADDED_AT_ONCE,
+    ADDED_BESIDE,
     SHARED_AMONG_THREADS,
     Adder,
     check_reduction,
@@ -57,6 +58,26 @@ def test_any_number_of_threads_gives_the_bits_of_one(wire: Wire, fresh: bool) ->
         total = start.copy()
         Adder(threads).add(total, pieces, wire, fresh=fresh)
         assert total.tobytes() == expected.tobytes()
+
+
+def test_pieces_that_are_added_at_once_have_the_bits_of_one_after_the_other() -> None:
+    random = np.random.default_rng(3)
+    sizes = [100, ADDED_BESIDE, 3 * ADDED_BESIDE + 7, ADDED_AT_ONCE + 5]
+    bits = [random.integers(0, 1 << 14, (3, size)).astype(np.uint16) for size in sizes]
+    for threads in (1, 4):
+        adder = Adder(threads)
+        totals = [np.full(size, np.nan, np.float32) for size in sizes]
+        begun = [
+            adder.begin(total, [[(0, one)] for one in own], "bfloat16", fresh=True)
+            for total, own in zip(totals, bits, strict=True)
+        ]
+        assert [one is None for one in begun] == [True, *[threads == 1] * 3]
+        for one in begun:
+            if one is not None:
+                one.result()
+        for total, own in zip(totals, bits, strict=True):
+            first, second, third = (own.astype(np.uint32) << 16).view(np.float32)
+            assert total.tobytes() == ((first + second) + third).tobytes()
 
 
 def test_a_fresh_total_counts_as_zeros_whatever_it_holds() -> None:

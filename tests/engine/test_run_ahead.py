@@ -30,8 +30,8 @@ LAUNCHES = [
 @cache
 def bits(ranks: int, names: tuple[str, ...]) -> dict[str, list[Any]]:
     """By setting what the waiting step gives, and the one that runs ahead."""
-    worker = "tests/engine/run_ahead_worker.py"
-    found: dict[str, list[Any]] = run_ranks(ranks, worker, [json.dumps(names)], timeout=1500)[0]
+    words = [json.dumps(word) for word in ("run_ahead", {}, names)]
+    found: dict[str, list[Any]] = run_ranks(ranks, "tests/engine/switch_worker.py", words, timeout=1500)[0]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -130,12 +131,26 @@ def test_the_hub_of_a_reduction_holds_up_everybody():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_contributions_are_added_before_the_next_exchange(ranks):
-    """Every rank adds all contributions to its own interval, its own too: together a whole unit for each."""
+def test_contributions_are_added_as_they_come_and_before_the_next_exchange(ranks):
+    """Every rank adds all contributions to its own interval, its own too: together a whole unit for each. It begins
+    when a first piece has come from the others, and alone at once."""
     quick, slow = (
         timed([1] * ranks, 2, Fixed({}, adding), micro_batches=ranks) for adding in (0.0, 1 / RATE)
     )
-    assert slow.seconds - quick.seconds == pytest.approx(ROOT / LAYER + 3, rel=1e-2)
+    wire = (ranks - 1) / ranks  # of a unit passes a card in each direction
+
+    def longer(unit: int) -> float:
+        pieces = math.ceil(unit / ranks / PIECE_BYTES)
+        return (wire / pieces + 1 - wire) * unit / LAYER
+
+    assert slow.seconds - quick.seconds == pytest.approx(longer(ROOT) + 3 * longer(LAYER), rel=1e-2)
+
+
+def test_the_last_piece_is_added_when_it_has_come():
+    """Adding takes a tenth of the wire's time."""
+    quick, slow = (timed([1, 1], 2, Fixed({}, adding), micro_batches=2) for adding in (0.0, 0.05 / RATE))
+    pieces = math.ceil(LAYER / 2 / PIECE_BYTES)
+    assert 0.05 * 3 / pieces < slow.seconds - quick.seconds < 0.05 * 4 / pieces + 0.05 * ROOT / LAYER
 
 
 @pytest.mark.parametrize("ranks", [3, 6])

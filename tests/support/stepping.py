@@ -68,6 +68,7 @@ class Case:
     steps: int = 1
     route: str = "auto"
     run_ahead: bool = False
+    compiled: bool = False
     kept: float = 0.0
     wave: int = 0
     config: dict[str, Any] = field(default_factory=dict)
@@ -136,6 +137,7 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
         by_pattern=case.by_pattern,
         run_ahead=case.run_ahead,
         wave=case.wave,
+        compiled=case.compiled,
         paged=False,
     )
     plan = make_plan(spec.units, shares, case.stage)

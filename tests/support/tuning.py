@@ -94,6 +94,7 @@ def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Tr
         by_pattern=case.by_pattern,
         run_ahead=case.run_ahead,
         wave=case.wave,
+        compiled=case.compiled,
         paged=False,
     )
     plan = make_plan(built.spec.units, shares, case.stage)

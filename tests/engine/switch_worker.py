@@ -1,4 +1,4 @@
-"""Run by mpirun: what two steps of settings give to the last bit, by whether the main thread runs ahead."""
+"""Run by mpirun: what two steps of settings give to the last bit, by whether a switch of the case is off or on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mlx_empire.comm.failure import guard
 if __name__ == "__main__":
     world = connect(bucket_bytes=8192)
     with guard(world):
-        for name in json.loads(sys.argv[1]):
-            case = case_of(SETTINGS[name], world.size)
-            report({name: [bits_of(replace(case, run_ahead=ahead), world) for ahead in (False, True)]})
+        switch, more, names = (json.loads(word) for word in sys.argv[1:])
+        for name in names:
+            case = replace(case_of(SETTINGS[name], world.size), **more)
+            report({name: [bits_of(replace(case, **{switch: on}), world) for on in (False, True)]})

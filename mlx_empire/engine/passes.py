@@ -5,7 +5,7 @@ Everything is evaluated between the calls of `mx.vjp`, outside any transformatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_empire.cluster.machine import computes_on_gpu
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
 from mlx_empire.engine.loss import Chunk, head_gradients, head_loss, head_readings, head_scores, logit_chunks
@@ -46,13 +47,25 @@ class Running:
     loss: mx.array | None = None
 
 
+def differentiated(run: Callable[[mx.array], mx.array], x: mx.array, *, in_full: bool) -> mx.array:
+    """`run(x)` by the kernels that MLX takes where it is differentiated: the first half of a vjp, and no second one.
+
+    On Metal attention has kernels of its own there; so a layer's result has the bits that it has when the backward
+    computes it again. `in_full`: compiled functions too run operation by operation, as they do in the backward. A GPU's
+    kernels for that are others; a CPU's give the same bits and take a tenth of a step longer.
+    """
+    (output,), _ = mx.vjp(lambda traced: mx.stop_gradient(run(traced if in_full else x)), [x], [])
+    return output
+
+
 class Passes:
     """The model's parts, as functions of a micro-batch and of the tensors that are bound.
 
     `head_tensors` and `embed_tensors` are positions among the root's trainable tensors that the head and the embedding
     depend on (a tied matrix stands in both); `tokens`: of a chunk of the loss; `noise` is there where layers have
     dropout; `table` is the position of the matrix in which tokens are looked up, where nothing else of the root goes by
-    tokens. Layers are counted from 0. Without `kernels` every layer attends by the mask that it is given.
+    tokens. Layers are counted from 0. Without `kernels` every layer attends by the mask that it is given. `strict`: the
+    forward of a training step runs as where it is differentiated (`differentiated`).
     """
 
     def __init__(
@@ -65,12 +78,16 @@ class Passes:
         noise: LayerNoise | None = None,
         table: int | None = None,
         kernels: Kernels | None = None,
+        *,
+        strict: bool = True,
     ) -> None:
         self._slotted, self._store, self._noise, self._tokens = slotted, store, noise, tokens
-        self._table = table
+        self._table, self._strict = table, strict
         self._by_pattern = ByPattern(slotted.layers, kernels)
         self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
         self._shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
+        self._evaluating = False
+        self.in_full = computes_on_gpu()
         self._adder = ThreadPoolExecutor(1, "embedding")
         self.beside: mx.Stream | mx.DeviceType = mx.cpu  # where the embedding's gradient is computed
 
@@ -79,12 +96,14 @@ class Passes:
         self._shapes = {}
 
     @contextmanager
-    def without_dropout(self) -> Iterator[None]:
-        """For an evaluation."""
+    def evaluating(self) -> Iterator[None]:
+        """For an evaluation: without dropout, and nothing is computed again."""
         self._slotted.train(False)
+        self._evaluating = True
         try:
             yield
         finally:
+            self._evaluating = False
             self._slotted.train(True)
 
     # ---- forward
@@ -105,7 +124,14 @@ class Passes:
     def forward(self, layer: int, r: Running, *, keep_input: bool, products: Sequence[int] = ()) -> None:
         """Run a layer; its input is kept where the backward will come back to it, and of `products` the results."""
         noting = Noting(products) if products else None
-        output = self._layer(layer, r.hidden, r, noting)
+
+        def run(hidden: mx.array) -> mx.array:
+            return self._layer(layer, hidden, r, noting)
+
+        if self._strict and not self._evaluating:
+            output = differentiated(run, r.hidden, in_full=self.in_full)
+        else:
+            output = run(r.hidden)
         if noting is not None:
             r.kept[layer] = noting.kept
         self._store.evaluate(output, [] if noting is None else noting.kept.arrays())

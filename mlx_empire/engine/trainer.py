@@ -117,7 +117,15 @@ class Trainer:
         tokens = chunk_tokens(vocabulary, frozen=not self.store.trainable(0))
         kernels = Kernels.here() if self.work.by_pattern else None
         passes = Passes(
-            self._slotted, self.store, use.head, use.embed, tokens, self._noise, use.table, kernels
+            self._slotted,
+            self.store,
+            use.head,
+            use.embed,
+            tokens,
+            self._noise,
+            use.table,
+            kernels,
+            strict=self.work.strict,
         )
         self._shape = step_shape(self.store.plan, self.work, self._comm.rank)
         self.streamed = StreamedStep(passes, self.store, self._sums, self._shape, self._updater)

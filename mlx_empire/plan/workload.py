@@ -80,7 +80,8 @@ class Workload:
     is updated as soon as its gradient is complete, which is then not kept. `by_pattern`: long rows are attended by
     segments where layers allow it. `run_ahead`: the next layer is handed to the device while one runs. `stashes`: by
     rank, which results of recomputed layers stay; none where it is empty. `paged`: buffers take whole pages (Metal; a
-    CPU's are as long as what is in them).
+    CPU's are as long as what is in them). `strict`: the forward runs as where it is differentiated, and one choice of
+    kept products holds for every micro-batch.
     """
 
     micro_size: int
@@ -96,6 +97,7 @@ class Workload:
     run_ahead: bool = False
     stashes: tuple[Stash, ...] = ()
     paged: bool = True
+    strict: bool = True
 
     def stash(self, rank: int) -> Stash:
         """Which results of recomputed layers stay on `rank`."""

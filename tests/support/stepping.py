@@ -68,6 +68,7 @@ class Case:
     steps: int = 1
     route: str = "auto"
     run_ahead: bool = False
+    strict: bool = True
     kept: float = 0.0
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -133,6 +134,7 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
         8192,
         case.release,
         by_pattern=case.by_pattern,
+        strict=case.strict,
         run_ahead=case.run_ahead,
         paged=False,
     )

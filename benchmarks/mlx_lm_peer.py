@@ -7,6 +7,7 @@ trainer says about each step, so the figures are the peer's own.
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,26 @@ from mlx_lm.utils import load_model
 
 
 class Recorder(TrainingCallback):
-    """Keeps the trainer's reports: iteration, train_loss, iterations_per_second, tokens_per_second, peak_memory."""
+    """Keeps the trainer's reports: iteration, train_loss, iterations_per_second, tokens_per_second, peak_memory; and
+    the CPU seconds of this process since the one before."""
 
     def __init__(self) -> None:
         self.reports: list[dict[str, Any]] = []
+        self._at = time.process_time()
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        self.reports.append(train_info)
+        before, self._at = self._at, time.process_time()
+        self.reports.append({**train_info, "cpu_seconds": self._at - before})
+
+
+def loss_of_rows(model: nn.Module, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+    """mlx-lm's default loss, but a row's last target is its last token and not the padding after it."""
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    steps = mx.arange(1, targets.shape[1] + 1)
+    mask = mx.logical_and(steps >= lengths[:, :1], steps < lengths[:, 1:])
+    losses = nn.losses.cross_entropy(model(inputs), targets) * mask
+    count = mask.sum()
+    return losses.astype(mx.float32).sum() / count, count
 
 
 def read_rows(file: Path) -> list[tuple[list[int], int]]:
@@ -54,6 +68,7 @@ def train_recorded(
             adapter_file=str(options.out / "adapters.safetensors"),
             grad_checkpoint=checkpointing,
         ),
+        loss=loss_of_rows,
         training_callback=recorder,
     )
     return recorder.reports

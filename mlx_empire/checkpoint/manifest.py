@@ -28,6 +28,7 @@ from mlx_empire.plan.shards import ShardPlan
 MAX_BYTES = 256 << 20
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
+ProductNumber = Annotated[int, Field(ge=-1, le=2**16)]  # -1 is attention
 Text = Annotated[str, Field(max_length=4096)]
 
 
@@ -83,10 +84,16 @@ class Shard(_Strict):
 
 
 class Resolved(_Strict):
-    """Values that affect bits and are decided once."""
+    """Values that affect bits and are decided once.
+
+    `unrecomputed` and `kept`: the plan's `Recomputation`; None and nothing where bits are not strict, or an earlier
+    version noted none. `kept`: by layer, counted from 1, the numbers of its products (`model.kept`).
+    """
 
     cells: Count
     gradient_dtype: Literal["float32", "bfloat16"]
+    unrecomputed: Count | None = None
+    kept: tuple[tuple[Count, tuple[ProductNumber, ...]], ...] = ()
 
 
 class Manifest(_Strict):

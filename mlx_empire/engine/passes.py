@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_empire.cluster.machine import computes_on_gpu
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
 from mlx_empire.engine.loss import Chunk, head_gradients, head_loss, head_readings, head_scores, logit_chunks
@@ -51,14 +52,26 @@ class Running:
     loss: mx.array | None = None
 
 
+def differentiated(run: Callable[[mx.array], mx.array], x: mx.array, *, in_full: bool) -> mx.array:
+    """`run(x)` by the kernels that MLX takes where it is differentiated: the first half of a vjp, and no second one.
+
+    On Metal attention has kernels of its own there; so a layer's result has the bits that it has when the backward
+    computes it again. `in_full`: compiled functions too run operation by operation, as they do in the backward. A GPU's
+    kernels for that are others; a CPU's give the same bits and take a tenth of a step longer.
+    """
+    (output,), _ = mx.vjp(lambda traced: mx.stop_gradient(run(traced if in_full else x)), [x], [])
+    return output
+
+
 class Passes:
     """The model's parts, as functions of a micro-batch and of the tensors that are bound.
 
     `head_tensors` and `embed_tensors` are positions among the root's trainable tensors that the head and the embedding
     depend on (a tied matrix stands in both); `tokens`: of a chunk of the loss; `noise` is there where layers have
     dropout; `table` is the position of the matrix in which tokens are looked up, where nothing else of the root goes by
-    tokens. Layers are counted from 0. Without `kernels` every layer attends by the mask that it is given. Layers
-    that are recomputed are traced where one `compiles`.
+    tokens. Layers are counted from 0. Without `kernels` every layer attends by the mask that it is given. `strict`: the
+    forward of a training step runs as where it is differentiated (`differentiated`). Layers that are recomputed are
+    traced where one `compiles`.
     """
 
     def __init__(
@@ -72,14 +85,17 @@ class Passes:
         table: int | None = None,
         kernels: Kernels | None = None,
         *,
+        strict: bool = True,
         compiles: bool = False,
     ) -> None:
         self._slotted, self._store, self._noise, self._tokens = slotted, store, noise, tokens
-        self._table = table
+        self._table, self._strict = table, strict
         self._by_pattern = ByPattern(slotted.layers, kernels)
         self.traces = Traces(slotted.layers, store, compiles=compiles)
         self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
         self._shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
+        self._evaluating = False
+        self.in_full = computes_on_gpu()
         self._adder = ThreadPoolExecutor(1, "embedding")
         self.beside: mx.Stream | mx.DeviceType = mx.cpu  # where the embedding's gradient is computed
 
@@ -89,12 +105,14 @@ class Passes:
         self.traces.begin()
 
     @contextmanager
-    def without_dropout(self) -> Iterator[None]:
-        """For an evaluation."""
+    def evaluating(self) -> Iterator[None]:
+        """For an evaluation: without dropout, and nothing is computed again."""
         self._slotted.train(False)
+        self._evaluating = True
         try:
             yield
         finally:
+            self._evaluating = False
             self._slotted.train(True)
 
     # ---- forward
@@ -114,13 +132,18 @@ class Passes:
 
     def forward(self, layer: int, r: Running, *, keep_input: bool, products: Sequence[int] = ()) -> None:
         """Run a layer; its input is kept where the backward will come back to it, and of `products` the results."""
+        strict = self._strict and not self._evaluating
 
         def run(call: Call, _: Arrays, given: Arrays) -> tuple[list[mx.array], list[int]]:
             noting = Noting(products)
-            output = call(given[0], noting if products else None)
+
+            def through(hidden: mx.array) -> mx.array:
+                return call(hidden, noting if products else None)
+
+            output = differentiated(through, given[0], in_full=self.in_full) if strict else through(given[0])
             return [output, *noting.kept.arrays()], list(noting.kept.products)
 
-        (output, *kept), numbers = self._run(layer, r, ("forward", *products), run, [r.hidden])
+        (output, *kept), numbers = self._run(layer, r, ("forward", strict, *products), run, [r.hidden])
         if products:
             r.kept[layer] = Kept.of(numbers, kept)
         with self.traces.evaluated():

@@ -99,7 +99,7 @@ class StreamedStep(Reader):
     def _evaluate(self, batches: Sequence[MicroBatch], total_tokens: int, measure: Measure) -> list[mx.array]:
         self._begin(batches, total_tokens)
         self._measure, self._measured = measure, []
-        with self._passes.without_dropout():
+        with self._passes.evaluating():
             self.play(evaluation(replace(self._shape, cells=(len(batches),))))
         self._measure = None
         return self._measured

@@ -129,6 +129,7 @@ class Trainer:
             self._noise,
             use.table,
             kernels,
+            strict=self.work.strict,
             compiles=self.work.compiled,
         )
         self._shape = step_shape(self.store.plan, self.work, self._comm.rank)

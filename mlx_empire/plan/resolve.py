@@ -2,7 +2,8 @@
 
 `auto` values are resolved here and nowhere else, so a report before the run and the run itself agree. Memory may
 choose only what does not affect bits (stage, shares, the tail's k, kept products); the gradient's dtype does, so it is
-chosen once and kept. The order of preference: gradients in fp32 before bf16, then the stage with the least traffic that
+chosen once and kept. Where bits are strict a run that goes on takes the tail and the kept products that it noted, while
+they fit. The order of preference: gradients in fp32 before bf16, then the stage with the least traffic that
 fits, then the longest tail that fits and products in what it leaves, or products alone, whichever leaves the fewest
 operations to the slowest rank. Any plan that leaves headroom comes before any that is tight.
 """
@@ -20,14 +21,14 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.spec import ModelSpec
-from mlx_empire.plan.fill import fill, most_operations
+from mlx_empire.plan.fill import Recomputation, fill, most_operations
 from mlx_empire.plan.hardware import CPU, chip_of
 from mlx_empire.plan.memory import Ledger, ledger, stored
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan, make_plan
 from mlx_empire.plan.step_traffic import step_traffic
 from mlx_empire.plan.traffic import card_bytes
-from mlx_empire.plan.workload import Workload, cell_layout
+from mlx_empire.plan.workload import CellLayout, Workload, cell_layout
 from mlx_empire.recipe.schema import Recipe
 
 
@@ -90,8 +91,12 @@ def resolve(
     spec: ModelSpec,
     nodes: Sequence[Node],
     state_bytes: StateBytes,
+    noted: Recomputation | None = None,
 ) -> RunPlan:
-    """The plan for `recipe` on `nodes`, one per rank; where nothing fits, that whose fullest rank is least too full."""
+    """The plan for `recipe` on `nodes`, one per rank; where nothing fits, that whose fullest rank is least too full.
+
+    `noted`: what is taken in place of `auto` where bits are strict and it fits, headroom or not.
+    """
     batch, memory = recipe.batch, recipe.memory
     layout = cell_layout(batch.global_size, batch.micro_size, batch.cells, len(nodes))
     layers = len(spec.units) - 1
@@ -100,45 +105,44 @@ def resolve(
     if spec.dtype == "float32" and memory.gradient_dtype == "auto":
         dtypes = ("float32",)
     stages = _stages(memory.zero_stage, nodes)
+    keeps = keeps_products(recipe, nodes)
+    goes_on = noted if memory.gradient_checkpointing == "auto" and recipe.numerics.bits == "strict" else None
     hopeless = never_fits(spec, nodes, state_bytes)
     seeks_tail = memory.gradient_checkpointing == "auto" and not hopeless
     tried: list[RunPlan] = []
     tight: list[RunPlan] = []
     for dtype in dtypes:
-        work = Workload(
-            batch.micro_size,
-            recipe.data.sequence_length,
-            layout,
-            unrecomputed,
-            dtype,
-            recipe.comm.route,
-            recipe.comm.bucket_bytes,
-            recipe.optimizer.in_backward,
-            _LINEAR and not _needs_masks(recipe) and all(_has_metal(n) for n in nodes),
-            by_pattern=recipe.numerics.attention != "mask",
-            compiled=recipe.numerics.compiled_layers,
-            paged=not all(_is_cpu(node) for node in nodes),
-        )
-        plans = [_shared(recipe, spec, nodes, stage, state_bytes, work) for stage in stages]
+        work = _workload(recipe, nodes, layout, unrecomputed, dtype)
+        at_stage = partial(_shared, recipe, spec, nodes, state_bytes)
+        if goes_on is not None:
+            as_noted = goes_on.put_into(work, layers, keeps=keeps)
+            same = _roomiest([at_stage(stage, as_noted) for stage in stages])
+            if same is not None:
+                return (
+                    _running_ahead(same, partial(at_stage, same.shards.zero_stage))
+                    if memory.run_ahead
+                    else same
+                )
+        plans = [at_stage(stage, work) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):
-            with_work = partial(_shared, recipe, spec, nodes, plan.shards.zero_stage, state_bytes)
+            with_work = partial(at_stage, plan.shards.zero_stage)
             without_tail = plan
             if seeks_tail:
                 plan = _longest_tail(plan, with_work)
             if plan.comfortable:
-                keeps = keeps_products(recipe, nodes) and plan.work.unrecomputed < layers
+                fills = keeps and plan.work.unrecomputed < layers
                 found = [plan]
-                if keeps and plan.work.unrecomputed and without_tail.comfortable:
+                if fills and plan.work.unrecomputed and without_tail.comfortable:
                     found.append(without_tail)
                 if memory.run_ahead:
                     found = [_running_ahead(one, with_work) for one in found]
                 return _fewest_operations(
-                    spec, [_filled(one, spec, state_bytes) for one in found] if keeps else found
+                    spec, [_filled(one, spec, state_bytes) for one in found] if fills else found
                 )
             if plan.fits:
                 tight.append(plan)
         for plan in () if hopeless else filter(_may_pass_in_waves, plans):
-            plan = _in_waves(plan, partial(_shared, recipe, spec, nodes, plan.shards.zero_stage, state_bytes))
+            plan = _in_waves(plan, partial(at_stage, plan.shards.zero_stage))
             if plan.comfortable:
                 return plan
             tried.append(plan)
@@ -146,6 +150,26 @@ def resolve(
                 tight.append(plan)
         tried += plans
     return tight[0] if tight else min(tried, key=_overload)
+
+
+def _workload(
+    recipe: Recipe, nodes: Sequence[Node], layout: CellLayout, unrecomputed: int, gradient_dtype: str
+) -> Workload:
+    return Workload(
+        recipe.batch.micro_size,
+        recipe.data.sequence_length,
+        layout,
+        unrecomputed,
+        gradient_dtype,
+        recipe.comm.route,
+        recipe.comm.bucket_bytes,
+        recipe.optimizer.in_backward,
+        _LINEAR and not _needs_masks(recipe) and all(_has_metal(n) for n in nodes),
+        by_pattern=recipe.numerics.attention != "mask",
+        compiled=recipe.numerics.compiled_layers,
+        paged=not all(_is_cpu(node) for node in nodes),
+        strict=recipe.numerics.bits == "strict",
+    )
 
 
 def never_fits(spec: ModelSpec, nodes: Sequence[Node], state_bytes: StateBytes) -> bool:
@@ -275,8 +299,8 @@ def _shared(
     recipe: Recipe,
     spec: ModelSpec,
     nodes: Sequence[Node],
-    stage: int,
     state_bytes: StateBytes,
+    stage: int,
     work: Workload,
 ) -> RunPlan:
     """The plan at one stage, with shares as the recipe asks: what a node needs beside its shard is subtracted. Where
@@ -362,6 +386,14 @@ def _sharded(one: Ledger, phase: str, stage: int) -> int:
         or (name.startswith("optimizer ") and name != "optimizer chunk")
         or (name in ("weights", "adapters") and stage == 3)
     )
+
+
+def _roomiest(plans: Sequence[RunPlan]) -> RunPlan | None:
+    """Of those that fit the one with the least traffic, and one that leaves headroom before all that are tight."""
+    fitting = sorted(
+        (plan for plan in plans if plan.fits), key=lambda plan: (not plan.comfortable, _busiest_card(plan))
+    )
+    return fitting[0] if fitting else None
 
 
 def _busiest_card(plan: RunPlan) -> int:

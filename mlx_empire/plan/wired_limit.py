@@ -13,6 +13,7 @@ from dataclasses import replace
 from mlx_empire.cluster.hostfile import Node, default_limit, macos_limit
 from mlx_empire.errors import UserError
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.fill import Recomputation
 from mlx_empire.plan.hardware import chip_of
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.refusal import require_fit
@@ -86,9 +87,16 @@ def wired_bytes(asked: str | int, peak: int, node: Node) -> tuple[int, str]:
     return most, f"auto: the plan needs {peak / limit:.0%} of the limit"
 
 
-def fitting_plan(recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], state_bytes: StateBytes) -> RunPlan:
-    """The plan of a run. DoesNotFitError where nothing fits, with the commands on Macs that would make it fit."""
-    plan = resolve(recipe, spec, nodes, state_bytes)
+def fitting_plan(
+    recipe: Recipe,
+    spec: ModelSpec,
+    nodes: Sequence[Node],
+    state_bytes: StateBytes,
+    noted: Recomputation | None = None,
+) -> RunPlan:
+    """The plan of a run, as `resolve`. DoesNotFitError where nothing fits, with the commands on Macs that would make it
+    fit."""
+    plan = resolve(recipe, spec, nodes, state_bytes, noted)
     if plan.fits:
         return plan
     raises: tuple[Callable[[Node], Node], ...] = (_by_default, most_raised)

@@ -80,8 +80,10 @@ class Workload:
     is updated as soon as its gradient is complete, which is then not kept. `by_pattern`: long rows are attended by
     segments where layers allow it. `run_ahead`: the next layer is handed to the device while one runs. `compiled`:
     recomputed layers run by one trace for all of a kind. `stashes`: by rank, which results of recomputed layers stay;
-    none where it is empty. `wave`: how many micro-batches of a cell at most pass all layers before the others do; 0: all
-    of a step pass together. `paged`: buffers take whole pages (Metal; a CPU's are as long as what is in them).
+    none where it is empty. `wave`: how many micro-batches of a cell at most pass all layers before the others do; 0:
+    all of a step pass together. `paged`: buffers take whole pages (Metal; a CPU's are as long as what is in them).
+    `strict`: the forward runs as where it is differentiated, and one choice of kept products holds for every
+    micro-batch.
     """
 
     micro_size: int
@@ -99,6 +101,7 @@ class Workload:
     stashes: tuple[Stash, ...] = ()
     wave: int = 0
     paged: bool = True
+    strict: bool = True
 
     def stash(self, rank: int) -> Stash:
         """Which results of recomputed layers stay on `rank`."""

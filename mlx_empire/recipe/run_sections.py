@@ -1,7 +1,7 @@
 """The sections of a recipe on how a run is carried out: exchanges, watches, reports, checkpoints.
 
-Fields as in `sections`. No key here but run.steps, run.seed, numerics.attention and what numerics.spikes leaves out
-changes a result.
+Fields as in `sections`. No key here but run.steps, run.seed, numerics.attention, what numerics.spikes leaves out and,
+on a GPU, numerics.bits changes a result.
 """
 
 from typing import Annotated, Literal
@@ -82,6 +82,13 @@ class NumericsSection(Section):
         title="Whether layers that are alike run by one trace, with what is element-wise fused, not call by call.",
         default=False,
         description="true (the same bits on a CPU; not proven on Metal) or false",
+    )
+    bits: Literal["strict", "fast"] = Field(
+        title="Whether a layer's forward takes the kernels that its recomputation takes.",
+        default="strict",
+        description="strict (it does, and a run that goes on elsewhere recomputes and keeps what its checkpoint notes, "
+        "for on a GPU the last bits may hang on both) or fast (it takes those of inference, and what is recomputed and "
+        "kept follows memory alone; on a CPU the bits are the same)",
     )
 
 

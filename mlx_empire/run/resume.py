@@ -21,12 +21,14 @@ from mlx_empire.data.splits import Splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import EmpireError, StoppedError, UnsavedError, UserError, on_all_ranks
 from mlx_empire.model.target import Target
+from mlx_empire.plan.fill import Recomputation
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.changes import parse_stored, require_acceptable, value, variant
 from mlx_empire.recipe.load import dump_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
 
+RECOMPUTATION = "memory.gradient_checkpointing", "memory.keep_products"
 DATA, MODEL = "data.path", "model.path"  # may be spelled in another way where the same is found there
 
 
@@ -103,6 +105,27 @@ class Start:
         return self.found.step if self.found is not None else 0
 
     @property
+    def noted(self) -> Recomputation | None:
+        """What an earlier start noted of recomputation; None where it noted nothing, or other is asked for now."""
+        resolved = self.found.manifest.resolved if self.found is not None else None
+        if self.found is None or resolved is None or resolved.unrecomputed is None:
+            return None
+        before = _stored(self.found)
+        if any(value(before, key) != value(self.recipe, key) for key in RECOMPUTATION):
+            return None
+        return Recomputation(resolved.unrecomputed, resolved.kept)
+
+    def recomputes_otherwise(self, plan: RunPlan) -> list[str]:
+        """A line where `plan` could not take what was noted, though bits are strict."""
+        now, before = Recomputation.of(plan.work), self.noted
+        if now is None or before is None or now == before:
+            return []
+        return [
+            f"numerics.bits: strict: {_in_words(before)} of the checkpoint cannot stay so here: now it is "
+            f"{_in_words(now)}; on a GPU last bits may differ from here on"
+        ]
+
+    @property
     def resumed(self) -> int | None:
         """The step after which the run goes on; None for a run that begins."""
         return self.found.step if self.found is not None else None
@@ -115,6 +138,11 @@ class Start:
             lost = "an unfinished run lay here; it kept no checkpoint, so training starts at step 1"
             return [*self.notes, lost]
         return list(self.notes)
+
+
+def _in_words(chosen: Recomputation) -> str:
+    kept = sum(len(products) for _, products in chosen.kept)
+    return f"{chosen.unrecomputed} un-recomputed layers and {kept} kept products"
 
 
 def where_to_begin(comm: Communicator, recipe: Recipe, target: Target, splits: Splits, steps: int) -> Start:
@@ -274,7 +302,13 @@ def _filled(path: str, rank: int, host: str) -> Path:
 def open_saver(comm: Communicator, plan: RunPlan, store: ShardStore, start: Start) -> Saver:
     """What saves this run's checkpoints. Collective."""
     recipe, work = start.recipe, plan.work
-    resolved = Resolved(cells=work.layout.cells, gradient_dtype=work.gradient_dtype)  # type: ignore[arg-type]
+    chosen = Recomputation.of(work)
+    resolved = Resolved(
+        cells=work.layout.cells,
+        gradient_dtype=work.gradient_dtype,  # type: ignore[arg-type]
+        unrecomputed=None if chosen is None else chosen.unrecomputed,
+        kept=() if chosen is None else chosen.kept,
+    )
     identity = Identity(start.origin, recipe.batch.global_size, recipe.run.seed, resolved, plan.shards)
     policy = Policy(recipe.run.keep_last, recipe.run.buddy)
     units = range(len(plan.shards.units))

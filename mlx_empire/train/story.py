@@ -116,7 +116,8 @@ def carry_out(
         refuse_unmeasured(recipe, splits.valid is not None)
         if mx.metal.is_available() and computes_on_gpu():
             refuse_too_short(recipe.data.sequence_length)
-        plan = fitting_plan(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer))
+        plan = fitting_plan(recipe, target.spec, nodes, state_bytes_of(recipe.optimizer), start.noted)
+    guards.notes += start.recomputes_otherwise(plan)
     odd = kernels_differ(nodes)
     if odd:
         guards.notes.append(f"GPUs or systems differ, so bits may hang on which rank computes what ({odd})")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import pytest
 from support.faults import STEPS, Command, Lab, Outcome, Result, succeeded
 
+from mlx_empire.checkpoint.manifest import Resolved, decode_manifest
+
 
 @dataclass(frozen=True)
 class Move:
@@ -68,6 +70,16 @@ def test_a_moved_run_comes_to_the_same(
     outcome = succeeded(always[move])
     assert outcome.resumed == move.step
     assert lab.result(move.name) == base.after(move.step)
+    # What was noted of recomputation is taken and noted again, on any number of ranks.
+    assert resolved(lab, move.name, STEPS) == resolved(lab, "base", move.step)
+
+
+def resolved(lab: Lab, name: str, step: int) -> Resolved:
+    """What the run's checkpoint of a step says was decided once."""
+    manifest = lab.checkpoints(name, 0) / f"step-{step:06d}" / "MANIFEST.json"
+    found = decode_manifest(manifest.read_bytes()).resolved
+    assert found.unrecomputed is not None
+    return found
 
 
 @pytest.fixture(scope="module")

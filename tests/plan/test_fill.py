@@ -12,10 +12,10 @@ from mlx_empire.model.build import build_model, describe
 from mlx_empire.model.kept import ATTENTION
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.actions import Stash
-from mlx_empire.plan.fill import bought, most_operations
+from mlx_empire.plan.fill import Recomputation, bought, most_operations
 from mlx_empire.plan.kept import kept_bytes, order_of, saved_operations
 from mlx_empire.plan.memory import ledger
-from mlx_empire.plan.resolve import TIGHT_HEADROOM
+from mlx_empire.plan.resolve import TIGHT_HEADROOM, resolve
 from mlx_empire.plan.step_bytes import KEPT
 from mlx_empire.plan.step_time import COMPUTE, Link, step_timeline
 from mlx_empire.plan.work import executed_flops, flops_per_token, step_flops
@@ -45,7 +45,7 @@ def plain(*words: str, ranks: int):
 
 
 def test_each_rank_keeps_what_fits_and_one_more_would_not():
-    plan = planned(limits=(1.2, 1.25))
+    plan = planned("numerics.bits=fast", limits=(1.2, 1.25))
     work, states = plan.work, state_bytes_of(recipe_of(*AUTO).optimizer)
     assert plan.comfortable
     assert work.unrecomputed < 6
@@ -54,6 +54,52 @@ def test_each_rank_keeps_what_fits_and_one_more_would_not():
         more = replace(work, stashes=tuple(replace(s, visits=s.visits + 1) for s in work.stashes))
         assert ledger(SPEC, plan.shards, more, rank, states).peak > (1 - TIGHT_HEADROOM) * limit
     assert work.stashes[0].visits != work.stashes[1].visits
+
+
+def test_with_strict_bits_all_micro_batches_keep_the_same_as_far_as_the_fullest_rank_has_room():
+    plan = planned(limits=(1.2, 1.25))
+    work, states = plan.work, state_bytes_of(recipe_of(*AUTO).optimizer)
+    assert plan.comfortable
+    (order,) = {stash.order for stash in work.stashes}
+    assert [stash.visits for stash in work.stashes] == [len(order) * work.micro_batches(r) for r in (0, 1)]
+    single = [(u, number) for u, numbers in order_of(SPEC, work, plan.shards.trained) for number in numbers]
+    kept = {(u, number) for u, numbers in order for number in numbers}
+    assert kept == set(single[: len(kept)])
+    more = (*order, (single[len(kept)][0], (single[len(kept)][1],)))
+    stashes = tuple(Stash(more, len(more) * work.micro_batches(r)) for r in (0, 1))
+    peaks = [ledger(SPEC, plan.shards, replace(work, stashes=stashes), r, states).peak for r in (0, 1)]
+    assert any(peak > (1 - TIGHT_HEADROOM) * limit for peak, limit in zip(peaks, plan.limits, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_other_ranks_take_what_was_noted_while_it_fits(ranks):
+    before = planned(limits=(1.2, 1.25))
+    noted = Recomputation.of(before.work)
+    assert noted is not None
+    assert (noted.unrecomputed, noted.kept) == (before.work.unrecomputed, before.work.stashes[0].order)
+    recipe = recipe_of(*AUTO, "batch.cells=2")
+    roomy = [node_of(f"n{r}", 2**40) for r in range(ranks)]
+    states = state_bytes_of(recipe.optimizer)
+    free, bound = (resolve(recipe, SPEC, roomy, states, n).work for n in (None, noted))
+    assert Recomputation.of(free) != noted
+    assert Recomputation.of(bound) == noted
+    busy = [r for r in range(ranks) if bound.micro_batches(r)]
+    assert all(bound.stashes[r].visits == len(noted.kept) * bound.micro_batches(r) for r in busy)
+    fast = recipe_of(*AUTO, "batch.cells=2", "numerics.bits=fast")
+    assert resolve(fast, SPEC, roomy, states, noted).work.unrecomputed == free.unrecomputed
+    every_layer = recipe_of(*WORDS, "memory.gradient_checkpointing=true")
+    assert resolve(every_layer, SPEC, roomy, states, noted).work.unrecomputed == 0
+
+
+def test_what_was_noted_and_does_not_fit_is_chosen_anew():
+    noted = Recomputation.of(planned(limits=(2.0, 2.0)).work)
+    recipe = recipe_of(*AUTO, "batch.cells=2", "memory.zero_stage=3")
+    (least,) = plain("memory.zero_stage=3", "batch.cells=2", ranks=1)
+    plan = resolve(
+        recipe, SPEC, [node_of("n0", int(1.1 * least.peak))], state_bytes_of(recipe.optimizer), noted
+    )
+    assert plan.fits
+    assert Recomputation.of(plan.work) != noted
 
 
 def test_what_is_kept_is_the_faster_of_the_ways_to_use_the_memory():
@@ -111,7 +157,7 @@ def test_what_is_computed_sooner_than_python_finds_it_is_not_kept():
 
 
 def test_the_report_and_the_clock_count_what_is_not_computed_again():
-    plan = planned()
+    plan = planned(limits=(1.2,))
     work, bare = plan.work, replace(plan.work, stashes=())
     saved = step_flops(SPEC, plan.shards, bare, 0) - step_flops(SPEC, plan.shards, work, 0)
     micros, stash = work.micro_batches(0), work.stashes[0]

@@ -11,14 +11,20 @@ from types import SimpleNamespace
 import pytest
 from support.king import COMM, TEXT, recipe
 from support.manifests import manifest_of
+from support.planning import assess, llama_like, nodes_of, recipe_of
 
 from mlx_empire.checkpoint.find import FoundCheckpoint
 from mlx_empire.checkpoint.manifest import (
     Origin,
+    Resolved,
     config_digest,
+    decode_manifest,
     sampled_digest,
 )
 from mlx_empire.errors import UserError
+from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.plan.fill import Recomputation
+from mlx_empire.plan.resolve import RunPlan, resolve
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.run import resume
 from mlx_empire.run.resume import (
@@ -136,6 +142,54 @@ def test_how_short_rows_attend_does_not_matter() -> None:
     assert require_same(origin("numerics.attention=mask"), origin(), "c")
     with pytest.raises(UserError, match=r"numerics\.attention: mask -> pattern"):
         require_same(origin("numerics.attention=mask", LONG), origin(LONG), "c")
+
+
+def planned(limit: float, *overrides: str, noted: Recomputation | None = None, ranks: int = 1) -> RunPlan:
+    """The plan of a run of two layers on machines with `limit` times what one needs that recomputes all."""
+    words = ("data.sequence_length=512", "batch.micro_size=1", "batch.cells=1", "memory.zero_stage=3")
+    everything = recipe_of(*words, "memory.gradient_checkpointing=true")
+    (least,) = assess(everything, llama_like(), nodes_of([1 << 40])).plan.ledgers
+    asked = recipe_of(*words, "memory.gradient_checkpointing=auto", *overrides)
+    states = state_bytes_of(asked.optimizer)
+    return resolve(asked, llama_like(), nodes_of([int(limit * least.peak)] * ranks), states, noted)
+
+
+def stored_one(plan: RunPlan, text: str = TEXT) -> FoundCheckpoint:
+    """The checkpoint of a run with that plan, as it is read again."""
+    chosen = Recomputation.of(plan.work)
+    assert chosen is not None
+    resolved = Resolved(cells=2, gradient_dtype="float32", unrecomputed=chosen.unrecomputed, kept=chosen.kept)
+    again = decode_manifest(manifest_of(text, resolved=resolved).encode())
+    return FoundCheckpoint(Path("c/step-000007"), again, (), ())
+
+
+def test_a_run_goes_on_with_what_it_recomputed_and_kept_on_other_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small, roomy = planned(1.15), planned(100.0)
+    assert Recomputation.of(small.work) != Recomputation.of(roomy.work)
+    start = begin(monkeypatch, stored_one(small))
+    assert start.noted == Recomputation.of(small.work)
+    for ranks in (1, 2):
+        taken = planned(100.0, noted=start.noted, ranks=ranks)
+        assert Recomputation.of(taken.work) == start.noted
+        assert start.recomputes_otherwise(taken) == []
+    (told,) = start.recomputes_otherwise(roomy)
+    assert told.startswith("numerics.bits: strict: ")
+    assert "on a GPU last bits may differ" in told
+
+
+def test_what_was_noted_binds_nobody_who_asks_for_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = stored_one(planned(1.15))
+    assert begin(monkeypatch, found, "memory.keep_products=false").noted is None
+    assert begin(monkeypatch, found, "memory.gradient_checkpointing=true").noted is None
+    fast = begin(monkeypatch, found, "numerics.bits=fast")
+    assert fast.notes[-1] == "changed since the checkpoint: numerics.bits: strict -> fast"
+    free = planned(100.0, "numerics.bits=fast", noted=fast.noted)
+    assert free.work.unrecomputed == planned(100.0).work.unrecomputed
+    assert fast.recomputes_otherwise(free) == []
+    assert begin(monkeypatch, found_one()).noted is None  # an earlier version noted nothing
+    assert begin(monkeypatch, None).noted is None
 
 
 @pytest.mark.parametrize(

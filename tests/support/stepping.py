@@ -68,6 +68,7 @@ class Case:
     steps: int = 1
     route: str = "auto"
     run_ahead: bool = False
+    strict: bool = True
     compiled: bool = False
     kept: float = 0.0
     wave: int = 0
@@ -135,6 +136,7 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
         8192,
         case.release,
         by_pattern=case.by_pattern,
+        strict=case.strict,
         run_ahead=case.run_ahead,
         wave=case.wave,
         compiled=case.compiled,

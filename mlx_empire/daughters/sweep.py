@@ -86,6 +86,10 @@ def sweep_command(options: argparse.Namespace) -> int:
         settings = settings_of(recipe, swept)
         for one in settings:
             machine.refuse_unbuilt(one.recipe)
+        if recipe.evaluation.fallback is not None:
+            raise UserError(
+                f"evaluation.fallback: {recipe.evaluation.fallback}: a sweep takes its best setting; leave it out"
+            )
         with RunLock(recipe.run.dir) as lock:
             if lock.note:
                 print(lock.note)

@@ -78,7 +78,8 @@ SET = (
     + ", ".join(TASKS)
 )
 GATE = (
-    "a gate such as {metric: facts.exact_match, at_least: 0.95, for: 2} (at_least or at_most), or null (none)"
+    "a gate such as {metric: facts.exact_match, at_least: 0.95, for: 2} (at_least or at_most; and: a list of further "
+    "ones that must hold too), or null (none)"
 )
 
 
@@ -145,7 +146,7 @@ class EvaluationSet(Section):
 
 
 class Gate(Section):
-    """When a run has learnt enough: a score beyond a bound at so many evaluations in a row."""
+    """When a run has learnt enough: a score beyond a bound at so many evaluations in a row, and those of `also`."""
 
     model_config = ConfigDict(**Section.model_config, populate_by_name=False)
 
@@ -153,15 +154,25 @@ class Gate(Section):
     at_least: float | None = None
     at_most: float | None = None
     times: Count = Field(default=1, alias="for")
+    also: Annotated[tuple["Gate", ...], BeforeValidator(as_tuple), Field(max_length=16)] = Field(
+        default=(), alias="and"
+    )
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError("one of at_least and at_most")
+        if any(one.also for one in self.also):
+            raise ValueError("gates of one list stand side by side")
         return self
 
+    @property
+    def parts(self) -> tuple["Gate", ...]:
+        """The gate itself and all that must hold with it."""
+        return (self, *self.also)
+
     def passes(self, value: float) -> bool:
-        """Whether a score is beyond the bound."""
+        """Whether the score of `metric` is beyond the bound."""
         if self.at_least is not None:
             return value >= self.at_least
         return self.at_most is not None and value <= self.at_most
@@ -175,6 +186,11 @@ class EvaluationSection(Section):
     )
     stop_when: Gate | None = Field(
         title="Which score ends the run early, and freezes its result.", default=None, description=GATE
+    )
+    fallback: RecipePath | None = Field(
+        title="Which recipe is trained next where a run ends without its gate.",
+        default=None,
+        description="the path of a recipe with another run.dir, or null (none)",
     )
 
     @property
@@ -211,11 +227,14 @@ class EvaluationSection(Section):
         idle = "stop_when" if self.stop_when else "sets" if self.sets else None
         if idle and not evaluates:
             return idle, f"{idle} has no meaning where nothing is evaluated; set run.eval_every, such as 10%"
+        if self.fallback is not None and self.stop_when is None:
+            return "fallback", "fallback has no meaning without a gate to miss; set evaluation.stop_when"
         titles = [one.title for one in self.sets]
         twice = next((title for title in titles if titles.count(title) > 1), None)
         if twice:
             return "sets", f"two sets are called {twice}; give one another name"
         known = (*self.scores, HELD_OUT_LOSS)
-        if self.stop_when and self.stop_when.metric not in known:
-            return "stop_when", f"{self.stop_when.metric} is not measured; there are {', '.join(known)}"
+        for gate in self.stop_when.parts if self.stop_when else ():
+            if gate.metric not in known:
+                return "stop_when", f"{gate.metric} is not measured; there are {', '.join(known)}"
         return None

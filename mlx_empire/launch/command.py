@@ -39,7 +39,6 @@ from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.packaged import host_file, recipe_file
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.caffeinate import keep_awake
-from mlx_empire.run.fallback import fallback_due, refuse_fallback, told
 from mlx_empire.run.launched import run_folder
 from mlx_empire.run.mpirun import Launch, clean_environment, mpirun_line, printed
 from mlx_empire.run.network import chosen_interface
@@ -110,6 +109,9 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
     """A whole run and, where it missed its gate, those by its fallback; or the print of how it would be started."""
     if options.restarts < 0:
         raise UserError(f"--restarts {options.restarts}: expected 0 or more")
+    # Only now: usage errors need no MLX.
+    from mlx_empire.run.fallback import fallback_due, fallback_taken, refuse_fallback
+
     code = 0
     while code == 0:
         recipe = load_recipe(options.recipe, options.overrides)
@@ -118,7 +120,7 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
             code = start_one(options, recipe, words)
             if code or options.dry_run or options.detach or (other := fallback_due(recipe)) is None:
                 return code
-        say(told(recipe, other))
+        say(fallback_taken(recipe, other))
         options.recipe, options.overrides = other, []
     return code
 

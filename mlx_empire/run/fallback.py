@@ -43,6 +43,6 @@ def _chain(recipe: Recipe) -> Iterator[tuple[Path, Recipe]]:
         yield path, recipe
 
 
-def told(recipe: Recipe, other: Path) -> str:
+def fallback_taken(recipe: Recipe, other: Path) -> str:
     """What a person is told when the fallback is taken."""
     return f"{recipe.run.dir}: its gate was not reached, so evaluation.fallback is taken: {other}"

@@ -45,8 +45,7 @@ from mlx_empire.run.agree import (
 )
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.disks import require_disks
-from mlx_empire.run.fallback import fallback_due, refuse_fallback
-from mlx_empire.run.fallback import told as fallback_told
+from mlx_empire.run.fallback import fallback_due, fallback_taken, refuse_fallback
 from mlx_empire.run.folder import refuse_finished, refuse_other_scorers, refuse_unwritable, write_plan
 from mlx_empire.run.job import Job
 from mlx_empire.run.parent import beside_plan, lineage_of, share_parent
@@ -107,7 +106,7 @@ def share_fallback(comm: Communicator, recipe: Recipe) -> Path | None:
     """What `fallback_due` says on rank 0, which tells a person too. Collective."""
     found = fallback_due(recipe) if comm.rank == 0 else None
     if found is not None:
-        print(fallback_told(recipe, found), flush=True)
+        print(fallback_taken(recipe, found), flush=True)
     path = comm.broadcast_json(None if found is None else str(found))
     return None if path is None else Path(path)
 

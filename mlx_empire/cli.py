@@ -31,6 +31,9 @@ VERBS: dict[str, dict[str, Verb]] = {
         "init": Verb(
             "the recipes that come with this; one for your model and data", "mlx_empire.init.command"
         ),
+        "import": Verb(
+            "another trainer's configuration as a recipe, line by line", "mlx_empire.importing.command"
+        ),
         "keys": Verb("every key of a recipe: what it decides, its default", "mlx_empire.keys"),
     },
     "before a run": {

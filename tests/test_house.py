@@ -23,6 +23,7 @@ VERBS = (
     "launch",
     "runs",
     "init",
+    "importing",
     "inspect",
     "keys",
     "doctor",

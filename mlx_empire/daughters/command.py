@@ -1,6 +1,6 @@
 """What may be typed after `mlx-empire daughters`, which trains one adapter for each person:
 
-mlx-empire daughters RECIPE --people DIR [--hosts FILE] [--together N] [key=value ...]
+mlx-empire daughters RECIPE --people DIR [--only NAME ...] [--hosts FILE] [--together N] [key=value ...]
 mlx-empire daughters RECIPE --people DIR --watch [--once] [--every SECONDS]    new rows begin a new generation
 mlx-empire daughters RECIPE --people DIR --rollback NAME[=N] | --pin NAME | --unpin NAME
 
@@ -31,6 +31,13 @@ def parser() -> RecipeArguments:
     )
     made.add_argument(
         "--people", type=Path, required=True, help="the folder with a sub-folder for each person"
+    )
+    made.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of all the people only this one; may be repeated",
     )
     made.add_argument(
         "--together", type=int, default=MOST_TOGETHER, metavar="N",

@@ -87,6 +87,17 @@ def event(name: str, **fields: Any) -> str:
     return MARK + json.dumps({"name": name, **fields})
 
 
+def chosen_of(folder: Path, only: Sequence[str]) -> list[str]:
+    """The people of a folder, or of them `only` these where some are named. UserError for a name that is none."""
+    names = people_of(folder)
+    strange = next((name for name in only if name not in names), None)
+    if strange is not None:
+        raise UserError(
+            f"--only: {strange}: there is no {folder / strange}; there are {', '.join(names[:20])}"
+        )
+    return [name for name in names if not only or name in only]
+
+
 def people_of(folder: Path) -> list[str]:
     """The names of the sub-folders with data of one person each, sorted. UserError without any."""
     if not folder.is_dir():

@@ -1,8 +1,8 @@
 """Whether a generation replaces the one from which it began: a function of its own metrics.jsonl and the recipe.
 
 Before its first step a generation is the one it began from, so its evaluation at step 0 is that one's on the very rows
-and sets on which its last evaluation is made. With a gate, the gate's score must meet its bound or be no worse than it
-was; without one, no score of the sets may be worse; without sets, the held-out loss.
+and sets on which its last evaluation is made. With a gate, each of its scores must meet its bound or be no worse than
+before; without one, no score of the sets may be worse; without sets, the held-out loss.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def judge(
     first = next((record for record in evaluations if record["step"] == 0), None)
     last = evaluations[-1] if evaluations else None
     scores = {} if first is None or last is None else _pairs(evaluation, first, last)
-    gate = evaluation.stop_when
-    compared = [gate.metric] if gate is not None else list(evaluation.scores) or [HELD_OUT_LOSS]
-    bad = [name for name in compared if not _good(gate, name, *scores.get(name, (None, None)))]
+    gates = {one.metric: one for one in (evaluation.stop_when.parts if evaluation.stop_when else ())}
+    compared = list(gates or evaluation.scores) or [HELD_OUT_LOSS]
+    bad = [name for name in compared if not _good(gates.get(name), name, *scores.get(name, (None, None)))]
     said = "; ".join(_told(name, scores.get(name)) for name in bad or compared)
     return Decision(number, begun_from, not bad, said, scores)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mlx_empire.daughters.settings import Setting, divided, groups_of, rungs_of,
 from mlx_empire.daughters.table import DaughterTable
 from mlx_empire.disk import replace_private
 from mlx_empire.errors import UserError
+from mlx_empire.formats.seal import bytes_and_digest
 from mlx_empire.recipe.changes import changes, parse_stored
 from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, worse_by
 from mlx_empire.recipe.load import dump_recipe, load_recipe
@@ -86,6 +87,10 @@ def sweep_command(options: argparse.Namespace) -> int:
         settings = settings_of(recipe, swept)
         for one in settings:
             machine.refuse_unbuilt(one.recipe)
+        if recipe.evaluation.fallback is not None:
+            raise UserError(
+                f"evaluation.fallback: {recipe.evaluation.fallback}: a sweep takes its best setting; leave it out"
+            )
         with RunLock(recipe.run.dir) as lock:
             if lock.note:
                 print(lock.note)
@@ -115,6 +120,10 @@ class Sweep:
         self._rungs = rungs_of(len(settings), self._steps, options.keep)
         (self._node,) = share_nodes(comm, recipe, options.hosts)
         self._tried = [Tried(one) for one in settings]
+        files = [
+            file for one in recipe.evaluation.sets for file in (one.path, one.json_schema) if file is not None
+        ]
+        self._asked = {str(file): bytes_and_digest(file)["sha256"] for file in files if file.is_file()}
 
     def run(self) -> int:
         """Every comparison, then the table; the exit code."""
@@ -220,7 +229,20 @@ class Sweep:
             )
         if told is not None:
             require_same(told, self._origin, str(path), anew="choose another run.dir")
+            self._refuse_other_rows(before.get("asked", {}), path)
             self._refuse_other_questions(parse_stored(told.recipe, str(path)), path)
+
+    def _refuse_other_rows(self, before: Mapping[str, str], path: Path) -> None:
+        """UserError where a file of the sets holds other questions than the settings were compared by so far."""
+        for file, digest in self._asked.items():
+            if (
+                before.get(file, digest) != digest
+                and "evaluation.sets" not in self._recipe.run.accept_changes
+            ):
+                raise UserError(
+                    f"{path}: evaluation.sets: {file} holds other questions than settings were compared by; bring "
+                    "back what was there, add run.accept_changes=[evaluation.sets], or choose another run.dir"
+                )
 
     def _refuse_other_questions(self, before: Recipe, path: Path) -> None:
         """UserError where other scores are asked for: they change no bit of an adapter, but who goes on."""
@@ -236,6 +258,7 @@ class Sweep:
         document = {
             "metric": self._metric,
             "origin": asdict(self._origin),
+            "asked": self._asked,
             "rungs": self._told_rungs,
             "settings": [
                 {

@@ -23,6 +23,11 @@ def refuse_unwatchable(recipe: Recipe) -> None:
     """UserError for what a recipe may not ask of continuous mode."""
     if recipe.run.resume == "never":
         raise UserError("run.resume: never: --watch goes on from what there is; use auto")
+    if recipe.evaluation.fallback is not None:
+        raise UserError(
+            f"evaluation.fallback: {recipe.evaluation.fallback}: with --watch what was in use stays so where a new "
+            "generation is not good enough; leave it out"
+        )
 
 
 def again_and_again(

@@ -31,11 +31,11 @@ from mlx_empire.daughters.jobs import (
     WAITING,
     Jobs,
     JobState,
+    chosen_of,
     deal,
     event,
     homes_of,
     is_finished,
-    people_of,
 )
 from mlx_empire.daughters.many import place_of
 from mlx_empire.daughters.source import JobSource
@@ -45,6 +45,7 @@ from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_nodes, share_recipe
 from mlx_empire.run.caffeinate import keep_awake
+from mlx_empire.run.fallback import fallback_due, refuse_fallback
 from mlx_empire.run.lock import RunLock
 from mlx_empire.run.mpirun import clean_environment, worker_line
 from mlx_empire.run.network import chosen_interface
@@ -73,9 +74,9 @@ def oversee(words: Sequence[str], options: argparse.Namespace) -> int:
         return watch.manage(JobSource(recipe, people), options.rollback, options.pin, options.unpin)
     hosts = options.hosts or recipe.run.hosts
     if not options.watch:
-        return oversee_once(words, recipe, people, hosts)
+        return oversee_and_fall_back(words, recipe, options)
     watch.refuse_unwatchable(recipe)
-    one_round = partial(oversee_once, words, recipe, people, hosts, watched=True)
+    one_round = partial(oversee_once, words, recipe, people, hosts, options.only, watched=True)
     return (
         one_round()
         if options.once
@@ -83,11 +84,42 @@ def oversee(words: Sequence[str], options: argparse.Namespace) -> int:
     )
 
 
+def oversee_and_fall_back(words: Sequence[str], recipe: Recipe, options: argparse.Namespace) -> int:
+    """Train all who are asked for, and by its fallback whoever missed the recipe's gate. Returns the exit code."""
+    refuse_fallback(recipe)
+    people, only = options.people, list(options.only)
+    while True:
+        code = oversee_once(words, recipe, people, options.hosts or recipe.run.hosts, only)
+        source = JobSource(recipe, people)
+        missed = [name for name in chosen_of(people, only) if fallback_due(source.of(name)) is not None]
+        if code not in (0, SOME_FAILED) or not missed:
+            return code
+        assert recipe.evaluation.fallback is not None
+        print(
+            f"{', '.join(missed)}: the gate was not reached, so evaluation.fallback is taken: "
+            f"{recipe.evaluation.fallback}"
+        )
+        path, only = recipe.evaluation.fallback, missed
+        recipe = load_recipe(path)
+        machine.refuse_unbuilt(recipe)
+        words = [str(path), "--people", str(people), *(f"--only={name}" for name in only)]
+        words += [
+            f"--together={options.together}",
+            *(["--hosts", str(options.hosts)] if options.hosts else []),
+        ]
+
+
 def oversee_once(
-    words: Sequence[str], recipe: Recipe, people: Path, hosts: Path | None, *, watched: bool = False
+    words: Sequence[str],
+    recipe: Recipe,
+    people: Path,
+    hosts: Path | None,
+    only: Sequence[str] = (),
+    *,
+    watched: bool = False,
 ) -> int:
     """Start the workers and show what they say, until they end; `watched`: they find out what is new."""
-    names = people_of(people)
+    names = chosen_of(people, only)
     other = {} if watched else changed(recipe, people, names)
     anew = recipe.run.resume == "never"
     jobs = Jobs({n: _state(n, is_finished(recipe, n), other.get(n), anew=anew) for n in names})
@@ -173,7 +205,7 @@ def work(comm: Communicator, options: argparse.Namespace) -> int:
     nodes = share_nodes(comm, recipe, options.hosts)
     node, jobs = nodes[comm.rank], JobSource(recipe, people, options.watch)
     with together(comm):
-        names = people_of(people)
+        names = chosen_of(people, options.only)
         machine.refuse_unbuilt(recipe)
         done = {name for name in names if is_finished(recipe, name)}
         if recipe.run.resume == "never":

@@ -2,11 +2,14 @@
 
 A row has changed where a metric that is right or wrong is other than before. Of losses the rows that rose most are
 told. Scores that got worse come first, the worst of them at the top: that is what a model forgot.
+
+Told of each set besides: its failures, which are rows that a metric which is right or wrong calls wrong, and where
+answers from sources are graded the confusion table. The constrained column of a set counts as a set of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +19,17 @@ from rich.text import Text
 
 from mlx_empire.evaluation.evaluator import RowScore
 from mlx_empire.evaluation.questions import Answer, Questions
-from mlx_empire.recipe.evaluation import LOWER_IS_BETTER, worse_by
+from mlx_empire.recipe.evaluation import CONSTRAINED, LOWER_IS_BETTER, worse_by
 
 MOST_ROWS = 200  # of one kind that are told of a set
 MOST_RISEN = 10
 LOST, GAINED, ROSE = "no longer right", "right now", "loss rose most"
-SMOOTH = (*LOWER_IS_BETTER, "token_accuracy", "scorer")  # a row is not right or wrong by these
+SMOOTH = ("loss", "perplexity", "token_accuracy", "scorer")  # a row is not right or wrong by these
+ANSWERED, REFUSED = "answered", "refused"
+CASES = {
+    False: "has an answer in its sources",
+    True: "has none",
+}  # of a question, by whether it is unanswerable
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -48,7 +56,9 @@ def worded(asked: Questions, found: Sequence[RowScore], decode: Decode) -> list[
             said = _divided(alternatives[row.choice or 0], decode)[1]
         if asked.answers:
             question, expected = _divided(asked.answers[number], decode)
-        made.append({"question": question, "expected": expected, "said": said, "values": row.values})
+        about = {"question": question, "expected": expected, "said": said, "values": row.values}
+        graded = {"refused": row.refused, "unanswerable": row.unanswerable}
+        made.append(about | (graded if row.refused is not None else {}))
     return made
 
 
@@ -82,9 +92,44 @@ def changed_document(found: Sequence[Scored]) -> dict[str, Any]:
         "against": None if before is None else before.name,
         "scores": scores,
         "sets": sets,
+        "graded": [
+            {"name": name, "rows": len(rows), "confusion": confusion(rows), **_failures(rows)}
+            for name, rows in after.rows.items()
+        ],
         "rows": {name: list(rows) for name, rows in after.rows.items()},
     }
     return {**made, "told": sentences(made)}
+
+
+def right(metric: str, value: float) -> bool:
+    """Whether a row is right by a metric, of which all or nothing counts."""
+    return value <= 0 if metric in LOWER_IS_BETTER else value >= 1
+
+
+def confusion(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where answers from sources are graded: how many questions with and without an answer were answered and refused,
+    and whether that is right; else nothing.
+    """
+    counts = {(case, refused): 0 for case in CASES for refused in (False, True)}
+    graded = [row for row in rows if "refused" in row]
+    for row in graded:
+        counts[row["unanswerable"], row["refused"]] += 1
+    return [
+        {"case": CASES[case], "did": REFUSED if refused else ANSWERED, "rows": n, "right": case == refused}
+        for (case, refused), n in counts.items()
+        if graded
+    ]
+
+
+def _failures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many rows some metric calls wrong, and the first of them with those metrics."""
+    found = []
+    for number, row in enumerate(rows, 1):
+        wrong = [m for m, v in row["values"].items() if m not in SMOOTH and not right(m, v)]
+        if wrong:
+            about = {key: row[key] for key in ("question", "expected", "said")}
+            found.append({"row": number, **about, "what": ", ".join(wrong)})
+    return {"failed": len(found), "failures": found[:MOST_ROWS]}
 
 
 def _changed(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -93,7 +138,8 @@ def _changed(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
     for number, (old, new) in enumerate(zip(before, after, strict=True), 1):
         about = {"row": number, "question": new["question"], "expected": new["expected"]}
         about |= {"before": old["said"], "after": new["said"]}
-        changes = {m: (old["values"][m], v) for m, v in new["values"].items() if m not in SMOOTH}
+        shared = [m for m in new["values"] if m in old["values"] and m not in SMOOTH]
+        changes = {m: (right(m, old["values"][m]), right(m, new["values"][m])) for m in shared}
         for kind, sign in ((LOST, -1), (GAINED, 1)):
             metrics = [m for m, (a, b) in changes.items() if (b - a) * sign > 0]
             if metrics:
@@ -125,23 +171,33 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def columns(scores: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any] | None]]:
+    """Each score with the same metric's where a grammar held the answers, None where it has none."""
+    held = {one["name"]: one for one in scores if f".{CONSTRAINED}." in one["name"]}
+    return [
+        (one, held.get(f".{CONSTRAINED}.".join(one["name"].split("."))))
+        for one in scores
+        if one["name"] not in held
+    ]
+
+
 def score_table(document: Mapping[str, Any]) -> Table:
-    """The scores for a terminal. Names are a person's, and no markup."""
+    """The scores for a terminal, constrained ones in a second column. Names are a person's, and no markup."""
     both = document["against"] is not None
+    pairs = columns(document["scores"])
     made = Table(title=Text(document["model"], "table.title"), title_justify="left")
     made.add_column("score")
-    if both:
-        made.add_column(Text(str(document["against"])), justify="right", overflow="fold")
-    made.add_column("result", justify="right")
-    if both:
-        made.add_column("change", justify="right")
-    for one in document["scores"]:
-        cells: list[str | Text] = [Text(one["name"]), f"{one['after']:.4f}"]
+    for kind in ("", f", {CONSTRAINED}") if any(held for _, held in pairs) else ("",):
         if both:
-            cells[1:] = [
-                f"{one['before']:.4f}",
-                f"{one['after']:.4f}",
-                f"{one['after'] - one['before']:+.4f}",
-            ]
-        made.add_row(*cells)
+            made.add_column(Text(f"{document['against']}{kind}"), justify="right", overflow="fold")
+        made.add_column(f"result{kind}", justify="right")
+        if both:
+            made.add_column("change", justify="right")
+    for free, held in pairs:
+        made.add_row(Text(free["name"]), *_cells(free, both), *(_cells(held, both) if held else ()))
     return made
+
+
+def _cells(one: Mapping[str, Any], both: bool) -> list[str]:
+    now = f"{one['after']:.4f}"
+    return [f"{one['before']:.4f}", now, f"{one['after'] - one['before']:+.4f}"] if both else [now]

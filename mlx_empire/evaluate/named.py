@@ -46,6 +46,7 @@ IDLE: dict[str, Any] = {
     "memory.shares": "memory",
     "numerics.spikes": "off",
     "evaluation.stop_when": None,
+    "evaluation.fallback": None,
     "run.save_every": None,
     "run.eval_every": Duration(1),
     "run.resume": "auto",

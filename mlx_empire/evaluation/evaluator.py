@@ -24,7 +24,9 @@ from mlx_empire.data.encode import Document, load_tokenizer
 from mlx_empire.data.rows import Dataset, build_table
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.trainer import Trainer
+from mlx_empire.evaluation.constrained import Grammar, generate_constrained
 from mlx_empire.evaluation.generation import generate
+from mlx_empire.evaluation.grounding import REFUSED, UNANSWERABLE, Grounds, graded
 from mlx_empire.evaluation.questions import (
     CHOICE,
     Answer,
@@ -32,6 +34,7 @@ from mlx_empire.evaluation.questions import (
     Questions,
     every_answer,
     fits_schema,
+    held,
     is_json,
     load_questions,
     matches,
@@ -85,45 +88,66 @@ def from_json(raw: Sequence[Mapping[str, Any]]) -> list[Questions]:
             one["title"],
             tuple(one["metrics"]),
             one["max_tokens"],
+            one["constrained"],
             [Answer(**a) for a in one["answers"]],
             [([Answer(**a) for a in alternatives], right) for alternatives, right in one["choices"]],
-            [Prompt(**p) for p in one["prompts"]],
+            [_prompt(p) for p in one["prompts"]],
         )
         for one in raw
     ]
 
 
+def _prompt(raw: Mapping[str, Any]) -> Prompt:
+    grounds = raw["grounds"]
+    read = None if grounds is None else Grounds(tuple(grounds["sources"]), tuple(grounds["supports"]))
+    return Prompt(**{**raw, "grounds": read})
+
+
 @dataclass
 class RowScore:
-    """What came of one row: metric -> value, the number of the choice that was the likeliest, what was generated."""
+    """What came of one row: metric -> value, the number of the choice that was the likeliest, what was generated, and
+    where answers from sources are graded whether it refuses, and should.
+    """
 
     values: dict[str, float] = field(default_factory=dict)
     choice: int | None = None
     said: str | None = None
+    refused: bool | None = None
+    unanswerable: bool | None = None
 
 
 @dataclass(frozen=True)
 class AskedSets:
     """The sets, and the tokens that `ends` an answer; on rank 0 what makes text of tokens where answers are generated,
-    and the sets' own functions by title.
+    the grammar where some are constrained, and the sets' own functions by title.
     """
 
     sets: Sequence[Questions]
     ends: Sequence[int] = ()
     decode: Decode | None = None
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    grammar: Grammar | None = None
 
 
 def read_sets(recipe: Recipe, vocabulary: int) -> AskedSets:
     """All that rank 0 reads; what cannot be asked, or called, is refused before the first step. UserError."""
     folder, asked = recipe.model.path, recipe.evaluation
-    sets = [load_questions(one, folder, recipe.data.sequence_length, vocabulary) for one in asked.sets]
+    sets: list[Questions] = []
+    for one in asked.sets:
+        free = load_questions(one, folder, recipe.data.sequence_length, vocabulary)
+        sets += [free, *filter(None, [held(one, free)])]
     if not asked.generates:
         return AskedSets(sets)
     tokenizer = load_tokenizer(folder)
-    return AskedSets(
-        sets, sorted(map(int, tokenizer.eos_token_ids)), tokenizer.decode, load_scorers(asked.sets)
-    )
+    ends = sorted(map(int, tokenizer.eos_token_ids))
+    grammar = Grammar(tokenizer, vocabulary, ends) if any(one.constrained for one in sets) else None
+    if grammar is not None:
+        for column in (column for column in sets if column.constrained):
+            for number, prompt in enumerate(column.prompts, 1):
+                grammar.refuse(prompt.schema, f"evaluation.sets: {column.title}: row {number}")
+    scorers = load_scorers(asked.sets)
+    both = {title: scorers[one.title] for one in asked.sets if one.scorer for title in one.columns}
+    return AskedSets(sets, ends, tokenizer.decode, both, grammar)
 
 
 class Evaluator:
@@ -168,7 +192,8 @@ class Evaluator:
             right = sum(hit for _, hit in chosen) / max(len(chosen), 1)
             values = texts.get(one.title, [])
             found = {**_of_answers(answers), CHOICE: right, **_means(values)}
-            scores |= {f"{one.title}.{m}": found[m] for m in one.metrics}
+            # What is graded by sources may have had no answer to look at.
+            scores |= {f"{one.title}.{m}": found.get(m, 0.0) for m in one.metrics}
             rows[one.title] = _of_rows(one, answers, chosen, values)
             for row, (_, text) in zip(rows[one.title], pairs, strict=False):
                 row.said = text
@@ -184,17 +209,25 @@ class Evaluator:
 
     def _said(self, trainer: Trainer, comm: Communicator) -> list[tuple[Questions, list[tuple[Prompt, str]]]]:
         """Each set with its prompts and what was generated after them: nothing but on rank 0."""
-        prompts = [(one, prompt) for one in self._sets for prompt in one.prompts]
-        said: Iterator[str] = iter(())
-        if prompts:
-            lengths = [one.max_tokens for one, _ in prompts]
-            tokens = generate(
-                trainer, comm, [prompt.tokens for _, prompt in prompts], lengths, self._asked.ends
-            )
-            if comm.rank == 0:
-                assert self._asked.decode is not None
-                said = map(self._asked.decode, tokens)
-        return [(one, list(zip(one.prompts, said, strict=False))) for one in self._sets]
+        said = {held: self._written(trainer, comm, held=held) for held in (False, True)}
+        return [(one, list(zip(one.prompts, said[one.constrained], strict=False))) for one in self._sets]
+
+    def _written(self, trainer: Trainer, comm: Communicator, *, held: bool) -> Iterator[str]:
+        """What is generated after all prompts of the sets, or of those that a grammar `held`; nothing but on rank 0."""
+        asked = self._asked
+        prompts = [(one, prompt) for one in self._sets if one.constrained == held for prompt in one.prompts]
+        lengths = [one.max_tokens for one, _ in prompts]
+        if not prompts:
+            return iter(())
+        if held:
+            within = [(prompt.tokens, prompt.schema) for _, prompt in prompts]
+            tokens = generate_constrained(trainer, comm, asked.grammar, within, lengths, asked.ends)
+        else:
+            tokens = generate(trainer, comm, [prompt.tokens for _, prompt in prompts], lengths, asked.ends)
+        if comm.rank > 0:
+            return iter(())
+        assert asked.decode is not None
+        return map(asked.decode, tokens)
 
 
 def _of_answers(rows: np.ndarray) -> dict[str, float]:
@@ -234,13 +267,18 @@ def _of_rows(
         row.values[CHOICE], row.choice = float(hit), choice
     for row, values in zip(found, texts, strict=False):
         row.values.update({m: v for m, v in values.items() if m in one.metrics})
+        if REFUSED in values:
+            row.refused, row.unanswerable = bool(values[REFUSED]), bool(values[UNANSWERABLE])
     return found
 
 
 def _means(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metric -> its mean over the answers, where each answer has it."""
-    common = set.intersection(*(set(one) for one in values)) if values else set()
-    return {name: math.fsum(one[name] for one in values) / len(values) for name in common}
+    """Metric -> its mean over the answers that have it."""
+    found: dict[str, list[float]] = {}
+    for one in values:
+        for name, value in one.items():
+            found.setdefault(name, []).append(value)
+    return {name: math.fsum(several) / len(several) for name, several in found.items()}
 
 
 def _of_text(prompt: Prompt, text: str) -> dict[str, float]:
@@ -250,4 +288,6 @@ def _of_text(prompt: Prompt, text: str) -> dict[str, float]:
         found["regular_expression"] = float(matches(text, prompt.pattern))
     if prompt.schema is not None:
         found["json_schema"] = float(fits_schema(text, prompt.schema))
+    if prompt.grounds is not None:
+        found |= graded(prompt.grounds, text, prompt.refusal)
     return found

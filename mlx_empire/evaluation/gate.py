@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,14 +43,14 @@ def held_out_loss(
 
 
 class GateKeeper:
-    """Watches one score. `records`: the evaluations before this process began; None for `gate` never lets through.
+    """Watches a gate. `records`: the evaluations before this process began; None for `gate` never lets through.
 
     `first`: the step whose evaluation is the first that counts.
     """
 
     def __init__(self, gate: Gate | None, records: Sequence[Mapping[str, Any]] = (), first: int = 0) -> None:
         self._gate, self._first = gate, first
-        self._values: list[tuple[int, float]] = []
+        self._parts = [_Part(one) for one in (gate.parts if gate is not None else ())]
         for record in records:
             self.observe(record)
 
@@ -59,18 +60,14 @@ class GateKeeper:
         """
         if self._gate is None or int(record["step"]) < self._first or record.get("comparison"):
             return False
-        metric = self._gate.metric
-        value = record["eval_loss"] if metric == HELD_OUT_LOSS else record.get("scores", {}).get(metric)
-        if value is not None:
-            self._values.append((int(record["step"]), float(value)))
+        for part in self._parts:
+            part.observe(record)
         return self.reached
 
     @property
     def reached(self) -> bool:
         """Whether the last evaluations, as many as the gate wants, all passed."""
-        if self._gate is None or len(self._values) < self._gate.times:
-            return False
-        return all(self._gate.passes(value) for _, value in self._values[-self._gate.times :])
+        return bool(self._parts) and all(part.reached for part in self._parts)
 
     @property
     def asks(self) -> bool:
@@ -79,18 +76,44 @@ class GateKeeper:
 
     def sentence(self) -> str:
         """What became of the gate, for the user."""
-        assert self._gate is not None
-        gate = self._gate
-        bound = f"at least {gate.at_least:g}" if gate.at_least is not None else f"at most {gate.at_most:g}"
-        asked = f"{gate.metric} {bound}" + (f", {gate.times} times in a row" if gate.times > 1 else "")
-        if not self._values:
-            return f"the gate ({asked}) was never measured; the result is not frozen"
-        step, last = self._values[-1]
+        unmeasured = [part for part in self._parts if not part.values]
+        if unmeasured:
+            return f"the gate ({unmeasured[0].asked}) was never measured; the result is not frozen"
         if self.reached:
-            return f"the gate is reached at step {step}: {gate.metric} is {last:.4g} ({asked})"
-        choose = max if gate.at_least is not None else min
-        best_step, best = choose(self._values, key=lambda pair: pair[1])
-        return (
-            f"the gate was not reached: {asked} was asked; it was {best:.4g} at its best (step {best_step}) and "
-            f"{last:.4g} at the end, so the result is not frozen"
-        )
+            step = max(part.values[-1][0] for part in self._parts)
+            met = "; ".join(f"{p.gate.metric} is {p.values[-1][1]:.4g} ({p.asked})" for p in self._parts)
+            return f"the gate is reached at step {step}: {met}"
+        missed = "; ".join(part.missed for part in self._parts if not part.reached)
+        return f"the gate was not reached: {missed}, so the result is not frozen"
+
+
+@dataclass
+class _Part:
+    """One score of a gate: its bound, and (step, value) of the evaluations that had it."""
+
+    gate: Gate
+    values: list[tuple[int, float]] = field(default_factory=list)
+
+    def observe(self, record: Mapping[str, Any]) -> None:
+        metric = self.gate.metric
+        value = record["eval_loss"] if metric == HELD_OUT_LOSS else record.get("scores", {}).get(metric)
+        if value is not None:
+            self.values.append((int(record["step"]), float(value)))
+
+    @property
+    def reached(self) -> bool:
+        times = self.gate.times
+        return len(self.values) >= times and all(self.gate.passes(value) for _, value in self.values[-times:])
+
+    @property
+    def asked(self) -> str:
+        gate = self.gate
+        bound = f"at least {gate.at_least:g}" if gate.at_least is not None else f"at most {gate.at_most:g}"
+        return f"{gate.metric} {bound}" + (f", {gate.times} times in a row" if gate.times > 1 else "")
+
+    @property
+    def missed(self) -> str:
+        choose = max if self.gate.at_least is not None else min
+        best_step, best = choose(self.values, key=lambda pair: pair[1])
+        last = self.values[-1][1]
+        return f"{self.asked} was asked; it was {best:.4g} at its best (step {best_step}) and {last:.4g} at the end"

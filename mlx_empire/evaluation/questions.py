@@ -7,6 +7,7 @@
 |                                                 | with a task what that benchmark's rows have (`tasks`)            |
 | regular_expression, valid_json, json_schema     | prompt or messages; pattern or schema, unless the set has it     |
 | scorer                                          | prompt or messages, and whatever the set's own function reads    |
+| citation_coverage and others of `grounding`     | prompt or messages, sources and supports                         |
 
 Questions are plain numbers and texts, so that rank 0 can read them for all. A row that is longer than
 `data.sequence_length` is refused: half an answer has no score.
@@ -38,8 +39,9 @@ from mlx_empire.data.encode import (
 from mlx_empire.data.files import RawRow, detect_format, locate
 from mlx_empire.data.messages import standard_role
 from mlx_empire.errors import UserError
+from mlx_empire.evaluation.grounding import Grounds, grounds_of
 from mlx_empire.evaluation.tasks import Choices, choices_of
-from mlx_empire.recipe.evaluation import GENERATED, EvaluationSet
+from mlx_empire.recipe.evaluation import CONSTRAINED, EvaluationSet
 from mlx_empire.recipe.text import words_of
 
 
@@ -99,22 +101,29 @@ class Answer:
 class Prompt:
     """Tokens to be continued, and what the continuation must match: a regular expression, a JSON schema or neither.
 
-    `row`: all of the row, where the set's scorer reads it.
+    `row`: all of the row, where the set's scorer reads it; `grounds`, and what a `refusal` looks like: where answers
+    from sources are graded.
     """
 
     tokens: list[int]
     pattern: str | None = None
     schema: Any = None
     row: Any = None
+    grounds: Grounds | None = None
+    refusal: str | None = None
 
 
 @dataclass(frozen=True)
 class Questions:
-    """One set: answers to be scored, choices (each question's alternatives and the right one), prompts."""
+    """One set: answers to be scored, choices (each question's alternatives and the right one), prompts.
+
+    `constrained`: a grammar holds what is generated.
+    """
 
     title: str
     metrics: tuple[str, ...]
     max_tokens: int
+    constrained: bool = False
     answers: list[Answer] = field(default_factory=list)
     choices: list[tuple[list[Answer], int]] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
@@ -130,17 +139,35 @@ def load_questions(
         raise UserError(f"evaluation.sets: {asked.path}: no rows; put at least one there")
     reader = _Reader(asked, tokenizer_folder, sequence_length, vocabulary)
     found = Questions(asked.title, asked.metrics, asked.max_tokens)
-    if any(metric not in (CHOICE, *_generated(asked)) for metric in asked.metrics):
+    if any(metric not in (CHOICE, *asked.generated) for metric in asked.metrics):
         found.answers.extend(reader.answers(rows))
     if CHOICE in asked.metrics:
         found.choices.extend(reader.choice(row) for row in rows)
     if asked.generates:
         found.prompts.extend(reader.prompt(row) for row in rows)
+    if asked.grounded:
+        _refuse_one_sided(asked, found.prompts)
     return found
 
 
-def _generated(asked: EvaluationSet) -> tuple[str, ...]:
-    return tuple(m for m in asked.metrics if m in GENERATED)
+def held(asked: EvaluationSet, free: Questions) -> Questions | None:
+    """The constrained column beside the `free` one of a set; None where it has none."""
+    title = f"{asked.title}.{CONSTRAINED}"
+    if not asked.constrained:
+        return None
+    return Questions(title, asked.columns[title], free.max_tokens, True, prompts=free.prompts)
+
+
+def _refuse_one_sided(asked: EvaluationSet, prompts: Sequence[Prompt]) -> None:
+    """UserError where a metric of the set would look at no row whatever is answered."""
+    kinds = {bool(prompt.grounds.supports) for prompt in prompts if prompt.grounds is not None}
+    refusals = ("refusal_precision", "refusal_recall", "false_confidence")
+    needed = {True} if not any(metric in refusals for metric in asked.metrics) else {True, False}
+    if needed - kinds:
+        missing = "whose supports name a source" if True not in kinds else "whose supports are []"
+        raise UserError(
+            f"evaluation.sets: {asked.path}: no row {missing}; {', '.join(asked.metrics)} need some"
+        )
 
 
 class _Reader:
@@ -208,7 +235,11 @@ class _Reader:
                 f"{row.where}: {len(tokens)} tokens and max_tokens {self._asked.max_tokens} are more than "
                 f"data.sequence_length {self._length}; raise that or lower max_tokens"
             )
-        return Prompt(tokens, pattern, schema, None if self._asked.scorer is None else value)
+        asked = self._asked
+        grounds = grounds_of(row) if asked.grounded else None
+        return Prompt(
+            tokens, pattern, schema, None if asked.scorer is None else value, grounds, asked.refusal
+        )
 
     def _prompt_tokens(self, row: RawRow, messages: list[Any]) -> list[int]:
         try:
@@ -221,15 +252,12 @@ class _Reader:
             ) from None
 
     def _check(self, row: RawRow, pattern: Any, schema: Any) -> None:
+        if self._asked.refusal is not None:
+            _refuse_broken_pattern(f"evaluation.sets: {self._asked.path}: refusal", self._asked.refusal)
         if "regular_expression" in self._asked.metrics:
             if not isinstance(pattern, str):
                 raise UserError(f"{row.where}: regular_expression needs a pattern, in the row or in the set")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(
-                    f"{row.where}: pattern {pattern!r:.60} is no regular expression: {error}"
-                ) from None
+            _refuse_broken_pattern(f"{row.where}: pattern", pattern)
         if "json_schema" in self._asked.metrics:
             if schema is None:
                 raise UserError(f"{row.where}: json_schema needs a schema, in the row or in the set")
@@ -244,6 +272,13 @@ class _Reader:
         if not document.counted.any():
             raise UserError(f"{document.where}: no token of an answer is in this row")
         return Answer(document.tokens.tolist(), document.counted.tolist())
+
+
+def _refuse_broken_pattern(where: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where} {pattern!r:.60} is no regular expression: {error}") from None
 
 
 def _texts(value: Any) -> TypeGuard[list[str]]:

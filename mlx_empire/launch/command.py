@@ -37,6 +37,7 @@ from mlx_empire.launch.supervisor import PAUSE_SECONDS, Supervisor
 from mlx_empire.recipe.arguments import RecipeArguments
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.packaged import host_file, recipe_file
+from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.launched import run_folder
 from mlx_empire.run.mpirun import Launch, clean_environment, mpirun_line, printed
@@ -105,10 +106,27 @@ def parser() -> RecipeArguments:
 
 
 def start(options: argparse.Namespace, words: Sequence[str]) -> int:
-    """A whole run, or the print of how it would be started."""
+    """A whole run and, where it missed its gate, those by its fallback; or the print of how it would be started."""
     if options.restarts < 0:
         raise UserError(f"--restarts {options.restarts}: expected 0 or more")
-    recipe = load_recipe(options.recipe, options.overrides)
+    # Only now: usage errors need no MLX.
+    from mlx_empire.run.fallback import fallback_due, fallback_taken, refuse_fallback
+
+    code = 0
+    while code == 0:
+        recipe = load_recipe(options.recipe, options.overrides)
+        refuse_fallback(recipe)
+        if options.dry_run or (other := fallback_due(recipe)) is None:
+            code = start_one(options, recipe, words)
+            if code or options.dry_run or options.detach or (other := fallback_due(recipe)) is None:
+                return code
+        say(fallback_taken(recipe, other))
+        options.recipe, options.overrides = other, []
+    return code
+
+
+def start_one(options: argparse.Namespace, recipe: Recipe, words: Sequence[str]) -> int:
+    """One run, or the print of how it would be started. `words`: the command that was given, which goes on with it."""
     hosts = options.hosts or recipe.run.hosts
     if hosts is None:
         raise UserError("--hosts: say the hostfile of the machines, such as --hosts hosts/local.txt")

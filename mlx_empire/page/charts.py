@@ -148,10 +148,11 @@ def _scores(look: Look, gate: Gate | None) -> Iterator[Chart]:
 
 
 def _bound(gate: Gate | None, metric: str) -> tuple[float, str] | None:
-    """The gate's line on the chart of its metric."""
-    if gate is None or gate.metric != metric:
+    """The gate's line on the chart of one of its metrics."""
+    part = next((one for one in gate.parts if one.metric == metric), None) if gate is not None else None
+    if part is None:
         return None
-    value = gate.at_least if gate.at_least is not None else gate.at_most
+    value = part.at_least if part.at_least is not None else part.at_most
     return None if value is None else (float(value), "gate")
 
 

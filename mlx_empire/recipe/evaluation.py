@@ -13,8 +13,18 @@ from mlx_empire.recipe.fields import Count, RecipePath, Section, as_tuple
 
 # By one streamed forward pass, exact also for a model that no machine holds whole ...
 TEACHER_FORCED = ("loss", "perplexity", "token_accuracy", "exact_match", "multiple_choice")
-# ... and by greedy generation, where each machine can hold the model.
-GENERATED = ("regular_expression", "valid_json", "json_schema", "scorer")
+# ... and by greedy generation, where each machine can hold the model; the second line's are of answers from sources
+# (`evaluation.grounding`).
+GROUNDED = (
+    "citation_coverage",
+    "citation_accuracy",
+    "retrieval_use",
+    "refusal_precision",
+    "refusal_recall",
+    "false_confidence",
+)
+GENERATED = ("regular_expression", "valid_json", "json_schema", "scorer", *GROUNDED)
+CONSTRAINED = "constrained"  # set.constrained.metric: the same metric where a grammar held the answers
 # Tasks of EleutherAI's lm-eval that ask for log-likelihoods alone: `evaluation.tasks` turns their rows into choices.
 Task = Literal[
     "arc_challenge",
@@ -29,7 +39,7 @@ Task = Literal[
     "winogrande",
 ]
 TASKS = get_args(Task)
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "false_confidence")
 HELD_OUT_LOSS = "eval_loss"
 LONGEST_NAME = 60
 
@@ -51,17 +61,25 @@ Metric = Literal[
     "valid_json",
     "json_schema",
     "scorer",
+    "citation_coverage",
+    "citation_accuracy",
+    "retrieval_use",
+    "refusal_precision",
+    "refusal_recall",
+    "false_confidence",
 ]
 SET = (
     "a list of sets such as [{path: data/facts.jsonl, metrics: [exact_match]}], with name, format, max_tokens, "
-    "pattern, schema and scorer (file.py:function) where a set needs them, or with task where its rows are a "
+    "pattern, schema, refusal (a regular expression) and scorer (file.py:function) where a set needs them, with "
+    "constrained: true for a second column that a grammar keeps within the schema, or with task where its rows are a "
     "benchmark's ({person} in a path stands for a daughter's name, in mlx_empire.daughters); metrics: "
     + ", ".join((*TEACHER_FORCED, *GENERATED))
     + "; tasks: "
     + ", ".join(TASKS)
 )
 GATE = (
-    "a gate such as {metric: facts.exact_match, at_least: 0.95, for: 2} (at_least or at_most), or null (none)"
+    "a gate such as {metric: facts.exact_match, at_least: 0.95, for: 2} (at_least or at_most; and: a list of further "
+    "ones that must hold too), or null (none)"
 )
 
 
@@ -69,7 +87,7 @@ class EvaluationSet(Section):
     """One file of questions, what is measured on it, and what that needs."""
 
     path: RecipePath
-    metrics: Annotated[tuple[Metric, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=8)]
+    metrics: Annotated[tuple[Metric, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=16)]
     name: Annotated[str, Field(pattern=rf"^[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}$")] | None = None
     format: Literal["auto", "chat", "completions", "text", "tokens"] = "auto"
     task: Task | None = None
@@ -77,6 +95,8 @@ class EvaluationSet(Section):
     pattern: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
     json_schema: RecipePath | None = Field(default=None, alias="schema")
     scorer: Annotated[str, Field(pattern=r"^.{1,1000}\.py:[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    refusal: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
+    constrained: bool = False
 
     @model_validator(mode="after")
     def _has_a_scorer_where_it_is_measured(self) -> Self:
@@ -90,6 +110,19 @@ class EvaluationSet(Section):
             raise ValueError("a task has multiple_choice alone")
         return self
 
+    @model_validator(mode="after")
+    def _has_a_use_for_what_it_says(self) -> Self:
+        if self.refusal is not None and not self.grounded:
+            raise ValueError(f"the key refusal is for {', '.join(GROUNDED)}")
+        if self.constrained and "json_schema" not in self.metrics:
+            raise ValueError("constrained goes with the metric json_schema")
+        return self
+
+    @property
+    def grounded(self) -> bool:
+        """Whether answers from sources are graded."""
+        return any(metric in GROUNDED for metric in self.metrics)
+
     @property
     def title(self) -> str:
         """The set's name in scores: as given, else its file's, as long as a given one may be."""
@@ -98,11 +131,22 @@ class EvaluationSet(Section):
     @property
     def generates(self) -> bool:
         """Whether answers must be generated."""
-        return any(metric in GENERATED for metric in self.metrics)
+        return bool(self.generated)
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        """The metrics of generated answers."""
+        return tuple(metric for metric in self.metrics if metric in GENERATED)
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """By title the metrics of each column: the free one, and the constrained one where there is one."""
+        found = {self.title: tuple(self.metrics)}
+        return found | ({f"{self.title}.{CONSTRAINED}": self.generated} if self.constrained else {})
 
 
 class Gate(Section):
-    """When a run has learnt enough: a score beyond a bound at so many evaluations in a row."""
+    """When a run has learnt enough: a score beyond a bound at so many evaluations in a row, and those of `also`."""
 
     model_config = ConfigDict(**Section.model_config, populate_by_name=False)
 
@@ -110,15 +154,25 @@ class Gate(Section):
     at_least: float | None = None
     at_most: float | None = None
     times: Count = Field(default=1, alias="for")
+    also: Annotated[tuple["Gate", ...], BeforeValidator(as_tuple), Field(max_length=16)] = Field(
+        default=(), alias="and"
+    )
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError("one of at_least and at_most")
+        if any(one.also for one in self.also):
+            raise ValueError("gates of one list stand side by side")
         return self
 
+    @property
+    def parts(self) -> tuple["Gate", ...]:
+        """The gate itself and all that must hold with it."""
+        return (self, *self.also)
+
     def passes(self, value: float) -> bool:
-        """Whether a score is beyond the bound."""
+        """Whether the score of `metric` is beyond the bound."""
         if self.at_least is not None:
             return value >= self.at_least
         return self.at_most is not None and value <= self.at_most
@@ -133,11 +187,17 @@ class EvaluationSection(Section):
     stop_when: Gate | None = Field(
         title="Which score ends the run early, and freezes its result.", default=None, description=GATE
     )
+    fallback: RecipePath | None = Field(
+        title="Which recipe is trained next where a run ends without its gate.",
+        default=None,
+        description="the path of a recipe with another run.dir, or null (none)",
+    )
 
     @property
     def scores(self) -> tuple[str, ...]:
         """The names of all scores that the sets give."""
-        return tuple(f"{one.title}.{metric}" for one in self.sets for metric in one.metrics)
+        columns = [column for one in self.sets for column in one.columns.items()]
+        return tuple(f"{title}.{metric}" for title, metrics in columns for metric in metrics)
 
     @property
     def generates(self) -> bool:
@@ -167,11 +227,14 @@ class EvaluationSection(Section):
         idle = "stop_when" if self.stop_when else "sets" if self.sets else None
         if idle and not evaluates:
             return idle, f"{idle} has no meaning where nothing is evaluated; set run.eval_every, such as 10%"
+        if self.fallback is not None and self.stop_when is None:
+            return "fallback", "fallback has no meaning without a gate to miss; set evaluation.stop_when"
         titles = [one.title for one in self.sets]
         twice = next((title for title in titles if titles.count(title) > 1), None)
         if twice:
             return "sets", f"two sets are called {twice}; give one another name"
         known = (*self.scores, HELD_OUT_LOSS)
-        if self.stop_when and self.stop_when.metric not in known:
-            return "stop_when", f"{self.stop_when.metric} is not measured; there are {', '.join(known)}"
+        for gate in self.stop_when.parts if self.stop_when else ():
+            if gate.metric not in known:
+                return "stop_when", f"{gate.metric} is not measured; there are {', '.join(known)}"
         return None

@@ -105,7 +105,7 @@ def refuse_unmeasured(recipe: Recipe, held_out: bool) -> None:
     if held_out:
         return
     gate = recipe.evaluation.stop_when
-    if gate is not None and gate.metric == HELD_OUT_LOSS:
+    if gate is not None and any(one.metric == HELD_OUT_LOSS for one in gate.parts):
         raise UserError(
             f"evaluation.stop_when: {HELD_OUT_LOSS}: there is no validation data to measure it on"
         )

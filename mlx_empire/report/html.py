@@ -76,6 +76,7 @@ th, td {{ text-align: left; padding: 6px 12px 6px 0; border-top: 1px solid var(-
 thead th {{ color: var(--muted); font-weight: 500; font-size: 13px; border-top: 0; white-space: nowrap; }}
 tbody th {{ font-weight: 500; }}
 .number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+.confusion td {{ color: var(--verdict); }}
 tr.total td, tr.total th, tr.chosen td, tr.chosen th {{ font-weight: 650; }}
 code {{ font: 13px/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   overflow-wrap: anywhere; }}

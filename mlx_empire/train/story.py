@@ -1,4 +1,4 @@
-"""Train a model, alone or under mpirun.
+"""Train a model, alone or under mpirun; then by the fallback of its recipe, where it missed its gate.
 
 The run's story from top to bottom: what is asked for, where it runs, what is trained on what, the plan, the proof
 that the model can be streamed, the weights, the steps, the result. Every rank runs all of it; rank 0 also talks to
@@ -8,6 +8,7 @@ the user and writes the run's folder.
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from mlx_empire.run.agree import (
 )
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.disks import require_disks
+from mlx_empire.run.fallback import fallback_due, fallback_taken, refuse_fallback
 from mlx_empire.run.folder import refuse_finished, refuse_other_scorers, refuse_unwritable, write_plan
 from mlx_empire.run.job import Job
 from mlx_empire.run.parent import beside_plan, lineage_of, share_parent
@@ -67,12 +69,17 @@ def train_command(options: argparse.Namespace) -> int:
 
             return answer(comm, options.recipe, options.overrides, Wanted(hosts=options.hosts))
         keep_awake()
-        run_recipe(comm, options.recipe, options.overrides, options.hosts)
+        path: Path | None = options.recipe
+        overrides: Sequence[str] = options.overrides
+        while path is not None:
+            path, overrides = run_recipe(comm, path, overrides, options.hosts), ()
     return 0
 
 
-def run_recipe(comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None) -> None:
-    """The whole run on this rank."""
+def run_recipe(
+    comm: Communicator, recipe_path: Path, overrides: Sequence[str], hosts: Path | None
+) -> Path | None:
+    """The whole run on this rank; the recipe that is to be trained next, the same on every rank."""
     # ---------------------------------------------------------------- what is asked for, and where it runs
     greet(comm, recipe_path, overrides)
     recipe = share_recipe(comm, recipe_path, overrides)
@@ -81,10 +88,27 @@ def run_recipe(comm: Communicator, recipe_path: Path, overrides: Sequence[str], 
         nodes = share_nodes(comm, recipe, hosts)
         with together(comm):
             if comm.rank == 0:
+                refuse_fallback(recipe)
+        if (other := share_fallback(comm, recipe)) is not None:  # the run was over before
+            return other
+        with together(comm):
+            if comm.rank == 0:
                 refuse_finished(recipe.run.dir)
                 refuse_unwritable(recipe.run.dir)
                 result.refuse_taken(recipe)
         carry_out(comm, recipe, nodes, guards, stop)
+    gc.collect()
+    mx.clear_cache()
+    return None if progress.launched() else share_fallback(comm, recipe)
+
+
+def share_fallback(comm: Communicator, recipe: Recipe) -> Path | None:
+    """What `fallback_due` says on rank 0, which tells a person too. Collective."""
+    found = fallback_due(recipe) if comm.rank == 0 else None
+    if found is not None:
+        print(fallback_taken(recipe, found), flush=True)
+    path = comm.broadcast_json(None if found is None else str(found))
+    return None if path is None else Path(path)
 
 
 def carry_out(

@@ -178,3 +178,18 @@ def test_a_sweep_of_other_rows_recipe_or_questions_does_not_tell_the_old_scores(
     assert "data.path: rows holds other rows than the run began with" in said
     assert said.endswith("add run.accept_changes=[data.path], or choose another run.dir\n")
     assert cli(["sweep", "recipe.yaml", *SWEEP, "run.accept_changes=[data.path]"]) == 0
+
+
+def test_a_sweep_whose_sets_hold_other_questions_does_not_tell_the_old_scores(
+    swept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("asked.jsonl").write_text('{"tokens": [1, 2, 3]}\n')
+    sets = "evaluation.sets=[{path: asked.jsonl, metrics: [loss]}]"
+    words = ["sweep", "recipe.yaml", *SWEEP, "--by", "eval_loss", "run.dir=other", "run.eval_every=4", sets]
+    assert [cli(words), cli(words)] == [0, 0]
+    Path("asked.jsonl").write_text('{"tokens": [3, 2, 1]}\n')
+    with pytest.raises(SystemExit) as ended:
+        cli(words)
+    assert ended.value.code == 64
+    assert "evaluation.sets: asked.jsonl holds other questions than settings were" in capsys.readouterr().err
+    assert cli([*words, "run.accept_changes=[evaluation.sets]"]) == 0

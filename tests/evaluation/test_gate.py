@@ -63,3 +63,29 @@ def test_without_a_gate_nothing_ends(value):
     assert not keeper.observe(record(1, value))
     assert not keeper.asks
     assert not keeper.reached
+
+
+def test_a_gate_of_several_scores_is_reached_where_all_hold_at_once():
+    second = {"metric": "eval_loss", "at_most": 1.5, "for": 2}
+    keeper = GateKeeper(gate(at_least=0.9, **{"and": [second]}))
+    found = [
+        keeper.observe({"step": step, "eval_loss": loss, "scores": {"facts.exact_match": match}})
+        for step, (match, loss) in enumerate([(1.0, 1.6), (1.0, 1.4), (0.8, 1.4), (0.95, 1.5)])
+    ]
+    assert found == [False, False, False, True]
+    assert keeper.sentence() == (
+        "the gate is reached at step 3: facts.exact_match is 0.95 (facts.exact_match at least 0.9); eval_loss is 1.5 "
+        "(eval_loss at most 1.5, 2 times in a row)"
+    )
+    keeper.observe({"step": 4, "eval_loss": 2.0, "scores": {"facts.exact_match": 1.0}})
+    said = keeper.sentence()
+    assert said.startswith(
+        "the gate was not reached: eval_loss at most 1.5, 2 times in a row was asked; it was 1.4"
+    )
+    assert "facts.exact_match" not in said
+
+
+def test_gates_of_one_list_stand_side_by_side():
+    inner = {"metric": "eval_loss", "at_most": 1.5}
+    with pytest.raises(ValueError, match="gates of one list stand side by side"):
+        gate(at_least=0.9, **{"and": [{**inner, "and": [inner]}]})

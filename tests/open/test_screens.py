@@ -22,6 +22,8 @@ from support.run_folders import HOSTILE, evaluation, lines, made_run, records, s
 from support.served import Server, served
 
 from mlx_empire.capacity.page import capacity_page
+from mlx_empire.evaluate.document import Scored, changed_document
+from mlx_empire.evaluate.page import evaluation_page
 from mlx_empire.report.metrics import read_metrics
 from mlx_empire.verify.fidelity import Finding, Outcome, Pair
 from mlx_empire.verify.page import FidelityReport, fidelity_page
@@ -241,8 +243,20 @@ def capacity() -> str:
     return capacity_page(made_up.report(), *surveys, HOSTILE)
 
 
+def graded() -> str:
+    """The page of an evaluation of answers from sources, in both columns, beside another, with long words."""
+
+    def scored(name: str, right: float) -> Scored:
+        wrong = {"question": f"q {HOSTILE}", "expected": None, "said": "a" * 90, "refused": False}
+        row = {**wrong, "unanswerable": True, "values": {"json_schema": right, "false_confidence": 1.0}}
+        sets = ("answers", "answers.constrained")
+        return Scored(name, {f"{one}.json_schema": right for one in sets}, {one: [row] * 3 for one in sets})
+
+    return evaluation_page(changed_document([scored(HOSTILE, 1.0), scored("b", 0.0)]))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [capacity, fidelity])
+@pytest.mark.parametrize("make", [capacity, fidelity, graded])
 @pytest.mark.parametrize(
     ("width", "dark", "media"), [(1280, True, ""), (390, False, ""), (390, True, ""), (800, False, "print")]
 )

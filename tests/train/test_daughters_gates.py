@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from train.launching import MODEL, Workspace, jsonl, metrics, raw_tensors, succeeded
-from train.people import worker
+from train.people import command, worker
 from train.test_evaluation import FACTS, FORMS, QUIZ
 
 from mlx_empire.formats.seal import check_sealed
@@ -111,3 +111,25 @@ def test_a_gate_that_is_never_reached_says_so(place: Workspace) -> None:
     )
     assert not list((place.folder / "short").rglob("FROZEN.json"))
     assert len(list((place.folder / "short").glob("*/COMPLETE"))) == 2
+
+
+@pytest.mark.slow
+def test_who_misses_the_gate_is_trained_by_the_fallback(tmp_path: Path) -> None:
+    made = Workspace(tmp_path)
+    for name in ("alice", "bob"):
+        for file in ("train", "facts"):
+            made.write(f"people/{name}/{file}.jsonl", jsonl(FACTS))
+    first = RECIPE.split("    - {path: quiz")[0].replace(
+        "steps: 40, eval_every: 5, save_every: 10", "steps: 1, eval_every: 1"
+    )
+    gate = "  stop_when: {metric: facts.loss, at_most: %g}\n"
+    made.write("recipe.yaml", first + gate % 1e-6 + "  fallback: second.yaml\n")
+    made.write("second.yaml", first.replace("dir: runs", "dir: second") + gate % 100)
+    outcome = succeeded(made._run(command(made, "--only", "alice")[0], 0o022))
+    assert "alice: the gate was not reached, so evaluation.fallback is taken: second.yaml" in outcome.stdout
+    assert sorted(one.name for one in (tmp_path / "second").iterdir() if one.is_dir()) == ["alice"]
+    assert (tmp_path / "second/alice/BASE.json").exists()
+    assert not (tmp_path / "runs/bob").exists()
+    again = succeeded(made._run(command(made)[0], 0o022))
+    assert "alice, bob: the gate was not reached" in again.stdout
+    assert (tmp_path / "second/bob/BASE.json").exists()

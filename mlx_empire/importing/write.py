@@ -1,0 +1,241 @@
+"""Reads a configuration, says line by line what became of it, and writes the recipe that it makes.
+
+Every line of the file that says something has a verdict: a key's own (`rules`), an item's that of its list, a heading's
+"heading". What a recipe must have and the file leaves out is what transformers or TRL take then, and is told too. Where
+two lines want different values of one key, an adapter's kind is the one that packs, and otherwise the first holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mlx_empire.comm.connect import choose_device
+from mlx_empire.comm.failure import guard
+from mlx_empire.disk import create_private
+from mlx_empire.errors import UserError
+from mlx_empire.importing.packing_error import packing_error
+from mlx_empire.importing.rules import MAPPED, NOT_POSSIBLE, Meaning, meaning_of
+from mlx_empire.recipe.duration import Duration
+from mlx_empire.recipe.explain import leaf_fields, sections
+from mlx_empire.recipe.load import MAX_BYTES, parse_recipe
+from mlx_empire.recipe.text import KeyPath, parse_yaml, read_small_text
+from mlx_empire.report.html import refuse_unwritable_file, write_file
+
+HEADING, ITEM = "heading", "item"
+PACKING = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+KINDS = ("lora", "dora", "qlora")  # of the kinds that lines name the last one holds
+# What transformers and TRL take where nothing is said, of what a recipe must have.
+LEFT_OUT: dict[str, Any] = {
+    "model.path": "models/base",
+    "tuning.type": "lora",
+    "data.sequence_length": 1024,
+    "batch.global_size": 8,
+    "optimizer.learning_rate": 2e-5,
+    "schedule.type": "linear",
+    "run.steps": "3ep",
+}
+
+
+@dataclass(frozen=True)
+class SourceLine:
+    """A line of the file: its number, the key and what it says, and what it means here."""
+
+    number: int
+    key: str
+    value: Any
+    meaning: Meaning
+
+    def told(self) -> str:
+        """What stands in the recipe for it, and why."""
+        keys = ", ".join(f"{key}: {_written(value)}" for key, value in self.meaning.keys.items())
+        return "; ".join(filter(None, (keys, self.meaning.why)))
+
+
+def import_command(options: argparse.Namespace) -> int:
+    """What the command line asks for; returns the exit code."""
+    with guard(None):
+        choose_device()
+        out = options.out or Path(f"{options.file.stem}.recipe.yaml")
+        refuse_unwritable_file("--json", options.json, [options.file])
+        lines = read_lines(options.file)
+        values = {"data.path": str(options.data), "run.dir": f"runs/{options.file.stem}"}
+        if options.model is not None:
+            values["model.path"] = str(options.model)
+        lines, keys, added = settled(lines, values)
+        text = recipe_text(options.file, lines, keys, added)
+        parse_recipe(text, str(out))
+        packed = any(line.key.rpartition(".")[2] in PACKING for line in lines)
+        error = packing_error(Path(str(keys["model.path"]))) if packed else None
+        _write(out, text)
+        show_lines(options.file, lines, added)
+        if error is not None:
+            print(error.sentence())
+        if options.json is not None:
+            told = [
+                {"line": one.number, "key": one.key, "verdict": one.meaning.verdict, "keys": one.meaning.keys,
+                 "why": one.meaning.why} for one in lines
+            ]  # fmt: skip
+            document = {"lines": told, "added": added, "error": None if error is None else vars(error)}
+            write_file("--json", options.json, json.dumps(document, indent=1) + "\n")
+        print(f"written: {out}\n  mlx-empire capacity {shlex.quote(str(out))}")
+    return 0
+
+
+def read_lines(file: Path) -> list[SourceLine]:
+    """Every line of a configuration that says something, in order. UserError for a file that holds none."""
+    text = read_small_text(file, "configuration", MAX_BYTES, "give a YAML or JSON file of another trainer")
+    value, places = parse_yaml(text, str(file))
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"{file}:1: no keys are in it; expected those of a configuration")
+    leaves = dict(_leaves(value, ()))
+    told = {str(path[-1]): leaf for path, leaf in leaves.items()}
+    found: dict[KeyPath, SourceLine] = {}
+    for path, number in sorted(places.items(), key=lambda pair: (pair[1], len(pair[0]))):
+        key = ".".join(path)
+        listed = next((path[:depth] for depth in range(1, len(path)) if path[:depth] in leaves), None)
+        if listed is not None:
+            found[path] = SourceLine(number, key, ITEM, Meaning(found[listed].meaning.verdict))
+        elif path in leaves:
+            found[path] = SourceLine(number, key, leaves[path], _meaning(str(path[-1]), leaves[path], told))
+        elif path:
+            found[path] = SourceLine(number, key, HEADING, Meaning(HEADING))
+    return list(found.values())
+
+
+def _leaves(value: Mapping[Any, Any], path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from _leaves(inner, (*path, key))
+        else:
+            yield (*path, key), inner
+
+
+def _meaning(name: str, value: Any, told: Mapping[str, Any]) -> Meaning:
+    """The meaning of a key, if its value is one that the key here can have."""
+    try:
+        found = meaning_of(name, value, told)
+    except (TypeError, ValueError):
+        return Meaning(NOT_POSSIBLE, {}, f"{value!r:.40} is no value that can be read")
+    for key, setting in found.keys.items():
+        if (wrong := _wrong(key, setting)) is not None:
+            return Meaning(NOT_POSSIBLE, {}, wrong)
+    return found
+
+
+def _wrong(key: str, value: Any) -> str | None:
+    """Why a value cannot stand in a recipe; None where it can."""
+    least = {"model.path": "m", "data.path": "d", "data.sequence_length": 8, "batch.global_size": 1,
+             "optimizer.learning_rate": 1.0, "run.dir": "r", "run.steps": 1000000, key: value}  # fmt: skip
+    if key == "batch.micro_size":
+        least["batch.global_size"] = value
+    if key.startswith("tuning.") and key != "tuning.type":
+        least["tuning.type"] = "qlora" if key == "tuning.bits" else "lora"
+    try:
+        parse_recipe(_sections(least, {}), "x")
+    except UserError:
+        return f"{key}: expected {leaf_fields()[key].description}"
+    return None
+
+
+def settled(
+    lines: Sequence[SourceLine], values: Mapping[str, Any]
+) -> tuple[list[SourceLine], dict[str, Any], dict[str, Any]]:
+    """The lines, some of which another goes before; all keys of the recipe; and those of them that no line names.
+
+    `values`: what the command line says, which goes before the file.
+    """
+    keys: dict[str, Any] = {}
+    first: dict[str, SourceLine] = {}
+    for line in lines:
+        for key, value in line.meaning.keys.items():
+            if key == "tuning.type" and value in KINDS and keys.get(key) in KINDS:
+                keys[key] = max(keys[key], value, key=KINDS.index)
+            else:
+                keys.setdefault(key, value)
+            first.setdefault(key, line)
+    found = []
+    for line in lines:
+        over = {k: v for k, v in line.meaning.keys.items() if keys[k] != v}
+        if over and not ("tuning.type" in over and len(over) == 1):
+            key = next(iter(over))
+            why = f"{key}: line {first[key].number} says {_written(keys[key])}"
+            line = SourceLine(line.number, line.key, line.value, Meaning(NOT_POSSIBLE, {}, why))
+        found.append(line)
+    added = {**LEFT_OUT, **values}
+    if "batch.micro_size" in keys and "batch.global_size" not in keys:
+        added["batch.global_size"] = keys["batch.micro_size"]
+    added = {k: v for k, v in added.items() if k not in keys or k in values}
+    if keys.get("tuning.type") != "qlora":
+        keys.pop("tuning.bits", None)
+    return found, keys | added, added
+
+
+def recipe_text(
+    file: Path, lines: Sequence[SourceLine], keys: Mapping[str, Any], added: Mapping[str, Any]
+) -> str:
+    """The recipe, with the line that each key comes from."""
+    comments = dict.fromkeys(added, "not said there")
+    for line in lines:
+        for key in line.meaning.keys:
+            if key not in added:
+                comments.setdefault(key, f"line {line.number}: {line.key}")
+    head = f"# Made by `mlx-empire import {file.name}`. `mlx-empire keys` tells what every key decides.\n"
+    return head + _sections(keys, comments)
+
+
+def _sections(keys: Mapping[str, Any], comments: Mapping[str, str]) -> str:
+    found = []
+    for section in sections():
+        own = {key: value for key, value in keys.items() if key.partition(".")[0] == section}
+        found += [f"{section}:"] if own else []
+        for key, value in own.items():
+            comment = f"  # {comments[key]}" if key in comments else ""
+            found.append(f"  {key.partition('.')[2]}: {_written(value)}{comment}")
+    return "\n".join(found) + "\n"
+
+
+def _written(value: Any) -> str:
+    """A value as YAML on one line, which JSON is; a length as it is written."""
+    return str(value) if isinstance(value, Duration) else json.dumps(value, ensure_ascii=False)
+
+
+def _write(out: Path, text: str) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with create_private(out) as file:
+            file.write(text.encode())
+    except FileExistsError:
+        raise UserError(
+            f"--out: {out}: is there already, and is left as it is; choose another name"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--out: {out}: {error.strerror}; choose a file that can be written") from None
+
+
+def show_lines(file: Path, lines: Sequence[SourceLine], added: Mapping[str, Any]) -> None:
+    """The lines as a table, and how many of each kind there are. What a file says is no markup."""
+    table = Table(title=Text(str(file), "table.title"), title_justify="left")
+    table.add_column("line", justify="right")
+    table.add_column("there", overflow="fold")
+    table.add_column("verdict")
+    table.add_column("here", overflow="fold")
+    for line in lines:
+        if line.value in (HEADING, ITEM):
+            continue
+        said = f"{line.key.rpartition('.')[2]}: {_written(line.value)}"
+        table.add_row(str(line.number), Text(said), line.meaning.verdict, Text(line.told() or MAPPED))
+    Console().print(table)
+    counts = Counter(line.meaning.verdict for line in lines)
+    print(f"{len(lines)} lines: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}")
+    print("not said there: " + ", ".join(f"{key}={_written(value)}" for key, value in added.items()))

@@ -74,7 +74,7 @@ def chips() -> Mapping[str, Chip]:
             low, high = (one * row["cores"] / ultra["cores"] for one in ultra["tflops"])
         return low, high
 
-    return {plain(row["name"]): _chip(row, speed(row)) for row in rows}
+    return {plain_name(row["name"]): _chip(row, speed(row)) for row in rows}
 
 
 def _chip(row: Mapping[str, Any], tflops: Range) -> Chip:
@@ -98,7 +98,7 @@ def _chip(row: Mapping[str, Any], tflops: Range) -> Chip:
 
 def chip_named(name: str) -> Chip:
     """The chip of the file with this name, which is known to be there."""
-    return chips()[plain(name)]
+    return chips()[plain_name(name)]
 
 
 def chip_of(node: Node, calibration: Calibration | None = None) -> Chip | None:
@@ -108,8 +108,8 @@ def chip_of(node: Node, calibration: Calibration | None = None) -> Chip | None:
     and a machine that was asked itself computes on its CPU.
     """
     name = _name_of(node)
-    known = chips().get(plain(name)) if name else None
-    if calibration is None or name is None or plain(calibration.chip or "CPU") != plain(name):
+    known = chips().get(plain_name(name)) if name else None
+    if calibration is None or name is None or plain_name(calibration.chip or "CPU") != plain_name(name):
         return known
     speed, rate = calibration.tflops, calibration.memory_rate
     new = known or Chip(name, (0, 0), (0, 0), _DISK, None, "", "")
@@ -164,10 +164,10 @@ def is_mac(node: Node) -> bool:
 def on_cpu(node: Node) -> bool:
     """Whether a node that only a hostfile describes is planned as computing on its CPU: where it names that or
     nothing, and is no Mac."""
-    return plain(node.chip or "CPU") == "cpu" and not is_mac(node)
+    return plain_name(node.chip or "CPU") == "cpu" and not is_mac(node)
 
 
-def plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A chip's name without what is written around it, for comparing: `NVIDIA A100-SXM4-80GB` is a100."""
     words = re.findall(r"[a-z0-9]+", name.lower())
     return "".join(word for word in words if not _BESIDE.fullmatch(word)).removeprefix("apple")

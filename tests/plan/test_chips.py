@@ -18,7 +18,7 @@ from mlx_empire.plan.chips import (
     known_speed,
     no_time,
     on_cpu,
-    plain,
+    plain_name,
     price_of,
 )
 from mlx_empire.sizes import GIB
@@ -98,7 +98,7 @@ def test_the_families_are_whole() -> None:
     }
     assert set(chips()) == apple | {"rtx3060", "rtx3090", "rtx4090", "a10g", "a100", "h100", "cpu"}
     for name, chip in chips().items():
-        assert plain(chip.name) == name
+        assert plain_name(chip.name) == name
 
 
 def test_what_the_file_leaves_out_is_scaled_from_what_is_known() -> None:

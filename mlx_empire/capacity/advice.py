@@ -29,7 +29,9 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.cluster.machine import Calibration
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.assess import Assessment, assess
-from mlx_empire.plan.hardware import KING, SOLDIER, Chip, Machine, Wire, chip_of, wire_of
+from mlx_empire.plan.chips import Chip, is_mac, no_time
+from mlx_empire.plan.hardware import KING, SOLDIER, Machine, Wire, wire_of
+from mlx_empire.plan.lengths import DataSize, Lengths
 from mlx_empire.plan.pace import Pace, cloud_of, pace_of, spell
 from mlx_empire.plan.resolve import never_fits, usable
 from mlx_empire.plan.wired_limit import FORGETS, most_raised, raising
@@ -54,20 +56,22 @@ def advise(
     """Advice, best first. `wire` None: what the hostfile says; `chips`, one per node, None: what the nodes are.
 
     `retuned`: describes the model as a changed recipe tunes it; without it nothing is said of adapters. With a verdict
-    `no`: what makes it fit, cheapest first. Else: what is faster, what is larger, and for `tight` what gives room.
+    `no`: what makes it fit, cheapest first. Else: what is faster (where the chips are known), what is larger, and for
+    `tight` what gives room.
     """
     wire = wire_of([n.node for n in assessment.nodes]) if wire is None else wire
 
     def pace(one: Assessment, over: Wire = wire) -> Pace:
         return pace_of(one, over, chips, calibration)
 
+    known = chips is not None or no_time([n.node for n in assessment.nodes], calibration) is None
     if assessment.verdict == "no":
-        return _until_it_fits(assessment, pace, retuned)
-    found = [*faster(assessment, pace), *larger(assessment)]
+        return _until_it_fits(assessment, pace if known else None, retuned)
+    found = [*(faster(assessment, pace) if known else ()), *larger(assessment)]
     return [*found, *_raised(assessment, {})] if assessment.verdict == "tight" else found
 
 
-def _until_it_fits(assessment: Assessment, pace: PaceOf, retuned: Retuned | None) -> list[Advice]:
+def _until_it_fits(assessment: Assessment, pace: PaceOf | None, retuned: Retuned | None) -> list[Advice]:
     """The cheapest settings that suffice; unless they are free, also adapters and each kind of hardware that does."""
     free = dict(_free_settings(assessment.recipe))
     each = [{name: setting} for name, setting in free.items()]
@@ -224,7 +228,7 @@ def _raised(assessment: Assessment, free: Settings) -> list[Advice]:
 def _more_machines(assessment: Assessment, free: Settings) -> list[Advice]:
     """The fewest further soldiers, and kings, that make it fit; for other machines, copies of the largest."""
     nodes = [n.node for n in assessment.nodes]
-    if chip_of(nodes[0]).name == "CPU":
+    if not is_mac(nodes[0]):
         largest = max(nodes, key=lambda n: n.limit_bytes)
         return _added(
             assessment, free, lambda i: replace(largest, name=f"{largest.name}-{i}"), "machine like this"
@@ -281,7 +285,9 @@ def _added(
     return []
 
 
-def _cloud(assessment: Assessment, pace: PaceOf) -> Advice:
-    cloud = cloud_of(assessment, pace(assessment))
+def _cloud(assessment: Assessment, pace: PaceOf | None) -> Advice:
+    recipe = assessment.recipe
+    lengths = Lengths.of(recipe, DataSize.assumed(recipe))
+    cloud = cloud_of(assessment, lengths, pace(assessment) if pace else None)
     effect = f"{spell(cloud.hours)} hours and {spell(cloud.dollars)} dollars on rented machines"
     return Advice(f"a cloud burst on {cloud.gpus} x H100", effect, "fits")

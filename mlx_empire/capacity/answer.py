@@ -57,6 +57,7 @@ from mlx_empire.model import catalog
 from mlx_empire.model.target import Target, catalog_target, planned_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, assess
+from mlx_empire.plan.chips import no_time
 from mlx_empire.plan.disk import DiskLedger, Places
 from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
 from mlx_empire.plan.lengths import DataSize, Lengths
@@ -189,7 +190,8 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wan
     assessment = assess(recipe, target.spec, nodes, state_bytes_of)
     size, counted = size_of(recipe, target.spec)
     known = size is not None or recipe.run.steps.unit == "steps"
-    steps = Lengths.of(recipe, size or DataSize.assumed(recipe)).steps if known else None
+    lengths = Lengths.of(recipe, size or DataSize.assumed(recipe))
+    steps = lengths.steps if known else None
 
     def retuned(changed: Recipe) -> Target:
         same = changed.tuning == recipe.tuning
@@ -208,20 +210,34 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wan
     measured = calibration_of(target, wanted)
     wire = wire_named(wanted.wire) if wanted.wire else wire_of(nodes)
     others = [other for other in WIRES if other.name != wire.name and len(nodes) > 1]
-    paces = tuple(pace_of(assessment, one, None, measured, size) for one in (wire, *others))
+    unknown = no_time(nodes, measured)
+    known_chips = None if unknown else chips_of(assessment, None, measured)
+    over = (wire, *others) if known_chips else ()
+    paces = tuple(pace_of(assessment, one, known_chips, None, size) for one in over)
     advice = advise(assessment, wire, calibration=measured, retuned=lambda changed: retuned(changed).spec)
     if assessment.verdict != "no":
         advice = [*disk_advice(recipe, disks, again), *advice]
-    cloud = cloud_of(assessment, paces[0])
-    chips = chips_of(assessment, None, measured)
+    cloud = cloud_of(assessment, lengths, paces[0] if paces else None)
     if wanted.trace is not None:
-        events = timeline_of(assessment, wire, chips, 1).events
+        if known_chips is None:
+            raise UserError(f"--trace {wanted.trace}: {unknown}")
+        events = timeline_of(assessment, wire, known_chips, 1).events
         names = [node.name for node in nodes]
         write_file("--trace", wanted.trace, json.dumps(trace_document({"predicted": events}, names)))
     now = datetime.now()
     alone = untouched_verdict(assessment)
     return CapacityReport(
-        assessment, target.not_trainable, paces, advice, cloud, chips, now, disks, counted, alone
+        assessment,
+        target.not_trainable,
+        paces,
+        advice,
+        cloud,
+        known_chips or (),
+        now,
+        disks,
+        counted,
+        alone,
+        unknown,
     )
 
 

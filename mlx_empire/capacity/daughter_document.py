@@ -66,7 +66,7 @@ def daughters_document(daughters: DaughterSurvey) -> Document:
                 "cache_bytes": one.cache_bytes,
                 "copies": one.copies,
                 "daughters": one.daughters,
-                "load_seconds": sorted(one.load_seconds),
+                "load_seconds": one.load_seconds and sorted(one.load_seconds),
             }
             for one in daughters.served
         ],
@@ -90,6 +90,7 @@ def daughters_document(daughters: DaughterSurvey) -> Document:
 
 def _run(run: DaughterRun) -> Document:
     (node,) = run.assessment.nodes
+    pace = run.pace
     return {
         "way": run.way,
         "node": run.node.name,
@@ -98,11 +99,11 @@ def _run(run: DaughterRun) -> Document:
         "limit_bytes": node.limit_bytes,
         "headroom_bytes": node.headroom_bytes,
         "verdict": node.verdict,
-        "step_seconds": sorted(run.pace.step_seconds),
-        "positions_per_second": sorted(run.pace.positions_per_second),
-        "tokens_per_second": sorted(run.pace.positions_per_second),  # its former name
-        "run_hours": sorted(run.pace.run_hours),
-        "energy_kwh": sorted(run.pace.energy_kwh),
+        "step_seconds": pace and sorted(pace.step_seconds),
+        "positions_per_second": pace and sorted(pace.positions_per_second),
+        "tokens_per_second": pace and sorted(pace.positions_per_second),  # its former name
+        "run_hours": pace and sorted(pace.run_hours),
+        "energy_kwh": pace and pace.energy_kwh and sorted(pace.energy_kwh),
         "dollars": None if run.dollars is None else sorted(run.dollars),
     }
 
@@ -135,8 +136,8 @@ def _training(run: DaughterRun) -> list[str]:
         run.node.name,
         f"{amount(node.peak_bytes)} of {amount(node.limit_bytes)}",
         node.verdict,
-        span(run.pace.positions_per_second),
-        run_length(run.pace.run_hours),
+        span(run.pace.positions_per_second) if run.pace else "?",
+        run_length(run.pace.run_hours) if run.pace else "unknown chip",
         "?" if run.dollars is None else span(run.dollars, " $"),
     ]
 
@@ -150,7 +151,7 @@ def _serving(one: Serving) -> list[str]:
         amount(one.cache_bytes),
         f"{one.copies:,}",
         f"{one.daughters:,}",
-        span(one.load_seconds, " s"),
+        span(one.load_seconds, " s") if one.load_seconds else "?",
     ]
 
 

@@ -15,19 +15,11 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.cluster.machine import Calibration
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.assess import Assessment, assess
-from mlx_empire.plan.hardware import (
-    DOLLARS_PER_KWH,
-    WIRES,
-    YEARS_OF_USE,
-    Chip,
-    Range,
-    calibrated,
-    chip_of,
-    price_of,
-)
+from mlx_empire.plan.chips import Range, chip_of, no_time, price_of
+from mlx_empire.plan.hardware import WIRES, YEARS_OF_USE
 from mlx_empire.plan.lengths import DataSize
 from mlx_empire.plan.optimizer_bytes import StatesOf
-from mlx_empire.plan.pace import Pace, pace_of
+from mlx_empire.plan.pace import Pace, pace_of, power_dollars
 from mlx_empire.plan.work import attention_layers
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
@@ -47,12 +39,13 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class DaughterRun:
-    """One way of training a daughter on one node alone; dollars are None where the machine's price is not known."""
+    """One way of training a daughter on one node alone; `pace` is None where the node's chip is not known, `dollars`
+    where the machine's price is not."""
 
     way: str
     node: Node
     assessment: Assessment
-    pace: Pace
+    pace: Pace | None
     dollars: Range | None
 
 
@@ -61,7 +54,7 @@ class Serving:
     """How many of a model one node holds. Sizes in bytes; `cache_bytes` of one conversation at the given length.
 
     `copies`: whole models, each with a cache. `daughters`: adapters over one shared base, each with a cache; 0 where
-    not even the base fits. `load_seconds`: of one whole model from the SSD.
+    not even the base fits. `load_seconds`: of one whole model from the SSD, None where the chip is not known.
     """
 
     way: str
@@ -71,7 +64,7 @@ class Serving:
     cache_bytes: int
     copies: int
     daughters: int
-    load_seconds: Range
+    load_seconds: Range | None
 
 
 @dataclass(frozen=True)
@@ -109,21 +102,19 @@ def daughter_runs(
         tuning = tuned_in(recipe, way)
         for node in kinds(nodes):
             alone = assess(tuning, specs[way], [node], states_of)
-            pace = pace_of(alone, WIRES[0], None, calibration, size)
-            found.append(DaughterRun(way, node, alone, pace, run_dollars(node, pace)))
+            known = no_time([node], calibration) is None
+            pace = pace_of(alone, WIRES[0], None, calibration, size) if known else None
+            found.append(DaughterRun(way, node, alone, pace, run_dollars(node, pace) if pace else None))
     return found
 
 
 def run_dollars(node: Node, pace: Pace) -> Range | None:
     """Power, and the machine's price for the time of the run, spread over three years."""
-    price = price_of(node)
-    if price is None:
+    price, power = price_of(node), power_dollars(pace)
+    if price is None or power is None:
         return None
     hourly = price / (YEARS_OF_USE * HOURS_PER_YEAR)
-    low, high = (
-        hours * hourly + energy * power
-        for hours, energy, power in zip(pace.run_hours, pace.energy_kwh, DOLLARS_PER_KWH, strict=True)
-    )
+    low, high = (hours * hourly + cost for hours, cost in zip(pace.run_hours, power, strict=True))
     return low, high
 
 
@@ -146,7 +137,7 @@ def serving(
         cache = length * cache_bytes_per_token(spec)
         for node in kinds(nodes):
             room = int(USABLE * node.limit_bytes)
-            chip: Chip = calibrated(chip_of(node), calibration)
+            chip = chip_of(node, calibration)
             found.append(
                 Serving(
                     way,
@@ -156,7 +147,7 @@ def serving(
                     cache,
                     room // (weights + cache),
                     max(room - weights, 0) // (adapter + cache),
-                    (weights / chip.disk_rate[1], weights / chip.disk_rate[0]),
+                    None if chip is None else (weights / chip.disk_rate[1], weights / chip.disk_rate[0]),
                 )
             )
     return found

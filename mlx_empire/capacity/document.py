@@ -19,9 +19,9 @@ from mlx_empire.capacity.whatif import Advice
 from mlx_empire.model.closed_forms import active_parameters
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import VERDICTS, Assessment, NodeAssessment
+from mlx_empire.plan.chips import Chip
 from mlx_empire.plan.disk import DiskLedger, disk_verdict
 from mlx_empire.plan.fill import bought
-from mlx_empire.plan.hardware import Chip
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
 from mlx_empire.plan.wired_limit import FORGETS, raising_commands, untouched
 from mlx_empire.recipe.idle import without_effect
@@ -37,7 +37,8 @@ class CapacityReport:
     """A recipe on nodes: whether it fits, how long it takes, what could be changed.
 
     `not_trainable`: one sentence why the trainer here cannot train the model, or None. `paces`: one for each wire, the
-    first for the wire that is there. `chips`: of the nodes. `start`: of the run. `disks`: of every file system.
+    first for the wire that is there; none where `no_time` says why. `chips`: of the nodes. `start`: of the run.
+    `disks`: of every file system.
     `counted`: what lengths in targets and epochs rest on, empty where there are none.
     `untouched`: the verdict where macOS's own limits hold, None where the plan assumes no others.
     """
@@ -52,6 +53,7 @@ class CapacityReport:
     disks: Sequence[DiskLedger] = ()
     counted: str = ""
     untouched: str | None = None
+    no_time: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -152,7 +154,7 @@ def time_cells(report: CapacityReport, pace: Pace) -> list[str]:
         span(pace.step_seconds),
         span(pace.positions_per_second),
         run_length(pace.run_hours),
-        energy(pace.energy_kwh),
+        "not known" if pace.energy_kwh is None else energy(pace.energy_kwh),
         report.last_days(pace),
     ]
 
@@ -176,8 +178,9 @@ def report_document(report: CapacityReport) -> Document:
         "reason": report.reason,
         "zero_stage": assessment.zero_stage,
         "nodes": [_node(node) for node in report.nodes],
-        "time": times[0],
+        "time": times[0] if times else None,
         "times": times,
+        "no_time": report.no_time,
         "cloud": report.cloud.sentence,
         "advice": [asdict(advice) for advice in report.advice],
         "formulas": _formulas(report.nodes),
@@ -218,7 +221,7 @@ def _time(report: CapacityReport, pace: Pace) -> Document:
         "positions_per_second": _pair(pace.positions_per_second),
         "tokens_per_second": _pair(pace.positions_per_second),  # its former name, for programs that read it
         "run_hours": _pair(pace.run_hours),
-        "energy_kwh": _pair(pace.energy_kwh),
+        "energy_kwh": None if pace.energy_kwh is None else _pair(pace.energy_kwh),
         "ends": [moment.isoformat(timespec="minutes") for moment in ends(pace, report.start)],
         "first_evaluation_hours": _pair(pace.first_evaluation) if pace.first_evaluation else None,
         "first_checkpoint_hours": _pair(pace.first_checkpoint) if pace.first_checkpoint else None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +79,8 @@ def capacity_page(
 
 def _header(report: CapacityReport) -> dict[str, Any]:
     """What a reader wants to know first."""
-    spec, pace, worst = report.spec, report.paces[0], report.assessment.worst
+    spec, worst = report.spec, report.assessment.worst
     left = worst.headroom_bytes
-    first = pace.first_checkpoint
     counts = [f"{spec.base_parameters:,} parameters"]
     if report.active_parameters != spec.base_parameters:
         counts.append(f"{report.active_parameters:,} active per token")
@@ -91,13 +90,21 @@ def _header(report: CapacityReport) -> dict[str, Any]:
         "counts": counts,
         "figures": [
             (amount(abs(left)), f"{'free' if left >= 0 else 'too much'} on {worst.node.name}"),
-            (report.last_days(pace), f"ends, after {run_length(pace.run_hours)}"),
-            *([(run_length(first), "to the first checkpoint")] if first else []),
-            (span(pace.step_seconds, " s"), "a step"),
-            (span(pace.positions_per_second), "positions per second"),
+            *(_paced(report) if report.paces else ()),
             (billions(spec.base_parameters), "parameters"),
         ],
     }
+
+
+def _paced(report: CapacityReport) -> Iterator[tuple[str, str]]:
+    """The figures of time, over the wire that is there."""
+    pace = report.paces[0]
+    first = pace.first_checkpoint
+    yield report.last_days(pace), f"ends, after {run_length(pace.run_hours)}"
+    if first:
+        yield run_length(first), "to the first checkpoint"
+    yield span(pace.step_seconds, " s"), "a step"
+    yield span(pace.positions_per_second), "positions per second"
 
 
 def _memory(report: CapacityReport, bars: Sequence[NodeBar]) -> dict[str, Any]:
@@ -167,6 +174,8 @@ def _commands(advice: Advice, command: str) -> list[str]:
 
 def _time(report: CapacityReport) -> dict[str, Any]:
     """How long a step takes over each wire and what is in it, and when things come."""
+    if not report.paces:
+        return {"times": [], "notes": report.notes}
     bounds = {pace.bound for pace in report.paces}
     several = len(bounds) > 1
     return {

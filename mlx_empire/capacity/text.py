@@ -54,9 +54,12 @@ def print_report(report: CapacityReport, console: Console) -> None:
         for note in disk_notes(report.disks):
             console.print(Text(note, "dim"))
         console.print()
-    console.print(time_table(report))
-    console.print()
-    console.print(milestone_table(report))
+    if report.paces:
+        console.print(time_table(report))
+        console.print()
+        console.print(milestone_table(report))
+    else:
+        console.print(Text(report.no_time or "", "bold"))
     if report.advice:
         console.print()
         console.print(advice_table(report.advice))

@@ -1,122 +1,19 @@
-"""Chips, wires and prices: the figures that time and advice are computed from, each with where it comes from.
+"""Wires, the machines of the empire and what power costs: what time and advice are computed from beside the chips.
 
 Decides what is assumed where nothing was measured. Every figure carries a mark: `measured` (by us), `reported` (by
 others for the real machine, not re-checked here), `planned` (no figure was found: an estimate to be replaced by a
-calibration). Ranges are (low, high); prices are those of December 2025.
+calibration). Ranges are (low, high). The figures of chips, prices among them, are in `chips.toml`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from mlx_empire.cluster.hostfile import Node, default_limit
 from mlx_empire.errors import UserError
+from mlx_empire.plan.chips import GIGA, Range, chip_named
 from mlx_empire.sizes import GIB
-
-if TYPE_CHECKING:
-    from mlx_empire.cluster.machine import Calibration
-
-Range = tuple[float, float]
-TERA, GIGA = 1e12, 1e9
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What one chip does in training.
-
-    `tflops`: executed TFLOP/s, recomputation counted. `memory_rate`: bytes per second at which weights are read and
-    the optimizer works. `disk_rate`: bytes per second of long reads and writes. `watts`: under load.
-    """
-
-    name: str
-    tflops: Range
-    memory_rate: Range
-    disk_rate: Range
-    watts: float
-    mark: str
-    source: str
-
-
-_DISK: Range = (3 * GIGA, 6 * GIGA)  # planned: no figure for the internal SSDs was measured here
-
-
-def _scaled(name: str, cores: int, bandwidth: float, watts: float) -> Chip:
-    """A chip of which no training speed is known: the M3 Ultra's by the number of GPU cores."""
-    speed = (5 * cores / 80, 12 * cores / 80)
-    rate = (bandwidth / 4, bandwidth)
-    return Chip(
-        name, speed, rate, _DISK, watts, "planned", "the M3 Ultra's speed by GPU cores, Apple's bandwidth"
-    )
-
-
-M3_ULTRA = Chip(
-    "M3 Ultra",
-    (5.0, 12.0),
-    (819 * GIGA / 4, 819 * GIGA),
-    _DISK,
-    270.0,
-    "reported",
-    "Apple's LoRA of a 9 B model at 180 tokens/s implies 5-10 TFLOP/s, an extrapolation from an M1 Max 10-14; 819 GB/s",
-)
-CPU = Chip(
-    "CPU",
-    (0.002, 0.12),
-    (0.4 * GIGA, 10 * GIGA),
-    (0.2 * GIGA, 2 * GIGA),
-    65.0,
-    "measured",
-    "2-core x86, bfloat16 with the reference BLAS to float32 with OpenBLAS; disk and watts planned",
-)
-CHIPS = (
-    M3_ULTRA,
-    _scaled("M1 Max", 32, 400 * GIGA, 100),
-    _scaled("M1 Ultra", 64, 800 * GIGA, 215),
-    _scaled("M2 Max", 38, 400 * GIGA, 120),
-    _scaled("M2 Ultra", 76, 800 * GIGA, 260),
-    _scaled("M3 Max", 40, 400 * GIGA, 140),
-    _scaled("M4 Max", 40, 546 * GIGA, 145),
-    CPU,
-)
-
-
-def chip_of(node: Node) -> Chip:
-    """The chip a node names (`chip=M3-Ultra`, "Apple M3 Ultra"), else M3 Ultra for a Mac of the empire, else a CPU."""
-    if node.chip is not None:
-        name = _plain(node.chip)
-        for chip in CHIPS:
-            if _plain(chip.name) in name:
-                return chip
-        if "apple" in name or re.match(r"m\d", name):
-            return replace(M3_ULTRA, name=node.chip, tflops=(0.5, 12.0), mark="planned")
-    return M3_ULTRA if node.role or node.memory_bytes in (512 * GIB, 256 * GIB) else CPU
-
-
-def known_speed(nodes: Sequence[Node]) -> float | None:
-    """Executed FLOP/s that the chips of all nodes may reach together; None where a chip is not named."""
-    if any(node.chip is None for node in nodes):
-        return None
-    return sum(chip_of(node).tflops[1] * TERA for node in nodes)
-
-
-def calibrated(chip: Chip, calibration: Calibration | None) -> Chip:
-    """`chip` with what a calibration measured on it, each figure within 10 %; others stay as they are."""
-    if calibration is None or _plain(calibration.chip or CPU.name) not in (
-        _plain(chip.name),
-        "apple" + _plain(chip.name),
-    ):
-        return chip
-    speed, rate = calibration.tflops, calibration.memory_rate
-    return replace(
-        chip,
-        tflops=(0.9 * speed, 1.1 * speed),
-        memory_rate=(0.9 * rate, 1.1 * rate),
-        mark="measured",
-        source=f"calibration on {calibration.machine}",
-    )
-
 
 # One thread adds contributions to fp32 totals, in bytes of contributions per second: planned for every chip, from
 # 1.4 to 2.8 thousand million bfloat16 additions a second on a 2-core x86.
@@ -193,16 +90,23 @@ def wire_of(nodes: Sequence[Node]) -> Wire:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine that can be bought, in dollars."""
+    """A machine that can be bought."""
 
     role: str
     memory_bytes: int
-    dollars: int
+    chip: str = "M3 Ultra"
 
     def node(self, name: str) -> Node:
         """This machine as a node of a cluster, with the GPU limit that plans assume."""
         limit = default_limit(self.memory_bytes)
-        return Node(name, 1, self.role, self.memory_bytes, limit, None, "M3 Ultra", measured=False)
+        return Node(name, 1, self.role, self.memory_bytes, limit, None, self.chip, measured=False)
+
+    @property
+    def dollars(self) -> int:
+        """What one costs."""
+        price = chip_named(self.chip).price(self.memory_bytes)
+        assert price is not None, f"{self.role}: chips.toml has no price for so much memory"
+        return price
 
     @property
     def dollars_per_gb(self) -> float:
@@ -210,22 +114,13 @@ class Machine:
         return self.dollars / (default_limit(self.memory_bytes) / GIGA)
 
 
-KING = Machine("king", 512 * GIB, 11_699)
-SOLDIER = Machine("soldier", 256 * GIB, 8_099)
+KING = Machine("king", 512 * GIB)
+SOLDIER = Machine("soldier", 256 * GIB)
 MACHINES = (SOLDIER, KING)
 
-# One H100 does the arithmetic of about 32 M3 Ultras (10-14 TFLOP/s each); rented by the hour.
-H100_TFLOPS: Range = (320.0, 448.0)
-H100_BYTES = 80 * 10**9
-H100_USABLE = 0.9  # planned: what a job may use of it
-H100_DOLLARS_PER_HOUR: Range = (2.5, 4.0)
+USABLE_OF_RENTED = 0.9  # planned: what a job may use of a rented card's memory
 DOLLARS_PER_KWH: Range = (0.15, 0.40)  # planned: a household's
 YEARS_OF_USE = 3  # planned: over which a machine's price is spread
-
-
-def price_of(node: Node) -> int | None:
-    """Dollars of the machine with this node's memory, None where no price is known."""
-    return next((m.dollars for m in MACHINES if m.memory_bytes == node.memory_bytes), None)
 
 
 def standard_clusters() -> dict[str, tuple[Node, ...]]:
@@ -237,7 +132,3 @@ def standard_clusters() -> dict[str, tuple[Node, ...]]:
         nodes += [SOLDIER.node(f"soldier-{i + 1}") for i in range(soldiers)]
         clusters[f"{kings}K" + (f"+{soldiers}S" if soldiers else "")] = tuple(nodes)
     return clusters
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -14,23 +14,21 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from mlx_empire.cluster.machine import Calibration
+from mlx_empire.errors import UserError
 from mlx_empire.plan.assess import Assessment
-from mlx_empire.plan.hardware import (
-    ADDING_RATE,
-    DOLLARS_PER_KWH,
-    H100_BYTES,
-    H100_DOLLARS_PER_HOUR,
-    H100_TFLOPS,
-    H100_USABLE,
+from mlx_empire.plan.chips import (
+    GIGA,
+    RENTED,
     TERA,
-    WIRES,
     Chip,
     Range,
-    Wire,
-    calibrated,
+    chip_named,
     chip_of,
+    is_mac,
+    no_time,
     price_of,
 )
+from mlx_empire.plan.hardware import ADDING_RATE, DOLLARS_PER_KWH, USABLE_OF_RENTED, WIRES, Wire
 from mlx_empire.plan.lengths import DataSize, Every, Lengths
 from mlx_empire.plan.step_time import ADD, COMPUTE, Link, Timeline, step_timeline
 from mlx_empire.plan.work import ChipCosts, route_over, step_flops, trained_bytes, whole_weights
@@ -44,14 +42,14 @@ class Pace:
     compute, network, adding (contributions to totals, in line with the network), optimizer or disk.
 
     `positions_per_second`: input positions of whole rows of data.sequence_length, whatever of them are targets.
-    `lengths`: of the run, on data of the size that was given or assumed. `timeline`: the step with the best that chips
-    and wire may do.
+    `energy_kwh`: None where nobody knows what a chip draws. `lengths`: of the run, on data of the size that was given
+    or assumed. `timeline`: the step with the best that chips and wire may do.
     """
 
     step_seconds: Range
     positions_per_second: Range
     run_hours: Range
-    energy_kwh: Range
+    energy_kwh: Range | None
     bound: str
     parts: Mapping[str, Range]
     wire: Wire
@@ -112,7 +110,7 @@ def pace_of(
     size: DataSize | None = None,
 ) -> Pace:
     """Time of a plan over `wire`. `chips`: one per node, default what the nodes are; `size`: of the training data,
-    default what is assumed of it."""
+    default what is assumed of it. UserError where a chip is not known."""
     used = chips_of(assessment, chips, calibration)
     slow, fast = (_played(assessment, wire, used, i) for i in (0, 1))
     recipe = assessment.recipe
@@ -124,12 +122,13 @@ def pace_of(
     parts = {name: (fast.parts[name], slow.parts[name]) for name in fast.parts} | {"disk": disk}
     positions = recipe.batch.global_size * recipe.data.sequence_length
     hours = (low * steps / 3600, high * steps / 3600)
-    kilowatts = sum(chip.watts for chip in used) / 1000
+    watts = [chip.watts for chip in used if chip.watts is not None]
+    kilowatts = sum(watts) / 1000 if len(watts) == len(used) else None
     return Pace(
         (low, high),
         (positions / high, positions / low),
         hours,
-        (kilowatts * hours[0], kilowatts * hours[1]),
+        None if kilowatts is None else (kilowatts * hours[0], kilowatts * hours[1]),
         max(parts, key=lambda name: sum(parts[name])),
         parts,
         wire,
@@ -151,10 +150,14 @@ def paces(
 def chips_of(
     assessment: Assessment, chips: Sequence[Chip] | None = None, calibration: Calibration | None = None
 ) -> list[Chip]:
-    """The chip of each node, calibrated where a calibration is of that chip."""
-    found = [chip_of(n.node) for n in assessment.nodes] if chips is None else list(chips)
-    assert len(found) == len(assessment.nodes), "one chip per node"
-    return [calibrated(chip, calibration) for chip in found]
+    """The chip of each node, calibrated where a calibration is of that chip. UserError where one is not known."""
+    if chips is not None:
+        assert len(chips) == len(assessment.nodes), "one chip per node"
+        return list(chips)
+    nodes = [n.node for n in assessment.nodes]
+    if why := no_time(nodes, calibration):
+        raise UserError(why)
+    return [chip for node in nodes if (chip := chip_of(node, calibration)) is not None]
 
 
 def ends(pace: Pace, start: datetime) -> tuple[datetime, datetime]:
@@ -164,28 +167,39 @@ def ends(pace: Pace, start: datetime) -> tuple[datetime, datetime]:
     return early, late
 
 
-def cloud_of(assessment: Assessment, pace: Pace) -> Cloud:
-    """The same steps on the fewest H100s that hold weights, gradients and states; network and waiting not counted."""
-    spec, plan = assessment.spec, assessment.plan
+def cloud_of(assessment: Assessment, lengths: Lengths, pace: Pace | None) -> Cloud:
+    """The same steps on the fewest H100s that hold weights, gradients and states; network and waiting not counted.
+
+    `pace`: of these machines, to compare with; None where nothing is known of their time.
+    """
+    spec, plan, h100 = assessment.spec, assessment.plan, chip_named(RENTED)
+    assert h100.rent is not None, "chips.toml says what one costs"
     ranks = range(len(assessment.nodes))
-    flops = pace.lengths.steps * sum(step_flops(spec, plan.shards, plan.work, r) for r in ranks)
+    flops = lengths.steps * sum(step_flops(spec, plan.shards, plan.work, r) for r in ranks)
     need = sum(trained_bytes(assessment).values())
-    least = -(-need // int(H100_USABLE * H100_BYTES))
+    least = -(-need // int(USABLE_OF_RENTED * h100.memory[0] * GIGA))
     gpus = next((n for n in RENTED_AT_ONCE if n >= least), -(-least // 8) * 8)
-    hours = (flops / (gpus * H100_TFLOPS[1] * TERA) / 3600, flops / (gpus * H100_TFLOPS[0] * TERA) / 3600)
-    dollars = (
-        gpus * hours[0] * H100_DOLLARS_PER_HOUR[0],
-        gpus * hours[1] * H100_DOLLARS_PER_HOUR[1],
-    )
+    low, high = h100.tflops
+    hours = (flops / (gpus * high * TERA) / 3600, flops / (gpus * low * TERA) / 3600)
+    dollars = (gpus * hours[0] * h100.rent[0], gpus * hours[1] * h100.rent[1])
     return Cloud(gpus, hours, dollars, _comparison(assessment, pace, gpus, hours, dollars))
 
 
-def _comparison(assessment: Assessment, pace: Pace, gpus: int, hours: Range, dollars: Range) -> str:
-    rented = f"{gpus} x H100 would take {spell(hours)} hours at best and {spell(dollars)} dollars"
+def power_dollars(pace: Pace) -> Range | None:
+    """What the run's power costs; None where nobody knows what a chip draws."""
+    if pace.energy_kwh is None:
+        return None
+    return pace.energy_kwh[0] * DOLLARS_PER_KWH[0], pace.energy_kwh[1] * DOLLARS_PER_KWH[1]
+
+
+def _comparison(assessment: Assessment, pace: Pace | None, gpus: int, hours: Range, dollars: Range) -> str:
+    rented = f"{gpus} x {RENTED} would take {spell(hours)} hours at best and {spell(dollars)} dollars"
+    if pace is None:
+        return f"{rented}. How long these machines take is not known."
     own = f"these machines take {spell(pace.run_hours)} hours"
-    power = (pace.energy_kwh[0] * DOLLARS_PER_KWH[0], pace.energy_kwh[1] * DOLLARS_PER_KWH[1])
-    prices = [price_of(n.node) for n in assessment.nodes]
-    if any(p is None for p in prices):
+    nodes = [n.node for n in assessment.nodes]
+    power, prices = power_dollars(pace), [price_of(node) for node in nodes]
+    if power is None or any(p is None for p in prices) or not all(map(is_mac, nodes)):
         return f"{rented}; {own}. Time is what the cloud sells; data that may not leave the house cannot be rented out."
     cost = sum(p for p in prices if p is not None)
     per_gb = cost / (sum(n.limit_bytes for n in assessment.nodes) / 1e9)

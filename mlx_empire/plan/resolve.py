@@ -21,8 +21,8 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.chips import on_cpu
 from mlx_empire.plan.fill import Recomputation, fill, most_operations
-from mlx_empire.plan.hardware import CPU, chip_of
 from mlx_empire.plan.memory import Ledger, ledger, stored
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan, make_plan
@@ -246,7 +246,7 @@ def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan]) -> R
 def keeps_products(recipe: Recipe, nodes: Sequence[Node]) -> bool:
     """Whether spare memory may keep results of recomputed layers; unless asked for, on CPUs alone."""
     asked = recipe.memory.keep_products
-    on_cpus = all(_is_cpu(n) or (not n.measured and chip_of(n) is CPU) for n in nodes)
+    on_cpus = all(_is_cpu(n) or (not n.measured and on_cpu(n)) for n in nodes)
     allowed = on_cpus if asked == "auto" else asked
     return allowed and recipe.memory.gradient_checkpointing == "auto"
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 from mlx_empire.cluster.hostfile import Node, default_limit, macos_limit
 from mlx_empire.errors import UserError
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.chips import is_mac
 from mlx_empire.plan.fill import Recomputation
-from mlx_empire.plan.hardware import chip_of
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.refusal import require_fit
 from mlx_empire.plan.resolve import RunPlan, resolve
@@ -28,7 +28,7 @@ FORGETS = "macOS forgets the limit when it starts again"
 
 def untouched(node: Node) -> Node:
     """A node that was only planned, as macOS would report it; any other node as it is."""
-    if node.measured or not _is_mac(node):
+    if node.measured or not is_mac(node):
         return node
     return replace(node, limit_bytes=min(node.limit_bytes, macos_limit(node.memory_bytes)))
 
@@ -126,8 +126,4 @@ def _by_default(node: Node) -> Node:
 
 
 def _raised(node: Node, limit_bytes: int) -> Node:
-    return replace(node, limit_bytes=max(node.limit_bytes, limit_bytes)) if _is_mac(node) else node
-
-
-def _is_mac(node: Node) -> bool:
-    return chip_of(node).name != "CPU"
+    return replace(node, limit_bytes=max(node.limit_bytes, limit_bytes)) if is_mac(node) else node

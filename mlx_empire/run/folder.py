@@ -20,7 +20,8 @@ from mlx_empire.errors import EmpireError, UserError
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import assess_plan
-from mlx_empire.plan.hardware import known_speed, wire_of
+from mlx_empire.plan.chips import known_speed
+from mlx_empire.plan.hardware import wire_of
 from mlx_empire.plan.pace import pace_of
 from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.recipe.load import dump_recipe

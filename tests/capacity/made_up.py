@@ -17,8 +17,9 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, NodeAssessment
+from mlx_empire.plan.chips import chip_named
 from mlx_empire.plan.disk import DiskLedger, Keeping
-from mlx_empire.plan.hardware import M3_ULTRA, WIRES, wire_named
+from mlx_empire.plan.hardware import WIRES, wire_named
 from mlx_empire.plan.lengths import Every, Lengths
 from mlx_empire.plan.memory import Ledger
 from mlx_empire.plan.pace import Cloud, Pace
@@ -87,7 +88,15 @@ def report() -> CapacityReport:
     )
     start = datetime(2026, 11, 20, 20)
     return CapacityReport(
-        assessed(*nodes), f"no {HOSTILE} here", paces, advice, cloud, [M3_ULTRA], start, disks, untouched="no"
+        assessed(*nodes),
+        f"no {HOSTILE} here",
+        paces,
+        advice,
+        cloud,
+        [chip_named("M3 Ultra")],
+        start,
+        disks,
+        untouched="no",
     )
 
 

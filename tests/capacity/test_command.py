@@ -85,6 +85,34 @@ def test_the_limit_decides_verdict_and_exit_code(say, recipe, hosts, part, verdi
     assert bool(said.json["reason"]) == (verdict != "fits")
 
 
+def test_an_unknown_chip_has_memory_and_no_times(say, recipe, hosts, tmp_path):
+    """Nothing of a machine's speed is made up: the same card was once priced as a CPU."""
+    line, page, trace = "box slots=1 # memory=24GiB chip=", tmp_path / "page.html", tmp_path / "trace.json"
+    unknown = hosts(line + "RTX-5099")
+    why = "no time: unknown chip RTX-5099 of box: add it to plan/chips.toml of mlx_empire"
+    said = say(recipe, "--hosts", unknown, "--json", "--html", page)
+    report = said.json
+    assert (said.code, report["verdict"]) == (0, "fits")
+    assert (report["time"], report["times"]) == (None, [])
+    assert report["no_time"].startswith(why)
+    assert why in page.read_text()
+    assert "H100" in report["cloud"]
+    person = say(recipe, "--hosts", unknown).out
+    assert why in person
+    assert "positions/s" not in person
+    assert all(
+        one["step_seconds"] is None
+        for one in say(recipe, "--hosts", unknown, "--daughters", "--json").json["training"]
+    )
+    assert "?" in say(recipe, "--hosts", unknown, "--daughters").out
+    refused = say(recipe, "--hosts", unknown, "--trace", trace)
+    assert (refused.code, trace.exists()) == (64, False)
+    assert why in refused.err
+    known = say(recipe, "--hosts", hosts(line + "RTX-3090"), "--json").json
+    assert known["no_time"] is None
+    assert 0 < known["time"]["run_hours"][0] < known["time"]["run_hours"][1] < 1
+
+
 def test_without_a_hostfile_this_machine_is_meant(say, recipe):
     said = say(recipe, "--json")
     assert said.code == 0

@@ -26,7 +26,7 @@ DOCUMENTS = {
         "ledger(weights|optimizer m|gradients|gathered units) phase "
         "peak_bytes headroom_bytes largest_array_bytes buffer_limit_bytes live_buffers cache_bound_bytes verdict "
         "reason) "
-        f"time({PACE}) times({PACE}) cloud advice(change effect verdict) "
+        f"time({PACE}) times({PACE}) no_time cloud advice(change effect verdict) "
         "formulas(weights|optimizer m|gradients|gathered units|attention|logits chunk|adapters|MLX base: formula mark) "
         "notes disks(name checkpoint_bytes copies_bytes checkpoints_at_once result_bytes base_bytes token_cache_bytes "
         "asked_bytes least_bytes free_bytes verdict reason) "

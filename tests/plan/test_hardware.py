@@ -1,19 +1,15 @@
-"""Chips and wires that nodes and hostfiles name, and the clusters and prices of the empire."""
+"""Wires that hostfiles name, and the clusters and prices of the empire."""
 
 import pytest
 
 from mlx_empire.cluster.hostfile import Node, parse_hostfile
-from mlx_empire.cluster.machine import Calibration
 from mlx_empire.errors import UserError
+from mlx_empire.plan.chips import price_of
 from mlx_empire.plan.hardware import (
-    CHIPS,
     KING,
     MACHINES,
     SOLDIER,
     WIRES,
-    calibrated,
-    chip_of,
-    price_of,
     standard_clusters,
     wire_named,
     wire_of,
@@ -26,39 +22,10 @@ def node(chip=None, role=None, memory=64 * GIB, link=None) -> Node:
     return Node("a", 1, role, memory, memory // 2, link, chip)
 
 
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        (node("Apple M3 Ultra"), "M3 Ultra"),
-        (node("M3-Ultra"), "M3 Ultra"),
-        (node("Apple M4 Max"), "M4 Max"),
-        (node(role="king"), "M3 Ultra"),
-        (node(memory=512 * GIB), "M3 Ultra"),
-        (node(), "CPU"),
-        (node("Apple M9"), "Apple M9"),
-    ],
-)
-def test_a_node_names_its_chip_or_is_told_by_its_memory(given, name):
-    assert chip_of(given).name == name
-
-
-def test_every_figure_says_where_it_is_from():
-    for one in (*CHIPS, *WIRES):
+def test_every_wire_says_where_its_figures_are_from():
+    for one in WIRES:
         assert one.mark in ("measured", "reported", "planned")
         assert one.source
-    assert chip_of(node("M3 Ultra")).tflops == (5, 12)
-
-
-def test_a_calibration_replaces_the_figures_of_its_own_chip_only():
-    measured = Calibration("here", "Apple M3 Ultra", "bfloat16", 9.0, 6e11)
-    ultra, cpu = chip_of(node(role="king")), chip_of(node())
-    assert calibrated(ultra, measured).tflops == pytest.approx((8.1, 9.9))
-    assert calibrated(ultra, measured).mark == "measured"
-    assert calibrated(cpu, measured) == cpu
-    assert calibrated(cpu, Calibration("here", None, "float32", 0.05, 1e10)).tflops == pytest.approx(
-        (0.045, 0.055)
-    )
-    assert calibrated(ultra, None) == ultra
 
 
 def test_the_clusters_are_those_of_the_hostfiles(request):

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from support.planning import assess, catalog_spec, llama_like, node_of, nodes_of, recipe_of
 
 from mlx_empire.cluster.machine import Calibration
-from mlx_empire.plan.hardware import ADDING_RATE, CPU, M3_ULTRA, WIRES, standard_clusters, wire_named
+from mlx_empire.errors import UserError
+from mlx_empire.plan.chips import chip_named
+from mlx_empire.plan.hardware import ADDING_RATE, WIRES, standard_clusters, wire_named
 from mlx_empire.plan.lengths import DataSize, Lengths
 from mlx_empire.plan.pace import chips_of, cloud_of, ends, pace_of, paces, spell
 from mlx_empire.plan.step_traffic import step_matrices, step_traffic
@@ -22,6 +24,7 @@ from mlx_empire.plan.work import (
 )
 
 GIB = 2**30
+CPU = chip_named("CPU")
 
 
 def assessed(*overrides, limits=(GIB, GIB), spec=None):
@@ -187,7 +190,7 @@ def test_scout_over_slow_and_fast_wires():
 
 def test_a_calibration_narrows_the_range():
     found = assess(recipe_of(), llama_like(), [node_of("mac", GIB, chip="Apple M3 Ultra")])
-    assert chips_of(found) == [M3_ULTRA]
+    assert chips_of(found) == [chip_named("M3 Ultra")]
     measured = Calibration("mac", "Apple M3 Ultra", "bfloat16", 10.0, 6e11)
     planned, then = (pace_of(found, WIRES[0], None, c) for c in (None, measured))
     assert planned.parts["compute"][0] < then.parts["compute"][0] < then.parts["compute"][1]
@@ -238,14 +241,22 @@ def test_rented_machines_hold_what_is_trained():
         8.08 if found.plan.work.gradient_dtype == "bfloat16" else 10.08, abs=0.02
     )
     pace = pace_of(found, WIRES[0])
-    cloud = cloud_of(found, pace)
+    cloud = cloud_of(found, pace.lengths, pace)
     assert cloud.gpus == 16
     assert cloud.gpus * 72e9 > sum(trained_bytes(found).values()) > 8 * 72e9
     assert cloud.hours[1] < pace.run_hours[0]  # the Macs never win on time
     assert cloud.dollars[0] == pytest.approx(16 * cloud.hours[0] * 2.5)
     assert "35,996 dollars" in cloud.sentence
     other = assessed()
-    assert "dollars of power" not in cloud_of(other, pace_of(other, WIRES[0])).sentence
+    pace = pace_of(other, WIRES[0])
+    assert "dollars of power" not in cloud_of(other, pace.lengths, pace).sentence
+    assert "not known" in cloud_of(other, pace.lengths, None).sentence
+
+
+def test_a_plan_with_an_unknown_chip_has_no_pace():
+    found = assess(recipe_of(), llama_like(), [node_of("a", GIB), node_of("b", GIB, chip="RTX-5090")])
+    with pytest.raises(UserError, match=r"no time: unknown chip RTX-5090 of b: add it to plan/chips.toml"):
+        pace_of(found, WIRES[0])
 
 
 def test_ranges_in_words():

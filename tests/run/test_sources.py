@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from data.test_batches import make_dataset
+from support.planning import catalog_spec
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.data.rows import Joined
 from mlx_empire.data.splits import Splits, join_splits
 from mlx_empire.errors import UserError
+from mlx_empire.formats.model_card import model_card
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import shared_splits
@@ -125,3 +127,9 @@ def test_who_reads_one_place_alone_says_so() -> None:
     with pytest.raises(UserError, match=r"data\.sources: a, b: one place is needed here") as refused:
         _ = recipe("[{path: a}, {path: b}]").data.only_path
     assert "\n" not in str(refused.value)
+
+
+def test_the_model_card_names_every_source_and_its_weight() -> None:
+    asked = recipe("[{path: a, weight: 3, to: 0.5}, {path: b}]")
+    card = model_card(asked, catalog_spec("llama-3.2-1b", asked), [], "sha256:0", None)
+    assert "| data | `a`, weight 3 from 0 to 0.5 |\n| data | `b`, weight 1 |" in card

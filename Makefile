@@ -184,7 +184,7 @@ golden: model
 test-interop: setup
 	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH) peft==0.21.2 datasets==5.2.0
 	$(PY) -m pip install -qq --disable-pip-version-check --no-deps trl==1.16.0
-	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py tests/inspect/test_as_datasets.py $(PYTEST_ARGS)
+	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py tests/data/test_as_interleaved.py tests/inspect/test_as_datasets.py $(PYTEST_ARGS)
 
 bench: setup
 	@$(FAST) $(PY) benchmarks/run.py && $(PY) benchmarks/adapters.py && $(PY) benchmarks/attention.py && $(PY) benchmarks/main_thread.py && $(PY) benchmarks/capacity_report.py

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_empire.data.batches import MicroBatch, micro_batch, validation_micro_batches
+from mlx_empire.data.order import Shuffled
 from mlx_empire.data.splits import Splits, load_splits
 
 ROOT = Path(__file__).parents[1]
@@ -116,8 +117,9 @@ def torch_loop(model: Path, steps: int, splits: Splits) -> Curves:
             return float(sum(total(b) for b in batches)) / float(sum(b.mask.sum() for b in batches))
 
     curves: Curves = {"loss": [], "held out": [(0, held_out())]}
+    order = Shuffled(len(splits.train), 0)
     for step in range(1, steps + 1):
-        batch = micro_batch(splits.train, 0, step - 1, 0, global_size=ROWS, micro_size=ROWS)
+        batch = micro_batch(splits.train, order, step - 1, 0, global_size=ROWS, micro_size=ROWS)
         loss = total(batch) / float(batch.mask.sum())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)

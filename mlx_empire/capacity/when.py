@@ -14,6 +14,7 @@ from mlx_empire.plan.lengths import ASSUMED_STEPS, DataSize
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.text import run_length
 from mlx_empire.run.agree import load_data
+from mlx_empire.run.sources import data_size
 
 if TYPE_CHECKING:
     from mlx_empire.capacity.document import CapacityReport
@@ -31,8 +32,9 @@ def size_of(recipe: Recipe, spec: ModelSpec) -> tuple[DataSize | None, str]:
     if not asked:
         return None, ""
     try:
-        if not recipe.data.path.exists():
-            raise UserError(f"{recipe.data.path} is not here")
+        for path in recipe.data.paths:
+            if not path.exists():
+                raise UserError(f"{path} is not here")
         train = load_data(recipe, spec).train
     except UserError as error:
         whole = "the run" if run.steps.unit == "epochs" else "an epoch"
@@ -40,9 +42,9 @@ def size_of(recipe: Recipe, spec: ModelSpec) -> tuple[DataSize | None, str]:
             f"{', '.join(asked)}: not counted ({error}): every position is taken as a target that counts, and {whole} "
             f"as {ASSUMED_STEPS:,} steps"
         )
-    size = DataSize(len(train), train.tokens_per_epoch)
+    size = data_size(recipe, train)
     counted = f"{size.rows:,} rows with {size.targets:,} counted targets"
-    return size, f"{', '.join(asked)}: counted on {recipe.data.path}: {counted}"
+    return size, f"{', '.join(asked)}: counted on {recipe.data.named}: {counted}"
 
 
 def milestones(report: CapacityReport) -> list[tuple[str, str]]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_empire.data.rows import Dataset, fixed_permutation, rows_at
+from mlx_empire.data.order import Order, fixed_permutation
+from mlx_empire.data.rows import Rows
 
 PAD_TO = 32  # widths are multiples of this, so that few shapes occur (each new one costs a compilation)
 PADDING_DOCUMENT = -1
@@ -30,7 +31,7 @@ class MicroBatch:
 
 
 def micro_batch(
-    dataset: Dataset, seed: int, step: int, index: int, *, global_size: int, micro_size: int
+    dataset: Rows, order: Order, step: int, index: int, *, global_size: int, micro_size: int
 ) -> MicroBatch:
     """Micro-batch `index` of a step (steps count from 0): a pure function of its arguments.
 
@@ -39,28 +40,28 @@ def micro_batch(
     assert global_size % micro_size == 0, "global_size is a multiple of micro_size"
     assert 0 <= index < global_size // micro_size, "the step has no such micro-batch"
     first = step * global_size + index * micro_size
-    return _collate(dataset, rows_at(len(dataset), seed, first, micro_size))
+    return _collate(dataset, order.rows_at(first, micro_size))
 
 
-def valid_tokens(dataset: Dataset, seed: int, step: int, *, global_size: int) -> int:
+def valid_tokens(dataset: Rows, order: Order, step: int, *, global_size: int) -> int:
     """How many targets count in the whole step, over all micro-batches: what the loss is divided by."""
-    rows = rows_at(len(dataset), seed, step * global_size, global_size)
+    rows = order.rows_at(step * global_size, global_size)
     return int(dataset.targets_per_row[rows].sum())
 
 
-def positions(dataset: Dataset, seed: int, step: int, *, global_size: int, micro_size: int) -> int:
+def positions(dataset: Rows, order: Order, step: int, *, global_size: int, micro_size: int) -> int:
     """How many input positions pass through the layers in the whole step, over all micro-batches.
 
     Rows times width of each micro-batch: what is computed, so padding counts, and so do positions whose target does
     not.
     """
-    rows = rows_at(len(dataset), seed, step * global_size, global_size).reshape(-1, micro_size)
+    rows = order.rows_at(step * global_size, global_size).reshape(-1, micro_size)
     longest = dataset.positions_per_row[rows].max(axis=1)
     return sum(micro_size * _width(dataset, int(n)) for n in longest)
 
 
 def validation_micro_batches(
-    dataset: Dataset, micro_size: int, limit: int | None = None
+    dataset: Rows, micro_size: int, limit: int | None = None
 ) -> Iterator[MicroBatch]:
     """Yield every row once in a fixed shuffled order (so that a `limit` of micro-batches is a fair sample).
 
@@ -76,7 +77,7 @@ def counted(batch: MicroBatch) -> int:
     return int(np.count_nonzero(batch.mask))
 
 
-def _collate(dataset: Dataset, indices: np.ndarray) -> MicroBatch:
+def _collate(dataset: Rows, indices: np.ndarray) -> MicroBatch:
     rows = [dataset.row(int(index)) for index in indices]
     shape = (len(rows), _width(dataset, max(len(row.inputs) for row in rows)))
     inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -90,6 +91,6 @@ def _collate(dataset: Dataset, indices: np.ndarray) -> MicroBatch:
     return MicroBatch(inputs, targets, mask, documents if dataset.packed else None, tuple(indices.tolist()))
 
 
-def _width(dataset: Dataset, longest: int) -> int:
+def _width(dataset: Rows, longest: int) -> int:
     """The width to which the rows of a micro-batch are padded."""
     return min(-(-longest // PAD_TO) * PAD_TO, dataset.sequence_length)

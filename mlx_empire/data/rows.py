@@ -1,54 +1,20 @@
-"""Decides what a row is, how documents become rows, and in which order rows are read.
+"""Decides what a row is, and how documents become rows.
 
 A row is inputs, targets one token ahead, the targets that count, and their documents. Long documents are split or
 cut, short ones may share a row (packing). A *piece* is a document or a part of one. A row is one piece, or with
 packing several that stay apart: each piece of n tokens fills n - 1 input positions, so a target never lies in another
 document and no position is wasted between two documents.
-
-The order is a pure function of seed and step, blind to the number of ranks. Epoch e is a permutation of the rows;
-position p = step * global_size + k reads row p mod n of epoch p div n. So any step can be computed alone, and a run
-resumes anywhere on any number of machines.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from mlx_empire.data.encode import Document
-
-FIXED_SEED = 0x656D70697265  # for shuffles that belong to the data and must not follow run.seed
-
-
-@lru_cache(maxsize=4)
-def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation (rows,) int64 of an epoch, from Philox-4x64-10 keyed with (seed, epoch).
-
-    Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011.
-
-    The raw 64-bit stream is sorted rather than handed to `Generator.permutation`: numpy promises that raw
-    streams stay the same from version to version, but not what its Generator makes of them (NEP 19).
-    """
-    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-    order = np.argsort(np.random.Philox(key=key).random_raw(rows), kind="stable")
-    order.setflags(write=False)
-    return order
-
-
-def fixed_permutation(count: int) -> np.ndarray:
-    """A permutation (count,) int64 that is the same in every run, whatever its seed."""
-    return epoch_order(count, FIXED_SEED, 0)
-
-
-def rows_at(rows: int, seed: int, first: int, count: int) -> np.ndarray:
-    """The row indices (count,) int64 at positions first, first + 1, ... of the endless sequence of epochs."""
-    positions = np.arange(first, first + count)
-    epochs, places = positions // rows, positions % rows
-    return np.concatenate(
-        [epoch_order(rows, seed, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
-    )
+from mlx_empire.data.order import fixed_permutation
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +118,46 @@ class Row(NamedTuple):
     documents: np.ndarray
 
 
+class Rows(Protocol):
+    """The rows of a split, of one path or of several."""
+
+    @property
+    def parts(self) -> "Sequence[Dataset]":
+        """The rows of each path; theirs follow one another."""
+        ...
+
+    @property
+    def sequence_length(self) -> int:
+        """How many input positions a row has at most."""
+        ...
+
+    @property
+    def packed(self) -> bool:
+        """Whether several documents may share a row."""
+        ...
+
+    @property
+    def targets_per_row(self) -> np.ndarray:
+        """(rows,) int64: how many targets of each row count."""
+        ...
+
+    @property
+    def positions_per_row(self) -> np.ndarray:
+        """(rows,) int64: how many input positions each row has, without padding."""
+        ...
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Targets that count in one pass over all rows."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Row:
+        """Row `index`: of each piece, all tokens but the last are inputs, all but the first targets."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """The rows of one split. The table's arrays may be memory maps of the cache."""
@@ -162,6 +168,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.table.rows) - 1
+
+    @property
+    def parts(self) -> "tuple[Dataset]":
+        """Itself alone."""
+        return (self,)
 
     @cached_property
     def targets_per_row(self) -> np.ndarray:
@@ -186,7 +197,7 @@ class Dataset:
         return len(self.table.tokens) - (len(self.table.pieces) - 1)
 
     def row(self, index: int) -> Row:
-        """Row `index`: of each piece, all tokens but the last are inputs, all but the first targets."""
+        """As `Rows.row`."""
         first, last = self.table.rows[index], self.table.rows[index + 1]
         bounds = self.table.pieces[first : last + 1]
         start, end = bounds[0], bounds[-1]
@@ -198,3 +209,52 @@ class Dataset:
             np.delete(self.table.counted[start:end], starts),
             np.repeat(np.arange(len(starts), dtype=np.int32), ends - starts - 1),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """The rows of several paths, one after the other; their arrays stay where they are, in memory or mapped."""
+
+    parts: tuple[Dataset, ...]
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    @property
+    def sequence_length(self) -> int:
+        """The same for all."""
+        return self.parts[0].sequence_length
+
+    @property
+    def packed(self) -> bool:
+        """The same for all."""
+        return self.parts[0].packed
+
+    @cached_property
+    def targets_per_row(self) -> np.ndarray:
+        """As `Rows.targets_per_row`."""
+        return np.concatenate([part.targets_per_row for part in self.parts])
+
+    @cached_property
+    def positions_per_row(self) -> np.ndarray:
+        """As `Rows.positions_per_row`."""
+        return np.concatenate([part.positions_per_row for part in self.parts])
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """As `Rows.tokens_per_epoch`."""
+        return sum(part.tokens_per_epoch for part in self.parts)
+
+    def row(self, index: int) -> Row:
+        """As `Rows.row`."""
+        part = int(np.searchsorted(self._offsets, index, side="right")) - 1
+        return self.parts[part].row(index - int(self._offsets[part]))
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        return _offsets([len(part) for part in self.parts])
+
+
+def join_rows(parts: Sequence[Dataset]) -> Rows:
+    """The rows of these, one after the other; a lone one as it is."""
+    return parts[0] if len(parts) == 1 else Joined(tuple(parts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from mlx_empire.data.cache import CacheEntry, cache_key, load_entry, make_entry, store_entry, tokens_folder
 from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
 from mlx_empire.data.files import Source, detect_format, locate
-from mlx_empire.data.rows import Counts, Dataset, Table, build_table, fixed_permutation
+from mlx_empire.data.order import fixed_permutation
+from mlx_empire.data.rows import Counts, Dataset, Rows, Table, build_table, join_rows
 from mlx_empire.errors import UserError
 
 if TYPE_CHECKING:
     from mlx_empire.data.chat import Remarks
 
 SPLITTABLE = ("text", "tokens")
+WARNING = "WARNING"  # how a line of a report begins that asks for action
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,15 +27,15 @@ class Splits:
     """The two sets, what to tell the user about them, and a digest of their contents (equal on every rank and
     after a resume, or the data is not the same)."""
 
-    train: Dataset
-    valid: Dataset | None
+    train: Rows
+    valid: Rows | None
     report: list[str]
     digest: str
 
     @property
     def warnings(self) -> list[str]:
         """The lines of the report that ask for action."""
-        return [line for line in self.report if line.startswith("WARNING")]
+        return [line for line in self.report if line.startswith(WARNING)]
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,29 @@ def load_splits(
     if format == "auto" and data_format in SPLITTABLE and not mask_prompt:
         notes.append(f"without effect here: data.mask_prompt: false (rows of {data_format} have no prompt)")
     return Splits(sets["train"], sets.get("valid"), notes, entry.digest)
+
+
+def join_splits(each: Mapping[Path, Splits]) -> Splits:
+    """The splits of several paths as one, in their order; what is held out is all that any of them holds out."""
+    if len(each) == 1:
+        return next(iter(each.values()))
+    report = [
+        f"{WARNING}: {path}: {line.removeprefix(f'{WARNING}: ')}"
+        if line.startswith(WARNING)
+        else f"{path}: {line}"
+        for path, one in each.items()
+        for line in one.report
+    ]
+    held_out = {path: one.valid for path, one in each.items() if one.valid is not None}
+    if held_out and len(held_out) < len(each):
+        missing = ", ".join(str(path) for path in each if path not in held_out)
+        report.append(
+            f"nothing is held out of {missing}: evaluations are of {', '.join(map(str, held_out))} alone"
+        )
+    digest = hashlib.sha256("\n".join(one.digest for one in each.values()).encode()).hexdigest()
+    train = join_rows([part for one in each.values() for part in one.train.parts])
+    valid = join_rows([part for one in held_out.values() for part in one.parts]) if held_out else None
+    return Splits(train, valid, report, digest)
 
 
 def _from_cache_or_built(

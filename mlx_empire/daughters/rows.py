@@ -51,7 +51,7 @@ class Learnt:
 
 def rows_of(data: DataSection) -> Offered:
     """What lies at data.path. UserError as from `locate` and `Source.rows`."""
-    train, valid = locate(data.path)
+    train, valid = locate(data.only_path)
     rows = [(row_hash(row.value), row.value) for row in train.rows()]
     held_out = None if valid is None else {row_hash(row.value): row.value for row in valid.rows()}
     return Offered(dict(rows), held_out, tuple(name for name, _ in rows))

@@ -110,7 +110,7 @@ class Sweep:
         splits = load_data(recipe, machine.single_target(recipe).spec)
         if splits.valid is None and self._metric == HELD_OUT_LOSS:
             raise UserError(
-                f"{recipe.data.path}: nothing is held out to compare by; add a valid.jsonl, data.validation_split or "
+                f"{recipe.data.named}: nothing is held out to compare by; add a valid.jsonl, data.validation_split or "
                 "evaluation.sets"
             )
         folder = recipe.model.path

@@ -69,6 +69,11 @@ def daughters_command(options: argparse.Namespace, words: Sequence[str]) -> int:
 def oversee(words: Sequence[str], options: argparse.Namespace) -> int:
     """What the command does but the work: once, again and again, or about generations that there are."""
     recipe, people = load_recipe(options.recipe, options.overrides), options.people
+    if recipe.data.sources:
+        raise UserError(
+            f"data.sources: {recipe.data.named}: each person's rows are in --people; give data.sources=[] and "
+            f"data.path={people}"
+        )
     machine.refuse_unbuilt(recipe)
     if options.rollback or options.pin or options.unpin:
         return watch.manage(JobSource(recipe, people), options.rollback, options.pin, options.unpin)

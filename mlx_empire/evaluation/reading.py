@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.batches import MicroBatch, validation_micro_batches
-from mlx_empire.data.rows import Dataset, Row
+from mlx_empire.data.rows import Row, Rows
 from mlx_empire.data.token_texts import Decode, token_texts
 from mlx_empire.disk import replace_private
 
@@ -59,7 +59,7 @@ class RowReader:
     tokens that end an answer, None where the model is not to write."""
 
     def __init__(
-        self, valid: Dataset, rows: int, decode: Decode | None, ends: Sequence[int] | None = None
+        self, valid: Rows, rows: int, decode: Decode | None, ends: Sequence[int] | None = None
     ) -> None:
         self._batches = list(validation_micro_batches(valid, 1, rows))
         self._rows = [valid.row(batch.rows_read[0]) for batch in self._batches]

@@ -5,7 +5,8 @@ Markdown with the YAML head that Hugging Face reads. Everything stands in the ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mlx_empire import __version__
@@ -125,9 +126,20 @@ def _lineage(recipe: Recipe, data_digest: str, base_digest: str | None, source: 
         ("base", f"`{recipe.model.path}`"),
         *([] if source is None else [("fetched from", f"`{source}`")]),
         ("digest of the base", f"`{base_digest}`" if base_digest else "not frozen, so it has none"),
-        ("data", f"`{recipe.data.path}`"),
+        *[("data", f"`{path}`{mixed}") for path, mixed in _sources(recipe)],
         ("digest of the data", f"`{data_digest}`"),
         ("seed", str(recipe.run.seed)),
         ("written by", f"mlx_empire {__version__}"),
     ]
     return "| | |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in rows)
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[Path, str]]:
+    """Where the data lay, and how it was mixed."""
+    if recipe.data.path is not None:
+        yield recipe.data.path, ""
+    for one in recipe.data.sources:
+        yield (
+            one.path,
+            f", weight {one.weight:g}" + ("" if one.whole else f" from {one.start:g} to {one.end:g}"),
+        )

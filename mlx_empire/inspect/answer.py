@@ -20,11 +20,12 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.files import locate
 from mlx_empire.errors import UserError, on_all_ranks
 from mlx_empire.inspect.command import LOSS_ROWS, RECIPES
-from mlx_empire.inspect.document import Document, inspection_document
-from mlx_empire.inspect.findings import unmeasured
+from mlx_empire.inspect.document import REFUSED, Document, inspection_document
+from mlx_empire.inspect.findings import leaks, unmeasured
 from mlx_empire.inspect.look import Inspection, counting, inspect_data, reading_of
 from mlx_empire.inspect.page import inspection_page
-from mlx_empire.inspect.terminal import print_inspection
+from mlx_empire.inspect.terminal import print_inspection, print_next
+from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.load import load_recipe, parse_override, parse_recipe, written
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.html import refuse_unwritable_file, write_file
@@ -54,6 +55,10 @@ def inspect_command(options: argparse.Namespace) -> int:
             raise on_all_ranks(
                 UserError("model.init: random: a model that begins at random knows no row; leave --loss out")
             )
+        if recipe.data.sources:
+            with together(comm):
+                code = inspect_sources(recipe, options) if comm.rank == 0 else None
+            return int(comm.broadcast_json(code))
         found, rows = None, None
         with together(comm):
             if comm.rank == 0:
@@ -94,7 +99,7 @@ def alone(path: Path, overrides: Sequence[str], model: Path | None) -> Recipe:
 
 def files_of(recipe: Recipe) -> Iterator[Path]:
     """The files that are read of the recipe's data. UserError where there are none."""
-    for source in locate(recipe.data.path):
+    for source in locate(recipe.data.only_path):
         yield from () if source is None else source.files
 
 
@@ -104,6 +109,36 @@ def inspected(recipe: Recipe, options: argparse.Namespace, whole: bool) -> Inspe
     shown = options.rows or (ROWS if options.html is None else ROWS_OF_A_PAGE)
     measured = (options.loss_rows or LOSS_ROWS) if options.loss else 0
     return inspect_data(reading, train, valid, shown, measured)
+
+
+def inspect_sources(recipe: Recipe, options: argparse.Namespace) -> int:
+    """Show each of data.sources as if it stood alone, and what of its validation data others train on. UserError for
+    what shows one place alone."""
+    if options.loss or options.html is not None:
+        one = f"data.sources=[] data.path={shlex.quote(str(recipe.data.paths[0]))}"
+        raise UserError(f"--loss and --html show one place alone; say which of data.sources, such as {one}")
+    each = [
+        inspected(variant(recipe, {"data.path": path, "data.sources": ()}), options, whole=True)
+        for path in recipe.data.paths
+    ]
+    documents = []
+    for found in each:
+        others = [one.parts[0] for one in each if one is not found]
+        more = [leak for train in others for leak in leaks(train, *found.parts[1:])]
+        if all(len(one.parts) == 1 for one in each):
+            more += unmeasured(recipe, found.reading, found.parts)
+        documents.append(inspection_document(found, more, None, None))
+    codes = {document["exit_code"] for document in documents}
+    code = REFUSED if REFUSED in codes else max(codes)
+    about = {"recipe": str(options.recipe), "model": str(recipe.model.path), "exit_code": code}
+    document = {"sources": documents, **about, "next": next_command(options, whole=True, document=about)}
+    if options.json:
+        print(json.dumps(document, indent=1))
+        return code
+    for source in documents:
+        print_inspection(source, ROWS if options.rows is None else options.rows)
+    print_next(document)
+    return code
 
 
 def _measured(
@@ -150,3 +185,4 @@ def show_inspection(document: Document, options: argparse.Namespace) -> None:
         print(json.dumps(document, indent=1))
     else:
         print_inspection(document, ROWS if options.rows is None else options.rows)
+        print_next(document)

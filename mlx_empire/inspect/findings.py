@@ -80,7 +80,7 @@ class SplitRows:
 def find(reading: Reading, parts: Sequence[SplitRows]) -> list[DataFinding]:
     """All findings about the splits, training first, that are made from what the rows say and become."""
     train = parts[0]
-    found = [*_refused(parts), *_leaks(parts)]
+    found = [*_refused(parts), *leaks(*parts)]
     if reading.makes_tokens:
         found += [*_not_learnt(reading, parts), *_unknown(parts)]
     found += [*_repeated(train), *_contradictions(train), *_other_layout(reading, train)]
@@ -106,9 +106,8 @@ def _refused(parts: Sequence[SplitRows]) -> Iterator[DataFinding]:
         )
 
 
-def _leaks(parts: Sequence[SplitRows]) -> Iterator[DataFinding]:
+def leaks(train: SplitRows, *others: SplitRows) -> Iterator[DataFinding]:
     """Rows of the validation split that are in the training split too: what is measured on them is memory."""
-    train, *others = parts
     for valid in others:
         exact = _among(valid.rows["exact"], train.rows["exact"])
         nearly = np.where(exact < 0, _among(valid.rows["words"], train.rows["words"]), -1)

@@ -53,7 +53,8 @@ def reading_of(recipe: Recipe, with_model: bool) -> tuple[Reading, Source, Sourc
     Errors: UserError where there is nothing to read, or nothing to read it with.
     """
     data, folder = recipe.data, recipe.model.path
-    train, valid = locate(data.path)
+    path = data.only_path
+    train, valid = locate(path)
     kind = detect_format(_first_row(train)) if data.format == "auto" else data.format
     tokenizer, vocabulary = None, None
     if with_model and (kind != "tokens" or (folder / "config.json").exists()):
@@ -63,7 +64,7 @@ def reading_of(recipe: Recipe, with_model: bool) -> tuple[Reading, Source, Sourc
                 tokenizer = load_tokenizer(folder)
                 check_tokenizer(kind, tokenizer, folder)
     fraction = 0.0 if valid is not None else data.validation_split or 0.0
-    settings = (data.path, kind, data.sequence_length, data.packing, data.mask_prompt, fraction)
+    settings = (path, kind, data.sequence_length, data.packing, data.mask_prompt, fraction)
     return Reading(*settings, tokenizer, vocabulary), train, valid
 
 

@@ -30,16 +30,23 @@ SIGNS = {"read": ("", ""), "learnt": ("⟦", "⟧"), "cut": ("⟨cut ", "⟩")}
 
 
 def print_inspection(document: Mapping[str, Any], rows: int) -> None:
-    """Print it all; `rows`: how many rows are shown as tokens."""
-    console = Console(
-        width=None if sys.stdout.isatty() else WIDTH, highlight=False, soft_wrap=not sys.stdout.isatty()
-    )
+    """Print it all but what comes next; `rows`: how many rows are shown as tokens."""
+    console = _console()
     for line in (*_head(document), *_rows(document, rows, console.color_system is not None)):
         console.print(line)
     console.print(_lengths(document["lengths"], "tokens" if document["tokenized"] else "characters"))
     for line in (*_about_all(document), *_findings(document["findings"]), *_told(document)):
         console.print(line)
-    console.print(Text(f"\nnext:\n  {document['next'] or MEND[document['exit_code']]}"))
+
+
+def print_next(document: Mapping[str, Any]) -> None:
+    """Print the next command, or what is to be mended before."""
+    _console().print(Text(f"\nnext:\n  {document['next'] or MEND[document['exit_code']]}"))
+
+
+def _console() -> Console:
+    whole = sys.stdout.isatty()
+    return Console(width=None if whole else WIDTH, highlight=False, soft_wrap=not whole)
 
 
 def _head(document: Mapping[str, Any]) -> Iterator[Text]:

@@ -75,7 +75,13 @@ def boards(gallery: Gallery) -> list[Board]:
 def _is_daughter(run: Overview) -> bool:
     """Whether it is one of many: an adapter whose data lie in a folder of its own name, as `daughters` deals them."""
     recipe = run.recipe
-    return recipe is not None and recipe.tuning.type != "full" and recipe.data.path.name == run.folder.name
+    path = None if recipe is None else recipe.data.path
+    return (
+        recipe is not None
+        and recipe.tuning.type != "full"
+        and path is not None
+        and path.name == run.folder.name
+    )
 
 
 def _board(folder: Path, looks: Sequence[Look]) -> Board:

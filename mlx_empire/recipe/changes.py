@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.explain import leaf_fields
-from mlx_empire.recipe.load import parse_recipe
+from mlx_empire.recipe.load import parse_recipe, written
 from mlx_empire.recipe.run_sections import SHORT_ROW
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import parse_yaml
@@ -62,7 +62,10 @@ def changes(before: Recipe, now: Recipe) -> dict[str, tuple[object, object]]:
 def harmless(key: str, before: Recipe, now: Recipe) -> bool:
     """Whether `key` may differ without being named in run.accept_changes."""
     if key == "run.steps":  # under any other schedule it changes every step's learning rate
-        return before.schedule.type == now.schedule.type == "constant" and not _relative(before, now)
+        constant = before.schedule.type == now.schedule.type == "constant"
+        return constant and not _relative(before, now) and not _curriculum(before, now)
+    if key == "data.sources":  # what lies there is compared by digest, so they may lie elsewhere
+        return _mixed(before) == _mixed(now)
     if key == "numerics.attention":
         return max(before.data.sequence_length, now.data.sequence_length) <= SHORT_ROW
     return key in HARMLESS or (key.split(".")[0] in HARMLESS_SECTIONS and key not in NOT_HARMLESS)
@@ -86,8 +89,19 @@ def _relative(before: Recipe, now: Recipe) -> bool:
     return any(recipe.schedule.warmup.unit == "percent" for recipe in (before, now))
 
 
+def _curriculum(before: Recipe, now: Recipe) -> bool:
+    """Whether sources open or close at parts of the run's length."""
+    return any(not source.whole for recipe in (before, now) for source in recipe.data.sources)
+
+
+def _mixed(recipe: Recipe) -> list[tuple[int, float, float, float]]:
+    """How sources are mixed, wherever they lie."""
+    sources, paths = recipe.data.sources, recipe.data.paths
+    return [(paths.index(one.path), one.weight, one.start, one.end) for one in sources]
+
+
 def _show(value: object) -> str:
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+    return written(value) if isinstance(value, tuple) else str(value)
 
 
 Changes = Mapping[str, Any]

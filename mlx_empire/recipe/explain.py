@@ -105,6 +105,8 @@ def _sentence(key: KeyPath, details: ErrorDetails) -> str:
 
 def _needs(section: str) -> str:
     required = [key for key, info in sections()[section].model_fields.items() if info.is_required()]
+    if section == "data":  # or data.sources, which few recipes have
+        required.insert(0, "path")
     return f"add '{section}:' with {' and '.join(required)}"
 
 

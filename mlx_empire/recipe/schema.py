@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from mlx_empire.recipe.evaluation import EvaluationSection
 from mlx_empire.recipe.fields import Section
+from mlx_empire.recipe.mixture import gap
 from mlx_empire.recipe.run_sections import (
     CommSection,
     DaughtersSection,
@@ -82,6 +83,25 @@ class Recipe(Section):
         if self.tuning.start is not None and self.model.init == "random":
             message = "an adapter belongs to the weights it was trained on; use model.init pretrained"
             raise impossible(("tuning.start", "model.init"), message)
+        return self
+
+    @model_validator(mode="after")
+    def _possible_data(self) -> Self:
+        data = self.data
+        if data.path is None and not data.sources:
+            described = type(data).model_fields["path"].description
+            raise impossible(("data.path",), f"missing; give {described}")
+        if data.path is not None and data.sources:
+            message = "there is data.path as well; give one of the two (data.path=null or data.sources=[])"
+            raise impossible(("data.sources", "data.path"), message)
+        if data.sources and (empty := gap(data.sources)) is not None:
+            message = f"no source is open {empty}; widen from and to of one until all of it is covered"
+            raise impossible(("data.sources",), message)
+        if data.order == "file" and data.packing:
+            message = (
+                "order file has no meaning with packing, which sorts documents by length; use packing false"
+            )
+            raise impossible(("data.order", "data.packing"), message)
         return self
 
     @model_validator(mode="after")

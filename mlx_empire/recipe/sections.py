@@ -4,10 +4,12 @@ Every field has a title, which is the one sentence on what the key decides, and 
 completes the sentence "expected ...". Messages and docs/keys.md are made from them.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from mlx_empire.errors import UserError
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.fields import (
     LENGTHS,
@@ -23,6 +25,7 @@ from mlx_empire.recipe.fields import (
     exact_number,
     true_or_false,
 )
+from mlx_empire.recipe.mixture import MOST_SOURCES, SOURCES, DataSource, paths_of
 
 
 class ModelSection(Section):
@@ -118,9 +121,22 @@ class TuningSection(Section):
 
 
 class DataSection(Section):
-    path: RecipePath = Field(
+    path: RecipePath | None = Field(
         title="Where the rows to learn from are, and those to measure on.",
-        description="the path of a folder with train.jsonl, or of one file",
+        default=None,
+        description="the path of a folder with train.jsonl, or of one file; or null, with data.sources",
+    )
+    sources: Annotated[tuple[DataSource, ...], BeforeValidator(as_tuple), Field(max_length=MOST_SOURCES)] = (
+        Field(
+            title="Several such places in place of one, mixed by weight; from and to make a curriculum.",
+            default=(),
+            description=SOURCES,
+        )
+    )
+    order: Literal["shuffled", "file"] = Field(
+        title="In which order a pass over the rows reads them.",
+        default="shuffled",
+        description="shuffled (another way in each epoch) or file (as they lie there, in each epoch)",
     )
     format: Literal["auto", "chat", "completions", "text", "tokens"] = Field(
         title="What a row is; auto tells it from the first row.",
@@ -146,6 +162,25 @@ class DataSection(Section):
         default=None,
         description="a fraction from 0 to 0.5, held out when there is no valid.jsonl; or null (none)",
     )
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Where rows are: data.path, or each of data.sources once."""
+        return paths_of(self.sources) if self.path is None else (self.path,)
+
+    @property
+    def named(self) -> str:
+        """The paths, for a sentence."""
+        return ", ".join(map(str, self.paths))
+
+    @property
+    def only_path(self) -> Path:
+        """data.path. UserError where there are data.sources, by those who read one place alone."""
+        if self.path is None:
+            raise UserError(
+                f"data.sources: {self.named}: one place is needed here; give data.sources=[] and data.path=PATH"
+            )
+        return self.path
 
 
 class BatchSection(Section):

@@ -27,8 +27,8 @@ from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.watchdog import Watchdog
 from mlx_empire.data.encode import load_tokenizer
-from mlx_empire.data.rows import Dataset, Table
-from mlx_empire.data.splits import Splits, load_splits
+from mlx_empire.data.rows import Dataset, Rows, Table, join_rows
+from mlx_empire.data.splits import Splits, join_splits, load_splits
 from mlx_empire.errors import EmpireError, UserError, on_all_ranks
 from mlx_empire.evaluation.gate import GateKeeper
 from mlx_empire.formats.fetched import naming_the_fetch, refuse_other_source
@@ -108,15 +108,19 @@ def _sent(comm: Communicator, splits: Splits | None) -> Splits:
         else {
             "length": splits.train.sequence_length,
             "packed": splits.train.packed,
-            "valid": splits.valid is not None,
+            "parts": [0 if rows is None else len(rows.parts) for rows in (splits.train, splits.valid)],
             "report": [*splits.report, "data read by rank 0 and sent to the other ranks"],
             "digest": splits.digest,
         }
     )
-    train = _dataset(comm, splits.train if splits else None, about["length"], about["packed"])
-    valid = None
-    if about["valid"]:
-        valid = _dataset(comm, splits.valid if splits else None, about["length"], about["packed"])
+
+    def sent(own: Rows | None, parts: int) -> Rows:
+        each = [None] * parts if own is None else own.parts
+        return join_rows([_dataset(comm, one, about["length"], about["packed"]) for one in each])
+
+    trained, held_out = about["parts"]
+    train = sent(splits.train if splits else None, trained)
+    valid = sent(splits.valid if splits else None, held_out) if held_out else None
     return Splits(train, valid, about["report"], about["digest"])
 
 
@@ -225,22 +229,27 @@ def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
     """Training and validation rows, the same on every rank."""
     data, folder = recipe.data, recipe.model.path
     tokenizer = data.format == "tokens" or folder.is_dir()
-    return shared_splits(comm, lambda: load_data(recipe, spec), available=data.path.exists() and tokenizer)
+    available = all(path.exists() for path in data.paths) and tokenizer
+    return shared_splits(comm, lambda: load_data(recipe, spec), available)
 
 
 def load_data(recipe: Recipe, spec: ModelSpec) -> Splits:
     """Training and validation rows, as this machine has them."""
     data = recipe.data
-    return load_splits(
-        path=data.path,
-        format=data.format,
-        sequence_length=data.sequence_length,
-        packing=data.packing,
-        mask_prompt=data.mask_prompt,
-        validation_split=data.validation_split or 0.0,
-        tokenizer_folder=recipe.model.path,
-        vocab_size=int(spec.text_config["vocab_size"]),
-    )
+    each = {
+        path: load_splits(
+            path=path,
+            format=data.format,
+            sequence_length=data.sequence_length,
+            packing=data.packing,
+            mask_prompt=data.mask_prompt,
+            validation_split=data.validation_split or 0.0,
+            tokenizer_folder=recipe.model.path,
+            vocab_size=int(spec.text_config["vocab_size"]),
+        )
+        for path in data.paths
+    }
+    return join_splits(each)
 
 
 def share_evaluator(comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator | None:
@@ -278,7 +287,7 @@ def load_evaluator(recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator 
 
 
 def make_reader(
-    comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: RunPlan, valid: Dataset | None
+    comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: RunPlan, valid: Rows | None
 ) -> RowReader | None:
     """What reads held-out rows, and goes on with them where each machine has room for the model; None where nobody
     asked, or there are none. Collective."""

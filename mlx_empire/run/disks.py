@@ -203,7 +203,7 @@ def _spot(path: Path, host: str) -> Spot:
 def _token_bytes(recipe: Recipe) -> int:
     """What the token cache may take; 0 where the data is not on this machine."""
     try:
-        found = [source for source in locate(recipe.data.path) if source is not None]
+        found = [source for path in recipe.data.paths for source in locate(path) if source is not None]
         return int(CACHED_PER_BYTE * sum(file.stat().st_size for one in found for file in one.files))
     except (UserError, OSError):
         return 0

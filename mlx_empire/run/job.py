@@ -11,25 +11,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_empire.data.batches import MicroBatch, micro_batch, positions, valid_tokens
-from mlx_empire.data.rows import Dataset
+from mlx_empire.data.order import Order, reading_order
+from mlx_empire.data.rows import Rows
 from mlx_empire.engine.trainer import StepResult
 from mlx_empire.optim.choose import LearningRate
-from mlx_empire.plan.lengths import DataSize, Every, Lengths
+from mlx_empire.plan.lengths import Every, Lengths
 from mlx_empire.recipe.evaluation import Gate
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.run.sources import data_size
 
 
 @dataclass(frozen=True)
 class Job:
-    """The steps 1 to `steps` on `data`.
+    """The steps 1 to `steps` on `data`, whose rows are read in `order`.
 
     `global_size` and `micro_size` are the rows of a step and of a micro-batch, `indices` the step's micro-batches that
     this rank computes, in the order of its cells. `rates(step)` is a step's learning rate. `eval_every`, `save_every`
     and `log_every` say how often. `gate` ends the run early.
     """
 
-    data: Dataset
-    seed: int
+    data: Rows
+    order: Order
     global_size: int
     micro_size: int
     indices: tuple[int, ...]
@@ -41,14 +43,15 @@ class Job:
     gate: Gate | None
 
     @classmethod
-    def of(cls, recipe: Recipe, data: Dataset) -> Job:
+    def of(cls, recipe: Recipe, data: Rows) -> Job:
         """The job of one rank alone, which computes all micro-batches of a step."""
         batch, schedule = recipe.batch, recipe.schedule
-        lengths = Lengths.of(recipe, DataSize(len(data), data.tokens_per_epoch))
+        lengths = Lengths.of(recipe, data_size(recipe, data))
+        rows = [len(part) for part in data.parts]
         rate = recipe.optimizer.learning_rate
         return cls(
             data=data,
-            seed=recipe.run.seed,
+            order=reading_order(recipe.data, rows, recipe.run.seed, batch.global_size, lengths.steps),
             global_size=batch.global_size,
             micro_size=batch.micro_size,
             indices=tuple(range(batch.global_size // batch.micro_size)),
@@ -67,16 +70,16 @@ class Job:
     def batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
         sizes = {"global_size": self.global_size, "micro_size": self.micro_size}
-        return [micro_batch(self.data, self.seed, step - 1, j, **sizes) for j in self.indices]
+        return [micro_batch(self.data, self.order, step - 1, j, **sizes) for j in self.indices]
 
     def targets(self, step: int) -> int:
         """Targets that count in the whole step, on all ranks: what the loss is divided by."""
-        return valid_tokens(self.data, self.seed, step - 1, global_size=self.global_size)
+        return valid_tokens(self.data, self.order, step - 1, global_size=self.global_size)
 
     def positions(self, step: int) -> int:
         """Input positions that are computed in the whole step, on all ranks, padding included."""
         sizes = {"global_size": self.global_size, "micro_size": self.micro_size}
-        return positions(self.data, self.seed, step - 1, **sizes)
+        return positions(self.data, self.order, step - 1, **sizes)
 
     def record(self, step: int, taken: StepResult, seconds: float) -> dict[str, Any]:
         """One line of metrics.jsonl for a step that took so long; figures by rank are added by the report."""

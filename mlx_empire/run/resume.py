@@ -50,7 +50,7 @@ def require_same(
         parse_stored(before.recipe, f"the recipe of {where}"), recipe, [*accepted, *by_digest], where
     )
     for same, key, what in (
-        (before.data == now.data, DATA, f"{recipe.data.path} holds other rows"),
+        (before.data == now.data, DATA, f"{recipe.data.named} holds other rows"),
         (before.base == now.base, MODEL, f"{recipe.model.path} holds other weights"),
         (
             not before.config or before.config == now.config,

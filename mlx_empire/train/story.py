@@ -51,6 +51,7 @@ from mlx_empire.run.job import Job
 from mlx_empire.run.parent import beside_plan, lineage_of, share_parent
 from mlx_empire.run.proof import share_proof
 from mlx_empire.run.resume import open_saver, where_to_begin
+from mlx_empire.run.sources import sources_told
 from mlx_empire.run.stop import StopRequest
 from mlx_empire.run.trainer import explaining_memory, limit_memory, load_state, make_trainer
 from mlx_empire.run.what_next import next_commands
@@ -190,7 +191,8 @@ def carry_out(
             stop.watch(recipe.run.dir)
             report.show_status(lambda: saver.status)
             idle = without_effect(recipe, target.spec.trained_dtypes, comm.size)
-            report.messages([*guards.notes, *short, *splits.report, *idle, *start.told(started_over)])
+            mixed = sources_told(recipe, splits.train, job.steps)
+            report.messages([*guards.notes, *short, *splits.report, *mixed, *idle, *start.told(started_over)])
             if recipe.report.notify is not None and not progress.launched():
                 report.message("report.notify: mlx_empire.launch sends notices, and did not start this run")
             if sent:

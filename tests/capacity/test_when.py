@@ -37,6 +37,16 @@ def test_targets_are_counted_where_the_rows_are_there(say, recipe, rows):
     assert steps_of(there) == Job.of(loaded, train).steps == 16
 
 
+def test_targets_of_a_mixture_are_counted_as_it_draws_them(say, recipe, rows):
+    """Rows of 16 and of 4 targets, three of the short ones to one: 7 targets a row, 28 a step."""
+    (rows.parent / "short.jsonl").write_text('{"tokens": [1, 2, 3, 4, 5]}\n' * 10)
+    sources = f"data.sources=[{{path: {rows}}}, {{path: {rows.parent}/short.jsonl, weight: 3}}]"
+    there = say(recipe, "--json", "data.path=null", sources, "run.steps=1ktok").json
+    (note,) = [one for one in there["notes"] if "run.steps" in one]
+    assert note.endswith(f"counted on {rows}, {rows.parent}/short.jsonl: 50 rows with 350 counted targets")
+    assert steps_of(there) == 36
+
+
 def test_it_is_said_where_they_are_not(say, recipe):
     away = say(recipe, "--json", "run.steps=1ktok").json
     (note,) = [one for one in away["notes"] if "run.steps" in one]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mlx_empire.data.batches import micro_batch, positions, valid_tokens, validation_micro_batches
 from mlx_empire.data.encode import Document
+from mlx_empire.data.order import Shuffled
 from mlx_empire.data.rows import Dataset, build_table
 
 
@@ -42,14 +43,20 @@ def test_an_epoch_counts_every_target_exactly_once(lengths, width, packing, micr
     count = len(dataset)
     # Steps of `count * micro_size` rows: micro_size whole epochs in each.
     batches = [
-        micro_batch(dataset, seed, 2, index, global_size=count * micro_size, micro_size=micro_size)
+        micro_batch(
+            dataset, Shuffled(count, seed), 2, index, global_size=count * micro_size, micro_size=micro_size
+        )
         for index in range(count)
     ]
     seen = sum((pairs(batch) for batch in batches), Counter())
     assert set(seen.values()) == {micro_size}
     assert len(seen) == dataset.tokens_per_epoch
-    assert sum(seen.values()) == valid_tokens(dataset, seed, 2, global_size=count * micro_size)
-    computed = positions(dataset, seed, 2, global_size=count * micro_size, micro_size=micro_size)
+    assert sum(seen.values()) == valid_tokens(
+        dataset, Shuffled(count, seed), 2, global_size=count * micro_size
+    )
+    computed = positions(
+        dataset, Shuffled(count, seed), 2, global_size=count * micro_size, micro_size=micro_size
+    )
     assert computed == sum(batch.inputs.size for batch in batches)
     assert Counter(row for batch in batches for row in batch.rows_read) == Counter(
         dict.fromkeys(range(count), micro_size)
@@ -61,18 +68,21 @@ def test_positions_are_what_is_computed_and_targets_what_counts():
     dataset = make_dataset([65, 65, 31, 11], 64, packing=False)
     assert dataset.positions_per_row.tolist() == [64, 64, 30, 10]
     sizes = {"global_size": 4, "micro_size": 1}
-    assert positions(dataset, 0, 0, **sizes) == 64 + 64 + 32 + 32
-    assert valid_tokens(dataset, 0, 0, global_size=4) == 43 + 43 + 20 + 7
+    assert positions(dataset, Shuffled(4, 0), 0, **sizes) == 64 + 64 + 32 + 32
+    assert valid_tokens(dataset, Shuffled(4, 0), 0, global_size=4) == 43 + 43 + 20 + 7
     full = make_dataset([65] * 4, 64, packing=False)
-    assert positions(full, 0, 0, **sizes) == 4 * 64, "as the plan counts them: whole rows"
+    assert positions(full, Shuffled(4, 0), 0, **sizes) == 4 * 64, "as the plan counts them: whole rows"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranks_only_choose_which_micro_batches_they_read(ranks):
     dataset = make_dataset([5, 9, 33, 12, 7, 21, 40], 16, packing=True)
-    whole = [micro_batch(dataset, 5, 4, index, global_size=12, micro_size=2) for index in range(6)]
+    whole = [
+        micro_batch(dataset, Shuffled(len(dataset), 5), 4, index, global_size=12, micro_size=2)
+        for index in range(6)
+    ]
     shared = {
-        index: micro_batch(dataset, 5, 4, index, global_size=12, micro_size=2)
+        index: micro_batch(dataset, Shuffled(len(dataset), 5), 4, index, global_size=12, micro_size=2)
         for rank in range(ranks)
         for index in range(rank, 6, ranks)
     }
@@ -87,7 +97,9 @@ def test_a_larger_micro_batch_holds_the_same_rows():
         size: [
             row
             for index in range(12 // size)
-            for row in micro_batch(dataset, 5, 4, index, global_size=12, micro_size=size).rows_read
+            for row in micro_batch(
+                dataset, Shuffled(len(dataset), 5), 4, index, global_size=12, micro_size=size
+            ).rows_read
         ]
         for size in (1, 2, 3, 4, 6, 12)
     }
@@ -98,17 +110,17 @@ def test_widths_are_multiples_of_32_or_the_sequence_length():
     dataset = make_dataset([11, 34, 101], 100, packing=False)
     widths = {
         len(dataset.row(index).inputs): micro_batch(
-            dataset, 0, 0, place, global_size=3, micro_size=1
+            dataset, Shuffled(3, 0), 0, place, global_size=3, micro_size=1
         ).inputs.shape
         for place in range(3)
-        for index in micro_batch(dataset, 0, 0, place, global_size=3, micro_size=1).rows_read
+        for index in micro_batch(dataset, Shuffled(3, 0), 0, place, global_size=3, micro_size=1).rows_read
     }
     assert widths == {10: (1, 32), 33: (1, 64), 100: (1, 100)}
 
 
 def test_padding_is_zero_masked_and_a_document_of_its_own():
     dataset = make_dataset([6, 4, 3], 40, packing=True)
-    batch = micro_batch(dataset, 0, 0, 0, global_size=1, micro_size=1)
+    batch = micro_batch(dataset, Shuffled(len(dataset), 0), 0, 0, global_size=1, micro_size=1)
     filled = 5 + 3 + 2
     assert batch.documents is not None
     assert batch.documents[0].tolist() == [0] * 5 + [1] * 3 + [2] * 2 + [-1] * (32 - filled)
@@ -120,14 +132,17 @@ def test_padding_is_zero_masked_and_a_document_of_its_own():
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_mask_is_that_of_the_target_at_its_place(packing):
-    batch = micro_batch(make_dataset([9, 5, 7], 40, packing), 0, 0, 0, global_size=1, micro_size=1)
+    dataset = make_dataset([9, 5, 7], 40, packing)
+    batch = micro_batch(dataset, Shuffled(len(dataset), 0), 0, 0, global_size=1, micro_size=1)
     for target, mask in zip(batch.targets[0], batch.mask[0], strict=True):
         assert mask == (target > 0 and target % 1000 % 3 != 2)
 
 
 def test_rows_that_are_not_packed_have_no_document_ids():
     dataset = make_dataset([6, 4], 40, packing=False)
-    assert micro_batch(dataset, 0, 0, 0, global_size=2, micro_size=2).documents is None
+    assert (
+        micro_batch(dataset, Shuffled(len(dataset), 0), 0, 0, global_size=2, micro_size=2).documents is None
+    )
 
 
 def test_validation_reads_every_row_once_in_an_order_of_its_own():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.data.rows import epoch_order, rows_at
+from mlx_empire.data.order import Shuffled, epoch_order
 
 
 def philox_4x64(counter: int, key: tuple[int, int]) -> list[int]:
@@ -42,4 +42,4 @@ def test_epochs_and_seeds_differ():
 @settings(max_examples=100, deadline=None)
 def test_positions_run_through_the_epochs(rows, seed, first, count):
     endless = np.concatenate([epoch_order(rows, seed, e) for e in range((first + count) // rows + 1)])
-    assert rows_at(rows, seed, first, count).tolist() == endless[first : first + count].tolist()
+    assert Shuffled(rows, seed).rows_at(first, count).tolist() == endless[first : first + count].tolist()

@@ -258,6 +258,7 @@ def test_a_gradient_that_is_not_finite_leaves_nothing_to_go_on_from(place: Works
     [
         (["--people", "nowhere"], 64, "--people: nowhere: no such folder"),
         (["tuning.type=full", "tuning.rank=null"], 64, "tuning.type: full: daughters are adapters"),
+        (["data.path=null", "data.sources=[{path: a}]"], 64, "data.sources: a: each person's rows are in"),
         (["--together", "0"], 64, "at least one at a time"),
         (["run.resume=4"], 64, "run.resume: 4: each daughter goes on from its own last step"),
         (["--hosts", "small.txt"], 3, "needs"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from train.launching import MODEL, Outcome, Workspace, jsonl, metrics, raw_tensors, succeeded
 
-from mlx_empire.data.rows import rows_at
+from mlx_empire.data.order import Shuffled
 from mlx_empire.plan.workload import cell_layout
 
 ROWS, POISON, FAILING_STEP, FAILING_RANK = 12, 300, 2, 1
@@ -35,7 +35,7 @@ def poisoned_rows() -> list[dict[str, list[int]]]:
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, POISON, 65).tolist() for _ in range(ROWS)]
     micro = cell_layout(6, 1, 4, 2).of_rank(FAILING_RANK)[0][0]
-    (row,) = rows_at(ROWS, 0, (FAILING_STEP - 1) * 6 + micro, 1)
+    (row,) = Shuffled(ROWS, 0).rows_at((FAILING_STEP - 1) * 6 + micro, 1)
     rows[row][7] = POISON
     return [{"tokens": row} for row in rows]
 

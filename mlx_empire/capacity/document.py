@@ -118,7 +118,7 @@ class CapacityReport:
             f"{size} x {recipe.data.sequence_length:,} positions a step, {micro} rows at a time",
             f"ZeRO {plan.shards.zero_stage}, shares by {shares}" if len(self.nodes) > 1 else "one node",
             f"{layers - unrecomputed} of {layers} layers recomputed",
-            *((f"{plan.work.wave} micro-batches pass at a time",) if plan.work.wave else ()),
+            *((f"micro-batches pass {plan.work.wave} at a time",) if plan.work.wave else ()),
             *((f"kept {kept}",) if (kept := bought(self.spec, plan.shards, plan.work, plan.ledgers)) else ()),
             f"{recipe.optimizer.state_bits}-bit states, master {recipe.optimizer.master_weights}",
             f"gradients {plan.work.gradient_dtype}",

@@ -26,7 +26,8 @@ from mlx_empire.model.lora import Present, may_share, put_together
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.refusal import require_fit
-from mlx_empire.plan.resolve import RunPlan, resolve
+from mlx_empire.plan.resolve import resolve
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.idle import without_effect
 from mlx_empire.recipe.schema import Recipe

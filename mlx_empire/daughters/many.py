@@ -35,7 +35,7 @@ from mlx_empire.errors import EmpireError, NumericsError, UnreadableError, UserE
 from mlx_empire.formats.adapter_folder import AdapterWriter
 from mlx_empire.model.lora import own_name
 from mlx_empire.model.target import Target
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.idle import refuse_unmeasured
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe

@@ -19,7 +19,7 @@ from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
 from mlx_empire.engine.loss import Chunk, head_gradients, head_loss, head_readings, head_scores, logit_chunks
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.engine.traces import Arrays, Traces, parted
+from mlx_empire.engine.traces import Arrays, Traces, without_arrays
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.by_pattern import ByPattern
 from mlx_empire.model.attention.patterns import Cuts, cuts_of
@@ -159,7 +159,7 @@ class Passes:
 
         `what`: all else that the body depends on.
         """
-        own, rest, joined = parted(self._given(layer, r))
+        own, rest, joined = without_arrays(self._given(layer, r))
         documents = self._documents(layer, r)
         if seeded := self._noise is not None and self._slotted.layers[layer].training:
             self._noise.seed(r.position, layer)

@@ -147,7 +147,9 @@ class _Hole:
     """In the place of an array."""
 
 
-def parted(given: LayerArguments) -> tuple[list[mx.array], Hashable, Callable[[Arrays], LayerArguments]]:
+def without_arrays(
+    given: LayerArguments,
+) -> tuple[list[mx.array], Hashable, Callable[[Arrays], LayerArguments]]:
     """The arrays among a layer's arguments, all the rest, and what puts others in the arrays' places."""
     tree = [list(given.positional), given.keywords]
     leaves = tree_flatten(tree)

@@ -16,7 +16,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserError
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.sizes import amount
 
 BATCH = 8  # prompts that are continued together

@@ -18,8 +18,9 @@ from mlx_empire.model.spec import BLOCK, ModelSpec
 from mlx_empire.plan.activations import attention_scores, widest_activation
 from mlx_empire.plan.memory import Ledger
 from mlx_empire.plan.optimizer_bytes import StateBytes, StatesOf
-from mlx_empire.plan.resolve import TIGHT_HEADROOM, RunPlan, resolve
+from mlx_empire.plan.resolve import resolve
 from mlx_empire.plan.shards import Segment, ShardPlan
+from mlx_empire.plan.shares import TIGHT_HEADROOM, RunPlan
 from mlx_empire.plan.workload import Workload, chunk_tokens
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.sizes import amount

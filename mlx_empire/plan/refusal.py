@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import DoesNotFitError
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.sizes import amount
 
 

@@ -1,18 +1,19 @@
 """From what the recipe asks and what the nodes have to one plan: stage, shares, tail and gradient dtype.
 
 `auto` values are resolved here and nowhere else, so a report before the run and the run itself agree. Memory may
-choose only what does not affect bits (stage, shares, the tail's k, kept products); the gradient's dtype does, so it is
+choose only what does not affect bits (stage, shares, the tail's k, kept products, waves); the gradient's dtype does, so it is
 chosen once and kept. Where bits are strict a run that goes on takes the tail and the kept products that it noted, while
 they fit. The order of preference: gradients in fp32 before bf16, then the stage with the least traffic that
 fits, then the longest tail that fits and products in what it leaves, or products alone, whichever leaves the fewest
-operations to the slowest rank. Any plan that leaves headroom comes before any that is tight.
+operations to the slowest rank; where weights stay whole and none of these fits, micro-batches in the largest waves that
+do. Any plan that leaves headroom comes before any that is tight.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Literal
@@ -23,67 +24,16 @@ from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.chips import on_cpu
 from mlx_empire.plan.fill import Recomputation, fill, most_operations
-from mlx_empire.plan.memory import Ledger, ledger, stored
+from mlx_empire.plan.memory import stored
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan, make_plan
+from mlx_empire.plan.shares import TIGHT_HEADROOM, RunPlan, plan_at_stage
 from mlx_empire.plan.step_traffic import step_traffic
 from mlx_empire.plan.traffic import card_bytes
 from mlx_empire.plan.workload import CellLayout, Workload, cell_layout
 from mlx_empire.recipe.schema import Recipe
 
-
-def solve_shares(
-    mode: str | Sequence[float], limits: Sequence[int], fixed: Sequence[int]
-) -> tuple[float, ...]:
-    """Shares of all ranks, summing to 1.
-
-    `limits` and `fixed` are bytes per rank: what the rank may use and what it needs whatever its share. `memory`
-    gives share_i ~ limit_i - fixed_i, so that all ranks use the same fraction of what they have left; a rank with
-    nothing left gets nothing. If no rank has anything left the shares follow the limits (the ledger then says no).
-    """
-    if mode == "equal":
-        weights: list[float] = [1.0] * len(limits)
-    elif mode == "memory":
-        weights = [float(max(limit - need, 0)) for limit, need in zip(limits, fixed, strict=True)]
-        if not any(weights):
-            weights = [float(limit) for limit in limits]
-    else:
-        assert not isinstance(mode, str)
-        weights = [float(w) for w in mode]
-        if len(weights) != len(limits):
-            raise UserError(
-                f"memory.shares: {list(mode)} names {len(weights)} ranks but {len(limits)} run; list one per rank"
-            )
-        if min(weights) < 0 or not sum(weights) > 0:
-            raise UserError(f"memory.shares: {list(mode)}: weights must not be negative, nor all zero")
-    total = sum(weights)
-    return tuple(w / total for w in weights)
-
-
-TIGHT_HEADROOM = 0.05  # of the limit; less is called tight
-MOST_STRETCH, FINE_STRETCH = 2.0**20, 0.001  # of limits that hold no step
 STAGES = (2, 1, 0, 3)  # on equal traffic the one that keeps less comes first
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """The resolved plan of a run: layout, step shape, and each rank's ledger against its limit in bytes."""
-
-    shards: ShardPlan
-    work: Workload
-    ledgers: tuple[Ledger, ...]
-    limits: tuple[int, ...]
-
-    @property
-    def fits(self) -> bool:
-        """Whether every rank's peak is within its limit."""
-        return all(one.peak <= limit for one, limit in zip(self.ledgers, self.limits, strict=True))
-
-    @property
-    def comfortable(self) -> bool:
-        """Whether every rank keeps the headroom below which a plan is called tight."""
-        pairs = zip(self.ledgers, self.limits, strict=True)
-        return all(one.peak <= (1 - TIGHT_HEADROOM) * limit for one, limit in pairs)
 
 
 def resolve(
@@ -113,16 +63,13 @@ def resolve(
     tight: list[RunPlan] = []
     for dtype in dtypes:
         work = _workload(recipe, nodes, layout, unrecomputed, dtype)
-        at_stage = partial(_shared, recipe, spec, nodes, state_bytes)
+        at_stage = partial(plan_at_stage, recipe, spec, nodes, state_bytes)
         if goes_on is not None:
-            as_noted = goes_on.put_into(work, layers, keeps=keeps)
-            same = _roomiest([at_stage(stage, as_noted) for stage in stages])
+            found = [at_stage(stage, goes_on.put_into(work, layers, keeps=keeps)) for stage in stages]
+            same = _roomiest(found) or _roomiest(_all_in_waves(found, at_stage))
             if same is not None:
-                return (
-                    _running_ahead(same, partial(at_stage, same.shards.zero_stage))
-                    if memory.run_ahead
-                    else same
-                )
+                ahead = partial(at_stage, same.shards.zero_stage)
+                return _running_ahead(same, ahead) if memory.run_ahead else same
         plans = [at_stage(stage, work) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):
             with_work = partial(at_stage, plan.shards.zero_stage)
@@ -141,13 +88,12 @@ def resolve(
                 )
             if plan.fits:
                 tight.append(plan)
-        for plan in () if hopeless else filter(_may_pass_in_waves, plans):
-            plan = _in_waves(plan, partial(at_stage, plan.shards.zero_stage))
-            if plan.comfortable:
-                return plan
-            tried.append(plan)
-            if plan.fits:
-                tight.append(plan)
+        waves = [] if hopeless else _all_in_waves(plans, at_stage)
+        comfortable = next((plan for plan in waves if plan.comfortable), None)
+        if comfortable is not None:
+            return comfortable
+        tight += [plan for plan in waves if plan.fits]
+        tried += waves
         tried += plans
     return tight[0] if tight else min(tried, key=_overload)
 
@@ -295,45 +241,18 @@ def _longest_tail(none: RunPlan, with_work: Callable[[Workload], RunPlan]) -> Ru
     return best
 
 
-def _shared(
-    recipe: Recipe,
-    spec: ModelSpec,
-    nodes: Sequence[Node],
-    state_bytes: StateBytes,
-    stage: int,
-    work: Workload,
-) -> RunPlan:
-    """The plan at one stage, with shares as the recipe asks: what a node needs beside its shard is subtracted. Where
-    the nodes together lack memory, shares by memory make all of them overfull alike.
-    """
-    limits = tuple(int(n.limit_bytes or 0) for n in nodes)
-    ranks = range(len(nodes))
-    shards = make_plan(spec.units, [1.0] * len(nodes), stage)
-    ledgers = tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks)
-    listed = not isinstance(recipe.memory.shares, str)  # checked on one node too
-    if listed or (recipe.memory.shares == "memory" and len(nodes) > 1):
-        by_phase = {phase: [_sharded(one, phase, stage) for one in ledgers] for phase in ledgers[0].phases}
-        whole = max(map(sum, by_phase.values()))
-        # Equal shares differ by a tensor's end and by which unit is whose in a phase, which unequal ones would move.
-        equal = {phase: max(sizes) for phase, sizes in by_phase.items()}
-
-        def rooms(stretch: float) -> list[float]:
-            return [_room(one, stretch * n, equal, stage) for one, n in zip(ledgers, limits, strict=True)]
-
-        stretch = _least_stretch(lambda s: sum(max(room, 0) for room in rooms(s)) >= len(nodes))
-        stretched = [int(stretch * limit) for limit in limits]
-        fixed = [n - int(whole * room) for n, room in zip(stretched, rooms(stretch), strict=True)]
-        shards = make_plan(spec.units, solve_shares(recipe.memory.shares, stretched, fixed), stage)
-        ledgers = tuple(ledger(spec, shards, work, r, state_bytes) for r in ranks)
-    return RunPlan(shards, work, ledgers, limits)
-
-
 def _may_pass_in_waves(plan: RunPlan) -> bool:
     """Whether weights stay whole, so that a second visit gathers nothing, and a rank has several micro-batches. Stage 1
     keeps whole contributions of all cells until the end, and gains nothing."""
     resident = plan.shards.zero_stage in (0, 2) or plan.shards.world_size == 1
     layout = plan.work.layout
     return resident and plan.shards.zero_stage != 1 and layout.micro_batches > layout.world_size
+
+
+def _all_in_waves(plans: Sequence[RunPlan], at_stage: Callable[[int, Workload], RunPlan]) -> list[RunPlan]:
+    """Those of the plans that may pass in waves, passing so."""
+    may = [plan for plan in plans if _may_pass_in_waves(plan)]
+    return [_in_waves(plan, partial(at_stage, plan.shards.zero_stage)) for plan in may]
 
 
 def _in_waves(whole: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPlan:
@@ -353,39 +272,6 @@ def _in_waves(whole: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPl
         low, high = (middle, high) if plan.comfortable else (low, middle)
         best = plan if plan.comfortable else best
     return best
-
-
-def _least_stretch(holds: Callable[[float], bool]) -> float:
-    """How many times as large all limits would have to be to hold a step; 1 where they do."""
-    low, high = 1.0, 1.0
-    while not holds(high) and high < MOST_STRETCH:
-        low, high = high, 2 * high
-    while high - low > FINE_STRETCH:
-        middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
-
-
-def _room(one: Ledger, limit: float, equal: Mapping[str, int], stage: int) -> float:
-    """How large a rank's share could be, in the units of `equal` shares, in the phase that allows the least."""
-    room = []
-    for phase, items in one.phases.items():
-        fixed = sum(one.resident.values()) + sum(items.values()) - _sharded(one, phase, stage)
-        if equal[phase]:
-            room.append((limit - fixed) / equal[phase])
-    return min(room, default=1.0)
-
-
-def _sharded(one: Ledger, phase: str, stage: int) -> int:
-    """What a rank needs in a phase in proportion to its share: below stage 3 the weights are no part of it."""
-    items = {**one.resident, **one.phases[phase]}
-    return sum(
-        size
-        for name, size in items.items()
-        if name == "gradients"
-        or (name.startswith("optimizer ") and name != "optimizer chunk")
-        or (name in ("weights", "adapters") and stage == 3)
-    )
 
 
 def _roomiest(plans: Sequence[RunPlan]) -> RunPlan | None:

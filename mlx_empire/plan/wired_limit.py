@@ -17,7 +17,8 @@ from mlx_empire.plan.chips import is_mac
 from mlx_empire.plan.fill import Recomputation
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.refusal import require_fit
-from mlx_empire.plan.resolve import RunPlan, resolve
+from mlx_empire.plan.resolve import resolve
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.sizes import GIB
 

@@ -18,7 +18,7 @@ from mlx_empire.evaluation.reading import ReadRow, write_readings
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.fill import bought
 from mlx_empire.plan.lengths import Every
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.console import NodeRow, RunDisplay
 from mlx_empire.report.metrics import MetricsWriter
@@ -164,7 +164,7 @@ def title_rows(spec: ModelSpec, plan: RunPlan, ranks: int) -> list[tuple[str, st
         ("ranks", f"{ranks}, {work.layout.micro_batches} micro-batches a step in {work.layout.cells} cells"),
         ("ZeRO stage", f"{plan.shards.zero_stage}, gradients kept in {work.gradient_dtype}"),
         ("recomputed", f"{layers - work.unrecomputed} of {layers} layers"),
-        *((("waves", f"{work.wave} micro-batches pass at a time"),) if work.wave else ()),
+        *((("waves", f"micro-batches pass {work.wave} at a time"),) if work.wave else ()),
         *((("kept", kept),) if (kept := bought(spec, plan.shards, work, plan.ledgers)) else ()),
         *(
             (("updates", "in the backward, clipped by the last step's norm"),)

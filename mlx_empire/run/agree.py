@@ -40,7 +40,7 @@ from mlx_empire.model.config import read_config
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, make_target, refuse_impossible, refuse_other_architecture
 from mlx_empire.model.unread import refuse_row_length
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.evaluation import Gate
 from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import MAX_BYTES, dump_recipe, load_recipe, parse_recipe

@@ -29,7 +29,7 @@ from mlx_empire.formats.staging import side_files
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.disk import Beside, DiskLedger, Keeping, Places, disk_ledgers, result_bytes
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import checkpoint_folder
 

@@ -23,7 +23,7 @@ from mlx_empire.plan.assess import assess_plan
 from mlx_empire.plan.chips import known_speed
 from mlx_empire.plan.hardware import wire_of
 from mlx_empire.plan.pace import pace_of
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.launched import COMPLETE

@@ -22,7 +22,7 @@ from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import EmpireError, StoppedError, UnsavedError, UserError, on_all_ranks
 from mlx_empire.model.target import Target
 from mlx_empire.plan.fill import Recomputation
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.changes import parse_stored, require_acceptable, value, variant
 from mlx_empire.recipe.load import dump_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe

@@ -34,8 +34,8 @@ from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.assess import cache_bound
 from mlx_empire.plan.refusal import needs_in_words
-from mlx_empire.plan.resolve import RunPlan
 from mlx_empire.plan.shards import Placement, Segment, Unit
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.plan.wired_limit import wired_bytes
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.parent import Parent

@@ -41,7 +41,8 @@ from mlx_empire.model.scaled_down import first_layers
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan.resolve import RunPlan, resolve
+from mlx_empire.plan.resolve import resolve
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, Event
 from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.plan.work import unit_flops

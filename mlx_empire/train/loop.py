@@ -19,7 +19,7 @@ from mlx_empire.engine.trainer import Trainer
 from mlx_empire.evaluation.gate import GateKeeper, held_out_loss
 from mlx_empire.model.target import Target
 from mlx_empire.plan.chips import known_speed
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.plan.work import executed_flops
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.run import RunReport

@@ -15,7 +15,7 @@ from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any
 
-from mlx_empire.plan.resolve import RunPlan
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 

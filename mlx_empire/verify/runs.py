@@ -35,7 +35,8 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, in_dtype
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import assess
-from mlx_empire.plan.resolve import RunPlan, resolve
+from mlx_empire.plan.resolve import resolve
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.schema import Recipe

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_empire.errors import UserError
-from mlx_empire.plan.resolve import solve_shares
+from mlx_empire.plan.shares import solve_shares
 from mlx_empire.plan.workload import CellLayout, cell_layout
 
 

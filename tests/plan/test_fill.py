@@ -15,7 +15,8 @@ from mlx_empire.plan.actions import Stash
 from mlx_empire.plan.fill import Recomputation, bought, most_operations
 from mlx_empire.plan.kept import kept_bytes, order_of, saved_operations
 from mlx_empire.plan.memory import ledger
-from mlx_empire.plan.resolve import TIGHT_HEADROOM, resolve
+from mlx_empire.plan.resolve import resolve
+from mlx_empire.plan.shares import TIGHT_HEADROOM
 from mlx_empire.plan.step_bytes import KEPT
 from mlx_empire.plan.step_time import COMPUTE, Link, step_timeline
 from mlx_empire.plan.work import executed_flops, flops_per_token, step_flops

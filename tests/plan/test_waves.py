@@ -9,7 +9,8 @@ from support.planning import llama_like, node_of, recipe_of
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan.resolve import RunPlan, resolve
+from mlx_empire.plan.resolve import resolve
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.plan.step_traffic import step_traffic
 
 MIB = 1 << 20

@@ -24,7 +24,8 @@ from mlx_empire.checkpoint.manifest import (
 from mlx_empire.errors import UserError
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.fill import Recomputation
-from mlx_empire.plan.resolve import RunPlan, resolve
+from mlx_empire.plan.resolve import resolve
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.run import resume
 from mlx_empire.run.resume import (

@@ -30,8 +30,9 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.model.build import build_model, describe
 from mlx_empire.model.config import read_config
 from mlx_empire.optim.choose import make_optimizer
-from mlx_empire.plan.resolve import RunPlan, resolve
+from mlx_empire.plan.resolve import resolve
 from mlx_empire.plan.schedule import training_step
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.plan.step_traffic import step_traffic
 from mlx_empire.plan.traffic import card_bytes
 from mlx_empire.plan.workload import step_shape

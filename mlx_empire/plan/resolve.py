@@ -1,10 +1,10 @@
 """From what the recipe asks and what the nodes have to one plan: stage, shares, tail and gradient dtype.
 
 `auto` values are resolved here and nowhere else, so a report before the run and the run itself agree. Memory may
-choose only what does not affect bits (stage, shares, the tail's k, kept products, waves); the gradient's dtype does, so it is
-chosen once and kept. Where bits are strict a run that goes on takes the tail and the kept products that it noted, while
-they fit. The order of preference: gradients in fp32 before bf16, then the stage with the least traffic that
-fits, then the longest tail that fits and products in what it leaves, or products alone, whichever leaves the fewest
+choose only what does not affect bits (stage, shares, the tail's k, kept products, waves); the gradient's dtype does, so
+it is chosen once and kept. Where bits are strict a run that goes on takes the tail and the kept products that it noted,
+while they fit. The order of preference: gradients in fp32 before bf16, then the stage with the least traffic that fits,
+then the longest tail that fits and products in what it leaves, or products alone, whichever leaves the fewest
 operations to the slowest rank; where weights stay whole and none of these fits, micro-batches in the largest waves that
 do. Any plan that leaves headroom comes before any that is tight.
 """

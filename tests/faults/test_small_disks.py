@@ -18,6 +18,7 @@ from support.faults import Lab, Result, succeeded
 
 MODEL_BYTES = 4 * 279_232
 STEPS = 30
+DEADLINE = 25  # seconds: a machine that does other work too needs more than a few for the first step
 SETTINGS = (
     "model.dtype=float32",
     "optimizer.state_bits=32",
@@ -137,7 +138,7 @@ def test_the_newest_checkpoint_stays_and_the_result_waits_for_room(
     """
     name = f"waits-{ranks}"
     folder = disk(name, 7)
-    deadlines = ("comm.deadline_seconds=8", "comm.deadline_floor_seconds=8")
+    deadlines = (f"comm.deadline_seconds={DEADLINE}", f"comm.deadline_floor_seconds={DEADLINE}")
     run = lab.begin(name, *SETTINGS, *deadlines, "run.buddy=false", ranks=ranks)
     fill_once_begun(folder, 3.1)
     said = until_it_waits(run)
@@ -147,7 +148,7 @@ def test_the_newest_checkpoint_stays_and_the_result_waits_for_room(
     assert f"{name}/final: needs " in said[-1]
     assert "step-000005 is saved" in said[-1]
     assert lab.committed(name, ranks) == [5]
-    time.sleep(10)
+    time.sleep(DEADLINE + 2)
     assert run.poll() is None
     size = f"remount,size={11 * MODEL_BYTES}"
     subprocess.run(["mount", "-o", size, folder], check=True)

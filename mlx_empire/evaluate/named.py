@@ -20,7 +20,7 @@ from mlx_empire.evaluate.command import BASE
 from mlx_empire.formats.adapter_folder import PEFT_WEIGHTS, WEIGHTS_NAME, read_mlx_lm, read_settings
 from mlx_empire.recipe.changes import parse_stored, variant
 from mlx_empire.recipe.duration import Duration
-from mlx_empire.recipe.evaluation import TASKS
+from mlx_empire.recipe.evaluation import CITATIONS, GROUNDED, TASKS
 from mlx_empire.recipe.load import MAX_BYTES, dump_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
@@ -179,6 +179,9 @@ def _set(word: str) -> dict[str, Any]:
 def _measured(path: Path) -> list[str]:
     source, _ = locate(path)
     row = next((row.value for row in source.rows()), {})
+    if "supports" in row:
+        unanswerable = any(row.value.get("supports") == [] for row in source.rows())
+        return list(GROUNDED if unanswerable else CITATIONS)
     if "choices" in row:
         return ["multiple_choice"]
     if "schema" in row:

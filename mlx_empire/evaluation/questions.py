@@ -41,7 +41,7 @@ from mlx_empire.data.messages import standard_role
 from mlx_empire.errors import UserError
 from mlx_empire.evaluation.grounding import Grounds, grounds_of
 from mlx_empire.evaluation.tasks import Choices, choices_of
-from mlx_empire.recipe.evaluation import CONSTRAINED, EvaluationSet
+from mlx_empire.recipe.evaluation import CONSTRAINED, REFUSALS, EvaluationSet
 from mlx_empire.recipe.text import words_of
 
 
@@ -161,8 +161,7 @@ def held(asked: EvaluationSet, free: Questions) -> Questions | None:
 def _refuse_one_sided(asked: EvaluationSet, prompts: Sequence[Prompt]) -> None:
     """UserError where a metric of the set would look at no row whatever is answered."""
     kinds = {bool(prompt.grounds.supports) for prompt in prompts if prompt.grounds is not None}
-    refusals = ("refusal_precision", "refusal_recall", "false_confidence")
-    needed = {True} if not any(metric in refusals for metric in asked.metrics) else {True, False}
+    needed = {True, False} if any(metric in REFUSALS for metric in asked.metrics) else {True}
     if needed - kinds:
         missing = "whose supports name a source" if True not in kinds else "whose supports are []"
         raise UserError(

@@ -29,7 +29,7 @@ from mlx_empire.importing.rules import MAPPED, NOT_POSSIBLE, Meaning, meaning_of
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.explain import leaf_fields, sections
 from mlx_empire.recipe.load import MAX_BYTES, parse_recipe
-from mlx_empire.recipe.text import KeyPath, parse_yaml, read_small_text
+from mlx_empire.recipe.text import KeyPath, one_line, parse_yaml, read_small_text
 from mlx_empire.report.html import refuse_unwritable_file, write_file
 
 HEADING, ITEM = "heading", "item"
@@ -125,7 +125,7 @@ def _meaning(name: str, value: Any, told: Mapping[str, Any]) -> Meaning:
     """The meaning of a key, if its value is one that the key here can have."""
     try:
         found = meaning_of(name, value, told)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, OSError):
         return Meaning(NOT_POSSIBLE, {}, f"{value!r:.40} is no value that can be read")
     for key, setting in found.keys.items():
         if (wrong := _wrong(key, setting)) is not None:
@@ -189,9 +189,9 @@ def recipe_text(
     for line in lines:
         for key in line.meaning.keys:
             if key not in added:
-                comments.setdefault(key, f"line {line.number}: {line.key}")
-    head = f"# Made by `mlx-empire import {file.name}`. `mlx-empire keys` tells what every key decides.\n"
-    return head + _sections(keys, comments)
+                comments.setdefault(key, one_line(f"line {line.number}: {line.key}"))
+    head = f"# Made by `mlx-empire import {file.name}`. `mlx-empire keys` tells what every key decides."
+    return f"{one_line(head)}\n" + _sections(keys, comments)
 
 
 def _sections(keys: Mapping[str, Any], comments: Mapping[str, str]) -> str:

@@ -15,14 +15,9 @@ from mlx_empire.recipe.fields import Count, RecipePath, Section, as_tuple
 TEACHER_FORCED = ("loss", "perplexity", "token_accuracy", "exact_match", "multiple_choice")
 # ... and by greedy generation, where each machine can hold the model; the second line's are of answers from sources
 # (`evaluation.grounding`).
-GROUNDED = (
-    "citation_coverage",
-    "citation_accuracy",
-    "retrieval_use",
-    "refusal_precision",
-    "refusal_recall",
-    "false_confidence",
-)
+CITATIONS = ("citation_coverage", "citation_accuracy", "retrieval_use")
+REFUSALS = ("refusal_precision", "refusal_recall", "false_confidence")
+GROUNDED = (*CITATIONS, *REFUSALS)
 GENERATED = ("regular_expression", "valid_json", "json_schema", "scorer", *GROUNDED)
 CONSTRAINED = "constrained"  # set.constrained.metric: the same metric where a grammar held the answers
 # Tasks of EleutherAI's lm-eval that ask for log-likelihoods alone: `evaluation.tasks` turns their rows into choices.

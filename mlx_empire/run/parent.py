@@ -1,9 +1,9 @@
 """The earlier adapter that a run begins from (`tuning.start`): whether it may, its weights, and what it has seen.
 
-Decides that it must be finished, as it was when it was frozen, of the same base where that is known, and of the shape
-and scale that the recipe asks for. It is read when a run begins and never again: a checkpoint holds all that adapters
-are. The optimizer begins afresh. Where a run comes from stands in its `plan.json` (`start`), from where the model card
-has it.
+Decides that it must be finished, as it was when it was frozen, of the same base where that is known (or of that
+base packed as it was trained, by `export base`), and of the shape and scale that the recipe asks for. It is read
+when a run begins and never again: a checkpoint holds all that adapters are. The optimizer begins afresh. Where a
+run comes from stands in its `plan.json` (`start`), from where the model card has it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def read_parent(recipe: Recipe, target: Target, base: str | None) -> Parent:
         raise UserError(f"{KEY}: {start}: no adapter; a whole model is a base: name it in model.path")
     if (digest := sealed_digest(found.weights)) is not None:
         check_sealed(found.weights, digest)
-    if found.base_differs(base):
+    if base is not None and not found.speaks_on(recipe.model.path, base, named=False):
         raise UserError(
             f"{KEY}: {start}: was trained on other weights than those in {recipe.model.path}; name its base in "
             "model.path, or leave tuning.start out"

@@ -20,6 +20,7 @@ from rich.console import Console
 from support.mpi import mpirun, rank_environment
 from support.speaking import MODEL, answers, finish, write_adapter
 
+from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.cli import main as cli
 from mlx_empire.evaluate.document import Scored, changed_document, score_table
 
@@ -219,3 +220,26 @@ def test_what_cannot_be_evaluated_is_one_line(
     said = capsys.readouterr().err
     assert told.format(**names) in said
     assert said.count("\n") == 1
+
+
+def test_an_adapter_of_a_packed_base_scores_alike_on_that_base_packed_beforehand_and_on_no_other(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And may go on there: `tuning.start` is how it is put on its base here."""
+    run = tmp_path / "alice"
+    shutil.copytree(place / "alice", run)
+    told = json.loads((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(json.dumps({**told, "tuning": {"type": "qlora"}}))
+    (run / "plan.json").write_text(json.dumps({"base_digest": sampled_digest(MODEL)}))
+    for bits in ("4", "8"):
+        assert cli(["export", "base", str(MODEL), str(tmp_path / bits), "--bits", bits]) == 0
+    sets = ["--sets", f"{place}/facts.jsonl=loss"]
+    scores = [
+        evaluated(place, run, *words, *sets)["scores"] for words in ([], ["--model", str(tmp_path / "4")])
+    ]
+    assert scores[0] == scores[1]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        evaluated(place, run, "--model", str(tmp_path / "8"), *sets)
+    assert ended.value.code == 64
+    assert capsys.readouterr().err.count("\n") == 1

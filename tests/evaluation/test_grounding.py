@@ -12,6 +12,8 @@ from support.rows import MODEL
 from mlx_empire.cli import main as cli
 from mlx_empire.data.files import RawRow
 from mlx_empire.errors import UserError
+from mlx_empire.evaluate.command import read
+from mlx_empire.evaluate.named import recipes_of
 from mlx_empire.evaluation.grounding import Grounds, graded, grounds_of
 from mlx_empire.recipe.load import parse_recipe
 
@@ -137,3 +139,16 @@ def test_a_key_goes_with_its_metric(wrong: str) -> None:
     recipe += "optimizer: {learning_rate: 1}\nrun: {dir: r, steps: 1, eval_every: 1}\n"
     with pytest.raises(UserError, match=r"evaluation\.sets: .*refusal \(a regular expression\)"):
         parse_recipe(recipe + f"evaluation: {{sets: [{wrong}]}}", "r")
+
+
+@pytest.mark.parametrize("unanswerable", [True, False])
+def test_a_file_of_questions_from_sources_is_graded_without_a_recipe(
+    unanswerable: bool, tmp_path: Path
+) -> None:
+    known = {"sources": ["1"], "supports": ["1"]}
+    rows(tmp_path / "q.jsonl", known, {**known, "supports": []} if unanswerable else known)
+    (recipe,) = recipes_of(read([str(MODEL), "--sets", f"{tmp_path}/q.jsonl"]), 1)
+    assert [name in recipe.evaluation.sets[0].metrics for name in ("retrieval_use", "refusal_recall")] == [
+        True,
+        unanswerable,
+    ]

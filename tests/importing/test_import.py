@@ -237,3 +237,22 @@ def test_both_errors_are_what_a_plain_loop_finds(tmp_path: Path) -> None:
     assert found.nf4 == pytest.approx(np.sqrt(((np.array(expected) - blocks) ** 2).sum()) / total, rel=1e-4)
     assert found.groups == pytest.approx(np.sqrt((np.array(grouped) ** 2).sum()) / total, rel=1e-4)
     assert str(tmp_path) in found.where
+
+
+def test_what_a_file_says_stays_in_its_line(tmp_path: Path) -> None:
+    """Of names with line breaks, of paths and numbers that no recipe can have."""
+    long = "m" * 5000
+    text = {
+        "a\nrun:": {"r": 4},
+        "base_model": long,
+        "learning_rate": 1e400,
+        "warmup_ratio": "x",
+        "lora_alpha": [1],
+    }
+    told = imported(tmp_path, json.dumps(text).replace("Infinity", ".inf"))
+    verdicts = {one["key"].rpartition(".")[2]: one["verdict"] for one in told["lines"]}
+    assert verdicts.pop("r") == "mapped"
+    assert {verdicts[key] for key in ("base_model", "learning_rate", "warmup_ratio", "lora_alpha")} == {
+        "not possible"
+    }
+    assert load_recipe(tmp_path / "ours.yaml").tuning.rank == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,14 @@ CRITERIA = """\
     {metric: asked.constrained.refusal_precision, at_least: 0.85}]}"""
 
 
-def recipe(model: Path, name: str, *, method: str, steps: int, rate: float, fallback: str = "") -> str:
+def recipe(
+    model: Path, name: str, *, method: str, steps: int, rate: float, size: int = 3, fallback: str = ""
+) -> str:
     return f"""\
 model: {{path: {model}, dtype: float32}}
 tuning: {{type: {method}, rank: 16}}
 data: {{path: train.jsonl, format: completions, sequence_length: 192}}
-batch: {{global_size: 3, micro_size: 3}}
+batch: {{global_size: {size}, micro_size: {size}}}
 optimizer: {{learning_rate: {rate}}}
 run: {{dir: {name}, steps: {steps}, eval_every: {steps}}}
 evaluation:
@@ -81,18 +84,21 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def criteria_met(folder: Path, model: Path, steps: int, rate: float) -> tuple[Workspace, dict[str, Outcome]]:
+def criteria_met(
+    folder: Path, model: Path, steps: int, rate: float, learnt: Sequence[dict[str, Any]]
+) -> tuple[Workspace, dict[str, Outcome]]:
     """A qlora that learns nothing, and its fallback, a lora that learns the rows; one command, and that once more."""
-    place = Workspace(folder)
-    place.write("train.jsonl", jsonl({k: row[k] for k in ("prompt", "completion")} for row in rows()))
+    place, size = Workspace(folder), len(learnt)
+    place.write("train.jsonl", jsonl({k: row[k] for k in ("prompt", "completion")} for row in learnt))
     place.write(
-        "asked.jsonl", jsonl({k: row[k] for k in ("prompt", "sources", "supports")} for row in rows())
+        "asked.jsonl", jsonl({k: row[k] for k in ("prompt", "sources", "supports")} for row in learnt)
     )
     place.write("answer.json", json.dumps(SCHEMA))
     place.write(
-        "qlora.yaml", recipe(model, "first", method="qlora", steps=1, rate=1e-6, fallback="lora.yaml")
+        "qlora.yaml",
+        recipe(model, "first", method="qlora", steps=1, rate=1e-6, size=size, fallback="lora.yaml"),
     )
-    place.write("lora.yaml", recipe(model, "second", method="lora", steps=steps, rate=rate))
+    place.write("lora.yaml", recipe(model, "second", method="lora", steps=steps, rate=rate, size=size))
     return place, place.train_many({"first": ["qlora.yaml"], "again": ["qlora.yaml"]})[0]
 
 
@@ -119,7 +125,7 @@ def check_criteria(place: Workspace, outcomes: dict[str, Outcome]) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[str, Outcome]]:
-    return criteria_met(tmp_path_factory.mktemp("criteria"), MODEL, 40, 1e-2)
+    return criteria_met(tmp_path_factory.mktemp("criteria"), MODEL, 40, 1e-2, rows())
 
 
 def test_a_gate_that_is_missed_takes_the_fallback_whose_gate_is_met(
@@ -192,5 +198,5 @@ def test_two_ranks_take_the_fallback_together_and_so_does_the_launcher(
 @pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="no models/smollm2-135m; run make model")
 def test_smollm2_meets_the_criteria_too(tmp_path: Path) -> None:
-    last = check_criteria(*criteria_met(tmp_path, SMOLLM2, 24, 1e-3))
+    last = check_criteria(*criteria_met(tmp_path, SMOLLM2, 10, 2e-3, rows()[1:]))
     assert last["asked.json_schema"] == 1.0

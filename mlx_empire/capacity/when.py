@@ -35,7 +35,7 @@ def size_of(recipe: Recipe, spec: ModelSpec) -> tuple[DataSize | None, str]:
         for path in recipe.data.paths:
             if not path.exists():
                 raise UserError(f"{path} is not here")
-        train = load_data(recipe, spec).train
+        train = load_data(recipe, spec, thorough=False).train
     except UserError as error:
         whole = "the run" if run.steps.unit == "epochs" else "an epoch"
         return None, (

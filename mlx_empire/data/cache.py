@@ -3,7 +3,7 @@
 An entry is a folder named by its key: one `.npy` file per array (read as memory maps, so a set larger than
 memory is no problem) and `index.json` with a SHA-256 of each. It appears whole, by one rename; an entry in
 which anything does not match is built again. Ranks that share a home may build the same entry at once: the
-first rename wins.
+first rename wins. Large files that did not change are not hashed again (`digests`), but where a run goes on.
 """
 
 import hashlib
@@ -13,12 +13,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlx_empire.data.digests import noted_digest
 from mlx_empire.data.rows import Table
 from mlx_empire.disk import create_private
 
@@ -54,15 +56,30 @@ def tokens_folder() -> Path:
     return cache_folder() / "tokens"
 
 
-def cache_key(settings: Mapping[str, Any], files: Iterable[Path], tokenizer_folder: Path | None) -> str:
+def notes_folder() -> Path:
+    """Where it is noted what digests large files had."""
+    return cache_folder() / "digests"
+
+
+def cache_key(
+    settings: Mapping[str, Any],
+    files: Iterable[Path],
+    tokenizer_folder: Path | None,
+    *,
+    thorough: bool = True,
+) -> str:
     """SHA-256 (hex) over the settings, the bytes of data and tokenizer files, and the code that reads them.
 
-    File names other than the tokenizer's do not matter: the same data elsewhere is the same entry.
+    File names other than the tokenizer's do not matter: the same data elsewhere is the same entry. `thorough`: every
+    byte is read, also of files that have not changed since they were.
     """
+    notes = notes_folder()
     own = sorted(Path(__file__).parent.glob("*.py"))
     described: dict[str, Any] = {
         "settings": dict(settings),
-        "data": [file_digest(file) for file in files],
+        "data": [
+            noted_digest("file", file, notes, partial(file_digest, file), thorough=thorough) for file in files
+        ],
         "code": [file_digest(file) for file in own],
     }
     if tokenizer_folder is not None:
@@ -85,8 +102,9 @@ def make_entry(tables: Mapping[str, Table], report: Iterable[str]) -> CacheEntry
     return CacheEntry(tables, tuple(report), _join(digests))
 
 
-def load_entry(folder: Path) -> CacheEntry | None:
-    """Read an entry as memory maps, or None where it is missing or damaged in any way."""
+def load_entry(folder: Path, *, thorough: bool = True) -> CacheEntry | None:
+    """Read an entry as memory maps, or None where it is missing or damaged in any way; `thorough` as in `cache_key`."""
+    notes = notes_folder()
     try:
         index = json.loads((folder / "index.json").read_text("utf-8"))
         content = index["content"]
@@ -94,8 +112,10 @@ def load_entry(folder: Path) -> CacheEntry | None:
             return None
         tables: dict[str, dict[str, np.ndarray]] = {}
         for name, digest in content["arrays"].items():
-            array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            if _array_digest(array) != digest:
+            file = folder / f"{name}.npy"
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            read = partial(_array_digest, array)
+            if noted_digest("array", file, notes, read, thorough=thorough, ours=True) != digest:
                 return None
             split, field = name.split(".")
             tables.setdefault(split, {})[field] = array

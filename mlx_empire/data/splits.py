@@ -64,12 +64,14 @@ def load_splits(
     validation_split: float | None = None,
     tokenizer_folder: Path | None = None,
     vocab_size: int | None = None,
+    thorough: bool = True,
 ) -> Splits:
     """Read, tokenise and lay out the data at `path` (the recipe's `data` section), or take it from the cache.
 
     tokenizer_folder: the model's folder, not needed for format `tokens`. vocab_size: rows of the embedding;
     token ids beyond it are refused. validation_split: the fraction of the rows held out where there is no
-    validation file. Errors: UserError naming file, line and remedy.
+    validation file. thorough: also large files that have not changed since they were hashed are hashed again. Errors:
+    UserError naming file, line and remedy.
     """
     assert sequence_length > 0
     fraction = validation_split or 0.0
@@ -82,7 +84,7 @@ def load_splits(
     settings = _Settings(
         data_format, sequence_length, packing, mask_prompt, 0.0 if valid else fraction, vocab_size, kinds
     )
-    entry, note = _from_cache_or_built(train, valid, settings, tokenizer_folder)
+    entry, note = _from_cache_or_built(train, valid, settings, tokenizer_folder, thorough=thorough)
     sets = {name: Dataset(table, sequence_length, packing) for name, table in entry.tables.items()}
     notes = [*entry.report, note]
     if valid and fraction:
@@ -116,11 +118,16 @@ def join_splits(each: Mapping[Path, Splits]) -> Splits:
 
 
 def _from_cache_or_built(
-    train: Source, valid: Source | None, settings: _Settings, tokenizer_folder: Path | None
+    train: Source,
+    valid: Source | None,
+    settings: _Settings,
+    tokenizer_folder: Path | None,
+    *,
+    thorough: bool,
 ) -> tuple[CacheEntry, str]:
     files = [*train.files, *(valid.files if valid else ())]
-    folder = tokens_folder() / cache_key(vars(settings), files, tokenizer_folder)
-    entry = load_entry(folder)
+    folder = tokens_folder() / cache_key(vars(settings), files, tokenizer_folder, thorough=thorough)
+    entry = load_entry(folder, thorough=thorough)
     if entry is not None:
         return entry, f"tokens read from the cache {folder}"
     entry = _build(train, valid, settings, tokenizer_folder)

@@ -226,15 +226,23 @@ def share_target(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) 
 
 
 def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
-    """Training and validation rows, the same on every rank."""
+    """Training and validation rows, the same on every rank. What a run goes on with is read whole, to be compared."""
     data, folder = recipe.data, recipe.model.path
+    thorough = bool(comm.broadcast_json(_goes_on(recipe) if comm.rank == 0 else None))
     tokenizer = data.format == "tokens" or folder.is_dir()
     available = all(path.exists() for path in data.paths) and tokenizer
-    return shared_splits(comm, lambda: load_data(recipe, spec), available)
+    return shared_splits(comm, lambda: load_data(recipe, spec, thorough=thorough), available)
 
 
-def load_data(recipe: Recipe, spec: ModelSpec) -> Splits:
-    """Training and validation rows, as this machine has them."""
+def _goes_on(recipe: Recipe) -> bool:
+    """Whether there may be a checkpoint to go on from."""
+    resume, folder = recipe.run.resume, recipe.run.dir
+    begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    return begun if resume == "auto" else resume != "never"
+
+
+def load_data(recipe: Recipe, spec: ModelSpec, *, thorough: bool = True) -> Splits:
+    """Training and validation rows, as this machine has them; `thorough` as in `load_splits`."""
     data = recipe.data
     each = {
         path: load_splits(
@@ -246,6 +254,7 @@ def load_data(recipe: Recipe, spec: ModelSpec) -> Splits:
             validation_split=data.validation_split or 0.0,
             tokenizer_folder=recipe.model.path,
             vocab_size=int(spec.text_config["vocab_size"]),
+            thorough=thorough,
         )
         for path in data.paths
     }

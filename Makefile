@@ -49,7 +49,7 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup model quickstart check test test-slow test-faults test-fuzz test-gpu test-metal soak test-interop year lint docs \
+.PHONY: help setup model quickstart check test test-slow test-faults test-fuzz test-gpu test-metal soak mutants test-interop year lint docs \
   golden bench bench-optim bench-quality lock clean
 
 help:
@@ -59,6 +59,7 @@ help:
 	@echo "make test-slow      more peaks against the ledger, four ranks, and every model of mlx-lm"
 	@echo "make test-faults    every way in which a run is broken and must go on (long)"
 	@echo "make soak           twenty kills at random, and the same result"
+	@echo "make mutants        what the daily tests see of single changed lines"
 	@echo "make test-fuzz      2,000 broken files of each kind; only the errors of our own"
 	@echo "make test-gpu       what the GPU computes beside what the CPU computes (Metal, or CUDA); make test-metal is the same"
 	@echo "make test-interop   the tests that need torch, peft and datasets (installs them)"
@@ -171,6 +172,10 @@ test-metal: test-gpu
 # Twenty kills at random over sixty steps.
 soak: setup
 	@$(FAST) $(PY) tests/faults/soak.py
+
+# One changed line after the other, and whether the daily tests see it: a quarter of an hour.
+mutants: setup
+	@$(FAST) $(PY) benchmarks/mutants.py --page docs/mutants.md
 
 year: setup
 	@$(FAST) $(PY) benchmarks/year.py --write docs/year.md

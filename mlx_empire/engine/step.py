@@ -77,7 +77,8 @@ class StreamedStep(Reader):
         `rounds` holds this rank's cells; a round without a cell is an empty list and still joins the collectives.
         `update`: with `in_backward` also update units as they are complete.
         """
-        progress.reach("forward" if any(rounds) else "collectives")
+        if not any(rounds):
+            progress.reach("collectives")
         self._begin([micro for one in rounds for micro in one], total_tokens)
         shape = replace(self._shape, cells=tuple(len(one) for one in rounds))
         self.play(gradients(shape, update=update))
@@ -128,6 +129,8 @@ class StreamedStep(Reader):
     # ---- micro-batches
 
     def capture(self, action: Action) -> None:
+        if self._measure is None and not self._running:
+            progress.reach("forward")  # of every wave
         self._running[action.micro] = self._passes.capture(action.micro, self._batches[action.micro])
 
     def forward(self, action: Action) -> None:

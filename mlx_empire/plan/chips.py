@@ -158,7 +158,9 @@ def price_of(node: Node) -> int | None:
 
 def is_mac(node: Node) -> bool:
     """Whether a node is a Mac, also one with a chip of which nothing is known."""
-    return re.match(r"apple|m\d", (_name_of(node) or "").lower()) is not None
+    return (
+        re.match(r"apple|m[1-9](?!\d)", (_name_of(node) or "").lower()) is not None
+    )  # M40 and M60 are NVIDIA's
 
 
 def on_cpu(node: Node) -> bool:

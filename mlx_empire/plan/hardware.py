@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mlx_empire.cluster.hostfile import Node, default_limit
 from mlx_empire.errors import UserError
-from mlx_empire.plan.chips import GIGA, Range, chip_named
+from mlx_empire.plan.chips import GIGA, SCALED_FROM, Range, chip_named
 from mlx_empire.sizes import GIB
 
 # One thread adds contributions to fp32 totals, in bytes of contributions per second: planned for every chip, from
@@ -90,21 +90,20 @@ def wire_of(nodes: Sequence[Node]) -> Wire:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine that can be bought."""
+    """A Mac Studio with an M3 Ultra, which can be bought."""
 
     role: str
     memory_bytes: int
-    chip: str = "M3 Ultra"
 
     def node(self, name: str) -> Node:
         """This machine as a node of a cluster, with the GPU limit that plans assume."""
         limit = default_limit(self.memory_bytes)
-        return Node(name, 1, self.role, self.memory_bytes, limit, None, self.chip, measured=False)
+        return Node(name, 1, self.role, self.memory_bytes, limit, None, SCALED_FROM, measured=False)
 
     @property
     def dollars(self) -> int:
         """What one costs."""
-        price = chip_named(self.chip).price(self.memory_bytes)
+        price = chip_named(SCALED_FROM).price(self.memory_bytes)
         assert price is not None, f"{self.role}: chips.toml has no price for so much memory"
         return price
 

@@ -22,7 +22,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.spec import ModelSpec
-from mlx_empire.plan.chips import on_cpu
+from mlx_empire.plan.chips import is_mac, on_cpu
 from mlx_empire.plan.fill import Recomputation, fill, most_operations
 from mlx_empire.plan.memory import stored
 from mlx_empire.plan.optimizer_bytes import StateBytes
@@ -59,17 +59,20 @@ def resolve(
     goes_on = noted if memory.gradient_checkpointing == "auto" and recipe.numerics.bits == "strict" else None
     hopeless = never_fits(spec, nodes, state_bytes)
     seeks_tail = memory.gradient_checkpointing == "auto" and not hopeless
+    at_stage = partial(plan_at_stage, recipe, spec, nodes, state_bytes)
+
+    def ahead(plan: RunPlan) -> RunPlan:
+        return _running_ahead(plan, partial(at_stage, plan.shards.zero_stage)) if memory.run_ahead else plan
+
     tried: list[RunPlan] = []
     tight: list[RunPlan] = []
     for dtype in dtypes:
         work = _workload(recipe, nodes, layout, unrecomputed, dtype)
-        at_stage = partial(plan_at_stage, recipe, spec, nodes, state_bytes)
         if goes_on is not None:
             found = [at_stage(stage, goes_on.put_into(work, layers, keeps=keeps)) for stage in stages]
             same = _roomiest(found) or _roomiest(_all_in_waves(found, at_stage))
             if same is not None:
-                ahead = partial(at_stage, same.shards.zero_stage)
-                return _running_ahead(same, ahead) if memory.run_ahead else same
+                return ahead(same)
         plans = [at_stage(stage, work) for stage in stages]
         for plan in sorted(plans, key=_busiest_card):
             with_work = partial(at_stage, plan.shards.zero_stage)
@@ -81,17 +84,16 @@ def resolve(
                 found = [plan]
                 if fills and plan.work.unrecomputed and without_tail.comfortable:
                     found.append(without_tail)
-                if memory.run_ahead:
-                    found = [_running_ahead(one, with_work) for one in found]
+                found = [ahead(one) for one in found]
                 return _fewest_operations(
                     spec, [_filled(one, spec, state_bytes) for one in found] if fills else found
                 )
             if plan.fits:
                 tight.append(plan)
         waves = [] if hopeless else _all_in_waves(plans, at_stage)
-        comfortable = next((plan for plan in waves if plan.comfortable), None)
-        if comfortable is not None:
-            return comfortable
+        best = _roomiest(waves)
+        if best is not None and best.comfortable:
+            return ahead(best)
         tight += [plan for plan in waves if plan.fits]
         tried += waves
         tried += plans
@@ -175,7 +177,7 @@ _LINEAR = linear_in(version("mlx"))
 
 def _has_metal(node: Node) -> bool:
     """Whether a node is known to compute on Apple's GPU; a hostfile says so by its chip, such as chip=M3-Ultra."""
-    return (node.chip or "").startswith(("Apple", "M1", "M2", "M3", "M4", "M5"))
+    return node.chip is not None and is_mac(node)
 
 
 def _is_cpu(node: Node) -> bool:

@@ -21,9 +21,10 @@ from mlx_empire.engine.trace import TRACED_STEPS, StepTrace
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.flat import FlatOptimizer
-from mlx_empire.plan.assess import assess
+from mlx_empire.plan.assess import assess_plan
 from mlx_empire.plan.hardware import wire_of
 from mlx_empire.plan.pace import chips_of, timeline_of
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.plan.step_time import ADD, EXCHANGE, WAIT, Event
 from mlx_empire.recipe.schema import Recipe
 
@@ -133,10 +134,10 @@ class RunTrace:
 
 
 def predicted_events(
-    recipe: Recipe, spec: ModelSpec, nodes: Sequence[Node], optimizer: FlatOptimizer
+    recipe: Recipe, plan: RunPlan, spec: ModelSpec, nodes: Sequence[Node], optimizer: FlatOptimizer
 ) -> Sequence[Event]:
-    """The clock's events of a step, at the best that chips and wire may do."""
-    assessment = assess(recipe, spec, nodes, lambda _: optimizer.state_bytes)
+    """The clock's events of a step by `plan`, at the best that chips and wire may do."""
+    assessment = assess_plan(recipe, plan, spec, nodes, lambda _: optimizer.state_bytes)
     return timeline_of(assessment, wire_of(nodes), chips_of(assessment), 1).events
 
 

@@ -228,17 +228,19 @@ def share_target(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) 
 def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
     """Training and validation rows, the same on every rank. What a run goes on with is read whole, to be compared."""
     data, folder = recipe.data, recipe.model.path
-    thorough = bool(comm.broadcast_json(_goes_on(recipe) if comm.rank == 0 else None))
+    thorough = any(comm.gather_json(_may_go_on(recipe)))
     tokenizer = data.format == "tokens" or folder.is_dir()
     available = all(path.exists() for path in data.paths) and tokenizer
     return shared_splits(comm, lambda: load_data(recipe, spec, thorough=thorough), available)
 
 
-def _goes_on(recipe: Recipe) -> bool:
-    """Whether there may be a checkpoint to go on from."""
-    resume, folder = recipe.run.resume, recipe.run.dir
-    begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    return begun if resume == "auto" else resume != "never"
+def _may_go_on(recipe: Recipe) -> bool:
+    """Whether this rank may have a checkpoint to go on from. A place of their own is not looked at."""
+    run = recipe.run
+    begun = run.checkpoints is not None or any(
+        (run.dir / n).exists() for n in ("metrics.jsonl", "checkpoints")
+    )
+    return begun if run.resume == "auto" else run.resume != "never"
 
 
 def load_data(recipe: Recipe, spec: ModelSpec, *, thorough: bool = True) -> Splits:

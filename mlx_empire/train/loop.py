@@ -122,7 +122,8 @@ def traced(run: Run) -> RunTrace:
     """What notes a few steps for a trace, beside what the plan predicts of them."""
     from mlx_empire.report.trace import RunTrace, predicted_events
 
-    predicted = partial(predicted_events, run.recipe, run.target.spec, run.nodes, run.trainer.optimizer)
+    target, optimizer = run.target.spec, run.trainer.optimizer
+    predicted = partial(predicted_events, run.recipe, run.plan, target, run.nodes, optimizer)
     return RunTrace(run.comm, run.recipe.run.dir, run.trainer, run.saver, predicted)
 
 

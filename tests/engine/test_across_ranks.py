@@ -80,6 +80,7 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
             "stage": stage,
             "wave": wave,
             "tail": tail,
+            "run_ahead": stage == 0,
         }
     small = {"micro_batches": 4, "rows": 1, "width": 16, "config": {"num_hidden_layers": 1}, "compare": False}
     step = {**made["steps:stage 3 relay"], **small, "steps": 3, "dtype": "bfloat16"}

@@ -76,9 +76,9 @@ def test_of_a_chip_that_is_not_in_the_file_nothing_is_known(written: str) -> Non
 
 def test_macs_are_known_also_where_their_chip_is_not() -> None:
     macs = [node("Apple M9"), node("m4-max"), node(role="soldier"), node("Apple Paravirtual device")]
-    others = [node(), node("RTX-3090"), node(measured=False), node("MI300X")]
-    assert [is_mac(one) for one in (*macs, *others)] == [True] * 4 + [False] * 4
-    assert [on_cpu(one) for one in (*macs, *others)] == [False] * 4 + [True, False, True, False]
+    others = [node(), node("RTX-3090"), node(measured=False), node("MI300X"), node("Tesla-M40"), node("M60")]
+    assert [is_mac(one) for one in (*macs, *others)] == [True] * 4 + [False] * 6
+    assert [on_cpu(one) for one in (*macs, *others)] == [False] * 4 + [True, False, True, False, False, False]
 
 
 def test_every_figure_says_where_it_is_from_and_stands_in_order() -> None:

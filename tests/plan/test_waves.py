@@ -43,6 +43,9 @@ def test_the_less_memory_there_is_the_smaller_are_the_waves_and_what_does_not_fi
         found = plan(int(part * peak))
         assert found.comfortable
         assert replace(found.work, wave=0) == whole.work
+        ahead = plan(int(part * peak), "memory.run_ahead=true")  # where that leaves headroom
+        assert ahead.comfortable
+        assert ahead.work.wave == found.work.wave
         waves.append(found.work.wave)
     assert waves == sorted(waves, reverse=True)
     assert 16 >= waves[0] > waves[-1] >= 1

@@ -11,7 +11,7 @@ from support.rows import MODEL
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.run.agree import share_recipe
+from mlx_empire.run.agree import _may_go_on, share_recipe
 
 TEXT = f"""\
 model: {{path: {MODEL}}}
@@ -50,3 +50,18 @@ def test_only_rank_0_reads_the_recipe_whatever_it_is_read_from() -> None:
     assert asked == [Path("rows")]
     assert first == other
     assert first == parse_recipe(TEXT, "there", ["run.steps=5"])
+
+
+def test_data_are_compared_byte_for_byte_where_there_may_be_a_checkpoint(tmp_path: Path) -> None:
+    def recipe(*more: str) -> Recipe:
+        return parse_recipe(TEXT, "recipe.yaml", [f"run.dir={tmp_path}", *more])
+
+    assert [_may_go_on(recipe(*more)) for more in ((), ("run.resume=never",), ("run.resume=3",))] == [
+        False,
+        False,
+        True,
+    ]
+    assert _may_go_on(recipe(f"run.checkpoints={tmp_path}/elsewhere"))
+    (tmp_path / "checkpoints").mkdir()
+    assert _may_go_on(recipe())
+    assert not _may_go_on(recipe("run.resume=never"))

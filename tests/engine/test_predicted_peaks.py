@@ -228,7 +228,7 @@ NAMES = [
 def reports(ranks: int, daily: bool) -> list[dict[str, Any]]:
     """Every rank's figures for the daily settings of a world's size, or for the others."""
     cases = {name: case for name, case in SETTINGS[ranks].items() if (name in DAILY[ranks]) == daily}
-    return run_ranks(ranks, "tests/engine/peak_worker.py", [json.dumps(cases)], timeout=900)
+    return run_ranks(ranks, "tests/engine/peak_worker.py", [json.dumps(cases)], timeout=3000)
 
 
 def errors(ranks: int, name: str) -> list[float]:

@@ -63,7 +63,7 @@ def _leading(first: str, rest: str, kinds: Sequence[str]) -> int:
 
 
 # Keys that say whether there are biases, and the tensors that show it.
-BIASES: Mapping[str, str] = {"attention_bias": ".q_proj.bias"}
+BIASES: Mapping[str, str] = {"attention_bias": ".q_proj.bias", "mamba_conv_bias": ".conv1d.bias"}
 
 
 def spell_keys(

@@ -251,11 +251,18 @@ def test_a_text_model_that_mlx_lm_reads_by_another_name_is_told_so() -> None:
         build_model({"model_type": "qwen3_5_text"}, "f")
 
 
+@pytest.mark.parametrize(
+    ("family", "key", "module"),
+    [
+        ("seed_oss", "attention_bias", "self_attn.q_proj"),
+        ("granitemoehybrid", "mamba_conv_bias", "mamba.conv1d"),
+    ],
+)
 @pytest.mark.parametrize(("stored", "expected"), [((), True), (("bias",), True), (("weight",), False)])
 def test_a_silent_configuration_has_the_biases_that_are_stored(
-    stored: tuple[str, ...], expected: bool
+    family: str, key: str, module: str, stored: tuple[str, ...], expected: bool
 ) -> None:
     """transformers leaves out what is its default, and mlx-lm's users what is mlx-lm's."""
-    config = {k: v for k, v in tiny_config("seed_oss").items() if k != "attention_bias"}
-    names = [f"model.layers.0.self_attn.q_proj.{kind}" for kind in stored]
-    assert complete(config, "folder", names)["attention_bias"] is expected
+    config = {k: v for k, v in tiny_config(family).items() if k != key}
+    names = [f"model.layers.0.{module}.{kind}" for kind in stored]
+    assert complete(config, "folder", names)[key] is expected

@@ -32,10 +32,15 @@ DERIVED: Mapping[str, Callable[[Numbers], Any]] = {
     "first_k_dense_replace": lambda c: _leading("dense", "sparse", c["mlp_layer_types"]),
     "is_moe_layer": lambda c: [kind == "sparse" for kind in c["mlp_layer_types"]],
 }
+GRANITE_KINDS = {FULL: "attention", "linear_attention": "mamba"}  # as transformers 5 writes them
 # The same for one module; here a key that is there is overwritten, for transformers reads the other one.
 OF_MODULE: Mapping[str, Mapping[str, Callable[[Numbers], Any]]] = {
     "granitemoehybrid": {
-        "layer_types": lambda c: ["attention" if kind == FULL else kind for kind in c["layer_types"]],
+        "layer_types": lambda c: [GRANITE_KINDS.get(kind, kind) for kind in c["layer_types"]],
+        # without experts a layer is the one MLP that is shared with them
+        "intermediate_size": lambda c: c[
+            "intermediate_size" if c["num_local_experts"] else "shared_intermediate_size"
+        ],
         "position_embedding_type": lambda c: "rope" if c.get("position_embedding_type") == "rope" else "nope",
     },
     "lfm2": {"full_attn_idxs": lambda c: _indices(FULL, c["layer_types"])},
@@ -58,7 +63,7 @@ def _leading(first: str, rest: str, kinds: Sequence[str]) -> int:
 
 
 # Keys that say whether there are biases, and the tensors that show it.
-BIASES: Mapping[str, str] = {"attention_bias": ".q_proj.bias"}
+BIASES: Mapping[str, str] = {"attention_bias": ".q_proj.bias", "mamba_conv_bias": ".conv1d.bias"}
 
 
 def spell_keys(

@@ -97,6 +97,7 @@ UNREAD: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "gpt2": {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
     "gpt_bigcode": {"multi_query": (True,), "scale_attn_weights": (True,)},
     "gpt_neox": {"attention_bias": (True,)},
+    "gpt_oss": {"swiglu_limit": (7.0,)},  # which it has built in
     "jamba": {"num_experts": (0, 1)},  # weighs the chosen experts by a softmax of these alone
     "laguna": {
         "gating": (True, "per-head", False)

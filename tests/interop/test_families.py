@@ -95,7 +95,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 256},
     "gpt_oss": {"rope_parameters": {**GPT_OSS_YARN, "truncate": True}},  # mlx-lm always rounds yarn's limits
     "gptj": {"rotary_dim": 8},
-    "granitemoehybrid": {"layer_types": ["attention"] * 4, "mamba_n_heads": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8},
     "jamba": {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
@@ -136,7 +136,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {"final_logit_softcapping": 5.0}),
     ("gemma3_text", {"use_bidirectional_attention": True}),
     ("gpt_bigcode", {"scale_attn_weights": False}),
+    ("gpt_oss", {"swiglu_limit": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     ("granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5}),
+    ("granitemoehybrid", {"layer_types": ["attention"] * 4, "num_local_experts": 0}),
     ("jamba", {"num_experts": 4}),
     ("laguna", {"gating": False}),
     ("laguna", {"gating": "per-element"}),

@@ -122,6 +122,16 @@ def test_numbers_that_follow_from_others_are_derived() -> None:
     assert without("qwen3_next", "full_attention_interval", layer_types=kinds) == 2
 
 
+def test_a_granite_hybrid_as_transformers_5_writes_it_is_the_same_model() -> None:
+    """Layers by its general names; without experts a layer has the shared MLP alone."""
+    config = tiny_config("granitemoehybrid")
+    kinds = ["linear_attention", "full_attention"] * 2
+    dense = {"num_local_experts": 0, "shared_intermediate_size": 48, "intermediate_size": 96}
+    assert complete({**config, "layer_types": kinds}, "folder")["layer_types"] == ["mamba", "attention"] * 2
+    assert complete({**config, **dense}, "folder")["intermediate_size"] == 48
+    assert complete({**config, **dense, "num_local_experts": 4}, "folder")["intermediate_size"] == 96
+
+
 LEFT_OUT = {
     "another activation": ("llama", {"hidden_act": "gelu"}, "hidden_act: gelu"),
     "normalised weights": ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob: True"),
@@ -131,6 +141,7 @@ LEFT_OUT = {
     "clipped projections": ("olmoe", {"clip_qkv": 0.3}, "clip_qkv: 0.3"),
     "both directions": ("llama", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     "one expert alone": ("deepseek_v3", {"num_experts_per_tok": 1}, "norm_topk_prob: True"),
+    "another clamp": ("gpt_oss", {"swiglu_limit": 1.0}, "swiglu_limit: 1.0"),
     "scores without a cap": ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping: null"),
     "rounded activations": ("llama", {"quantize_activations": True}, "quantize_activations"),
 }
@@ -240,11 +251,18 @@ def test_a_text_model_that_mlx_lm_reads_by_another_name_is_told_so() -> None:
         build_model({"model_type": "qwen3_5_text"}, "f")
 
 
+@pytest.mark.parametrize(
+    ("family", "key", "module"),
+    [
+        ("seed_oss", "attention_bias", "self_attn.q_proj"),
+        ("granitemoehybrid", "mamba_conv_bias", "mamba.conv1d"),
+    ],
+)
 @pytest.mark.parametrize(("stored", "expected"), [((), True), (("bias",), True), (("weight",), False)])
 def test_a_silent_configuration_has_the_biases_that_are_stored(
-    stored: tuple[str, ...], expected: bool
+    family: str, key: str, module: str, stored: tuple[str, ...], expected: bool
 ) -> None:
     """transformers leaves out what is its default, and mlx-lm's users what is mlx-lm's."""
-    config = {k: v for k, v in tiny_config("seed_oss").items() if k != "attention_bias"}
-    names = [f"model.layers.0.self_attn.q_proj.{kind}" for kind in stored]
-    assert complete(config, "folder", names)["attention_bias"] is expected
+    config = {k: v for k, v in tiny_config(family).items() if k != key}
+    names = [f"model.layers.0.{module}.{kind}" for kind in stored]
+    assert complete(config, "folder", names)[key] is expected

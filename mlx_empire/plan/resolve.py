@@ -129,8 +129,9 @@ def resolve(
                 found = [plan]
                 if keeps and plan.work.unrecomputed and without_tail.comfortable:
                     found.append(without_tail)
-                if memory.run_ahead:
-                    found = [_running_ahead(one, with_work) for one in found]
+                if memory.run_ahead is True or (memory.run_ahead == "auto" and _on_cpus(nodes)):
+                    only_free = memory.run_ahead == "auto"
+                    found = [_running_ahead(one, with_work, only_free=only_free) for one in found]
                 return _fewest_operations(
                     spec, [_filled(one, spec, state_bytes) for one in found] if keeps else found
                 )
@@ -205,17 +206,23 @@ def _is_cpu(node: Node) -> bool:
     return node.measured and node.compiles is None and node.chip is None
 
 
-def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPlan:
-    """`plan` with a main thread that runs ahead of the device, where that leaves headroom."""
+def _on_cpus(nodes: Sequence[Node]) -> bool:
+    """Whether all nodes compute on CPUs, as far as is known: on others some things are off until a Mac has run them."""
+    return all(_is_cpu(n) or (not n.measured and chip_of(n) is CPU) for n in nodes)
+
+
+def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan], *, only_free: bool) -> RunPlan:
+    """`plan` with a main thread that runs ahead of the device, where that leaves headroom; `only_free`: and where no
+    node needs more for it."""
     ahead = with_work(replace(plan.work, run_ahead=True))
-    return ahead if ahead.comfortable else plan
+    free = all(a.peak <= b.peak for a, b in zip(ahead.ledgers, plan.ledgers, strict=True))
+    return ahead if ahead.comfortable and (free or not only_free) else plan
 
 
 def keeps_products(recipe: Recipe, nodes: Sequence[Node]) -> bool:
     """Whether spare memory may keep results of recomputed layers; unless asked for, on CPUs alone."""
     asked = recipe.memory.keep_products
-    on_cpus = all(_is_cpu(n) or (not n.measured and chip_of(n) is CPU) for n in nodes)
-    allowed = on_cpus if asked == "auto" else asked
+    allowed = _on_cpus(nodes) if asked == "auto" else asked
     return allowed and recipe.memory.gradient_checkpointing == "auto"
 
 

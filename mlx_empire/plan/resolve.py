@@ -62,7 +62,11 @@ def resolve(
     at_stage = partial(plan_at_stage, recipe, spec, nodes, state_bytes)
 
     def ahead(plan: RunPlan) -> RunPlan:
-        return _running_ahead(plan, partial(at_stage, plan.shards.zero_stage)) if memory.run_ahead else plan
+        asked = memory.run_ahead
+        if asked is True or (asked == "auto" and _on_cpus(nodes)):
+            with_work = partial(at_stage, plan.shards.zero_stage)
+            return _running_ahead(plan, with_work, only_free=asked == "auto")
+        return plan
 
     tried: list[RunPlan] = []
     tight: list[RunPlan] = []
@@ -185,17 +189,23 @@ def _is_cpu(node: Node) -> bool:
     return node.measured and node.compiles is None and node.chip is None
 
 
-def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPlan:
-    """`plan` with a main thread that runs ahead of the device, where that leaves headroom."""
+def _on_cpus(nodes: Sequence[Node]) -> bool:
+    """Whether all nodes compute on CPUs, as far as is known: on others some things are off until a Mac has run them."""
+    return all(_is_cpu(n) or (not n.measured and on_cpu(n)) for n in nodes)
+
+
+def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan], *, only_free: bool) -> RunPlan:
+    """`plan` with a main thread that runs ahead of the device, where that leaves headroom; `only_free`: and where no
+    node needs more for it."""
     ahead = with_work(replace(plan.work, run_ahead=True))
-    return ahead if ahead.comfortable else plan
+    free = all(a.peak <= b.peak for a, b in zip(ahead.ledgers, plan.ledgers, strict=True))
+    return ahead if ahead.comfortable and (free or not only_free) else plan
 
 
 def keeps_products(recipe: Recipe, nodes: Sequence[Node]) -> bool:
     """Whether spare memory may keep results of recomputed layers; unless asked for, on CPUs alone."""
     asked = recipe.memory.keep_products
-    on_cpus = all(_is_cpu(n) or (not n.measured and on_cpu(n)) for n in nodes)
-    allowed = on_cpus if asked == "auto" else asked
+    allowed = _on_cpus(nodes) if asked == "auto" else asked
     return allowed and recipe.memory.gradient_checkpointing == "auto"
 
 

@@ -300,10 +300,10 @@ class MemorySection(Section):
         default="auto",
         description="auto, float32 or bfloat16",
     )
-    run_ahead: bool = Field(
+    run_ahead: bool | Literal["auto"] = Field(
         title="Whether the next layers are handed to the device while one runs; not where memory would be tight.",
         default=False,
-        description="true or false",
+        description="true, false or auto (where it needs no more memory; not on a GPU)",
     )
     wired: Literal["auto", "off"] | Annotated[int, Field(ge=2**20, le=2**50)] = Field(
         title="How much memory macOS may neither page out nor compress.",

@@ -1,6 +1,7 @@
 """Started under the watch: evaluations with work (of them the update's) and stops of the main thread in the second step
 of SmolLM2's kind of model, in bfloat16, small or with layers of its size; as JSON, a line for each (layers,
-micro-batches, stage, whether it runs ahead, the totals' dtype, whether layers have SmolLM2's size)."""
+micro-batches, stage, whether it runs ahead, the totals' dtype, whether layers have SmolLM2's size, and how many are not
+recomputed)."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ class ByKind:
 
 if __name__ == "__main__":
     with CommThread() as thread:
-        for layers, micro_batches, stage, run_ahead, totals, wide in json.loads(sys.argv[1]):
+        for layers, micro_batches, stage, run_ahead, totals, wide, *tail in json.loads(sys.argv[1]):
             sizes = {**SMOLLM2, "vocab_size": VOCABULARY} if wide else {}
             case = Case(
                 tied=True,
@@ -45,6 +46,7 @@ if __name__ == "__main__":
                 stage=stage,
                 micro_batches=micro_batches,
                 run_ahead=run_ahead,
+                tail=sum(tail),
                 gradient_dtype=totals,
                 config={**sizes, "num_hidden_layers": layers},
             )
@@ -66,4 +68,7 @@ if __name__ == "__main__":
                 "update": kinds.worked["update"],
                 "embed": [kinds.worked["embed"], kinds.stops["embed"]],
             }
-            print(json.dumps([[layers, micro_batches, stage, run_ahead, totals, wide], found]), flush=True)
+            print(
+                json.dumps([[layers, micro_batches, stage, run_ahead, totals, wide, *tail], found]),
+                flush=True,
+            )

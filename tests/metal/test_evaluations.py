@@ -10,7 +10,11 @@ import json
 from pathlib import Path
 
 import pytest
+from support.planning import MIB, assess, node_of, recipe_of
+from support.tiny_models import SMOLLM2, tiny_config
 from support.watching import library, watched
+
+from mlx_empire.model.build import build_model, describe
 
 COUNTER, STOPS = (Path(__file__).with_name(name) for name in ("counter.py", "stops.py"))
 LAYERS = 4  # by which the deeper model is deeper
@@ -91,6 +95,31 @@ def test_a_step_that_runs_ahead_seldom_stops(counted, case):
             assert 0 < stops <= layers / 4 + 10 + 2 * (micro_batches - 1)
         else:  # for all but the embedding's
             assert stops == found["evaluations"] - micro_batches > 4 * layers
+
+
+SIZES = tiny_config("llama", **SMOLLM2, num_hidden_layers=30, tie_word_embeddings=True)
+AUTO = ("memory.gradient_checkpointing=auto", "memory.run_ahead=auto")
+RECOMPUTED = ("memory.gradient_checkpointing=true", "memory.run_ahead=true")
+
+
+@pytest.mark.parametrize(
+    ("words", "wide"),
+    [
+        pytest.param(AUTO, False, id="auto"),
+        pytest.param(AUTO, True, id="auto, wide", marks=pytest.mark.slow),
+        pytest.param(RECOMPUTED, False, id="recomputed", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_of_smollm2_seldom_stops(built, words, wide):
+    """As its 30 layers are planned on one CPU that has room for them."""
+    spec = describe(build_model(SIZES, "llama"), SIZES, "llama", "bfloat16")
+    recipe = recipe_of("data.sequence_length=256", *words)
+    plan = assess(recipe, spec, [node_of("here", 16 * 1024 * MIB)]).plan
+    assert plan.work.run_ahead
+    assert plan.work.unrecomputed == (30 if words == AUTO else 0)
+    asked = 30, 1, plan.shards.zero_stage, True, "float32", wide, plan.work.unrecomputed
+    _, found = json.loads(watched(built, [str(COUNTER), json.dumps([asked])]))
+    assert 0 < found["stops"] <= 30 / 4 + 10, found
 
 
 def test_the_watch_tells_what_stops_the_main_thread(built):

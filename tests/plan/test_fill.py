@@ -214,3 +214,25 @@ def timeline(plan, work):
     costs = Costs()
     costs.work = work
     return step_timeline(plan.shards, work, [costs], Link(1e30), "direct")
+
+
+RECOMPUTED_SHORT = ("memory.gradient_checkpointing=true", "data.sequence_length=16")
+
+
+@pytest.mark.parametrize(
+    ("words", "node", "ahead"),
+    [
+        ((), {}, True),
+        ((), {"chip": "Apple M3 Ultra"}, False),
+        (("memory.run_ahead=true",), {"chip": "Apple M3 Ultra"}, True),
+        (("memory.run_ahead=false",), {}, False),
+        (RECOMPUTED_SHORT, {}, False),  # the update is the peak, and grows
+        ((*RECOMPUTED_SHORT, "memory.run_ahead=true"), {}, True),
+    ],
+)
+def test_the_main_thread_runs_ahead_where_that_is_free_but_on_no_gpu_unasked(words, node, ahead):
+    plan = planned("memory.run_ahead=auto", *words, limits=(16.0,), **node)
+    waiting = planned("memory.run_ahead=auto", *words, "memory.run_ahead=false", limits=(16.0,), **node)
+    assert plan.work.run_ahead == ahead
+    if "memory.run_ahead=true" not in words:
+        assert plan.ledgers[0].peak == waiting.ledgers[0].peak

@@ -153,11 +153,14 @@ def test_memory_of_every_rank_is_beside_its_prediction(spread: tuple[int, Path])
 
 
 def test_what_a_step_waited_for_is_told_by_cause(spread: tuple[int, Path]) -> None:
-    """At stage 3 for weights and reductions, below it for reductions and renewed weights; for a save where one runs."""
+    """At stage 3 for weights and reductions, below it for reductions and renewed weights; for a save where one runs; at
+    stage 3, where the main thread runs ahead, for the update before."""
     _, run = spread
-    weights = "gather" if planned(run).shards.zero_stage == 3 else "renew"
+    plan = planned(run)
+    ahead = ["update"] if plan.work.run_ahead else []
+    causes = ["gather", *ahead] if plan.shards.zero_stage == 3 else ["renew"]
     for record in step_records(run):
-        assert record["waited_for"].keys() == {weights, "reduce", "save"}
+        assert record["waited_for"].keys() == {*causes, "reduce", "save"}
         network = sum(seconds for cause, seconds in record["waited_for"].items() if cause != "save")
         assert network == pytest.approx(record["comm_wait_seconds"])
 

@@ -23,7 +23,7 @@ Everything is a function of one row and its noise, so codes do not depend on how
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -104,17 +104,34 @@ _first_values = fused(first_value)
 
 
 def _scale_of(m: mx.array) -> mx.array:
-    # Bits order positive floats as signed whole numbers, and as unsigned ones negative floats, above all others.
-    positive = mx.max(m.view(mx.int32), axis=1, keepdims=True)
-    negative = mx.max(m.view(mx.uint32), axis=1, keepdims=True)
-    scale: mx.array = _scale_bits(positive, negative).view(mx.bfloat16)
+    magnitude = mx.max(_magnitudes(*_parts(m.view(mx.int32))), axis=1, keepdims=True)
+    scale: mx.array = _scale_bits(magnitude).view(mx.bfloat16)
     return scale
 
 
+def _parts(bits: mx.array) -> list[mx.array]:
+    """Rows in eight parts. One kernel over the parts reads all of a row and writes an eighth of it; what is left for a
+    reduction, which is a kernel of its own, is little."""
+    width = BLOCK // 8
+    return [bits[:, i : i + width] for i in range(0, BLOCK, width)]
+
+
+def _in_pairs(combine: Callable[[mx.array, mx.array], mx.array], parts: Sequence[mx.array]) -> mx.array:
+    """All parts as one, in few operations after each other (see `fused`); their number is a power of two."""
+    while len(parts) > 1:
+        parts = [combine(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
 @fused
-def _scale_bits(positive: mx.array, negative: mx.array) -> mx.array:
+def _magnitudes(*bits: mx.array) -> mx.array:
+    """The greatest bits of the parts without their sign: bits order magnitudes."""
+    return _in_pairs(mx.maximum, [mx.bitwise_and(part, 0x7FFFFFFF) for part in bits])
+
+
+@fused
+def _scale_bits(magnitude: mx.array) -> mx.array:
     """Upper half (uint16) of the bits of the largest magnitude, rounded up; NaN stays visible."""
-    magnitude = mx.maximum(mx.bitwise_and(negative.astype(mx.int32), 0x7FFFFFFF), positive)
     magnitude = mx.minimum(magnitude, _NAN)  # some NaN would be rounded up into the sign
     upper = mx.right_shift(magnitude.astype(mx.uint32) + _u(0xFFFF), _u(16))
     return mx.where(magnitude < _TINY_BITS, _u(0), upper).astype(mx.uint16)
@@ -153,8 +170,8 @@ def _lone_first_codes(m: mx.array, inverse: mx.array, noise: mx.array) -> mx.arr
 def encode_second(v: mx.array, keys: mx.array) -> State:
     """`v_codes`, `v_floor` and `v_levels` of float32 v (rows, 64); `keys` (rows, 1) from `rounding.row_keys`."""
     bits = v.view(mx.int32)
-    lowest = mx.min(_or_infinity(bits), axis=1, keepdims=True)
-    highest = mx.max(bits, axis=1, keepdims=True)
+    lowest, highest = _extremes(*_parts(bits))
+    lowest, highest = mx.min(lowest, axis=1, keepdims=True), mx.max(highest, axis=1, keepdims=True)
     floor, levels = _second_grid(lowest, highest)
     codes = _second_codes(bits, *_second_origin(floor, levels), draw_halves(keys))
     return {"v_codes": codes, "v_floor": floor, "v_levels": levels}
@@ -167,8 +184,12 @@ def decode_second(state: State) -> mx.array:
 
 
 @fused
-def _or_infinity(bits: mx.array) -> mx.array:
-    return mx.where(bits >= _TINY_BITS, bits, _INFINITY)
+def _extremes(*bits: mx.array) -> tuple[mx.array, mx.array]:
+    """The least bits of the parts that are not tiny (infinity's where all are), and the greatest."""
+    lowest = _in_pairs(mx.minimum, [mx.where(part >= _TINY_BITS, part, _INFINITY) for part in bits])
+    highest = _in_pairs(mx.maximum, bits)
+    # The least one is no greater than the greatest; naming it makes one kernel of both, see `master`.
+    return lowest, mx.maximum(highest, mx.where(lowest == _INFINITY, highest, lowest))
 
 
 @fused

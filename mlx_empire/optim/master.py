@@ -91,10 +91,11 @@ def _join_diet(upper: mx.array, remainder: mx.array) -> mx.array:
 
 
 def _halves(bits: mx.array) -> tuple[mx.array, mx.array]:
-    # Unsigned, so that the addition may wrap. The lower half of b + 0x8000, less 0x8000, is the remainder.
-    shifted = bits + mx.array(0x8000, mx.uint32)
-    lower = mx.bitwise_and(shifted, mx.array(0xFFFF, mx.uint32)).astype(mx.int32) - 0x8000
-    return mx.right_shift(shifted, mx.array(16, mx.uint32)).astype(mx.uint16), lower
+    # Unsigned, so that sums may wrap. The remainder comes from the upper half, and not from what that comes from too:
+    # MLX fuses two results into one kernel only where one leads to the other.
+    upper = mx.right_shift(bits + mx.array(0x8000, mx.uint32), mx.array(16, mx.uint32)).astype(mx.uint16)
+    lower = bits - mx.left_shift(upper.astype(mx.uint32), mx.array(16, mx.uint32))
+    return upper, lower.astype(mx.int32)
 
 
 @fused

@@ -42,7 +42,7 @@ def draw_halves(keys: mx.array) -> mx.array:
 
     Its columns follow those of `column_keys`, so codes and lossy masters draw from different hashes.
     """
-    halves: mx.array = _mixed(keys + _pair_keys()).view(mx.uint16)  # the lower half comes first
+    halves: mx.array = _drawn(keys, _pair_keys()).view(mx.uint16)  # the lower half comes first
     return halves
 
 
@@ -82,7 +82,7 @@ def _mix(x: mx.array) -> mx.array:
     return mx.bitwise_xor(x, mx.right_shift(x, mx.array(16, mx.uint32)))
 
 
-_mixed = fused(_mix)
+_drawn = fused(draw)
 
 
 def _seed(tensor: int, step: int | mx.array, salt: int) -> tuple[mx.array, mx.array]:

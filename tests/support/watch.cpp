@@ -2,8 +2,8 @@
 // the graph that is about to be evaluated, notes it, and hands the call on. (An array that is read is evaluated by the
 // first of them, too.)
 //
-// For each kind of node (primitive, stream, dtypes) it keeps how often it was seen, the largest array, and how many
-// buffers a fused kernel takes. For each edge on which one stream waits for another within one evaluation it keeps the
+// For each kind of node (primitive, stream, dtypes) it keeps how often it was seen, the largest array, how many buffers a
+// fused kernel takes, and the bytes of all that went in and out. For each edge on which one stream waits for another within one evaluation it keeps the
 // primitives at both ends. It counts the evaluations that had work, and how often the main thread stopped for one: it
 // evaluated and waited, or waited for (or read) an array that was evaluated asynchronously, whether that was done by then
 // or not. `watch_report` writes all of it and begins anew.
@@ -33,6 +33,7 @@ struct Kind {
   long count = 0;
   size_t largest = 0;  // elements of the largest array that goes in or out
   size_t buffers = 0;
+  size_t bytes = 0;
 };
 
 struct Watch {
@@ -89,8 +90,11 @@ void note(const array& a, Watch& w) {
   Kind& kind = w.kinds[key];
   kind.count++;
   kind.buffers = std::max(kind.buffers, a.inputs().size() + outputs.size());
-  for (const auto& x : a.inputs()) kind.largest = std::max(kind.largest, x.size());
-  for (const auto& x : outputs) kind.largest = std::max(kind.largest, x.size());
+  for (const auto& arrays : {a.inputs(), outputs})
+    for (const auto& x : arrays) {
+      kind.largest = std::max(kind.largest, x.size());
+      kind.bytes += x.nbytes();
+    }
   for (const auto& x : a.inputs())
     if (waiting(x) && x.primitive().stream() != a.primitive().stream()) w.waits[place(a) + "\t" + place(x)]++;
 }
@@ -157,7 +161,8 @@ extern "C" int watch_report(const char* path) {
   if (!file) return 1;
   std::fprintf(file, "worked\t%ld\t%ld\t%ld\n", w.worked[0], w.worked[1], w.worked[2]);
   for (const auto& [key, kind] : w.kinds)
-    std::fprintf(file, "kind\t%s\t%ld\t%zu\t%zu\n", key.c_str(), kind.count, kind.largest, kind.buffers);
+    std::fprintf(
+        file, "kind\t%s\t%ld\t%zu\t%zu\t%zu\n", key.c_str(), kind.count, kind.largest, kind.buffers, kind.bytes);
   for (const auto& [key, count] : w.waits) std::fprintf(file, "wait\t%s\t%ld\n", key.c_str(), count);
   std::fclose(file);
   w.kinds.clear();

@@ -23,7 +23,8 @@ PACKAGE = Path(mx.__file__).parent
 
 @dataclass(frozen=True)
 class Kind:
-    """Nodes of one primitive on one stream with the same dtypes: how many, and the largest of their arrays."""
+    """Nodes of one primitive on one stream with the same dtypes: how many, the largest of their arrays, and the bytes
+    of all of them."""
 
     primitive: str
     stream: int
@@ -32,6 +33,7 @@ class Kind:
     count: int
     elements: int
     buffers: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _report() -> Seen:
         elif what == "wait":
             waits.append((rest[0], rest[1]))
         else:
-            name, stream, inputs, outputs, count, elements, buffers = rest
+            name, stream, inputs, outputs, *numbers = rest
             read = [tuple(filter(None, dtypes.split(","))) for dtypes in (inputs, outputs)]
-            kinds.append(Kind(name, int(stream), *read, int(count), int(elements), int(buffers)))
+            kinds.append(Kind(name, int(stream), *read, *map(int, numbers)))
     return Seen(tuple(kinds), tuple(waits), *worked)

@@ -1,8 +1,9 @@
 """`capacity --what --hosts HOSTFILE`: what these machines can train, how, how long it takes and what it costs.
 
 Decides the ways that are tried for a model, the one that changes most first (all weights, adapters at 16 bits, adapters
-over a base packed to 4 bits), with steps of 8 rows of 2,048 and else the settings of `recipes/scout.yaml`; how long a run is (`--tokens`); and what
-a run costs: power, and its part of the machines' price. The largest models are scaled from a known shape.
+over a base packed to 4 bits), in steps of 8 rows of 2,048 with the other settings of `recipes/scout.yaml`; how long a
+run is (`--tokens`); and what it costs: power, and its part of the machines' price. The largest models are scaled from
+a known shape.
 """
 
 from __future__ import annotations

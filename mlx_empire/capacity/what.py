@@ -62,11 +62,11 @@ class Trainable:
 
 @dataclass(frozen=True)
 class WhatSurvey:
-    """What machines train: by model, and the largest of each kind that they train whole. `no_time`: why no times."""
+    """What machines train: by model, and the largest that they train whole by kind (empty where one model was asked
+    for). `no_time`: why no times."""
 
     rows: Sequence[Trainable]
-    dense: Largest | None
-    mixture: Largest | None
+    largest: Mapping[str, Largest | None]
     tokens: int
     no_time: str | None
 
@@ -90,7 +90,9 @@ def what(
     unknown = no_time(nodes)
     rows = [_row(name, recipe, nodes, known=unknown is None, limits=(deadline, budget)) for name in names]
     rows.sort(key=lambda row: (list(WAYS).index(row.way) if row.way else len(WAYS), -row.parameters))
-    return WhatSurvey(rows, _largest(DENSE, recipe, nodes), _largest(MIXTURE, recipe, nodes), tokens, unknown)
+    kinds = {"dense": DENSE, "mixture": MIXTURE} if len(names) == len(catalog.names()) else {}
+    sizes = {kind: _largest(name, recipe, nodes) for kind, name in kinds.items()}
+    return WhatSurvey(rows, sizes, tokens, unknown)
 
 
 def _row(
@@ -154,7 +156,7 @@ def what_document(survey: WhatSurvey) -> Document:
     return {
         "tokens": survey.tokens,
         "no_time": survey.no_time,
-        "largest": {"dense": _largest_document(survey.dense), "mixture": _largest_document(survey.mixture)},
+        "largest": {kind: _largest_document(found) for kind, found in survey.largest.items()},
         "models": [
             {
                 "model": row.model,
@@ -186,8 +188,8 @@ def print_what(survey: WhatSurvey, console: Console) -> None:
     for row in survey.rows:
         table.add_row(row.model, billions(row.parameters), row.way or "-", *_cells(row))
     console.print(table)
-    for kind, found in (("dense model", survey.dense), ("mixture of experts", survey.mixture)):
-        console.print(f"the largest {kind} that they train whole: {_spelled(found)}")
+    for kind, found in survey.largest.items():
+        console.print(f"the largest {kind} model that they train whole: {_spelled(found)}")
     if survey.no_time:
         console.print(survey.no_time)
 

@@ -49,7 +49,8 @@ FIND_PYTHON = for python in $(PYTHON); do \
   done; \
   test -n "$$found" || { echo "make: no Python 3.11 or newer among: $(PYTHON). Install one, or say PYTHON=..."; exit 1; }
 
-.PHONY: help setup model quickstart check test test-slow test-faults test-fuzz test-gpu test-metal soak mutants test-interop year lint docs \
+.PHONY: help setup model quickstart check test test-slow test-faults test-fuzz test-gpu test-metal soak mutants \
+  test-interop year lint docs claims \
   golden bench bench-optim bench-quality lock clean
 
 help:
@@ -72,6 +73,7 @@ help:
 	@echo "make model          only that and what recipes/quickstart.yaml trains: a small real model and its data"
 	@echo "make lint           ruff and mypy"
 	@echo "make docs           write docs/keys.md anew from the schema of recipes"
+	@echo "make claims         write docs/claims.md anew: the owner's documents beside the plan (a minute)"
 	@echo "make lock           pin requirements.lock anew after a change to pyproject.toml"
 	@echo "make clean          remove the environment and caches; models/, data/ and runs/ stay"
 
@@ -141,6 +143,10 @@ lint: setup
 # The table of all keys; a test holds that it is what the schema says.
 docs: setup
 	@$(PY) -c "from mlx_empire.recipe.reference import page; print(page(), end='')" > docs/keys.md
+
+# The owner's documents' numbers beside what the plan computes; a test holds that it is what the command says.
+claims: setup
+	@$(PY) -m mlx_empire claims --markdown > docs/claims.md
 
 # The loop while one works: about two minutes on two cores.
 check: lint

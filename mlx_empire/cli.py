@@ -46,6 +46,7 @@ VERBS: dict[str, dict[str, Verb]] = {
             "what the model will see of data; other tools' rows as ours", "mlx_empire.inspect.command"
         ),
         "capacity": Verb("what every machine will need, and whether it fits", "mlx_empire.capacity.command"),
+        "claims": Verb("the owner's documents' numbers beside ours", "mlx_empire.claims.command"),
         "verify": Verb("what each technique of a recipe changes, pair by pair", "mlx_empire.verify.command"),
     },
     "a run": {

@@ -18,6 +18,7 @@ VERBS = (
     "serve",
     "export",
     "capacity",
+    "claims",
     "verify",
     "daughters",
     "launch",

@@ -3,25 +3,34 @@
 mlx-empire capacity RECIPE [--hosts FILE] [--json] [--html FILE] [--trace FILE] [key=value ...]
                            [--matrix [--compare FILE] | --ladder | --daughters] [--wire NAME]
                            [--calibrate | --unit FILE]
+mlx-empire capacity --what [NAME] --hosts HOSTFILE [--tokens N] [--deadline 7d] [--budget DOLLARS] [--json]
+mlx-empire capacity --federation FILE --hosts HOSTFILE [--json]
 
 `--matrix` is of four standard clusters; with `--hosts` of those machines.
 
 Exit code 0 where it fits (also tightly), 3 where it does not, 64 for bad input. Under mpirun every node reports its
-own limits; otherwise the hostfile's are taken, and without a hostfile those of this machine.
+own limits; otherwise the hostfile's are taken, and without a hostfile those of this machine. Two questions
+need no recipe: `--what` these machines can train, and where the models of `--federation` live on them (exit code 3
+where one that is to be in memory has no room).
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_empire.comm.environment import asked
+from mlx_empire.errors import UserArguments
 from mlx_empire.plan.hardware import WIRES
 from mlx_empire.recipe.arguments import RecipeArguments
+from mlx_empire.recipe.packaged import host_file
 
 DAUGHTERS = 8  # placed where nobody says how many
 MOST_DAUGHTERS = 10_000
+TOKENS, MOST_TOKENS = 10_000_000, 10**15  # of a run
+WITHOUT_RECIPE = ("--federation", "--what")  # options that ask about machines alone
 
 
 def parser() -> RecipeArguments:
@@ -51,11 +60,46 @@ def parser() -> RecipeArguments:
     made.add_argument("--wire", metavar="NAME", help=", ".join(wire.key for wire in WIRES))
     made.add_argument("--calibrate", action="store_true", help="measure this machine's speed first (seconds)")
     made.add_argument("--unit", type=Path, metavar="FILE", help="take the speed that a true layer had")
+    made.add_argument(
+        "--federation", type=Path, metavar="FILE", help="without a recipe: where its models live"
+    )
+    return made
+
+
+def parser_without_recipe() -> UserArguments:
+    """The words of this command where it is asked about machines alone."""
+    made = UserArguments(prog="mlx-empire capacity", description="What machines can hold.")
+    one = made.add_mutually_exclusive_group(required=True)
+    one.add_argument(
+        "--federation", type=Path, metavar="FILE", help="where the models of this YAML file live"
+    )
+    one.add_argument(
+        "--what", nargs="?", const="", metavar="NAME", help="catalog models that can be trained, and how"
+    )
+    made.add_argument("--hosts", type=host_file, metavar="FILE", required=True, help="the hostfile")
+    made.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    made.add_argument("--tokens", type=int, default=TOKENS, help=f"with --what: of a run ({TOKENS:,})")
+    made.add_argument(
+        "--deadline", metavar="TIME", help="with --what: which runs end in 36h, 7d or 2w at worst"
+    )
+    made.add_argument(
+        "--budget", type=float, metavar="DOLLARS", help="with --what: which cost no more at worst"
+    )
+    made.set_defaults(recipe=None)
     return made
 
 
 def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; UserError for those that do not go together."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if any(word.partition("=")[0] in WITHOUT_RECIPE for word in words):
+        alone = parser_without_recipe()
+        options = alone.parse_args(words)
+        if options.what is None and (options.deadline or options.budget is not None):
+            alone.error("--deadline and --budget go with --what")
+        if not 1 <= options.tokens <= MOST_TOKENS or not (options.budget is None or options.budget > 0):
+            alone.error(f"--tokens: 1 to {MOST_TOKENS:,}; --budget: more than 0 dollars")
+        return options
     made = parser()
     options = made.parse_intermixed_args(arguments)
     options.parts = options.parts or ["report"]
@@ -73,6 +117,10 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     options = asked(lambda: read(arguments))
+    if options.recipe is None:
+        from mlx_empire.capacity.machines import machines_command
+
+        return machines_command(options)
     from mlx_empire.capacity.answer import answer_command
 
     return answer_command(options)

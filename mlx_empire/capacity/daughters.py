@@ -13,21 +13,18 @@ from typing import Any
 
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.cluster.machine import Calibration
-from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.chips import Range, chip_of, no_time, price_of
-from mlx_empire.plan.hardware import WIRES, YEARS_OF_USE
+from mlx_empire.plan.hardware import WIRES, hourly_wear
 from mlx_empire.plan.lengths import DataSize
 from mlx_empire.plan.optimizer_bytes import StatesOf
 from mlx_empire.plan.pace import Pace, pace_of, power_dollars
-from mlx_empire.plan.work import attention_layers
+from mlx_empire.plan.serving import USABLE, cache_bytes_per_token, resting_bytes
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 
 DEFAULT_RANK = 16
-USABLE = 0.95  # of a node's limit, for serving: the rest is the runtime's
-CACHE_BYTES = 2  # a key or value in the cache: bfloat16
-HOURS_PER_YEAR = 8766
 
 LORA, QLORA8, QLORA4 = "LoRA, base as it is", "QLoRA, 8-bit base", "QLoRA, 4-bit base"
 WAYS: Mapping[str, Mapping[str, Any]] = {
@@ -113,8 +110,7 @@ def run_dollars(node: Node, pace: Pace) -> Range | None:
     price, power = price_of(node), power_dollars(pace)
     if price is None or power is None:
         return None
-    hourly = price / (YEARS_OF_USE * HOURS_PER_YEAR)
-    low, high = (hours * hourly + cost for hours, cost in zip(pace.run_hours, power, strict=True))
+    low, high = (hours * hourly_wear(price) + cost for hours, cost in zip(pace.run_hours, power, strict=True))
     return low, high
 
 
@@ -133,7 +129,7 @@ def serving(
     found = []
     for way in WAYS:
         spec = specs[way]
-        weights, adapter = _bytes(spec, trainable=False), _bytes(spec, trainable=True)
+        weights, adapter = resting_bytes(spec, trained=False), resting_bytes(spec, trained=True)
         cache = length * cache_bytes_per_token(spec)
         for node in kinds(nodes):
             room = int(USABLE * node.limit_bytes)
@@ -151,25 +147,6 @@ def serving(
                 )
             )
     return found
-
-
-def cache_bytes_per_token(spec: ModelSpec) -> int:
-    """Bytes of keys and values that one token leaves in all layers, as mlx-lm caches them; 0 without attention."""
-    text = spec.text_config
-    layers = attention_layers(spec)
-    heads = int(text.get("num_attention_heads") or text.get("n_head") or 0)
-    if not heads or not layers:
-        return 0
-    latent, rotary = int(text.get("kv_lora_rank") or 0), int(text.get("qk_rope_head_dim") or 0)
-    if latent and spec.family == "deepseek_v3":
-        return CACHE_BYTES * layers * (latent + rotary)
-    if latent:  # keys and values are cached unpacked
-        width = int(text["qk_nope_head_dim"]) + rotary + int(text["v_head_dim"])
-        return CACHE_BYTES * layers * heads * width
-    hidden = int(text.get("hidden_size") or text.get("n_embd") or 0)
-    width = int(text.get("head_dim") or hidden // heads)
-    groups = int(text.get("num_key_value_heads") or text.get("num_kv_heads") or heads)
-    return CACHE_BYTES * layers * groups * 2 * width
 
 
 def place_daughters(
@@ -227,8 +204,3 @@ def tuned_in(recipe: Recipe, way: str) -> Recipe:
     """The recipe of a daughter that is trained in one of the ways, with adapters of the recipe's rank."""
     rank = recipe.tuning.rank or DEFAULT_RANK
     return variant(recipe, {**WAYS[way], "tuning.rank": rank})
-
-
-def _bytes(spec: ModelSpec, *, trainable: bool) -> int:
-    tensors = (t for u in spec.units for t in u.tensors)
-    return sum(t.size * ITEM_BYTES[t.dtype] for t in tensors if t.trainable == trainable)

@@ -116,6 +116,11 @@ def catalog_target(name: str, recipe: Recipe) -> Target:
     return _planned(config, name, recipe)
 
 
+def shaped_target(config: Mapping[str, Any], name: str, recipe: Recipe) -> Target:
+    """The target that `recipe` would have with a model of this configuration, which need not exist. UserError."""
+    return _planned(config, name, recipe)
+
+
 def with_adapter(plain: Target, settings: AdapterSettings) -> ModelSpec:
     """The plain model with the adapters that `settings` describe, wherever they come from."""
     model = plain.rebuild()

@@ -120,6 +120,12 @@ MACHINES = (SOLDIER, KING)
 USABLE_OF_RENTED = 0.9  # planned: what a job may use of a rented card's memory
 DOLLARS_PER_KWH: Range = (0.15, 0.40)  # planned: a household's
 YEARS_OF_USE = 3  # planned: over which a machine's price is spread
+HOURS_PER_YEAR = 8766
+
+
+def hourly_wear(dollars: float) -> float:
+    """What an hour of use takes off a machine's price."""
+    return dollars / (YEARS_OF_USE * HOURS_PER_YEAR)
 
 
 def standard_clusters() -> dict[str, tuple[Node, ...]]:

@@ -12,7 +12,6 @@ from mlx_empire.capacity.daughters import (
     USABLE,
     WAYS,
     Model,
-    cache_bytes_per_token,
     daughter_runs,
     kinds,
     place_daughters,
@@ -23,6 +22,7 @@ from mlx_empire.capacity.daughters import (
 from mlx_empire.model.target import catalog_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.hardware import standard_clusters
+from mlx_empire.plan.serving import cache_bytes_per_token
 
 GB = 10**9
 CLUSTER = standard_clusters()["1K+3S"]

@@ -7,10 +7,11 @@ from support.planning import MIB, assess, nodes_of, recipe_of
 from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 
 from mlx_empire.capacity.advice import advise
-from mlx_empire.capacity.daughters import WAYS, cache_bytes_per_token, daughter_runs, serving, tuned_in
+from mlx_empire.capacity.daughters import WAYS, daughter_runs, serving, tuned_in
 from mlx_empire.model.target import planned_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.pace import paces
+from mlx_empire.plan.serving import cache_bytes_per_token
 
 DAILY = ("llama", "qwen3_moe", "mamba2", "deepseek_v2")
 

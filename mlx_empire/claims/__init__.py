@@ -1,0 +1,1 @@
+"""What the owner's documents claim, beside what is computed here."""

@@ -1,0 +1,421 @@
+"""What is asked about the documents' numbers, answered by the plan of this program: bytes, verdicts, seconds, dollars.
+
+Decides what stands for what a document leaves open: `recipes/scout.yaml` with the model in question, on the empire's
+clusters as `hosts/` has them; rows of 2,048 positions for adapters, as S2 says. No answer is written down here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from mlx_empire.claims.judge import TO_MEASURE, Ours
+from mlx_empire.cluster.hostfile import Node, default_limit
+from mlx_empire.cluster.machine import OWN_MEMORY_USABLE
+from mlx_empire.model import catalog
+from mlx_empire.model.target import catalog_target, shaped_target
+from mlx_empire.optim.choose import state_bytes_of
+from mlx_empire.plan.assess import Assessment, assess
+from mlx_empire.plan.chips import GIGA, TERA, chip_named
+from mlx_empire.plan.federation import held
+from mlx_empire.plan.hardware import DOLLARS_PER_KWH, WIRES, YEARS_OF_USE, hourly_wear, standard_clusters
+from mlx_empire.plan.largest import DENSE, MIXTURE, largest
+from mlx_empire.plan.lengths import DataSize, Lengths
+from mlx_empire.plan.pace import cloud_of, pace_of, spell
+from mlx_empire.plan.serving import USABLE, cache_bytes_per_token, resting_bytes
+from mlx_empire.plan.work import flops_per_token, trained_bytes
+from mlx_empire.recipe.changes import variant
+from mlx_empire.recipe.load import load_recipe
+from mlx_empire.recipe.packaged import recipe_file
+from mlx_empire.recipe.schema import Recipe
+from mlx_empire.sizes import GIB
+
+EMPIRE, SCOUT = "1K+3S", "llama-4-scout-109b"
+WORDS = {"fits": "yes", "tight": "tight", "no": "no"}  # of a verdict, as the documents say it
+Settings = dict[str, Any]
+# The documents' techniques, one after the other, as keys of a recipe. All but ZeRO-2 with everything divided, which
+# is what a sum over all machines means.
+PURE: Settings = {
+    "model.dtype": "float32",
+    "memory.gradient_checkpointing": False,
+    "memory.zero_stage": 3,
+    "memory.gradient_dtype": "float32",
+    "optimizer.state_bits": 32,
+}
+CHECKPOINTING: Settings = {"memory.gradient_checkpointing": True}
+HALF: Settings = {"model.dtype": "bfloat16", "memory.gradient_dtype": "bfloat16"}
+EIGHT_BIT: Settings = {"optimizer.state_bits": 8}
+STAGE_2: Settings = {"memory.zero_stage": 2}
+TECHNIQUES = {
+    "pure": PURE,
+    "checkpointing": PURE | CHECKPOINTING,
+    "half": PURE | CHECKPOINTING | HALF,
+    "pure-half": PURE | HALF,
+    "all": PURE | CHECKPOINTING | HALF | EIGHT_BIT,
+    "zero-2": PURE | CHECKPOINTING | HALF | EIGHT_BIT | STAGE_2,
+    "product": {},  # as the recipe says: what is `auto` is chosen
+}
+ADAPTERS: Settings = {
+    "tuning.type": "lora",
+    "tuning.rank": 16,
+    "tuning.targets": None,
+    "data.sequence_length": 2048,
+    "batch.global_size": 16,
+    "optimizer.state_bits": 32,
+}
+
+
+@cache
+def scout() -> Recipe:
+    """The recipe that comes with the package."""
+    return load_recipe(recipe_file("scout"))
+
+
+def on(nodes: Sequence[Node], model: str, settings: Settings) -> Assessment:
+    """The recipe with a catalog model and other settings, on nodes."""
+    recipe = variant(scout(), settings)
+    return assess(recipe, catalog_target(model, recipe).spec, nodes, state_bytes_of)
+
+
+@cache
+def planned(model: str, cluster: str, techniques: str) -> Assessment:
+    """`on` a cluster of the empire."""
+    return on(standard_clusters()[cluster], model, TECHNIQUES[techniques])
+
+
+@cache
+def on_one(model: str, gb: float, chip: str, kind: str) -> Assessment:
+    """`on` one machine or card of so many GB with adapters (`lora`, or `qlora` on 4 bits or `ternary`) or whole."""
+    settings: Settings = ADAPTERS | {"tuning.type": kind}
+    if kind == "ternary":
+        settings |= {"tuning.type": "qlora", "tuning.bits": "ternary"}
+    if kind == "full":
+        settings |= TECHNIQUES["all"] | {"tuning.rank": None, "memory.zero_stage": "auto"}
+    memory = int(gb * GIB)
+    limit = int(OWN_MEMORY_USABLE * memory) if not chip.startswith("M") else default_limit(memory)
+    return on([Node("one", 1, None, memory, limit, None, chip, measured=False)], model, settings)
+
+
+def gb(size: float) -> str:
+    """Bytes in 10^9."""
+    return f"{size / GIGA:,.0f} GB" if size >= 100 * GIGA else f"{size / GIGA:.3g} GB"
+
+
+def nodes_added(found: Assessment) -> str:
+    """`king 417 + soldier 210 + ...`."""
+    return " + ".join(f"{n.node.name} {n.peak_bytes / GIGA:,.0f}" for n in found.nodes)
+
+
+def installed(cluster: str) -> Ours:
+    nodes = standard_clusters()[cluster]
+    return Ours(
+        sum(n.memory_bytes for n in nodes) / 1e12,
+        f"{' + '.join(str(n.memory_bytes // GIB) for n in nodes)} GiB",
+    )
+
+
+def may_use(cluster: str) -> Ours:
+    nodes = standard_clusters()[cluster]
+    limits = " + ".join(str(n.limit_bytes // GIB) for n in nodes)
+    return Ours(sum(n.limit_bytes for n in nodes) / GIGA, f"what the GPUs may use: {limits} GiB")
+
+
+def total(model: str = SCOUT, cluster: str = EMPIRE, techniques: str = "product") -> Ours:
+    found = planned(model, cluster, techniques)
+    return Ours(
+        sum(n.peak_bytes for n in found.nodes) / GIGA, f"ZeRO-{found.zero_stage}, peaks: {nodes_added(found)}"
+    )
+
+
+def left(model: str = SCOUT, cluster: str = EMPIRE) -> Ours:
+    found = planned(model, cluster, "product")
+    worst = found.worst
+    return Ours(
+        sum(n.headroom_bytes for n in found.nodes) / GIGA,
+        f"limits less peaks; on the fullest, {worst.node.name}, {gb(worst.headroom_bytes)}",
+    )
+
+
+def fit_verdict(model: str = SCOUT, cluster: str = EMPIRE, techniques: str = "product") -> Ours:
+    found = planned(model, cluster, techniques)
+    worst = found.worst
+    need = f"{worst.node.name} needs {gb(worst.peak_bytes)} of {gb(worst.limit_bytes)}"
+    return Ours(WORDS[found.verdict], f"ZeRO-{found.zero_stage}: {need}")
+
+
+def stage(model: str = SCOUT, cluster: str = EMPIRE) -> Ours:
+    whole = sum(u.gathered_bytes for u in planned(model, cluster, "product").plan.shards.units)
+    found = planned(model, cluster, "product")
+    return Ours(float(found.zero_stage), f"below stage 3 every machine keeps all weights, {gb(whole)}")
+
+
+def per_parameter(model: str = SCOUT, cluster: str = EMPIRE) -> Ours:
+    found = planned(model, cluster, "product")
+    count = found.spec.base_parameters
+    parts = {name: size / count for name, size in trained_bytes(found).items()}
+    return Ours(sum(parts.values()), " + ".join(f"{name} {size:.2f}" for name, size in parts.items()))
+
+
+def largest_model(kind: str, cluster: str = EMPIRE, techniques: str = "all") -> Ours:
+    name = DENSE if kind == "dense" else MIXTURE
+    recipe, (config, _) = variant(scout(), TECHNIQUES[techniques]), catalog.load(name)
+    nodes = standard_clusters()[cluster]
+    found = largest(recipe, config, lambda one: shaped_target(one, name, recipe).spec, nodes, state_bytes_of)
+    if found is None:
+        return Ours("none", f"not even the narrowest of {name}'s shape fits")
+    each = sum(trained_bytes(found.assessment).values()) / found.parameters
+    shape = f"{name}'s shape with {found.layers} layers of {found.heads} heads"
+    return Ours(
+        found.parameters / 1e9, f"{shape}, {each:.1f} bytes per parameter; one more layer does not fit"
+    )
+
+
+def rented(model: str, cluster: str = EMPIRE) -> Ours:
+    found = planned(model, cluster, "all")
+    cloud = cloud_of(found, Lengths.of(found.recipe, DataSize.assumed(found.recipe)), None)
+    batch, steps = (
+        found.recipe.batch.global_size * found.recipe.data.sequence_length,
+        found.recipe.run.steps.value,
+    )
+    return Ours(
+        cloud.dollars, f"{steps:,.0f} steps of {batch:,} tokens: {cloud.gpus} H100 for {spell(cloud.hours)} h"
+    )
+
+
+def slower_by_recomputing(model: str = SCOUT) -> Ours:
+    once, again = (
+        flops_per_token(found.spec, found.plan.work)
+        for found in (planned(model, EMPIRE, "pure-half"), planned(model, EMPIRE, "half"))
+    )
+    return Ours(
+        100 * (again / once - 1), f"operations per token {again / 1e9:,.0f} G where {once / 1e9:,.0f} G"
+    )
+
+
+def states_saved() -> Ours:
+    sizes = []
+    for bits in (32, 8):
+        states = state_bytes_of(variant(scout(), {"optimizer.state_bits": bits}).optimizer)
+        named = dict(states(1 << 20, "bfloat16", quantised=True).items())
+        sizes.append({name: size / (1 << 20) for name, size in named.items()})
+    wide, narrow = sizes
+    spelled = " + ".join(f"{name} {size:.2f}" for name, size in narrow.items())
+    return Ours(
+        100 * (1 - sum(narrow.values()) / sum(wide.values())),
+        f"bytes per parameter with 8 bits {spelled}, with 32 {sum(wide.values()):.2f}: the exact masters stay",
+    )
+
+
+def adapters_on(model: str, gb: float, chip: str, kind: str) -> Ours:
+    found = on_one(model, gb, chip, kind)
+    (node,) = found.nodes
+    return Ours(
+        WORDS[found.verdict],
+        f"{node.peak_bytes / GIGA:.3g} GB of the {node.limit_bytes / GIGA:.3g} that may be used",
+    )
+
+
+def adapters_need(model: str, gb: float, chip: str, kind: str) -> Ours:
+    (node,) = on_one(model, gb, chip, kind).nodes
+    largest_first = sorted(node.ledger.items().items(), key=lambda entry: -entry[1])[:3]
+    parts = ", ".join(f"{name} {size / GIGA:.2f}" for name, size in largest_first)
+    return Ours(node.peak_bytes / GIGA, f"most of it: {parts}")
+
+
+def adapter_parameters(model: str, rank: int = 16) -> Ours:
+    recipe = variant(scout(), ADAPTERS | {"tuning.rank": rank})
+    spec = catalog_target(model, recipe).spec
+    layers = len(spec.units) - 1
+    return Ours(
+        spec.trainable_parameters / 1e6,
+        f"rank {rank} x (inputs + outputs) of every linear module of {layers} layers",
+    )
+
+
+def adapter_part(model: str, rank: int = 16) -> Ours:
+    recipe = variant(scout(), ADAPTERS | {"tuning.rank": rank})
+    spec = catalog_target(model, recipe).spec
+    part = 100 * spec.trainable_parameters / spec.base_parameters
+    return Ours(
+        part, f"{spec.trainable_parameters / 1e6:.1f} M of {spec.base_parameters / 1e9:.2f} B, rank {rank}"
+    )
+
+
+def s2_function(quantised: bool) -> Ours:
+    """The sum that S2's appendix defines, with its own arguments: 7 B, rank 16, 50 layers of 4,096, 2,048 tokens."""
+    weights, layers, hidden, tokens, item = 7e9, 50, 4096, 2048, 2
+    adapters = item * layers * 16 * hidden * 2 * 7
+    activations, cache = item * tokens * hidden * layers / 4, 2 * item * tokens * layers * hidden
+    parts: tuple[float, ...]
+    if quantised:
+        parts = (weights / 2, 0.4e9, adapters, adapters, adapters, activations, cache, 1.5e9)
+    else:
+        parts = (weights * item, adapters, 2 * adapters, adapters, activations, cache, 3e9)
+    return Ours(sum(parts) / GIGA, " + ".join(f"{part / GIGA:.2f}" for part in parts))
+
+
+def steps_of(rows: int, epochs: int, batch: int) -> Ours:
+    return Ours(
+        float(-(-rows * epochs // batch)), f"{rows} rows x {epochs} epochs / {batch} rows a step, rounded up"
+    )
+
+
+def _adapter_hours(model: str, chip: str, kind: str, steps: int) -> tuple[float, float]:
+    memory = max(chip_named(chip).memory)
+    pace = pace_of(on_one(model, memory, chip, kind), WIRES[0])
+    return pace.step_seconds[0] * steps / 3600, pace.step_seconds[1] * steps / 3600
+
+
+def step_seconds(model: str, chip: str, kind: str) -> Ours:
+    low, high = (3600 * hours for hours in _adapter_hours(model, chip, kind, 1))
+    speed = spell(chip_named(chip).tflops)
+    return Ours((low, high), f"operations of 16 rows of 2,048 at {speed} TFLOP/s, and the weights' reading")
+
+
+def rented_dollars(model: str, chip: str, kind: str, steps: int) -> Ours:
+    low, high = _adapter_hours(model, chip, kind, steps)
+    rent = chip_named(chip).rent
+    assert rent is not None, f"chips.toml says what {chip} costs an hour"
+    return Ours(
+        (low * rent[0], high * rent[1]), f"{spell((low, high))} h x {spell(rent)} dollars an hour, no set-up"
+    )
+
+
+def own_dollars(model: str, chip: str, kind: str, steps: int) -> Ours:
+    low, high = _adapter_hours(model, chip, kind, steps)
+    found = chip_named(chip)
+    price = dict(found.prices)[max(found.memory)]
+    wear, power = hourly_wear(price), (found.watts or 0) / 1000
+    cost = low * (wear + power * DOLLARS_PER_KWH[0]), high * (wear + power * DOLLARS_PER_KWH[1])
+    return Ours(
+        cost,
+        f"{spell((low, high))} h x (wear {wear:.3f} dollars an hour of {price:,} in {YEARS_OF_USE} years "
+        f"+ {power:.2f} kW x {spell(DOLLARS_PER_KWH)})",
+    )
+
+
+def cards(chip: str, count: int) -> Ours:
+    return Ours(float(count * max(chip_named(chip).memory)), f"{count} x {max(chip_named(chip).memory)} GB")
+
+
+def hours_at(tokens: float, rate: list[float]) -> Ours:
+    low, high = (tokens / one / 3600 for one in reversed(rate))
+    return Ours(
+        (low, high), f"{tokens:,.0f} tokens / {spell((rate[0], rate[1]))} a second, as it says itself"
+    )
+
+
+def token_hours(model: str, chip: str, tokens: list[float], kind: str = "lora") -> Ours:
+    found = on_one(model, max(chip_named(chip).memory), chip, kind)
+    each = flops_per_token(found.spec, found.plan.work)
+    speed = chip_named(chip).tflops
+    hours = tokens[0] * each / (speed[1] * TERA) / 3600, tokens[1] * each / (speed[0] * TERA) / 3600
+    return Ours(hours, f"{each / 1e9:.0f} G operations a token at {spell(speed)} TFLOP/s of one {chip}")
+
+
+def base_gb(model: str, kind: str) -> Ours:
+    found = on_one(model, 1024, "H100", kind)
+    size = resting_bytes(found.spec, trained=False)
+    count = found.spec.base_parameters
+    return Ours(
+        size / GIGA,
+        f"{count / 1e9:.2f} B parameters at {8 * size / count:.2f} bits, scales and embedding counted",
+    )
+
+
+def compression(bits: float, of: float = 32) -> Ours:
+    return Ours(of / bits, f"{of:g} bits / {bits:g} bits")
+
+
+def sum_of(parts: list[float]) -> Ours:
+    return Ours(sum(parts), " + ".join(f"{part:g}" for part in parts))
+
+
+def full_gb(model: str, techniques: str = "pure") -> Ours:
+    found = planned(model, "4K", techniques)
+    parts, count = trained_bytes(found), found.spec.base_parameters
+    each = " + ".join(f"{name} {size / count:.2f}" for name, size in parts.items())
+    return Ours(sum(parts.values()) / GIGA, f"{count / 1e9:.2f} B x ({each}), no activations")
+
+
+def _resting(model: str, context: int) -> tuple[int, int]:
+    """Bytes of a model's weights at 16 bits, and of a conversation's cache."""
+    recipe = variant(scout(), ADAPTERS)
+    spec = catalog_target(model, recipe).spec
+    return resting_bytes(spec, trained=False), context * cache_bytes_per_token(spec)
+
+
+def served(model: str, context: int, count: int = 1) -> Ours:
+    weights, cache = _resting(model, context)
+    each = f"weights {gb(weights)}" + (f" + cache {gb(cache)}" if cache else "")
+    return Ours(count * (weights + cache) / GIGA, f"{count} x ({each})" if count > 1 else each)
+
+
+def models_held(model: str, gb: float, context: int) -> Ours:
+    weights, cache = _resting(model, context)
+    limit = default_limit(int(gb * GIB))
+    room = int(USABLE * limit)
+    return Ours(
+        float(held(weights, cache, room)),
+        f"{USABLE:.0%} of the {limit / GIGA:.1f} GB that the GPU may use / {(weights + cache) / GIGA:.1f} GB each",
+    )
+
+
+def least_memory(model: str, context: int) -> Ours:
+    weights, cache = _resting(model, context)
+    size = next(
+        size for size in range(1, 1024) if held(weights, cache, int(USABLE * default_limit(size * GIB)))
+    )
+    return Ours(float(size), f"{(weights + cache) / GIGA:.1f} GB / {USABLE:g} / three quarters, in GiB")
+
+
+def swap(model: str, chip: str) -> Ours:
+    weights, _ = _resting(model, 0)
+    disk = chip_named(chip).disk_rate
+    low, high = weights / disk[1], weights / disk[0]
+    return Ours((low, high), f"{gb(weights)} / {spell((disk[0] / GIGA, disk[1] / GIGA))} GB/s")
+
+
+def to_measure(command: str) -> Ours:
+    """What no plan can say: the command that measures it on the owner's own machines."""
+    return Ours(TO_MEASURE, f"`{command}`")
+
+
+QUESTIONS: dict[str, Callable[..., Ours]] = {
+    function.__name__: function
+    for function in (
+        installed,
+        may_use,
+        total,
+        left,
+        fit_verdict,
+        stage,
+        per_parameter,
+        largest_model,
+        rented,
+        slower_by_recomputing,
+        states_saved,
+        adapters_on,
+        adapters_need,
+        adapter_parameters,
+        adapter_part,
+        s2_function,
+        steps_of,
+        step_seconds,
+        rented_dollars,
+        own_dollars,
+        cards,
+        hours_at,
+        token_hours,
+        base_gb,
+        compression,
+        sum_of,
+        full_gb,
+        served,
+        models_held,
+        least_memory,
+        swap,
+        to_measure,
+    )
+}

@@ -22,7 +22,7 @@ from mlx_empire.model import catalog
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import catalog_target
 from mlx_empire.plan.chips import chip_of
-from mlx_empire.plan.federation import Federation, Member, ModelHost, adapters_held, federate, models_held
+from mlx_empire.plan.federation import Federation, Member, ModelHost, adapters_held, federate, fitting_models
 from mlx_empire.plan.hardware import wire_of
 from mlx_empire.plan.serving import USABLE, cache_bytes_per_token, resting_bytes
 from mlx_empire.recipe.changes import variant
@@ -168,8 +168,8 @@ def federation_document(survey: FederationSurvey) -> Document:
                 "room_bytes": place.room,
                 "used_bytes": found.used[node.name],
                 "stored_bytes": found.stored[node.name],
-                "whole_models": models_held(survey.whole, survey.cache, place.room),
-                "packed_models": models_held(int(PACKED * survey.whole), survey.cache, place.room),
+                "whole_models": fitting_models(survey.whole, survey.cache, place.room),
+                "packed_models": fitting_models(int(PACKED * survey.whole), survey.cache, place.room),
                 "adapters": adapters_held(survey.whole, survey.adapter, survey.cache, place.room),
             }
             for node, place in zip(survey.nodes, survey.places, strict=True)

@@ -18,7 +18,7 @@ from mlx_empire.model.target import catalog_target, shaped_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.chips import GIGA, TERA, chip_named
-from mlx_empire.plan.federation import models_held
+from mlx_empire.plan.federation import fitting_models
 from mlx_empire.plan.hardware import DOLLARS_PER_KWH, WIRES, YEARS_OF_USE, hourly_wear, standard_clusters
 from mlx_empire.plan.largest import DENSE, MIXTURE, largest
 from mlx_empire.plan.lengths import DataSize, Lengths
@@ -357,7 +357,7 @@ def models_held(model: str, gb: float, context: int) -> Ours:
     limit = default_limit(int(gb * GIB))
     room = int(USABLE * limit)
     return Ours(
-        float(models_held(weights, cache, room)),
+        float(fitting_models(weights, cache, room)),
         f"{USABLE:.0%} of the {limit / GIGA:.1f} GB that the GPU may use / {(weights + cache) / GIGA:.1f} GB each",
     )
 
@@ -367,7 +367,7 @@ def least_memory(model: str, context: int) -> Ours:
     size = next(
         size
         for size in range(1, 1024)
-        if models_held(weights, cache, int(USABLE * default_limit(size * GIB)))
+        if fitting_models(weights, cache, int(USABLE * default_limit(size * GIB)))
     )
     return Ours(float(size), f"{(weights + cache) / GIGA:.1f} GB / {USABLE:g} / three quarters, in GiB")
 

@@ -162,7 +162,7 @@ def _seconds(size: int, rate: Rate) -> tuple[float, float]:
     return size / rate[1], size / rate[0]
 
 
-def models_held(size: int, cache: int, room: int) -> int:
+def fitting_models(size: int, cache: int, room: int) -> int:
     """How many whole models of one size a machine keeps in memory."""
     return room // (size + cache) if size + cache > 0 else 0
 

@@ -14,8 +14,8 @@ from mlx_empire.plan.federation import (
     ModelHost,
     adapters_held,
     federate,
+    fitting_models,
     link_seconds,
-    models_held,
     needs,
     swap_seconds,
 )
@@ -132,7 +132,7 @@ def test_a_swap_takes_bytes_over_rate_and_never_less_over_the_link(
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 20), st.integers(0, 500))
 def test_how_many_go_in_is_counted_one_by_one(base: int, adapter: int, cache: int, room: int) -> None:
     whole = next(n for n in range(room + 2) if (n + 1) * (base + cache) > room)
-    assert models_held(base, cache, room) == whole
+    assert fitting_models(base, cache, room) == whole
     shared = next(n for n in range(room + 2) if base + (n + 1) * (adapter + cache) > room)
     assert adapters_held(base, adapter, cache, room) == (shared if room >= base else 0)
 

@@ -146,7 +146,8 @@ class FolderSource(_LazySource):
     def __init__(self, folder: Path, build: Build, spec: ModelSpec) -> None:
         self._folder = open_folder(folder)
         self._build = build
-        if spec.text_config.get(TIE) is True:
+        has_head = any(t.name.endswith(HEADS) for t in spec.units[0].tensors)
+        if spec.text_config.get(TIE) is True and not has_head:
             _refuse_other_head(self._folder)
         super().__init__(str(folder), spec)
 
@@ -157,7 +158,7 @@ class FolderSource(_LazySource):
 
 
 def _refuse_other_head(folder: ModelFolder) -> None:
-    """UserError where a head is stored beside the embedding that it is tied to, and is another matrix."""
+    """UserError where the head that the model leaves out, tied to its embedding, is stored as another matrix."""
     heads = [info for name, info in folder.tensors.items() if name.endswith(HEADS)]
     embeddings = [info for name, info in folder.tensors.items() if name.endswith(EMBEDDINGS)]
     if len(heads) != 1 or len(embeddings) != 1:

@@ -24,11 +24,18 @@ def judge(
     first = next((record for record in evaluations if record["step"] == 0), None)
     last = evaluations[-1] if evaluations else None
     scores = {} if first is None or last is None else _pairs(evaluation, first, last)
-    gates = {one.metric: one for one in (evaluation.stop_when.parts if evaluation.stop_when else ())}
-    compared = list(gates or evaluation.scores) or [HELD_OUT_LOSS]
-    bad = [name for name in compared if not _good(gates.get(name), name, *scores.get(name, (None, None)))]
-    said = "; ".join(_told(name, scores.get(name)) for name in bad or compared)
+    compared = _compared(evaluation)
+    bad = [name for name, gate in compared if not _good(gate, name, *scores.get(name, (None, None)))]
+    told = dict.fromkeys(bad or [name for name, _ in compared])  # two parts may ask for one score
+    said = "; ".join(_told(name, scores.get(name)) for name in told)
     return Decision(number, begun_from, not bad, said, scores)
+
+
+def _compared(evaluation: EvaluationSection) -> list[tuple[str, Gate | None]]:
+    """The scores that are looked at, each with its part of the gate, if there is one."""
+    if evaluation.stop_when is not None:
+        return [(part.metric, part) for part in evaluation.stop_when.parts]
+    return [(name, None) for name in evaluation.scores or (HELD_OUT_LOSS,)]
 
 
 def _good(gate: Gate | None, name: str, before: float | None, after: float | None) -> bool:

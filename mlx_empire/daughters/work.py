@@ -45,7 +45,7 @@ from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_nodes, share_recipe
 from mlx_empire.run.caffeinate import keep_awake
-from mlx_empire.run.fallback import fallback_due, refuse_fallback
+from mlx_empire.run.fallback import fallback_due, fallbacks_of, refuse_fallback
 from mlx_empire.run.lock import RunLock
 from mlx_empire.run.mpirun import clean_environment, worker_line
 from mlx_empire.run.network import chosen_interface
@@ -69,12 +69,7 @@ def daughters_command(options: argparse.Namespace, words: Sequence[str]) -> int:
 def oversee(words: Sequence[str], options: argparse.Namespace) -> int:
     """What the command does but the work: once, again and again, or about generations that there are."""
     recipe, people = load_recipe(options.recipe, options.overrides), options.people
-    if recipe.data.sources:
-        raise UserError(
-            f"data.sources: {recipe.data.named}: each person's rows are in --people; give data.sources=[] and "
-            f"data.path={people}"
-        )
-    machine.refuse_unbuilt(recipe)
+    refuse(recipe, people)
     if options.rollback or options.pin or options.unpin:
         return watch.manage(JobSource(recipe, people), options.rollback, options.pin, options.unpin)
     hosts = options.hosts or recipe.run.hosts
@@ -89,16 +84,39 @@ def oversee(words: Sequence[str], options: argparse.Namespace) -> int:
     )
 
 
-def oversee_and_fall_back(words: Sequence[str], recipe: Recipe, options: argparse.Namespace) -> int:
-    """Train all who are asked for, and by its fallback whoever missed the recipe's gate. Returns the exit code."""
+def refuse(recipe: Recipe, people: Path) -> None:
+    """UserError for what daughters cannot be trained by, be it the recipe given or one of its fallbacks."""
+    if recipe.data.sources:
+        raise UserError(
+            f"data.sources: {recipe.data.named}: each person's rows are in --people; give data.sources=[] and "
+            f"data.path={people}"
+        )
+    machine.refuse_unbuilt(recipe)
+
+
+def refuse_fallbacks(recipe: Recipe, people: Path) -> None:
+    """UserError for a fallback that could not be taken, or that daughters cannot be trained by."""
     refuse_fallback(recipe)
-    people, only = options.people, list(options.only)
+    for path, other in fallbacks_of(recipe):
+        try:
+            refuse(other, people)
+        except UserError as error:
+            raise UserError(f"evaluation.fallback: {path}: {error}") from None
+
+
+def oversee_and_fall_back(words: Sequence[str], recipe: Recipe, options: argparse.Namespace) -> int:
+    """Train all who are asked for, and by its fallback whoever missed the recipe's gate. Returns the exit code, which
+    is 0 where every daughter of every round is there.
+    """
+    people, only, some_failed = options.people, list(options.only), False
+    refuse_fallbacks(recipe, people)
     while True:
         code = oversee_once(words, recipe, people, options.hosts or recipe.run.hosts, only)
+        some_failed |= code == SOME_FAILED
         source = JobSource(recipe, people)
         missed = [name for name in chosen_of(people, only) if fallback_due(source.of(name)) is not None]
         if code not in (0, SOME_FAILED) or not missed:
-            return code
+            return code or (SOME_FAILED if some_failed else 0)
         assert recipe.evaluation.fallback is not None
         print(
             f"{', '.join(missed)}: the gate was not reached, so evaluation.fallback is taken: "
@@ -106,7 +124,6 @@ def oversee_and_fall_back(words: Sequence[str], recipe: Recipe, options: argpars
         )
         path, only = recipe.evaluation.fallback, missed
         recipe = load_recipe(path)
-        machine.refuse_unbuilt(recipe)
         words = [str(path), "--people", str(people), *(f"--only={name}" for name in only)]
         words += [
             f"--together={options.together}",

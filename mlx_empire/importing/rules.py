@@ -2,7 +2,8 @@
 
 A key is known by its own name, whatever it is nested in. Its verdict: *mapped*, where a key of the recipe says the same
 or training here is always so; *replaced*, where something near takes its place; *not possible*, where nothing does.
-Names that mean a key of the recipe and have its values are those of `recipe.foreign`; the others have a rule each.
+Of the names that `recipe.foreign` knows those in SAME also have the values of the recipe's key; the others, which mean
+the nearest to it in another unit or the other way round, have a rule each.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_empire.model.lora import DEFAULT_RANK
 from mlx_empire.recipe.foreign import KEYS
 
 MAPPED, REPLACED, NOT_POSSIBLE = "mapped", "replaced", "not possible"
@@ -38,16 +40,24 @@ SCHEDULES = {
 }
 EIGHT_BITS = ("paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit")
 ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw", "paged_adamw_32bit")
+# Names whose values are those of the recipe's key, unit by unit.
+_SAME = """
+lora_r lora_rank rank lora_alpha lora_dropout max_seq_length max_length cutoff_len model_max_length block_size
+sequence_len packing sample_packing mask_prompt val_size val_set_size test_size train_batch_size
+per_device_train_batch_size micro_batch_size learning_rate lr weight_decay adam_epsilon warmup gradient_checkpointing
+grad_checkpoint activation_checkpointing zero_stage output_dir adapter_path save_path seed data_seed save_total_limit
+"""
+SAME = frozenset(_SAME.split())
 
 
 def meaning_of(name: str, value: Any, told: Mapping[str, Any]) -> Meaning:
     """What a key says here; `told`: all values of the file by name."""
+    name = name.replace("-", "_")
     if rule := RULES.get(name):
         return rule(value, told)
-    key = KEYS.get(name.replace("_", "-"))
-    if key is None:
+    if name not in SAME:
         return Meaning(NOT_POSSIBLE, {}, "no key of a recipe says this")
-    return Meaning(MAPPED, {key: value})
+    return Meaning(MAPPED, {KEYS[name.replace("_", "-")]: value})
 
 
 def _one_of(names: Mapping[str, Any], key: str) -> Rule:
@@ -95,6 +105,87 @@ def _accumulated(value: Any, told: Mapping[str, Any]) -> Meaning:
     )
 
 
+def _iterations(key: str) -> Rule:
+    """mlx-lm counts micro-batches, also those after which nothing is updated."""
+
+    def rule(value: Any, told: Mapping[str, Any]) -> Meaning:
+        micro = int(told.get("grad_accumulation_steps") or 1)
+        why = f"{value} micro-batches there, {micro} a step" if micro > 1 else ""
+        return Meaning(MAPPED, {key: max(1, value // micro)}, why)
+
+    return rule
+
+
+def _micro_batches(value: Any, told: Mapping[str, Any]) -> Meaning:
+    rows = int(told.get("batch_size") or 4)  # mlx-lm's own default
+    return Meaning(MAPPED, {"batch.global_size": rows * value}, f"{rows} x {value} rows a step")
+
+
+def _rows(value: Any, told: Mapping[str, Any]) -> Meaning:
+    accumulated = int(told.get("grad_accumulation_steps") or 1) > 1
+    return Meaning(MAPPED, {"batch.micro_size" if accumulated else "batch.global_size": value})
+
+
+def _steps(key: str) -> Rule:
+    """A number of steps, or below 1 a part of the run."""
+    return lambda value, _: Meaning(MAPPED, {key: f"{100 * value:g}%" if 0 < value < 1 else value})
+
+
+def _strategy(key: str) -> Rule:
+    said: dict[str, dict[str, Any]] = {"epoch": {key: "1ep"}, "steps": {}, "no": {}, "false": {}}
+
+    def rule(value: Any, _: Mapping[str, Any]) -> Meaning:
+        found = said.get(str(value).lower())
+        if found is None:
+            return Meaning(NOT_POSSIBLE, {}, f"{key} is a number of steps or a part of the run")
+        return Meaning(MAPPED, found, "" if found else f"what {key} says, if another line gives it")
+
+    return rule
+
+
+def _all_or(key: str) -> Rule:
+    """A number, or -1 for all, which is so here where nothing is said."""
+    return lambda value, _: Meaning(MAPPED, {}, "all") if value == -1 else Meaning(MAPPED, {key: value})
+
+
+def _inverted(key: str) -> Rule:
+    def rule(value: Any, _: Mapping[str, Any]) -> Meaning:
+        if not isinstance(value, bool):
+            raise ValueError("neither true nor false")
+        return Meaning(MAPPED, {key: not value}, "the other way round")
+
+    return rule
+
+
+def _scale(value: Any, told: Mapping[str, Any]) -> Meaning:
+    """mlx-lm multiplies by it what is divided by the rank here."""
+    names = ("lora_r", "lora_rank", "rank", "r")
+    rank = next((int(told[name]) for name in names if told.get(name)), DEFAULT_RANK)
+    return Meaning(MAPPED, {"tuning.alpha": value * rank}, f"alpha / rank is {value} for a rank of {rank}")
+
+
+def _named_run(value: Any, told: Mapping[str, Any]) -> Meaning:
+    if any(told.get(name) for name in ("output_dir", "adapter_path", "save_path")):
+        return Meaning(MAPPED, {}, "a run goes by its folder, which another line names")
+    return Meaning(MAPPED, {"run.dir": f"runs/{value}"}, "a run goes by its folder")
+
+
+def _resumed(value: Any, _: Mapping[str, Any]) -> Meaning:
+    if value in (None, True, False, "auto"):
+        return Meaning(MAPPED, {}, "a run goes on from its own newest checkpoint, if it has one")
+    why = "no checkpoint of another trainer is read; tuning.start begins from an adapter's folder"
+    return Meaning(NOT_POSSIBLE, {}, why)
+
+
+def _reported(value: Any, _: Mapping[str, Any]) -> Meaning:
+    to = value if isinstance(value, list) else [value]
+    if "tensorboard" in to or "all" in to:
+        return Meaning(MAPPED, {"report.tensorboard": True})
+    return Meaning(
+        MAPPED if set(to) <= {"none", None} else REPLACED, {}, "figures go to metrics.jsonl in run.dir"
+    )
+
+
 def _optimizer(value: Any, _: Mapping[str, Any]) -> Meaning:
     if value in EIGHT_BITS:
         why = "8-bit averages by this package's own codes, in blocks of 64; nothing is paged, for memory is planned"
@@ -113,7 +204,11 @@ def _beta(_: Any, told: Mapping[str, Any]) -> Meaning:
 
 
 def _targets(value: Any, _: Mapping[str, Any]) -> Meaning:
-    if value == "all-linear" or (isinstance(value, list) and value):
+    if value in ("all", "all-linear"):
+        return Meaning(MAPPED, {"tuning.targets": "all-linear"})
+    if isinstance(value, str) and "," in value:  # as LLaMA-Factory writes a list
+        value = [one.strip() for one in value.split(",")]
+    if isinstance(value, list) and value:
         return Meaning(MAPPED, {"tuning.targets": value})
     return Meaning(NOT_POSSIBLE, {}, "tuning.targets is all-linear or a list of names, no pattern")
 
@@ -131,21 +226,37 @@ def _code(value: Any, _: Mapping[str, Any]) -> Meaning:
     return Meaning(NOT_POSSIBLE, {}, why) if value else ALWAYS
 
 
+def _divided(value: Any, _: Mapping[str, Any]) -> Meaning:
+    return Meaning(REPLACED, {}, "by memory.zero_stage, which is auto") if value else ALWAYS
+
+
+def _by_data(_: Any, __: Mapping[str, Any]) -> Meaning:
+    return Meaning(REPLACED, {}, "by --data")
+
+
 GROUPS = "by MLX's groups of 64 weights with 4-bit codes, a scale and a bias in bfloat16"
 RULES: dict[str, Rule] = {
     "method": _one_of(TYPES, "tuning.type"),
     "peft_type": _one_of(TYPES, "tuning.type"),
     "finetuning_type": _one_of(TYPES, "tuning.type"),
-    "use_peft": lambda value, _: Meaning(MAPPED, {"tuning.type": "lora"} if value else {}),
+    "fine_tune_type": _one_of(TYPES, "tuning.type"),
+    "finetune_type": _one_of(TYPES, "tuning.type"),
+    "lora": _one_of({"true": "lora"}, "tuning.type"),
+    "use_peft": lambda value, _: Meaning(MAPPED, {"tuning.type": "lora" if value else "full"}),
     "use_dora": lambda value, _: Meaning(MAPPED, {"tuning.type": "dora"} if value else {}),
     "use_rslora": lambda value, _: Meaning(MAPPED, {"tuning.rslora": True} if value else {}),
     "r": lambda value, _: Meaning(MAPPED, {"tuning.rank": value}),
     "alpha": lambda value, _: Meaning(MAPPED, {"tuning.alpha": value}),
+    "lora_scale": _scale,
     "dropout": lambda value, _: Meaning(MAPPED, {"tuning.dropout": value}),
     "bias": _always("none", "no bias is trained beside adapters"),
     "task_type": _always(("CAUSAL_LM", None), "only causal language models are trained"),
     "target_modules": _targets,
     "lora_target_modules": _targets,
+    "lora_target": _targets,
+    "lora_keys": _targets,
+    "num_layers": _all_or("tuning.layers"),
+    "lora_layers": _all_or("tuning.layers"),
     "modules_to_save": _always(
         (None, []), "only adapters are trained; tuning.targets may name embed_tokens and lm_head"
     ),
@@ -166,25 +277,59 @@ RULES: dict[str, Rule] = {
     "fp16": lambda value, told: _dtype("float16", told) if value else ALWAYS,
     "num_train_epochs": _epochs,
     "num_epochs": _epochs,
+    "epochs": _epochs,
+    "iters": _iterations("run.steps"),
+    "steps_per_eval": _iterations("run.eval_every"),
+    "steps_per_report": _iterations("report.log_every"),
+    "save_every": _iterations("run.save_every"),
+    "eval_steps": _steps("run.eval_every"),
+    "save_steps": _steps("run.save_every"),
+    "logging_steps": _steps("report.log_every"),
+    "eval_strategy": _strategy("run.eval_every"),
+    "evaluation_strategy": _strategy("run.eval_every"),
+    "save_strategy": _strategy("run.save_every"),
+    "val_batches": _all_or("run.eval_batches"),
+    "test_batches": lambda _, __: Meaning(NOT_POSSIBLE, {}, "test rows are for `mlx-empire evaluate`"),
+    "resume": _resumed,
+    "resume_from_checkpoint": _resumed,
+    "resume_adapter_file": _resumed,
+    "run_name": _named_run,
+    "report_to": _reported,
+    "logging_dir": lambda _, __: Meaning(REPLACED, {}, "figures go to metrics.jsonl in run.dir"),
+    "train_on_inputs": _inverted("data.mask_prompt"),
+    "train_on_prompt": _inverted("data.mask_prompt"),
+    "completion_only_loss": lambda value, _: Meaning(
+        MAPPED, {} if value is None else {"data.mask_prompt": value}, "as rows are" if value is None else ""
+    ),
     "max_steps": lambda value, _: Meaning(MAPPED, {"run.steps": value} if value > 0 else {}),
     "lr_scheduler_type": _one_of(SCHEDULES, "schedule.type"),
+    "lr_scheduler": _one_of(SCHEDULES, "schedule.type"),
+    "lr_schedule": _one_of(SCHEDULES, "schedule.type"),
+    "warmup_steps": _steps("schedule.warmup"),
     "warmup_ratio": lambda value, _: Meaning(MAPPED, {"schedule.warmup": f"{100 * value:g}%"}),
     "gradient_accumulation_steps": _accumulated,
+    "grad_accumulation_steps": _micro_batches,
+    "batch_size": _rows,
+    "deepspeed": _divided,
+    "fsdp": _divided,
     "use_reentrant": lambda _, __: Meaning(
         REPLACED,
         {},
         "by memory.gradient_checkpointing: a step's schedule computes layers again, in one way only",
     ),
     "optim": _optimizer,
+    "optimizer": _optimizer,
+    "max_grad_norm": lambda value, _: Meaning(MAPPED, {"optimizer.clip_norm": value or None}),
+    "gradient_clipping": lambda value, _: Meaning(MAPPED, {"optimizer.clip_norm": value or None}),
     "adam_beta1": _beta,
     "adam_beta2": _beta,
     "base_model_id": _base,
     "base_model_name_or_path": _base,
     "model_name_or_path": _base,
+    "pretrained_model_name_or_path": _base,
     "model_id": _base,
+    "model": _base,
     "base_model": _base,
     "device_map": lambda _, __: Meaning(REPLACED, {}, "by the hostfile and the plan (`mlx-empire capacity`)"),
     "trust_remote_code": _code,
-    "dataset_name": lambda _, __: Meaning(REPLACED, {}, "by --data"),
-    "dataset": lambda _, __: Meaning(REPLACED, {}, "by --data"),
-}
+} | dict.fromkeys(("dataset_name", "dataset", "dataset_dir", "data", "train_file"), _by_data)

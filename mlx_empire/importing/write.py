@@ -2,7 +2,8 @@
 
 Every line of the file that says something has a verdict: a key's own (`rules`), an item's that of its list, a heading's
 "heading". What a recipe must have and the file leaves out is what transformers or TRL take then, and is told too. Where
-two lines want different values of one key, an adapter's kind is the one that packs, and otherwise the first holds.
+two lines want different values of one key, an adapter's kind is the one that packs, and otherwise the first holds. What
+the command line says goes before the file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mlx_empire.comm.failure import guard
 from mlx_empire.disk import create_private
 from mlx_empire.errors import UserError
 from mlx_empire.importing.packing_error import packing_error
-from mlx_empire.importing.rules import MAPPED, NOT_POSSIBLE, Meaning, meaning_of
+from mlx_empire.importing.rules import MAPPED, NOT_POSSIBLE, REPLACED, Meaning, meaning_of
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.explain import leaf_fields, sections
 from mlx_empire.recipe.load import MAX_BYTES, parse_recipe
@@ -34,11 +35,11 @@ from mlx_empire.report.html import refuse_unwritable_file, write_file
 
 HEADING, ITEM = "heading", "item"
 PACKING = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-KINDS = ("lora", "dora", "qlora")  # of the kinds that lines name the last one holds
-# What transformers and TRL take where nothing is said, of what a recipe must have.
+KINDS = ("lora", "dora", "qlora")  # of the kinds of adapters that lines name the last one holds
+# What transformers and TRL take where nothing is said, of what a recipe must have. They train all weights where no line
+# asks for adapters (`settled`).
 LEFT_OUT: dict[str, Any] = {
     "model.path": "models/base",
-    "tuning.type": "lora",
     "data.sequence_length": 1024,
     "batch.global_size": 8,
     "optimizer.learning_rate": 2e-5,
@@ -69,11 +70,11 @@ def import_command(options: argparse.Namespace) -> int:
         out = options.out or Path(f"{options.file.stem}.recipe.yaml")
         refuse_unwritable_file("--json", options.json, [options.file])
         lines = read_lines(options.file)
-        values = {"data.path": str(options.data), "run.dir": f"runs/{options.file.stem}"}
+        values = {"data.path": str(options.data)}
         if options.model is not None:
             values["model.path"] = str(options.model)
-        lines, keys, added = settled(lines, values)
-        text = recipe_text(options.file, lines, keys, added)
+        lines, keys, added = settled(lines, values, {**LEFT_OUT, "run.dir": f"runs/{options.file.stem}"})
+        text = recipe_text(options.file, lines, keys, {key: _origin(key, values) for key in added})
         parse_recipe(text, str(out))
         packed = any(line.key.rpartition(".")[2] in PACKING for line in lines)
         error = packing_error(Path(str(keys["model.path"]))) if packed else None
@@ -149,43 +150,73 @@ def _wrong(key: str, value: Any) -> str | None:
 
 
 def settled(
-    lines: Sequence[SourceLine], values: Mapping[str, Any]
+    lines: Sequence[SourceLine], values: Mapping[str, Any], left_out: Mapping[str, Any] = LEFT_OUT
 ) -> tuple[list[SourceLine], dict[str, Any], dict[str, Any]]:
-    """The lines, some of which another goes before; all keys of the recipe; and those of them that no line names.
+    """The lines, some of which another goes before; all keys of the recipe; and those of them that no line decides.
 
-    `values`: what the command line says, which goes before the file.
+    `values`: what the command line says, which goes before the file; `left_out`: what stands where neither says
+    anything. A line of which one key gives way says nothing at all, so no half of it is in the recipe.
     """
-    keys: dict[str, Any] = {}
-    first: dict[str, SourceLine] = {}
-    for line in lines:
-        for key, value in line.meaning.keys.items():
-            if key == "tuning.type" and value in KINDS and keys.get(key) in KINDS:
-                keys[key] = max(keys[key], value, key=KINDS.index)
-            else:
-                keys.setdefault(key, value)
-            first.setdefault(key, line)
+    deciding = _deciding(lines)
+    named = {key for line in lines for key in line.meaning.keys if key.startswith("tuning.")}
+    adapters = "lora" if named - {"tuning.type", "tuning.bits"} else "full"
+    kind = adapters if deciding is None else deciding.meaning.keys["tuning.type"]
+    keys: dict[str, Any] = {**values} if deciding is None else {"tuning.type": kind, **values}
+    by: dict[str, SourceLine] = {} if deciding is None else {"tuning.type": deciding}
     found = []
     for line in lines:
-        over = {k: v for k, v in line.meaning.keys.items() if keys[k] != v}
-        if over and not ("tuning.type" in over and len(over) == 1):
-            key = next(iter(over))
-            why = f"{key}: line {first[key].number} says {_written(keys[key])}"
-            line = SourceLine(line.number, line.key, line.value, Meaning(NOT_POSSIBLE, {}, why))
-        found.append(line)
-    added = {**LEFT_OUT, **values}
+        own = line.meaning.keys
+        over = [key for key, value in own.items() if keys.get(key, value) != value]
+        if kind in KINDS and own.get("tuning.type") == "lora":
+            over = [key for key in over if key != "tuning.type"]
+        if over:
+            meaning = _given_way(over[0], keys[over[0]], by.get(over[0]))
+        elif idle := next((key for key in own if _idle(key, kind)), None):
+            meaning = Meaning(MAPPED, {}, f"{idle} says nothing where tuning.type is {kind}")
+        else:
+            meaning = line.meaning
+            for key, value in own.items():
+                keys.setdefault(key, value)
+                by.setdefault(key, line)
+        found.append(SourceLine(line.number, line.key, line.value, meaning))
+    added = {**left_out, "tuning.type": kind, **values}
     if "batch.micro_size" in keys and "batch.global_size" not in keys:
         added["batch.global_size"] = keys["batch.micro_size"]
-    added = {k: v for k, v in added.items() if k not in keys or k in values}
-    if keys.get("tuning.type") != "qlora":
-        keys.pop("tuning.bits", None)
+    added = {key: value for key, value in added.items() if key not in keys or key in values}
     return found, keys | added, added
 
 
+def _deciding(lines: Sequence[SourceLine]) -> SourceLine | None:
+    """The line that says what is trained: the first; where that wants adapters, the one whose kind packs most."""
+    asking = [line for line in lines if "tuning.type" in line.meaning.keys]
+    if not asking or asking[0].meaning.keys["tuning.type"] not in KINDS:
+        return asking[0] if asking else None
+    adapters = [line for line in asking if line.meaning.keys["tuning.type"] in KINDS]
+    return max(adapters, key=lambda line: KINDS.index(line.meaning.keys["tuning.type"]))
+
+
+def _idle(key: str, kind: str) -> bool:
+    """Whether a recipe of this kind may not have the key; there too it decides nothing then."""
+    adapter = key.startswith("tuning.") and key != "tuning.type"
+    return adapter and (kind == "full" or (key == "tuning.bits" and kind != "qlora"))
+
+
+def _given_way(key: str, value: Any, before: SourceLine | None) -> Meaning:
+    """The verdict of a line whose `key` has another `value`: that of the line `before`, or the command line's."""
+    if before is None:
+        return Meaning(REPLACED, {}, f"{key}: the command line says {_written(value)}")
+    return Meaning(NOT_POSSIBLE, {}, f"{key}: line {before.number} says {_written(value)}")
+
+
+def _origin(key: str, values: Mapping[str, Any]) -> str:
+    return "from the command line" if key in values else "not said there"
+
+
 def recipe_text(
-    file: Path, lines: Sequence[SourceLine], keys: Mapping[str, Any], added: Mapping[str, Any]
+    file: Path, lines: Sequence[SourceLine], keys: Mapping[str, Any], added: Mapping[str, str]
 ) -> str:
-    """The recipe, with the line that each key comes from."""
-    comments = dict.fromkeys(added, "not said there")
+    """The recipe, with the line that each key comes from; `added`: whence those come that no line decides."""
+    comments = dict(added)
     for line in lines:
         for key in line.meaning.keys:
             if key not in added:

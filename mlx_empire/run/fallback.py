@@ -7,6 +7,8 @@ launcher and a run without one see the same. A fallback may have a fallback of i
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,17 +29,24 @@ def fallback_due(recipe: Recipe) -> Path | None:
 
 def refuse_fallback(recipe: Recipe) -> None:
     """UserError for a fallback that could not be taken, said before the first step of the run that may miss."""
-    folders = {recipe.run.dir.absolute()}
-    for path, other in _chain(recipe):
-        if other.run.dir.absolute() in folders:
+    folders = {_place(recipe.run.dir)}
+    for path, other in fallbacks_of(recipe):
+        if _place(other.run.dir) in folders:
             raise UserError(
                 f"evaluation.fallback: {path}: its run.dir {other.run.dir} is that of the run that it would follow; "
                 "give it another"
             )
-        folders.add(other.run.dir.absolute())
+        folders.add(_place(other.run.dir))
 
 
-def _chain(recipe: Recipe) -> Iterator[tuple[Path, Recipe]]:
+def _place(folder: Path) -> str:
+    """Where a folder lies, however it is spelt; letter case does not tell two apart on a Mac."""
+    real = os.path.realpath(folder)
+    return real.casefold() if sys.platform == "darwin" else real
+
+
+def fallbacks_of(recipe: Recipe) -> Iterator[tuple[Path, Recipe]]:
+    """A recipe's fallback, that one's own, and so on; without end where two name each other (`refuse_fallback`)."""
     while (path := recipe.evaluation.fallback) is not None:
         recipe = load_recipe(path)
         yield path, recipe

@@ -288,6 +288,7 @@ def test_nothing_held_out_is_refused_before_anything_is_trained(recipe: Recipe, 
 
 SETS = [{"path": "facts.jsonl", "metrics": ["exact_match", "loss"]}]
 GATE = {"metric": "facts.exact_match", "at_least": 0.9}
+BAND = {**GATE, "and": [{"metric": "facts.exact_match", "at_most": 0.97}]}  # of one score
 
 
 def record(step: int, loss: float | None, match: float = 0.0, forced: float = 0.0) -> dict[str, Any]:
@@ -308,6 +309,8 @@ def record(step: int, loss: float | None, match: float = 0.0, forced: float = 0.
         (SETS, GATE, record(0, 2.0, 1.0, 1.0), record(9, 1.0, 0.8, 0.1), False),
         (SETS, GATE, record(0, 2.0, 0.5, 1.0), record(9, 1.0, 0.8, 1.1), True),
         (SETS, GATE, record(0, 2.0, 0.5, 1.0), record(9, 1.0, 0.4, 0.1), False),
+        (SETS, BAND, record(0, 2.0, 0.99, 1.0), record(9, 1.0, 0.95, 1.1), True),
+        (SETS, BAND, record(0, 2.0, 0.99, 1.0), record(9, 1.0, 0.8, 0.1), False),
     ],
 )
 def test_what_is_promoted(

@@ -193,3 +193,24 @@ def test_a_sweep_whose_sets_hold_other_questions_does_not_tell_the_old_scores(
     assert ended.value.code == 64
     assert "evaluation.sets: asked.jsonl holds other questions than settings were" in capsys.readouterr().err
     assert cli([*words, "run.accept_changes=[evaluation.sets]"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "what"), [("asked/train.jsonl", "questions"), ("answer.json", "questions"), ("judge.py", "code")]
+)
+def test_a_sweep_whose_folder_of_questions_schema_or_scorer_is_another_does_not_tell_the_old_scores(
+    file: str, what: str, swept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("asked").mkdir()
+    for name in ("asked/train.jsonl", "answer.json", "judge.py"):
+        Path(name).write_text("{}\n")
+    one = "{path: asked, metrics: [json_schema, scorer], schema: answer.json, scorer: judge.py:judge}"
+    sets = f"evaluation.sets=[{one}]"
+    words = ["sweep", "recipe.yaml", *SWEEP, "--by", "eval_loss", "run.dir=other", "run.eval_every=4", sets]
+    assert [cli(words), cli(words)] == [0, 0]
+    Path(file).write_text("{ }\n")
+    with pytest.raises(SystemExit) as ended:
+        cli(words)
+    assert ended.value.code == 64
+    assert f"evaluation.sets: {file} holds other {what} than settings were" in capsys.readouterr().err
+    assert cli([*words, "run.accept_changes=[evaluation.sets]"]) == 0

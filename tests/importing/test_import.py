@@ -10,10 +10,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import yaml
 from support.rows import MODEL
 
 from mlx_empire.cli import main as cli
 from mlx_empire.importing.packing_error import dynamic_levels, nf4, nf4_levels, packing_error
+from mlx_empire.importing.rules import RULES, SAME, meaning_of
+from mlx_empire.recipe.foreign import KEYS
 from mlx_empire.recipe.load import load_recipe
 
 # The keys and values of the owner's configuration for a qlora of OLMo, in its nesting.
@@ -65,7 +68,14 @@ model:
   device_map: "auto"
   trust_remote_code: true
 """
-REPLACED = {"bnb_4bit_use_double_quant", "bnb_4bit_quant_type", "optim", "use_reentrant", "device_map"}
+REPLACED = {
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_quant_type",
+    "optim",
+    "use_reentrant",
+    "device_map",
+    "base_model_id",
+}
 # Published with bitsandbytes: what NF4's formula must give.
 PUBLISHED = """-1.0 -0.6961928 -0.5250731 -0.3949175 -0.2844414 -0.1847734 -0.0910500 0.0 0.0795803 0.1609302 0.2461123
 0.3379152 0.4407098 0.5626170 0.7229568 1.0"""
@@ -109,7 +119,7 @@ def test_every_line_of_the_owner_s_configuration_is_mapped_replaced_or_named(
         "model.path": str(MODEL),
     }
     said = capsys.readouterr().out
-    assert "41 lines: 7 heading, 28 mapped, 5 replaced, 1 not possible" in said
+    assert "41 lines: 7 heading, 27 mapped, 6 replaced, 1 not possible" in said
     assert f"NF4 with double quantisation {told['error']['nf4']:.4f} in 4.127 bits" in said
 
 
@@ -162,6 +172,135 @@ def test_lines_that_contradict_one_another_are_named(tmp_path: Path) -> None:
         ("not possible", "tuning.rank: line 3 says 8"),
     ]
     assert load_recipe(tmp_path / "ours.yaml").tuning.type == "qlora"
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "told", "keys"),
+    [
+        ("output_dir: out\n", (), ("mapped", ""), {"run.dir": "out"}),
+        ("train_file: theirs\n", (), ("replaced", "by --data"), {"data.path": "rows.jsonl"}),
+        (
+            "base_model: ./theirs\n",
+            ("--model", "mine"),
+            ("replaced", 'model.path: the command line says "mine"'),
+            {"model.path": "mine"},
+        ),
+        (
+            "base_model: owner/Theirs\n",
+            ("--model", "mine"),
+            ("replaced", 'model.path: the command line says "mine"'),
+            {"model.path": "mine", "model.source": None},
+        ),
+        (
+            "load_in_4bit: true\nuse_dora: true\n",
+            (),
+            ("not possible", 'tuning.type: line 1 says "qlora"'),
+            {"tuning.type": "qlora"},
+        ),
+        (
+            "method: full\nload_in_4bit: true\n",
+            (),
+            ("not possible", 'tuning.type: line 1 says "full"'),
+            {"tuning.type": "full", "tuning.bits": None},
+        ),
+        (
+            "method: lora\nmethod2: x\nuse_peft: false\n",
+            (),
+            ("not possible", 'tuning.type: line 1 says "lora"'),
+            {"tuning.type": "lora"},
+        ),
+        (
+            "use_peft: false\nlora_r: 8\n",
+            (),
+            ("mapped", "tuning.rank says nothing where tuning.type is full"),
+            {"tuning.type": "full", "tuning.rank": None},
+        ),
+        ("use_peft: false\n", (), ("mapped", ""), {"tuning.type": "full"}),
+        ("num_train_epochs: 2\n", (), ("mapped", ""), {"tuning.type": "full"}),
+        ("lora_r: 8\n", (), ("mapped", ""), {"tuning.type": "lora", "tuning.rank": 8}),
+        (
+            "optim: sgd\noptim2: 1\noptimizer: paged_adamw_8bit\n",
+            (),
+            ("not possible", 'optimizer.name: line 1 says "sgd"'),
+            {"optimizer.name": "sgd", "optimizer.state_bits": None},
+        ),
+    ],
+)
+def test_a_line_is_told_as_mapped_only_where_the_recipe_has_what_it_says(
+    text: str, words: tuple[str, ...], told: tuple[str, str], keys: dict[str, Any], tmp_path: Path
+) -> None:
+    last = imported(tmp_path, text, *words)["lines"][-1]
+    assert (last["verdict"], last["why"]) == told
+    load_recipe(tmp_path / "ours.yaml")
+    found = yaml.safe_load((tmp_path / "ours.yaml").read_text())
+    for key, value in (keys | last["keys"]).items():
+        section, name = key.split(".")
+        assert found[section].get(name) == value, key
+
+
+# By name, a value and what it means here, of the hints whose unit or sense is another one there.
+OTHER_UNITS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "train_on_inputs": (False, {"data.mask_prompt": True}),
+    "train-on-inputs": (True, {"data.mask_prompt": False}),
+    "train_on_prompt": (False, {"data.mask_prompt": True}),
+    "completion_only_loss": (None, {}),
+    "epochs": (3, {"run.steps": "3ep"}),
+    "num_epochs": (3, {"run.steps": "3ep"}),
+    "num_train_epochs": (1.5, {"run.steps": "1.5ep"}),
+    "max_steps": (-1, {}),
+    "lora_scale": (20, {"tuning.alpha": 160}),
+    "num_layers": (-1, {}),
+    "lora_layers": (16, {"tuning.layers": 16}),
+    "lora_target": ("q_proj, v_proj", {"tuning.targets": ["q_proj", "v_proj"]}),
+    "lora_target_modules": ("all", {"tuning.targets": "all-linear"}),
+    "target_modules": ("all-linear", {"tuning.targets": "all-linear"}),
+    "eval_steps": (0.1, {"run.eval_every": "10%"}),
+    "save_steps": (0.25, {"run.save_every": "25%"}),
+    "logging_steps": (5, {"report.log_every": 5}),
+    "warmup_steps": (0.03, {"schedule.warmup": "3%"}),
+    "warmup_ratio": (0.03, {"schedule.warmup": "3%"}),
+    "eval_strategy": ("no", {}),
+    "evaluation_strategy": ("epoch", {"run.eval_every": "1ep"}),
+    "save_strategy": ("epoch", {"run.save_every": "1ep"}),
+    "val_batches": (-1, {}),
+    "max_grad_norm": (0, {"optimizer.clip_norm": None}),
+    "gradient_clipping": (0.5, {"optimizer.clip_norm": 0.5}),
+    "report_to": (["wandb", "tensorboard"], {"report.tensorboard": True}),
+    "run_name": ("first", {"run.dir": "runs/first"}),
+    "resume_from_checkpoint": ("out/checkpoint-10", {}),
+    "resume": (False, {}),
+    "resume_adapter_file": ("a.safetensors", {}),
+    "lr_scheduler": ("constant_with_warmup", {"schedule.type": "constant"}),
+    "lr_schedule": ("cosine", {"schedule.type": "cosine"}),
+    "lora": (True, {"tuning.type": "lora"}),
+    "use_peft": (False, {"tuning.type": "full"}),
+    "model": ("owner/Name", {"model.path": "models/name", "model.source": "owner/Name@main"}),
+    "optimizer": ("paged_adamw_8bit", {"optimizer.name": "adamw", "optimizer.state_bits": 8}),
+    "deepspeed": ("zero3.json", {}),
+    "fsdp": ("full_shard", {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_UNITS)
+def test_a_hint_of_another_unit_is_turned_into_that_of_the_key(name: str) -> None:
+    value, keys = OTHER_UNITS[name]
+    assert meaning_of(name, value, {name: value}).keys == keys
+
+
+def test_every_hint_has_the_units_of_its_key_or_a_rule() -> None:
+    names = {name.replace("-", "_") for name in KEYS}
+    assert names - set(RULES) == SAME
+    assert not SAME & set(RULES)
+
+
+def test_mlx_lm_s_numbers_of_micro_batches_are_steps_here(tmp_path: Path) -> None:
+    text = "batch_size: 2\ngrad_accumulation_steps: 4\niters: 1000\nsteps_per_eval: 100\n"
+    told = imported(tmp_path, f"{text}save_every: 50\nlora_parameters:\n  rank: 4\n  lora_scale: 10\n")
+    assert {one["verdict"] for one in told["lines"]} == {"mapped", "heading"}
+    found = load_recipe(tmp_path / "ours.yaml")
+    assert (found.batch.micro_size, found.batch.global_size, str(found.run.steps)) == (2, 8, "250")
+    assert (str(found.run.eval_every), str(found.run.save_every)) == ("25", "12")
+    assert (found.tuning.type, found.tuning.rank, found.tuning.alpha) == ("lora", 4, 40)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ taken. So an answer that comes to its end is JSON that the schema allows, whatev
 `max_tokens` is not, so a schema bounds its texts and lists (`maxLength`, `maxItems`). Nothing is put between the parts
 of JSON but what the schema asks for, for blanks without end would also be allowed.
 
-Rank 0 alone writes these, prompt by prompt: it has the tokenizer, and no bit depends on the number of ranks.
+Rank 0 alone writes these, prompt by prompt: it has the tokenizer, and no bit depends on the number of ranks. The others
+wait for as long as it goes on.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserError
+from mlx_empire.evaluation.generation import Processor, follow
 
 COMPACT = {"whitespace_flexible": False}
 
@@ -50,8 +52,8 @@ class Grammar:
         if wrong:
             raise UserError(f"{where}: schema: cannot be held by a grammar: {said[0].splitlines()[0][:160]}")
 
-    def processor(self, schema: Any) -> Callable[[mx.array, mx.array], mx.array]:
-        """A logits processor of mlx-lm for one answer: (tokens so far, logits (1, vocabulary)) -> logits."""
+    def processor(self, schema: Any) -> Processor:
+        """A logits processor of mlx-lm for one answer."""
         from llguidance import LLMatcher
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
@@ -90,21 +92,10 @@ def generate_constrained(
     """The tokens that follow each prompt within its schema, the end token aside: nothing but on rank 0, which has the
     `grammar`. `prompts`: (tokens, schema). Collective.
     """
-    from mlx_lm.generate import generate_step  # imports transformers
-
     found: list[list[int]] = []
     with trainer.whole_model() as model, together(comm):
         for (tokens, schema), most in zip(prompts, max_tokens, strict=True):
             if grammar is None:
                 break
-            answer: list[int] = []
-            processors = [grammar.processor(schema)]
-            steps = generate_step(
-                mx.array(list(tokens)), model, max_tokens=most, logits_processors=processors
-            )
-            for token, _ in steps:
-                if int(token) in ends:
-                    break
-                answer.append(int(token))
-            found.append(answer)
+            found.append(follow(model, tokens, most, ends, [grammar.processor(schema)]))
     return found

@@ -10,6 +10,7 @@ Rank 0 reads the sets and sends them to the others; every rank gets the same sco
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -142,12 +143,23 @@ def read_sets(recipe: Recipe, vocabulary: int) -> AskedSets:
     ends = sorted(map(int, tokenizer.eos_token_ids))
     grammar = Grammar(tokenizer, vocabulary, ends) if any(one.constrained for one in sets) else None
     if grammar is not None:
-        for column in (column for column in sets if column.constrained):
-            for number, prompt in enumerate(column.prompts, 1):
-                grammar.refuse(prompt.schema, f"evaluation.sets: {column.title}: row {number}")
+        for text, where in _schemas(sets).items():
+            grammar.refuse(json.loads(text), where)
     scorers = load_scorers(asked.sets)
     both = {title: scorers[one.title] for one in asked.sets if one.scorer for title in one.columns}
     return AskedSets(sets, ends, tokenizer.decode, both, grammar)
+
+
+def _schemas(sets: Sequence[Questions]) -> dict[str, str]:
+    """Each different schema of the constrained columns as JSON, and the row where it stands first."""
+    found: dict[str, str] = {}
+    for column in (column for column in sets if column.constrained):
+        known: set[int] = set()  # of objects: a set's own schema is one for all its rows
+        for number, prompt in enumerate(column.prompts, 1):
+            if id(prompt.schema) not in known:
+                known.add(id(prompt.schema))
+                found.setdefault(json.dumps(prompt.schema), f"evaluation.sets: {column.title}: row {number}")
+    return found
 
 
 class Evaluator:

@@ -3,15 +3,19 @@
 Prompts of an evaluation set form batches of a fixed size in the order of the file, dealt to the ranks; a few samples
 are continued one by one, as every family can. So which prompts share a batch, and every bit of an answer, does not
 depend on the number of ranks. The whole model is gathered on every rank for it, layer by layer, and let go again.
+While answers are written no message moves; so each token, or batch, is told to the watchdog as progress. It lets ranks
+that have written theirs wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from mlx_empire import progress
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserError
@@ -20,6 +24,7 @@ from mlx_empire.plan.shares import RunPlan
 from mlx_empire.sizes import amount
 
 BATCH = 8  # prompts that are continued together
+Processor = Callable[[mx.array, mx.array], mx.array]  # (tokens so far, logits (1, vocabulary)) -> logits
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ def generate(
                 prefill_batch_size=BATCH,
             )
             own |= {first + i: [int(t) for t in ids] for i, ids in enumerate(answer.token_ids)}
+            progress.moved()
     return _of_all(comm, own)
 
 
@@ -71,20 +77,31 @@ def generate_each(
     ends: Sequence[int],
 ) -> list[list[int]]:
     """As `generate`, prompt by prompt."""
-    from mlx_lm.generate import generate_step  # imports transformers
-
     own: dict[int, list[int]] = {}
     with trainer.whole_model() as model:
         for number in range(comm.rank, len(prompts), comm.size):
-            found: list[int] = []
-            for token, _ in generate_step(
-                mx.array(list(prompts[number])), model, max_tokens=max_tokens[number]
-            ):
-                if int(token) in ends:
-                    break
-                found.append(int(token))
-            own[number] = found
+            own[number] = follow(model, prompts[number], max_tokens[number], ends)
     return _of_all(comm, own)
+
+
+def follow(
+    model: nn.Module,
+    tokens: Sequence[int],
+    most: int,
+    ends: Sequence[int],
+    processors: Sequence[Processor] = (),
+) -> list[int]:
+    """At most `most` tokens that follow a prompt, the end token aside; `processors` change logits one after another."""
+    from mlx_lm.generate import generate_step  # imports transformers
+
+    found: list[int] = []
+    asked = mx.array(list(tokens))
+    for token, _ in generate_step(asked, model, max_tokens=most, logits_processors=list(processors)):
+        progress.moved()
+        if int(token) in ends:
+            break
+        found.append(int(token))
+    return found
 
 
 def _of_all(comm: Communicator, own: Mapping[int, list[int]]) -> list[list[int]]:

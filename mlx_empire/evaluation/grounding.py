@@ -4,12 +4,14 @@ A row has `sources`, the names of what was retrieved and stands in its prompt, a
 the answer. Where none does (an empty list), the right answer is a refusal, and the row is *unanswerable*.
 
 An answer is a text, or a JSON object with `answer` (that text) and, where it likes, `citations` (names of sources) and
-`refused` (true or false). A text cites by marks such as [2] or [a, b]. It refuses where the set's `refusal`, a regular
-expression, is found in it, or where `refused` is true. `citations` stand for every statement of a text without marks.
+`refused` (true or false). A text cites by marks such as [2] or [a, b]; a mark right after a full stop, or alone on the
+line below it, is that statement's, and one that begins a line is that line's. It refuses where the set's `refusal`, a
+regular expression, is found in it, or where `refused` is true. `citations` stand for every statement of a text without
+marks.
 
-The definitions are those of ALCE (Gao et al. 2023, arXiv:2305.14627), with `supports` in the place of its judge, a
-model that says whether a passage entails a statement. So no model judges; and whether a statement says what its source
-says is not judged either. A set's score is the mean over the answers that a metric looks at, 0 where it looks at none:
+The definitions follow ALCE (Gao et al. 2023, arXiv:2305.14627), with `supports` in the place of its judge, a model that
+says whether a passage entails a statement. So no model judges; and whether a statement says what its source says is not
+judged either. A set's score is the mean over the answers that a metric looks at, 0 where it looks at none:
 
 | metric            | looks at                        | of an answer                                          |
 |-------------------|---------------------------------|-------------------------------------------------------|
@@ -20,8 +22,10 @@ says is not judged either. A set's score is the mean over the answers that a met
 | refusal_recall    | unanswerable rows               | 1 if it refuses                                       |
 | false_confidence  | all but refusals                | 1 if the row is unanswerable: lower is better         |
 
-The first is ALCE's citation recall and the second its citation precision; an answer without statements has 0 of the
-first, one without citations 0 of the second. A statement is a sentence or a line.
+citation_accuracy is ALCE's citation precision, but looks at each citation by itself. citation_coverage is not ALCE's
+citation recall, which wants what is cited to support the statement: how much is cited and how rightly are two targets
+here. An answer without statements has 0 of the first, one without citations 0 of the second. A statement is a sentence
+or a line; the number of a list (`2.`, `2)`) is none.
 """
 
 from __future__ import annotations
@@ -38,8 +42,9 @@ from mlx_empire.errors import UserError
 # Of an answer, beside its metrics: what a confusion table counts.
 REFUSED, UNANSWERABLE = "refused", "unanswerable"
 _MARK = re.compile(r"\[([^\[\]]+)\]")
-_AFTER_STOP = re.compile(r"([.!?])((?:\s*\[[^\[\]]+\])+)")
-_BETWEEN = re.compile(r"(?<=[.!?])\s+|\n+")
+_LIST_NUMBER = re.compile(r"(?m)^[ \t]*\d{1,2}[.)][ \t]+(?=(?:\[[^\[\]\n]+\]|[^\w\n\[])*\w)")  # before words
+_AFTER_STOP = re.compile(r"(?m)([.!?])((?:\s*\[[^\[\]]+\])+(?=[ \t]*$)|(?:[ \t]*\[[^\[\]]+\])+)")
+_BETWEEN = re.compile(r"(?<=[.!?])\s+(?![^\[\]]*\])|\n+")  # not within a mark
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,12 @@ def grounds_of(row: RawRow) -> Grounds:
             f"{row.where}: needs sources, and supports (those of them that hold the answer, or [] where none does): "
             "lists of texts or whole numbers"
         )
+    for name in sources:
+        if read_answer(f"It is so [{name}].", None).citations != [name]:
+            raise UserError(
+                f"{row.where}: sources: {name!r:.40} cannot be cited by a mark such as [2]; name it otherwise: marks "
+                "separate names by commas or semicolons"
+            )
     strange = next((name for name in supports if name not in sources), None)
     if strange is not None:
         raise UserError(f"{row.where}: supports: {strange!r:.40} is not among its sources")
@@ -112,7 +123,7 @@ def read_answer(text: str, refusal: str | None) -> Read:
         whole, refused = told["answer"], told.get("refused") is True
         listed = tuple(dict.fromkeys(_names(told.get("citations")) or ()))
     refused = refused or (refusal is not None and re.search(refusal, whole) is not None)
-    statements = [_cited(one) for one in _BETWEEN.split(_AFTER_STOP.sub(r"\2\1", whole)) if _says(one)]
+    statements = [_cited(one) for one in _BETWEEN.split(_with_marks_inside(whole)) if _says(one)]
     if not any(statements):
         statements = [listed for _ in statements]
     return Read(tuple(statements), refused)
@@ -124,6 +135,15 @@ def _object(text: str) -> Mapping[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return told if isinstance(told, dict) and isinstance(told.get("answer"), str) else None
+
+
+def _with_marks_inside(text: str) -> str:
+    """The text without list numbers, and each mark before the full stop that it follows."""
+
+    def moved(found: re.Match[str]) -> str:
+        return "".join(f"[{names}]" for names in _MARK.findall(found[2])) + found[1]
+
+    return _AFTER_STOP.sub(moved, _LIST_NUMBER.sub("", text))
 
 
 def _says(statement: str) -> bool:

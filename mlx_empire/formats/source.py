@@ -34,7 +34,7 @@ NO_WEIGHTS = (
     ".attention.bias",
     ".position_ids",
 )  # constants of older folders
-SAMPLE_BYTES = 64 << 10  # in which two tensors that are not the same differ
+SAMPLE_BYTES = 64 << 10  # at each end of a tensor: these alone are compared
 PACKED = ("uint32", "uint8")  # codes, and the scales of MLX's floating-point formats
 
 
@@ -158,14 +158,16 @@ class FolderSource(_LazySource):
 
 
 def _refuse_other_head(folder: ModelFolder) -> None:
-    """UserError where the head that the model leaves out, tied to its embedding, is stored as another matrix."""
+    """UserError where the head that the model leaves out, tied to its embedding, is stored and seen to be another
+    matrix: of another shape, or with other bytes at its ends. Of heads in another dtype the shape alone is compared.
+    """
     heads = [info for name, info in folder.tensors.items() if name.endswith(HEADS)]
     embeddings = [info for name, info in folder.tensors.items() if name.endswith(EMBEDDINGS)]
     if len(heads) != 1 or len(embeddings) != 1:
         return
     head, embedding = heads[0], embeddings[0]
-    alike = (head.code, head.shape) == (embedding.code, embedding.shape)
-    if alike and _sample(head) != _sample(embedding):
+    other = head.shape != embedding.shape
+    if other or (head.code == embedding.code and _sample(head) != _sample(embedding)):
         raise UserError(
             f"{folder.path}: {head.name} differs from {embedding.name}, and config.json ties them ({TIE}: true), so "
             f"tools disagree on which is the head; write {TIE}: false to use {head.name}, or remove it from the folder"

@@ -94,11 +94,24 @@ class RootMemory:
     def joined(self, micro_batches: int) -> int:
         """What there is besides when head's and embedding's sums of a cell are put together: a tied matrix in fp32, and
         in the order of rows before, or the whole contribution."""
-        elements = self._contribution // self._item
-        tied = max((self.head + self.embed) // self._item - elements, 0)
+        tied = self._tied
         in_rows = 0 if self.chunked or micro_batches > 1 else self._item % 4 * tied
         wide = self.wide if self._adds_up and not self.by_row else 1
         return max(4 * tied + in_rows, wide * self._contribution)
+
+    def copied(self, largest: int) -> int:
+        """What is made flat of the root's sums at once, where the `largest` has so many bytes."""
+        return min(largest, self._contribution - self.flat) if self.flat else largest
+
+    @cached_property
+    def flat(self) -> int:
+        """Bytes of a tied matrix in fp32: it is flat when both sums are together in it, and is not copied again."""
+        return self._tied * self._item if self.by_row and self._item == 4 else 0
+
+    @cached_property
+    def _tied(self) -> int:
+        """Elements that head and embedding share."""
+        return max((self.head + self.embed - self._contribution) // self._item, 0)
 
     def head_sum(self, micro_batches: int) -> int:
         """The sum of the head's gradients of so many micro-batches of a cell."""

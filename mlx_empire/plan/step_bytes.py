@@ -58,7 +58,8 @@ class StepBytes(Reader):
         self._whole = self._most_whole = 0  # bytes of gathered units, now and at most
         self._stashed: dict[int, int] = {}  # by layer: bytes of its results that stay
         self._cell: dict[int, tuple[str, int]] = {}  # by layer: the name and size of the current round's sum
-        self._handed_over: set[int] = set()  # rounds whose head's sum has become a part of the root's
+        self._joined: set[int] = set()  # rounds whose head's sum has become a part of the root's
+        self._handed_over: set[int] = set()  # and those whose root's sum is a contribution
         self._embedding = 0  # bytes of one micro-batch's embedding beside its cell's sum: nobody waits for it
         self._embedded: dict[int, int] = {}  # by round: bytes of the embedding's sum
         self._flying = 0  # bytes of the last unit's update, which may not be done where it is not waited for
@@ -197,6 +198,8 @@ class StepBytes(Reader):
     def reduce(self, action: Action) -> None:
         """Totals are there from the first round on."""
         size = self._sizes[action.unit]
+        if self.shape.zero_stage != 1 and self._root.flat:
+            self._join(action)  # into what is as large as the head's sum
         if action.round == 0:
             self._hold("gradients", 4 * size.trained)
         if self.shape.zero_stage == 1:
@@ -216,7 +219,14 @@ class StepBytes(Reader):
         ):  # whole sums are waited for, and nothing is beside them
             self._hold(EMBEDDING, -self._embedding)
             self._embedding = 0
-        return {"unit gradient sums": size.gradient} if action.unit else {"root gradients": size.largest}
+        root = {"root gradients": self._root.copied(size.largest)}
+        return {"unit gradient sums": size.gradient} if action.unit else root
+
+    def _join(self, action: Action) -> None:
+        """Head's and embedding's sums of a round become the root's, if they have not."""
+        if action.unit == 0 and self.shape.cells[action.round] and action.round not in self._joined:
+            self._joined.add(action.round)
+            self._moment({"root gradients": self._root.joined(self.shape.cells[action.round])})
 
     def settle(self, action: Action) -> None:
         if self.shape.zero_stage == 1:
@@ -251,7 +261,7 @@ class StepBytes(Reader):
         name, size = self._cell.pop(action.unit, ("", 0))
         if action.unit == 0 and self.shape.cells[action.round] and action.round not in self._handed_over:
             self._handed_over.add(action.round)
-            self._moment({"root gradients": self._root.joined(self.shape.cells[action.round])})
+            self._join(action)
             name, size = "root gradients", self._root.head_sum(self.shape.cells[action.round]) * action.times
             self._hold(EMBEDDING, -self._embedding - self._embedded.pop(action.round, 0))
             self._embedding = 0

@@ -23,6 +23,7 @@ SIZES = {
     "num_hidden_layers": 10,
     "vocab_size": 4096,
 }
+ROOT = {**SIZES, "num_hidden_layers": 1, "vocab_size": 32768}
 EXTRA: dict[str, dict[str, int]] = {
     "llama": {},
     "qwen3_moe": {"moe_intermediate_size": 256, "num_experts": 8},
@@ -74,6 +75,13 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
                 "llama", 512, 2, [1], tail=tail, config={**SIZES, "vocab_size": 32768}, **more
             )
             for name, tail, more in (("full", 2, {}), ("lora", 10, {"tuning": tuned("lora")}))
+        },
+        **{  # the root is nearly all: head and embedding are put together before there are totals of both
+            f"llama 32 stage 2, tied, {name}": setting("llama", 32, 2, [1], tied=True, config=ROOT, **more)
+            for name, more in (
+                ("one micro-batch", {"micro_batches": 1}),
+                ("two cells", {"cells": 2}),
+            )
         },
         "llama 384 stage 2, dora": setting("llama", 384, 2, [1], tuning=tuned("dora")),
         **{  # where the update is the peak, the ledger of running ahead is an upper bound
@@ -203,6 +211,7 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
 DAILY: dict[int, set[str]] = {  # beside those of `test_random_peaks.py`
     1: {
         "llama 128 stage 2",
+        "llama 32 stage 2, tied, one micro-batch",
         "llama 128 stage 3, lion",
         "llama 64 stage 2, bfloat16, tail of 10",
         "qwen3_moe 128 stage 2, tail of 6",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -16,7 +18,14 @@ import pytest
 from support.mpi import mpirun, rank_environment
 from support.rows import MODEL
 
+from mlx_empire import progress
 from mlx_empire.cli import main as cli
+from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.evaluate.command import read
+from mlx_empire.evaluate.named import recipes_of
+from mlx_empire.evaluation.constrained import Grammar, generate_constrained
+from mlx_empire.evaluation.evaluator import read_sets
+from mlx_empire.evaluation.generation import generate, generate_each
 
 SCHEMA = {
     "type": "object",
@@ -101,6 +110,43 @@ def test_a_schema_that_no_grammar_can_hold_is_one_line_before_anything_is_genera
     said = capsys.readouterr().err
     assert "evaluation.sets: q.constrained: row 1: schema: cannot be held by a grammar: " in said
     assert said.count("\n") == 1
+
+
+def test_each_different_schema_is_tried_once_and_named_where_it_stands_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = write(tmp_path, SCHEMA)
+    own: list[dict[str, Any]] = [{}, {"schema": {"enum": ["a"]}}, {}, {"schema": {"enum": ["a"]}}]
+    lines = [json.dumps({"prompt": "Tom said", **more}) + "\n" for more in own]
+    (tmp_path / "q.jsonl").write_text("".join(lines))
+    tried: list[tuple[Any, str]] = []
+    monkeypatch.setattr(Grammar, "refuse", lambda grammar, *told: tried.append(told))
+    (recipe,) = recipes_of(read([str(MODEL), asked, *SETTINGS]), 1)
+    vocabulary = json.loads((MODEL / "config.json").read_text())["vocab_size"]
+    read_sets(recipe, vocabulary)
+    where = "evaluation.sets: q.constrained: row"
+    assert tried == [(SCHEMA, f"{where} 1"), ({"enum": ["a"]}, f"{where} 2")]
+
+
+@pytest.mark.parametrize("way", ["batches", "one by one", "constrained"])
+def test_whoever_writes_answers_shows_the_watchdog_that_it_goes_on(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No message moves meanwhile, and hours of writing are no hang."""
+    model, tokenizer = mlx_lm.load(str(MODEL))[:2]
+    trainer: Any = SimpleNamespace(whole_model=lambda: nullcontext(model))
+    comm, prompts, ends = SoloCommunicator("here"), [[1, 2, 3]] * 9, list(tokenizer.eos_token_ids)
+    signs: list[int] = []
+    monkeypatch.setattr(progress, "moved", lambda: signs.append(1))
+    if way == "constrained":
+        grammar = Grammar(tokenizer, model.args.vocab_size, ends)
+        asked = [(prompt, SCHEMA) for prompt in prompts]
+        found = generate_constrained(trainer, comm, grammar, asked, [2] * 9, ends)
+    else:
+        write_all = generate if way == "batches" else generate_each
+        found = write_all(trainer, comm, prompts, [2] * 9, ends)
+    assert len(found) == 9
+    assert len(signs) >= (2 if way == "batches" else 9)
 
 
 @pytest.mark.slow

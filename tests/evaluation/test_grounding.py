@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ NAMES = ["citation_coverage", "citation_accuracy", "retrieval_use"]
         ("It is far.", 0, 0, 0),
         ("", 0, 0, 0),
         ("[2] [3].", 0, 0, 0),  # marks alone say nothing
+        ("It is far.\n[2] It is cold.", 1 / 2, 1, 1),  # a mark that begins a line is that line's
+        (
+            "It is far.\n[2]\nIt is cold. [1]\n[3]",
+            1,
+            2 / 3,
+            1,
+        ),  # and one alone there is the statement's above
+        ("1. The moon is far [2].\n2. Cold [3].", 1, 1, 1),  # numbers of a list are no statements
+        ("1) [2] The moon is far.\n 2)  Cold.", 1 / 2, 1, 1),
+        ("42. [2]", 1, 1, 1),  # and this is none
         ('{"answer": "Far [2]. Cold."}', 1 / 2, 1, 1),
         ('{"answer": "Far. Cold.", "citations": [2, "1", "1"]}', 1, 1 / 2, 1),
         ('{"answer": "Far [3]. Cold.", "citations": [1]}', 1 / 2, 1, 1),  # its own marks go before the list
@@ -72,11 +83,22 @@ def test_who_answers_what_no_source_holds_is_falsely_confident() -> None:
         ({"sources": "1", "supports": []}, "needs sources, and supports"),
         ({"sources": ["1", True], "supports": []}, "needs sources, and supports"),
         ({"sources": [1, 2], "supports": [3]}, "supports: '3' is not among its sources"),
+        *(
+            ({"sources": ["1", name], "supports": []}, rf"sources: {re.escape(repr(name))} cannot be cited")
+            for name in ("", "a,b", "a; b", "[a", "a]", "a\nb")
+        ),
     ],
 )
 def test_a_row_that_does_not_say_its_sources_is_refused(row: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=rf"^q\.jsonl:4: {said}"):
         grounds_of(RawRow("q.jsonl:4", row))
+
+
+@pytest.mark.parametrize("name", ["Lee et al. 2020", "docs/a (1).md", "Who? Why!", "Über-1"])
+def test_a_source_whose_name_has_full_stops_and_blanks_can_be_cited(name: str) -> None:
+    grounds = grounds_of(RawRow("q.jsonl:4", {"sources": [name, "b"], "supports": [name]}))
+    found = graded(grounds, f"It is far [{name}]. It is cold. [b, {name}]", None)
+    assert [found[metric] for metric in NAMES] == pytest.approx([1, 2 / 3, 1])
 
 
 def rows(path: Path, *several: dict[str, Any]) -> None:

@@ -127,6 +127,21 @@ def test_a_tied_head_that_is_stored_as_another_matrix_is_refused(write_folder: W
         FolderSource(folder, build, spec)
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_a_tied_head_of_another_shape_is_refused_and_one_of_another_dtype_alone_is_not(
+    write_folder: Write, dtype: mx.Dtype
+) -> None:
+    tensors = huggingface_tensors("llama")
+    build, spec = tiny_model("llama", tie_word_embeddings=True)
+    head = mx.array(tensors["model.embed_tokens.weight"]).astype(dtype)
+    longer = mx.concatenate([head, head[:1]])
+    folder = write_folder(tiny_config("llama"), tensors | {"lm_head.weight": head})
+    assert "lm_head.weight" not in all_tensors(FolderSource(folder, build, spec), spec)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors | {"lm_head.weight": longer})
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        FolderSource(folder, build, spec)
+
+
 def test_settle_ties_the_head_that_a_folder_lacks(write_folder: Write) -> None:
     config = tiny_config("gemma3_text")
     tensors = huggingface_tensors("gemma3_text")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any
 
@@ -157,29 +158,37 @@ class Adder:
 
         Overflow and NaN pass silently: whoever looks at the gradient's norm finds them.
         """
-        runs = self._threads if total.size >= SHARED_AMONG_THREADS else 1
-        blocks = -(-total.size // self._size)
-        edges = [blocks * n // runs * self._size for n in range(runs + 1)]
-
-        def run(n: int) -> None:
-            self._add_blocks(edges[n], min(edges[n + 1], total.size), total, contributions, wire, fresh)
-
-        others = [self._workers().submit(run, n) for n in range(1, runs)]
-        run(0)
-        for other in others:
-            other.result()
+        (first, stop), *others = self._runs(total.size, self._threads)
+        begun = [
+            self._workers().submit(self._add_blocks, *run, total, contributions, wire, fresh)
+            for run in others
+        ]
+        self._add_blocks(first, stop, total, contributions, wire, fresh)
+        for one in begun:
+            one.result()
 
     def begin(
         self, total: Array, contributions: Sequence[Pieces], wire: Wire, *, fresh: bool = False
-    ) -> Future[None] | None:
-        """As `add`, beside the caller, who leaves all of it alone until the future is done; None: it is done.
+    ) -> list[Future[None]]:
+        """As `add`, beside the caller, who leaves all of it alone until the futures are done; none: it is done.
 
-        That is for pieces of a total, of which several are added at once; small ones are not worth it.
+        That is for pieces of a total, of which several are added at once; small ones are not worth it. The caller has a
+        part of the scratch memory left to itself, for those.
         """
         if self._threads == 1 or total.size < ADDED_BESIDE:
             self.add(total, contributions, wire, fresh=fresh)
-            return None
-        return self._workers().submit(self._add_blocks, 0, total.size, total, contributions, wire, fresh)
+            return []
+        runs = self._runs(total.size, self._threads - 1)
+        return [
+            self._workers().submit(self._add_blocks, *run, total, contributions, wire, fresh) for run in runs
+        ]
+
+    def _runs(self, elements: int, threads: int) -> list[tuple[int, int]]:
+        """The runs [first, stop) of a total, each added by one thread: whole blocks, and one run of a small total."""
+        count = threads if elements >= SHARED_AMONG_THREADS else 1
+        blocks = -(-elements // self._size)
+        edges = [min(blocks * n // count * self._size, elements) for n in range(count + 1)]
+        return list(pairwise(edges))
 
     def _workers(self) -> ThreadPoolExecutor:
         self._pool = self._pool or ThreadPoolExecutor(self._threads - 1, "adder")

@@ -69,8 +69,8 @@ class Exchange:
     pair's messages). Tags differ by operation: ranks that disagree on what comes next stop at the deadline
     and mix no data.
 
-    deadline_seconds: how long nothing may move; without meaning while a watchdog looks after the peers. traffic: where
-    to count bytes, if they are to be counted.
+    deadline_seconds: how long nothing may move, counted from when nothing was under way here; without meaning while a
+    watchdog looks after the peers. traffic: where to count bytes, if they are to be counted.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Exchange:
     ) -> None:
         receives, sends = [x for x in streams if not x.sends], [x for x in streams if x.sends]
         flights = [self._await_credit(stream, tag) for stream in sends if stream.granted < stream.count]
-        start = moved = time.monotonic()
+        start = moved = active = time.monotonic()  # `active`: when anything moved here or was under way
         while True:
             working = beside()
             for stream in (*receives, *sends):
@@ -136,11 +136,13 @@ class Exchange:
                 landed = set(completed)
                 flights = [flight for index, flight in enumerate(flights) if index not in landed]
                 flights += [flight for flight in posted if flight is not None]
-                moved = time.monotonic()
+                moved = active = time.monotonic()
                 progress.moved()
                 continue
             now = time.monotonic()
-            patient = working or progress.watched() or now - moved <= self._deadline
+            if working:
+                active = now
+            patient = progress.watched() or now - active <= self._deadline
             if not patient if within is None else now - start > within:
                 raise LostRankError(self._lost(name, streams, self._deadline if within is None else within))
             pause(now - moved)

@@ -162,7 +162,7 @@ class ReduceScatter:
         self.buckets = self._cut(self.rank)
         self.begun = 0  # own buckets that are being added, or have been
         self.added = 0  # own buckets whose sum is complete, and that of all before them
-        self.adding: deque[Future[None] | None] = deque()  # those between
+        self.adding: deque[list[Future[None]]] = deque()  # those between, by what their threads add
         self.arrived: dict[int, int] = {}  # own buckets received, by contributing peer
 
     def streams(self) -> list[Stream]:
@@ -182,24 +182,19 @@ class ReduceScatter:
             low, high = self.buckets[self.begun]
             self.adding.append(self.adder.begin(*self._sum(low, high), self.wire, fresh=self.fresh))
             self.begun += 1
-        while self.adding and ((first := self.adding[0]) is None or first.done()):
-            self._complete(self.adding.popleft())
+        while self.adding and all(run.done() for run in self.adding[0]):
+            for run in self.adding.popleft():
+                run.result()
+            progress.moved()
+            self.added += 1
         return bool(self.adding)
 
     def finish(self) -> None:
-        """After the exchange: wait for what is being added; all of it is added here where no peer contributes."""
-        self.add_arrived()
-        while self.adding:
-            self._complete(self.adding.popleft())
+        """After the exchange, which goes on as long as anything is being added: the sum where no peer contributes."""
+        assert not self.adding
         if not self.arrived and self.buckets:
             own = self._sum(self.edges[self.rank], self.edges[self.rank + 1])
             self.adder.add(*own, self.wire, fresh=self.fresh)
-
-    def _complete(self, sum_: Future[None] | None) -> None:
-        if sum_ is not None:
-            sum_.result()
-            progress.moved()
-        self.added += 1
 
     def _sum(self, low: int, high: int) -> tuple[Array, list[Pieces]]:
         """The total of [low, high), and the contributions to it in the order of the ranks."""

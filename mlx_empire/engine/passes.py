@@ -19,7 +19,7 @@ from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
 from mlx_empire.engine.loss import Chunk, head_gradients, head_loss, head_readings, head_scores, logit_chunks
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.engine.traces import Arrays, Traces, without_arrays
+from mlx_empire.engine.traces import Arrays, Traces
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.by_pattern import ByPattern
 from mlx_empire.model.attention.patterns import Cuts, cuts_of
@@ -159,23 +159,21 @@ class Passes:
 
         `what`: all else that the body depends on.
         """
-        own, rest, joined = without_arrays(self._given(layer, r))
         documents = self._documents(layer, r)
         if seeded := self._noise is not None and self._slotted.layers[layer].training:
             self._noise.seed(r.position, layer)
         count, masked = len(arrays), documents is not None
 
-        def whole(weights: Arrays, arrays: Arrays) -> tuple[list[mx.array], Any]:
-            own = arrays[count + masked :]
+        def whole(weights: Arrays, arrays: Arrays, given: LayerArguments) -> tuple[list[mx.array], Any]:
             documents = arrays[count] if masked else None
 
             def call(hidden: mx.array, calls: Calls | None) -> mx.array:
-                return self._call(layer, hidden, joined(own), documents, calls)
+                return self._call(layer, hidden, given, documents, calls)
 
             return body(call, weights, arrays[:count])
 
-        arrays = [*arrays, *(() if documents is None else (documents,)), *own]
-        return self.traces.run(layer, (*what, masked, rest), whole, arrays, seeded=seeded)
+        arrays = [*arrays, *(() if documents is None else (documents,))]
+        return self.traces.run(layer, (*what, masked), whole, arrays, self._given(layer, r), seeded=seeded)
 
     def _given(self, index: int, r: Running) -> LayerArguments:
         """What a layer is given for the micro-batch, where documents are kept apart by its pattern with that."""

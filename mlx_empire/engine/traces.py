@@ -11,7 +11,8 @@ round otherwise: one that contracts products and sums is found out at the start,
 a product of a square, which MLX's own kernel takes from the library). On Metal nobody has looked.
 
 A layer that cannot be traced is called by itself: one that looks at numbers in Python, that changes itself when it is
-called, that takes powers (gelu by tanh), or that draws random numbers which nobody has seeded. `untraced` says so.
+called, that takes powers (gelu by tanh), that draws random numbers which nobody has seeded, or that is given objects of
+which nobody knows what they hold. `untraced` says so.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
+from mlx_empire.cluster.machine import computes_on_gpu
 from mlx_empire.comm.buffers import host_view
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
@@ -40,8 +42,9 @@ from mlx_empire.optim.compile import compiling_alone, may_compile
 MOST = 64  # traces that are kept although the last step had no use for them
 COMPARED_BYTES = 1 << 20  # larger constants are the same only where they are one array
 Arrays = Sequence[mx.array]
-# Of the layer's trained tensors and further arrays: results, and what there is to know about them beside their values.
-Body = Callable[[Arrays, Arrays], tuple[list[mx.array], Any]]
+# Of the layer's trained tensors, further arrays and the layer's arguments: results, and what there is to know about
+# them beside their values.
+Body = Callable[[Arrays, Arrays, LayerArguments], tuple[list[mx.array], Any]]
 
 
 class Traces:
@@ -69,24 +72,32 @@ class Traces:
         self._used = set()
 
     def run(
-        self, index: int, what: Hashable, body: Body, given: Arrays, *, seeded: bool
+        self,
+        index: int,
+        what: Hashable,
+        body: Body,
+        given: Arrays,
+        arguments: LayerArguments,
+        *,
+        seeded: bool,
     ) -> tuple[list[mx.array], Any]:
-        """What `body` gives for layer `index`, lazily; afterwards the layer has its own tensors.
+        """What `body` gives for layer `index` of `given` and `arguments`, lazily; afterwards the layer has its own
+        tensors.
 
-        `what`: all that the body depends on beside the layer and what it is given. `seeded`: MLX's generator was
-        seeded for this very call.
+        `what`: all that the body depends on beside the layer and what it is given; its trace stays, so it must hold no
+        arrays. `seeded`: MLX's generator was seeded for this very call.
         """
         layer = self._layers[index]
         if self._compiles and type(layer) not in self.untraced:
             try:
-                return self._traced(index, what, body, given, seeded)
+                return self._traced(index, what, body, given, arguments, seeded)
             except UserError:
                 raise
             except Exception as error:  # foreign code: called by itself it may well run
                 self._compiles_not(layer, error)
         weights = self._store.bound(index + 1)
         try:
-            return body(weights, given)
+            return body(weights, given, arguments)
         finally:
             self._store.rebind(index + 1, weights)
 
@@ -108,14 +119,22 @@ class Traces:
         )
 
     def _traced(
-        self, index: int, what: Hashable, body: Body, given: Arrays, seeded: bool
+        self,
+        index: int,
+        what: Hashable,
+        body: Body,
+        given: Arrays,
+        arguments: LayerArguments,
+        seeded: bool,
     ) -> tuple[list[mx.array], Any]:
+        own, rest, joined = without_arrays(arguments)
+        first, given = len(given), _by_rows([*given, *own])
         layer, tensors = self._layers[index], self._store.all_bound(index + 1)
         if index not in self._functions:
             self._functions[index] = function_of(layer, self._store.places(index + 1))
         function, present = self._functions[index]
         places = tuple(tuple(one.places) for one in present)
-        key = function, places, layer.training, what, tuple((a.shape, a.dtype) for a in given)
+        key = function, places, layer.training, what, rest, tuple((a.shape, a.dtype) for a in given)
         self._used.add(key)
         if key in self._known:
             compiled, notes = self._known[key]
@@ -124,7 +143,8 @@ class Traces:
 
         def whole(*arrays: mx.array) -> list[mx.array]:
             trained = self._store.rebind_all(index + 1, arrays[:count])
-            results, note = body(trained, arrays[count:])
+            others = arrays[count:]
+            results, note = body(trained, others[:first], joined(others[first:]))
             if "Power" in _operations(results):
                 raise RuntimeError("it takes powers, which fused kernels round otherwise")
             notes.append(note)
@@ -150,19 +170,45 @@ class _Hole:
 def without_arrays(
     given: LayerArguments,
 ) -> tuple[list[mx.array], Hashable, Callable[[Arrays], LayerArguments]]:
-    """The arrays among a layer's arguments, all the rest, and what puts others in the arrays' places."""
-    tree = [list(given.positional), given.keywords]
-    leaves = tree_flatten(tree)
-    arrays = [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
-    rest = tuple((path, _Hole if isinstance(leaf, mx.array) else _plain(leaf)) for path, leaf in leaves)
+    """The arrays among a layer's arguments, all the rest, and what puts others in the arrays' places, which holds none.
+
+    TypeError where the rest is more than plain values: one object cannot be told from a later one at its address.
+    """
+    arrays: list[mx.array] = []
+
+    def said(value: Any) -> Hashable:
+        if isinstance(value, mx.array):
+            arrays.append(value)
+            return _Hole
+        if type(value) is dict:
+            return dict, tuple((key, said(own)) for key, own in value.items())
+        if type(value) in (list, tuple):
+            return type(value), tuple(map(said, value))
+        if not _is_plain(value):
+            raise TypeError(
+                f"it is given a {type(value).__name__}, which is neither an array nor a plain value"
+            )
+        return type(value), value
+
+    tree, pattern = (given.positional, given.keywords), given.pattern
+    rest = said(tree)
     holes = tree_map(lambda leaf: _Hole if isinstance(leaf, mx.array) else leaf, tree)
 
     def joined(arrays: Arrays) -> LayerArguments:
         values = iter(arrays)
         positional, keywords = tree_map(lambda leaf: next(values) if leaf is _Hole else leaf, holes)
-        return LayerArguments(tuple(positional), keywords, given.pattern)
+        return LayerArguments(positional, keywords, pattern)
 
-    return arrays, (rest, given.pattern), joined
+    return arrays, (rest, pattern), joined
+
+
+def _by_rows(arrays: Arrays) -> Arrays:
+    """The arrays, each laid out by rows; lazily, and free for one that is and has a buffer of its own.
+
+    MLX's CPU builds another kernel for another layout, and kernels are built under the lock at a trace's first
+    evaluation only (`evaluated`). A unit's tensors are laid out so, as parts of flat buffers. A GPU needs no lock.
+    """
+    return arrays if computes_on_gpu() else [mx.contiguous(array) for array in arrays]
 
 
 # ---- what a layer computes
@@ -210,10 +256,13 @@ def function_of(layer: nn.Module, tensors: set[tuple[int, Any]]) -> tuple[Hashab
     return said(layer), present
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value is told by its class and what it equals."""
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes | Enum | mx.Dtype)
+
+
 def _plain(value: Any) -> Hashable:
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | Enum | mx.Dtype):
-        return type(value), value
-    return id(value)
+    return (type(value), value) if _is_plain(value) else id(value)
 
 
 def _constant(array: mx.array) -> Hashable:

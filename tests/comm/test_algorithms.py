@@ -35,10 +35,10 @@ class AddsLater(Adder):
         super().__init__()
         self.begun: list[tuple[Future[None], Callable[[], None]]] = []
 
-    def begin(self, total, contributions, wire, *, fresh=False) -> Future[None]:
+    def begin(self, total, contributions, wire, *, fresh=False) -> list[Future[None]]:
         future: Future[None] = Future()
         self.begun.append((future, lambda: self.add(total, contributions, wire, fresh=fresh)))
-        return future
+        return [future]
 
     def do(self, random: Random) -> None:
         """One of what has begun."""

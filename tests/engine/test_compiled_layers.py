@@ -5,7 +5,10 @@ What those give is held against whole models and the oracle elsewhere.
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -32,6 +35,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine import traces
 from mlx_empire.engine.traces import function_of
 from mlx_empire.engine.trainer import Trainer
+from mlx_empire.model.layers import LayerArguments
 from mlx_empire.model.lora import Present
 
 DAILY = ("llama stage 0 packed", "qwen3_moe stage 2 lora", "llama stage 3 tail 0 cells 4")
@@ -148,6 +152,73 @@ def test_a_layer_that_cannot_be_traced_is_called_and_said_once(call, why, monkey
     assert why in line
     assert "\n" not in line
     assert np.isfinite(np.array(mx.random.normal((1,)))).all(), "the generator is whole"
+
+
+@dataclass(frozen=True)
+class Telling:
+    """What a model passes to its layers beside arrays and plain values."""
+
+
+def test_a_layer_that_is_given_an_unknown_object_is_called_and_said_once(monkeypatch):
+    """A later object may lie at the address of the one that was there at the trace."""
+    model = llama.LlamaModel.__call__
+    monkeypatch.setattr(
+        llama.LlamaModel,
+        "__call__",
+        lambda self, inputs, *_, **more: model(self, inputs, [Telling()] * len(self.layers)),
+    )
+    monkeypatch.setattr(
+        llama.TransformerBlock, "__call__", lambda self, x, mask, cache: CALL(self, x, mask, None)
+    )
+    made, (line,) = both()
+    assert made == 0
+    assert "(it is given a Telling, which is neither an array nor a plain value)" in line
+
+
+def test_a_trace_holds_none_of_the_arrays_that_a_layer_was_given(monkeypatch):
+    given, taken = [], traces.without_arrays
+
+    def noting(arguments: LayerArguments) -> Any:
+        arrays, *rest = taken(arguments)
+        given.extend(map(weakref.ref, arrays))
+        return arrays, *rest
+
+    monkeypatch.setattr(traces, "without_arrays", noting)
+    monkeypatch.setattr(
+        llama, "create_attention_mask", lambda h, _: mx.tril(mx.ones((h.shape[1],) * 2, mx.bool_))
+    )
+    _, trainer, said = run(Case(**SMALL, compiled=True))
+    passes = trainer.streamed._passes
+    passes.begin()  # what the last step's micro-batches were given goes
+    gc.collect()
+    assert not said
+    assert len(passes.traces._known) == 2
+    assert given
+    assert not any(mask() is not None for mask in given)
+
+
+def test_all_that_a_trace_is_given_is_laid_out_by_rows(monkeypatch):
+    """Kernels for another layout would be built behind the lock's back, after the first evaluation."""
+    compile_, laid_out = mx.compile, []
+
+    def noting(function: Any, inputs: Any = None, **more: Any) -> Any:
+        compiled = compile_(function, inputs=inputs, **more)
+
+        def call(*arrays: mx.array) -> Any:
+            mx.eval(arrays)
+            laid_out.extend(memoryview(array).c_contiguous for array in arrays)
+            return compiled(*arrays)
+
+        return call if inputs is mx.random.state else compiled
+
+    def turned(self, x, *rest, **more):
+        return mx.contiguous(CALL(self, x, *rest, **more).swapaxes(1, 2)).swapaxes(1, 2)
+
+    monkeypatch.setattr(mx, "compile", noting)
+    monkeypatch.setattr(llama.TransformerBlock, "__call__", turned)
+    assert both() == (2, [])
+    assert laid_out
+    assert all(laid_out)
 
 
 def test_where_fused_kernels_round_otherwise_no_layer_is_traced(monkeypatch):

@@ -115,6 +115,12 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
                 ("llama", 1024, 2, 1, {"name": " by pattern", "by_pattern": True}),
             )
         },
+        **{  # layers that run by one trace
+            f"llama 384 stage {stage}{name}, compiled": setting(
+                "llama", 384, stage, [1], compiled=True, **more
+            )
+            for name, stage, more in (("", 2, {}), (", lora", 3, {"tuning": tuned("lora")}))
+        },
         "llama 384 stage 3, lora, 12 micro-batches in waves of 2": setting(
             "llama", 384, 3, [1], micro_batches=12, wave=2, tuning=tuned("lora")
         ),

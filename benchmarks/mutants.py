@@ -79,7 +79,7 @@ MUTANTS = (
         "model/layers.py",
         "combine(given_mask(layer, given), same_document(documents))",
         "given_mask(layer, given)",
-        ("tests/engine/test_steps.py",),
+        ("tests/engine/test_across_ranks.py",),
     ),
     Mutant(
         "documents of a long packed row see one another",
@@ -138,7 +138,7 @@ MUTANTS = (
         ("tests/plan/test_cells_and_shares.py",),
     ),
     Mutant(
-        "the order of rows hangs on the number of those read before",
+        "a source reads its rows in the order of another one's next epoch",
         "data/order.py",
         "source * EPOCHS_PER_SOURCE + epoch",
         "source + epoch",

@@ -127,14 +127,15 @@ def lanes_of(timeline: Timeline, names: Sequence[str]) -> list[Lane]:
 
 
 def _spans(events: Sequence[Event], seconds: float) -> tuple[Span, ...]:
+    """Spans that follow one another: of what is added beside its exchange, the part after that."""
     spans: list[Span] = []
     for event in sorted(events, key=lambda e: (e.start, e.end)):
         kind = "add" if event.lane == ADD else _KIND_OF.get(event.what, event.what)
         last = spans[-1] if spans else None
         if last is not None and last.kind == kind and event.start - last.end < CLOSE * seconds:
             spans[-1] = last._replace(end=max(last.end, event.end))
-        else:
-            spans.append(Span(kind, event.start, event.end))
+        elif last is None or event.end > last.end:
+            spans.append(Span(kind, max(event.start, last.end if last else 0.0), event.end))
     return tuple(spans)
 
 

@@ -43,3 +43,8 @@ def test_epochs_and_seeds_differ():
 def test_positions_run_through_the_epochs(rows, seed, first, count):
     endless = np.concatenate([epoch_order(rows, seed, e) for e in range((first + count) // rows + 1)])
     assert Shuffled(rows, seed).rows_at(first, count).tolist() == endless[first : first + count].tolist()
+
+
+def test_no_source_reads_its_rows_in_the_order_of_another_ones_epoch():
+    orders = [tuple(epoch_order(50, 3, epoch, source)) for source in range(3) for epoch in range(3)]
+    assert len(set(orders)) == len(orders)

@@ -18,6 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+HEAD = """\
+# Changed lines that the daily tests see
+
+Part of [the README](../README.md). `make mutants` writes it: one line after the other is changed in a copy of the checkout,
+and the tests beside it, of those that `make test` runs, must fail. On the copy as it is they must pass.
+
+"""
 COPIED = ("mlx_empire", "tests", "recipes", "hosts", "docs", "benchmarks", "pyproject.toml", "README.md")
 
 
@@ -190,12 +197,12 @@ def run_tests(folder: Path, tests: Sequence[str]) -> int:
 
 
 def page(rows: Sequence[tuple[Mutant, bool]]) -> str:
-    """The table of what was seen."""
+    """docs/mutants.md: the table of what was seen."""
     lines = ["| changed line | in | seen by |", "|---|---|---|"]
     for mutant, seen in rows:
         by = ", ".join(f"`{test}`" for test in mutant.tests) if seen else "**nothing**"
         lines.append(f"| {mutant.what} | `{mutant.file}` | {by} |")
-    return "\n".join(lines) + "\n"
+    return HEAD + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

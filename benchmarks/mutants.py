@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAD = """\
 # Changed lines that the daily tests see
 
-Part of [the README](../README.md). `make mutants` writes it: one line after the other is changed in a copy of the checkout,
-and the tests beside it, of those that `make test` runs, must fail. On the copy as it is they must pass.
+Part of [the README](../README.md). `make mutants` writes it: one line after another is changed in a copy of the
+checkout, and the tests beside it, of those that `make test` runs, must fail. On the copy as it is they must pass.
 
 """
 COPIED = ("mlx_empire", "tests", "recipes", "hosts", "docs", "benchmarks", "pyproject.toml", "README.md")

@@ -19,7 +19,8 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.passes import Passes, Running
+from mlx_empire.engine.layer_calls import Running
+from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.trace import StepTrace
 from mlx_empire.engine.update import Updater
 from mlx_empire.plan.actions import Action

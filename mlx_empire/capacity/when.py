@@ -13,7 +13,7 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.lengths import ASSUMED_STEPS, DataSize
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.text import run_length
-from mlx_empire.run.agree import load_data
+from mlx_empire.run.shared_rows import load_data
 from mlx_empire.run.sources import data_size
 
 if TYPE_CHECKING:

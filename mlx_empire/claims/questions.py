@@ -1,100 +1,31 @@
 """What is asked about the documents' numbers, answered by the plan of this program: bytes, verdicts, seconds, dollars.
 
-Decides what stands for what a document leaves open: `recipes/scout.yaml` with the model in question, on the empire's
-clusters as `hosts/` has them; rows of 2,048 positions for adapters, as S2 says. No answer is written down here.
+No answer is written down here; what a document leaves open is `assumed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Callable
 
+from mlx_empire.claims.assumed import ADAPTERS, EMPIRE, SCOUT, TECHNIQUES, at_rest, on_one, planned, scout
 from mlx_empire.claims.judge import TO_MEASURE, Ours
-from mlx_empire.cluster.hostfile import Node, default_limit
-from mlx_empire.cluster.machine import OWN_MEMORY_USABLE
+from mlx_empire.cluster.hostfile import default_limit
 from mlx_empire.model import catalog
 from mlx_empire.model.target import catalog_target, shaped_target
 from mlx_empire.optim.choose import state_bytes_of
-from mlx_empire.plan.assess import Assessment, assess
+from mlx_empire.plan.assess import Assessment
 from mlx_empire.plan.chips import GIGA, TERA, chip_named
 from mlx_empire.plan.federation import fitting_models
 from mlx_empire.plan.hardware import DOLLARS_PER_KWH, WIRES, YEARS_OF_USE, hourly_wear, standard_clusters
 from mlx_empire.plan.largest import DENSE, MIXTURE, largest
 from mlx_empire.plan.lengths import DataSize, Lengths
 from mlx_empire.plan.pace import cloud_of, pace_of, spell
-from mlx_empire.plan.serving import USABLE, cache_bytes_per_token, resting_bytes
+from mlx_empire.plan.serving import USABLE, resting_bytes
 from mlx_empire.plan.work import flops_per_token, trained_bytes
 from mlx_empire.recipe.changes import variant
-from mlx_empire.recipe.load import load_recipe
-from mlx_empire.recipe.packaged import recipe_file
-from mlx_empire.recipe.schema import Recipe
 from mlx_empire.sizes import GIB
 
-EMPIRE, SCOUT = "1K+3S", "llama-4-scout-109b"
 WORDS = {"fits": "yes", "tight": "tight", "no": "no"}  # of a verdict, as the documents say it
-Settings = dict[str, Any]
-# The documents' techniques, one after the other, as keys of a recipe. All but ZeRO-2 with everything divided, which
-# is what a sum over all machines means.
-PURE: Settings = {
-    "model.dtype": "float32",
-    "memory.gradient_checkpointing": False,
-    "memory.zero_stage": 3,
-    "memory.gradient_dtype": "float32",
-    "optimizer.state_bits": 32,
-}
-CHECKPOINTING: Settings = {"memory.gradient_checkpointing": True}
-HALF: Settings = {"model.dtype": "bfloat16", "memory.gradient_dtype": "bfloat16"}
-EIGHT_BIT: Settings = {"optimizer.state_bits": 8}
-STAGE_2: Settings = {"memory.zero_stage": 2}
-TECHNIQUES = {
-    "pure": PURE,
-    "checkpointing": PURE | CHECKPOINTING,
-    "half": PURE | CHECKPOINTING | HALF,
-    "pure-half": PURE | HALF,
-    "all": PURE | CHECKPOINTING | HALF | EIGHT_BIT,
-    "zero-2": PURE | CHECKPOINTING | HALF | EIGHT_BIT | STAGE_2,
-    "product": {},  # as the recipe says: what is `auto` is chosen
-}
-ADAPTERS: Settings = {
-    "tuning.type": "lora",
-    "tuning.rank": 16,
-    "tuning.targets": None,
-    "data.sequence_length": 2048,
-    "batch.global_size": 16,
-    "optimizer.state_bits": 32,
-}
-
-
-@cache
-def scout() -> Recipe:
-    """The recipe that comes with the package."""
-    return load_recipe(recipe_file("scout"))
-
-
-def on(nodes: Sequence[Node], model: str, settings: Settings) -> Assessment:
-    """The recipe with a catalog model and other settings, on nodes."""
-    recipe = variant(scout(), settings)
-    return assess(recipe, catalog_target(model, recipe).spec, nodes, state_bytes_of)
-
-
-@cache
-def planned(model: str, cluster: str, techniques: str) -> Assessment:
-    """`on` a cluster of the empire."""
-    return on(standard_clusters()[cluster], model, TECHNIQUES[techniques])
-
-
-@cache
-def on_one(model: str, gb: float, chip: str, kind: str) -> Assessment:
-    """`on` one machine or card of so many GB with adapters (`lora`, or `qlora` on 4 bits or `ternary`) or whole."""
-    settings: Settings = ADAPTERS | {"tuning.type": kind}
-    if kind == "ternary":
-        settings |= {"tuning.type": "qlora", "tuning.bits": "ternary"}
-    if kind == "full":
-        settings |= TECHNIQUES["all"] | {"tuning.rank": None, "memory.zero_stage": "auto"}
-    memory = int(gb * GIB)
-    limit = int(OWN_MEMORY_USABLE * memory) if not chip.startswith("M") else default_limit(memory)
-    return on([Node("one", 1, None, memory, limit, None, chip, measured=False)], model, settings)
 
 
 def gb(size: float) -> str:
@@ -339,21 +270,14 @@ def full_gb(model: str, techniques: str = "pure") -> Ours:
     return Ours(sum(parts.values()) / GIGA, f"{count / 1e9:.2f} B x ({each}), no activations")
 
 
-def _resting(model: str, context: int) -> tuple[int, int]:
-    """Bytes of a model's weights at 16 bits, and of a conversation's cache."""
-    recipe = variant(scout(), ADAPTERS)
-    spec = catalog_target(model, recipe).spec
-    return resting_bytes(spec, trained=False), context * cache_bytes_per_token(spec)
-
-
 def served(model: str, context: int, count: int = 1) -> Ours:
-    weights, cache = _resting(model, context)
+    weights, cache = at_rest(model, context)
     each = f"weights {gb(weights)}" + (f" + cache {gb(cache)}" if cache else "")
     return Ours(count * (weights + cache) / GIGA, f"{count} x ({each})" if count > 1 else each)
 
 
 def models_held(model: str, gb: float, context: int) -> Ours:
-    weights, cache = _resting(model, context)
+    weights, cache = at_rest(model, context)
     limit = default_limit(int(gb * GIB))
     room = int(USABLE * limit)
     return Ours(
@@ -363,7 +287,7 @@ def models_held(model: str, gb: float, context: int) -> Ours:
 
 
 def least_memory(model: str, context: int) -> Ours:
-    weights, cache = _resting(model, context)
+    weights, cache = at_rest(model, context)
     size = next(
         size
         for size in range(1, 1024)
@@ -373,7 +297,7 @@ def least_memory(model: str, context: int) -> Ours:
 
 
 def swap(model: str, chip: str) -> Ours:
-    weights, _ = _resting(model, 0)
+    weights, _ = at_rest(model, 0)
     disk = chip_named(chip).disk_rate
     low, high = weights / disk[1], weights / disk[0]
     return Ours((low, high), f"{gb(weights)} / {spell((disk[0] / GIGA, disk[1] / GIGA))} GB/s")

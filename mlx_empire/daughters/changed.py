@@ -23,8 +23,8 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.recipe.changes import changes, harmless
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.run.agree import load_data
 from mlx_empire.run.names import RECIPE, plan_of
+from mlx_empire.run.shared_rows import load_data
 
 # Where things lie; what is found there is compared by digest. A later generation has rows and a start of its own.
 _PLACES = ("run.dir", "data.path", "model.path")

@@ -41,11 +41,12 @@ from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import MetricsWriter
 from mlx_empire.run import result
-from mlx_empire.run.agree import load_data, load_evaluator, share_gate
+from mlx_empire.run.agree import load_evaluator, share_gate
 from mlx_empire.run.folder import refuse_other_scorers, write_plan
 from mlx_empire.run.job import Job
 from mlx_empire.run.parent import Lineage, beside_plan, lineage_of, read_parent
 from mlx_empire.run.resume import require_same, require_steps_left
+from mlx_empire.run.shared_rows import load_data
 
 Tell = Callable[..., None]  # tell(name, **fields)
 

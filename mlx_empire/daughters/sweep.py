@@ -35,12 +35,13 @@ from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, EvaluationSet, worse_by
 from mlx_empire.recipe.load import dump_recipe, load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
-from mlx_empire.run.agree import load_data, share_nodes
+from mlx_empire.run.agree import share_nodes
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.job import Job
 from mlx_empire.run.launched import COMPLETE
 from mlx_empire.run.lock import RunLock
 from mlx_empire.run.resume import require_same
+from mlx_empire.run.shared_rows import load_data
 from mlx_empire.run.what_next import next_commands
 
 FILE_NAME = "sweep.json"

@@ -5,11 +5,9 @@ Everything is evaluated between the calls of `mx.vjp`, outside any transformatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,50 +15,15 @@ import numpy as np
 from mlx_empire.cluster.machine import computes_on_gpu
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
+from mlx_empire.engine.layer_calls import Call, LayerCalls, Running, differentiated
 from mlx_empire.engine.loss import Chunk, head_gradients, head_loss, head_readings, head_scores, logit_chunks
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.engine.traces import Arrays, Traces
-from mlx_empire.errors import UserError
-from mlx_empire.model.attention.by_pattern import ByPattern
-from mlx_empire.model.attention.patterns import Cuts, cuts_of
+from mlx_empire.engine.traces import Arrays
+from mlx_empire.model.attention.patterns import cuts_of
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.head_loss import head_chunks, joined_chunks
-from mlx_empire.model.kept import Calls, Kept, Noting, Reusing, calling
-from mlx_empire.model.layers import LayerArguments, LayerNoise, SlottedModel, hidden_of, separate
-
-Call = Callable[[mx.array, Calls | None], mx.array]  # a layer's, of the hidden state
-PassBody = Callable[[Call, Arrays, Arrays], tuple[list[mx.array], Any]]
-
-
-@dataclass
-class Running:
-    """A micro-batch on its way. `position` counts this rank's micro-batches of the step.
-
-    `batch`: inputs, targets and mask, each (rows, width); `hidden`: the current hidden state or cotangent
-    (rows, width, hidden); `inputs`: by layer what its backward needs, and `kept`: what it need not compute again;
-    `loss`: (rows,), in the end. `documents` of packed rows: (rows, width), and `cuts`: where they begin.
-    """
-
-    position: int
-    batch: tuple[mx.array, mx.array, mx.array]
-    arguments: list[LayerArguments]
-    documents: mx.array | None
-    cuts: Cuts
-    hidden: mx.array
-    inputs: dict[int, mx.array] = field(default_factory=dict)
-    kept: dict[int, Kept] = field(default_factory=dict)
-    loss: mx.array | None = None
-
-
-def differentiated(run: Callable[[mx.array], mx.array], x: mx.array, *, in_full: bool) -> mx.array:
-    """`run(x)` by the kernels that MLX takes where it is differentiated: the first half of a vjp, and no second one.
-
-    On Metal attention has kernels of its own there; so a layer's result has the bits that it has when the backward
-    computes it again. `in_full`: compiled functions too run operation by operation, as they do in the backward. A GPU's
-    kernels for that are others; a CPU's give the same bits and take a tenth of a step longer.
-    """
-    (output,), _ = mx.vjp(lambda traced: mx.stop_gradient(run(traced if in_full else x)), [x], [])
-    return output
+from mlx_empire.model.kept import Kept, Noting, Reusing
+from mlx_empire.model.layers import LayerArguments, LayerNoise, SlottedModel
 
 
 class Passes:
@@ -88,10 +51,10 @@ class Passes:
         strict: bool = True,
         compiles: bool = False,
     ) -> None:
-        self._slotted, self._store, self._noise, self._tokens = slotted, store, noise, tokens
+        self._slotted, self._store, self._tokens = slotted, store, tokens
         self._table, self._strict = table, strict
-        self._by_pattern = ByPattern(slotted.layers, kernels)
-        self.traces = Traces(slotted.layers, store, compiles=compiles)
+        self._calls = LayerCalls(slotted, store, noise, kernels, compiles=compiles)
+        self.traces = self._calls.traces
         self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
         self._shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
         self._evaluating = False
@@ -124,7 +87,7 @@ class Passes:
         # They depend on the shape alone (checked before training): micro-batches of one shape share them.
         shape = tuple(inputs.shape)
         if shape not in self._shapes:
-            self._shapes[shape] = self._by_pattern.settled(hidden, arguments)
+            self._shapes[shape] = self._calls.by_pattern.settled(hidden, arguments)
         documents = None if micro.documents is None else mx.array(micro.documents)
         cuts = () if micro.documents is None else cuts_of(micro.documents)
         self._store.evaluate(hidden, documents)
@@ -143,7 +106,7 @@ class Passes:
             output = differentiated(through, given[0], in_full=self.in_full) if strict else through(given[0])
             return [output, *noting.kept.arrays()], list(noting.kept.products)
 
-        (output, *kept), numbers = self._run(layer, r, ("forward", strict, *products), run, [r.hidden])
+        (output, *kept), numbers = self._calls.run(layer, r, ("forward", strict, *products), run, [r.hidden])
         if products:
             r.kept[layer] = Kept.of(numbers, kept)
         with self.traces.evaluated():
@@ -151,67 +114,6 @@ class Passes:
         if keep_input:
             r.inputs[layer] = r.hidden
         r.hidden = output
-
-    def _run(
-        self, layer: int, r: Running, what: tuple[Hashable, ...], body: PassBody, arrays: Arrays
-    ) -> tuple[list[mx.array], Any]:
-        """What `body` gives of the layer's call for the micro-batch, of its trained tensors and of `arrays`, lazily.
-
-        `what`: all else that the body depends on.
-        """
-        documents = self._documents(layer, r)
-        if seeded := self._noise is not None and self._slotted.layers[layer].training:
-            self._noise.seed(r.position, layer)
-        count, masked = len(arrays), documents is not None
-
-        def whole(weights: Arrays, arrays: Arrays, given: LayerArguments) -> tuple[list[mx.array], Any]:
-            documents = arrays[count] if masked else None
-
-            def call(hidden: mx.array, calls: Calls | None) -> mx.array:
-                return self._call(layer, hidden, given, documents, calls)
-
-            return body(call, weights, arrays[:count])
-
-        arrays = [*arrays, *(() if documents is None else (documents,))]
-        return self.traces.run(layer, (*what, masked), whole, arrays, self._given(layer, r), seeded=seeded)
-
-    def _given(self, index: int, r: Running) -> LayerArguments:
-        """What a layer is given for the micro-batch, where documents are kept apart by its pattern with that."""
-        given = r.arguments[index]
-        return given if given.pattern is None else replace(given, pattern=given.pattern.packed(r.cuts))
-
-    def _documents(self, index: int, r: Running) -> mx.array | None:
-        """The documents of the micro-batch, where a layer's mask has to keep them apart."""
-        return r.documents if r.arguments[index].pattern is None else None
-
-    def _layer(self, index: int, hidden: mx.array, r: Running) -> mx.array:
-        """A layer's call, with its noise."""
-        if self._noise is not None and self._slotted.layers[index].training:
-            self._noise.seed(r.position, index)
-        return self._call(index, hidden, self._given(index, r), self._documents(index, r), None)
-
-    def _call(
-        self,
-        index: int,
-        hidden: mx.array,
-        given: LayerArguments,
-        documents: mx.array | None,
-        calls: Calls | None,
-    ) -> mx.array:
-        layer = self._slotted.layers[index]
-        if documents is not None:
-            given = separate(layer, given, documents)
-        if calls is None:
-            output = hidden_of(self._by_pattern.call(layer, hidden, given))
-        else:
-            with calling(calls.product):
-                output = hidden_of(self._by_pattern.call(layer, hidden, given, calls.attention))
-        if not isinstance(output, mx.array):
-            raise UserError(
-                f"{self._slotted.name}: layer {index} returns {type(output).__name__}, not one array; "
-                "this architecture cannot be streamed"
-            )
-        return output
 
     # ---- head
 
@@ -246,7 +148,7 @@ class Passes:
         def through_layers(tensors: list[list[mx.array]], hidden: mx.array) -> tuple[mx.array, ...]:
             for i, arrays in zip(layers, tensors, strict=True):
                 self._store.rebind(i + 1, arrays)
-                hidden = self._layer(i, hidden, r)
+                hidden = self._calls.untraced(i, r, hidden)
             constant = mx.stop_gradient(hidden)
             chunks = list(head_chunks(self._call_head, heads, constant, r.batch, total, self._tokens))
             cotangent = mx.stop_gradient(joined_chunks([part for _, _, part in chunks]))
@@ -302,7 +204,7 @@ class Passes:
             return mx.vjp(through, [*weights, hidden], [cotangent])[1], None
 
         arrays = [r.inputs.pop(layer), r.hidden, *kept.arrays()]
-        gradients, _ = self._run(layer, r, ("backward", some, *numbers), run, arrays)
+        gradients, _ = self._calls.run(layer, r, ("backward", some, *numbers), run, arrays)
         if onward:
             r.hidden = gradients[-1]
         return list(gradients[:-1])

@@ -17,8 +17,9 @@ import numpy as np
 from mlx_empire import progress
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, GradientStore, MicroBatchSum
+from mlx_empire.engine.layer_calls import Running
 from mlx_empire.engine.loss import of_all_rows
-from mlx_empire.engine.passes import Passes, Running
+from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.update import Updater
 from mlx_empire.plan.actions import ALL_UNITS, Action, Reader, StepShape

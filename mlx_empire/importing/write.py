@@ -23,14 +23,13 @@ from rich.text import Text
 
 from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
-from mlx_empire.disk import create_private
 from mlx_empire.errors import UserError
 from mlx_empire.importing.packing_error import packing_error
 from mlx_empire.importing.rules import MAPPED, NOT_POSSIBLE, REPLACED, Meaning, meaning_of
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.explain import leaf_fields, sections
 from mlx_empire.recipe.load import MAX_BYTES, parse_recipe
-from mlx_empire.recipe.text import KeyPath, one_line, parse_yaml, read_small_text
+from mlx_empire.recipe.text import KeyPath, one_line, parse_yaml, read_small_text, write_new_text
 from mlx_empire.report.html import refuse_unwritable_file, write_file
 
 HEADING, ITEM = "heading", "item"
@@ -78,7 +77,7 @@ def import_command(options: argparse.Namespace) -> int:
         parse_recipe(text, str(out))
         packed = any(line.key.rpartition(".")[2] in PACKING for line in lines)
         error = packing_error(Path(str(keys["model.path"]))) if packed else None
-        _write(out, text)
+        write_new_text(out, text)
         show_lines(options.file, lines, added)
         if error is not None:
             print(error.sentence())
@@ -239,19 +238,6 @@ def _sections(keys: Mapping[str, Any], comments: Mapping[str, str]) -> str:
 def _written(value: Any) -> str:
     """A value as YAML on one line, which JSON is; a length as it is written."""
     return str(value) if isinstance(value, Duration) else json.dumps(value, ensure_ascii=False)
-
-
-def _write(out: Path, text: str) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with create_private(out) as file:
-            file.write(text.encode())
-    except FileExistsError:
-        raise UserError(
-            f"--out: {out}: is there already, and is left as it is; choose another name"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--out: {out}: {error.strerror}; choose a file that can be written") from None
 
 
 def show_lines(file: Path, lines: Sequence[SourceLine], added: Mapping[str, Any]) -> None:

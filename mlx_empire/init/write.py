@@ -25,7 +25,6 @@ from mlx_empire.cluster.match import planned_nodes
 from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
 from mlx_empire.data.files import locate
-from mlx_empire.disk import create_private
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import stored_if_whole
 from mlx_empire.model.config import read_config
@@ -35,6 +34,7 @@ from mlx_empire.plan.assess import assess
 from mlx_empire.recipe.load import load_recipe, parse_recipe, written
 from mlx_empire.recipe.packaged import RECIPES, packaged
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.recipe.text import write_new_text
 
 WIDE = 4000  # columns where nobody says how wide the output is: one line a row
 ANSWERS = {"fits": "yes", "tight": "tight", "no": "no"}
@@ -111,16 +111,7 @@ def write_recipe(options: argparse.Namespace, nodes: Sequence[Node]) -> None:
     made = filled(text, values, title, {"data.format": HELD_OUT} if valid is None else {})
     recipe = parse_recipe(made, str(out))
     answer = whether_it_fits(recipe, nodes)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with create_private(out) as file:
-            file.write(made.encode())
-    except FileExistsError:
-        raise UserError(
-            f"--out: {out}: is there already, and is left as it is; choose another name"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--out: {out}: {error.strerror}; choose a file that can be written") from None
+    write_new_text(out, made)
     hosts = "" if options.hosts is None else f" --hosts {shlex.quote(str(options.hosts))}"
     verb = "capacity" if answer == "no" else "inspect"
     why = {"yes": "it fits", "tight": "it fits, but only just"}.get(

@@ -1,4 +1,4 @@
-"""Decides how text files written by people are read, how they are quoted in a one-line message, and what is YAML.
+"""Decides how text files of people are read, how a new one is written, how they are quoted, and what is YAML.
 
 Recipes and hostfiles share this: a size limit, UTF-8, no surprises from directories or devices.
 
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 
+from mlx_empire.disk import create_private
 from mlx_empire.errors import UserError
 
 MAX_QUOTED, MAX_LINE = 60, 200
@@ -231,3 +232,17 @@ class _Builder:
             self.lines[key_path] = _line(event)
             items[event.value] = self.node(next(events), events, key_path)
         return items
+
+
+def write_new_text(out: Path, text: str) -> None:
+    """Write a file that `--out` names, private; what is there already stays. UserError where it cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with create_private(out) as file:
+            file.write(text.encode())
+    except FileExistsError:
+        raise UserError(
+            f"--out: {out}: is there already, and is left as it is; choose another name"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--out: {out}: {error.strerror}; choose a file that can be written") from None

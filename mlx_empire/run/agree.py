@@ -3,8 +3,8 @@
 Rank 0 reads what only it may have (recipe, hostfile, the model's configuration, evaluation sets) and broadcasts it;
 errors that a user can mend are agreed on, said once, and end all ranks with the same exit code.
 
-All ranks must train on the same tokens: digests are compared, and ranks whose data differ are named. What stands guard
-over a run until it ends (`standing`): the watchdog, collectives that give right answers, one run per folder.
+What stands guard over a run until it ends (`standing`): the watchdog, collectives that give right answers, one run per
+folder. The rows that all train on are `shared_rows`' business.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mlx_empire import progress
 from mlx_empire.cluster.hostfile import Node, load_hostfile
 from mlx_empire.cluster.machine import measure_this_machine
@@ -27,9 +25,8 @@ from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.watchdog import Watchdog
 from mlx_empire.data.encode import load_tokenizer
-from mlx_empire.data.rows import Dataset, Rows, Table, join_rows
-from mlx_empire.data.splits import Splits, join_splits, load_splits
-from mlx_empire.errors import EmpireError, UserError, on_all_ranks
+from mlx_empire.data.rows import Rows
+from mlx_empire.errors import EmpireError
 from mlx_empire.evaluation.gate import GateKeeper
 from mlx_empire.formats.fetched import naming_the_fetch, refuse_other_source
 from mlx_empire.formats.hf_folder import has_weights, model_digest, open_folder
@@ -77,60 +74,6 @@ def standing(comm: Communicator, recipe: Recipe) -> Iterator[Safeguards]:
         self_test(comm)
         progress.reach("start")
         yield Safeguards(comm, stack)
-
-
-def shared_splits(comm: Communicator, load: Callable[[], Splits], available: bool) -> Splits:
-    """The splits on every rank; `available`: whether this node has data and tokenizer. Collective."""
-    everywhere = all(comm.gather_json(available))
-    splits: Splits | None = None
-    with together(comm):
-        if everywhere or comm.rank == 0:
-            splits = load()
-    if not everywhere:
-        return _sent(comm, splits)
-    assert splits is not None
-    digests = comm.gather_json(splits.digest)
-    if len(set(digests)) > 1:
-        odd = [comm.hostnames[r] for r, digest in enumerate(digests) if digest != digests[0]]
-        raise on_all_ranks(
-            UserError(
-                f"data.path: {', '.join(odd)} and {comm.hostnames[0]} have different data; copy it anew"
-            )
-        )
-    return splits
-
-
-def _sent(comm: Communicator, splits: Splits | None) -> Splits:
-    """Rank 0's splits on every rank."""
-    about = comm.broadcast_json(
-        None
-        if splits is None
-        else {
-            "length": splits.train.sequence_length,
-            "packed": splits.train.packed,
-            "parts": [0 if rows is None else len(rows.parts) for rows in (splits.train, splits.valid)],
-            "report": [*splits.report, "data read by rank 0 and sent to the other ranks"],
-            "digest": splits.digest,
-        }
-    )
-
-    def sent(own: Rows | None, parts: int) -> Rows:
-        each = [None] * parts if own is None else own.parts
-        return join_rows([_dataset(comm, one, about["length"], about["packed"]) for one in each])
-
-    trained, held_out = about["parts"]
-    train = sent(splits.train if splits else None, trained)
-    valid = sent(splits.valid if splits else None, held_out) if held_out else None
-    return Splits(train, valid, about["report"], about["digest"])
-
-
-def _dataset(comm: Communicator, own: Dataset | None, length: int, packed: bool) -> Dataset:
-    kinds = {"tokens": np.int32, "counted": np.uint8, "pieces": np.int64, "rows": np.int64}
-    arrays = {}
-    for name, dtype in kinds.items():
-        values = np.array(getattr(own.table, name)) if own is not None else np.empty(0, dtype)
-        arrays[name] = comm.gather_arrays(values)[0]
-    return Dataset(Table(**arrays), length, packed)
 
 
 def greet(comm: Communicator, recipe_path: Path, overrides: Sequence[str]) -> None:
@@ -223,44 +166,6 @@ def share_target(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) 
         refuse_row_length(config, recipe.data.sequence_length, str(folder))
     allow_sinks(tensor.name for unit in target.spec.units for tensor in unit.tensors)
     return target
-
-
-def share_data(comm: Communicator, recipe: Recipe, spec: ModelSpec) -> Splits:
-    """Training and validation rows, the same on every rank. What a run goes on with is read whole, to be compared."""
-    data, folder = recipe.data, recipe.model.path
-    thorough = any(comm.gather_json(_may_go_on(recipe)))
-    tokenizer = data.format == "tokens" or folder.is_dir()
-    available = all(path.exists() for path in data.paths) and tokenizer
-    return shared_splits(comm, lambda: load_data(recipe, spec, thorough=thorough), available)
-
-
-def _may_go_on(recipe: Recipe) -> bool:
-    """Whether this rank may have a checkpoint to go on from. A place of their own is not looked at."""
-    run = recipe.run
-    begun = run.checkpoints is not None or any(
-        (run.dir / n).exists() for n in ("metrics.jsonl", "checkpoints")
-    )
-    return begun if run.resume == "auto" else run.resume != "never"
-
-
-def load_data(recipe: Recipe, spec: ModelSpec, *, thorough: bool = True) -> Splits:
-    """Training and validation rows, as this machine has them; `thorough` as in `load_splits`."""
-    data = recipe.data
-    each = {
-        path: load_splits(
-            path=path,
-            format=data.format,
-            sequence_length=data.sequence_length,
-            packing=data.packing,
-            mask_prompt=data.mask_prompt,
-            validation_split=data.validation_split or 0.0,
-            tokenizer_folder=recipe.model.path,
-            vocab_size=int(spec.text_config["vocab_size"]),
-            thorough=thorough,
-        )
-        for path in data.paths
-    }
-    return join_splits(each)
 
 
 def share_evaluator(comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> Evaluator | None:

@@ -25,7 +25,7 @@ from mlx_empire.model.config import read_config
 from mlx_empire.model.spec import ITEM_BYTES
 from mlx_empire.model.target import Target, make_target
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.run.agree import load_data
+from mlx_empire.run.shared_rows import load_data
 from mlx_empire.sizes import amount
 
 MOST_ROWS = 16

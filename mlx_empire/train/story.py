@@ -36,7 +36,6 @@ from mlx_empire.run.agree import (
     greet,
     make_reader,
     share_config,
-    share_data,
     share_evaluator,
     share_nodes,
     share_recipe,
@@ -51,6 +50,7 @@ from mlx_empire.run.job import Job
 from mlx_empire.run.parent import beside_plan, lineage_of, share_parent
 from mlx_empire.run.proof import share_proof
 from mlx_empire.run.resume import open_saver, where_to_begin
+from mlx_empire.run.shared_rows import share_data
 from mlx_empire.run.sources import sources_told
 from mlx_empire.run.stop import StopRequest
 from mlx_empire.run.trainer import explaining_memory, limit_memory, load_state, make_trainer

@@ -41,9 +41,10 @@ from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.html import refuse_unwritable_file, write_file
-from mlx_empire.run.agree import share_config, share_data, share_nodes, share_recipe, share_target
+from mlx_empire.run.agree import share_config, share_nodes, share_recipe, share_target
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.job import Job
+from mlx_empire.run.shared_rows import share_data
 from mlx_empire.run.trainer import load_weights, make_trainer
 from mlx_empire.verify.fidelity import NOISE_FLOOR, PLAIN, Finding, Outcome, Pair, audit, pairs_of
 from mlx_empire.verify.page import HEAD, FidelityReport, fidelity_document, fidelity_page, rows

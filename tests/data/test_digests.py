@@ -15,7 +15,7 @@ from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.data import cache, digests
 from mlx_empire.data.splits import Splits, load_splits
 from mlx_empire.recipe.load import parse_recipe
-from mlx_empire.run import agree
+from mlx_empire.run import shared_rows
 
 ROWS = [{"tokens": list(range(n, n + 9))} for n in range(20)]
 RECIPE = """\
@@ -133,8 +133,8 @@ def test_a_run_that_goes_on_reads_every_byte(
         told.append(options["thorough"])
         return Splits(None, None, [], "d")  # type: ignore[arg-type]
 
-    monkeypatch.setattr(agree, "load_splits", load)
+    monkeypatch.setattr(shared_rows, "load_splits", load)
     recipe = parse_recipe(RECIPE, "x", [f"run.resume={asked}"])
     spec: Any = SimpleNamespace(text_config={"vocab_size": 9})
-    agree.share_data(SoloCommunicator("here"), recipe, spec)
+    shared_rows.share_data(SoloCommunicator("here"), recipe, spec)
     assert told == [thorough]

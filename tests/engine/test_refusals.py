@@ -13,7 +13,8 @@ from support.tiny_models import FAMILIES, OTHER_FAMILIES, tiny_config
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine.passes import Passes, Running
+from mlx_empire.engine.layer_calls import Running
+from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.streamable import check_packing, probe_root, verify_scaled_down
 from mlx_empire.errors import UserError

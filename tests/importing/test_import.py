@@ -7,16 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 import pytest
 import yaml
 from support.rows import MODEL
 
 from mlx_empire.cli import main as cli
-from mlx_empire.importing.packing_error import dynamic_levels, nf4, nf4_levels, packing_error
-from mlx_empire.importing.rules import RULES, SAME, meaning_of
-from mlx_empire.recipe.foreign import KEYS
 from mlx_empire.recipe.load import load_recipe
 
 # The keys and values of the owner's configuration for a qlora of OLMo, in its nesting.
@@ -76,9 +71,6 @@ REPLACED = {
     "device_map",
     "base_model_id",
 }
-# Published with bitsandbytes: what NF4's formula must give.
-PUBLISHED = """-1.0 -0.6961928 -0.5250731 -0.3949175 -0.2844414 -0.1847734 -0.0910500 0.0 0.0795803 0.1609302 0.2461123
-0.3379152 0.4407098 0.5626170 0.7229568 1.0"""
 
 
 def imported(folder: Path, text: str, *words: str) -> dict[str, Any]:
@@ -238,61 +230,6 @@ def test_a_line_is_told_as_mapped_only_where_the_recipe_has_what_it_says(
         assert found[section].get(name) == value, key
 
 
-# By name, a value and what it means here, of the hints whose unit or sense is another one there.
-OTHER_UNITS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "train_on_inputs": (False, {"data.mask_prompt": True}),
-    "train-on-inputs": (True, {"data.mask_prompt": False}),
-    "train_on_prompt": (False, {"data.mask_prompt": True}),
-    "completion_only_loss": (None, {}),
-    "epochs": (3, {"run.steps": "3ep"}),
-    "num_epochs": (3, {"run.steps": "3ep"}),
-    "num_train_epochs": (1.5, {"run.steps": "1.5ep"}),
-    "max_steps": (-1, {}),
-    "lora_scale": (20, {"tuning.alpha": 160}),
-    "num_layers": (-1, {}),
-    "lora_layers": (16, {"tuning.layers": 16}),
-    "lora_target": ("q_proj, v_proj", {"tuning.targets": ["q_proj", "v_proj"]}),
-    "lora_target_modules": ("all", {"tuning.targets": "all-linear"}),
-    "target_modules": ("all-linear", {"tuning.targets": "all-linear"}),
-    "eval_steps": (0.1, {"run.eval_every": "10%"}),
-    "save_steps": (0.25, {"run.save_every": "25%"}),
-    "logging_steps": (5, {"report.log_every": 5}),
-    "warmup_steps": (0.03, {"schedule.warmup": "3%"}),
-    "warmup_ratio": (0.03, {"schedule.warmup": "3%"}),
-    "eval_strategy": ("no", {}),
-    "evaluation_strategy": ("epoch", {"run.eval_every": "1ep"}),
-    "save_strategy": ("epoch", {"run.save_every": "1ep"}),
-    "val_batches": (-1, {}),
-    "max_grad_norm": (0, {"optimizer.clip_norm": None}),
-    "gradient_clipping": (0.5, {"optimizer.clip_norm": 0.5}),
-    "report_to": (["wandb", "tensorboard"], {"report.tensorboard": True}),
-    "run_name": ("first", {"run.dir": "runs/first"}),
-    "resume_from_checkpoint": ("out/checkpoint-10", {}),
-    "resume": (False, {}),
-    "resume_adapter_file": ("a.safetensors", {}),
-    "lr_scheduler": ("constant_with_warmup", {"schedule.type": "constant"}),
-    "lr_schedule": ("cosine", {"schedule.type": "cosine"}),
-    "lora": (True, {"tuning.type": "lora"}),
-    "use_peft": (False, {"tuning.type": "full"}),
-    "model": ("owner/Name", {"model.path": "models/name", "model.source": "owner/Name@main"}),
-    "optimizer": ("paged_adamw_8bit", {"optimizer.name": "adamw", "optimizer.state_bits": 8}),
-    "deepspeed": ("zero3.json", {}),
-    "fsdp": ("full_shard", {}),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_UNITS)
-def test_a_hint_of_another_unit_is_turned_into_that_of_the_key(name: str) -> None:
-    value, keys = OTHER_UNITS[name]
-    assert meaning_of(name, value, {name: value}).keys == keys
-
-
-def test_every_hint_has_the_units_of_its_key_or_a_rule() -> None:
-    names = {name.replace("-", "_") for name in KEYS}
-    assert names - set(RULES) == SAME
-    assert not SAME & set(RULES)
-
-
 def test_mlx_lm_s_numbers_of_micro_batches_are_steps_here(tmp_path: Path) -> None:
     text = "batch_size: 2\ngrad_accumulation_steps: 4\niters: 1000\nsteps_per_eval: 100\n"
     told = imported(tmp_path, f"{text}save_every: 50\nlora_parameters:\n  rank: 4\n  lora_scale: 10\n")
@@ -329,53 +266,6 @@ def test_a_recipe_that_is_there_stays_as_it_is(tmp_path: Path, capsys: pytest.Ca
         imported(tmp_path, NESTED)
     assert "is there already, and is left as it is" in capsys.readouterr().err
     assert (tmp_path / "ours.yaml").read_text() == "mine"
-
-
-def test_nf4_s_levels_are_those_that_are_published() -> None:
-    assert np.allclose(nf4_levels(), [float(one) for one in PUBLISHED.split()], atol=1e-6)
-    levels = dynamic_levels()
-    assert len(levels) == len(set(levels)) == 256
-    assert np.allclose(levels[-3:], [0.97890625, 0.99296875, 1.0])
-
-
-def test_both_errors_are_what_a_plain_loop_finds(tmp_path: Path) -> None:
-    """Of one matrix, block by block and weight by weight in float64."""
-    rng = np.random.default_rng(7)
-    weights = rng.standard_normal((4, 128)).astype(np.float32)
-    (tmp_path / "config.json").write_text("{}")
-    arrays = {"model.layers.0.mlp.up_proj.weight": mx.array(weights), "lm_head.weight": mx.ones((4, 64))}
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), arrays)
-    blocks = weights.astype(np.float64).reshape(-1, 64)
-    constants = [max(abs(w) for w in block) for block in blocks]
-    mean = sum(constants) / len(constants)
-    largest = max(abs(a - mean) for a in constants)
-    codes = dynamic_levels().astype(np.float64)
-    kept = [mean + largest * min(codes, key=lambda d, a=a: abs((a - mean) / largest - d)) for a in constants]
-    levels = [float(one) for one in PUBLISHED.split()]
-    expected = [
-        [a * min(levels, key=lambda c, w=w, a=a: abs(w / a - c)) for w in block]
-        for block, a in zip(blocks, kept, strict=True)
-    ]
-    assert np.allclose(nf4(weights).reshape(-1, 64), expected, atol=1e-4)
-    grouped = []
-    for (
-        block
-    ) in blocks:  # affine: 16 even steps from the least weight to the greatest, within MLX's choice of a zero
-        step = (block.max() - block.min()) / 15
-        grouped.append(
-            np.abs(
-                np.array(mx.dequantize(*mx.quantize(mx.array(block.astype(np.float32))[None], 64, 4), 64, 4))[
-                    0
-                ]
-                - block
-            )
-        )
-        assert grouped[-1].max() <= step * 1.01
-    found = packing_error(tmp_path)
-    total = np.sqrt((blocks**2).sum())
-    assert found.nf4 == pytest.approx(np.sqrt(((np.array(expected) - blocks) ** 2).sum()) / total, rel=1e-4)
-    assert found.groups == pytest.approx(np.sqrt((np.array(grouped) ** 2).sum()) / total, rel=1e-4)
-    assert str(tmp_path) in found.where
 
 
 def test_what_a_file_says_stays_in_its_line(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from support.rows import MODEL
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.run.agree import _may_go_on, share_recipe
+from mlx_empire.run.agree import share_recipe
+from mlx_empire.run.shared_rows import _may_go_on
 
 TEXT = f"""\
 model: {{path: {MODEL}}}

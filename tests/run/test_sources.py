@@ -17,8 +17,8 @@ from mlx_empire.errors import UserError
 from mlx_empire.formats.model_card import model_card
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.run.agree import shared_splits
 from mlx_empire.run.job import Job
+from mlx_empire.run.shared_rows import shared_splits
 from mlx_empire.run.sources import data_size, sources_told
 
 TEXT = """\

@@ -16,7 +16,8 @@ import mlx.core as mx
 from mlx_empire import progress
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore, MicroBatchSum
-from mlx_empire.engine.passes import Passes, Running
+from mlx_empire.engine.layer_calls import Running
+from mlx_empire.engine.passes import Passes
 
 
 @contextmanager

@@ -90,7 +90,11 @@ def judged(claim: Claim, questions: Mapping[str, Callable[..., Ours]]) -> Judged
 
 
 def _value(written: Any) -> Value:
-    return tuple(map(float, written)) if isinstance(written, list) else written  # type: ignore[return-value]
+    if isinstance(written, list):
+        low, high = written
+        return float(low), float(high)
+    value: float | str = written
+    return value
 
 
 def _range(value: Value) -> tuple[float, float]:

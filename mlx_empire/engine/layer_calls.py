@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_empire.engine.store import ShardStore
-from mlx_empire.engine.traces import Arrays, Traces
+from mlx_empire.engine.traces import Arrays, LayerPass, Traces
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.by_pattern import ByPattern
 from mlx_empire.model.attention.patterns import Cuts
@@ -92,7 +92,9 @@ class LayerCalls:
             return body(call, weights, arrays[:count])
 
         arrays = [*arrays, *(() if documents is None else (documents,))]
-        return self.traces.run(layer, (*what, masked), whole, arrays, self._given(layer, r), seeded=seeded)
+        return self.traces.run(
+            LayerPass(layer, (*what, masked), whole, arrays, self._given(layer, r), seeded)
+        )
 
     def untraced(self, layer: int, r: Running, hidden: mx.array) -> mx.array:
         """The layer's result, as a part of a larger graph."""

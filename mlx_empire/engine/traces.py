@@ -24,7 +24,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,6 +45,21 @@ Arrays = Sequence[mx.array]
 # Of the layer's trained tensors, further arrays and the layer's arguments: results, and what there is to know about
 # them beside their values.
 Body = Callable[[Arrays, Arrays, LayerArguments], tuple[list[mx.array], Any]]
+
+
+class LayerPass(NamedTuple):
+    """`body` of a layer, counted from 0, of `given` and `arguments`.
+
+    `what`: all that the body depends on beside the layer and what it is given; its trace stays, so it must hold no
+    arrays. `seeded`: MLX's generator was seeded for this very call.
+    """
+
+    layer: int
+    what: Hashable
+    body: Body
+    given: Arrays
+    arguments: LayerArguments
+    seeded: bool
 
 
 class Traces:
@@ -71,33 +86,20 @@ class Traces:
             self._known = {key: trace for key, trace in self._known.items() if key in self._used}
         self._used = set()
 
-    def run(
-        self,
-        index: int,
-        what: Hashable,
-        body: Body,
-        given: Arrays,
-        arguments: LayerArguments,
-        *,
-        seeded: bool,
-    ) -> tuple[list[mx.array], Any]:
-        """What `body` gives for layer `index` of `given` and `arguments`, lazily; afterwards the layer has its own
-        tensors.
-
-        `what`: all that the body depends on beside the layer and what it is given; its trace stays, so it must hold no
-        arrays. `seeded`: MLX's generator was seeded for this very call.
-        """
+    def run(self, asked: LayerPass) -> tuple[list[mx.array], Any]:
+        """What the pass's body gives, lazily; afterwards the layer has its own tensors."""
+        index = asked.layer
         layer = self._layers[index]
         if self._compiles and type(layer) not in self.untraced:
             try:
-                return self._traced(index, what, body, given, arguments, seeded)
+                return self._traced(asked)
             except UserError:
                 raise
             except Exception as error:  # foreign code: called by itself it may well run
                 self._compiles_not(layer, error)
         weights = self._store.bound(index + 1)
         try:
-            return body(weights, given, arguments)
+            return asked.body(weights, asked.given, asked.arguments)
         finally:
             self._store.rebind(index + 1, weights)
 
@@ -118,15 +120,8 @@ class Traces:
             f"({why}); they run one operation at a time"
         )
 
-    def _traced(
-        self,
-        index: int,
-        what: Hashable,
-        body: Body,
-        given: Arrays,
-        arguments: LayerArguments,
-        seeded: bool,
-    ) -> tuple[list[mx.array], Any]:
+    def _traced(self, asked: LayerPass) -> tuple[list[mx.array], Any]:
+        index, what, body, given, arguments, seeded = asked
         own, rest, joined = without_arrays(arguments)
         first, given = len(given), _by_rows([*given, *own])
         layer, tensors = self._layers[index], self._store.all_bound(index + 1)

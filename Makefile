@@ -161,7 +161,7 @@ test-faults: setup
 	@$(FAST) $(PY) -m pytest -m faults $(PARALLEL) $(PYTEST_ARGS)
 
 # More of what every day tests a part of: peaks, ranks, the oracle, every model of mlx-lm, pages in a browser.
-test-slow: setup
+test-slow: model
 	@$(FAST) $(PY) -m pytest -m slow $(PARALLEL) $(PYTEST_ARGS)
 
 # Recipes, hostfiles, manifests, headers, data: some minutes, nightly.

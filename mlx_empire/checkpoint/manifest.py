@@ -147,16 +147,6 @@ def digest_of(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def coverage(shards: Sequence[Shard]) -> dict[tuple[str, str], int]:
-    """Rows found of each (tensor, array)."""
-    rows: dict[tuple[str, str], int] = {}
-    for shard in shards:
-        for piece in shard.pieces:
-            key = piece.tensor, piece.array
-            rows[key] = rows.get(key, 0) + piece.rows
-    return rows
-
-
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14
 
 

@@ -127,7 +127,10 @@ class Mixed:
 
     def rows_at(self, first: int, count: int) -> np.ndarray:
         """As `Order.rows_at`."""
-        chosen, numbers = self._at(first, count)
+        blocks = range(first // BLOCK, -(-(first + count) // BLOCK))
+        start = first - blocks.start * BLOCK
+        parts = [self._block(block) for block in blocks]
+        chosen, numbers = (np.concatenate(one)[start : start + count] for one in zip(*parts, strict=True))
         rows = np.empty(count, np.int64)
         for source in np.unique(chosen):
             here = chosen == source  # their numbers follow one another
@@ -135,19 +138,8 @@ class Mixed:
             rows[here] = self._offsets[source] + own
         return rows
 
-    def sources_at(self, first: int, count: int) -> np.ndarray:
-        """Which source (count,) int64 each position from `first` on reads."""
-        return self._at(first, count)[0]
-
-    def _at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources (count,) of the positions, and which of the source's rows each is, counted from the run's start."""
-        blocks = range(first // BLOCK, -(-(first + count) // BLOCK))
-        start = first - blocks.start * BLOCK
-        parts = [self._block(block) for block in blocks]
-        chosen, numbers = (np.concatenate(one)[start : start + count] for one in zip(*parts, strict=True))
-        return chosen, numbers
-
     def _numbered(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sources (BLOCK,) of a block's positions, and which of its source's rows each is, from the run's start."""
         chosen, before = self._drawn(block), self._drawn_before(block)
         numbers = np.empty(BLOCK, np.int64)
         for source in range(len(self._orders)):

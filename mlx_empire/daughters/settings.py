@@ -21,8 +21,6 @@ from mlx_empire.recipe.schema import Recipe
 MOST = 256
 SECTIONS = ("tuning", "optimizer", "schedule")
 KEYS = ("run.seed",)
-# Settings that differ in these alone share a trainer over the base.
-OF_EACH = ("optimizer.learning_rate", "schedule")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class _LazySource:
         for tensor in wanted.values():
             self._check(tensor, weights.get(tensor.name), unread)
         for name in unread:
-            self._refuse_unused(name, weights[name])
+            self._refuse_unused(name)
         return {name: weights[name] for name in wanted}
 
     def _check(self, tensor: TensorSpec, found: mx.array | None, unread: Sequence[str]) -> None:
@@ -97,7 +97,7 @@ class _LazySource:
                 f"{place} is {kind}, expected float32, bfloat16 or float16; quantised weights cannot train"
             )
 
-    def _refuse_unused(self, name: str, found: mx.array) -> None:
+    def _refuse_unused(self, name: str) -> None:
         repeated = name.endswith(HEADS) and self._spec.text_config.get(TIE) is not False
         if repeated or name.endswith(NO_WEIGHTS):
             return

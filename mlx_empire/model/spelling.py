@@ -16,7 +16,7 @@ from mlx_empire.model.family_defaults import OTHERS
 from mlx_empire.model.unread import refuse_unread_keys
 
 Fields = Mapping[str, Field[Any]]
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL = "full_attention"
 
 Numbers = Mapping[str, Any]
 

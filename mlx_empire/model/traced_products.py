@@ -135,5 +135,5 @@ class TracedProducts:
         if number != ATTENTION:
             (one,) = made
             return Product(number, nbytes, 2 * one.results[0].size * one.given[0].shape[-1], False)
-        operations = (forward_operations(c.attention, *c.given[:3]) for c in self.blocks.calls)
+        operations = (forward_operations(c.attention, c.given[0], c.given[2]) for c in self.blocks.calls)
         return Product(number, nbytes, sum(operations), False)

@@ -53,8 +53,11 @@ def live_buffers(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, st
     """How many arrays `rank` holds at once: the chunks' weights and states, gradients, layer inputs."""
     count = _IN_FLIGHT + 4 * max(len(u.tensors) for u in spec.units)
     micros = work.micro_batches(rank)
-    count += min(micros, work.wave or micros) * (len(plan.units) - work.unrecomputed + 4)
-    count += work.stash(rank).arrays(work.micro_batches(rank))
+    passing = min(micros, work.wave or micros)
+    count += passing * (len(plan.units) - work.unrecomputed + 4)
+    count += (
+        work.stash(rank).arrays(micros) * passing // max(micros, 1)
+    )  # in waves all micro-batches keep the same
     for unit in plan.units:
         for segment in unit.segments:
             count += 1  # the whole buffer, or the gradient

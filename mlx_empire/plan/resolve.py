@@ -60,21 +60,14 @@ def resolve(
     hopeless = never_fits(spec, nodes, state_bytes)
     seeks_tail = memory.gradient_checkpointing == "auto" and not hopeless
     at_stage = partial(plan_at_stage, recipe, spec, nodes, state_bytes)
-
-    def ahead(plan: RunPlan) -> RunPlan:
-        asked = memory.run_ahead
-        if asked is True or (asked == "auto" and _on_cpus(nodes)):
-            with_work = partial(at_stage, plan.shards.zero_stage)
-            return _running_ahead(plan, with_work, only_free=asked == "auto")
-        return plan
-
+    ahead = partial(_ahead_where_asked, memory.run_ahead, nodes, at_stage)
     tried: list[RunPlan] = []
     tight: list[RunPlan] = []
     for dtype in dtypes:
         work = _workload(recipe, nodes, layout, unrecomputed, dtype)
         if goes_on is not None:
-            found = [at_stage(stage, goes_on.put_into(work, layers, keeps=keeps)) for stage in stages]
-            same = _roomiest(found) or _roomiest(_all_in_waves(found, at_stage))
+            as_noted = goes_on.put_into(work, layers, keeps=keeps)
+            same = _somehow([at_stage(stage, as_noted) for stage in stages], at_stage)
             if same is not None:
                 return ahead(same)
         plans = [at_stage(stage, work) for stage in stages]
@@ -194,6 +187,18 @@ def _on_cpus(nodes: Sequence[Node]) -> bool:
     return all(_is_cpu(n) or (not n.measured and on_cpu(n)) for n in nodes)
 
 
+def _ahead_where_asked(
+    asked: bool | Literal["auto"],
+    nodes: Sequence[Node],
+    at_stage: Callable[[int, Workload], RunPlan],
+    plan: RunPlan,
+) -> RunPlan:
+    if asked is True or (asked == "auto" and _on_cpus(nodes)):
+        with_work = partial(at_stage, plan.shards.zero_stage)
+        return _running_ahead(plan, with_work, only_free=asked == "auto")
+    return plan
+
+
 def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan], *, only_free: bool) -> RunPlan:
     """`plan` with a main thread that runs ahead of the device, where that leaves headroom; `only_free`: and where no
     node needs more for it."""
@@ -256,9 +261,8 @@ def _longest_tail(none: RunPlan, with_work: Callable[[Workload], RunPlan]) -> Ru
 def _may_pass_in_waves(plan: RunPlan) -> bool:
     """Whether weights stay whole, so that a second visit gathers nothing, and a rank has several micro-batches. Stage 1
     keeps whole contributions of all cells until the end, and gains nothing."""
-    resident = plan.shards.zero_stage in (0, 2) or plan.shards.world_size == 1
-    layout = plan.work.layout
-    return resident and plan.shards.zero_stage != 1 and layout.micro_batches > layout.world_size
+    stage, layout = plan.shards.zero_stage, plan.work.layout
+    return stage != 1 and (stage != 3 or layout.world_size == 1) and layout.micro_batches > layout.world_size
 
 
 def _all_in_waves(plans: Sequence[RunPlan], at_stage: Callable[[int, Workload], RunPlan]) -> list[RunPlan]:
@@ -284,6 +288,11 @@ def _in_waves(whole: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPl
         low, high = (middle, high) if plan.comfortable else (low, middle)
         best = plan if plan.comfortable else best
     return best
+
+
+def _somehow(plans: Sequence[RunPlan], at_stage: Callable[[int, Workload], RunPlan]) -> RunPlan | None:
+    """The best of those that fit, all micro-batches together or in waves."""
+    return _roomiest(plans) or _roomiest(_all_in_waves(plans, at_stage))
 
 
 def _roomiest(plans: Sequence[RunPlan]) -> RunPlan | None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -21,10 +23,13 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import arm_faults, guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
+from mlx_empire.data.splits import Splits
 from mlx_empire.model.attention.fused import refuse_too_short
+from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.page.saved import try_report
 from mlx_empire.plan.resolve import keeps_products, kernels_differ
+from mlx_empire.plan.shares import RunPlan
 from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.recipe.idle import refuse_unmeasured, without_effect
 from mlx_empire.recipe.schema import Recipe
@@ -47,15 +52,19 @@ from mlx_empire.run.disks import require_disks
 from mlx_empire.run.fallback import fallback_due, fallback_taken, refuse_fallback
 from mlx_empire.run.folder import refuse_finished, refuse_other_scorers, refuse_unwritable, write_plan
 from mlx_empire.run.job import Job
-from mlx_empire.run.parent import beside_plan, lineage_of, share_parent
+from mlx_empire.run.parent import Parent, beside_plan, lineage_of, share_parent
 from mlx_empire.run.proof import share_proof
-from mlx_empire.run.resume import open_saver, where_to_begin
+from mlx_empire.run.resume import Start, open_saver, where_to_begin
 from mlx_empire.run.shared_rows import share_data
 from mlx_empire.run.sources import sources_told
 from mlx_empire.run.stop import StopRequest
 from mlx_empire.run.trainer import explaining_memory, limit_memory, load_state, make_trainer
 from mlx_empire.run.what_next import next_commands
 from mlx_empire.train.loop import Run, train, write_result
+
+if TYPE_CHECKING:
+    from mlx_empire.evaluation.evaluator import Evaluator
+    from mlx_empire.evaluation.reading import RowReader
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -112,10 +121,79 @@ def share_fallback(comm: Communicator, recipe: Recipe) -> Path | None:
     return None if path is None else Path(path)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What is settled before weights are loaded: what is trained and how, on what, and from where."""
+
+    recipe: Recipe
+    target: Target
+    splits: Splits
+    job: Job
+    start: Start
+    parent: Parent | None
+    plan: RunPlan
+    evaluator: Evaluator | None
+    reader: RowReader | None
+    short: list[str]  # what is told of disks
+
+    def told(self, comm: Communicator) -> list[str]:
+        """What there is to say of disks, data and keys without effect."""
+        idle = without_effect(self.recipe, self.target.spec.trained_dtypes, comm.size)
+        mixed = sources_told(self.recipe, self.splits.train, self.job.steps)
+        return [*self.short, *self.splits.report, *mixed, *idle]
+
+    @property
+    def scorers(self) -> dict[str, str]:
+        """Digests of the code that scores, by file."""
+        return {} if self.evaluator is None else self.evaluator.scorer_digests
+
+
 def carry_out(
     comm: Communicator, recipe: Recipe, nodes: Sequence[Node], guards: Safeguards, stop: StopRequest
 ) -> None:
     """The run itself, once the ranks know each other and what is asked for."""
+    ready = prepare(comm, recipe, nodes, guards)
+    recipe, target, plan, start = ready.recipe, ready.target, ready.plan, ready.start
+
+    # ---------------------------------------------------------------- the weights
+    progress.reach("load")
+    with together(comm):
+        wired = limit_memory(plan, comm.rank, recipe.memory.wired, nodes[comm.rank])
+    guards.notes += [said for said in comm.gather_json(wired) if said is not None]
+    with explaining_memory(plan, comm.rank), CommThread() as thread:
+        trainer = make_trainer(comm, thread, recipe, target, plan)
+        sent = load_state(comm, target, trainer, start, ready.parent)
+        trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
+
+        # ------------------------------------------------------------ from here on something is written
+        started_over = (recipe.run.dir / "metrics.jsonl").exists()
+        begin_folder(comm, ready, nodes)
+        job = ready.job
+        with (
+            RunReport(
+                comm, recipe, target.spec, plan, nodes, job.steps, start.resumed, job.log_every
+            ) as report,
+            open_saver(comm, plan, trainer.store, start) as saver,
+        ):
+            stop.watch(recipe.run.dir)
+            report.show_status(lambda: saver.status)
+            report.messages([*guards.notes, *ready.told(comm), *start.told(started_over)])
+            if recipe.report.notify is not None and not progress.launched():
+                report.message("report.notify: mlx_empire.launch sends notices, and did not start this run")
+            if sent:
+                report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
+            asked = ready.evaluator, ready.reader
+            run = Run(
+                comm, recipe, plan, nodes, target, trainer, job, ready.splits, *asked, report, saver, stop
+            )
+            write_result(run, *train(run))
+            report.messages(saver.unsaved())
+    if comm.rank == 0:
+        print(try_report(recipe.run.dir), *next_commands(recipe), sep="\n", flush=True)
+
+
+def prepare(comm: Communicator, recipe: Recipe, nodes: Sequence[Node], guards: Safeguards) -> Prepared:
+    """All that can be refused is refused here, before anything is allocated. Collective."""
     # ---------------------------------------------------------------- what is trained, on what, and for how long
     agree_on_model(comm, recipe)
     config = share_config(comm, recipe)
@@ -149,70 +227,28 @@ def carry_out(
     job = job.part(plan.work.layout.of_rank(comm.rank))
     guards.lock(recipe.run.dir)
     evaluator = share_evaluator(comm, recipe, target.spec, plan)
-    scorers = {} if evaluator is None else evaluator.scorer_digests
     with together(comm):
         if comm.rank == 0 and start.found is not None:
-            refuse_other_scorers(recipe, scorers)
+            refuse_other_scorers(recipe, {} if evaluator is None else evaluator.scorer_digests)
     reader = make_reader(comm, recipe, target.spec, plan, splits.valid)
     short = require_disks(comm, recipe, target, plan, nodes, job.steps, resumed=start.found is not None)
+    return Prepared(recipe, target, splits, job, start, parent, plan, evaluator, reader, short)
 
-    # ---------------------------------------------------------------- the weights
-    progress.reach("load")
+
+def begin_folder(comm: Communicator, ready: Prepared, nodes: Sequence[Node]) -> None:
+    """The run's folder with its recipe and plan, by rank 0. Collective."""
+    recipe, start = ready.recipe, ready.start
     with together(comm):
-        wired = limit_memory(plan, comm.rank, recipe.memory.wired, nodes[comm.rank])
-    guards.notes += [said for said in comm.gather_json(wired) if said is not None]
-    with explaining_memory(plan, comm.rank), CommThread() as thread:
-        trainer = make_trainer(comm, thread, recipe, target, plan)
-        sent = load_state(comm, target, trainer, start, parent)
-        trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
-
-        # ------------------------------------------------------------ from here on something is written
-        started_over = (recipe.run.dir / "metrics.jsonl").exists()
-        with together(comm):
-            if comm.rank == 0:
-                lineage = lineage_of(recipe.run.dir) if parent is None else parent.lineage
-                write_plan(
-                    recipe,
-                    plan,
-                    nodes,
-                    target.spec,
-                    splits,
-                    job.steps,
-                    resumed=start.found is not None,
-                    origin=beside_plan(start.origin.base, lineage if recipe.tuning.start else None),
-                    scorers=scorers,
-                )
-        with (
-            RunReport(
-                comm, recipe, target.spec, plan, nodes, job.steps, start.resumed, job.log_every
-            ) as report,
-            open_saver(comm, plan, trainer.store, start) as saver,
-        ):
-            stop.watch(recipe.run.dir)
-            report.show_status(lambda: saver.status)
-            idle = without_effect(recipe, target.spec.trained_dtypes, comm.size)
-            mixed = sources_told(recipe, splits.train, job.steps)
-            report.messages([*guards.notes, *short, *splits.report, *mixed, *idle, *start.told(started_over)])
-            if recipe.report.notify is not None and not progress.launched():
-                report.message("report.notify: mlx_empire.launch sends notices, and did not start this run")
-            if sent:
-                report.message(f"weights read by rank 0 ({comm.hostnames[0]}) and sent to the other ranks")
-            run = Run(
-                comm,
+        if comm.rank == 0:
+            lineage = lineage_of(recipe.run.dir) if ready.parent is None else ready.parent.lineage
+            write_plan(
                 recipe,
-                plan,
+                ready.plan,
                 nodes,
-                target,
-                trainer,
-                job,
-                splits,
-                evaluator,
-                reader,
-                report,
-                saver,
-                stop,
+                ready.target.spec,
+                ready.splits,
+                ready.job.steps,
+                resumed=start.found is not None,
+                origin=beside_plan(start.origin.base, lineage if recipe.tuning.start else None),
+                scorers=ready.scorers,
             )
-            write_result(run, *train(run))
-            report.messages(saver.unsaved())
-    if comm.rank == 0:
-        print(try_report(recipe.run.dir), *next_commands(recipe), sep="\n", flush=True)

@@ -49,6 +49,11 @@ def mixed(
     return Mixed(sources, each, lengths, seed, global_size, steps)
 
 
+def sources_of(rows: np.ndarray, lengths: list[int] = LENGTHS) -> np.ndarray:
+    """The source (n,) of each row, for they lie one after the other."""
+    return np.searchsorted(np.cumsum(lengths), rows, side="right")
+
+
 def one_by_one(sources: list[DataSource], seed: int, global_size: int, steps: int) -> list[tuple[int, int]]:
     """(source, how many of it came before) of every position of a run."""
     paths = [str(path) for path in paths_of(sources)]
@@ -106,7 +111,7 @@ def test_what_is_read_across_blocks_does_not_depend_on_where_one_begins():
 @pytest.mark.parametrize("shuffled", [True, False])
 def test_each_source_is_read_as_it_is_alone(shuffled):
     made = mixed([source("a", 2), source("b", 1, 0.5), source("c", 3, 0, 0.75)], 3, 4, 200, shuffled=shuffled)
-    rows, chosen = made.rows_at(0, 800), made.sources_at(0, 800)
+    rows, chosen = made.rows_at(0, 800), sources_of(made.rows_at(0, 800))
     for place, length in enumerate(LENGTHS):
         own = rows[chosen == place] - sum(LENGTHS[:place])
         assert len(own) > 3 * length
@@ -122,7 +127,7 @@ def test_a_lone_source_is_read_as_a_path_is():
 def test_sources_open_and_close_at_steps():
     """Of ten steps 0.25 to 0.5 are the steps 3 and 4 (from 0): the first that is not before a quarter is 3."""
     sources = [source("a", 1, 0, 0.25), source("b", 1, 0.25, 0.5), source("c", 1, 0.5)]
-    drawn = mixed(sources, 0, 4, 10).sources_at(0, 40).reshape(10, 4)
+    drawn = sources_of(mixed(sources, 0, 4, 10).rows_at(0, 40)).reshape(10, 4)
     assert drawn[:, 0].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
     assert (drawn == drawn[:, :1]).all()
     assert [float(share) for share in shares(sources)] == [0.25, 0.25, 0.5]
@@ -132,7 +137,7 @@ def test_sources_open_and_close_at_steps():
 def test_a_path_that_stands_twice_is_one_source_with_other_weights():
     sources = [source("a", 1, 0, 0.5), source("b"), source("a", 9, 0.5)]
     made = mixed(sources, 1, 10, 100)
-    chosen, rows = made.sources_at(0, 1000), made.rows_at(0, 1000)
+    chosen, rows = sources_of(made.rows_at(0, 1000)), made.rows_at(0, 1000)
     assert set(chosen.tolist()) == {0, 1}
     assert rows[chosen == 0].tolist() == Shuffled(LENGTHS[0], 1).rows_at(0, int((chosen == 0).sum())).tolist()
     assert abs((chosen[500:] == 0).mean() - 0.9) < 0.08 < abs((chosen[:500] == 0).mean() - 0.9)
@@ -153,7 +158,7 @@ def tail(count: int, trials: int, chance: float) -> float:
 def test_sources_are_drawn_as_often_as_their_weights_say(weights):
     sources = [source("abc"[place], weight) for place, weight in enumerate(weights)]
     trials = 20_000
-    counts = np.bincount(mixed(sources, 11, 100, 200).sources_at(0, trials), minlength=len(weights))
+    counts = np.bincount(sources_of(mixed(sources, 11, 100, 200).rows_at(0, trials)), minlength=len(weights))
     for count, weight in zip(counts.tolist(), weights, strict=True):
         assert tail(count, trials, weight / sum(weights)) > 1e-3
     assert tail(int(trials * 0.52), trials, 0.5) < 1e-6, "the bound can fail"

@@ -81,6 +81,7 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
             "wave": wave,
             "tail": tail,
             "run_ahead": stage == 0,
+            "kept": 0.0 if stage == 0 else 1.0,
         }
     small = {"micro_batches": 4, "rows": 1, "width": 16, "config": {"num_hidden_layers": 1}, "compare": False}
     step = {**made["steps:stage 3 relay"], **small, "steps": 3, "dtype": "bfloat16"}

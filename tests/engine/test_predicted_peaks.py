@@ -127,6 +127,9 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "llama 384 stage 2, 2 cells in waves of 1": setting(
             "llama", 384, 2, [1], micro_batches=8, cells=2, wave=1
         ),
+        "llama 384 stage 2, waves of 2, 100% kept": setting(
+            "llama", 384, 2, [1], micro_batches=6, wave=2, kept=1
+        ),
         "llama 64 stage 2, bfloat16, waves of 3, tail of 4": setting(
             "llama",
             64,

@@ -48,7 +48,9 @@ def ranked_shapes(draw: st.DrawFn) -> list[StepShape]:
     shapes = []
     for r in range(ranks):
         cells = tuple(map(len, layout.of_rank(r)))
-        visits = 0 if wave else draw(st.integers(0, len(order) * sum(cells)))
+        # In waves all micro-batches keep the same.
+        visits = len(order) * sum(cells) if wave else draw(st.integers(0, len(order) * sum(cells)))
+        visits *= not wave or draw(st.booleans())
         shapes.append(
             StepShape(
                 stage, tuple(trained), cells, tail, release, stash=Stash(tuple(order), visits), wave=wave

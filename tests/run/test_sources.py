@@ -80,6 +80,10 @@ def test_what_is_held_out_of_any_source_is_measured_on() -> None:
     assert made.report[:3] == ["a: read", "WARNING: a: odd", "b: read"]
     assert made.report[3] == "nothing is held out of b: evaluations are of a alone"
     assert made.warnings == ["WARNING: a: odd"]
+    both = join_splits({Path("a"): splits(SHORT, SHORT, "1"), Path("b"): splits(LONG, LONG, "2")})
+    assert both.valid is not None
+    assert len(both.valid) == len(SHORT) + len(LONG)
+    assert both.valid.tokens_per_epoch == SHORT.tokens_per_epoch + LONG.tokens_per_epoch
     other = join_splits({Path("b"): second, Path("a"): first})
     assert len({made.digest, other.digest, first.digest, second.digest}) == 4
     assert join_splits({Path("a"): first}) is first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -106,5 +105,3 @@ def test_an_epoch_of_a_mixture_is_as_many_rows_as_all_have_together(
     succeeded(runs["mixed"])
     epochs = [record["epoch"] for record in step_records(workspace.folder / "mixed")]
     assert epochs == [6 * step / 12 for step in range(1, 9)]
-    evaluated = [json.loads(line) for line in (workspace.folder / "mixed" / "metrics.jsonl").open()]
-    assert {one["eval_tokens"] for one in evaluated if "eval_tokens" in one} <= {39 + 8 + 29}

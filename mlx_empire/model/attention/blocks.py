@@ -54,7 +54,7 @@ def attend_again(
     return result
 
 
-def forward_operations(attention: Attention, q: mx.array, k: mx.array, v: mx.array) -> int:
+def forward_operations(attention: Attention, q: mx.array, v: mx.array) -> int:
     """Of the forward's products."""
     pairs = sum((b - a) * (b - low) for a, b, low in _blocks(q.shape[2], attention.window))
     return 2 * q.shape[0] * q.shape[1] * pairs * (q.shape[-1] + v.shape[-1])

@@ -18,7 +18,9 @@ from support.pages import PACKAGE, ROOT, code, problems
 from support.planning import assess, catalog_spec
 
 from mlx_empire.cluster.hostfile import Node, load_hostfile
+from mlx_empire.recipe.changes import HARMLESS, HARMLESS_SECTIONS, NOT_HARMLESS
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.recipe.run_sections import SHORT_ROW
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 TOP = [ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING", "CHANGELOG")]
@@ -167,6 +169,14 @@ def test_the_table_of_faults_is_what_its_script_writes() -> None:
         placed(README, table(events))
 
 
+def test_the_page_on_faults_tells_which_keys_may_change() -> None:
+    told = next(part for part in FAULTS.split("\n\n") if part.startswith("Which keys may change without"))
+    some = ("data.sources", "numerics.attention", "run.steps")  # `harmless` itself decides when
+    keys = (*HARMLESS, *HARMLESS_SECTIONS, *NOT_HARMLESS, *some)
+    assert sorted(re.findall(r"`([a-z_.]+)`", told)) == sorted((*keys, "run.accept_changes"))
+    assert f"up to {SHORT_ROW} positions" in " ".join(told.split())
+
+
 def test_the_floor_plan_has_every_folder() -> None:
     folders = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
     assert set(re.findall(r"^\| `(\w+)/` \|", TEXTS["ARCHITECTURE.md"], re.M)) == folders
@@ -177,7 +187,12 @@ def test_the_command_for_a_fresh_clone_needs_nothing_but_the_clone(tmp_path: Pat
     (command,) = [piece for piece in code(README) if "mlx-empire train recipes/tiny.yaml" in piece]
     words = shlex.split(command, comments=True)
     run = tmp_path / "run"
-    short = [f"run.dir={run}", "run.steps=2", "run.eval_batches=1"]
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "What is a cat?"}\n')
+    (tmp_path / "judge.py").write_text("def judge(prompt, answer, row):\n    return 1\n")
+    asked = (
+        f"path: {tmp_path}/asked.jsonl, metrics: [scorer], scorer: {tmp_path}/judge.py:judge, max_tokens: 1"
+    )
+    short = [f"run.dir={run}", "run.steps=2", "run.eval_batches=1", f"evaluation.sets=[{{{asked}}}]"]
     ended = subprocess.run(
         [sys.executable, "-m", "mlx_empire", *words[1:], *short],
         cwd=ROOT,

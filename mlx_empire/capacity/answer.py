@@ -51,6 +51,7 @@ from mlx_empire.comm.connect import connect
 from mlx_empire.comm.environment import under_mpirun
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
+from mlx_empire.data.files import files_there
 from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.formats.hf_folder import stored_if_whole
 from mlx_empire.model import catalog
@@ -66,7 +67,7 @@ from mlx_empire.plan.wired_limit import untouched
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
-from mlx_empire.report.html import refuse_unwritable_file, write_file
+from mlx_empire.report.html import refuse_unwritable_files, write_file
 from mlx_empire.report.trace import trace_document
 from mlx_empire.run.agree import share_nodes, share_recipe
 from mlx_empire.run.disks import ledgers_of, planned_places, seen_places, what_else
@@ -139,9 +140,9 @@ def nodes_of(comm: Communicator, recipe: Recipe, hosts: Path | None) -> list[Nod
 
 def refuse_sources(recipe: Recipe, recipe_path: Path, wanted: Wanted) -> None:
     """UserError where a file that is to be written cannot be, or is read for the answer."""
-    sources = [recipe_path, find_hostfile(recipe.run.hosts, wanted.hosts), wanted.compare, wanted.unit]
-    for option, file in (("--html", wanted.page), ("--trace", wanted.trace)):
-        refuse_unwritable_file(option, file, sources)
+    hosts = find_hostfile(recipe.run.hosts, wanted.hosts)
+    sources = [recipe_path, hosts, wanted.compare, wanted.unit, *files_there(recipe.data.paths)]
+    refuse_unwritable_files({"--html": wanted.page, "--trace": wanted.trace}, sources)
 
 
 def present(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wanted) -> int:

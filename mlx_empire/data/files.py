@@ -10,7 +10,8 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -108,6 +109,17 @@ def locate(path: Path, suffixes: Sequence[str] = SUFFIXES) -> tuple[Source, Sour
         other = f"; `{converting(path)}` makes them of its tables" if tables else ""
         raise UserError(f"data.path {path}: nothing to train on in this folder; it needs {EXPECTED}{other}")
     return Source(".txt", path, documents), held_out
+
+
+def files_there(paths: Iterable[Path]) -> list[Path]:
+    """The files of both splits of each of `paths`. Where nothing that can be read lies there are none; whoever reads
+    says so.
+    """
+    found: list[Path] = []
+    for path in paths:
+        with suppress(UserError):
+            found += [file for source in locate(path) if source is not None for file in source.files]
+    return found
 
 
 def _split(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> Source | None:

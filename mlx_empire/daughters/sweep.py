@@ -22,16 +22,16 @@ from mlx_empire.checkpoint.manifest import Origin, config_digest, sampled_digest
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import arm_faults, guard
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.data.files import locate
 from mlx_empire.daughters import machine, saved
 from mlx_empire.daughters.jobs import Jobs, JobState, event
 from mlx_empire.daughters.settings import Setting, divided, groups_of, rungs_of, settings_of
 from mlx_empire.daughters.table import DaughterTable
 from mlx_empire.disk import replace_private
 from mlx_empire.errors import UserError
+from mlx_empire.evaluation.questions import files_of_set
 from mlx_empire.formats.seal import bytes_and_digest
 from mlx_empire.recipe.changes import changes, parse_stored
-from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, EvaluationSet, worse_by
+from mlx_empire.recipe.evaluation import HELD_OUT_LOSS, worse_by
 from mlx_empire.recipe.load import dump_recipe, load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
@@ -122,7 +122,7 @@ class Sweep:
         self._rungs = rungs_of(len(settings), self._steps, options.keep)
         (self._node,) = share_nodes(comm, recipe, options.hosts)
         self._tried = [Tried(one) for one in settings]
-        files = [file for one in recipe.evaluation.sets for file in _asked_by(one)]
+        files = [file for one in recipe.evaluation.sets for file in files_of_set(one)]
         self._asked = {str(file): bytes_and_digest(file)["sha256"] for file in files if file.is_file()}
 
     def run(self) -> int:
@@ -229,23 +229,24 @@ class Sweep:
             )
         if told is not None:
             require_same(told, self._origin, str(path), anew="choose another run.dir")
-            self._refuse_other_rows(before.get("asked", {}), path)
             self._refuse_other_questions(parse_stored(told.recipe, str(path)), path)
+            if "asked" in before:  # nor that
+                self._refuse_other_files(before["asked"], path)
 
-    def _refuse_other_rows(self, before: Mapping[str, str], path: Path) -> None:
-        """UserError where a file of the sets holds other questions, or other code that scores answers, than the
-        settings were compared by so far.
+    def _refuse_other_files(self, before: Mapping[str, str], path: Path) -> None:
+        """UserError where the sets' files are others, or hold other questions, or other code that scores answers, than
+        the settings were compared by so far.
         """
-        for file, digest in self._asked.items():
-            if (
-                before.get(file, digest) != digest
-                and "evaluation.sets" not in self._recipe.run.accept_changes
-            ):
-                what = "code" if file.endswith(".py") else "questions"
-                raise UserError(
-                    f"{path}: evaluation.sets: {file} holds other {what} than settings were compared by; bring "
-                    "back what was there, add run.accept_changes=[evaluation.sets], or choose another run.dir"
-                )
+        changed = [file for file in {**before, **self._asked} if before.get(file) != self._asked.get(file)]
+        if changed and "evaluation.sets" not in self._recipe.run.accept_changes:
+            what = "code" if changed[0].endswith(".py") else "questions"
+            holds = (
+                f"holds other {what} than" if changed[0] in self._asked else f"is gone, and held {what} that"
+            )
+            raise UserError(
+                f"{path}: evaluation.sets: {changed[0]} {holds} settings were compared by; bring back what was "
+                "there, add run.accept_changes=[evaluation.sets], or choose another run.dir"
+            )
 
     def _refuse_other_questions(self, before: Recipe, path: Path) -> None:
         """UserError where other scores are asked for: they change no bit of an adapter, but who goes on."""
@@ -295,13 +296,6 @@ class Sweep:
         Console().print(table)
         if best := next((one for one in ranked if not one.left), None):
             print(f"the best: {best.setting.recipe.run.dir}", *next_commands(best.setting.recipe), sep="\n")
-
-
-def _asked_by(one: EvaluationSet) -> list[Path]:
-    """The files that decide a set's scores: its rows, a folder's too, the schema and the scorer's code. UserError."""
-    source, _ = locate(one.path)
-    files = [*source.files, *([one.json_schema] if one.json_schema is not None else [])]
-    return files + ([Path(one.scorer.rpartition(":")[0])] if one.scorer is not None else [])
 
 
 FAILED_TO_TRAIN = "failed"

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.cluster.hostfile import Node
+from mlx_empire.cluster.match import find_hostfile
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
@@ -25,6 +26,7 @@ from mlx_empire.data.encode import load_tokenizer
 from mlx_empire.evaluate.document import Scored, changed_document, score_table, worded
 from mlx_empire.evaluate.named import recipes_of
 from mlx_empire.evaluate.page import evaluation_page
+from mlx_empire.evaluation.questions import files_of_set
 from mlx_empire.formats.hf_folder import has_weights
 from mlx_empire.formats.staging import disk_errors
 from mlx_empire.model.build import describe
@@ -33,7 +35,7 @@ from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.recipe.load import dump_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.html import refuse_unwritable_file
+from mlx_empire.report.html import refuse_unwritable_files
 from mlx_empire.run.agree import (
     agree_on_model,
     share_config,
@@ -58,9 +60,11 @@ def evaluate_command(options: argparse.Namespace) -> int:
         with together(comm):
             if comm.rank == 0:
                 asked = recipes_of(options, comm.size)
-                sources = [options.hosts, *(one.path for recipe in asked for one in recipe.evaluation.sets)]
-                refuse_unwritable_file("--json", options.json, sources)
-                refuse_unwritable_file("--html", options.html, sources)
+                sets = [
+                    file for recipe in asked for one in recipe.evaluation.sets for file in files_of_set(one)
+                ]
+                sources = [find_hostfile(asked[0].run.hosts, options.hosts), *sets]
+                refuse_unwritable_files({"--json": options.json, "--html": options.html}, sources)
                 told = [dump_recipe(recipe) for recipe in asked]
         recipes = [parse_recipe(text, str(options.named)) for text in comm.broadcast_json(told)]
         names = [str(options.named)] if len(recipes) == 1 else [options.against, str(options.named)]

@@ -23,6 +23,7 @@ from mlx_empire.comm.protocol import Communicator
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.errors import UserError
 from mlx_empire.evaluation.generation import Processor, follow
+from mlx_empire.recipe.text import first_line, words_of
 
 COMPACT = {"whitespace_flexible": False}
 
@@ -41,7 +42,7 @@ class Grammar:
             self._tokens = from_tokenizer(getattr(tokenizer, "_tokenizer", tokenizer), vocabulary, list(ends))
         except ValueError as error:
             raise UserError(
-                f"evaluation.sets: constrained: this tokenizer is none that a grammar can read ({error})"
+                f"evaluation.sets: constrained: this tokenizer is none that a grammar can read ({words_of(error)})"
             ) from None
 
     def refuse(self, schema: Any, where: str) -> None:
@@ -50,7 +51,7 @@ class Grammar:
 
         wrong, said = LLMatcher.validate_grammar_with_warnings(_grammar(schema), self._tokens)
         if wrong:
-            raise UserError(f"{where}: schema: cannot be held by a grammar: {said[0].splitlines()[0][:160]}")
+            raise UserError(f"{where}: schema: cannot be held by a grammar: {first_line(said[0])}")
 
     def processor(self, schema: Any) -> Processor:
         """A logits processor of mlx-lm for one answer."""
@@ -94,8 +95,7 @@ def generate_constrained(
     """
     found: list[list[int]] = []
     with trainer.whole_model() as model, together(comm):
-        for (tokens, schema), most in zip(prompts, max_tokens, strict=True):
-            if grammar is None:
-                break
-            found.append(follow(model, tokens, most, ends, [grammar.processor(schema)]))
+        if grammar is not None:
+            for (tokens, schema), most in zip(prompts, max_tokens, strict=True):
+                found.append(follow(model, tokens, most, ends, [grammar.processor(schema)]))
     return found

@@ -150,6 +150,13 @@ def load_questions(
     return found
 
 
+def files_of_set(asked: EvaluationSet) -> list[Path]:
+    """The files that decide a set's scores: its rows, a folder's too, the schema and the scorer's code. UserError."""
+    source, _ = locate(asked.path)
+    files = [*source.files, *([asked.json_schema] if asked.json_schema is not None else [])]
+    return files + ([Path(asked.scorer.rpartition(":")[0])] if asked.scorer is not None else [])
+
+
 def held(asked: EvaluationSet, free: Questions) -> Questions | None:
     """The constrained column beside the `free` one of a set; None where it has none."""
     title = f"{asked.title}.{CONSTRAINED}"

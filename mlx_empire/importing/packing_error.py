@@ -21,8 +21,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_empire.formats.hf_folder import has_weights, open_folder
+from mlx_empire.model.config import HEADS
 from mlx_empire.model.quantize import QUANT_FORMATS, quantize
-from mlx_empire.model.spec import is_embedding, is_router
+from mlx_empire.model.spec import is_embedding
 
 BLOCK, CONSTANTS = 64, 256
 NF4_BITS, GROUP_BITS = 4 + 8 / BLOCK + 32 / (BLOCK * CONSTANTS), 4 + 32 / BLOCK
@@ -71,9 +72,9 @@ def packing_error(folder: Path | None) -> PackingError:
 
 def _matrices(folder: Path) -> Iterator[mx.array]:
     for name, array in sorted(open_folder(folder).load().items()):
-        root = is_embedding(name) or name.startswith(("lm_head", "embed_out"))
-        floats = mx.issubdtype(array.dtype, mx.floating)
-        if array.ndim == 2 and floats and array.shape[1] % BLOCK == 0 and not root and not is_router(name):
+        if is_embedding(name) or name.endswith(HEADS) or not mx.issubdtype(array.dtype, mx.floating):
+            continue  # bitsandbytes leaves embeddings and heads as they are
+        if array.ndim == 2 and QUANT_FORMATS[4].packs(name, array.shape, root=False):
             step = -(-array.shape[0] // MOST_ROWS)
             yield array[::step]
 

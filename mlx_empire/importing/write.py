@@ -30,7 +30,7 @@ from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.explain import leaf_fields, sections
 from mlx_empire.recipe.load import MAX_BYTES, parse_recipe
 from mlx_empire.recipe.text import KeyPath, one_line, parse_yaml, read_small_text, write_new_text
-from mlx_empire.report.html import refuse_unwritable_file, write_file
+from mlx_empire.report.html import refuse_same_file, refuse_unwritable_file, write_file
 
 HEADING, ITEM = "heading", "item"
 PACKING = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -67,6 +67,7 @@ def import_command(options: argparse.Namespace) -> int:
     with guard(None):
         choose_device()
         out = options.out or Path(f"{options.file.stem}.recipe.yaml")
+        refuse_same_file({"--out": out, "--json": options.json})
         refuse_unwritable_file("--json", options.json, [options.file])
         lines = read_lines(options.file)
         values = {"data.path": str(options.data)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from mlx_empire.comm.connect import connect
 from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.data.files import locate
+from mlx_empire.data.files import files_there
 from mlx_empire.errors import UserError, on_all_ranks
 from mlx_empire.inspect.command import LOSS_ROWS, RECIPES
 from mlx_empire.inspect.document import REFUSED, Document, inspection_document
@@ -63,7 +63,9 @@ def inspect_command(options: argparse.Namespace) -> int:
         with together(comm):
             if comm.rank == 0:
                 if options.html is not None:
-                    refuse_unwritable_file("--html", options.html, [options.recipe, *files_of(recipe)])
+                    refuse_unwritable_file(
+                        "--html", options.html, [options.recipe, *files_there(recipe.data.paths)]
+                    )
                 found = inspected(recipe, options, whole)
                 rows = found.parts[0].own(found.parts[0].seen.measured)
         more, loss = _measured(comm, recipe, options, rows) if options.loss else ([], None)
@@ -95,12 +97,6 @@ def alone(path: Path, overrides: Sequence[str], model: Path | None) -> Recipe:
             )
     named = written(model) if model is not None else "none"
     return parse_recipe(ALONE.format(model=named, data=written(path)), "inspect", overrides)
-
-
-def files_of(recipe: Recipe) -> Iterator[Path]:
-    """The files that are read of the recipe's data. UserError where there are none."""
-    for source in locate(recipe.data.only_path):
-        yield from () if source is None else source.files
 
 
 def inspected(recipe: Recipe, options: argparse.Namespace, whole: bool) -> Inspection:

@@ -8,7 +8,8 @@ what stood there stays until there is something to put in its place.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 
 from mlx_empire.errors import UserError
@@ -157,6 +158,24 @@ def refuse_unwritable_file(option: str, path: Path | None, sources: Iterable[Pat
             path.unlink()
     except OSError as error:
         raise _unwritable(option, path, error) from None
+
+
+def refuse_unwritable_files(asked: Mapping[str, Path | None], sources: Iterable[Path | None]) -> None:
+    """UserError where two options name one file, or one of them (by option, None: not asked for) is one of `sources` or
+    cannot be written.
+    """
+    refuse_same_file(asked)
+    read = list(sources)
+    for option, path in asked.items():
+        refuse_unwritable_file(option, path, read)
+
+
+def refuse_same_file(asked: Mapping[str, Path | None]) -> None:
+    """UserError where the files that two options name are one: the second would be written over the first."""
+    named = [(option, path, os.path.realpath(path)) for option, path in asked.items() if path is not None]
+    for (first, _, place), (second, path, other) in combinations(named, 2):
+        if place == other:
+            raise UserError(f"{second}: {path}: is what {first} writes; choose another name")
 
 
 def write_file(option: str, path: Path, text: str) -> None:

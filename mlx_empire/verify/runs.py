@@ -25,6 +25,7 @@ from mlx_empire.comm.failure import guard, together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch, validation_micro_batches
+from mlx_empire.data.files import files_there
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
@@ -40,7 +41,7 @@ from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.report.html import refuse_unwritable_file, write_file
+from mlx_empire.report.html import refuse_unwritable_files, write_file
 from mlx_empire.run.agree import share_config, share_nodes, share_recipe, share_target
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.job import Job
@@ -62,9 +63,9 @@ def audit_command(options: argparse.Namespace) -> int:
         recipe = share_recipe(comm, options.recipe, options.overrides)
         with together(comm):
             if comm.rank == 0:
-                sources = [options.recipe, find_hostfile(recipe.run.hosts, options.hosts)]
-                refuse_unwritable_file("--json", options.json, sources)
-                refuse_unwritable_file("--html", options.html, sources)
+                hosts = find_hostfile(recipe.run.hosts, options.hosts)
+                sources = [options.recipe, hosts, *files_there(recipe.data.paths)]
+                refuse_unwritable_files({"--json": options.json, "--html": options.html}, sources)
         found = verify(comm, recipe, options.hosts, options.own, options.steps, options.seeds)
         with together(comm):
             if comm.rank == 0:

@@ -181,18 +181,19 @@ def test_bad_input_is_one_line_and_64(say, recipe, arguments, words):
 @pytest.mark.parametrize(
     ("option", "read"),
     [
-        *(("--html", name) for name in ("recipe.yaml", "hosts.txt", "unit.json", "table.csv")),
-        *(("--trace", name) for name in ("recipe.yaml", "hosts.txt", "unit.json")),
+        *(("--html", name) for name in ("recipe.yaml", "hosts.txt", "unit.json", "valid.jsonl", "table.csv")),
+        *(("--trace", name) for name in ("recipe.yaml", "hosts.txt", "unit.json", "valid.jsonl")),
     ],
 )
 def test_no_file_that_is_read_is_written_over(say, recipe, hosts, tmp_path, option, read):
     hostfile, table, unit = hosts(*CLUSTER), tmp_path / "table.csv", tmp_path / "unit.json"
     table.write_text("model,1K+3S\n")
-    unit.write_text("{}")
+    for name in ("unit.json", "train.jsonl", "valid.jsonl"):
+        (tmp_path / name).write_text("{}")
     before, other = (tmp_path / read).read_bytes(), tmp_path / "by another name"
     other.symlink_to(read)
     more = ["--matrix", "--compare", table] if read == "table.csv" else []
-    said = say(recipe, "--hosts", hostfile, "--unit", unit, *more, option, other)
+    said = say(recipe, "--hosts", hostfile, "--unit", unit, f"data.path={tmp_path}", *more, option, other)
     assert (said.code, said.out) == (64, "")
     assert said.err.startswith(f"mlx_empire: {option}: {other}: is read here, and is left as it is;")
     assert (tmp_path / read).read_bytes() == before

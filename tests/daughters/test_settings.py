@@ -13,6 +13,7 @@ from mlx_empire.cli import main as cli
 from mlx_empire.daughters import machine
 from mlx_empire.daughters.settings import divided, groups_of, rungs_of, settings_of
 from mlx_empire.daughters.sweep import SettingsAsJobs
+from mlx_empire.daughters.watch import refuse_unwatchable
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.load import parse_recipe
 from mlx_empire.recipe.schema import Recipe
@@ -106,6 +107,15 @@ def test_another_sweep_in_the_same_folder_is_refused(
     [
         (["rank=2,4"], "rows: nothing is held out to compare by; add a valid.jsonl"),
         (["rank=2,4", "--by", "x.loss"], "--by: x.loss: is not measured; there are eval_loss"),
+        (
+            [
+                "rank=2,4",
+                "run.eval_every=4",
+                "evaluation.stop_when={metric: eval_loss, at_most: 1}",
+                "evaluation.fallback=x.yaml",
+            ],
+            "evaluation.fallback: x.yaml: a sweep takes its best setting; leave it out",
+        ),
         (["rank=2,4", "--keep", "1"], "--keep: 1: expected a whole number from 2 to 100"),
         (
             ["rank=2,4", "optimizer.in_backward=true"],
@@ -130,6 +140,16 @@ def test_a_sweep_that_cannot_be_is_one_line(
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
+
+
+def test_a_fallback_has_no_meaning_with_watch() -> None:
+    gate = ["run.eval_every=4", "evaluation.stop_when={metric: eval_loss, at_most: 1}"]
+    recipe = parse_recipe(RECIPE, "r", [*gate, "evaluation.fallback=x.yaml"])
+    with pytest.raises(
+        UserError, match=r"^evaluation\.fallback: x\.yaml: with --watch what was in use stays so"
+    ):
+        refuse_unwatchable(recipe)
+    refuse_unwatchable(parse_recipe(RECIPE, "r", gate))
 
 
 @pytest.fixture
@@ -196,10 +216,16 @@ def test_a_sweep_whose_sets_hold_other_questions_does_not_tell_the_old_scores(
 
 
 @pytest.mark.parametrize(
-    ("file", "what"), [("asked/train.jsonl", "questions"), ("answer.json", "questions"), ("judge.py", "code")]
+    ("file", "holds"),
+    [
+        ("asked/train.jsonl", "holds other questions than"),
+        ("asked/train.jsonl renamed", "is gone, and held questions that"),
+        ("answer.json", "holds other questions than"),
+        ("judge.py", "holds other code than"),
+    ],
 )
 def test_a_sweep_whose_folder_of_questions_schema_or_scorer_is_another_does_not_tell_the_old_scores(
-    file: str, what: str, swept: Path, capsys: pytest.CaptureFixture[str]
+    file: str, holds: str, swept: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("asked").mkdir()
     for name in ("asked/train.jsonl", "answer.json", "judge.py"):
@@ -208,9 +234,13 @@ def test_a_sweep_whose_folder_of_questions_schema_or_scorer_is_another_does_not_
     sets = f"evaluation.sets=[{one}]"
     words = ["sweep", "recipe.yaml", *SWEEP, "--by", "eval_loss", "run.dir=other", "run.eval_every=4", sets]
     assert [cli(words), cli(words)] == [0, 0]
-    Path(file).write_text("{ }\n")
+    file, _, renamed = file.partition(" ")
+    if renamed:
+        Path(file).rename("asked/train-00000-of-00001.jsonl")
+    else:
+        Path(file).write_text("{ }\n")
     with pytest.raises(SystemExit) as ended:
         cli(words)
     assert ended.value.code == 64
-    assert f"evaluation.sets: {file} holds other {what} than settings were" in capsys.readouterr().err
+    assert f"evaluation.sets: {file} {holds} settings were compared by" in capsys.readouterr().err
     assert cli([*words, "run.accept_changes=[evaluation.sets]"]) == 0

@@ -222,6 +222,45 @@ def test_what_cannot_be_evaluated_is_one_line(
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("file", ["answer.json", "judge.py", "asked/train.jsonl", "hosts.txt"])
+def test_no_file_that_decides_scores_is_written_over(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("asked").mkdir()
+    for name in ("answer.json", "judge.py", "asked/train.jsonl", "hosts.txt"):
+        Path(name).write_text("{}\n")
+    one = "{path: asked, metrics: [json_schema, scorer], schema: answer.json, scorer: judge.py:judge}"
+    words = [f"evaluation.sets=[{one}]", "run.hosts=hosts.txt"]
+    with pytest.raises(SystemExit) as ended:
+        cli(["evaluate", str(MODEL), *words, "--json", file])
+    assert ended.value.code == 64
+    assert f"--json: {file}: is read here, and is left as it is" in capsys.readouterr().err
+    assert Path(file).read_text() == "{}\n"
+
+
+def test_two_options_that_name_one_file_are_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    json_file, html = tmp_path / "found", tmp_path / "x/../found"
+    with pytest.raises(SystemExit) as ended:
+        cli(
+            [
+                "evaluate",
+                str(MODEL),
+                "--sets",
+                f"{place}/facts.jsonl",
+                "--json",
+                str(json_file),
+                "--html",
+                str(html),
+            ]
+        )
+    assert ended.value.code == 64
+    assert f"--html: {html}: is what --json writes; choose another name" in capsys.readouterr().err
+    assert not json_file.exists()
+
+
 def test_an_adapter_of_a_packed_base_scores_alike_on_that_base_packed_beforehand_and_on_no_other(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from support.rows import MODEL
 from mlx_empire import progress
 from mlx_empire.cli import main as cli
 from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.errors import UserError
 from mlx_empire.evaluate.command import read
 from mlx_empire.evaluate.named import recipes_of
 from mlx_empire.evaluation.constrained import Grammar, generate_constrained
@@ -110,6 +111,23 @@ def test_a_schema_that_no_grammar_can_hold_is_one_line_before_anything_is_genera
     said = capsys.readouterr().err
     assert "evaluation.sets: q.constrained: row 1: schema: cannot be held by a grammar: " in said
     assert said.count("\n") == 1
+
+
+def test_what_the_grammar_library_says_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("no\x1b bytes\nof tokens")
+
+    monkeypatch.setattr("llguidance.hf.from_tokenizer", refuse)
+    with pytest.raises(UserError, match=r"none that a grammar can read \(no\\x1b bytes\)$"):
+        Grammar(None, 8, [0])
+    monkeypatch.setattr("llguidance.hf.from_tokenizer", lambda *_: None)
+    said = SimpleNamespace(
+        grammar_from_json_schema=lambda *_, **__: "",
+        validate_grammar_with_warnings=lambda *_: (True, ["\nkey \x1b\nmore"]),
+    )
+    monkeypatch.setattr("llguidance.LLMatcher", said)
+    with pytest.raises(UserError, match=r"^q: row 1: schema: cannot be held by a grammar: key \\x1b$"):
+        Grammar(None, 8, [0]).refuse({}, "q: row 1")
 
 
 def test_each_different_schema_is_tried_once_and_named_where_it_stands_first(

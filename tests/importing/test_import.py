@@ -268,6 +268,16 @@ def test_a_recipe_that_is_there_stays_as_it_is(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "ours.yaml").read_text() == "mine"
 
 
+def test_the_recipe_and_what_became_of_each_line_are_two_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        imported(tmp_path, NESTED, "--json", str(tmp_path / "ours.yaml"))
+    assert ended.value.code == 64
+    assert f"--json: {tmp_path}/ours.yaml: is what --out writes" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs.yaml"]
+
+
 def test_what_a_file_says_stays_in_its_line(tmp_path: Path) -> None:
     """Of names with line breaks, of paths and numbers that no recipe can have."""
     long = "m" * 5000

@@ -27,7 +27,13 @@ def test_both_errors_are_what_a_plain_loop_finds(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     weights = rng.standard_normal((4, 128)).astype(np.float32)
     (tmp_path / "config.json").write_text("{}")
-    arrays = {"model.layers.0.mlp.up_proj.weight": mx.array(weights), "lm_head.weight": mx.ones((4, 64))}
+    heads = (
+        "lm_head.weight",
+        "embed_out.weight",
+        "language_model.lm_head.weight",
+    )  # both leave these as they are
+    arrays = {name: mx.ones((4, 64)) for name in (*heads, "model.embed_tokens.weight")}
+    arrays["model.layers.0.mlp.up_proj.weight"] = mx.array(weights)
     mx.save_safetensors(str(tmp_path / "model.safetensors"), arrays)
     blocks = weights.astype(np.float64).reshape(-1, 64)
     constants = [max(abs(w) for w in block) for block in blocks]

@@ -179,10 +179,15 @@ def test_two_ranks_take_the_fallback_together_and_so_does_the_launcher(
         shutil.copy(tried[0].folder / name, tmp_path / name)
     place = Workspace(tmp_path)
     short = ("run.steps=1", "run.eval_every=1")
-    place.write("lora.yaml", recipe(MODEL, "second", method="lora", steps=1, rate=1e-6))
+    ungated = recipe(MODEL, "second", method="lora", steps=2, rate=1e-6).replace(CRITERIA, "null")
+    place.write("lora.yaml", ungated)  # its gate would be reached at step 0
     outcome = succeeded(place.train("qlora.yaml", *short, ranks=2))
     assert "evaluation.fallback is taken: lora.yaml" in outcome.stdout
     assert (tmp_path / "second/COMPLETE").exists()
+    steps = {
+        name: [r["step"] for r in metrics(tmp_path / name) if "loss" in r] for name in ("first", "second")
+    }
+    assert steps == {"first": [1], "second": [1, 2]}, "the words are for the first recipe alone"
     for name in ("first", "second"):
         shutil.rmtree(tmp_path / name)
     place.write("hosts.txt", "localhost slots=2\n")

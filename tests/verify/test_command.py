@@ -69,13 +69,17 @@ def test_what_must_be_identical_is(tmp_path, ranks, arguments, more):
 @pytest.mark.parametrize("option", ["--json", "--html"])
 @pytest.mark.parametrize(
     ("file", "told"),
-    [("recipe.yaml", "is read here"), ("hosts.txt", "is read here"), ("nowhere/x", "No such file")],
+    [
+        *((name, "is read here") for name in ("recipe.yaml", "hosts.txt", "rows.jsonl")),
+        ("nowhere/x", "No such file"),
+    ],
 )
 def test_a_file_that_is_read_or_cannot_be_written_is_refused_before_the_work(
     option, file, told, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    texts = {"recipe.yaml": RECIPE, "hosts.txt": "localhost slots=1\n"}
+    recipe = RECIPE.replace(f"{FIXTURES}/wordnet", "rows.jsonl")
+    texts = {"recipe.yaml": recipe, "hosts.txt": "localhost slots=1\n", "rows.jsonl": "{}\n"}
     for name, text in texts.items():
         Path(name).write_text(text)
     with pytest.raises(SystemExit) as ended:

@@ -8,7 +8,8 @@ turns round by round. Seconds are a process's CPU seconds and, beside them, wall
 nothing. The padded run must have our losses.
 
 Cases are named `model-tuning-tokens`, such as smollm2-full-2048; models are smollm2, smollm2x4 (its first four layers),
-mixture (qwen3_moe, 8 experts of which 2 take part) and gpt_oss, the last two small and at random.
+mixture (qwen3_moe, 8 experts of which 2 take part) and gpt_oss, the last two small and at random, or a folder of the
+checkout with a slash in its path.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ SIZES = {"num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 4, "max_
 
 @dataclass(frozen=True)
 class Timed:
-    """One run: medians over its measured steps; bytes of its peak, and of weights, gradients and states."""
+    """One run: medians over its measured steps, bytes of its peak, and the losses of all steps."""
 
     cpu_seconds: float
     wall_seconds: float
@@ -156,6 +157,8 @@ def model_folder(name: str, folder: Path) -> Path:
 
     if name == "smollm2":
         return SMOLLM2
+    if "/" in name:
+        return ROOT / name
     folder.mkdir()
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SMOLLM2 / file, folder)
@@ -263,7 +266,6 @@ def ours(case: Case, model: Path, data: Path, steps: int) -> Timed:
 
 def peer(case: Case, model: Path, data: Path, lengths: Sequence[int], steps: int) -> Timed:
     """mlx-lm's trainer on rows of these lengths, padded to the longest."""
-    scripts = {"full": "mlx_lm_peer.py"}
     full = case.tuning == "full"
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         out = Path(temporary)
@@ -277,7 +279,7 @@ def peer(case: Case, model: Path, data: Path, lengths: Sequence[int], steps: int
             "out": out,
             **({} if full else {"rank": RANK, "bits": case.bits, "checkpointing": 1}),
         }
-        script = Path(__file__).parent / scripts.get(case.tuning, "mlx_lm_lora_peer.py")
+        script = Path(__file__).parent / ("mlx_lm_peer.py" if full else "mlx_lm_lora_peer.py")
         words = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
         launch([sys.executable, str(script), *words], out)
         reports = json.loads((out / "reports.json").read_text())["reports"]

@@ -161,6 +161,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, help="where the table goes")
     options = parser.parse_args(words)
     chosen = [m for m in MUTANTS if options.only in m.what or options.only in m.file]
+    if not chosen:
+        parser.error(f"--only {options.only}: is in no mutant's words or file")
     with tempfile.TemporaryDirectory(prefix="mutants-") as made:
         folder = Path(made)
         for name in COPIED:

@@ -60,8 +60,9 @@ def parser() -> RecipeArguments:
     made.add_argument("--wire", metavar="NAME", help=", ".join(wire.key for wire in WIRES))
     made.add_argument("--calibrate", action="store_true", help="measure this machine's speed first (seconds)")
     made.add_argument("--unit", type=Path, metavar="FILE", help="take the speed that a true layer had")
-    made.add_argument(
-        "--federation", type=Path, metavar="FILE", help="without a recipe: where its models live"
+    made.epilog = (
+        "Two questions need no recipe: --what [NAME] --hosts FILE says what machines can train, and --federation FILE "
+        "--hosts FILE where models live on them; see mlx-empire capacity --what --help."
     )
     return made
 
@@ -78,7 +79,7 @@ def parser_without_recipe() -> UserArguments:
     )
     made.add_argument("--hosts", type=host_file, metavar="FILE", required=True, help="the hostfile")
     made.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    made.add_argument("--tokens", type=int, default=TOKENS, help=f"with --what: of a run ({TOKENS:,})")
+    made.add_argument("--tokens", type=int, help=f"with --what: of a run ({TOKENS:,})")
     made.add_argument(
         "--deadline", metavar="TIME", help="with --what: which runs end in 36h, 7d or 2w at worst"
     )
@@ -95,8 +96,10 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     if any(word.partition("=")[0] in WITHOUT_RECIPE for word in words):
         alone = parser_without_recipe()
         options = alone.parse_args(words)
-        if options.what is None and (options.deadline or options.budget is not None):
-            alone.error("--deadline and --budget go with --what")
+        of_runs = (options.tokens, options.deadline, options.budget)
+        if options.what is None and any(value is not None for value in of_runs):
+            alone.error("--tokens, --deadline and --budget go with --what")
+        options.tokens = TOKENS if options.tokens is None else options.tokens
         if not 1 <= options.tokens <= MOST_TOKENS or not (options.budget is None or options.budget > 0):
             alone.error(f"--tokens: 1 to {MOST_TOKENS:,}; --budget: more than 0 dollars")
         return options

@@ -15,12 +15,13 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.cluster.machine import Calibration
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.assess import Assessment, assess
-from mlx_empire.plan.chips import Range, chip_of, no_time, price_of
-from mlx_empire.plan.hardware import WIRES, hourly_wear
+from mlx_empire.plan.chips import Range, chip_of, no_time
+from mlx_empire.plan.federation import adapters_held, fitting_models, swap_seconds
+from mlx_empire.plan.hardware import WIRES
 from mlx_empire.plan.lengths import DataSize
 from mlx_empire.plan.optimizer_bytes import StatesOf
-from mlx_empire.plan.pace import Pace, pace_of, power_dollars
-from mlx_empire.plan.serving import USABLE, cache_bytes_per_token, resting_bytes
+from mlx_empire.plan.pace import Pace, pace_of, run_dollars
+from mlx_empire.plan.serving import cache_bytes_per_token, resting_bytes, serving_room
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.schema import Recipe
 
@@ -101,17 +102,8 @@ def daughter_runs(
             alone = assess(tuning, specs[way], [node], states_of)
             known = no_time([node], calibration) is None
             pace = pace_of(alone, WIRES[0], None, calibration, size) if known else None
-            found.append(DaughterRun(way, node, alone, pace, run_dollars(node, pace) if pace else None))
+            found.append(DaughterRun(way, node, alone, pace, run_dollars([node], pace) if pace else None))
     return found
-
-
-def run_dollars(node: Node, pace: Pace) -> Range | None:
-    """Power, and the machine's price for the time of the run, spread over three years."""
-    price, power = price_of(node), power_dollars(pace)
-    if price is None or power is None:
-        return None
-    low, high = (hours * hourly_wear(price) + cost for hours, cost in zip(pace.run_hours, power, strict=True))
-    return low, high
 
 
 def serving(
@@ -132,7 +124,7 @@ def serving(
         weights, adapter = resting_bytes(spec, trained=False), resting_bytes(spec, trained=True)
         cache = length * cache_bytes_per_token(spec)
         for node in kinds(nodes):
-            room = int(USABLE * node.limit_bytes)
+            room = serving_room(node.limit_bytes)
             chip = chip_of(node, calibration)
             found.append(
                 Serving(
@@ -141,9 +133,9 @@ def serving(
                     weights,
                     adapter,
                     cache,
-                    room // (weights + cache),
-                    max(room - weights, 0) // (adapter + cache),
-                    None if chip is None else (weights / chip.disk_rate[1], weights / chip.disk_rate[0]),
+                    fitting_models(weights, cache, room),
+                    adapters_held(weights, adapter, cache, room),
+                    swap_seconds(weights, chip.disk_rate if chip else None),
                 )
             )
     return found
@@ -177,7 +169,7 @@ def kinds(nodes: Sequence[Node]) -> list[Node]:
 def _place(
     models: Sequence[Model], nodes: Sequence[Node], bases: Mapping[str, int], *, fullest: bool
 ) -> DaughterPlacement:
-    limits = [int(USABLE * n.limit_bytes) for n in nodes]
+    limits = [serving_room(n.limit_bytes) for n in nodes]
     used, homes, homeless = [0] * len(nodes), [list[str]() for _ in nodes], []
     loaded: list[set[str]] = [set() for _ in nodes]
 

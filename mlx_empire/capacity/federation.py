@@ -24,7 +24,7 @@ from mlx_empire.model.target import catalog_target
 from mlx_empire.plan.chips import chip_of
 from mlx_empire.plan.federation import Federation, Member, ModelHost, adapters_held, federate, fitting_models
 from mlx_empire.plan.hardware import wire_of
-from mlx_empire.plan.serving import USABLE, cache_bytes_per_token, resting_bytes
+from mlx_empire.plan.serving import PACKED, cache_bytes_per_token, resting_bytes, serving_room
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.packaged import recipe_file
@@ -35,7 +35,6 @@ from mlx_empire.sizes import amount
 MOST_BYTES = 64 * 1024
 EXAMPLE = "models: {writer: {model: llama-3.1-8b, weight: 2}, notes: {size: 13.4GB, hot: false}}"
 _UNITS = {"GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20}
-PACKED = 4.5 / 16  # of 16 bits: codes of 4 bits, and half a bit of scales and biases for each
 
 
 class ModelRow(BaseModel):
@@ -120,7 +119,7 @@ def _place(node: Node, link: tuple[float, float]) -> ModelHost:
     chip, own = chip_of(node), node.link_bytes_per_second
     return ModelHost(
         node.name,
-        int(USABLE * node.limit_bytes),
+        serving_room(node.limit_bytes),
         chip.disk_rate if chip else None,
         (own, own) if own else link,
     )

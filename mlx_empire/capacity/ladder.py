@@ -57,11 +57,6 @@ class Rung:
     dense: tuple[str, int] | None
     moe: tuple[str, int] | None
 
-    @property
-    def peak_gb(self) -> tuple[float, ...]:
-        """10^9 bytes that each node needs."""
-        return tuple(n.peak_bytes / 1e9 for n in self.assessment.nodes)
-
 
 def ladder(
     recipe: Recipe,

@@ -23,10 +23,10 @@ from mlx_empire.model import catalog
 from mlx_empire.model.target import catalog_target, shaped_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, assess
-from mlx_empire.plan.chips import Range, no_time, price_of
-from mlx_empire.plan.hardware import hourly_wear, wire_of
+from mlx_empire.plan.chips import Range, no_time
+from mlx_empire.plan.hardware import wire_of
 from mlx_empire.plan.largest import DENSE, MIXTURE, Largest, largest
-from mlx_empire.plan.pace import Pace, pace_of, power_dollars
+from mlx_empire.plan.pace import Pace, pace_of, run_dollars
 from mlx_empire.plan.resolve import never_fits
 from mlx_empire.recipe.changes import variant
 from mlx_empire.recipe.load import load_recipe
@@ -114,19 +114,9 @@ def _row(
         if found.verdict == "no":
             continue
         pace = pace_of(found, wire_of(nodes)) if known else None
-        dollars = _dollars(nodes, pace) if pace else None
+        dollars = run_dollars(nodes, pace) if pace else None
         return Trainable(name, size, way, found, pace, dollars, _within(pace, dollars, *limits))
     return Trainable(name, size, None, None, None, None, None)
-
-
-def _dollars(nodes: Sequence[Node], pace: Pace) -> Range | None:
-    """Power, and what the run's hours take off the machines' prices."""
-    prices, power = [price_of(node) for node in nodes], power_dollars(pace)
-    if power is None or any(price is None for price in prices):
-        return None
-    wear = sum(hourly_wear(price) for price in prices if price is not None)
-    low, high = (hours * wear + cost for hours, cost in zip(pace.run_hours, power, strict=True))
-    return low, high
 
 
 def _within(

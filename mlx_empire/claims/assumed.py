@@ -7,6 +7,7 @@ positions for adapters, as S2 says.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,9 +16,11 @@ from mlx_empire.cluster.machine import OWN_MEMORY_USABLE
 from mlx_empire.model.target import catalog_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, assess
+from mlx_empire.plan.chips import is_mac
 from mlx_empire.plan.hardware import standard_clusters
 from mlx_empire.plan.serving import cache_bytes_per_token, resting_bytes
 from mlx_empire.recipe.changes import variant
+from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.packaged import recipe_file
 from mlx_empire.recipe.schema import Recipe
@@ -76,20 +79,30 @@ def planned(model: str, cluster: str, techniques: str) -> Assessment:
 
 
 @cache
-def on_one(model: str, gb: float, chip: str, kind: str) -> Assessment:
-    """`on` one machine or card of so many GB with adapters (`lora`, or `qlora` on 4 bits or `ternary`) or whole."""
+def on_one(model: str, gb: float, chip: str, kind: str, steps: int | None = None) -> Assessment:
+    """`on` one machine or card of so many GB with adapters (`lora`, or `qlora` on 4 bits or `ternary`) or whole, in a
+    run of so many steps (None: as many as the recipe says)."""
     settings: Settings = ADAPTERS | {"tuning.type": kind}
     if kind == "ternary":
         settings |= {"tuning.type": "qlora", "tuning.bits": "ternary"}
     if kind == "full":
         settings |= TECHNIQUES["all"] | {"tuning.rank": None, "memory.zero_stage": "auto"}
+    if steps is not None:
+        settings |= {"run.steps": Duration(steps)}
+    return on([machine(gb, chip)], model, settings)
+
+
+def machine(gb: float, chip: str) -> Node:
+    """A machine or card of so many GB, with what its GPU may use unless somebody says otherwise."""
     memory = int(gb * GIB)
-    limit = int(OWN_MEMORY_USABLE * memory) if not chip.startswith("M") else default_limit(memory)
-    return on([Node("one", 1, None, memory, limit, None, chip, measured=False)], model, settings)
+    node = Node("one", 1, None, memory, memory, None, chip, measured=False)
+    limit = default_limit(memory) if is_mac(node) else int(OWN_MEMORY_USABLE * memory)
+    return replace(node, limit_bytes=limit)
 
 
-def at_rest(model: str, context: int) -> tuple[int, int]:
-    """Bytes of a model's weights at 16 bits, and of a conversation's cache."""
+def at_rest(model: str, context: int) -> tuple[int, int, int]:
+    """Bytes of a model's weights at 16 bits, of a conversation's cache, and of an adapter over those weights."""
     recipe = variant(scout(), ADAPTERS)
     spec = catalog_target(model, recipe).spec
-    return resting_bytes(spec, trained=False), context * cache_bytes_per_token(spec)
+    cache = context * cache_bytes_per_token(spec)
+    return resting_bytes(spec, trained=False), cache, resting_bytes(spec, trained=True)

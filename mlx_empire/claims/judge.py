@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_empire.plan.chips import GIGA
+
 FILE = Path(__file__).with_name("claims.toml")
 AGREES, NEAR = 1.15, 1.35  # times
 TO_MEASURE = "to be measured"  # what no plan can say
@@ -82,6 +84,11 @@ def claims() -> list[Claim]:
         )
         for row in rows
     ]
+
+
+def gb(size: float) -> str:
+    """Bytes in 10^9, as formulas have them."""
+    return f"{size / GIGA:,.0f} GB" if size >= 100 * GIGA else f"{size / GIGA:.3g} GB"
 
 
 def judged(claim: Claim, questions: Mapping[str, Callable[..., Ours]]) -> Judged:

@@ -95,11 +95,11 @@ def markdown(found: Sequence[Judged]) -> Iterator[str]:
     yield "Part of [the README](../README.md). `make claims` writes it; `mlx-empire claims S2` tells a part."
     yield ""
     yield (
-        "The owner's documents were written before there was a program to ask. Their first decision holds: Scout is "
-        "trained whole on one king and three soldiers. Here are the numbers on which a decision hangs, with the "
-        "formula where another one follows. Ours are computed by the plan that training goes by "
-        "(`mlx_empire/plan/`), on the machines of `hosts/`, for chips as `plan/chips.toml` knows them. GB are 10^9 "
-        "bytes. *Agrees*: within 15 %, or the ranges meet; *near*: within 35 %; `x`: ours is so many times theirs."
+        f"The owner's documents were written before there was a program to ask. {first_decision(found)}"
+        "Here are the numbers on which a decision hangs, with the formula where another one follows. Ours are computed "
+        "by the plan that training goes by (`mlx_empire/plan/`), on the machines of `hosts/`, for chips as "
+        "`plan/chips.toml` knows them. GB are 10^9 bytes. *Agrees*: within 15 %, or the ranges meet; *near*: within "
+        "35 %; `x`: ours is so many times theirs."
     )
     yield ""
     yield f"{verdicts_counted(found)}."
@@ -115,6 +115,15 @@ def markdown(found: Sequence[Judged]) -> Iterator[str]:
         for one in rows:
             cells = (one.claim.place, one.claim.what, said(one.claim.theirs, one), said(one.ours.value, one))
             yield f"| {' | '.join((*cells, one.verdict, explained(one)))} |"
+
+
+def first_decision(found: Sequence[Judged]) -> str:
+    """Whether Scout is trained whole on the empire, as a sentence; nothing where that claim was not asked for."""
+    one = next((one for one in found if one.claim.ask == "fit_verdict" and not one.claim.settings), None)
+    if one is None:
+        return ""
+    held = {"yes": "holds", "tight": "holds, tightly"}.get(str(one.ours.value), "does not hold")
+    return f"Their first decision, that {one.claim.what}, {held}. "
 
 
 def verdicts_counted(found: Sequence[Judged]) -> str:

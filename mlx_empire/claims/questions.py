@@ -7,30 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mlx_empire.claims.assumed import ADAPTERS, EMPIRE, SCOUT, TECHNIQUES, at_rest, on_one, planned, scout
-from mlx_empire.claims.judge import TO_MEASURE, Ours
-from mlx_empire.cluster.hostfile import default_limit
+from mlx_empire.claims.answering import least_memory, models_held, served, swap
+from mlx_empire.claims.assumed import ADAPTERS, EMPIRE, SCOUT, TECHNIQUES, machine, on_one, planned, scout
+from mlx_empire.claims.judge import TO_MEASURE, Ours, gb
 from mlx_empire.model import catalog
 from mlx_empire.model.target import catalog_target, shaped_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment
-from mlx_empire.plan.chips import GIGA, TERA, chip_named
-from mlx_empire.plan.federation import fitting_models
+from mlx_empire.plan.chips import GIGA, TERA, chip_named, price_of
 from mlx_empire.plan.hardware import DOLLARS_PER_KWH, WIRES, YEARS_OF_USE, hourly_wear, standard_clusters
 from mlx_empire.plan.largest import DENSE, MIXTURE, largest
 from mlx_empire.plan.lengths import DataSize, Lengths
-from mlx_empire.plan.pace import cloud_of, pace_of, spell
-from mlx_empire.plan.serving import USABLE, resting_bytes
+from mlx_empire.plan.pace import Pace, cloud_of, pace_of, run_dollars, spell
+from mlx_empire.plan.serving import resting_bytes
 from mlx_empire.plan.work import flops_per_token, trained_bytes
 from mlx_empire.recipe.changes import variant
 from mlx_empire.sizes import GIB
 
 WORDS = {"fits": "yes", "tight": "tight", "no": "no"}  # of a verdict, as the documents say it
-
-
-def gb(size: float) -> str:
-    """Bytes in 10^9."""
-    return f"{size / GIGA:,.0f} GB" if size >= 100 * GIGA else f"{size / GIGA:.3g} GB"
 
 
 def nodes_added(found: Assessment) -> str:
@@ -78,7 +72,7 @@ def fit_verdict(model: str = SCOUT, cluster: str = EMPIRE, techniques: str = "pr
 def stage(model: str = SCOUT, cluster: str = EMPIRE) -> Ours:
     whole = sum(u.gathered_bytes for u in planned(model, cluster, "product").plan.shards.units)
     found = planned(model, cluster, "product")
-    return Ours(float(found.zero_stage), f"below stage 3 every machine keeps all weights, {gb(whole)}")
+    return Ours(f"stage {found.zero_stage}", f"below stage 3 every machine keeps all weights, {gb(whole)}")
 
 
 def per_parameter(model: str = SCOUT, cluster: str = EMPIRE) -> Ours:
@@ -143,7 +137,8 @@ def adapters_on(model: str, gb: float, chip: str, kind: str) -> Ours:
     (node,) = found.nodes
     return Ours(
         WORDS[found.verdict],
-        f"{node.peak_bytes / GIGA:.3g} GB of the {node.limit_bytes / GIGA:.3g} that may be used",
+        f"{node.peak_bytes / GIGA:.3g} GB of the {node.limit_bytes / GIGA:.3g} that may be used, "
+        f"{resting_bytes(found.spec, trained=False) / GIGA:.3g} for the frozen weights",
     )
 
 
@@ -192,20 +187,19 @@ def steps_of(rows: int, epochs: int, batch: int) -> Ours:
     )
 
 
-def _adapter_hours(model: str, chip: str, kind: str, steps: int) -> tuple[float, float]:
-    memory = max(chip_named(chip).memory)
-    pace = pace_of(on_one(model, memory, chip, kind), WIRES[0])
-    return pace.step_seconds[0] * steps / 3600, pace.step_seconds[1] * steps / 3600
+def adapter_run(model: str, chip: str, kind: str, steps: int | None = None) -> Pace:
+    """Of a run on one card of the largest memory that it is sold with."""
+    return pace_of(on_one(model, max(chip_named(chip).memory), chip, kind, steps), WIRES[0])
 
 
 def step_seconds(model: str, chip: str, kind: str) -> Ours:
-    low, high = (3600 * hours for hours in _adapter_hours(model, chip, kind, 1))
     speed = spell(chip_named(chip).tflops)
-    return Ours((low, high), f"operations of 16 rows of 2,048 at {speed} TFLOP/s, and the weights' reading")
+    seconds = adapter_run(model, chip, kind).step_seconds
+    return Ours(seconds, f"operations of 16 rows of 2,048 at {speed} TFLOP/s, and the weights' reading")
 
 
 def rented_dollars(model: str, chip: str, kind: str, steps: int) -> Ours:
-    low, high = _adapter_hours(model, chip, kind, steps)
+    low, high = adapter_run(model, chip, kind, steps).run_hours
     rent = chip_named(chip).rent
     assert rent is not None, f"chips.toml says what {chip} costs an hour"
     return Ours(
@@ -214,15 +208,15 @@ def rented_dollars(model: str, chip: str, kind: str, steps: int) -> Ours:
 
 
 def own_dollars(model: str, chip: str, kind: str, steps: int) -> Ours:
-    low, high = _adapter_hours(model, chip, kind, steps)
-    found = chip_named(chip)
-    price = dict(found.prices)[max(found.memory)]
-    wear, power = hourly_wear(price), (found.watts or 0) / 1000
-    cost = low * (wear + power * DOLLARS_PER_KWH[0]), high * (wear + power * DOLLARS_PER_KWH[1])
+    node, pace = machine(max(chip_named(chip).memory), chip), adapter_run(model, chip, kind, steps)
+    cost, price, watts = run_dollars([node], pace), price_of(node), chip_named(chip).watts
+    assert cost is not None, f"chips.toml says what {chip} costs and draws"
+    assert price is not None
+    assert watts is not None
     return Ours(
         cost,
-        f"{spell((low, high))} h x (wear {wear:.3f} dollars an hour of {price:,} in {YEARS_OF_USE} years "
-        f"+ {power:.2f} kW x {spell(DOLLARS_PER_KWH)})",
+        f"{spell(pace.run_hours)} h x (wear {hourly_wear(price):.3f} dollars an hour of {price:,} in {YEARS_OF_USE} "
+        f"years + {watts / 1000:.2f} kW x {spell(DOLLARS_PER_KWH)})",
     )
 
 
@@ -268,39 +262,6 @@ def full_gb(model: str, techniques: str = "pure") -> Ours:
     parts, count = trained_bytes(found), found.spec.base_parameters
     each = " + ".join(f"{name} {size / count:.2f}" for name, size in parts.items())
     return Ours(sum(parts.values()) / GIGA, f"{count / 1e9:.2f} B x ({each}), no activations")
-
-
-def served(model: str, context: int, count: int = 1) -> Ours:
-    weights, cache = at_rest(model, context)
-    each = f"weights {gb(weights)}" + (f" + cache {gb(cache)}" if cache else "")
-    return Ours(count * (weights + cache) / GIGA, f"{count} x ({each})" if count > 1 else each)
-
-
-def models_held(model: str, gb: float, context: int) -> Ours:
-    weights, cache = at_rest(model, context)
-    limit = default_limit(int(gb * GIB))
-    room = int(USABLE * limit)
-    return Ours(
-        float(fitting_models(weights, cache, room)),
-        f"{USABLE:.0%} of the {limit / GIGA:.1f} GB that the GPU may use / {(weights + cache) / GIGA:.1f} GB each",
-    )
-
-
-def least_memory(model: str, context: int) -> Ours:
-    weights, cache = at_rest(model, context)
-    size = next(
-        size
-        for size in range(1, 1024)
-        if fitting_models(weights, cache, int(USABLE * default_limit(size * GIB)))
-    )
-    return Ours(float(size), f"{(weights + cache) / GIGA:.1f} GB / {USABLE:g} / three quarters, in GiB")
-
-
-def swap(model: str, chip: str) -> Ours:
-    weights, _ = at_rest(model, 0)
-    disk = chip_named(chip).disk_rate
-    low, high = weights / disk[1], weights / disk[0]
-    return Ours((low, high), f"{gb(weights)} / {spell((disk[0] / GIGA, disk[1] / GIGA))} GB/s")
 
 
 def to_measure(command: str) -> Ours:

@@ -49,7 +49,7 @@ def differentiated(run: Callable[[mx.array], mx.array], x: mx.array, *, in_full:
 
     On Metal attention has kernels of its own there; so a layer's result has the bits that it has when the backward
     computes it again. `in_full`: compiled functions too run operation by operation, as they do in the backward. A GPU's
-    kernels for that are others; a CPU's give the same bits and take a tenth of a step longer.
+    kernels for that are others; a CPU's give the same bits.
     """
     (output,), _ = mx.vjp(lambda traced: mx.stop_gradient(run(traced if in_full else x)), [x], [])
     return output

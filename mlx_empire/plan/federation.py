@@ -114,7 +114,7 @@ def federate(members: Sequence[Member], places: Sequence[ModelHost], bases: Mapp
             homes.append(Home(member, None, None, None, None, None))
             continue
         place, size = by_name[disk], needs(member, bases) - member.cache
-        swap, over = swap_seconds(size, place), link_seconds(size, place)
+        swap, over = swap_seconds(size, place.disk), link_seconds(size, place.disk, place.link)
         homes.append(Home(member, node.get(member.name), disk, backup, swap, over))
     return Federation(tuple(homes), used, stored)
 
@@ -147,14 +147,13 @@ def _in_memory(
     return node, used
 
 
-def swap_seconds(size: int, place: ModelHost) -> tuple[float, float] | None:
+def swap_seconds(size: int, disk: Rate | None) -> tuple[float, float] | None:
     """Seconds in which a machine reads so many bytes from its own disk; None where its disk is not known."""
-    return _seconds(size, place.disk) if place.disk else None
+    return _seconds(size, disk) if disk else None
 
 
-def link_seconds(size: int, place: ModelHost) -> tuple[float, float] | None:
+def link_seconds(size: int, disk: Rate | None, link: Rate) -> tuple[float, float] | None:
     """From another machine like it: the slower of disk and link."""
-    disk, link = place.disk, place.link
     return _seconds(size, (min(disk[0], link[0]), min(disk[1], link[1]))) if disk else None
 
 

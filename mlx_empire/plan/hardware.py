@@ -107,15 +107,9 @@ class Machine:
         assert price is not None, f"{self.role}: chips.toml has no price for so much memory"
         return price
 
-    @property
-    def dollars_per_gb(self) -> float:
-        """Price per 10^9 bytes that the GPU may use by default."""
-        return self.dollars / (default_limit(self.memory_bytes) / GIGA)
-
 
 KING = Machine("king", 512 * GIB)
 SOLDIER = Machine("soldier", 256 * GIB)
-MACHINES = (SOLDIER, KING)
 
 USABLE_OF_RENTED = 0.9  # planned: what a job may use of a rented card's memory
 DOLLARS_PER_KWH: Range = (0.15, 0.40)  # planned: a household's

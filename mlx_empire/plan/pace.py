@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from mlx_empire.cluster.hostfile import Node
 from mlx_empire.cluster.machine import Calibration
 from mlx_empire.errors import UserError
 from mlx_empire.plan.assess import Assessment
@@ -28,7 +29,14 @@ from mlx_empire.plan.chips import (
     no_time,
     price_of,
 )
-from mlx_empire.plan.hardware import ADDING_RATE, DOLLARS_PER_KWH, USABLE_OF_RENTED, WIRES, Wire
+from mlx_empire.plan.hardware import (
+    ADDING_RATE,
+    DOLLARS_PER_KWH,
+    USABLE_OF_RENTED,
+    WIRES,
+    Wire,
+    hourly_wear,
+)
 from mlx_empire.plan.lengths import DataSize, Every, Lengths
 from mlx_empire.plan.step_time import ADD, COMPUTE, Link, Timeline, step_timeline
 from mlx_empire.plan.work import ChipCosts, route_over, step_flops, trained_bytes, whole_weights
@@ -190,6 +198,17 @@ def power_dollars(pace: Pace) -> Range | None:
     if pace.energy_kwh is None:
         return None
     return pace.energy_kwh[0] * DOLLARS_PER_KWH[0], pace.energy_kwh[1] * DOLLARS_PER_KWH[1]
+
+
+def run_dollars(nodes: Sequence[Node], pace: Pace) -> Range | None:
+    """What a run on one's own machines costs: power, and what its hours take off their prices; None where a price or
+    what a chip draws is not known."""
+    prices, power = [price_of(node) for node in nodes], power_dollars(pace)
+    if power is None or any(price is None for price in prices):
+        return None
+    wear = hourly_wear(sum(price for price in prices if price is not None))
+    low, high = (hours * wear + cost for hours, cost in zip(pace.run_hours, power, strict=True))
+    return low, high
 
 
 def _comparison(assessment: Assessment, pace: Pace | None, gpus: int, hours: Range, dollars: Range) -> str:

@@ -6,7 +6,13 @@ from mlx_empire.model.spec import ITEM_BYTES, ModelSpec
 from mlx_empire.plan.work import attention_layers
 
 USABLE = 0.95  # of what a machine's GPU may use, for serving: the rest is the runtime's
+PACKED = 4.5 / 16  # of 16 bits: codes of 4 bits, and half a bit of scales and biases for each
 CACHE_BYTES = 2  # a key or value in the cache: bfloat16
+
+
+def serving_room(limit_bytes: int) -> int:
+    """Bytes that models may fill on a machine whose GPU may use so many."""
+    return int(USABLE * limit_bytes)
 
 
 def resting_bytes(spec: ModelSpec, *, trained: bool) -> int:

@@ -55,7 +55,7 @@ from mlx_empire.run.trainer import explaining_memory, limit_memory, load_weights
 from mlx_empire.sizes import amount
 
 STEPS = 2
-KNOWN_UNDER = 0.01  # of the peak; at worst a ledger was measured 0.8 % too low (docs/measured.md)
+KNOWN_UNDER = 0.01  # of the peak; at worst a ledger was measured 0.7 % too low (docs/measured.md)
 MOST_FILE_BYTES = 1 << 20
 REMEDY = "`mlx-empire doctor HOSTFILE --unit RECIPE` writes one"
 # The seconds that are told: of which actions, by what they come to.

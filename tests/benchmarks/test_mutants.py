@@ -42,6 +42,21 @@ def test_what_no_test_sees_ends_with_1(
     assert capsys.readouterr().out.count("SURVIVES") == 2
 
 
+def test_a_word_that_is_in_no_mutant_is_refused_before_any_test_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mutants, "run_tests", lambda folder, tests: pytest.fail("the tests were started"))
+    with pytest.raises(SystemExit) as left:
+        mutants.main(["--only", "unicorn"])
+    assert left.value.code == 2
+    assert "unicorn: is in no mutant" in capsys.readouterr().err
+
+
+def test_the_page_has_every_mutant_and_says_that_all_are_seen() -> None:
+    page = (ROOT / "docs" / "mutants.md").read_text()
+    assert page == mutants.page([(mutant, True) for mutant in mutants.MUTANTS]), "run make mutants"
+
+
 def test_a_test_that_fails_and_one_that_passes_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text("def test_a(): assert False\n")
     (tmp_path / "test_b.py").write_text("def test_b(): assert True\n")

@@ -1,5 +1,7 @@
 """Daughters: sizes against arithmetic by hand, and placements that never overfill a machine."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,20 +11,19 @@ from mlx_empire.capacity.daughters import (
     LORA,
     QLORA4,
     QLORA8,
-    USABLE,
     WAYS,
     Model,
     daughter_runs,
     kinds,
     place_daughters,
-    run_dollars,
     serving,
     tuned_in,
 )
 from mlx_empire.model.target import catalog_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.hardware import standard_clusters
-from mlx_empire.plan.serving import cache_bytes_per_token
+from mlx_empire.plan.pace import run_dollars
+from mlx_empire.plan.serving import USABLE, cache_bytes_per_token
 
 GB = 10**9
 CLUSTER = standard_clusters()["1K+3S"]
@@ -64,7 +65,11 @@ def test_one_machine_trains_alone_and_costs_power_and_wear(scout):
     wear = 11_699 / (3 * 365.25 * 24)
     assert run.dollars[0] == pytest.approx(hours[0] * (wear + 0.27 * 0.15))
     assert run.dollars[1] == pytest.approx(hours[1] * (wear + 0.27 * 0.40))
-    assert run_dollars(nodes_of([GB])[0], run.pace) is None
+    twice = run_dollars([KING, KING], run.pace)
+    assert twice is not None
+    assert twice[0] == pytest.approx(run.dollars[0] + hours[0] * wear), "two machines wear"
+    assert run_dollars([KING, *nodes_of([GB])], run.pace) is None, "of one no price is known"
+    assert run_dollars([KING], replace(run.pace, energy_kwh=None)) is None, "nor what it draws"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from mlx_empire.capacity.text import (
 )
 from mlx_empire.report.text import energy, run_length, span
 
-LIMITS = (("a", 100), ("b", 100), ("c", 90))
 DRAW = {
     "report": (print_report, made_up.report),
     "matrix": (print_matrix, made_up.matrix),

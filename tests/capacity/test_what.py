@@ -127,9 +127,19 @@ def test_a_deadline_that_is_none_is_refused(written: str) -> None:
         ["--what", "llama-3.2-1b", "--budget", "-1"],
         ["--what", "llama-3.2-1b", "--deadline", "soon"],
         ["--federation", "x.yaml", "--deadline", "7d"],
+        ["--federation", "x.yaml", "--tokens", "1000"],
+        ["scout", "--federation", "x.yaml"],
+        ["scout", "--fed", "x.yaml"],
         ["--federation", "x.yaml", "--what"],
     ],
 )
 def test_words_that_do_not_go_together_are_refused_in_a_line(say, hosts, words: list[str]) -> None:
     said = say(*words, "--hosts", hosts(MAC))
     assert (said.code, said.out, said.err.count("\n")) == (64, "", 1)
+
+
+def test_the_help_names_both_questions_that_need_no_recipe(say) -> None:
+    told = say("--help").out
+    assert "--what [NAME] --hosts" in told
+    assert "--federation FILE" in told
+    assert "--tokens" in say("--what", "--help").out

@@ -13,8 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_empire import cli
+from mlx_empire.claims.assumed import machine
 from mlx_empire.claims.judge import FILE, TO_MEASURE, Claim, Judged, Ours, claims
+from mlx_empire.claims.page import first_decision
 from mlx_empire.claims.questions import QUESTIONS
+from mlx_empire.cluster.hostfile import default_limit
+from mlx_empire.cluster.machine import OWN_MEMORY_USABLE
+from mlx_empire.sizes import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "claims.md"
@@ -60,7 +65,6 @@ def test_what_an_8_bit_optimizer_saves_is_counted_with_the_masters(capsys) -> No
 
 
 def test_every_claim_has_a_place_and_asks_what_can_be_answered() -> None:
-    """What is computed here is written nowhere in the data."""
     rows = tomllib.loads(FILE.read_text())["claim"]
     assert len(rows) >= 40
     assert [row["document"] for row in rows] == sorted(row["document"] for row in rows)
@@ -74,6 +78,46 @@ def test_the_page_has_a_line_for_each_claim_in_their_order() -> None:
     lines = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ", PAGE.read_text(), re.M)
     told = [line for line in lines if line[0] not in ("place", "---|---")]
     assert told == [(claim.place, claim.what) for claim in claims()], "run make claims"
+
+
+def test_a_stage_is_a_word_of_which_no_ratio_is_told() -> None:
+    """Stage 3 is not 1.5 times stage 2."""
+    assert all(isinstance(claim.theirs, str) for claim in claims() if claim.ask == "stage")
+    assert "| stage 2 | stage 3 | differs | " in PAGE.read_text()
+
+
+def test_what_is_computed_stands_in_no_sentence() -> None:
+    """Of the page: no quantity of a claim's `why` is one of ours, which the next plan may change."""
+    quantity = re.compile(r"[\d.,]*\d (?:[A-Z]?B|seconds|hours|dollars|models|steps|times)\b")
+    lines = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    by_claim = {(cells[0].removeprefix("| "), cells[1]): cells for cells in lines}
+    for claim in claims():
+        cells = by_claim[claim.place, claim.what]
+        formula = cells[5].removesuffix(" |").removesuffix(claim.why)
+        ours = set(quantity.findall(f"{cells[3]} {formula}"))
+        assert not ours & set(quantity.findall(claim.why)), claim.what
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("yes", "that it fits, holds. "),
+        ("tight", "holds, tightly. "),
+        ("no", "that it fits, does not hold. "),
+    ],
+)
+def test_the_page_says_of_the_first_decision_what_was_computed(answer: str, told: str) -> None:
+    claim = Claim("S0", "verdict", "it fits", "yes", "", "fit_verdict", {}, "")
+    other = Claim("S0", "matrix", "another", "yes", "", "fit_verdict", {"model": "falcon-180b"}, "")
+    judgements = [Judged(other, Ours("no", "")), Judged(claim, Ours(answer, ""))]
+    assert first_decision(judgements).endswith(told)
+    assert first_decision(judgements[:1]) == "", "which was not asked for"
+
+
+def test_a_machine_is_a_mac_or_not_as_the_plan_knows_chips() -> None:
+    mac, card = machine(16, "Apple M4"), machine(16, "M40")
+    assert mac.limit_bytes == default_limit(16 * GIB)
+    assert card.limit_bytes == int(OWN_MEMORY_USABLE * 16 * GIB)
 
 
 @pytest.mark.slow

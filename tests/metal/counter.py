@@ -37,7 +37,7 @@ class ByKind:
 
 if __name__ == "__main__":
     with CommThread() as thread:
-        for layers, micro_batches, stage, run_ahead, totals, wide, *tail in json.loads(sys.argv[1]):
+        for layers, micro_batches, stage, run_ahead, totals, wide, tail in json.loads(sys.argv[1]):
             sizes = {**SMOLLM2, "vocab_size": VOCABULARY} if wide else {}
             case = Case(
                 tied=True,
@@ -46,7 +46,7 @@ if __name__ == "__main__":
                 stage=stage,
                 micro_batches=micro_batches,
                 run_ahead=run_ahead,
-                tail=sum(tail),
+                tail=tail,
                 gradient_dtype=totals,
                 config={**sizes, "num_hidden_layers": layers},
             )
@@ -69,6 +69,6 @@ if __name__ == "__main__":
                 "embed": [kinds.worked["embed"], kinds.stops["embed"]],
             }
             print(
-                json.dumps([[layers, micro_batches, stage, run_ahead, totals, wide, *tail], found]),
+                json.dumps([[layers, micro_batches, stage, run_ahead, totals, wide, tail], found]),
                 flush=True,
             )

@@ -41,10 +41,10 @@ def built(request):
 def count(built, few, cases, *, wide):
     """By case what a model of so `few` layers and one of twice as many do in a step: evaluations, the update's, stops,
     the optimizer's chunks."""
-    asked = [(layers, *case, wide) for layers in (few, 2 * few) for case in cases]
+    asked = [(layers, *case, wide, 0) for layers in (few, 2 * few) for case in cases]
     lines = watched(built, [str(COUNTER), json.dumps(asked)]).splitlines()
     found = {tuple(key): numbers for key, numbers in map(json.loads, lines)}
-    return {case: tuple(found[(layers, *case, wide)] for layers in (few, 2 * few)) for case in cases}
+    return {case: tuple(found[(layers, *case, wide, 0)] for layers in (few, 2 * few)) for case in cases}
 
 
 @pytest.fixture(scope="module")

@@ -118,15 +118,15 @@ def test_another_machine_never_makes_a_model_homeless(
 def test_a_swap_takes_bytes_over_rate_and_never_less_over_the_link(
     size: int, disk: float, more: float, link: float
 ) -> None:
-    one = ModelHost("p", size, (disk, more * disk), (link, link))
-    swap, over = swap_seconds(size, one), link_seconds(size, one)
+    rate = disk, more * disk
+    swap, over = swap_seconds(size, rate), link_seconds(size, rate, (link, link))
     assert swap is not None
     assert over is not None
     assert swap == pytest.approx((size / (more * disk), size / disk))
     assert over[0] >= swap[0]
     assert over[1] >= swap[1]
     assert over[1] == pytest.approx(size / min(disk, link))
-    assert swap_seconds(size, ModelHost("p", size, None, LINK)) is None
+    assert swap_seconds(size, None) is link_seconds(size, None, (link, link)) is None
 
 
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 20), st.integers(0, 500))

@@ -28,7 +28,7 @@ from support.stepping import (
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.engine import passes
+from mlx_empire.engine import layer_calls
 from mlx_empire.engine.streamable import verify_scaled_down
 from mlx_empire.errors import UserError
 
@@ -103,7 +103,7 @@ def norm(gradients: dict[str, np.ndarray]) -> float:
 
 
 def test_a_fault_of_ours_is_not_blamed_on_the_model(monkeypatch):
-    monkeypatch.setattr(passes, "hidden_of", None)
+    monkeypatch.setattr(layer_calls, "hidden_of", None)
     with pytest.raises(TypeError):
         verify_scaled_down(small_config("llama"), "llama")
 

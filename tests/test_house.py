@@ -57,7 +57,7 @@ FLOORS = (
     "sizes",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
-SHARED_NAMES = {"main", "parser", "read"}  # every command's
+SHARED_NAMES = {"main", "parser", "read", "Model", "ModelArgs"}  # every command's, and every model file's
 
 
 def room(file: Path) -> str:

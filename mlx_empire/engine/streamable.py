@@ -13,7 +13,7 @@ model's have, and its rows are long enough for that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +39,7 @@ from mlx_empire.model.build import build_model, describe, foreign
 from mlx_empire.model.kept import ATTENTION
 from mlx_empire.model.layers import LayerArguments, SlottedModel, refuse_sharing, separable
 from mlx_empire.model.quantize import unpacked
-from mlx_empire.model.scaled_down import VOCABULARY, scaled_down_config
+from mlx_empire.model.scaled_down import VOCABULARY, first_layers, scaled_down_config
 from mlx_empire.model.spec import RootNames, base_name
 from mlx_empire.plan.actions import Stash, StepShape
 from mlx_empire.plan.shards import make_plan
@@ -157,6 +157,7 @@ TOLERANCE = 1e-4
 GPU_TOLERANCE = 2e-3  # GPUs multiply float32 with fewer bits: TF32 is the default on some
 EVERY = (ATTENTION, *range(1000))  # products of a layer, and more
 MOST_PARAMETERS = 1 << 27
+FEW_LAYERS = 4  # of a model that is larger than that with all that it is scaled down to
 NOISE = 1e-3  # of the largest gradient: smaller ones, in good part rounding, are compared with that
 
 
@@ -176,16 +177,8 @@ def verify_scaled_down(
     Returns which parameters of the root its head and embedding depend on, and how: the model's own, by their names.
     """
     on_gpu = computes_on_gpu()
-    small = scaled_down_config(config, fused=FUSED_HEAD_DIMS if on_gpu else ())
-    small = unpacked(small)  # how weights are stored is not what the layers do with them
     mx.random.seed(0)
-    model = build_model(small, f"{name} (scaled down to verify streaming)")
-    parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
-    if parameters > MOST_PARAMETERS:
-        raise UserError(
-            f"{name}: streaming is verified on a scaled-down model, and this one cannot be scaled down: it keeps "
-            f"{parameters:,} parameters; config.json may lack sizes"
-        )
+    small, model = _small_model(config, name, FUSED_HEAD_DIMS if on_gpu else ())
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     batch = _batch()
@@ -206,6 +199,25 @@ def verify_scaled_down(
             "this architecture would be trained wrongly, so it is refused"
         )
     return root
+
+
+def _small_model(
+    config: Mapping[str, Any], name: str, fused: Collection[int]
+) -> tuple[dict[str, Any], nn.Module]:
+    """The scaled-down configuration and its model, lazily; of a model that stays wide (Falcon 7B has 71 heads, which
+    nothing divides) the first layers alone. UserError where even these are too large.
+    """
+    whole = scaled_down_config(config, fused=fused)
+    whole = unpacked(whole)  # how weights are stored is not what the layers do with them
+    for small in (whole, first_layers(whole, FEW_LAYERS)):
+        model = build_model(small, f"{name} (scaled down to verify streaming)")
+        parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
+        if parameters <= MOST_PARAMETERS:
+            return small, model
+    raise UserError(
+        f"{name}: streaming is verified on a scaled-down model, and this one cannot be scaled down: it keeps "
+        f"{parameters:,} parameters; config.json may lack sizes"
+    )
 
 
 def _batch() -> MicroBatch:

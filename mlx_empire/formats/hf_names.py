@@ -55,6 +55,8 @@ KEPT = frozenset(
         "olmo2",
         "cohere2",
         "starcoder2",
+        "falcon",
+        "olmo",
     }
 )
 MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}

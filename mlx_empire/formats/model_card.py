@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_empire import __version__
+from mlx_empire.model.mlx_lm_modules import OURS
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.recipe.evaluation import worse_by
 from mlx_empire.recipe.load import dump_recipe
@@ -37,7 +38,7 @@ def model_card(
     sections = [
         _head(recipe, source),
         f"# {recipe.run.dir.name}\n\n{KINDS[kind]} of `{recipe.model.path}`, by mlx_empire {__version__}.",
-        f"## Use\n\n{_use(recipe)}",
+        f"## Use\n\n{_use(recipe, spec.family)}",
         f"## Figures\n\n{_figures(spec, metrics)}",
         *([] if not (worse := _worse(metrics)) else [f"## What got worse\n\n{worse}"]),
         f"## Lineage\n\n{_lineage(recipe, data_digest, base_digest, source)}",
@@ -56,11 +57,19 @@ def _head(recipe: Recipe, source: str | None) -> str:
     return f"---\nbase_model: {base}\nbase_model_relation: {relation}\n{library}\ntags:\n{tags}\n---"
 
 
-def _use(recipe: Recipe) -> str:
+def _use(recipe: Recipe, family: str) -> str:
     base, bits = recipe.model.path, recipe.tuning.bits
-    if recipe.tuning.type == "full":
-        return "```\nmlx_lm.generate --model THIS_FOLDER --prompt ...\n```"
-    lines = [f"```\nmlx_lm.generate --model {base} --adapter-path THIS_FOLDER --prompt ...\n```"]
+    full, ours = recipe.tuning.type == "full", family in OURS
+    beside = "" if full else f" --model {base}" if ours else " --adapter-path THIS_FOLDER"
+    model = "THIS_FOLDER" if full else base
+    ask = (
+        f"mlx-empire chat THIS_FOLDER{beside}"
+        if ours
+        else f"mlx_lm.generate --model {model}{beside} --prompt ..."
+    )
+    lines = [f"```\n{ask}\n```"]
+    if full:
+        return lines[0]
     if recipe.tuning.type == "qlora":
         lines.append(
             f"It was trained on `{base}` packed as `{bits or 4}`, and belongs to those values: "

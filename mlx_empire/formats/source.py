@@ -23,6 +23,7 @@ from mlx_empire.formats.safetensors import TensorInfo, open_plain
 from mlx_empire.model.build import read_stored
 from mlx_empire.model.config import EMBEDDINGS, HEADS, TIE
 from mlx_empire.model.lora import as_first_values, initial_adapter, magnitude
+from mlx_empire.model.mlx_lm_modules import said_of
 from mlx_empire.model.quantize import Choice, quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
@@ -83,7 +84,7 @@ class _LazySource:
             why = "is this the model's own folder?"
             if unread:
                 family = self._spec.family
-                why = f"it has {unread[0]}, which mlx-lm's {family} does not read; use a folder that mlx_lm.load opens"
+                why = f"it has {unread[0]}, which {said_of(family)} does not read; use a folder that it opens"
             raise UserError(f"{place} is missing, expected shape {tensor.shape}; {why}")
         if tuple(found.shape) != tensor.shape:
             raise UserError(
@@ -102,7 +103,7 @@ class _LazySource:
         if repeated or name.endswith(NO_WEIGHTS):
             return
         raise UserError(
-            f"{self._where}: tensor {name} has no place in mlx-lm's {self._spec.family}, which would compute another "
+            f"{self._where}: tensor {name} has no place in {said_of(self._spec.family)}, which would compute another "
             "model without it; use a folder of another family"
         )
 

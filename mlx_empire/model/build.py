@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten
 
 from mlx_empire.errors import EmpireError, UserError, of_gpu
 from mlx_empire.model.config import HEADS, TIE
-from mlx_empire.model.mlx_lm_modules import classes_of
+from mlx_empire.model.mlx_lm_modules import OURS, classes_of, said_of
 from mlx_empire.model.packing_config import is_packed, packing_method
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter
 from mlx_empire.model.stored_tensors import spell_tensors
@@ -122,7 +122,7 @@ def refuse_dropped_head(spec: ModelSpec, stored: Stored, where: Path | str) -> N
     matrices = [t for t in spec.units[0].tensors if len(t.shape) == 2 and t.shape[0] == vocabulary]
     if head is not None and spec.text_config.get(TIE) is False and len(matrices) == 1:
         raise UserError(
-            f"{where}: {head} is stored and {TIE} is false, but mlx-lm's {spec.family} has no head of its own; "
+            f"{where}: {head} is stored and {TIE} is false, but {said_of(spec.family)} has no head of its own; "
             f"it would be dropped (if it only repeats the embedding, write {TIE}: true into config.json)"
         )
 
@@ -142,7 +142,9 @@ def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
             f"{name}: its weights are quantised ({packing_method(config)}); full fine-tuning needs a bfloat16 or "
             "float32 folder, the one it was made from or mlx_lm.convert -d's; adapters do not (tuning.type: lora)"
         )
-    with foreign(f"{name}: mlx-lm cannot build model_type {config.get('model_type')!r}"):
+    kind = config.get("model_type")
+    who = "mlx_empire" if kind in OURS else "mlx-lm"
+    with foreign(f"{name}: {who} cannot build model_type {kind!r}"):
         model_class, args_class = classes_of(config)
         given = copy.deepcopy(dict(config))  # some write into it
         model: nn.Module = model_class(args_class.from_dict(given))

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_empire.errors import UserError
-from mlx_empire.model.closed_forms import has_closed_form
 from mlx_empire.model.family_defaults import TIED, UNTIED
 from mlx_empire.model.mlx_lm_modules import classes_of
 from mlx_empire.model.packing_config import QUANTISATION_KEYS, spell_packing
@@ -157,7 +156,7 @@ def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()
             "set it to false, which trains on the same weights"
         )
     kind, text = str(done["model_type"]), done.get("text_config")
-    reader = None if has_closed_form(done) else reader_of(done)
+    reader = reader_of(done)
     section = text if isinstance(text, dict) else done
     if reader is not None:
         module, read = reader
@@ -184,7 +183,7 @@ def complete(config: Mapping[str, Any], where: str, stored: Collection[str] = ()
 def reader_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Field[Any]]] | None:
     """(mlx-lm's module, the fields into which it reads the language model's part); None where it has none."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # olmo's prints what it lacks
+        with contextlib.redirect_stdout(io.StringIO()):  # AI2's olmo prints what it lacks
             model, arguments = classes_of(config)
         module = model.__module__.rpartition(".")[2]
         text = config.get("text_config")

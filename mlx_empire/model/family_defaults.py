@@ -15,9 +15,9 @@ def _words(text: str) -> frozenset[str]:
 
 
 TIED = _words(
-    "cohere cohere2 ernie4_5 ernie4_5_moe falcon_mamba gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text "
-    "gemma4 gemma4_text gemma4_unified gemma4_unified_text gpt2 gpt_bigcode kimi_k25 lfm2 lfm2_moe mamba "
-    "minicpm3 mistral3 qwen3_vl_moe_text recurrent_gemma smollm3 starcoder2"
+    "cohere cohere2 ernie4_5 ernie4_5_moe falcon falcon_mamba gemma gemma2 gemma3 gemma3_text gemma3n "
+    "gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text gpt2 gpt_bigcode kimi_k25 lfm2 lfm2_moe "
+    "mamba minicpm3 mistral3 qwen3_vl_moe_text recurrent_gemma smollm3 starcoder2"
 )
 
 UNTIED = _words(
@@ -33,10 +33,10 @@ UNTIED = _words(
 
 _THETA: Mapping[float, str] = {
     10_000.0: (
-        "afmoe cohere2 dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1 exaone4 exaone_moe falcon_h1 gemma gemma2 "
-        "glm4_moe_lite glm_moe_dsa granite granitemoe granitemoehybrid hunyuan_v1_dense internlm3 iquestcoder "
-        "llama minicpm3 mistral muse_glimmer_text nanochat olmo olmo2 olmo_hybrid olmoe qwen2 qwen2_moe qwen3 "
-        "qwen3_moe seed_oss starcoder2"
+        "afmoe cohere2 dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1 exaone4 exaone_moe falcon falcon_h1 gemma "
+        "gemma2 glm4_moe_lite glm_moe_dsa granite granitemoe granitemoehybrid hunyuan_v1_dense internlm3 "
+        "iquestcoder llama minicpm3 mistral muse_glimmer_text nanochat olmo olmo2 olmo_hybrid olmoe qwen2 qwen2_moe "
+        "qwen3 qwen3_moe seed_oss starcoder2"
     ),
     100_000.0: ("helium"),
     500_000.0: (

@@ -4,6 +4,9 @@
 command's start, and 45 MB of every process. A model's module needs none of it. So packages of mlx-lm are entered into
 `sys.modules` with their files still to be run, which happens when somebody asks for a name of theirs (`mlx_lm.load`).
 `mlx_lm.utils` is imported only where text is read: what puts adapters in wants one function of it, to print with.
+
+Families of our own (`families`) are entered beside mlx-lm's modules, so whoever asks mlx-lm for a model, its loader of
+tokenizers too, finds them.
 """
 
 from __future__ import annotations
@@ -35,12 +38,14 @@ REMAPPED: Mapping[str, str] = {
 BY_ARCHITECTURE: Mapping[tuple[str, str], str] = {
     ("bailing_hybrid", "BailingMoeV3ForCausalLM"): "bailing_moe_v3",
 }
+# Families with a model file of our own, in `families`: mlx-lm has none, or one that ends the program (olmo).
+OURS = frozenset({"falcon", "olmo"})
 # Language models of their own that mlx-lm reads under the name of the vision-language one.
 UNDER_ANOTHER_NAME: Mapping[str, str] = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 
 
-class _Package(ModuleType):
-    """A package whose `__init__` runs when a name is asked for that is not there yet."""
+class _Late(ModuleType):
+    """A module, or a package's `__init__`, that runs when a name is asked for that is not there yet."""
 
     def __getattr__(self, name: str) -> Any:
         self.__class__ = ModuleType  # type: ignore[assignment]
@@ -51,13 +56,20 @@ class _Package(ModuleType):
 
 
 def enter_packages() -> None:
-    """Enter mlx-lm's packages into `sys.modules`; what is imported already stays."""
+    """Enter mlx-lm's packages and our families into `sys.modules`; what is imported already stays."""
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # as mlx-lm's __init__ does
     for name in ("mlx_lm", "mlx_lm.tuner"):
-        if name not in sys.modules and (spec := find_spec(name)) is not None:
-            module = module_from_spec(spec)
-            module.__class__ = _Package
-            sys.modules[name] = module
+        _enter(name)
+    for family in OURS:
+        _enter(f"mlx_empire.model.families.{family}")
+        sys.modules[f"mlx_lm.models.{family}"] = sys.modules[f"mlx_empire.model.families.{family}"]
+
+
+def _enter(name: str) -> None:
+    if name not in sys.modules and (spec := find_spec(name)) is not None:
+        module = module_from_spec(spec)
+        module.__class__ = _Late
+        sys.modules[name] = module
 
 
 def put_adapters_in(model: Any, layers: int, parameters: Mapping[str, Any], use_dora: bool) -> None:
@@ -82,8 +94,13 @@ class _Printing(ModuleType):
         return lambda *given: getattr(importlib.import_module(self.__name__), name)(*given)
 
 
+def said_of(family: str) -> str:
+    """A family's module as a person is told of it."""
+    return f"mlx_empire's {family}" if family in OURS else f"mlx-lm's {family}"
+
+
 def classes_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """mlx-lm's model and its arguments' dataclass, as `mlx_lm.utils` finds them; ValueError where it has none."""
+    """A model's class and its arguments' dataclass, as `mlx_lm.utils` finds them; ValueError where there is none."""
     kind, given = config["model_type"], config.get("architectures") or ()
     architectures = [given] if isinstance(given, str) else given
     chosen = (BY_ARCHITECTURE[kind, one] for one in architectures if (kind, one) in BY_ARCHITECTURE)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.family_defaults import ROPE
+from mlx_empire.model.mlx_lm_modules import said_of
 
 Config = Mapping[str, Any]
 Fields = Mapping[str, Field[Any]]
@@ -103,7 +104,7 @@ class _Speaker:
 
     def cannot(self, key: str, value: object) -> NoReturn:
         self.refuse(
-            key, value, f"mlx-lm's {self.module} would leave it out, so the model would be another one"
+            key, value, f"{said_of(self.module)} would leave it out, so the model would be another one"
         )
 
 
@@ -127,7 +128,7 @@ def _canonical(parameters: Config, speaker: _Speaker, strict: bool) -> dict[str,
         found["rope_type"] = _alias(kinds[0])
     known = SCALING_KEYS | OWN_KEYS.get(speaker.module, frozenset())
     for key in found.keys() - known - {"rope_type", "rope_theta", "partial_rotary_factor"} if strict else ():
-        speaker.refuse(f"rope_parameters.{key}", found[key], f"mlx-lm's {speaker.module} knows no such key")
+        speaker.refuse(f"rope_parameters.{key}", found[key], f"{said_of(speaker.module)} knows no such key")
     return found
 
 

@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import Stored, build_model, compute_dtype, describe, refuse_dropped_head, settle
-from mlx_empire.model.closed_forms import active_parameters, counted_spec, has_closed_form, module_of
+from mlx_empire.model.closed_forms import active_parameters
 from mlx_empire.model.config import read_config
 from mlx_empire.model.lora import AdapterSettings, adapt, put_in
 from mlx_empire.model.packing_config import refuse_foreign_packing
@@ -170,10 +170,6 @@ def refuse_impossible(spec: ModelSpec) -> None:
 def _planned(config: Mapping[str, Any], name: str, recipe: Recipe, stored: Stored | None = None) -> Target:
     """A target that may be counted though it cannot be trained."""
     tuning, dtype = recipe.tuning, compute_dtype(config, recipe.model.dtype)
-    if has_closed_form(config):
-        why = f"mlx-lm has no {config['model_type']}, so this model can be counted but not trained here"
-        counting = partial(module_of, counted_spec(config, name, dtype))
-        return replace(_tuned(config, tuning, name, dtype, None, counting), not_trainable=why)
     refuse_foreign_packing(config, name)
     refused = None
     try:
@@ -190,11 +186,10 @@ def _tuned(
     name: str,
     dtype: str,
     stored: Stored | None = None,
-    build: Callable[[], nn.Module] | None = None,
 ) -> Target:
     packed = stored_quantization(config, tuning, name)
     plain = config if tuning.type == "full" else unpacked(config)
-    rebuild = build or partial(build_model, plain, name)
+    rebuild = partial(build_model, plain, name)
     model = rebuild()
     if stored is not None:
         tensors = settle(model, stored, name)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 from mlx_empire.errors import UserError
+from mlx_empire.model.mlx_lm_modules import said_of
 
 LEARNT_POSITIONS = ("gpt2", "gpt_bigcode")
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "mamba_hidden_act")
@@ -131,7 +132,7 @@ def refuse_unread_keys(
 
     def refuse(key: str, value: object) -> NoReturn:
         raise UserError(
-            f"{where}: {key}: {str(value)[:80]}: mlx-lm's {module} would leave it out, so the model would be "
+            f"{where}: {key}: {str(value)[:80]}: {said_of(module)} would leave it out, so the model would be "
             "another one; use a folder of another family"
         )
 
@@ -146,7 +147,7 @@ def refuse_unread_keys(
     for key in NEEDED.get(module, ()):
         if key in section and section[key] is None:
             raise UserError(
-                f"{where}: {key}: null: mlx-lm's {module} has no way without it; if the model was trained with it and "
+                f"{where}: {key}: null: {said_of(module)} has no way without it; if the model was trained with it and "
                 "another tool switched it off, write its number, else use a folder of another family"
             )
     if module in SINGLE and section.get("num_experts_per_tok") == 1 and section.get("norm_topk_prob"):

@@ -44,7 +44,10 @@ class Fit(NamedTuple):
 
 FITTED = Fit(3.2, 3.3, 2.3, 1.3, 1.1, 1.7, 1.1)
 # Families whose layers get "causal" for a mask and no array, so that Metal's fused attention takes them.
-PLAINLY_CAUSAL = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "phi3", "olmo2", "starcoder2")
+PLAINLY_CAUSAL = (
+    *("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "phi3", "olmo", "olmo2", "starcoder2"),
+    "falcon",  # without ALiBi
+)
 ADAPTED_FORWARD = 1.1  # more in the forward with adapters
 
 
@@ -66,7 +69,7 @@ def costs_of(spec: ModelSpec, work: Workload) -> LayerCosts:
 def needs_no_scores(spec: ModelSpec, work: Workload) -> bool:
     """Whether attention is taken by a kernel that makes no scores."""
     sliding = spec.text_config.get("sliding_window")
-    plain = spec.family in PLAINLY_CAUSAL and not sliding
+    plain = spec.family in PLAINLY_CAUSAL and not sliding and not spec.text_config.get("alibi")
     return work.linear_attention and plain and attention_is_fused(spec.text_config)
 
 

@@ -22,6 +22,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import WEIGHTS_NAME
 from mlx_empire.model.config import read_config
+from mlx_empire.model.mlx_lm_modules import OURS
 from mlx_empire.model.unread import learnt_positions
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.run.finished import Finished
@@ -67,10 +68,21 @@ def load_model(folder: Path) -> Resident:
             f"{folder}: no model is there (config.json is missing); name a finished run, or its base"
         )
     try:
-        model, tokenizer = mlx_lm.load(str(folder))[:2]
+        model, tokenizer = mlx_lm.load(str(folder), model_config=_completed(folder))[:2]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder}: mlx-lm does not open it: {str(error)[:200]}") from None
     return Resident(model, tokenizer, table_of_positions(folder))
+
+
+def _completed(folder: Path) -> dict[str, Any] | None:
+    """What mlx-lm reads over a folder's config.json: for a family of our own, what its module reads, spelled for it.
+    Which tokens end an answer stays mlx-lm's to find.
+    """
+    with suppress(UserError):
+        config = read_config(folder)
+        if config["model_type"] in OURS:
+            return {key: value for key, value in config.items() if key != "eos_token_id"}
+    return None
 
 
 def table_of_positions(folder: Path) -> int | None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
+from mlx_empire.errors import UserError
+from mlx_empire.model.config import read_config
+from mlx_empire.model.mlx_lm_modules import OURS
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.names import CURRENT
 
@@ -15,10 +19,10 @@ def next_commands(recipe: Recipe) -> list[str]:
     """Let the result speak, look at the run, and use the result elsewhere."""
     run = recipe.run.dir
     if recipe.tuning.type == "full":
-        speak = _generate(run / "final")
+        speak = _ask(recipe, run, run / "final")
         use = {f"mlx-empire export base {_word(run / 'final')} OUT --bits 8": "packed, to use less memory"}
     else:
-        speak = _generate(recipe.model.path, run / "final")
+        speak = _ask(recipe, run, recipe.model.path, run / "final")
         use = {
             f"mlx-empire export merge {_word(run)} OUT": WHOLE,
             _go_on(run): "go on, on the rows there are by then",
@@ -39,8 +43,8 @@ def next_of_many(recipe: Recipe, name: str) -> list[str]:
     used = run / name / CURRENT
     return _told(
         {
-            _generate(
-                recipe.model.path, used if used.is_symlink() else run / name / "final"
+            _ask(
+                recipe, run / name, recipe.model.path, used if used.is_symlink() else run / name / "final"
             ): f"let {name} speak",
             f"mlx-empire list {_word(run)}": "what came of each",
             f"mlx-empire export merge {_word(run / name)} OUT": WHOLE,
@@ -54,8 +58,11 @@ def _go_on(run: Path) -> str:
     return f"mlx-empire train {_word(run / 'recipe.yaml')} tuning.start={_word(run)} run.dir={_word(beside)}"
 
 
-def _generate(model: Path, adapter: Path | None = None) -> str:
-    """mlx-lm's command that lets a model answer."""
+def _ask(recipe: Recipe, run: Path, model: Path, adapter: Path | None = None) -> str:
+    """The command that lets a model answer: mlx-lm's, where the family's module is mlx-lm's."""
+    with suppress(UserError):
+        if read_config(recipe.model.path)["model_type"] in OURS:
+            return f"mlx-empire chat {_word(run)}"
     beside = "" if adapter is None else f" --adapter-path {_word(adapter)}"
     return f'mlx_lm.generate --model {_word(model)}{beside} --prompt "{PROMPT}"'
 

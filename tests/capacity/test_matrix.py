@@ -83,7 +83,7 @@ def test_the_truths_that_the_matrix_must_tell(whole):
         "phi-3-medium-14b",
         "phi-3-mini-3.8b",
     ]  # rows of 2,048 under a window of 2,047, which mlx-lm lacks
-    assert barred == ["falcon-180b", "falcon-40b", "falcon-7b", "olmo-7b-instruct", *windowed]
+    assert barred == windowed
     for row in whole.rows:
         for cell in row.cells.values():
             assert (cell.verdict == "no") == (cell.headroom < 0)

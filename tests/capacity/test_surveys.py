@@ -12,7 +12,7 @@ from mlx_empire.plan.hardware import standard_clusters
 ROOT = Path(__file__).resolve().parents[2]
 SCOUT = ROOT / "recipes" / "scout.yaml"
 EMPIRE = ("--hosts", ROOT / "hosts" / "empire.txt")
-NAMES = ("falcon-7b", "llama-3.2-1b")
+NAMES = ("llama-3.2-1b", "phi-3-mini-3.8b")  # the second: rows longer than a window that its module lacks
 CLUSTERS = ["1K+3S", "2K+2S", "3K+1S", "4K"]
 
 
@@ -29,9 +29,9 @@ def test_the_matrix_has_the_promised_shape(say):
     matrix = said.json
     assert matrix["clusters"] == CLUSTERS == list(standard_clusters())
     assert [row["model"] for row in matrix["rows"]] == list(NAMES)
-    falcon, llama = matrix["rows"]
+    llama, windowed = matrix["rows"]
     assert llama["parameters"] == 1_235_814_400  # published: model card of Llama 3.2 1B
-    assert "falcon" in falcon["not_trainable"]
+    assert "sliding window of 2047" in windowed["not_trainable"]
     assert llama["not_trainable"] is None
     for cluster in CLUSTERS:
         cell = llama["cells"][cluster]
@@ -109,7 +109,7 @@ def test_the_page_shows_them_all(say, tmp_path):
         "1,235,814,400",
         "soldier-3.local",
         "The ladder",
-        "falcon-7b",
+        "phi-3-mini-3.8b",
         "4K",
         "a daughter of",
         "The ledger",

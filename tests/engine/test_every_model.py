@@ -40,7 +40,6 @@ REFUSED = {
     "gemma3n": "share more than the hidden state",
     "iquestloopcoder": "only 0 of 4 layers are called",
     "muse_spark": "No Metal back-end",
-    "olmo": "needs the Python module hf_olmo",
     "prism_hadamard_qwen35": "mlx-lm cannot build",
     "recurrent_gemma": "mlx-lm cannot build",
     "rwkv7": "share more than the hidden state",
@@ -55,7 +54,7 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # A layer is called by keyword; layers return more than the hidden state; masks go by a layer's class; other names.
 DIFFICULT = ("gptj", "hunyuan", "gemma4", "kimi_k3", "olmo_hybrid", "phixtral", "dbrx")
-EVERY_DAY = ("afm7", "gemma3n", "iquestloopcoder", "olmo", "recurrent_gemma", "rwkv7", "talkie")
+EVERY_DAY = ("afm7", "gemma3n", "iquestloopcoder", "recurrent_gemma", "rwkv7", "talkie")
 
 
 @cache

@@ -19,6 +19,7 @@ SIZES = {
     "max_position_embeddings": 4096,
 }
 WINDOW = {"sliding_window": 128}
+REFINED_WEB = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
 
 
 def setting(family: str, width: int, **more: Any) -> dict[str, Any]:
@@ -43,6 +44,9 @@ PEAKS = {
     "llama4 1024": setting("llama4", 1024, config={"attention_chunk_size": 400}),
     "gemma2 1024, by masks": setting("gemma2", 1024, config=WINDOW),
     "deepseek_v3 1024, by masks": setting("deepseek_v3", 1024),
+    "olmo 1024": setting("olmo", 1024),
+    "falcon 1024": setting("falcon", 1024),
+    "falcon 1024, ALiBi, by masks": setting("falcon", 1024, config=REFINED_WEB),
 }
 DAILY = ("llama 600",)
 # Rows of which more or less is there than the ledger counts on: one document fills the row.

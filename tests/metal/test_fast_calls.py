@@ -30,15 +30,8 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.activations import PLAINLY_CAUSAL, needs_no_scores
 from mlx_empire.plan.workload import CellLayout, Workload
 
-# Those that mlx-lm has no module for, or that are refused before they are scaled down.
-NOT_HERE = {
-    "falcon-180b",
-    "falcon-40b",
-    "falcon-7b",
-    "falcon-h1-1.5b",
-    "mamba2-codestral-7b",
-    "olmo-7b-instruct",
-}
+# Those that are refused before they are scaled down.
+NOT_HERE = {"falcon-h1-1.5b", "mamba2-codestral-7b"}
 PUBLISHED = [name for name in published.names() if name not in NOT_HERE]
 DAILY = (
     *(
@@ -50,7 +43,7 @@ DAILY = (
         "internlm3-8b",
     ),
     *("llama-4-scout-109b", "phi-3-mini-3.8b", "lfm2-1.2b", "nemotron-h-8b", "olmo-3-7b", "openelm-270m"),
-    *("glm-4.5-air", "gpt-oss-20b-bf16", "mimo-v2-flash"),
+    *("glm-4.5-air", "gpt-oss-20b-bf16", "mimo-v2-flash", "falcon-40b", "olmo-7b-instruct"),
 )
 MODELS = [*(f for f in (*FAMILIES, *OTHER_FAMILIES)), *PUBLISHED]
 PARTS = [

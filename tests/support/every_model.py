@@ -17,6 +17,8 @@ from typing import Any
 
 import mlx_lm.models
 
+from mlx_empire.model.mlx_lm_modules import OURS
+
 LAYERS, HIDDEN, HEADS, HEAD_DIM, VOCABULARY = 4, 64, 4, 16, 256
 
 _NAMES: tuple[tuple[Any, str], ...] = (
@@ -226,8 +228,8 @@ _CORRECTIONS: dict[str, dict[str, Any]] = {
 
 
 def models() -> list[str]:
-    """Every module of mlx-lm that defines a model, also one that cannot be imported here."""
-    names = [m.name for m in pkgutil.iter_modules(mlx_lm.models.__path__)]
+    """Every module of mlx-lm, and of our own, that defines a model, also one that cannot be imported here."""
+    names = sorted({*OURS, *(m.name for m in pkgutil.iter_modules(mlx_lm.models.__path__))})
     return [name for name in names if _class(name, "ModelArgs") is not None]
 
 

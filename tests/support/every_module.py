@@ -14,6 +14,7 @@ from typing import Any
 import mlx_lm.models
 
 from mlx_empire.model.config import TEXT_READERS
+from mlx_empire.model.mlx_lm_modules import OURS
 
 LAYERS = 4
 NUMBERS: dict[str, Any] = {
@@ -123,10 +124,9 @@ def reader(name: str) -> dict[str, Field[Any]]:
 
 
 def names() -> list[str]:
-    """The modules of mlx-lm that have a model; `olmo` leaves the process when it is imported."""
-    return [
-        m.name for m in pkgutil.iter_modules(mlx_lm.models.__path__) if m.name != "olmo" and reader(m.name)
-    ]
+    """The modules that have a model: mlx-lm's and those of our own, which mlx-lm finds among its."""
+    found = sorted({*OURS, *(m.name for m in pkgutil.iter_modules(mlx_lm.models.__path__))})
+    return [name for name in found if reader(name)]
 
 
 def small_config(name: str, **changes: Any) -> dict[str, Any]:

@@ -44,7 +44,8 @@ FILES = {
         | {"model_type": "minicpm", "tie_word_embeddings": True}
     ),
     **{f"models/{name}/config.json": json.dumps(tiny_config(name)) for name in ("rwkv7", "iquestloopcoder")},
-    **{f"models/{name}/config.json": json.dumps(tiny_config(name)) for name in ("recurrent_gemma", "olmo")},
+    **{f"models/{name}/config.json": json.dumps(tiny_config(name)) for name in ("recurrent_gemma",)},
+    "models/ai2/config.json": json.dumps({"model_type": "olmo", "d_model": 64, "n_layers": 2, "n_heads": 4}),
     "data/kind.jsonl": GOOD_LINE + '{"text": 5}\n',
     "data/torn.jsonl": GOOD_LINE * 2 + '{"text": "We are met\n',
     "data/other.jsonl": GOOD_LINE + '{"prompt": "a", "completion": "b"}\n',
@@ -156,8 +157,8 @@ MODELS = {
         f"recipe.yaml model.path=models/recurrent_gemma {RANDOM}",
         ("models/recurrent_gemma", "'recurrent_gemma'"),
     ),
-    "a module of mlx-lm that ends the program": Case(
-        f"recipe.yaml model.path=models/olmo {RANDOM}", ("models/olmo", "hf_olmo, which is not installed")
+    "OLMo in AI2's own layout": Case(
+        f"recipe.yaml model.path=models/ai2 {RANDOM}", ("models/ai2", "d_model", "hf_olmo", "hidden_size")
     ),
     "packing with absolute positions": Case(
         "recipe.yaml model.path=models/positions model.init=random data.path=data/tokens.jsonl data.format=tokens "

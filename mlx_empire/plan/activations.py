@@ -1,7 +1,7 @@
 """What one layer needs while it is run and differentiated, by the ledger's names.
 
 Derived from the layer itself where mlx-lm's module can be traced (`model.layer_costs`): its graph, MLX's order of
-evaluation and buffers, on a CPU. Where it cannot (a family that mlx-lm does not have) factors stand in that were fitted
+evaluation and buffers, on a CPU. Where it cannot (layers that cannot be traced) factors stand in that were fitted
 to measured peaks of others and lie above most: with W the bytes of what a layer's products read and write for one
 micro-batch, A those of one array of attention scores and G those of the layer's gradients, the peak of one layer's vjp
 is the larger of two moments:

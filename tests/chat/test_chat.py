@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import save_model
 from rich.console import Console
 from rich.live import Live
+from support.our_families import config_of, weight
 from support.speaking import MODEL, answers, finish, write_adapter
 from support.tiny_models import tiny_config, tiny_model
 
@@ -27,6 +28,8 @@ from mlx_empire.chat.talk import Speaker, side_by_side, speakers_of
 from mlx_empire.checkpoint.manifest import sampled_digest
 from mlx_empire.cli import main as cli
 from mlx_empire.errors import UserError
+from mlx_empire.model.build import build_model
+from mlx_empire.model.config import complete
 from mlx_empire.run.resident import load_model, speaking_with
 from mlx_empire.serve.people import people_in
 
@@ -288,3 +291,21 @@ def test_an_answer_ends_where_a_table_of_positions_does(tmp_path: Path) -> None:
     assert len(pieces) <= 40 - length + 1  # the last one is what the tokenizer held back
     with pytest.raises(UserError, match="has 40 tokens, and the model's table of positions 40 rows"):
         resident.tokens_behind([1] * 40, 1)
+
+
+@pytest.mark.parametrize("name", ["olmo stretched", "falcon-rw"])
+def test_a_family_of_our_own_answers_as_its_configuration_says(name: str, tmp_path: Path) -> None:
+    """In the spelling of transformers 5, and with a head of which the configuration does not speak: mlx-lm's loader
+    alone would take other positions and drop the head."""
+    config = {**config_of(name), "vocab_size": 512, "architectures": ["ForCausalLM"]}
+    model = build_model(complete({**config, "tie_word_embeddings": False}, name), name)
+    tensors = {k: mx.array(weight(k, v.shape)) for k, v in tree_flatten(model.parameters())}
+    model.load_weights(list(tensors.items()))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), tensors, {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for file in MODEL.glob("token*"):
+        shutil.copy(file, tmp_path)
+    resident = load_model(tmp_path)
+    tokens = mx.array([resident.tokenizer.encode("Tom said that it was not so")])
+    assert mx.array_equal(resident.model(tokens), model.eval()(tokens))
+    assert list(Speaker("it", resident).answers("Tom said", read([str(tmp_path), "--max-tokens", "4"])))

@@ -74,9 +74,10 @@ LONG = {
 BIASES = {"attention_bias": True, "lm_head_bias": True}
 # family -> what it needs besides SIZES
 PLAIN = (
-    "afmoe apertus cohere cohere2 dots1 ernie4_5 exaone_moe falcon_h1 falcon_mamba gemma gemma3_text gemma4_text glm4 "
-    "glm4_moe gpt2 granite granitemoe helium hunyuan_v1_dense internlm3 laguna llama mamba mellum minimax_m2 nemotron "
-    "nemotron_h olmo2 olmo3 olmoe phi qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm"
+    "afmoe apertus cohere cohere2 dots1 ernie4_5 exaone_moe falcon falcon_h1 falcon_mamba gemma gemma3_text "
+    "gemma4_text glm4 glm4_moe gpt2 granite granitemoe helium hunyuan_v1_dense internlm3 laguna llama mamba "
+    "mellum minimax_m2 nemotron nemotron_h olmo olmo2 olmo3 olmoe phi qwen2 qwen2_moe qwen3 qwen3_moe seed_oss "
+    "smollm3 solar_open stablelm"
 )
 FAMILIES: dict[str, dict[str, Any]] = {
     **{family: {} for family in PLAIN.split()},
@@ -145,7 +146,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"mlp_bias": True}),
     ("llama4_text", {"num_experts_per_tok": 1, "intermediate_size_mlp": 96}),
     ("mamba2", {"n_groups": 2}),
-    ("olmoe", {"clip_qkv": 0.3}),
+    *[(f, {"clip_qkv": 0.3}) for f in ("olmo", "olmoe")],
+    ("falcon", {"multi_query": False}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon", {"parallel_attn": False, "bias": True}),
     ("phi", {"qk_layernorm": True}),
     *[("phi3", longrope(original)) for original in (47, 48)],
     ("phimoe", {"attention_bias": False}),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from mlx_lm.generate import setup_arg_parser
+from support.our_families import config_of
 
+from mlx_empire.chat.command import read as read_chat
 from mlx_empire.cli import VERBS
 from mlx_empire.export.command import parser as export_parser
 from mlx_empire.recipe.load import parse_recipe
@@ -62,3 +65,13 @@ def test_many_daughters_end_with_three_commands_about_one_that_is_finished() -> 
     (module,) = {verb.module for group in VERBS.values() for name, verb in group.items() if name == look[1]}
     assert import_module(module).read(look[1:]).folder == Path("runs/my run")
     assert export_parser().parse_args(use[2:]).source == Path("runs/my run/alice")
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_family_that_mlx_lm_does_not_have_speaks_by_our_own_command(tuning: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of("falcon-7b")))
+    recipe = parse_recipe(RECIPE, "r", [f"tuning.type={tuning}", f"model.path={tmp_path}"])
+    alone, many = typed(next_commands(recipe))[0], typed(next_of_many(recipe, "alice"))[0]
+    assert [words[:2] for words in (alone, many)] == [["mlx-empire", "chat"]] * 2
+    asked = [str(read_chat(words[2:]).run) for words in (alone, many)]
+    assert asked == ["runs/my run", "runs/my run/alice"]

@@ -26,10 +26,11 @@ BEGINNING = """\
 Part of [the README](../README.md). `PYTHONPATH=tests python -m support.model_table` writes this page; `make test-slow`
 makes it anew and compares, and holds what it says. It is of mlx-lm {version}, on the CPU.
 
-Each row is a module of mlx-lm that defines a model. *Trains*: a step of a small model of it, on two ranks with shares
-of 2 to 1, has the loss and the gradient norm of the whole model (mlx-lm's own, differentiated in one piece) within
-1e-5, and one rank has the same bits; the command trains it and writes `final/`. *Refused*: one line and exit code 64,
-before anything is allocated. No module was left out, and none ends in a traceback.
+Each row is a module of mlx-lm that defines a model, or one of our own (falcon, olmo). *Trains*: a step of a small model
+of it, on two ranks with shares of 2 to 1, has the loss and the gradient norm of the whole model (the module's own,
+differentiated in one piece) within 1e-5, and one rank has the same bits; the command trains it and writes `final/`.
+*Refused*: one line and exit code 64, before anything is allocated. No module was left out, and none ends in a
+traceback.
 
 The last column names published configurations of the module. The model scaled down from each, which a run makes
 before it begins, has the whole model's loss and each of its gradients within 1e-4; where it is refused, it says why.

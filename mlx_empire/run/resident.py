@@ -68,13 +68,13 @@ def load_model(folder: Path) -> Resident:
             f"{folder}: no model is there (config.json is missing); name a finished run, or its base"
         )
     try:
-        model, tokenizer = mlx_lm.load(str(folder), model_config=_completed(folder))[:2]
+        model, tokenizer = mlx_lm.load(str(folder), model_config=spelled_here(folder))[:2]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder}: mlx-lm does not open it: {str(error)[:200]}") from None
     return Resident(model, tokenizer, table_of_positions(folder))
 
 
-def _completed(folder: Path) -> dict[str, Any] | None:
+def spelled_here(folder: Path) -> dict[str, Any] | None:
     """What mlx-lm reads over a folder's config.json: for a family of our own, what its module reads, spelled for it.
     Which tokens end an answer stays mlx-lm's to find.
     """

@@ -33,7 +33,7 @@ from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import EmpireError, UserError
 from mlx_empire.recipe.text import one_line
-from mlx_empire.run.resident import Resident, speaking_with, table_of_positions
+from mlx_empire.run.resident import Resident, speaking_with, spelled_here, table_of_positions
 from mlx_empire.serve.people import People, UnknownPersonError, Version, people_in
 
 MOST_IN_MEMORY = 64  # adapters that spoke last; one of rank 8 on 8 billion parameters is 84 MB
@@ -251,6 +251,11 @@ def serve_command(options: argparse.Namespace) -> int:
             raise UserError(
                 f"{people.base}: its table of positions has {positions} rows, and mlx_lm.server lets answers go beyond "
                 f"it, which ends the process; ask it by mlx-empire chat"
+            )
+        if spelled_here(people.base) is not None:
+            raise UserError(
+                f"{people.base}: its family is mlx_empire's own, and mlx_lm.server reads config.json by itself, where "
+                "transformers writes other keys; ask it by mlx-empire chat"
             )
         with Server(options.host, options.port) as server:
             serve(server, people, options)

@@ -314,6 +314,16 @@ def test_a_base_whose_table_of_positions_an_answer_could_leave_is_not_served(
     assert "its table of positions has 256 rows" in refused([str(tmp_path / "people")], capsys)
 
 
+def test_a_base_whose_configuration_mlx_lm_would_read_otherwise_is_not_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "falcon", tiny_model("falcon")[0]())
+    (tmp_path / "falcon/config.json").write_text(json.dumps(tiny_config("falcon")))
+    write_adapter(tmp_path / "people/alice/final", seed=1)
+    finish(tmp_path / "people/alice", tmp_path / "falcon")
+    assert "ask it by mlx-empire chat" in refused([str(tmp_path / "people")], capsys)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_while_it_answers_it_leaves_nothing_behind(how: signal.Signals, runs: Path) -> None:

@@ -193,9 +193,11 @@ golden: model
 
 # Of TRL only the chat templates are read, so it comes without what it depends on.
 test-interop: setup
+	@test -x build/lm-eval/bin/python || $(PY) -m venv build/lm-eval
+	build/lm-eval/bin/python -m pip install -qq --disable-pip-version-check $(TORCH) "lm-eval[hf]==0.4.13"
 	$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock $(TORCH) peft==0.21.2 datasets==5.2.0
 	$(PY) -m pip install -qq --disable-pip-version-check --no-deps trl==1.16.0
-	@$(FAST) $(PY) -m pytest tests/interop tests/data/test_files.py tests/data/test_as_interleaved.py tests/inspect/test_as_datasets.py $(PYTEST_ARGS)
+	@$(FAST) LM_EVAL_PYTHON=$(CURDIR)/build/lm-eval/bin/python $(PY) -m pytest tests/interop tests/data/test_files.py tests/data/test_as_interleaved.py tests/inspect/test_as_datasets.py $(PYTEST_ARGS)
 
 # benchmarks/beside.py knows more cases: mixtures, QLoRA and 8,192 tokens, which take hours on two cores.
 bench: model

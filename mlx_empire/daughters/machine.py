@@ -22,8 +22,8 @@ from mlx_empire.formats.fetched import naming_the_fetch
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.model.build import describe
 from mlx_empire.model.config import read_config
-from mlx_empire.model.lora import Present, may_share, put_together
 from mlx_empire.model.target import Target
+from mlx_empire.model.together import Present, put_together, why_alone
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.refusal import require_fit
 from mlx_empire.plan.resolve import resolve
@@ -40,7 +40,7 @@ def capacity_for(recipe: Recipe, node: Node, most: int) -> Capacity:
     low, best = 1, _planned(recipe, node, 1)
     require_fit(best, [node])
     high = most + 1
-    if not may_share(single_target(recipe).model):
+    if why_alone(single_target(recipe).model) is not None:
         return Capacity(1, best)
     while high - low > 1:
         middle = (low + high) // 2
@@ -52,9 +52,13 @@ def capacity_for(recipe: Recipe, node: Node, most: int) -> Capacity:
     return Capacity(low, best)
 
 
-def idle_keys(recipe: Recipe) -> list[str]:
-    """What there is to say of keys without effect; each daughter is one machine's."""
-    return without_effect(recipe, single_target(recipe).spec.trained_dtypes, ranks=1)
+def notes_on(recipe: Recipe) -> list[str]:
+    """What there is to say of keys without effect, for each daughter is one machine's, and of adapters that go one at
+    a time."""
+    single = single_target(recipe)
+    why = why_alone(single.model)
+    alone = [] if why is None else [f"tuning.targets: {why}, so daughters are trained one after another"]
+    return [*without_effect(recipe, single.spec.trained_dtypes, ranks=1), *alone]
 
 
 def single_target(recipe: Recipe) -> Target:
@@ -67,7 +71,7 @@ def single_target(recipe: Recipe) -> Target:
 
 def _together(recipe: Recipe, count: int) -> tuple[Target, Present]:
     target = single_target(recipe)
-    present = put_together(target.model, count) if may_share(target.model) else Present([0])
+    present = put_together(target.model, count)
     spec = describe(target.model, target.spec.config, target.spec.name, target.spec.dtype)
     return replace(target, spec=spec), present
 
@@ -105,7 +109,7 @@ def train_adapters(
         quiet = variant(recipe, {"optimizer.statistics_every": None})  # they would be of no one daughter
         trainer = make_trainer(comm, thread, quiet, target, capacity.plan)
         load_weights(comm, recipe, target, trainer.store)
-        trainer.prepare(packing=recipe.data.packing)
+        trainer.prepare(packing=recipe.data.packing, together=capacity.places)
         adapters = MultiAdapterSteps(trainer, present, recipe.optimizer.clip_norm, recipe.run.seed)
         base = sampled_digest(recipe.model.path)
         many = Daughters(jobs, node, capacity, single_target(recipe), base, adapters, tell)
@@ -121,10 +125,6 @@ def refuse_unbuilt(recipe: Recipe) -> None:
     """UserError for what a recipe may ask of one daughter and not of many."""
     if recipe.tuning.type == "full":
         raise UserError("tuning.type: full: daughters are adapters; use lora, dora or qlora")
-    if recipe.optimizer.in_backward:
-        raise UserError(
-            "optimizer.in_backward: true: every daughter is clipped by its own norm; leave it out"
-        )
     if recipe.run.resume not in ("auto", "never"):
         raise UserError(
             f"run.resume: {recipe.run.resume}: each daughter goes on from its own last step; use auto or never"

@@ -33,7 +33,7 @@ from mlx_empire.daughters.saved import ResumePoint
 from mlx_empire.engine.multi_adapter import MultiAdapterSteps, StepInput, StepOutput
 from mlx_empire.errors import EmpireError, NumericsError, UnreadableError, UserError
 from mlx_empire.formats.adapter_folder import AdapterWriter
-from mlx_empire.model.lora import own_name
+from mlx_empire.model.spec import own_name
 from mlx_empire.model.target import Target
 from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.idle import refuse_unmeasured
@@ -170,6 +170,7 @@ class Daughters:
         require_same(found.origin, origin, where)
         require_steps_left(found.step, steps, where)
         saved.restore(arrays, self._adapters.store, place, folder)
+        self._adapters.carry_on(place, found.last_norm)
         return found.step, f"goes on after step {found.step}"
 
     def _begin(self, place: int, recipe: Recipe) -> Lineage | None:
@@ -272,7 +273,8 @@ class Daughters:
             for place, daughter in kept.items():
                 daughter.saved, daughter.saved_at = daughter.step, time.monotonic()
                 progress.reach("save-write")
-                point = ResumePoint(daughter.step, place, self._node.name, daughter.origin)
+                norm = self._adapters.last_norm(place)
+                point = ResumePoint(daughter.step, place, self._node.name, daughter.origin, norm)
                 mine = [piece for piece in pieces if own_name(piece.tensor)[0] == place]
                 saved.write_draft(daughter.recipe.run.dir, point, mine)
             progress.reach("save-rename")

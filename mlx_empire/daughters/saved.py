@@ -29,7 +29,7 @@ from mlx_empire.formats.adapter_folder import read_tensors
 from mlx_empire.formats.safetensors import COPY_BYTES, Entry, file_bytes, read_header, write_tensors
 from mlx_empire.formats.seal import unseal
 from mlx_empire.formats.staging import remove
-from mlx_empire.model.lora import own_name
+from mlx_empire.model.spec import own_name
 from mlx_empire.run.launched import COMPLETE
 from mlx_empire.run.names import CURRENT
 
@@ -58,12 +58,16 @@ OWN_FILES = (
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a daughter is: steps that are done, its place among those that train together, and on which machine."""
+    """Where a daughter is: steps that are done, its place among those that train together, and on which machine.
+
+    `last_norm`: of its last step's gradient, by which the next is clipped where units are updated in the backward.
+    """
 
     step: int
     place: int
     machine: str
     origin: Origin
+    last_norm: float = 0.0
 
 
 def write_draft(folder: Path, point: ResumePoint, pieces: Iterable[LivePiece]) -> None:
@@ -111,9 +115,10 @@ def resume_point_of(folder: Path) -> ResumePoint | None:
         recipe, data, base = (str(told[key]) for key in ("recipe", "data", "base"))
         origin = Origin(recipe, data, base, config and str(config))
         step, place = int(raw["step"]), int(raw["place"])
-        if step < 1 or place < 0:
-            raise ValueError(f"step {step}, place {place}")
-        return ResumePoint(step, place, str(raw["machine"]), origin)
+        last_norm = float(raw.get("last_norm", 0.0))  # an earlier version noted none, and had no use for it
+        if step < 1 or place < 0 or not last_norm >= 0:
+            raise ValueError(f"step {step}, place {place}, norm {last_norm}")
+        return ResumePoint(step, place, str(raw["machine"]), origin, last_norm)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a daughter's file ({str(error)[:80]})") from None
 

@@ -278,7 +278,7 @@ def _train_left(
     wanted = max(len(left), 1, *(place + 1 for place in kept.values()))
     with together(comm):
         capacity = machine.capacity_for(recipe, node, min(most, wanted))
-        for line in machine.idle_keys(recipe) if comm.rank == 0 else ():
+        for line in machine.notes_on(recipe) if comm.rank == 0 else ():
             print(line)
     weights = {name: machine.data_bytes(jobs.people, name) for name in left}
     places = comm.gather_json(capacity.places)

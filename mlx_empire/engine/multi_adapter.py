@@ -3,12 +3,16 @@
 There are places; a daughter takes one, trains with its own data, schedule and step count, and leaves it to the next.
 Rows of a step are every present daughter's micro-batches side by side, its counted tokens weighted by 1 / their number
 in its step, so the sum of all losses has each one's own gradient. Norm, clipping and AdamW's step count are each one's.
+
+With the optimizer in the backward a unit is updated when its gradient is complete: each daughter's tensors clipped by
+the larger of its last step's norm and that of its units so far in this step (see `update`). A daughter whose gradient
+is not finite is updated no more from that unit on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,10 +21,12 @@ import numpy as np
 from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
-from mlx_empire.model.lora import Present, as_first_values, initial_adapter, own_name
-from mlx_empire.model.spec import BLOCK
+from mlx_empire.model.lora import as_first_values, initial_adapter
+from mlx_empire.model.spec import BLOCK, own_name
+from mlx_empire.model.together import Present
 from mlx_empire.optim.norm import clip_scale
 from mlx_empire.optim.protocol import StepScalars
+from mlx_empire.plan.shards import Placement, Segment
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,17 @@ class MultiAdapterSteps:
         for unit in trainer.spec.units:
             for tensor in (t for t in unit.tensors if t.trainable):
                 self._tensors.setdefault(own_name(tensor.name)[0], []).append(tensor.name)
+        self._slices: dict[int, list[_Slice]] = {}
+        for name, (index, s, placement) in trainer.store.plan.tensors.items():
+            if placement.tensor.trainable:
+                own = _Slice.of(own_name(name)[0], trainer.store.plan.units[index].segments, s, placement)
+                self._slices.setdefault(index, []).append(own)
+        self._last_norms: dict[int, float] = {}
+        self._inputs: Mapping[int, StepInput] = {}
+        self._squares: dict[int, float] = {}  # by place, of the units so far
+        self._released = trainer.work.optimizer_in_backward
+        if self._released:
+            trainer.update_by_unit(self._update_of_unit)
         # DoRA's magnitudes are norms of the base, which is not at hand in float32 when the next daughter begins.
         self._magnitudes = self._read(
             {n for names in self._tensors.values() for n in names if n.endswith(".m")}
@@ -67,6 +84,7 @@ class MultiAdapterSteps:
         `start`: the first values by mlx-lm's names, of an earlier adapter, all of them; None: fresh ones.
         """
         trainer, store = self._trainer, self._trainer.store
+        self._last_norms[place] = 0.0
         store.put({name: self._first(name, start) for name in self._tensors[place]})
         names = set(self._tensors[place])
         for unit in store.plan.units:
@@ -76,6 +94,14 @@ class MultiAdapterSteps:
                         quantised = segment.kind == "trainable"
                         chunk.state = trainer.optimizer.init(chunk.weights, quantised=quantised)
                         mx.eval(chunk.state)
+
+    def last_norm(self, place: int) -> float:
+        """The gradient norm of the last step of the daughter in `place`, which one that goes on needs."""
+        return self._last_norms[place]
+
+    def carry_on(self, place: int, last_norm: float) -> None:
+        """The daughter in `place` goes on after a step of this gradient norm."""
+        self._last_norms[place] = last_norm
 
     def _first(self, name: str, start: Mapping[str, mx.array] | None) -> mx.array:
         if start is not None:
@@ -87,25 +113,31 @@ class MultiAdapterSteps:
     def step(self, inputs: Mapping[int, StepInput]) -> dict[int, StepOutput]:
         """One step of the daughters in these places; what it came to, by place.
 
-        A daughter whose norm is not finite is not updated: what becomes of it is the caller's business.
+        A daughter whose norm is not finite is not updated (where the update runs in the backward: no further): what
+        becomes of it is the caller's business.
         """
         trainer, places = self._trainer, sorted(inputs)
+        self._inputs, self._squares = inputs, dict.fromkeys(places, 0.0)
         self._present.places = places
         count = max(len(inputs[p].micro_batches) for p in places)
         joined = [_joined([_weighted(inputs[p], j) for p in places]) for j in range(count)]
         # Dropout's masks are those of the one that is furthest, so of a daughter alone they are its own.
-        rows = trainer.gather_gradients(joined, max(given.step for given in inputs.values()))
+        step = max(given.step for given in inputs.values())
+        rows = trainer.gather_gradients(joined, step, update=self._released)
         losses = _shared_out(rows, [len(inputs[p].micro_batches[0].inputs) for p in places])
-        norms = self._norms(places)
-        scalars = {
-            p: StepScalars(inputs[p].step, inputs[p].learning_rate, clip_scale(norms[p], self._clip_norm))
-            for p in places
-            if math.isfinite(norms[p])
-        }
-        self._drop_others(scalars)
-        still = StepScalars(1, 0.0, 0.0)
-        trainer.renew(lambda name: scalars.get(own_name(name)[0], still))
+        if not self._released:
+            for index in self._slices:
+                self._add_squares(index)
+        norms = {place: math.sqrt(squares) for place, squares in self._squares.items()}
+        trainer.renew(self._scalars(norms, () if self._released else self._slices))
+        self._last_norms |= norms
         return {p: StepOutput(loss, norms[p]) for p, loss in zip(places, losses, strict=True)}
+
+    def _update_of_unit(self, index: int) -> Callable[[str], StepScalars]:
+        """By what each tensor of a unit is updated whose gradients are complete, in the backward."""
+        self._add_squares(index)
+        known = {p: max(self._last_norms[p], math.sqrt(s)) for p, s in self._squares.items()}
+        return self._scalars(known, (index,))
 
     def held_out(self, place: int, batches: Sequence[MicroBatch], per_pass: int) -> float:
         """The mean loss of the daughter in `place`, at most `per_pass` micro-batches at a time."""
@@ -138,35 +170,49 @@ class MultiAdapterSteps:
             store.free(index)
         return found
 
-    def _norms(self, places: Sequence[int]) -> dict[int, float]:
-        """Each daughter's gradient norm: sums of squares by tensor in fp32, added in fp64."""
-        store, totals = self._trainer.store, self._trainer.gradients.totals
-        squares: dict[int, list[mx.array]] = {place: [] for place in places}
-        for name, (unit, s, placement) in store.plan.tensors.items():
-            place, _ = own_name(name)
-            if placement.tensor.trainable and place in squares:
-                first = placement.start // BLOCK
-                rows = totals[unit][_trained_index(store.plan.units[unit].segments, s)]
-                own = rows[first : first + placement.tensor.padded_size // BLOCK].astype(mx.float32)
-                squares[place].append(mx.sum(own * own))
-        return {
-            place: math.sqrt(np.array(mx.stack(sums)).astype(np.float64).sum())
-            for place, sums in squares.items()
+    def _add_squares(self, index: int) -> None:
+        """Add a unit to each daughter's squares: sums by tensor in fp32, added in fp64."""
+        totals = self._trainer.gradients.totals[index]
+        found: dict[int, list[mx.array]] = {}
+        for own in (one for one in self._slices[index] if one.place in self._squares):
+            rows = totals[own.segment][own.first : own.last].astype(mx.float32)
+            found.setdefault(own.place, []).append(mx.sum(rows * rows))
+        for place, sums in found.items():
+            self._squares[place] += float(np.array(mx.stack(sums)).astype(np.float64).sum())
+
+    def _scalars(self, norms: Mapping[int, float], units: Iterable[int]) -> Callable[[str], StepScalars]:
+        """By what each tensor is updated, its daughter's gradients being clipped by these `norms`.
+
+        A daughter with a norm that is not finite stays as it is, and so do those that are not present: their gradients
+        in `units` become zeros, for NaN times zero would be NaN.
+        """
+        scalars = {
+            p: StepScalars(given.step, given.learning_rate, clip_scale(norms[p], self._clip_norm))
+            for p, given in self._inputs.items()
+            if math.isfinite(norms[p])
         }
-
-    def _drop_others(self, scalars: Mapping[int, StepScalars]) -> None:
-        """Zero the gradients of every daughter that is not updated: NaN times zero would be NaN."""
-        store, totals = self._trainer.store, self._trainer.gradients.totals
-        for name, (unit, s, placement) in store.plan.tensors.items():
-            if placement.tensor.trainable and own_name(name)[0] not in scalars:
-                at = _trained_index(store.plan.units[unit].segments, s)
-                first = placement.start // BLOCK
-                totals[unit][at][first : first + placement.tensor.padded_size // BLOCK] = 0
+        for index in units:
+            totals = self._trainer.gradients.totals[index]
+            for own in (one for one in self._slices[index] if one.place not in scalars):
+                totals[own.segment][own.first : own.last] = 0
+        still = StepScalars(1, 0.0, 0.0)
+        return lambda name: scalars.get(own_name(name)[0], still)
 
 
-def _trained_index(segments: Sequence[object], index: int) -> int:
-    """The place of a segment among those that train."""
-    return sum(getattr(segment, "kind", "") != "frozen" for segment in segments[:index])
+@dataclass(frozen=True)
+class _Slice:
+    """Where a unit's totals hold a tensor of the daughter in `place`: the segment among those that train, and rows."""
+
+    place: int
+    segment: int
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, place: int, segments: Sequence[Segment], index: int, placement: Placement) -> _Slice:
+        trained = sum(segment.kind != "frozen" for segment in segments[:index])
+        first = placement.start // BLOCK
+        return cls(place, trained, first, first + placement.tensor.padded_size // BLOCK)
 
 
 def _weighted(given: StepInput, index: int) -> MicroBatch:

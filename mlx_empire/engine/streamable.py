@@ -62,13 +62,14 @@ class RootUse:
     separable: bool
 
 
-def probe_root(slotted: SlottedModel, store: ShardStore, vocabulary: int) -> RootUse:
+def probe_root(slotted: SlottedModel, store: ShardStore, vocabulary: int, rows: int = 1) -> RootUse:
     """Check that layers are tied by the hidden state alone (UserError if not) and find out how the root is used.
 
-    A tensor's use is found by binding NaN in its place and looking whether NaN comes out.
+    A tensor's use is found by binding NaN in its place and looking whether NaN comes out. `rows` of tokens are looked
+    at, as many as there are daughters whose adapters stand together.
     """
     root = store.bind(0)
-    tokens = (mx.arange(WIDTH) % vocabulary)[None]
+    tokens = mx.repeat((mx.arange(WIDTH) % vocabulary)[None], rows, axis=0)
     hidden, arguments = slotted.capture(tokens)
     noise = [0.5 * (i + 1) for i in range(len(slotted.layers))]
     _, disturbed = slotted.capture(tokens, noise)
@@ -86,8 +87,8 @@ def probe_root(slotted: SlottedModel, store: ShardStore, vocabulary: int) -> Roo
         if _has_nan(slotted.embed(tokens)):
             embed.append(i)
     store.rebind(0, root)
-    table = _looked_up(slotted, store, embed, vocabulary)
-    repeated = slotted.embed(mx.zeros((1, WIDTH), mx.int32))
+    table = _looked_up(slotted, store, embed, vocabulary, rows)
+    repeated = slotted.embed(mx.zeros((rows, WIDTH), mx.int32))
     absolute = not bool(mx.array_equal(repeated[:, 0], repeated[:, -1]).item())
     store.free(0)
     apart = all(
@@ -96,12 +97,14 @@ def probe_root(slotted: SlottedModel, store: ShardStore, vocabulary: int) -> Roo
     return RootUse(tuple(head), tuple(embed), table, absolute, apart)
 
 
-def _looked_up(slotted: SlottedModel, store: ShardStore, embed: Iterable[int], vocabulary: int) -> int | None:
+def _looked_up(
+    slotted: SlottedModel, store: ShardStore, embed: Iterable[int], vocabulary: int, count: int
+) -> int | None:
     """The position of the root's tensor that gives the same embedding when only the tokens' rows of it are there, and
     tokens are counted anew; None if there is none, for instance where a frozen table is looked up beside it.
     """
     root = store.bound(0)
-    tokens = np.array([[vocabulary - 1 - i for i in range(min(WIDTH, vocabulary))]])
+    tokens = np.array([[vocabulary - 1 - i for i in range(min(WIDTH, vocabulary))]] * count)
     rows, places = np.unique(tokens, return_inverse=True)
     expected = slotted.embed(mx.array(tokens))
     for i in embed:

@@ -36,7 +36,7 @@ from mlx_empire.comm.buffers import host_view
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.errors import UserError
 from mlx_empire.model.layers import LayerArguments
-from mlx_empire.model.lora import Present
+from mlx_empire.model.together import Present
 from mlx_empire.optim.compile import compiling_alone, may_compile
 
 MOST = 64  # traces that are kept although the last step had no use for them

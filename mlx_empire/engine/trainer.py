@@ -27,7 +27,7 @@ from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.streamable import check_packing, probe_root
-from mlx_empire.engine.update import OptimizerInBackward, Updater
+from mlx_empire.engine.update import ByUnit, OptimizerInBackward, Updater
 from mlx_empire.errors import NumericsError, UserError, on_all_ranks
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.build import foreign
@@ -105,15 +105,15 @@ class Trainer:
         self.streamed: StreamedStep
         self._told = 0  # lines of layers that cannot be traced
 
-    def prepare(self, *, packing: bool, fresh: bool = True) -> None:
+    def prepare(self, *, packing: bool, fresh: bool = True, together: int = 1) -> None:
         """After the weights are in: probe the model (UserError if it cannot be streamed) and make the states.
 
-        `fresh` is False where the states are in too.
+        `fresh` is False where the states are in too; `together`: daughters whose adapters stand in the model.
         """
         vocabulary = int(self.spec.text_config["vocab_size"])
         try:
             with foreign(f"{self.spec.name}: mlx-lm's model cannot be run with slots for layers", mixed=True):
-                use = probe_root(self._slotted, self.store, vocabulary)
+                use = probe_root(self._slotted, self.store, vocabulary, together)
             if packing:
                 check_packing(self._slotted, use)
         except UserError as error:  # the same model on every rank, so the same verdict
@@ -172,6 +172,11 @@ class Trainer:
             self._noise.begin(step, [j for cell in members for j in cell])
         rounds = list(in_rounds(micro_batches, members))
         return self.streamed.gradients(rounds, total_tokens, update=update)
+
+    def update_by_unit(self, by_unit: ByUnit) -> None:
+        """Where units are updated in the backward: by what this says of each one, in the place of one norm for all."""
+        assert isinstance(self._updater, OptimizerInBackward)
+        self._updater.by_unit = by_unit
 
     def renew(self, scalars_of: Callable[[str], StepScalars]) -> None:
         """Update every tensor by what `scalars_of` says for its name; drop the gradients. Collective."""

@@ -43,6 +43,9 @@ from mlx_empire.optim.norm import PIECE_ROWS, NormLayout, NormPartials, clip_sca
 from mlx_empire.optim.protocol import ChunkId, ShardOptimizer, StepScalars, decays
 from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, Unit
 
+# Of a unit whose totals are complete: by what each of its tensors, by name, is updated.
+ByUnit = Callable[[int], Callable[[str], StepScalars]]
+
 
 class Updater:
     """Applies finished gradient totals to this rank's shards."""
@@ -195,6 +198,7 @@ class OptimizerInBackward(Updater):
         self.updated = 0  # units, in this step
         self._step: tuple[int, float] = (0, 0.0)
         self._squares = 0.0
+        self.by_unit: ByUnit | None = None
         units = self._store.plan.units
         self._layouts = {unit.index: NormLayout.of_units([unit]) for unit in units}
 
@@ -203,8 +207,14 @@ class OptimizerInBackward(Updater):
         self._step, self._squares, self.updated = (step, learning_rate), 0.0, 0
 
     def norm_of(self, index: int) -> None:
-        """The unit's totals are complete on all ranks: check, and clip its update. Collective. GradientError."""
+        """The unit's totals are complete on all ranks: check, and clip its update. Collective. GradientError.
+
+        With `by_unit` that says by what its tensors are updated, in the place of one norm for all.
+        """
         progress.reach("optimizer")
+        if self.by_unit is not None:
+            self.begin(self.by_unit(index))
+            return
         unit = self._store.plan.units[index]
         self._squares += self._norm_of(self._layouts[index], [unit]) ** 2
         scalars = self.clipped(*self._step, max(self.last_norm, sqrt(self._squares)))

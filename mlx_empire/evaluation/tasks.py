@@ -56,7 +56,8 @@ def _boolq(row: Mapping[str, Any]) -> Choices:
 
 def _copa(row: Mapping[str, Any]) -> Choices:
     joined = {"cause": "because", "effect": "therefore"}[row["question"]]
-    choices = [text[0].lower() + text[1:] for text in (row["choice1"], row["choice2"])]
+    # lm-eval's choices begin with a blank here, to which the one between text and choice is added.
+    choices = [f" {text[0].lower()}{text[1:]}" for text in (row["choice1"], row["choice2"])]
     return _after(f"{row['premise'].strip()[:-1]} {joined}", choices, int(row["label"]))
 
 

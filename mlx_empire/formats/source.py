@@ -25,7 +25,7 @@ from mlx_empire.model.config import EMBEDDINGS, HEADS, TIE
 from mlx_empire.model.lora import as_first_values, initial_adapter, magnitude
 from mlx_empire.model.mlx_lm_modules import said_of
 from mlx_empire.model.quantize import Choice, quantize
-from mlx_empire.model.spec import ModelSpec, TensorSpec
+from mlx_empire.model.spec import ModelSpec, TensorSpec, own_name
 
 READABLE = (mx.float32, mx.bfloat16, mx.float16)
 NO_WEIGHTS = (
@@ -254,9 +254,9 @@ class TunedSource:
             names = (name, f"{inside}.scales", f"{inside}.biases")
             return dict(zip(names, quantize(array, packing), strict=False))
         made = {name: array}
-        if leaf == "weight" and f"{stem}.m" in wanted:
-            made[f"{stem}.m"] = (
-                magnitude(array) if self._start is None else as_first_values(self._start[f"{stem}.m"])
-            )
-            mx.eval(made[f"{stem}.m"])
+        magnitudes = [n for n in wanted if own_name(n)[1] == f"{stem}.m"]  # of each daughter
+        if leaf == "weight" and magnitudes:
+            m = magnitude(array) if self._start is None else as_first_values(self._start[f"{stem}.m"])
+            mx.eval(m)
+            made |= dict.fromkeys(magnitudes, m)
         return made

@@ -6,6 +6,7 @@ Unit 0 is the *root* (embedding, final norm, head and whatever else is no layer)
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ SMALL_ELEMENTS = 4096  # below this a tensor keeps fp32 weights and states
 ADAPTER_NAMES = frozenset({"lora_a", "lora_b", "m"})  # mlx-lm's; `m` is DoRA's magnitude
 EMBEDDING_NAMES = ("embed", "wte", "wpe", "word_embeddings")
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
+_OWN = re.compile(r"\.daughters\.(\d+)\.")
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "uint32": 4, "uint8": 1, "int8": 1}
 
@@ -169,9 +171,16 @@ def is_adapter(name: str) -> bool:
     return name.rpartition(".")[2] in ADAPTER_NAMES
 
 
+def own_name(name: str) -> tuple[int, str]:
+    """(a daughter's place, what mlx-lm calls the tensor in a model with that one alone); see `model.together`."""
+    found = _OWN.search(name)
+    return (int(found[1]), _OWN.sub(".", name)) if found else (0, name)
+
+
 def base_name(name: str) -> str:
-    """The plain model's parameter that a tensor is or adapts: `x.weight` for `x.linear.weight` and `x.lora_a`."""
-    stem, _, leaf = name.rpartition(".")
+    """The plain model's parameter that a tensor is or adapts: `x.weight` for `x.linear.weight` and `x.lora_a`, which
+    may be one of several daughters'."""
+    stem, _, leaf = own_name(name)[1].rpartition(".")
     if is_adapter(name):
         return f"{stem}.weight"
     return f"{stem.removesuffix('.linear').removesuffix('.embedding')}.{leaf}"

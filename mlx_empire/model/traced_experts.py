@@ -20,6 +20,7 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_empire.model.attention.traced import without_summands
 from mlx_empire.model.graph import Graph
 from mlx_empire.model.spec import TensorSpec
+from mlx_empire.model.together import SwitchTogether
 
 
 def stacked_tensors(layer: nn.Module) -> Iterator[str]:
@@ -29,6 +30,9 @@ def stacked_tensors(layer: nn.Module) -> Iterator[str]:
             yield f"{path}.weight"
         elif isinstance(module, LoRASwitchLinear):
             yield from (f"{path}.lora_a", f"{path}.lora_b")
+        elif isinstance(module, SwitchTogether):
+            places = range(len(module.daughters))
+            yield from (f"{path}.daughters.{n}.{name}" for n in places for name in module.names)
 
 
 @dataclass

@@ -70,7 +70,7 @@ class TracedModel:
                 hidden, given = self._slotted.capture(mx.zeros((rows, width), mx.int32))
                 if kernels is not None:
                     kernels = replace(kernels, in_blocks=self.blocks.attend)
-                self._by_pattern = ByPattern(layers, kernels, self._told(layers, kernels, width))
+                self._by_pattern = ByPattern(layers, kernels, self._told(layers, kernels, rows, width))
                 self._given = self._by_pattern.settled(hidden, given)
             except Exception as error:  # foreign code on a model that need not be one that trains
                 raise NotTraceable(reason_of(error)) from None
@@ -88,7 +88,7 @@ class TracedModel:
         self.products = TracedProducts(self.blocks)
 
     def _told(
-        self, layers: Sequence[nn.Module], kernels: Kernels | None, width: int
+        self, layers: Sequence[nn.Module], kernels: Kernels | None, rows: int, width: int
     ) -> list[Pattern | None] | None:
         """The layers' patterns, seen on rows that are long enough to tell: a mask of long ones is never made."""
         if kernels is None or width <= kernels.short:
@@ -96,7 +96,7 @@ class TracedModel:
         seen = telling_width(self._spec.text_config, width)
         question = "patterns", seen
         if question not in self._spec.known:
-            hidden, given = self._slotted.capture(mx.zeros((1, seen), mx.int32))
+            hidden, given = self._slotted.capture(mx.zeros((rows, seen), mx.int32))
             self._spec.known[question] = ByPattern(layers, kernels).patterns(hidden, given)
         found: list[Pattern | None] = self._spec.known[question]
         return found

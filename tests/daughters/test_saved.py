@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -23,33 +24,36 @@ from mlx_empire.daughters.saved import (
 )
 from mlx_empire.errors import UnreadableError, UserError
 from mlx_empire.formats import safetensors
-from mlx_empire.model.lora import own_name
+from mlx_empire.model.spec import own_name
 
 CASES = {
     bits: TunedCase("llama", state_bits=bits, tuning={"type": "lora", "rank": 16}, **COMMON)
     for bits in (8, 32)
 }
+RELEASED = TunedCase("llama", release=True, tuning={"type": "lora", "rank": 16}, **COMMON)
 BOOKMARK = ResumePoint(2, 1, "here", Origin("run: {}", "rows", "base"))
 
 
 def save(adapters, place, folder):
     pieces = live_pieces(adapters.store, 0)
-    write_draft(folder, BOOKMARK, [p for p in pieces if own_name(p.tensor)[0] == place])
+    point = replace(BOOKMARK, last_norm=adapters.last_norm(place))
+    write_draft(folder, point, [p for p in pieces if own_name(p.tensor)[0] == place])
+    return point
 
 
-@pytest.mark.parametrize("bits", CASES)
-def test_what_is_restored_goes_on_as_before(bits, tmp_path):
+@pytest.mark.parametrize("case", [*CASES.values(), RELEASED], ids=[*CASES, "released"])
+def test_what_is_restored_goes_on_as_before(case, tmp_path):
     """In another place, beside another, and with exactly the same values after two more steps."""
-    case = CASES[bits]
     with CommThread() as thread:
         adapters = cohort_of(case, 2, thread)
         adapters.begin(1)
         for step in range(2):
             adapters.step({1: given(case, 1, step)})
-        save(adapters, 1, tmp_path)
+        point = save(adapters, 1, tmp_path)
+        assert point.last_norm > 0
         assert resume_point_of(tmp_path) is None
         put_in_place(tmp_path)
-        assert resume_point_of(tmp_path) == BOOKMARK
+        assert resume_point_of(tmp_path) == point
         for step in (2, 3):
             adapters.step({1: given(case, 1, step)})
         expected = adapters.adapter(1)
@@ -61,6 +65,7 @@ def test_what_is_restored_goes_on_as_before(bits, tmp_path):
         arrays = read_arrays(tmp_path)
         assert any(a.dtype == mx.float32 for a in arrays.values())
         restore(arrays, other.store, 0, tmp_path)
+        other.carry_on(0, point.last_norm)
         for step in (2, 3):
             other.step({0: given(case, 1, step)})
         found = other.adapter(0)

@@ -36,7 +36,7 @@ from mlx_empire.engine import traces
 from mlx_empire.engine.traces import function_of
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.model.layers import LayerArguments
-from mlx_empire.model.lora import Present
+from mlx_empire.model.together import Present
 
 DAILY = ("llama stage 0 packed", "qwen3_moe stage 2 lora", "llama stage 3 tail 0 cells 4")
 LONG = {"width": 600, "by_pattern": True, "packed": True, "micro_batches": 2, "cells": 2}

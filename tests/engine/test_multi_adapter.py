@@ -1,5 +1,7 @@
 """Daughters that are trained together against the same daughters trained alone by mlx-lm's own layers."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from mlx_empire.engine.multi_adapter import MultiAdapterSteps, StepInput
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.formats.source import TunedSource
 from mlx_empire.model.build import describe
-from mlx_empire.model.lora import initial_adapter, own_name, put_together
-from mlx_empire.model.spec import TensorSpec
+from mlx_empire.model.lora import initial_adapter
+from mlx_empire.model.spec import TensorSpec, own_name
+from mlx_empire.model.together import put_together
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.workload import Workload, cell_layout
@@ -31,6 +34,28 @@ CASES = {
     "lora": TunedCase("llama", tuning={"type": "lora", "rank": 4}, **COMMON),
     "qlora": TunedCase("llama", tuning={"type": "qlora", "rank": 4}, **COMMON),
     "mixture": TunedCase("qwen3_moe", tuning={"type": "lora", "rank": 4}, **COMMON),
+    "dora": TunedCase("llama", tuning={"type": "dora", "rank": 4}, **COMMON),
+    "experts": TunedCase(
+        "qwen3_moe", tuning={"type": "lora", "rank": 4, "targets": ["all-linear", "experts"]}, **COMMON
+    ),
+    "embedding and head": TunedCase(
+        "qwen3_moe",
+        tuning={"type": "lora", "rank": 4, "targets": ["all-linear", "embed_tokens", "lm_head"]},
+        **COMMON,
+    ),
+    "tied embedding": TunedCase(
+        "llama",
+        tied=True,
+        tuning={"type": "lora", "rank": 4, "targets": ["all-linear", "embed_tokens"]},
+        **COMMON,
+    ),
+    "released": TunedCase(
+        "llama",
+        tied=True,
+        release=True,
+        tuning={"type": "lora", "rank": 4, "targets": ["all-linear", "embed_tokens"]},
+        **COMMON,
+    ),
     "packed rows": TunedCase("llama", packed=True, tuning={"type": "lora", "rank": 4}, **COMMON),
 }
 
@@ -42,6 +67,7 @@ def cohort_of(case, places, thread):
     work = Workload(
         case.rows * places, case.width, cell_layout(case.micro_batches, 1, 1, 1), 1, "float32", "auto", 8192
     )
+    work = replace(work, optimizer_in_backward=case.release)
     optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
     comm, settings = SoloCommunicator("here"), TrainerSettings()
     trainer = Trainer(
@@ -50,7 +76,7 @@ def cohort_of(case, places, thread):
     source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), spec, SEED, built.packing)
     for index in range(len(spec.units)):
         trainer.store.load(index, source.unit(index))
-    trainer.prepare(packing=case.packed)
+    trainer.prepare(packing=case.packed, together=places)
     return MultiAdapterSteps(trainer, present, case.clip_norm, SEED)
 
 
@@ -66,7 +92,9 @@ def alone(case, daughter):
 
     model = reference_model(case)
     start = {
-        name: initial_adapter(TensorSpec(name, tuple(w.shape), "float32"), SEED)
+        name: mx.array(w)  # DoRA's magnitude is the base's
+        if name.endswith(".m")
+        else initial_adapter(TensorSpec(name, tuple(w.shape), "float32"), SEED)
         for name, w in trainable(model).items()
     }
     model.load_weights([(name, mx.array(w)) for name, w in start.items()], strict=False)
@@ -86,7 +114,7 @@ def check(found, expected, start):
         assert np.linalg.norm(moved) > 0
         assert np.linalg.norm(np.array(found[name]) - should) <= 0.01 * np.linalg.norm(moved), name
         # AdamW divides by a root: an element whose gradient is nearly zero shows the order of additions.
-        assert np.abs(np.array(found[name]) - should).max() <= 2e-5, name
+        assert np.abs(np.array(found[name]) - should).max() <= 4e-5, name
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -115,8 +143,26 @@ def test_each_learns_what_it_learns_alone(case):
             assert losses[daughter] == pytest.approx(curve, rel=1e-5)
 
 
-def test_a_daughter_who_breaks_does_not_hurt_the_others():
-    case = CASES["lora"]
+@pytest.mark.parametrize("case", ["dora", "experts", "embedding and head", "released"])
+def test_each_has_the_bits_that_it_has_alone_in_a_place(case):
+    case = CASES[case]
+    with CommThread() as thread:
+        many = cohort_of(case, 2, thread)
+        for place in range(2):
+            many.begin(place)
+        outcomes = [many.step({p: given(case, p, step) for p in range(2)}) for step in range(2)]
+        for place in range(2):
+            one = cohort_of(case, 1, thread)
+            one.begin(0)
+            assert [one.step({0: given(case, place, step)})[0] for step in range(2)] == [
+                outcome[place] for outcome in outcomes
+            ]
+            expected, found = one.adapter(0), many.adapter(place)
+            assert all(mx.array_equal(found[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("case", [CASES["lora"], CASES["released"]], ids=["lora", "released"])
+def test_a_daughter_who_breaks_does_not_hurt_the_others(case):
     with CommThread() as thread:
         whole, broken = (cohort_of(case, 2, thread) for _ in range(2))
         for adapters in (whole, broken):

@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]], int]] = {
             "question": "effect",
             "label": 0,
         },
-        [("It rained therefore", " i got wet."), ("It rained therefore", " the sun shone.")],
+        [("It rained therefore", "  i got wet."), ("It rained therefore", "  the sun shone.")],
         0,
     ),
     "hellaswag": (

@@ -208,6 +208,24 @@ def trainable(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(a).astype(np.float64) for name, a in tree_flatten(model.trainable_parameters())}
 
 
+def norms_of(
+    gradients: dict[str, np.ndarray], case: TunedCase, last: float
+) -> tuple[dict[str, float], float]:
+    """By which norm each tensor is clipped, and that of all: with gradient release the larger one of the last step's
+    and of the layers so far, the last layer first and the root last."""
+    squares = {name: float((g**2).sum()) for name, g in gradients.items()}
+    norm = np.sqrt(sum(squares.values()))
+    if not case.release:
+        return dict.fromkeys(gradients, norm), norm
+    layer = {
+        name: int(name.split("layers.")[1].split(".")[0]) if "layers." in name else -1 for name in gradients
+    }
+    so_far = {
+        n: np.sqrt(sum(own for other, own in squares.items() if layer[other] >= layer[n])) for n in layer
+    }
+    return {name: max(last, found) for name, found in so_far.items()}, norm
+
+
 def textbook_steps(
     case: TunedCase, model: nn.Module, steps: int, by_row: RowLosses = stock_losses
 ) -> list[float]:
@@ -216,6 +234,7 @@ def textbook_steps(
     m = {name: np.zeros_like(w) for name, w in weights.items()}
     v = {name: np.zeros_like(w) for name, w in weights.items()}
     gradient, losses = nn.value_and_grad(model, reference_loss), []
+    last = 0.0
     for step in range(steps):
         batches = batches_of(case, step)
         total, loss, sums = counted_tokens(batches), 0.0, {name: 0.0 for name in weights}
@@ -225,10 +244,10 @@ def textbook_steps(
             loss += one.item()
             for name, g in tree_flatten(gradients):
                 sums[name] = sums[name] + np.array(g).astype(np.float64)
-        norm = np.sqrt(sum(float((g**2).sum()) for g in sums.values()))
-        clip = min(1.0, case.clip_norm / norm) if case.clip_norm else 1.0
+        norms, norm = norms_of(sums, case, last)
+        last = norm
         for name, w in weights.items():
-            g = sums[name] * clip
+            g = sums[name] * (min(1.0, case.clip_norm / norms[name]) if case.clip_norm else 1.0)
             m[name] = 0.9 * m[name] + 0.1 * g
             v[name] = 0.999 * v[name] + 0.001 * g * g
             update = m[name] / (1 - 0.9 ** (step + 1)) / (np.sqrt(v[name] / (1 - 0.999 ** (step + 1))) + 1e-8)

@@ -33,10 +33,9 @@ def model_card(
     `base_digest` of a frozen base; `source`: owner/name@revision on the Hub, where it is known; `start`: what plan.json
     says of an earlier adapter that it began from.
     """
-    kind = recipe.tuning.type
     sections = [
         _head(recipe, source),
-        f"# {recipe.run.dir.name}\n\n{KINDS[kind]} of `{recipe.model.path}`, by mlx_empire {__version__}.",
+        f"# {recipe.run.dir.name}\n\n{_kind(recipe)} of `{recipe.model.path}`, by mlx_empire {__version__}.",
         f"## Use\n\n{_use(recipe)}",
         f"## Figures\n\n{_figures(spec, metrics)}",
         *([] if not (worse := _worse(metrics)) else [f"## What got worse\n\n{worse}"]),
@@ -45,6 +44,11 @@ def model_card(
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _kind(recipe: Recipe) -> str:
+    ternary = " with ternary weights (quantisation-aware training)" if recipe.tuning.qat else ""
+    return KINDS[recipe.tuning.type] + ternary
 
 
 def _head(recipe: Recipe, source: str | None) -> str:

@@ -16,7 +16,10 @@ def next_commands(recipe: Recipe) -> list[str]:
     run = recipe.run.dir
     if recipe.tuning.type == "full":
         speak = _generate(run / "final")
-        use = {f"mlx-empire export base {_word(run / 'final')} OUT --bits 8": "packed, to use less memory"}
+        bits = recipe.tuning.qat or 8
+        use = {
+            f"mlx-empire export base {_word(run / 'final')} OUT --bits {bits}": "packed, to use less memory"
+        }
     else:
         speak = _generate(recipe.model.path, run / "final")
         use = {

@@ -56,9 +56,14 @@ EXPERTS = {
 
 @dataclass(frozen=True)
 class TunedCase(Case):
-    """A case with a `tuning` section, as written in a recipe."""
+    """A case with a `tuning` section, as written in a recipe; `qat_warmup`: steps of ternary weights' warm-up."""
 
     tuning: dict[str, Any] = field(default_factory=lambda: {"type": "lora"})
+    qat_warmup: int = 0
+
+    def strength(self, step: int) -> float:
+        """Of rounding in a step, counted from 0: it rises in equal parts from the first step on."""
+        return min(1.0, step / self.qat_warmup) if self.qat_warmup else 1.0
 
 
 class HeldWeights:

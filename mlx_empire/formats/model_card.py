@@ -6,10 +6,15 @@ Markdown with the YAML head that Hugging Face reads. Everything stands in the ru
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mlx_empire import __version__
+from mlx_empire.errors import UserError
+from mlx_empire.model.bitnet import FAMILY
+from mlx_empire.model.config import read_config
+from mlx_empire.model.packing_config import TITLES, packing_method
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.recipe.evaluation import worse_by
 from mlx_empire.recipe.load import dump_recipe
@@ -64,6 +69,9 @@ def _use(recipe: Recipe) -> str:
     base, bits = recipe.model.path, recipe.tuning.bits
     if recipe.tuning.type == "full":
         return "```\nmlx_lm.generate --model THIS_FOLDER --prompt ...\n```"
+    if (family := bitnet_base(recipe)) is not None:
+        merge = "" if family == FAMILY else ": `mlx-empire export merge` makes a whole model of it"
+        return f"mlx-lm puts no adapters into BitNet's modules{merge}."
     lines = [f"```\nmlx_lm.generate --model {base} --adapter-path THIS_FOLDER --prompt ...\n```"]
     if recipe.tuning.type == "qlora":
         lines.append(
@@ -72,6 +80,14 @@ def _use(recipe: Recipe) -> str:
         )
     lines.append("The sub-folder `peft`, where there is one, holds the same adapter for `peft` on torch.")
     return "\n\n".join(lines)
+
+
+def bitnet_base(recipe: Recipe) -> str | None:
+    """The model_type of a base in BitNet's layout, of whose modules mlx-lm cannot make LoRA's; None of another one."""
+    with suppress(UserError):
+        config = read_config(recipe.model.path)
+        return str(config["model_type"]) if packing_method(config) == TITLES["bitnet"] else None
+    return None
 
 
 def _figures(spec: ModelSpec, metrics: Sequence[Mapping[str, Any]]) -> str:

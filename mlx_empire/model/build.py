@@ -27,6 +27,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_empire.errors import EmpireError, UserError, of_gpu
+from mlx_empire.model.bitnet import FAMILY, with_plain_linears
 from mlx_empire.model.config import HEADS, TIE
 from mlx_empire.model.mlx_lm_modules import classes_of
 from mlx_empire.model.packing_config import is_packed, packing_method
@@ -146,6 +147,8 @@ def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
         model_class, args_class = classes_of(config)
         given = copy.deepcopy(dict(config))  # some write into it
         model: nn.Module = model_class(args_class.from_dict(given))
+        if config.get("model_type") == FAMILY:
+            model = with_plain_linears(model)
         model.train().trainable_parameters()  # a few classes are no whole modules, which shows only here
     return model
 

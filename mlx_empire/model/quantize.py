@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_empire.errors import UserError
+from mlx_empire.model.bitnet import two_bit_words
 from mlx_empire.model.build import find_layers, foreign
 from mlx_empire.model.packing_config import (
     QUANTISATION_KEYS,
@@ -135,9 +136,6 @@ def stored_quant_format(settings: Mapping[str, Any]) -> QuantFormat:
     return QuantFormat(
         mode, int(settings.get("bits", usual.bits)), int(settings.get("group_size", usual.group))
     )
-
-
-CODES_PER_WORD = 16  # ternary codes, of two bits each, in one uint32
 
 
 def stored_quantization(
@@ -266,9 +264,7 @@ def ternary(array: mx.array, group: int) -> tuple[mx.array, mx.array, mx.array]:
     is_ternary = mx.all((sizes == 0) | (sizes == largest), axis=-1)
     scales = mx.where(is_ternary, largest[..., 0], mx.mean(sizes, axis=-1)).astype(array.dtype)
     signs = absmean_codes(weights, scales.astype(mx.float32)[..., None])
-    codes = (signs + 1).astype(mx.uint32).reshape(*rows, inputs // CODES_PER_WORD, CODES_PER_WORD)
-    shifts = mx.arange(0, 2 * CODES_PER_WORD, 2, dtype=mx.uint32)
-    return mx.sum(codes << shifts, axis=-1).astype(mx.uint32), scales, -scales
+    return two_bit_words((signs + 1).reshape(*rows, inputs)), scales, -scales
 
 
 def absmean_codes(groups: mx.array, means: mx.array) -> mx.array:

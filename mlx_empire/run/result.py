@@ -30,6 +30,7 @@ from mlx_empire.formats.fetched import source_of
 from mlx_empire.formats.hf_folder import has_weights, open_folder
 from mlx_empire.formats.hf_names import huggingface_names
 from mlx_empire.formats.model_card import model_card
+from mlx_empire.formats.packing_table import TABLE_NAME, PackingTable
 from mlx_empire.formats.seal import is_sealed, seal_folder, sealed_digest, unseal
 from mlx_empire.formats.staging import refuse_foreign, refuse_uncopied, remove, write_json
 from mlx_empire.model.target import Target
@@ -99,6 +100,7 @@ def write_final(recipe: Recipe, target: Target, store: ShardStore, comm: Communi
     Returns what there is to say; or why it could not be written, with nothing left of the attempt.
     """
     writer: FolderWriter | AdapterWriter | None = None
+    table = PackingTable()
 
     def begin() -> None:
         nonlocal writer
@@ -107,10 +109,16 @@ def write_final(recipe: Recipe, target: Target, store: ShardStore, comm: Communi
 
     def write(index: int) -> None:
         assert writer is not None
-        writer.write_unit(index, folded(store.tensors(index)))
+        tensors = store.tensors(index)
+        plain = folded(tensors)
+        writer.write_unit(index, plain)
+        table.add_trained(target.spec.units[index], tensors, plain)
 
     def close() -> None:
         assert writer is not None
+        if target.ternary and isinstance(writer, FolderWriter):
+            writer.beside[TABLE_NAME] = table.to_json()
+            writer.notes.append(table.sentence())
         writer.close()
 
     if comm.rank > 0:

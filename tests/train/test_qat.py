@@ -164,6 +164,7 @@ def test_groups_do_not_fit_bitnets_layout(workspace, outcomes, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_adapters_go_on_from_bitnets_layout(workspace, exported):
     """Its held-out loss before the first step is that of the ternary run's end, in its dtype; then it learns."""
     run = ("run.dir=on-bitnet", "run.steps=3", "run.eval_every=3", "tuning.type=lora")

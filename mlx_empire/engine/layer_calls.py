@@ -19,6 +19,7 @@ from mlx_empire.model.attention.patterns import Cuts
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.kept import Calls, Kept, calling
 from mlx_empire.model.layers import LayerArguments, LayerNoise, SlottedModel, hidden_of, separate
+from mlx_empire.model.ternary import strength_of
 
 Call = Callable[[mx.array, Calls | None], mx.array]  # a layer's, of the hidden state
 PassBody = Callable[[Call, Arrays, Arrays], tuple[list[mx.array], Any]]
@@ -57,7 +58,8 @@ def differentiated(run: Callable[[mx.array], mx.array], x: mx.array, *, in_full:
 
 class LayerCalls:
     """Calls layers, counted from 0, whose units are bound. Without `kernels` every layer attends by the mask that it is
-    given; `noise` is there where layers have dropout; layers are traced where one `compiles`."""
+    given; `noise` is there where layers have dropout; layers are traced where one `compiles`. `strength` is there where
+    weights are trained as ternary ones, and is given to a trace: it changes from step to step."""
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class LayerCalls:
     ) -> None:
         self._slotted, self._noise = slotted, noise
         self.by_pattern = ByPattern(slotted.layers, kernels)
+        self.strength = strength_of(slotted.layers)
         self.traces = Traces(slotted.layers, store, compiles=compiles)
 
     def run(
@@ -81,10 +84,18 @@ class LayerCalls:
         """
         documents = self._documents(layer, r)
         seeded = self._seed(layer, r)
-        count, masked = len(arrays), documents is not None
+        count, masked, strength = len(arrays), documents is not None, self.strength
 
         def whole(weights: Arrays, arrays: Arrays, given: LayerArguments) -> tuple[list[mx.array], Any]:
             documents = arrays[count] if masked else None
+            if strength is not None:
+                with strength.given(arrays[-1]):
+                    return called(weights, arrays, given, documents)
+            return called(weights, arrays, given, documents)
+
+        def called(
+            weights: Arrays, arrays: Arrays, given: LayerArguments, documents: mx.array | None
+        ) -> tuple[list[mx.array], Any]:
 
             def call(hidden: mx.array, calls: Calls | None) -> mx.array:
                 return self._call(layer, hidden, given, documents, calls)
@@ -92,6 +103,7 @@ class LayerCalls:
             return body(call, weights, arrays[:count])
 
         arrays = [*arrays, *(() if documents is None else (documents,))]
+        arrays += [] if strength is None else [strength.value]
         return self.traces.run(
             LayerPass(layer, (*what, masked), whole, arrays, self._given(layer, r), seeded)
         )

@@ -24,6 +24,7 @@ from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.head_loss import head_chunks, joined_chunks
 from mlx_empire.model.kept import Kept, Noting, Reusing
 from mlx_empire.model.layers import LayerArguments, LayerNoise, SlottedModel
+from mlx_empire.model.ternary import in_full
 
 
 class Passes:
@@ -54,7 +55,7 @@ class Passes:
         self._slotted, self._store, self._tokens = slotted, store, tokens
         self._table, self._strict = table, strict
         self._calls = LayerCalls(slotted, store, noise, kernels, compiles=compiles)
-        self.traces = self._calls.traces
+        self.traces, self.strength = self._calls.traces, self._calls.strength
         self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
         self._shapes: dict[tuple[int, ...], list[LayerArguments]] = {}
         self._evaluating = False
@@ -69,11 +70,12 @@ class Passes:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """For an evaluation: without dropout, and nothing is computed again."""
+        """For an evaluation: without dropout, with ternary weights in full, and nothing is computed again."""
         self._slotted.train(False)
         self._evaluating = True
         try:
-            yield
+            with in_full(self.strength):
+                yield
         finally:
             self._evaluating = False
             self._slotted.train(True)

@@ -33,6 +33,7 @@ from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.build import foreign
 from mlx_empire.model.layers import LayerNoise, SlottedModel
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.model.ternary import in_full
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.protocol import StepScalars
 from mlx_empire.plan.schedule import global_norm, updates
@@ -149,7 +150,7 @@ class Trainer:
         self._sums.drop_spares()
         for index in units:
             self.store.bind(index)
-        with self._slotted.whole() as model:
+        with self._slotted.whole() as model, in_full(self._passes.strength):
             yield model
         for index in units:
             self.store.free(index)
@@ -196,13 +197,21 @@ class Trainer:
         return loss
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int, learning_rate: float
+        self,
+        micro_batches: Sequence[MicroBatch],
+        total_tokens: int,
+        step: int,
+        learning_rate: float,
+        strength: float = 1.0,
     ) -> StepResult:
         """One optimizer step (counted from 1). NumericsError before any change if loss or gradient is not finite.
 
+        `strength`: how far weights are rounded, from 0 to 1, where they are trained as ternary ones.
         With gradient release units that were complete earlier are changed by then; the error says so.
         """
         self._thread.reset()
+        if self._passes.strength is not None:
+            self._passes.strength.at(strength)
         if isinstance(self._updater, OptimizerInBackward):
             return self._released_step(self._updater, micro_batches, total_tokens, step, learning_rate)
         loss = self.compute(micro_batches, total_tokens, step)

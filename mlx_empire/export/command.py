@@ -1,13 +1,14 @@
-"""What may be typed after `mlx-empire export merge | peft | mlx-lm | base | push FROM OUT`.
+"""What may be typed after `mlx-empire export merge | peft | mlx-lm | base | bitnet | push FROM OUT`.
 
     merge   an adapter added into its base: a whole model folder of plain weights, or packed as --pack says
     peft    an adapter in PEFT's format, for torch
     mlx-lm  an adapter in mlx-lm's format
     base    a model folder packed as --bits says, ternary included: a whole model folder for mlx-lm
+    bitnet  a model trained as ternary with one scale a matrix, in BitNet's packed layout
     push    a finished run as a private repository OWNER/NAME of the Hugging Face Hub
 
-FROM is a run's folder, or a folder with an adapter in either format (then --model names its base); for `base` it is a
-model's folder.
+FROM is a run's folder, or a folder with an adapter in either format (then --model names its base); for `base` and
+`bitnet` it is a model's folder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from mlx_empire.errors import UserArguments
 from mlx_empire.recipe.fields import Bits
 
 PUSH = "push"
-WAYS = ("merge", "peft", "mlx-lm", "base", PUSH)
+BITNET = "bitnet"
+WAYS = ("merge", "peft", "mlx-lm", "base", BITNET, PUSH)
 STORED = "stored"
 
 
@@ -31,6 +33,7 @@ def parser() -> UserArguments:
         prog="mlx-empire export",
         description="Turn a result into what other tools open.",
         epilog="merge: an adapter added into its base. peft, mlx-lm: an adapter in that format. base: a model packed. "
+        "bitnet: a model trained as ternary in BitNet's layout. "
         "push: a finished run to the Hugging Face Hub.",
     )
     packings = ", ".join(map(str, get_args(get_args(Bits)[0])))

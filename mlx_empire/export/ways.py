@@ -15,7 +15,7 @@ from typing import Any
 from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UserError
-from mlx_empire.export.command import PUSH, STORED
+from mlx_empire.export.command import BITNET, PUSH, STORED
 from mlx_empire.formats.adapter_folder import (
     CARD_NAME,
     Adapter,
@@ -24,6 +24,7 @@ from mlx_empire.formats.adapter_folder import (
     write_mlx_lm,
     write_peft,
 )
+from mlx_empire.formats.bitnet_folder import write_bitnet
 from mlx_empire.formats.convert import MergedSource, packed_as_stored, plain_weights, write_packed
 from mlx_empire.formats.export_folder import FolderWriter
 from mlx_empire.formats.hf_folder import open_folder
@@ -85,6 +86,9 @@ def export(options: argparse.Namespace) -> list[str]:
         source = plain_weights(options.source, plain)
         about = packed_from(options.source, options.bits)
         return write_packed(options.out, source, plain.spec, uniformly(packing), options.source, about=about)
+    if options.way == BITNET:
+        plain = _plain(options.source)
+        return write_bitnet(options.out, plain_weights(options.source, plain), plain, options.source)
     found = _source(options.source, options.model, packing)
     if options.way == "merge":
         return _merge(found, options.out, again, as_stored=options.pack == STORED)

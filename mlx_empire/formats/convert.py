@@ -13,7 +13,7 @@ One unit's file at a time.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ import mlx.core as mx
 from mlx_empire.errors import UserError
 from mlx_empire.formats.adapter_folder import Adapter
 from mlx_empire.formats.hf_folder import INDEX_NAME, open_folder
+from mlx_empire.formats.packing_table import TABLE_NAME, PackingTable
 from mlx_empire.formats.safetensors import Entry, array_bytes, read_header, write_tensors
 from mlx_empire.formats.source import FolderSource, WeightSource
 from mlx_empire.formats.staging import (
@@ -36,6 +37,7 @@ from mlx_empire.formats.staging import (
     write_json,
     write_text,
 )
+from mlx_empire.model.bitnet import FAMILY
 from mlx_empire.model.config import read_config
 from mlx_empire.model.quantize import Choice, QuantFormat, quant_format_with, quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec, is_embedding
@@ -195,23 +197,54 @@ def write_packed(
 
     `choose`: how each matrix is packed, if it is. `about`: what EXPORT.json also says.
     """
+    if spec.family == FAMILY:
+        raise UserError(
+            f"{side_files}: mlx-lm's {FAMILY} reads weights in BitNet's layout only; nothing was packed"
+        )
+    chosen: dict[str, QuantFormat] = {}
+    table = PackingTable()
+
+    def unit(index: int) -> Iterator[tuple[TensorSpec, mx.array]]:
+        return _packed_unit(source, index, choose, chosen, partial(table.add, spec.units[index].name))
+
+    def config() -> dict[str, Any]:
+        return packed_config(spec.config, spec.dtype, chosen)
+
+    notes = write_units(out, unit, len(spec.units), config, side_files, card, about, table)
+    return [*notes, table.sentence()] if chosen else notes
+
+
+def write_units(
+    out: Path,
+    unit: Callable[[int], Iterator[tuple[TensorSpec, mx.array]]],
+    count: int,
+    config: Callable[[], Mapping[str, Any]],
+    side_files: Path,
+    card: str = "",
+    about: Mapping[str, Any] = MappingProxyType({}),
+    table: PackingTable | None = None,
+) -> list[str]:
+    """Write `out`, a file for each of `count` units of tensors by mlx-lm's names, then `config()`, and what `table` has
+    by then; returns notes for the user. UserError.
+    """
     refuse_foreign(out)
     temporary = out.parent / f".{out.name}.partial"
     weight_map: dict[str, str] = {}
-    chosen: dict[str, QuantFormat] = {}
     with disk_errors(out):
         fresh_folder(temporary)
-        for index in range(len(spec.units)):
-            name = f"model-{index + 1:05d}-of-{len(spec.units):05d}.safetensors"
+        for index in range(count):
+            name = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
             entries = [
                 Entry(tensor.name, CODES[tensor.dtype], tuple(array.shape), partial(array_bytes, array))
-                for tensor, array in _packed_unit(source, index, choose, chosen)
+                for tensor, array in unit(index)
             ]
             size = write_tensors(temporary / name, entries, {"format": "mlx"})
             assert read_header(temporary / name).file_bytes == size
             weight_map |= {entry.name: name for entry in entries}
         write_json(temporary / INDEX_NAME, {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))})
-        write_json(temporary / "config.json", packed_config(spec.config, spec.dtype, chosen))
+        write_json(temporary / "config.json", config())
+        if table is not None and table.matrices:
+            write_json(temporary / TABLE_NAME, table.to_json())
         _, notes = copy_side_files(side_files, temporary)
         if card:
             write_text(temporary / "README.md", card)
@@ -232,12 +265,18 @@ def packed_config(config: Mapping[str, Any], dtype: str, chosen: Mapping[str, Qu
 
 
 def _packed_unit(
-    source: WeightSource, index: int, choose: Choice, chosen: dict[str, QuantFormat]
+    source: WeightSource,
+    index: int,
+    choose: Choice,
+    chosen: dict[str, QuantFormat],
+    noted: Callable[[str, mx.array, mx.array, int], None],
 ) -> Iterator[tuple[TensorSpec, mx.array]]:
     for tensor, array in source.unit(index):
         packing = choose(tensor, index == 0) if tensor.name.endswith(".weight") else None
         if packing is not None:
-            chosen[tensor.name.removesuffix(".weight")] = packing
-            yield from zip(packing.tensors(tensor), quantize(array, packing), strict=True)
+            module = tensor.name.removesuffix(".weight")
+            chosen[module], parts = packing, quantize(array, packing)
+            noted(module, array, unpack(parts, packing), sum(part.nbytes for part in parts))
+            yield from zip(packing.tensors(tensor), parts, strict=True)
         else:
             yield tensor, array.astype(getattr(mx, tensor.dtype))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -56,8 +56,8 @@ class FolderWriter:
     source_folder: where the model came from: its towers (if it has weights), tokenizer and chat template are
     carried over.
 
-    `card`: text of the model card, none where empty; `notes`: sentences for the user; `not_trained`: names of the
-    tensors that are carried through unchanged.
+    `card`: text of the model card, none where empty; `beside`: further JSON files by name; `notes`: sentences for the
+    user; `not_trained`: names of the tensors that are carried through unchanged.
     UserError at once when `out` exists and is not an export of ours, for what `plan_export` refuses, and (NoRoomError)
     when the disk has too little room.
     """
@@ -70,7 +70,7 @@ class FolderWriter:
         self._side_files = source_folder
         self.notes = list(self._layout.notes)
         self.not_trained = self._layout.carried
-        self.card = ""
+        self.card, self.beside = "", dict[str, Any]()
         self._weight_map: dict[str, str] = {}
         self._tensor_bytes = 0
         self._written: set[int] = set()
@@ -129,6 +129,8 @@ class FolderWriter:
                     self.notes.append(f"{self._side_files} has no tokenizer; none was exported")
             if self.card:
                 write_text(self._temporary / "README.md", self.card)
+            for name, value in self.beside.items():
+                write_json(self._temporary / name, value)
             publish(self._temporary, self.out, self._layout.kind, self.notes)
 
     def discard(self) -> None:

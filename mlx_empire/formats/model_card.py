@@ -6,11 +6,16 @@ Markdown with the YAML head that Hugging Face reads. Everything stands in the ru
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mlx_empire import __version__
+from mlx_empire.errors import UserError
+from mlx_empire.model.bitnet import FAMILY
+from mlx_empire.model.config import read_config
 from mlx_empire.model.mlx_lm_modules import OURS
+from mlx_empire.model.packing_config import TITLES, packing_method
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.recipe.evaluation import worse_by
 from mlx_empire.recipe.load import dump_recipe
@@ -34,10 +39,9 @@ def model_card(
     `base_digest` of a frozen base; `source`: owner/name@revision on the Hub, where it is known; `start`: what plan.json
     says of an earlier adapter that it began from.
     """
-    kind = recipe.tuning.type
     sections = [
         _head(recipe, source),
-        f"# {recipe.run.dir.name}\n\n{KINDS[kind]} of `{recipe.model.path}`, by mlx_empire {__version__}.",
+        f"# {recipe.run.dir.name}\n\n{_kind(recipe)} of `{recipe.model.path}`, by mlx_empire {__version__}.",
         f"## Use\n\n{_use(recipe, spec.family)}",
         f"## Figures\n\n{_figures(spec, metrics)}",
         *([] if not (worse := _worse(metrics)) else [f"## What got worse\n\n{worse}"]),
@@ -46,6 +50,11 @@ def model_card(
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _kind(recipe: Recipe) -> str:
+    ternary = " with ternary weights (quantisation-aware training)" if recipe.tuning.qat else ""
+    return KINDS[recipe.tuning.type] + ternary
 
 
 def _head(recipe: Recipe, source: str | None) -> str:
@@ -59,6 +68,9 @@ def _head(recipe: Recipe, source: str | None) -> str:
 
 def _use(recipe: Recipe, family: str) -> str:
     base, bits = recipe.model.path, recipe.tuning.bits
+    if (packed := bitnet_base(recipe)) is not None:
+        merge = "" if packed == FAMILY else ": `mlx-empire export merge` makes a whole model of it"
+        return f"mlx-lm puts no adapters into BitNet's modules{merge}."
     full, ours = recipe.tuning.type == "full", family in OURS
     beside = "" if full else f" --model {base}" if ours else " --adapter-path THIS_FOLDER"
     model = "THIS_FOLDER" if full else base
@@ -77,6 +89,14 @@ def _use(recipe: Recipe, family: str) -> str:
         )
     lines.append("The sub-folder `peft`, where there is one, holds the same adapter for `peft` on torch.")
     return "\n\n".join(lines)
+
+
+def bitnet_base(recipe: Recipe) -> str | None:
+    """The model_type of a base in BitNet's layout, of whose modules mlx-lm cannot make LoRA's; None of another one."""
+    with suppress(UserError):
+        config = read_config(recipe.model.path)
+        return str(config["model_type"]) if packing_method(config) == TITLES["bitnet"] else None
+    return None
 
 
 def _figures(spec: ModelSpec, metrics: Sequence[Mapping[str, Any]]) -> str:

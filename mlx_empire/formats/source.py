@@ -25,7 +25,7 @@ from mlx_empire.model.config import EMBEDDINGS, HEADS, TIE
 from mlx_empire.model.lora import as_first_values, initial_adapter, magnitude
 from mlx_empire.model.mlx_lm_modules import said_of
 from mlx_empire.model.quantize import Choice, quantize
-from mlx_empire.model.spec import ModelSpec, TensorSpec, own_name
+from mlx_empire.model.spec import ModelSpec, TensorSpec, is_offset, own_name
 
 READABLE = (mx.float32, mx.bfloat16, mx.float16)
 NO_WEIGHTS = (
@@ -204,7 +204,8 @@ class RandomSource(_LazySource):
 
 
 class TunedSource:
-    """A `WeightSource` of `spec` (base and adapters) over `base`, a source of the model without adapters.
+    """A `WeightSource` of `spec` (base and adapters, or offsets of ternary scales) over `base`, a source of the model
+    without them.
 
     `packing`: how matrices of the base are packed while they are loaded, if any are. `start`: the adapters' first
     values by name, of an earlier run; without it they are fresh ones.
@@ -226,7 +227,7 @@ class TunedSource:
         base = self._base.unit(index)
         made: dict[str, mx.array] = {}
         for name, tensor in wanted.items():
-            if name.endswith((".lora_a", ".lora_b")):
+            if name.endswith((".lora_a", ".lora_b")) or is_offset(name):
                 yield tensor, self._first(tensor)
                 continue
             while name not in made:
@@ -235,7 +236,9 @@ class TunedSource:
         assert next(base, None) is None, f"unit {index}: the base has tensors that the tuned model lacks"
 
     def _first(self, tensor: TensorSpec) -> mx.array:
-        """An adapter's tensor before the first step, in float32."""
+        """What is trained beside the base, before the first step, in float32."""
+        if is_offset(tensor.name):
+            return mx.zeros(tensor.shape)
         if self._start is None:
             return initial_adapter(tensor, self._seed)
         return as_first_values(self._start[tensor.name])

@@ -27,10 +27,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_empire.errors import EmpireError, UserError, of_gpu
+from mlx_empire.model.bitnet import FAMILY, with_plain_linears
 from mlx_empire.model.config import HEADS, TIE
 from mlx_empire.model.mlx_lm_modules import OURS, classes_of, said_of
 from mlx_empire.model.packing_config import is_packed, packing_method
-from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter
+from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter, is_offset
 from mlx_empire.model.stored_tensors import spell_tensors
 from mlx_empire.recipe.text import first_line
 
@@ -148,6 +149,8 @@ def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
         model_class, args_class = classes_of(config)
         given = copy.deepcopy(dict(config))  # some write into it
         model: nn.Module = model_class(args_class.from_dict(given))
+        if config.get("model_type") == FAMILY:
+            model = with_plain_linears(model)
         model.train().trainable_parameters()  # a few classes are no whole modules, which shows only here
     return model
 
@@ -194,7 +197,8 @@ def compute_dtype(config: Mapping[str, Any], wanted: str | None) -> str:
 
 
 def describe(model: nn.Module, config: Mapping[str, Any], name: str, dtype: str) -> ModelSpec:
-    """List the model's tensors by unit. Adapters and what mlx-lm asks to keep so (its `cast_predicate`) are fp32.
+    """List the model's tensors by unit. Adapters, offsets of ternary scales and what mlx-lm asks to
+    keep so (its `cast_predicate`) are fp32.
 
     Packed weights, which are no floating-point numbers, keep their dtype; only frozen ones may be there.
     """
@@ -212,7 +216,7 @@ def describe(model: nn.Module, config: Mapping[str, Any], name: str, dtype: str)
             raise UserError(f"{name}: {path} is {array.dtype}; only floating-point weights can be trained")
         rest = path.removeprefix(prefix + ".") if path.startswith(prefix + ".") else ""
         unit = int(rest.split(".", 1)[0]) + 1 if rest else 0
-        exact = path in kept or is_adapter(path) or path.endswith(".global_scale")
+        exact = path in kept or is_adapter(path) or is_offset(path) or path.endswith(".global_scale")
         computes = "float32" if exact else dtype
         if packed:
             computes = str(array.dtype).removeprefix("mlx.core.")

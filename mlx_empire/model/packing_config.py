@@ -1,9 +1,9 @@
 """What a model's folder says of packed weights, whoever wrote it: MLX's own settings, or another method by its name.
 
 Decides which folders of other tools serve as frozen bases. What mlx-lm keeps packed while it loads (its own folders,
-the published MXFP4 and MXFP8, NVFP4 of ModelOpt and compressed-tensors) is spelled as MLX's `quantization`, so that
-nothing after this has to know who wrote the folder. AWQ, GPTQ, bitsandbytes and the rest are refused in one line that
-names them. FP8 in blocks stays as it is: some of mlx-lm's families take it back to bfloat16 while they load.
+the published MXFP4 and MXFP8, NVFP4 of ModelOpt and compressed-tensors, BitNet's) is spelled as MLX's `quantization`,
+so that nothing after this has to know who wrote the folder. AWQ, GPTQ, bitsandbytes and the rest are refused in one
+line that names them. FP8 in blocks stays as it is: some of mlx-lm's families take it back to bfloat16 while they load.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ FLOATING: Mapping[str, dict[str, Any]] = {
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
     "nvfp4": {"group_size": 16, "bits": 4, "mode": "nvfp4"},
 }
+BITNET: Mapping[str, Any] = {"group_size": 64, "bits": 2, "mode": "affine"}  # what it becomes (`bitnet`)
 COMPRESSED: Mapping[str, dict[str, Any]] = {
     "nvfp4-pack-quantized": FLOATING["nvfp4"],
     "mxfp4-pack-quantized": FLOATING["mxfp4"],
@@ -121,11 +122,19 @@ def _mlx_settings(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
     method = found.get(METHOD)
     if method in ("mxfp4", "mxfp8"):
         return FLOATING[method]
+    if method == "bitnet":
+        return BITNET if _is_offline_bitnet(found) else None
     if method == FP8 and found.get("scale_fmt") == "ue8m0" and found.get("weight_block_size") == [32, 32]:
         return FLOATING["mxfp8"]
     if method == "compressed-tensors":
         return COMPRESSED.get(str(found.get("format"))) if _as_mlx_lm_reads(found) else None
     return FLOATING["nvfp4"] if _algorithm(found) == "NVFP4" else None
+
+
+def _is_offline_bitnet(found: Mapping[str, Any]) -> bool:
+    """Whether BitNet's weights are stored packed, with scales to multiply with, and nothing is normed besides."""
+    packed = found.get("quantization_mode", "offline") == "offline"
+    return packed and found.get("linear_class") == "autobitlinear" and not found.get("use_rms_norm")
 
 
 def _as_mlx_lm_reads(found: Mapping[str, Any]) -> bool:

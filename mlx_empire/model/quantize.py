@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_empire.errors import UserError
+from mlx_empire.model.bitnet import two_bit_words
 from mlx_empire.model.build import find_layers, foreign
 from mlx_empire.model.packing_config import (
     QUANTISATION_KEYS,
@@ -135,9 +136,6 @@ def stored_quant_format(settings: Mapping[str, Any]) -> QuantFormat:
     return QuantFormat(
         mode, int(settings.get("bits", usual.bits)), int(settings.get("group_size", usual.group))
     )
-
-
-CODES_PER_WORD = 16  # ternary codes, of two bits each, in one uint32
 
 
 def stored_quantization(
@@ -256,13 +254,19 @@ def ternary(array: mx.array, group: int) -> tuple[mx.array, mx.array, mx.array]:
     """(codes, scales, biases) of weights in {-s, 0, +s} as MLX's affine format of 2 bits: s x code - s, code 0, 1, 2.
 
     s is the mean of a group's absolute values, rounded to the array's dtype; a weight becomes round(w / s) cut to
-    -1, 0 or 1 (absmean quantisation, BitNet b1.58, arXiv:2402.17764). A group of zeros has s = 0.
+    -1, 0 or 1 (absmean quantisation, BitNet b1.58, arXiv:2402.17764). A group of zeros has s = 0. A group that is
+    ternary already stays as it is: s is then its largest absolute value.
     """
     *rows, inputs = array.shape
     weights = array.astype(mx.float32).reshape(*rows, inputs // group, group)
-    scales = mx.mean(mx.abs(weights), axis=-1).astype(array.dtype)
-    step = scales.astype(mx.float32)[..., None]
-    signs = mx.clip(mx.round(weights / mx.where(step > 0, step, 1.0)), -1, 1)
-    codes = (signs + 1).astype(mx.uint32).reshape(*rows, inputs // CODES_PER_WORD, CODES_PER_WORD)
-    shifts = mx.arange(0, 2 * CODES_PER_WORD, 2, dtype=mx.uint32)
-    return mx.sum(codes << shifts, axis=-1).astype(mx.uint32), scales, -scales
+    sizes = mx.abs(weights)
+    largest = mx.max(sizes, axis=-1, keepdims=True)
+    is_ternary = mx.all((sizes == 0) | (sizes == largest), axis=-1)
+    scales = mx.where(is_ternary, largest[..., 0], mx.mean(sizes, axis=-1)).astype(array.dtype)
+    signs = absmean_codes(weights, scales.astype(mx.float32)[..., None])
+    return two_bit_words((signs + 1).reshape(*rows, inputs)), scales, -scales
+
+
+def absmean_codes(groups: mx.array, means: mx.array) -> mx.array:
+    """-1, 0 or 1 for each of `groups` (.., group), by `means` (.., 1) of the groups' absolute values; float32."""
+    return mx.clip(mx.round(groups / mx.where(means > 0, means, 1.0)), -1, 1)

@@ -15,6 +15,7 @@ from typing import Any
 BLOCK = 64  # elements; tensors start and intervals end on multiples of it (the optimizer's block)
 SMALL_ELEMENTS = 4096  # below this a tensor keeps fp32 weights and states
 ADAPTER_NAMES = frozenset({"lora_a", "lora_b", "m"})  # mlx-lm's; `m` is DoRA's magnitude
+SCALE_OFFSETS = "scale_offsets"  # what a ternary module learns beside its weight (`ternary`)
 EMBEDDING_NAMES = ("embed", "wte", "wpe", "word_embeddings")
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 _OWN = re.compile(r"\.daughters\.(\d+)\.")
@@ -120,8 +121,9 @@ class ModelSpec:
 
     @cached_property
     def base_parameters(self) -> int:
-        """Number of parameters of the model itself, without adapters."""
-        return sum(t.parameters for u in self.units for t in u.tensors if not is_adapter(t.name))
+        """Number of parameters of the model itself, without adapters and what ternary modules learn beside it."""
+        own = (t for u in self.units for t in u.tensors if not (is_adapter(t.name) or is_offset(t.name)))
+        return sum(t.parameters for t in own)
 
     @property
     def trainable_parameters(self) -> int:
@@ -177,11 +179,16 @@ def own_name(name: str) -> tuple[int, str]:
     return (int(found[1]), _OWN.sub(".", name)) if found else (0, name)
 
 
+def is_offset(name: str) -> bool:
+    """True for the learned offsets of the scales of ternary weights."""
+    return name.rpartition(".")[2] == SCALE_OFFSETS
+
+
 def base_name(name: str) -> str:
     """The plain model's parameter that a tensor is or adapts: `x.weight` for `x.linear.weight` and `x.lora_a`, which
     may be one of several daughters'."""
     stem, _, leaf = own_name(name)[1].rpartition(".")
-    if is_adapter(name):
+    if is_adapter(name) or is_offset(name):
         return f"{stem}.weight"
     return f"{stem.removesuffix('.linear').removesuffix('.embedding')}.{leaf}"
 

@@ -2,8 +2,9 @@
 
 Decides what is done to stored tensors before mlx-lm sees them, where it would refuse what transformers 5 saves or
 compute with other numbers than torch: gpt-oss's experts that are not packed in MXFP4, GPT-2 and Olmo Hybrid under other
-names, experts of Qwen one by one or with the outputs first, exponents of FP8's power-of-two scales, and norms to which
-1 is added in the dtype in which they are stored. What is exported never needs any of it. All on lazy arrays.
+names, experts of Qwen one by one or with the outputs first, exponents of FP8's power-of-two scales, BitNet's packed
+matrices, and norms to which 1 is added in the dtype in which they are stored. What is exported never needs any of it,
+but in BitNet's layout. All on lazy arrays.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_empire.model.bitnet import SCALE, spell_packed
 
 HALF = (mx.bfloat16, mx.float16)
 RENAMED: Mapping[
@@ -53,6 +56,8 @@ def spell_tensors(model: nn.Module, stored: Mapping[str, mx.array]) -> dict[str,
         elif name.endswith(SCALES) and array.dtype == mx.uint8 and not _stays_packed(name, array, stored):
             array = mx.power(2.0, array.astype(mx.float32) - EXPONENT_BIAS)
         found[spelled] = array
+    if any(name.endswith(SCALE) and array.shape == (1,) for name, array in found.items()):
+        found = spell_packed(found)
     return _stacked(found) if module in ONE_BY_ONE else found
 
 

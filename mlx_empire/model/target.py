@@ -35,6 +35,7 @@ from mlx_empire.model.quantize import (
     unpacked,
 )
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.model.ternary import GROUP, put_ternary
 from mlx_empire.model.unread import refuse_row_length
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.sections import TuningSection
@@ -45,10 +46,11 @@ from mlx_empire.recipe.source import how_to_fetch
 class Target:
     """A model and the way it is tuned; `model` is mlx-lm's module, lazily, with its adapters.
 
-    `spec`: what is trained; `base`: what is read from the model's folder (the same for full tuning). `rebuild` makes
-    mlx-lm's own module anew, lazily and without adapters. `adapters`: None for full tuning. `packing`: how matrices of
-    the base are packed while they are loaded, if they are. `not_trainable`: one sentence why the trainer here cannot
-    do it, or None; only targets that are planned have one, the others are refused.
+    `spec`: what is trained; `base`: what is read from the model's folder (the same for plain full tuning). `rebuild`
+    makes mlx-lm's own module anew, lazily and without adapters. `adapters`: None for full tuning. `packing`: how
+    matrices of the base are packed while they are loaded, if they are. `ternary`: weights are trained as ternary ones,
+    and `base` is what a result holds of them. `not_trainable`: one sentence why the trainer here cannot do it, or None;
+    only targets that are planned have one, the others are refused.
     """
 
     model: nn.Module
@@ -57,6 +59,7 @@ class Target:
     rebuild: Callable[[], nn.Module]
     adapters: AdapterSettings | None = None
     packing: Choice | None = None
+    ternary: bool = False
     not_trainable: str | None = None
 
     @property
@@ -200,8 +203,11 @@ def _tuned(
         model.freeze()
     base = describe(model, plain, name, dtype)
     refuse_dropped_head(base, stored or {}, name)
-    if tuning.type == "full":
+    if tuning.type == "full" and tuning.qat is None:
         return Target(model, base, base, rebuild)
+    if tuning.type == "full":
+        put_ternary(model, tuning.qat_group or GROUP, name)
+        return Target(model, describe(model, plain, name, dtype), base, rebuild, ternary=True)
     choose = None
     if packed is not None and stored is None:  # a model of a packed folder's kind, without its weights
         choose = as_stored(config)

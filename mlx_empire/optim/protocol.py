@@ -6,7 +6,8 @@ tensor and whether weight decay applies. Rows are independent of one another; th
 depend on how a tensor is cut, hence not on the number of ranks. A rule that needs whole matrices (Muon)
 gets another protocol beside this one.
 
-Also which tensors decay (matrices and embeddings; not norms, biases or router corrections), and what one call needs
+Also which tensors decay (matrices and embeddings; not norms, biases, router corrections or
+scales of ternary weights), and what one call needs
 beside states, gradients and new weights: measured, by its states' form.
 """
 
@@ -19,6 +20,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from mlx_empire.model.spec import is_offset
+
 # A part of a parameter's name that stands for a normalisation: norm, q_norm, input_layernorm, norm1, ln_f ...
 _NORM = re.compile(r"(?:^|_)(?:layer|rms|group)?norm\d*(?:_|$)|^ln(?:_|\d|$)")
 _BIAS = re.compile(r"(?:^|_)bias(?:es)?$")  # also e_score_correction_bias, DeepSeek V3's router correction
@@ -27,7 +30,7 @@ _BIAS = re.compile(r"(?:^|_)bias(?:es)?$")  # also e_score_correction_bias, Deep
 def decays(name: str, shape: Sequence[int]) -> bool:
     """True if weight decay applies to parameter `name` (dotted, as in an mlx-lm model) of `shape`."""
     parts = name.split(".")
-    if len(shape) < 2 or _BIAS.search(parts[-1]):
+    if len(shape) < 2 or _BIAS.search(parts[-1]) or is_offset(name):
         return False
     return not any(_NORM.search(part) for part in parts)
 

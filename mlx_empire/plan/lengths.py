@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.recipe.sections import QAT_WARMUP
 
 ASSUMED_STEPS = 1000  # of an epoch, or of a run given in epochs, of data that nobody has looked at
 
@@ -49,13 +50,17 @@ class Every:
 
 @dataclass(frozen=True)
 class Lengths:
-    """A recipe's durations in steps of its data, or in seconds where they are wall time."""
+    """A recipe's durations in steps of its data, or in seconds where they are wall time.
+
+    `qat_warmup`: of ternary weights; None where weights are not trained so.
+    """
 
     steps: int
     warmup: int
     evaluate: Every
     save: Every
     log: Every
+    qat_warmup: int | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, size: DataSize) -> Lengths:
@@ -80,4 +85,5 @@ class Lengths:
             evaluate=every(run.eval_every),
             save=every(run.save_every),
             log=every(recipe.report.log_every),
+            qat_warmup=every(recipe.tuning.qat_warmup or QAT_WARMUP).steps if recipe.tuning.qat else None,
         )

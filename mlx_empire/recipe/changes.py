@@ -14,6 +14,7 @@ from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import parse_recipe, written
 from mlx_empire.recipe.run_sections import SHORT_ROW
 from mlx_empire.recipe.schema import Recipe
+from mlx_empire.recipe.sections import QAT_WARMUP
 from mlx_empire.recipe.text import parse_yaml
 
 # They change where and how a run computes, what it shows and keeps, but no bit of its result.
@@ -85,8 +86,10 @@ def require_acceptable(before: Recipe, now: Recipe, accepted: Sequence[str], che
 
 
 def _relative(before: Recipe, now: Recipe) -> bool:
-    """Whether the warm-up is measured in the run's length, which would move its end."""
-    return any(recipe.schedule.warmup.unit == "percent" for recipe in (before, now))
+    """Whether a warm-up is measured in the run's length, which would move its end."""
+    warmups = [recipe.schedule.warmup for recipe in (before, now)]
+    warmups += [recipe.tuning.qat_warmup or QAT_WARMUP for recipe in (before, now) if recipe.tuning.qat]
+    return any(warmup.unit == "percent" for warmup in warmups)
 
 
 def _curriculum(before: Recipe, now: Recipe) -> bool:

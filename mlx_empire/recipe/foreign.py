@@ -15,6 +15,7 @@ _OPTIONS = {
     "tuning.targets": "lora-target lora-target-modules target-modules lora-keys",
     "tuning.layers": "num-layers lora-layers",
     "tuning.rslora": "use-rslora",
+    "tuning.qat": "qat quantization-aware-training",
     "data.path": "data dataset dataset-name train-file dataset-dir",
     "data.sequence_length": "max-seq-length max-length cutoff-len model-max-length block-size sequence-len",
     "data.packing": "packing sample-packing",

@@ -74,7 +74,9 @@ class Recipe(Section):
         if self.tuning.bits is not None and self.tuning.type != "qlora":
             message = f"bits {self.tuning.bits} has no meaning for type {self.tuning.type}; use type qlora"
             raise impossible(("tuning.bits", "tuning.type"), message)
-        idle = next((k for k, v in self.tuning if k != "type" and v is not None), None)
+        if (wrong := _wrong_qat(self.tuning)) is not None:
+            raise impossible((f"tuning.{wrong[0]}", "tuning.type"), wrong[1])
+        idle = next((k for k, v in self.tuning if k not in ("type", *QAT) and v is not None), None)
         if self.tuning.type == "full" and idle:
             message = (
                 f"{idle} has no meaning for type full; use type lora, dora or qlora, or leave {idle} out"
@@ -113,6 +115,10 @@ class Recipe(Section):
         if schedule.warmup.unit == steps.unit and schedule.warmup.value > steps.value:
             message = f"warmup {schedule.warmup} is longer than the whole run, run.steps {steps}; use 3%"
             raise impossible(("schedule.warmup", "run.steps"), message)
+        ternary = self.tuning.qat_warmup
+        if ternary is not None and ternary.unit == steps.unit and ternary.value > steps.value:
+            message = f"qat_warmup {ternary} is longer than the whole run, run.steps {steps}; use 10%"
+            raise impossible(("tuning.qat_warmup", "run.steps"), message)
         spikes = self.numerics.spikes
         if spikes == "rollback" and run.save_every is None:
             message = "rollback needs checkpoints to go back to; set run.save_every"
@@ -139,6 +145,20 @@ class Recipe(Section):
                 "use type cosine or linear, or leave final out",
             )
         return self
+
+
+QAT = ("qat", "qat_warmup", "qat_group")
+
+
+def _wrong_qat(tuning: TuningSection) -> tuple[str, str] | None:
+    """The key of `QAT` that has no meaning with the others, and why."""
+    asked = next((key for key in QAT if getattr(tuning, key) is not None), None)
+    if asked is not None and tuning.type != "full":
+        remedy = "use type full, or qlora with bits ternary for a frozen ternary base"
+        return asked, f"{asked} has no meaning for type {tuning.type}, which trains no weights; {remedy}"
+    if asked not in (None, "qat"):
+        return asked, f"{asked} has no meaning without tuning.qat; add qat: ternary, or leave {asked} out"
+    return None
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -27,6 +27,8 @@ from mlx_empire.recipe.fields import (
 )
 from mlx_empire.recipe.mixture import MOST_SOURCES, SOURCES, DataSource, paths_of
 
+QAT_WARMUP = Duration(10, "percent")  # where tuning.qat_warmup is null
+
 
 class ModelSection(Section):
     path: RecipePath = Field(
@@ -111,6 +113,22 @@ class TuningSection(Section):
         title="Whether high ranks act as strongly as low ones.",
         default=None,
         description="true (adapters are scaled by alpha / the square root of rank), or null (alpha / rank)",
+    )
+    qat: Literal["ternary"] | None = Field(
+        title="Whether all weights are trained for being rounded (quantisation-aware training), with type full.",
+        default=None,
+        description="ternary (the layers' linear modules compute with -s, 0 and +s, each group's s is learned, and the "
+        "optimizer keeps real numbers), or null (weights as they are)",
+    )
+    qat_warmup: AnyLength | None = Field(
+        title="Over which part of the run ternary weights come into force, in equal steps.",
+        default=None,
+        description=f"a duration: {LENGTHS}; 0 (from the first step on), or null (10%)",
+    )
+    qat_group: Annotated[Literal[64, "matrix"] | None, BeforeValidator(exact_number)] = Field(
+        title="Which ternary weights share a scale; a matrix has one where BitNet's layout is to hold it.",
+        default=None,
+        description="64 (so many inputs of an output), matrix (one scale for a whole matrix), or null (64)",
     )
     start: RecipePath | None = Field(
         title="The earlier adapter that this one goes on from, with a fresh optimizer.",

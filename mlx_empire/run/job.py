@@ -26,7 +26,8 @@ class Job:
     """The steps 1 to `steps` on `data`, whose rows are read in `order`.
 
     `global_size` and `micro_size` are the rows of a step and of a micro-batch, `indices` the step's micro-batches that
-    this rank computes, in the order of its cells. `rates(step)` is a step's learning rate. `eval_every`, `save_every`
+    this rank computes, in the order of its cells. `rates(step)` is a step's learning rate, `qat_warmup` the steps
+    until ternary weights are rounded in full (None: weights are not trained so). `eval_every`, `save_every`
     and `log_every` say how often. `gate` ends the run early.
     """
 
@@ -37,6 +38,7 @@ class Job:
     indices: tuple[int, ...]
     steps: int
     rates: LearningRate
+    qat_warmup: int | None
     eval_every: Every
     save_every: Every
     log_every: Every
@@ -57,6 +59,7 @@ class Job:
             indices=tuple(range(batch.global_size // batch.micro_size)),
             steps=lengths.steps,
             rates=LearningRate(schedule.type, rate, lengths.warmup, lengths.steps, schedule.final),
+            qat_warmup=lengths.qat_warmup,
             eval_every=lengths.evaluate,
             save_every=lengths.save,
             log_every=lengths.log,
@@ -71,6 +74,10 @@ class Job:
         """This rank's micro-batches of a step."""
         sizes = {"global_size": self.global_size, "micro_size": self.micro_size}
         return [micro_batch(self.data, self.order, step - 1, j, **sizes) for j in self.indices]
+
+    def strength(self, step: int) -> float:
+        """How far the weights of a step are rounded: 0 in the first one, 1 after the warm-up; a number of it alone."""
+        return min(1.0, (step - 1) / self.qat_warmup) if self.qat_warmup else 1.0
 
     def targets(self, step: int) -> int:
         """Targets that count in the whole step, on all ranks: what the loss is divided by."""
@@ -89,6 +96,7 @@ class Job:
             "epoch": step * self.global_size / len(self.data),
             "loss": taken.loss,
             "learning_rate": self.rates(step),
+            **({} if self.qat_warmup is None else {"qat_strength": self.strength(step)}),
             "grad_norm": taken.gradient_norm,
             "tokens": targets,
             "tokens_per_second": targets / seconds,

@@ -30,9 +30,11 @@ from mlx_empire.formats.fetched import source_of
 from mlx_empire.formats.hf_folder import has_weights, open_folder
 from mlx_empire.formats.hf_names import huggingface_names
 from mlx_empire.formats.model_card import model_card
+from mlx_empire.formats.packing_table import TABLE_NAME, PackingTable
 from mlx_empire.formats.seal import is_sealed, seal_folder, sealed_digest, unseal
 from mlx_empire.formats.staging import refuse_foreign, refuse_uncopied, remove, write_json
 from mlx_empire.model.target import Target
+from mlx_empire.model.ternary import folded
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
 from mlx_empire.report.run import RunReport
@@ -60,7 +62,7 @@ def refuse_result(recipe: Recipe, target: Target) -> None:
     if target.adapters is None:
         if (folder := _source_folder(recipe)) is not None:
             refuse_uncopied(folder)
-        plan_export(final_of(recipe), target.spec, target.rebuild, folder)
+        plan_export(final_of(recipe), target.base, target.rebuild, folder)
 
 
 # ---- writing
@@ -81,7 +83,7 @@ def result_writer(recipe: Recipe, target: Target) -> FolderWriter | AdapterWrite
         names = huggingface_names(target.base, stored, target.spec.adapted)
         writer = AdapterWriter(out, target.spec, target.adapters, str(folder), huggingface=names)
     else:
-        writer = FolderWriter(out, target.spec, target.rebuild, _source_folder(recipe))
+        writer = FolderWriter(out, target.base, target.rebuild, _source_folder(recipe))
     try:
         plan = json.loads((recipe.run.dir / "plan.json").read_text())
         data, base = str(plan["data_digest"]), recipe.model.base_digest or sealed_digest(folder)
@@ -98,6 +100,7 @@ def write_final(recipe: Recipe, target: Target, store: ShardStore, comm: Communi
     Returns what there is to say; or why it could not be written, with nothing left of the attempt.
     """
     writer: FolderWriter | AdapterWriter | None = None
+    table = PackingTable()
 
     def begin() -> None:
         nonlocal writer
@@ -106,10 +109,16 @@ def write_final(recipe: Recipe, target: Target, store: ShardStore, comm: Communi
 
     def write(index: int) -> None:
         assert writer is not None
-        writer.write_unit(index, store.tensors(index))
+        tensors = store.tensors(index)
+        plain = folded(tensors)
+        writer.write_unit(index, plain)
+        table.add_trained(target.spec.units[index], tensors, plain)
 
     def close() -> None:
         assert writer is not None
+        if target.ternary and isinstance(writer, FolderWriter):
+            writer.beside[TABLE_NAME] = table.to_json()
+            writer.notes.append(table.sentence())
         writer.close()
 
     if comm.rank > 0:

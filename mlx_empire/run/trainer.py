@@ -163,9 +163,8 @@ def load_weights(
 
     def tuned(base: WeightSource) -> WeightSource:
         first = parent.weights if parent is not None else None
-        return (
-            base if target.adapters is None else TunedSource(base, target.spec, seed, target.packing, first)
-        )
+        alone = target.adapters is None and not target.ternary
+        return base if alone else TunedSource(base, target.spec, seed, target.packing, first)
 
     if recipe.model.init == "random":
         fill_from_own(store, tuned(RandomSource(target.rebuild, target.base, seed)))

@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from mlx_empire.errors import UserError
+from mlx_empire.formats.model_card import bitnet_base
+from mlx_empire.model.bitnet import FAMILY
 from mlx_empire.model.config import read_config
 from mlx_empire.model.mlx_lm_modules import OURS
 from mlx_empire.recipe.schema import Recipe
@@ -18,16 +20,20 @@ PROMPT, WHOLE = "...", "as a whole model"
 def next_commands(recipe: Recipe) -> list[str]:
     """Let the result speak, look at the run, and use the result elsewhere."""
     run = recipe.run.dir
+    speak: str | None
     if recipe.tuning.type == "full":
         speak = _ask(recipe, run, run / "final")
-        use = {f"mlx-empire export base {_word(run / 'final')} OUT --bits 8": "packed, to use less memory"}
+        way = f"base {_word(run / 'final')} OUT --bits {recipe.tuning.qat or 8}"
+        if recipe.tuning.qat_group == "matrix":
+            way = f"bitnet {_word(run / 'final')} OUT"
+        use = {f"mlx-empire export {way}": "packed, to use less memory"}
     else:
-        speak = _ask(recipe, run, recipe.model.path, run / "final")
-        use = {
-            f"mlx-empire export merge {_word(run)} OUT": WHOLE,
-            _go_on(run): "go on, on the rows there are by then",
-        }
-    return _told({speak: "let it speak", f"mlx-empire open {_word(run)}": "look at it", **use})
+        family = bitnet_base(recipe)
+        speak = _ask(recipe, run, recipe.model.path, run / "final") if family is None else None
+        use = {} if family == FAMILY else {f"mlx-empire export merge {_word(run)} OUT": WHOLE}
+        use[_go_on(run)] = "go on, on the rows there are by then"
+    told = {} if speak is None else {speak: "let it speak"}
+    return _told({**told, f"mlx-empire open {_word(run)}": "look at it", **use})
 
 
 def capacity_command(folder: Path, machines: int, hosts: Path | None) -> str:

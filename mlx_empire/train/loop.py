@@ -101,7 +101,9 @@ def take_step(run: Run, step: int) -> float:
     started, traffic = time.perf_counter(), comm.traffic.snapshot()
     progress.begin_step(step)
     progress.reach("data")
-    taken = trainer.train_step(job.batches(step), job.targets(step), step, job.rates(step))
+    taken = trainer.train_step(
+        job.batches(step), job.targets(step), step, job.rates(step), job.strength(step)
+    )
 
     seconds, moved = time.perf_counter() - started, comm.traffic.since(traffic)
     line = job.record(step, taken, seconds)

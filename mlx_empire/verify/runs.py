@@ -159,7 +159,9 @@ def train_once(
         trainer.prepare(packing=recipe.data.packing)
         losses = []
         for step in range(1, job.steps + 1):
-            taken = trainer.train_step(job.batches(step), job.targets(step), step, job.rates(step))
+            taken = trainer.train_step(
+                job.batches(step), job.targets(step), step, job.rates(step), job.strength(step)
+            )
             losses.append(taken.loss)
         return Outcome(tuple(losses), held_out(comm, recipe, plan, trainer, splits), digest(trainer.store))
 

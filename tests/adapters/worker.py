@@ -26,7 +26,8 @@ def run_case(case: TunedCase, comm: Communicator) -> dict[str, Any]:
         for step in range(case.steps):
             batches, before = batches_of(case, step), comm.traffic.snapshot()
             own = own_batches(trainer, batches, comm.rank)
-            result = trainer.train_step(own, counted_tokens(batches), step + 1, case.learning_rate)
+            total, strength = counted_tokens(batches), case.strength(step)
+            result = trainer.train_step(own, total, step + 1, case.learning_rate, strength)
             moved = comm.traffic.since(before)
             found["losses"].append(result.loss)
             found["norms"].append(result.gradient_norm)

@@ -35,7 +35,6 @@ from mlx_empire.errors import UserError
 # Why what cannot train here cannot: a part of the line that says so.
 REFUSED = {
     "afm7": "no list of decoder layers",
-    "bitnet": "No Metal back-end",
     "deepseek_v41": "cannot be differentiated",
     "gemma3n": "share more than the hidden state",
     "iquestloopcoder": "only 0 of 4 layers are called",

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
-from mlx_empire.formats.source import TunedSource
+from mlx_empire.formats.source import TunedSource, WeightSource
 from mlx_empire.model.build import build_model
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 from mlx_empire.model.target import Target, make_target
@@ -56,9 +56,14 @@ EXPERTS = {
 
 @dataclass(frozen=True)
 class TunedCase(Case):
-    """A case with a `tuning` section, as written in a recipe."""
+    """A case with a `tuning` section, as written in a recipe; `qat_warmup`: steps of ternary weights' warm-up."""
 
     tuning: dict[str, Any] = field(default_factory=lambda: {"type": "lora"})
+    qat_warmup: int = 0
+
+    def strength(self, step: int) -> float:
+        """Of rounding in a step, counted from 0: it rises in equal parts from the first step on."""
+        return min(1.0, step / self.qat_warmup) if self.qat_warmup else 1.0
 
 
 class HeldWeights:
@@ -78,9 +83,14 @@ def built_of(case: TunedCase) -> Target:
     return make_target(config_of(case), tuning, case.family, case.dtype)
 
 
-def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Trainer:
-    """Our trainer for the case on this world, loaded and prepared."""
-    built = built_of(case)
+def tuned_trainer(
+    case: TunedCase,
+    comm: Communicator,
+    thread: CommThread,
+    given: tuple[Target, WeightSource] | None = None,
+) -> Trainer:
+    """Our trainer for the case on this world, loaded and prepared; `given`: another model and its base's weights."""
+    built, base = given or (built_of(case), None)
     shares = [case.shares[r % len(case.shares)] for r in range(comm.size)]
     layout = cell_layout(case.micro_batches * case.rows, case.rows, case.cells, comm.size)
     work = Workload(
@@ -103,7 +113,8 @@ def tuned_trainer(case: TunedCase, comm: Communicator, thread: CommThread) -> Tr
     noise = SEED if case.tuning.get("dropout") else None
     settings = TrainerSettings(case.clip_norm, noise)
     trainer = Trainer(built.model, built.spec, plan, work, comm, thread, optimizer, settings)
-    source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), built.spec, SEED, built.packing)
+    base = base or HeldWeights(built.base, weights_of(case)[2])
+    source = TunedSource(base, built.spec, SEED, built.packing)
     for index in range(len(built.spec.units)):
         trainer.store.load(index, source.unit(index))
     trainer.prepare(packing=case.packed)

@@ -16,7 +16,13 @@ from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 
 MOST_WORSE = 10  # scores that are named because they got worse
-KINDS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA"}
+KINDS = {
+    "full": "full fine-tuning",
+    "parts": "fine-tuning of parts, the rest unchanged,",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "qlora": "QLoRA",
+}
 
 
 def model_card(
@@ -33,7 +39,7 @@ def model_card(
     `base_digest` of a frozen base; `source`: owner/name@revision on the Hub, where it is known; `start`: what plan.json
     says of an earlier adapter that it began from.
     """
-    kind = recipe.tuning.type
+    kind = "parts" if recipe.tuning.of_parts else recipe.tuning.type
     sections = [
         _head(recipe, source),
         f"# {recipe.run.dir.name}\n\n{KINDS[kind]} of `{recipe.model.path}`, by mlx_empire {__version__}.",

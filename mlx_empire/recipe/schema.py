@@ -21,6 +21,7 @@ from mlx_empire.recipe.run_sections import (
     RunSection,
 )
 from mlx_empire.recipe.sections import (
+    PARTS,
     BatchSection,
     DataSection,
     MemorySection,
@@ -74,7 +75,12 @@ class Recipe(Section):
         if self.tuning.bits is not None and self.tuning.type != "qlora":
             message = f"bits {self.tuning.bits} has no meaning for type {self.tuning.type}; use type qlora"
             raise impossible(("tuning.bits", "tuning.type"), message)
-        idle = next((k for k, v in self.tuning if k != "type" and v is not None), None)
+        idle = next((k for k, v in self.tuning if k not in ("type", *PARTS) and v is not None), None)
+        if self.tuning.type != "full" and self.tuning.unfrozen_parameters is not None:
+            message = (
+                "adapters train alone; use type full, or leave it out and name modules in tuning.targets"
+            )
+            raise impossible(("tuning.unfrozen_parameters", "tuning.type"), message)
         if self.tuning.type == "full" and idle:
             message = (
                 f"{idle} has no meaning for type full; use type lora, dora or qlora, or leave {idle} out"

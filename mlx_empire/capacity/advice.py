@@ -35,7 +35,7 @@ from mlx_empire.plan.lengths import DataSize, Lengths
 from mlx_empire.plan.pace import Pace, cloud_of, pace_of, spell
 from mlx_empire.plan.resolve import never_fits, usable
 from mlx_empire.plan.wired_limit import FORGETS, most_raised, raising
-from mlx_empire.recipe.changes import typed, value, variant
+from mlx_empire.recipe.changes import adapters_of, typed, value, variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.sizes import GIB
 
@@ -126,7 +126,7 @@ def _adapters_alone(assessment: Assessment, free: Settings, retuned: Retuned | N
     if retuned is None or assessment.recipe.tuning.type != "full":
         return []
     nodes = [n.node for n in assessment.nodes]
-    for settings in ADAPTERS:
+    for settings in (adapters_of(assessment.recipe, one) for one in ADAPTERS):
         if _frozen_bytes(assessment.spec, settings) > usable(nodes):
             continue  # said without describing the model anew
         changed = variant(assessment.recipe, {**settings, **free})

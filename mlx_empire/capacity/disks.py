@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mlx_empire.capacity.whatif import Advice, Settings
 from mlx_empire.plan.disk import FORMULAS, DiskLedger, disk_verdict
-from mlx_empire.recipe.changes import typed, variant
+from mlx_empire.recipe.changes import adapters_of, typed, variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.sizes import amount
 
@@ -128,7 +128,7 @@ def _settings(recipe: Recipe, verdict: str) -> Iterator[Settings]:
         small_master = {}
     yield from (one for one in (small, small_master, {**small, **small_master}) if one)
     if full:
-        yield {"tuning.type": "lora"}
+        yield adapters_of(recipe, {"tuning.type": "lora"})
 
 
 def _tried(recipe: Recipe, settings: Settings, before: str, again: Again) -> Advice | None:

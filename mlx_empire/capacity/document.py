@@ -23,6 +23,7 @@ from mlx_empire.plan.chips import Chip
 from mlx_empire.plan.disk import DiskLedger, disk_verdict
 from mlx_empire.plan.fill import bought
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
+from mlx_empire.plan.resolve import reached_layers
 from mlx_empire.plan.wired_limit import FORGETS, raising_commands, untouched
 from mlx_empire.recipe.idle import without_effect
 from mlx_empire.report.text import energy, run_length, span
@@ -114,10 +115,10 @@ class CapacityReport:
         shares = recipe.memory.shares if isinstance(recipe.memory.shares, str) else "given"
         size, micro = recipe.batch.global_size, recipe.batch.micro_size
         words = [
-            f"{recipe.tuning.type} tuning",
+            f"{recipe.tuning.type} tuning" + (" of parts" if recipe.tuning.of_parts else ""),
             f"{size} x {recipe.data.sequence_length:,} positions a step, {micro} rows at a time",
             f"ZeRO {plan.shards.zero_stage}, shares by {shares}" if len(self.nodes) > 1 else "one node",
-            f"{layers - unrecomputed} of {layers} layers recomputed",
+            f"{max(reached_layers(self.spec) - unrecomputed, 0)} of {layers} layers recomputed",
             *((f"micro-batches pass {plan.work.wave} at a time",) if plan.work.wave else ()),
             *((f"kept {kept}",) if (kept := bought(self.spec, plan.shards, plan.work, plan.ledgers)) else ()),
             f"{recipe.optimizer.state_bits}-bit states, master {recipe.optimizer.master_weights}",

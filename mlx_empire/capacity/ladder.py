@@ -16,7 +16,7 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import in_dtype
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.optimizer_bytes import StatesOf
-from mlx_empire.recipe.changes import variant
+from mlx_empire.recipe.changes import EVERY_WEIGHT, variant
 from mlx_empire.recipe.schema import Recipe
 
 RUNGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -45,7 +45,7 @@ RUNGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
 
 
 # What a recipe is changed to where models that a rung may unlock are described.
-UNLOCKED: Mapping[str, Any] = {"model.dtype": "bfloat16", "tuning.type": "full", "tuning.bits": None}
+UNLOCKED: Mapping[str, Any] = {"model.dtype": "bfloat16", **EVERY_WEIGHT}
 
 
 @dataclass(frozen=True)

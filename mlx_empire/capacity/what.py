@@ -28,14 +28,14 @@ from mlx_empire.plan.hardware import wire_of
 from mlx_empire.plan.largest import DENSE, MIXTURE, Largest, largest
 from mlx_empire.plan.pace import Pace, pace_of, run_dollars
 from mlx_empire.plan.resolve import never_fits
-from mlx_empire.recipe.changes import variant
+from mlx_empire.recipe.changes import EVERY_WEIGHT, variant
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.packaged import recipe_file
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.text import billions, run_length, span
 
 WAYS: Mapping[str, Mapping[str, Any]] = {
-    "all weights": {"tuning.type": "full"},
+    "all weights": EVERY_WEIGHT,
     "adapters": {"tuning.type": "lora", "tuning.rank": 16},
     "adapters, 4-bit base": {"tuning.type": "qlora", "tuning.rank": 16, "tuning.bits": 4},
 }

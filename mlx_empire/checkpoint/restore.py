@@ -53,8 +53,14 @@ class Restore:
                 arrays.setdefault(piece.array, []).append(_Place(piece, shard.rank, start))
         for unit in self._plan.units:
             for segment in unit.segments:
-                for placement in segment.placements if segment.kind != "frozen" else ():
-                    self._check(segment, placement)
+                for placement in segment.placements:
+                    if segment.kind != "frozen":
+                        self._check(segment, placement)
+                    elif placement.tensor.name in self._index:  # its training would be lost
+                        raise UserError(
+                            f"checkpoint {found.folder}: {placement.tensor.name} was trained, and this run freezes it; "
+                            "put tuning.layers and tuning.unfrozen_parameters back"
+                        )
 
     def run(self, optimizer: ShardOptimizer, learning_rate: float) -> None:
         """Read everything. Units that nothing has been loaded into yet are made. Collective, main thread."""

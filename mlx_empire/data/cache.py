@@ -2,16 +2,19 @@
 
 An entry is a folder named by its key: one `.npy` file per array (read as memory maps, so a set larger than
 memory is no problem) and `index.json` with a SHA-256 of each. It appears whole, by one rename; an entry in
-which anything does not match is built again. Ranks that share a home may build the same entry at once: the
-first rename wins. Large files that did not change are not hashed again (`digests`), but where a run goes on.
+which anything does not match is built again, and what a kill left half made is removed by the next build. Ranks
+that share a home may build the same entry at once: the first rename wins. Large files that did not change are not
+hashed again (`digests`), but where a run goes on.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -22,8 +25,10 @@ import numpy as np
 
 from mlx_empire.data.digests import noted_digest
 from mlx_empire.data.rows import Table
+from mlx_empire.data.stream import HEADER_BYTES
 from mlx_empire.disk import create_private
 
+DIGESTED_BYTES = 1 << 20  # at once
 TOKENIZER_FILES = (
     "*token*",
     "*vocab*",
@@ -114,7 +119,7 @@ def load_entry(folder: Path, *, thorough: bool = True) -> CacheEntry | None:
         for name, digest in content["arrays"].items():
             file = folder / f"{name}.npy"
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-            read = partial(_array_digest, array)
+            read = partial(_file_digest, file, array, array.offset)
             if noted_digest("array", file, notes, read, thorough=thorough, ours=True) != digest:
                 return None
             split, field = name.split(".")
@@ -128,27 +133,59 @@ def load_entry(folder: Path, *, thorough: bool = True) -> CacheEntry | None:
         return None
 
 
-def store_entry(folder: Path, entry: CacheEntry) -> None:
-    """Write an entry beside `folder` and rename it into place, files 0600. Errors: OSError (disk full)."""
+@contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A private folder beside `folder` in which its entry is made; at the end it is gone, or has become the entry.
+
+    What kills left of others, whose lock nobody holds, is removed first. OSError where nothing can be written there.
+    """
     for parent in reversed([parent for parent in folder.parents if not parent.exists()]):
         parent.mkdir(mode=0o700, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    for left in folder.parent.glob(".building-*.d"):
+        _remove_dead(left)
+    number, name = tempfile.mkstemp(prefix=".building-", suffix=".lock", dir=folder.parent)
+    lock, place = Path(name), Path(name).with_suffix(".d")
     try:
-        arrays = _named(entry.tables)
-        for name, array in arrays.items():
-            with create_private(building / f"{name}.npy") as file:
-                np.save(file, array, allow_pickle=False)
-        content = {
-            "arrays": {name: _array_digest(array) for name, array in arrays.items()},
-            "report": list(entry.report),
-        }
-        with create_private(building / "index.json") as file:
-            file.write(json.dumps({"content": content, "sha256": _text_digest(content)}).encode())
-        if load_entry(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            building.rename(folder)
+        fcntl.flock(number, fcntl.LOCK_EX)  # before there is a folder: one without a holder is dead
+        place.mkdir(mode=0o700)
+        yield place
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        os.close(number)
+
+
+def _remove_dead(place: Path) -> None:
+    lock = place.with_suffix(".lock")
+    with suppress(OSError):  # held, or removed by another
+        number = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+        finally:
+            os.close(number)
+
+
+def publish_entry(place: Path, folder: Path, tables: Mapping[str, Table], report: Iterable[str]) -> None:
+    """Make what lies in `place` the entry `folder`, files 0600: the large arrays are there, the others are written.
+    Errors: OSError (disk full, or another process was first)."""
+    digests = {}
+    for name, array in _named(tables).items():
+        file = place / f"{name}.npy"
+        if not file.exists():
+            with create_private(file) as made:
+                np.save(made, array, allow_pickle=False)
+        digests[name] = _file_digest(file, array, HEADER_BYTES)
+    content = {"arrays": digests, "report": list(report)}
+    with create_private(place / "index.json") as made:
+        made.write(json.dumps({"content": content, "sha256": _text_digest(content)}).encode())
+    if load_entry(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        place.rename(folder)
+        for name, digest in digests.items():  # nobody has to read them again to know
+            noted = partial(str, digest)
+            noted_digest("array", folder / f"{name}.npy", notes_folder(), noted, thorough=True, ours=True)
 
 
 def _named(tables: Mapping[str, Table]) -> dict[str, np.ndarray]:
@@ -160,6 +197,16 @@ def _named(tables: Mapping[str, Table]) -> dict[str, np.ndarray]:
 def _array_digest(array: np.ndarray) -> str:
     digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
     digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _file_digest(file: Path, array: np.ndarray, offset: int) -> str:
+    """The same of an array that lies in `file` from byte `offset` on: read, for pages of a map count as memory."""
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
+    with file.open("rb") as content:
+        content.seek(offset)
+        while part := content.read(DIGESTED_BYTES):
+            digest.update(part)
     return digest.hexdigest()
 
 

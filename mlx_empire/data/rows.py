@@ -6,7 +6,7 @@ packing several that stay apart: each piece of n tokens fills n - 1 input positi
 document and no position is wasted between two documents.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -54,9 +54,9 @@ def build_table(
     for document in documents:
         read += 1
         cut += not splittable and len(document.tokens) > sequence_length + 1
-        pieces = [piece for piece in _pieces(document, sequence_length, splittable) if piece[1][1:].any()]
+        pieces = list(pieces_of(document, sequence_length, splittable=splittable))
         dropped += not pieces
-        kept.extend(pieces)
+        kept.extend((tokens, counted) for _, tokens, counted in pieces)
     counts = Counts(read, cut, dropped)
     if not kept:
         return None, counts
@@ -64,18 +64,23 @@ def build_table(
     if packing:
         together = packed_rows([len(tokens) for tokens, _ in kept], sequence_length)
         kept, per_row = [kept[i] for row in together for i in row], [len(row) for row in together]
-    counted = np.concatenate([flags for _, flags in kept])
-    offsets = _offsets([len(tokens) for tokens, _ in kept])
-    counted[offsets[:-1]] = 0  # a piece's first token is an input only
-    return Table(np.concatenate([tokens for tokens, _ in kept]), counted, offsets, _offsets(per_row)), counts
+    tokens, counted = (np.concatenate([piece[i] for piece in kept]) for i in (0, 1))
+    return Table(tokens, counted, offsets_of([len(one) for one, _ in kept]), offsets_of(per_row)), counts
 
 
-def _pieces(document: Document, length: int, splittable: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    starts = range(0, len(document.tokens), length) if splittable else (0,)
-    return [(document.tokens[s : s + length + 1], document.counted[s : s + length + 1]) for s in starts]
+def pieces_of(
+    document: Document, length: int, *, splittable: bool
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The pieces of a document that have a target: where each begins, its tokens and its flags."""
+    for s in range(0, len(document.tokens), length) if splittable else (0,):
+        counted = document.counted[s : s + length + 1].copy()
+        counted[:1] = 0  # a piece's first token is an input only
+        if counted.any():
+            yield s, document.tokens[s : s + length + 1], counted
 
 
-def _offsets(lengths: list[int]) -> np.ndarray:
+def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(n+1,) int64: where each of so many elements begins, and where the last ends."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
@@ -252,7 +257,7 @@ class Joined:
 
     @cached_property
     def _offsets(self) -> np.ndarray:
-        return _offsets([len(part) for part in self.parts])
+        return offsets_of([len(part) for part in self.parts])
 
 
 def join_rows(parts: Sequence[Dataset]) -> Rows:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from mlx_empire.data.cache import CacheEntry, cache_key, load_entry, make_entry, store_entry, tokens_folder
+import numpy as np
+
+from mlx_empire.data.cache import (
+    CacheEntry,
+    building,
+    cache_key,
+    load_entry,
+    make_entry,
+    publish_entry,
+    tokens_folder,
+)
 from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
 from mlx_empire.data.files import Source, detect_format, locate
 from mlx_empire.data.order import fixed_permutation
-from mlx_empire.data.rows import Counts, Dataset, Rows, Table, build_table, join_rows
+from mlx_empire.data.rows import Counts, Dataset, Rows, Table, join_rows
+from mlx_empire.data.stream import Chosen, Pieces
 from mlx_empire.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_empire.data.chat import Remarks
 
 SPLITTABLE = ("text", "tokens")
 WARNING = "WARNING"  # how a line of a report begins that asks for action
@@ -130,14 +138,18 @@ def _from_cache_or_built(
     entry = load_entry(folder, thorough=thorough)
     if entry is not None:
         return entry, f"tokens read from the cache {folder}"
-    entry = _build(train, valid, settings, tokenizer_folder)
-    note = f"tokens written to the cache {folder}"
     try:
-        store_entry(folder, entry)
+        with building(folder) as place:
+            tables, report = _build(train, valid, settings, tokenizer_folder, place)
+            publish_entry(place, folder, tables, report)
+        note = f"tokens written to the cache {folder}"
     except OSError as error:
         reason = error.strerror or error
         note = f"tokens not cached: {folder}: {reason}; set MLX_EMPIRE_CACHE to a writable folder"
-    return load_entry(folder) or entry, note
+    entry = load_entry(folder, thorough=False)
+    if entry is None:  # in memory, then, as far as that goes
+        entry = make_entry(*_build(train, valid, settings, tokenizer_folder, None))
+    return entry, note
 
 
 def _first_format(source: Source) -> str:
@@ -148,8 +160,13 @@ def _first_format(source: Source) -> str:
 
 
 def _build(
-    train: Source, valid: Source | None, settings: _Settings, tokenizer_folder: Path | None
-) -> CacheEntry:
+    train: Source,
+    valid: Source | None,
+    settings: _Settings,
+    tokenizer_folder: Path | None,
+    place: Path | None,
+) -> tuple[dict[str, Table], list[str]]:
+    """The tables by split, their large arrays as files in `place` (None: in memory), and the sentences about them."""
     tokenizer, notes = None, []
     if settings.format != "tokens":
         tokenizer = load_tokenizer(tokenizer_folder)
@@ -158,45 +175,57 @@ def _build(
             notes = ["the tokenizer has no chat template: prompt and completion are joined as they stand"]
     from mlx_empire.data.chat import Remarks  # only where rows are read: see `encode_rows`
 
-    remarks = Remarks()
-    documents = _documents(train, settings, tokenizer, remarks)
-    held_out = _documents(valid, settings, tokenizer, remarks) if valid else None
-    if settings.validation_split > 0:
-        documents, held_out = _hold_out(documents, train, settings)
-    tables = {}
-    for name, chosen, source in (("train", documents, train), ("valid", held_out, valid or train)):
-        if chosen is not None:
-            table, counts = build_table(
-                chosen, settings.sequence_length, settings.format in SPLITTABLE, settings.packing
+    remarks, tables = Remarks(), {}
+    splittable = settings.format in SPLITTABLE
+    with ExitStack() as stack:
+
+        def read(source: Source, name: str) -> Pieces:
+            documents = encode_rows(
+                source.rows(), settings.format, tokenizer, settings.mask_prompt, settings.vocab_size, remarks
             )
-            if table is None:
-                raise UserError(f"{source.path}: the {name} split is empty: {_why_empty(counts, settings)}")
-            tables[name] = table
-            notes.append(_sentence(name, table, counts, settings))
-    return make_entry(tables, [*notes, *remarks.sentences(tokenizer)])
+            found = stack.enter_context(
+                closing(Pieces(place, name, settings.sequence_length, splittable=splittable))
+            )
+            for document in documents:
+                found.add(document)
+            return found
+
+        pieces = read(train, "train")
+        held_out = read(valid, "valid") if valid else None
+        for name, own, chosen, source in _chosen(pieces, held_out, train, valid, settings):
+            made = own.table(name, chosen, packing=settings.packing)
+            if made is None:
+                raise UserError(
+                    f"{source.path}: the {name} split is empty: {_why_empty(chosen.counts, settings)}"
+                )
+            tables[name], targets = made
+            notes.append(_sentence(name, tables[name], targets, chosen.counts, settings))
+    return tables, [*notes, *remarks.sentences(tokenizer)]
 
 
-def _documents(source: Source, settings: _Settings, tokenizer: Any, remarks: Remarks) -> list[Document]:
-    return list(
-        encode_rows(
-            source.rows(), settings.format, tokenizer, settings.mask_prompt, settings.vocab_size, remarks
-        )
-    )
-
-
-def _hold_out(
-    documents: list[Document], source: Source, settings: _Settings
-) -> tuple[list[Document], list[Document]]:
-    """Hold a fraction of the documents out, or the end of a lone one that may be split."""
+def _chosen(
+    pieces: Pieces, held_out: Pieces | None, train: Source, valid: Source | None, settings: _Settings
+) -> Iterator[tuple[str, Pieces, Chosen, Source]]:
+    """Of each split its name, where its pieces are, which of them it has and the source to blame. A fraction of the
+    documents is held out, or the end of a lone one that may be split."""
+    if settings.validation_split <= 0:
+        yield "train", pieces, pieces.of_documents(np.ones(len(pieces), bool)), train
+        if held_out is not None and valid is not None:
+            yield "valid", held_out, held_out.of_documents(np.ones(len(held_out), bool)), valid
+        return
     fraction = settings.validation_split
-    if len(documents) == 1 and settings.format in SPLITTABLE:
-        halves = end_held_out(documents[0], settings.sequence_length, fraction)
-        if halves is not None:
-            return [halves[0]], [halves[1]]
-    refuse_too_few(len(documents), fraction, source.path)
-    chosen = set(held_out_rows(len(documents), fraction))
-    kept = [document for index, document in enumerate(documents) if index not in chosen]
-    return kept, [documents[index] for index in sorted(chosen)]
+    if pieces.lone_tokens is not None:
+        edge = _edge(pieces.lone_tokens, settings.sequence_length, fraction)
+        if edge > 0:
+            first, last = pieces.of_lone(edge)
+            yield "train", pieces, first, train
+            yield "valid", pieces, last, train
+            return
+    refuse_too_few(len(pieces), fraction, train.path)
+    held = np.zeros(len(pieces), bool)
+    held[held_out_rows(len(pieces), fraction)] = True
+    yield "train", pieces, pieces.of_documents(~held), train
+    yield "valid", pieces, pieces.of_documents(held), train
 
 
 def held_out_rows(count: int, fraction: float) -> list[int]:
@@ -216,13 +245,18 @@ def refuse_too_few(count: int, fraction: float, path: Path) -> None:
 def end_held_out(whole: Document, length: int, fraction: float) -> tuple[Document, Document] | None:
     """A lone document that may be split (a book in one .txt file) without its end, and that, cut where two rows meet;
     None where it is too short."""
-    pieces = -(-(len(whole.tokens) - 1) // length)
-    edge = (pieces - _share(pieces, fraction)) * length
+    edge = _edge(len(whole.tokens), length, fraction)
     if edge <= 0:
         return None
     ends = (slice(edge + 1), slice(edge, None))
     first, last = (Document(whole.where, whole.tokens[e], whole.counted[e]) for e in ends)
     return first, last
+
+
+def _edge(tokens: int, length: int, fraction: float) -> int:
+    """At which token the end begins that is held out of a lone document."""
+    pieces = -(-(tokens - 1) // length)
+    return (pieces - _share(pieces, fraction)) * length
 
 
 def _share(count: int, fraction: float) -> int:
@@ -238,11 +272,11 @@ def _why_empty(counts: Counts, settings: _Settings) -> str:
     )
 
 
-def _sentence(name: str, table: Table, counts: Counts, settings: _Settings) -> str:
+def _sentence(name: str, table: Table, targets: int, counts: Counts, settings: _Settings) -> str:
     dataset = Dataset(table, settings.sequence_length, settings.packing)
     text = (
         f"{name}: {counts.documents} {settings.format} rows read, {len(dataset)} rows of up to "
-        f"{settings.sequence_length} positions, {dataset.tokens_per_epoch} targets"
+        f"{settings.sequence_length} positions, {targets} targets"
     )
     if settings.packing:
         full = dataset.positions_per_epoch / (len(dataset) * settings.sequence_length)

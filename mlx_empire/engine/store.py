@@ -231,6 +231,15 @@ class ShardStore:
                     trained.append(array)
         return trained
 
+    def layout(self, index: int) -> tuple[tuple[str, bool], ...]:
+        """A unit's tensors as `all_bound` orders them: their names within the unit, and whether they train."""
+        unit = self.plan.units[index]
+        return tuple(
+            (p.tensor.name.removeprefix(unit.name), segment.kind != "frozen")
+            for segment in unit.segments
+            for p in segment.placements
+        )
+
     def places(self, index: int) -> set[tuple[int, Any]]:
         """Where a unit's tensors live in the model: (id of the container, key)."""
         return {(id(b.container), b.key) for segment in self._bindings[index] for b in segment}

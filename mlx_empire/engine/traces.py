@@ -126,7 +126,9 @@ class Traces:
         first, given = len(given), _by_rows([*given, *own])
         layer, tensors = self._layers[index], self._store.all_bound(index + 1)
         if index not in self._functions:
-            self._functions[index] = function_of(layer, self._store.places(index + 1))
+            function, present = function_of(layer, self._store.places(index + 1))
+            # A trace is called with the unit's tensors in their order, and differentiated by those that train.
+            self._functions[index] = (function, self._store.layout(index + 1)), present
         function, present = self._functions[index]
         places = tuple(tuple(one.places) for one in present)
         key = function, places, layer.training, what, rest, tuple((a.shape, a.dtype) for a in given)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import mlx.nn as nn
@@ -133,7 +133,8 @@ class Trainer:
             strict=self.work.strict,
             compiles=self.work.compiled,
         )
-        self._shape = step_shape(self.store.plan, self.work, self._comm.rank)
+        shape = step_shape(self.store.plan, self.work, self._comm.rank)
+        self._shape = replace(shape, embeds=shape.embeds or bool(use.embed))
         self.streamed = StreamedStep(self._passes, self.store, self._sums, self._shape, self._updater)
         if fresh:
             self._updater.init_states()

@@ -22,7 +22,13 @@ from mlx_empire.recipe.load import dump_recipe
 from mlx_empire.recipe.schema import Recipe
 
 MOST_WORSE = 10  # scores that are named because they got worse
-KINDS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA"}
+KINDS = {
+    "full": "full fine-tuning",
+    "parts": "fine-tuning of parts, the rest unchanged,",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "qlora": "QLoRA",
+}
 
 
 def model_card(
@@ -54,7 +60,7 @@ def model_card(
 
 def _kind(recipe: Recipe) -> str:
     ternary = " with ternary weights (quantisation-aware training)" if recipe.tuning.qat else ""
-    return KINDS[recipe.tuning.type] + ternary
+    return KINDS["parts" if recipe.tuning.of_parts else recipe.tuning.type] + ternary
 
 
 def _head(recipe: Recipe, source: str | None) -> str:

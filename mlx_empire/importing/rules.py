@@ -8,6 +8,7 @@ the nearest to it in another unit or the other way round, have a rule each.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,6 +235,14 @@ def _by_data(_: Any, __: Mapping[str, Any]) -> Meaning:
     return Meaning(REPLACED, {}, "by --data")
 
 
+def _unfrozen(value: Any, _: Mapping[str, Any]) -> Meaning:
+    """Axolotl's patterns, which also fit a name's beginning; it may add a range of rows, [0:32000]."""
+    patterns = [value] if isinstance(value, str) else list(value or ())
+    if sliced := next((one for one in patterns if re.search(r"\[\d*:\d*\]$", str(one))), None):
+        return Meaning(NOT_POSSIBLE, {}, f"{sliced}: a parameter trains whole or not at all")
+    return Meaning(MAPPED, {"tuning.unfrozen_parameters": patterns} if patterns else {})
+
+
 GROUPS = "by MLX's groups of 64 weights with 4-bit codes, a scale and a bias in bfloat16"
 RULES: dict[str, Rule] = {
     "method": _one_of(TYPES, "tuning.type"),
@@ -257,6 +266,7 @@ RULES: dict[str, Rule] = {
     "lora_keys": _targets,
     "num_layers": _all_or("tuning.layers"),
     "lora_layers": _all_or("tuning.layers"),
+    "unfrozen_parameters": _unfrozen,
     "modules_to_save": _always(
         (None, []), "only adapters are trained; tuning.targets may name embed_tokens and lm_head"
     ),

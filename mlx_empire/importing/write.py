@@ -29,6 +29,7 @@ from mlx_empire.importing.rules import MAPPED, NOT_POSSIBLE, REPLACED, Meaning, 
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.explain import leaf_fields, sections
 from mlx_empire.recipe.load import MAX_BYTES, parse_recipe
+from mlx_empire.recipe.sections import PARTS
 from mlx_empire.recipe.text import KeyPath, one_line, parse_yaml, read_small_text, write_new_text
 from mlx_empire.report.html import refuse_same_file, refuse_unwritable_file, write_file
 
@@ -141,7 +142,9 @@ def _wrong(key: str, value: Any) -> str | None:
     if key == "batch.micro_size":
         least["batch.global_size"] = value
     if key.startswith("tuning.") and key != "tuning.type":
-        least["tuning.type"] = "qlora" if key == "tuning.bits" else "lora"
+        least["tuning.type"] = {"bits": "qlora", "unfrozen_parameters": "full"}.get(
+            key.partition(".")[2], "lora"
+        )
     try:
         parse_recipe(_sections(least, {}), "x")
     except UserError:
@@ -159,7 +162,7 @@ def settled(
     """
     deciding = _deciding(lines)
     named = {key for line in lines for key in line.meaning.keys if key.startswith("tuning.")}
-    adapters = "lora" if named - {"tuning.type", "tuning.bits"} else "full"
+    adapters = "lora" if named - {"tuning.type", "tuning.bits", "tuning.unfrozen_parameters"} else "full"
     kind = adapters if deciding is None else deciding.meaning.keys["tuning.type"]
     keys: dict[str, Any] = {**values} if deciding is None else {"tuning.type": kind, **values}
     by: dict[str, SourceLine] = {} if deciding is None else {"tuning.type": deciding}
@@ -197,8 +200,12 @@ def _deciding(lines: Sequence[SourceLine]) -> SourceLine | None:
 
 def _idle(key: str, kind: str) -> bool:
     """Whether a recipe of this kind may not have the key; there too it decides nothing then."""
-    adapter = key.startswith("tuning.") and key != "tuning.type"
-    return adapter and (kind == "full" or (key == "tuning.bits" and kind != "qlora"))
+    section, name = key.split(".")
+    if section != "tuning" or name == "type":
+        return False
+    if kind == "full":
+        return name not in PARTS
+    return name == "unfrozen_parameters" or (name == "bits" and kind != "qlora")
 
 
 def _given_way(key: str, value: Any, before: SourceLine | None) -> Meaning:

@@ -25,6 +25,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import find_layers
 from mlx_empire.model.mlx_lm_modules import put_adapters_in
+from mlx_empire.model.parts import last_layers
 from mlx_empire.model.spec import TensorSpec, is_router, own_name
 from mlx_empire.recipe.sections import TuningSection
 
@@ -59,10 +60,7 @@ class AdapterSettings:
 
 def adapt(model: nn.Module, tuning: TuningSection) -> AdapterSettings:
     """Freeze `model` and put trainable adapters into it. UserError for targets or layers that it does not have."""
-    count = len(model.layers)
-    layers = tuning.layers or count
-    if layers > count:
-        raise UserError(f"tuning.layers: {layers}: the model has {count} layers; use {count} or less")
+    layers = last_layers(tuning.layers, len(model.layers))
     rank = tuning.rank or DEFAULT_RANK
     alpha = DEFAULT_SCALE * rank if tuning.alpha is None else tuning.alpha
     scale = alpha / math.sqrt(rank) if tuning.rslora else alpha / rank

@@ -141,6 +141,11 @@ class ModelSpec:
         return frozenset(base_name(t.name) for u in self.units for t in u.tensors if t.trainable)
 
     @cached_property
+    def has_frozen(self) -> bool:
+        """Whether something of it stays as it is, and so is in no checkpoint: an adapter's base, other parts."""
+        return not all(t.trainable for u in self.units for t in u.tensors)
+
+    @cached_property
     def frozen_root(self) -> bool:
         """Whether nothing of embedding, final norm and head trains."""
         return not any(t.trainable for t in self.units[0].tensors)

@@ -22,6 +22,7 @@ from mlx_empire.model.closed_forms import active_parameters
 from mlx_empire.model.config import read_config
 from mlx_empire.model.lora import AdapterSettings, adapt, put_in
 from mlx_empire.model.packing_config import refuse_foreign_packing
+from mlx_empire.model.parts import freeze_other_parts
 from mlx_empire.model.quantize import (
     Choice,
     as_stored,
@@ -199,7 +200,9 @@ def _tuned(
         if packed is not None:
             quantize_as_stored(model, packed, tensors, name)
         refuse_unread(model, tensors, config, name)
-    if tuning.type != "full":
+    if tuning.type == "full":
+        freeze_other_parts(model, tuning, name)
+    else:
         model.freeze()
     base = describe(model, plain, name, dtype)
     refuse_dropped_head(base, stored or {}, name)

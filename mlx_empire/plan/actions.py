@@ -90,7 +90,8 @@ class StepShape:
     anything of it trains; `unrecomputed`: how many last layers keep their activations; `in_backward`: a unit is
     updated as soon as its gradient is complete; `run_ahead`: the next layer is handed to the device while one runs;
     `stash`: which results of the others stay from the forward to the backward; `wave`: how many micro-batches of a cell
-    at most pass all layers before the others do, where weights stay whole; 0: all of the step pass together.
+    at most pass all layers before the others do, where weights stay whole; 0: all of the step pass together; `embeds`:
+    whether something that the embedding uses is among what trains of the root.
     """
 
     zero_stage: int
@@ -101,6 +102,7 @@ class StepShape:
     run_ahead: bool = False
     stash: Stash = NOTHING
     wave: int = 0
+    embeds: bool = True
 
     def waits(self, action: Action) -> bool:
         """Whether the main thread waits for what the action evaluates, or hands it over and goes on."""
@@ -119,8 +121,17 @@ class StepShape:
 
     @cached_property
     def lowest(self) -> int:
-        """The lowest layer that the backward reaches: layer 1 where the root trains, with adapters their lowest."""
-        return max(self.trained.index(True), 1) if any(self.trained) else self.layers
+        """The lowest layer that the backward reaches: layer 1 where the embedding trains, else the lowest that trains;
+        beyond the last one where the head trains alone."""
+        root, *layers = self.trained
+        if root and self.embeds:
+            return 1
+        return layers.index(True) + 1 if any(layers) else self.layers + root
+
+    @property
+    def reached(self) -> int:
+        """How many layers the backward reaches: the last ones."""
+        return self.layers + 1 - self.lowest
 
     @property
     def sharded(self) -> bool:

@@ -25,7 +25,7 @@ def order_of(
 ) -> Order:
     """(unit, products) of all layers that are recomputed, what saves most a byte first (`actions.Stash`); products of
     less than `least` operations are left out."""
-    shape = StepShape(3, trained, (1,), work.unrecomputed)
+    shape = StepShape(3, trained, (1,), work.unrecomputed, embeds=work.embeds)
     entries: list[tuple[int, int, tuple[int, ...]]] = []
     for u in range(shape.lowest, shape.boundary + 1):
         by_worth: dict[int, list[int]] = {}

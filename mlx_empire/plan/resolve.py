@@ -21,7 +21,9 @@ from typing import Literal
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.segments import SHORT
+from mlx_empire.model.closed_forms import root_use
 from mlx_empire.model.spec import ModelSpec
+from mlx_empire.plan.actions import StepShape
 from mlx_empire.plan.chips import is_mac, on_cpu
 from mlx_empire.plan.fill import Recomputation, fill, most_operations
 from mlx_empire.plan.memory import stored
@@ -49,8 +51,8 @@ def resolve(
     """
     batch, memory = recipe.batch, recipe.memory
     layout = cell_layout(batch.global_size, batch.micro_size, batch.cells, len(nodes))
-    layers = len(spec.units) - 1
-    unrecomputed = {True: 0, False: layers, "auto": 0}[memory.gradient_checkpointing]
+    layers, reached = len(spec.units) - 1, reached_layers(spec)
+    unrecomputed = {True: 0, False: reached, "auto": 0}[memory.gradient_checkpointing]
     dtypes = ("float32", "bfloat16") if memory.gradient_dtype == "auto" else (memory.gradient_dtype,)
     if spec.dtype == "float32" and memory.gradient_dtype == "auto":
         dtypes = ("float32",)
@@ -64,7 +66,7 @@ def resolve(
     tried: list[RunPlan] = []
     tight: list[RunPlan] = []
     for dtype in dtypes:
-        work = _workload(recipe, nodes, layout, unrecomputed, dtype)
+        work = _workload(recipe, spec, nodes, layout, unrecomputed, dtype)
         if goes_on is not None:
             as_noted = goes_on.put_into(work, layers, keeps=keeps)
             same = _somehow([at_stage(stage, as_noted) for stage in stages], at_stage)
@@ -75,9 +77,9 @@ def resolve(
             with_work = partial(at_stage, plan.shards.zero_stage)
             without_tail = plan
             if seeks_tail:
-                plan = _longest_tail(plan, with_work)
+                plan = _longest_tail(plan, reached, with_work)
             if plan.comfortable:
-                fills = keeps and plan.work.unrecomputed < layers
+                fills = keeps and plan.work.unrecomputed < reached
                 found = [plan]
                 if fills and plan.work.unrecomputed and without_tail.comfortable:
                     found.append(without_tail)
@@ -97,8 +99,24 @@ def resolve(
     return tight[0] if tight else min(tried, key=_overload)
 
 
+def reached_layers(spec: ModelSpec) -> int:
+    """How many layers the backward reaches, the last ones: a tail of more would keep what nobody comes back to."""
+    trained = tuple(any(t.trainable for t in unit.tensors) for unit in spec.units)
+    return StepShape(3, trained, (1,), embeds=_embeds(spec)).reached
+
+
+def _embeds(spec: ModelSpec) -> bool:
+    """Whether something of what the embedding uses trains."""
+    return root_use(spec)[1] > 0
+
+
 def _workload(
-    recipe: Recipe, nodes: Sequence[Node], layout: CellLayout, unrecomputed: int, gradient_dtype: str
+    recipe: Recipe,
+    spec: ModelSpec,
+    nodes: Sequence[Node],
+    layout: CellLayout,
+    unrecomputed: int,
+    gradient_dtype: str,
 ) -> Workload:
     return Workload(
         recipe.batch.micro_size,
@@ -114,6 +132,7 @@ def _workload(
         compiled=recipe.numerics.compiled_layers,
         paged=not all(_is_cpu(node) for node in nodes),
         strict=recipe.numerics.bits == "strict",
+        embeds=_embeds(spec),
     )
 
 
@@ -227,8 +246,9 @@ def _fewest_operations(spec: ModelSpec, plans: Sequence[RunPlan]) -> RunPlan:
     return min(plans, key=lambda plan: most_operations(spec, plan.shards, plan.work))
 
 
-def _longest_tail(none: RunPlan, with_work: Callable[[Workload], RunPlan]) -> RunPlan:
-    """The plan with the longest un-recomputed tail that leaves headroom, else `none` (that without a tail).
+def _longest_tail(none: RunPlan, layers: int, with_work: Callable[[Workload], RunPlan]) -> RunPlan:
+    """The plan with the longest un-recomputed tail, of at most so many layers, that leaves headroom, else `none` (that
+    without a tail).
 
     With many micro-batches a longer tail may need less, for it keeps no inputs, so where `none` does not fit a few
     lengths are tried first. What is needed is nearly convex in the length: above one that fits lies one border.
@@ -237,7 +257,6 @@ def _longest_tail(none: RunPlan, with_work: Callable[[Workload], RunPlan]) -> Ru
     def with_tail(unrecomputed: int) -> RunPlan:
         return with_work(replace(none.work, unrecomputed=unrecomputed))
 
-    layers = len(none.shards.units) - 1
     low, best = 0, none
     if not none.fits:
         lengths = sorted({layers, 3 * layers // 4, layers // 2, layers // 4, 1} - {0}, reverse=True)

@@ -163,10 +163,14 @@ class _Step:
             for part in wave:
                 for visit in self._visits("backward", "reuse", u, part.members, part.round, part.times):
                     yield visit
-                    if u == shape.lowest and shape.trained[0]:  # beside the next micro-batch's backward
+                    if (
+                        u == shape.lowest and shape.trained[0] and shape.embeds
+                    ):  # beside the next micro-batch's backward
                         yield visit._replace(kind="embed", unit=0, products=())
                 yield from self._deliver(u, part)
             yield Action("free", u)
+        if shape.boundary == shape.layers < shape.lowest:  # the last one is bound, and the head trains alone
+            yield Action("free", shape.layers)
 
     def embed(self, wave: _Wave) -> Iterator[Action]:
         """The root's gradient: the head's, which waited, and the embedding's."""
@@ -177,7 +181,9 @@ class _Step:
                     part.round > 0
                 ):  # it hides behind nothing, and a second large contribution would be there beside it
                     yield from self._settle()
-                if shape.boundary < shape.lowest:  # else it came with the lowest layer's backward
+                if (
+                    shape.embeds and shape.boundary < shape.lowest
+                ):  # else it came with the lowest layer's backward
                     yield from self.each("embed", 0, part.members, part.round, part.times)
                 yield from self._deliver(0, part)
         yield Action("free", 0)

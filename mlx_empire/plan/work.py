@@ -40,7 +40,7 @@ def flops_per_token(spec: ModelSpec, work: Workload) -> float:
     cells = [tuple(map(len, work.layout.of_rank(r))) for r in ranks] or [(1,)]
     operations = 0.0
     for rank, own in enumerate(cells):
-        shape = StepShape(3, trained, own, work.unrecomputed, stash=work.stash(rank))
+        shape = StepShape(3, trained, own, work.unrecomputed, stash=work.stash(rank), embeds=work.embeds)
         reader = StepFlops(spec, work, shape)
         reader.play(folded_step(shape))
         operations += reader.total

@@ -83,7 +83,7 @@ class Workload:
     none where it is empty. `wave`: how many micro-batches of a cell at most pass all layers before the others do; 0:
     all of a step pass together. `paged`: buffers take whole pages (Metal; a CPU's are as long as what is in them).
     `strict`: the forward runs as where it is differentiated, and one choice of kept products holds for every
-    micro-batch.
+    micro-batch. `embeds`: whether something of what the embedding uses trains.
     """
 
     micro_size: int
@@ -102,6 +102,7 @@ class Workload:
     wave: int = 0
     paged: bool = True
     strict: bool = True
+    embeds: bool = True
 
     def stash(self, rank: int) -> Stash:
         """Which results of recomputed layers stay on `rank`."""
@@ -129,4 +130,5 @@ def step_shape(plan: ShardPlan, work: Workload, rank: int) -> StepShape:
         work.run_ahead,
         work.stash(rank),
         work.wave,
+        work.embeds,
     )

@@ -126,10 +126,24 @@ def value(recipe: Recipe, name: str) -> Any:
     return getattr(getattr(recipe, section), key)
 
 
+EVERY_WEIGHT: Changes = {
+    "tuning.type": "full",
+    "tuning.bits": None,
+    "tuning.layers": None,
+    "tuning.unfrozen_parameters": None,
+}
+
+
+def adapters_of(recipe: Recipe, settings: Changes) -> dict[str, Any]:
+    """`settings`, which ask for adapters, as they can be typed after a recipe that may name parts to train."""
+    named = recipe.tuning.unfrozen_parameters is not None
+    return {**settings, **({"tuning.unfrozen_parameters": None} if named else {})}
+
+
 def typed(changes: Changes) -> str:
     """The changes as overrides on a command line: `memory.zero_stage=3 optimizer.state_bits=8`."""
     return " ".join(f"{name}={_written(v)}" for name, v in changes.items())
 
 
 def _written(v: Any) -> str:
-    return str(v).lower() if isinstance(v, bool) else str(v)
+    return "null" if v is None else str(v).lower() if isinstance(v, bool) else str(v)

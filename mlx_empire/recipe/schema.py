@@ -21,6 +21,7 @@ from mlx_empire.recipe.run_sections import (
     RunSection,
 )
 from mlx_empire.recipe.sections import (
+    PARTS,
     BatchSection,
     DataSection,
     MemorySection,
@@ -76,7 +77,12 @@ class Recipe(Section):
             raise impossible(("tuning.bits", "tuning.type"), message)
         if (wrong := _wrong_qat(self.tuning)) is not None:
             raise impossible((f"tuning.{wrong[0]}", "tuning.type"), wrong[1])
-        idle = next((k for k, v in self.tuning if k not in ("type", *QAT) and v is not None), None)
+        idle = next((k for k, v in self.tuning if k not in ("type", *PARTS, *QAT) and v is not None), None)
+        if self.tuning.type != "full" and self.tuning.unfrozen_parameters is not None:
+            message = (
+                "adapters train alone; use type full, or leave it out and name modules in tuning.targets"
+            )
+            raise impossible(("tuning.unfrozen_parameters", "tuning.type"), message)
         if self.tuning.type == "full" and idle:
             message = (
                 f"{idle} has no meaning for type full; use type lora, dora or qlora, or leave {idle} out"
@@ -158,6 +164,8 @@ def _wrong_qat(tuning: TuningSection) -> tuple[str, str] | None:
         return asked, f"{asked} has no meaning for type {tuning.type}, which trains no weights; {remedy}"
     if asked not in (None, "qat"):
         return asked, f"{asked} has no meaning without tuning.qat; add qat: ternary, or leave {asked} out"
+    if asked is not None and tuning.of_parts:
+        return asked, "what is frozen cannot be trained for being rounded; leave layers and unfrozen_parameters out"
     return None
 
 

@@ -70,6 +70,9 @@ class ModelSection(Section):
     )
 
 
+PARTS = ("layers", "unfrozen_parameters")  # what type full knows of the keys of tuning
+
+
 class TuningSection(Section):
     type: Literal["full", "lora", "dora", "qlora"] = Field(
         title="What is trained: every weight, or adapters beside frozen ones.",
@@ -100,9 +103,17 @@ class TuningSection(Section):
         description="all-linear, a list of module names such as [q_proj, v_proj, experts, lm_head], or null",
     )
     layers: Count | None = Field(
-        title="How many of the last layers get adapters.",
+        title="How many of the last layers get adapters; with type full, how many train, and nothing else.",
         default=None,
-        description="a whole number (adapters in the last so many layers), or null (all)",
+        description="a whole number (adapters in the last so many layers; full: only these train), or null (all)",
+    )
+    unfrozen_parameters: Annotated[
+        Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None, BeforeValidator(as_tuple)
+    ] = Field(
+        title="Which weights full tuning trains by their names, beside the last layers; all else is frozen.",
+        default=None,
+        description="a list of regular expressions that fit the beginning of parameters' names, such as "
+        "[lm_head, 'model.layers.2[0-9].mlp'], or null (all weights, or those of tuning.layers)",
     )
     bits: Bits | None = Field(
         title="In how many bits the frozen base of qlora is kept.",
@@ -136,6 +147,11 @@ class TuningSection(Section):
         description="the path of a finished run with adapters or of an adapter's folder (mlx-lm's or PEFT's), of the "
         "same base, shape and scale ({person} stands for a daughter's name), or null (a fresh adapter)",
     )
+
+    @property
+    def of_parts(self) -> bool:
+        """Whether full tuning trains parts of the model alone."""
+        return self.type == "full" and (self.layers is not None or self.unfrozen_parameters is not None)
 
 
 class DataSection(Section):

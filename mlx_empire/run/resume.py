@@ -77,7 +77,7 @@ def require_steps_left(step: int, steps: int, where: str) -> None:
 
 def base_of(comm: Communicator, recipe: Recipe, target: Target) -> str | None:
     """What identifies weights that are not trained, hence not saved; None where there are none. Collective."""
-    if target.adapters is None or recipe.model.init == "random":
+    if not target.spec.has_frozen or recipe.model.init == "random":
         return None
     digest = None
     with together(comm):

@@ -189,15 +189,15 @@ def load_state(
 ) -> bool:
     """Weights from the model's folder or, with the optimizer's states, from a checkpoint. Collective.
 
-    Frozen weights are not in a checkpoint, so with adapters the folder is read as well; `parent` is not, for all that
-    adapters hold is in the checkpoint. True if rank 0 alone had it.
+    Frozen weights are not in a checkpoint, so where there are some the folder is read as well; `parent` is not, for all
+    that adapters hold is in the checkpoint. True if rank 0 alone had it.
     """
     recipe = start.recipe
     if start.found is None:
         return load_weights(comm, recipe, target, trainer.store, parent)
     with together(comm):
         restore = Restore(start.found, trainer.store, comm)
-    sent = target.adapters is not None and load_weights(comm, recipe, target, trainer.store)
+    sent = target.spec.has_frozen and load_weights(comm, recipe, target, trainer.store)
     restore.run(trainer.optimizer, recipe.optimizer.learning_rate)
     trainer.carry_on(start.found.manifest.numerics)
     return sent

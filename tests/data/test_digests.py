@@ -33,19 +33,19 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     monkeypatch.setattr(digests, "LEAST_BYTES", 0)
     monkeypatch.setattr(digests, "SETTLED_SECONDS", -60)
-    by_bytes, by_array = cache.file_digest, cache._array_digest
+    by_bytes, by_array = cache.file_digest, cache._file_digest
 
     def of_file(file: Path) -> str:
         if file.suffix == ".jsonl":  # else our own code
             seen.append("file_digest")
         return by_bytes(file)
 
-    def of_array(array: np.ndarray) -> str:
-        seen.append("_array_digest")
-        return by_array(array)
+    def of_array(file: Path, array: np.ndarray, offset: int) -> str:
+        seen.append("_file_digest")
+        return by_array(file, array, offset)
 
     monkeypatch.setattr(cache, "file_digest", of_file)
-    monkeypatch.setattr(cache, "_array_digest", of_array)
+    monkeypatch.setattr(cache, "_file_digest", of_array)
     return seen
 
 
@@ -56,14 +56,14 @@ def loaded(path: Path, *, thorough: bool = False) -> Splits:
 def test_what_did_not_change_is_not_hashed_again(write: Callable[..., Path], hashed: list[str]) -> None:
     path = write("a.jsonl", *ROWS)
     first = loaded(path)
-    assert set(hashed) == {"file_digest", "_array_digest"}
+    assert set(hashed) == {"file_digest", "_file_digest"}
     hashed.clear()
     again = loaded(path)
     assert hashed == []
     assert again.digest == first.digest
     assert again.train.row(3).inputs.tolist() == first.train.row(3).inputs.tolist()
     assert loaded(path, thorough=True).digest == first.digest
-    assert sorted(hashed) == ["_array_digest"] * 4 + ["file_digest"]
+    assert sorted(hashed) == ["_file_digest"] * 4 + ["file_digest"]
 
 
 def test_another_file_of_the_same_size_and_time_is_seen(

@@ -44,6 +44,11 @@ def tuned(kind: str, **more: Any) -> dict[str, Any]:
     return {"type": kind, "rank": 16, **more}
 
 
+def parts(**named: Any) -> dict[str, Any]:
+    """A `tuning` section that trains parts whole."""
+    return {"type": "full", **named}
+
+
 SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "llama 128 stage 2": setting("llama", 128, 2, [1]),
@@ -154,6 +159,26 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
             tuning=tuned("lora", targets=["embed_tokens"]) | {"rank": 128},
             config={**SIZES, "num_hidden_layers": 4, "vocab_size": 16384},
         ),
+        **{
+            f"llama {width} stage {stage}, {name}": setting(
+                "llama", width, stage, [1], tuning=parts(**of), **more
+            )
+            for width, stage, name, of, more in (
+                (384, 2, "the last 3 layers", {"layers": 3}, {}),
+                (384, 3, "the last 3 layers, 50% kept", {"layers": 3}, {"kept": 0.5}),
+                (128, 2, "the last 4 layers, tail of 2", {"layers": 4}, {"tail": 2}),
+                (384, 3, "norm and head", {"unfrozen_parameters": ["model.norm", "lm_head"]}, {}),
+                (384, 2, "a half of each layer", {"unfrozen_parameters": [".*mlp"]}, {}),
+                (64, 2, "the embedding", {"unfrozen_parameters": ["model.embed_tokens"]}, {}),
+                (
+                    128,
+                    2,
+                    "the last 3 layers, bfloat16, 8 bits",
+                    {"layers": 3},
+                    {"dtype": "bfloat16", "gradient_dtype": "bfloat16", "state_bits": 8},
+                ),
+            )
+        },
         "gemma2 384 stage 2, lora": setting("gemma2", 384, 2, [1], tuning=tuned("lora")),
         "llama 64 stage 3, released, bfloat16, 8 bits": setting(
             "llama", 64, 3, [1], dtype="bfloat16", gradient_dtype="bfloat16", state_bits=8, release=True
@@ -187,6 +212,9 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "llama 384 stage 3, dora in 4 layers": setting(
             "llama", 384, 3, [2, 1], tuning=tuned("dora", layers=4)
+        ),
+        "llama 128 stage 3, the last 3 layers and the head": setting(
+            "llama", 128, 3, [2, 1], tuning=parts(layers=3, unfrozen_parameters=["lm_head"])
         ),
         "qwen3_moe 384 stage 3, qlora in 8 bits": setting(
             "qwen3_moe", 384, 3, [3, 1], tuning=tuned("qlora", bits=8)
@@ -227,9 +255,11 @@ DAILY: dict[int, set[str]] = {  # beside those of `test_random_peaks.py`
         "llama 384 stage 3, lora in 4 layers, tail of 2",
         "llama 64 stage 3, released, bfloat16, 8 bits",
         "llama 384 stage 3, lora, 50% kept",
+        "llama 384 stage 3, norm and head",
     },
     2: {
         "llama 384 stage 3, dora in 4 layers",
+        "llama 128 stage 3, the last 3 layers and the head",
         "llama 128 stage 3, tail of 3",
         "gemma2 128 stage 1",
     },

@@ -43,6 +43,7 @@ def ranked_shapes(draw: st.DrawFn) -> list[StepShape]:
         draw(st.integers(0, layers)),
         draw(st.booleans()),
     )
+    embeds = draw(st.booleans())
     order = draw(st.permutations([(u, own) for u in range(1, layers + 1) for own in ((0, 2), (1,))]))
     wave = draw(st.integers(0, 4)) if stage in (0, 2) or (ranks, stage) == (1, 3) else 0
     shapes = []
@@ -53,7 +54,14 @@ def ranked_shapes(draw: st.DrawFn) -> list[StepShape]:
         visits *= not wave or draw(st.booleans())
         shapes.append(
             StepShape(
-                stage, tuple(trained), cells, tail, release, stash=Stash(tuple(order), visits), wave=wave
+                stage,
+                tuple(trained),
+                cells,
+                tail,
+                release,
+                stash=Stash(tuple(order), visits),
+                wave=wave,
+                embeds=embeds,
             )
         )
     return shapes
@@ -121,8 +129,10 @@ def test_the_embeddings_gradient_is_computed_beside_the_next_backward_and_before
     for shape in shapes:
         actions = list(training_step(shape))
         embeds = [a for a in actions if a.kind == "embed"]
-        assert [a.micro for a in embeds] == list(range(shape.micro_batches)) * shape.trained[0]
-        if shape.lowest <= shape.boundary:
+        assert [a.micro for a in embeds] == list(range(shape.micro_batches)) * (
+            shape.trained[0] and shape.embeds
+        )
+        if shape.lowest <= shape.boundary and shape.embeds:
             before = [one for one, after in pairwise(actions) if after.kind == "embed"]
             assert all((a.kind in ("backward", "reuse")) and a.unit == shape.lowest for a in before)
             assert [(a.micro, a.round) for a in before] == [(a.micro, a.round) for a in embeds]
@@ -133,6 +143,17 @@ def test_the_embeddings_gradient_is_computed_beside_the_next_backward_and_before
                 if a.kind in ("keep", "reduce") and (a.unit, a.round) == (0, r)
             )
             assert not [a for a in actions[sums:] if a.kind == "embed" and a.round == r]
+
+
+@given(ranked_shapes())
+@settings(max_examples=150)
+def test_the_backward_reaches_the_lowest_layer_that_trains_and_the_first_below_a_trained_embedding(shapes):
+    for shape in shapes:
+        found = {a.unit for a in training_step(shape) if a.kind in ("backward", "reuse")}
+        layers = [u for u in range(1, shape.layers + 1) if shape.trained[u]]
+        lowest = 1 if shape.trained[0] and shape.embeds else min(layers, default=shape.layers + 1)
+        assert found == (set(range(lowest, shape.boundary + 1)) if shape.micro_batches else set())
+        assert shape.reached == shape.layers + 1 - lowest
 
 
 @given(ranked_shapes())

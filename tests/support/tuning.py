@@ -21,6 +21,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.formats.source import TunedSource, WeightSource
 from mlx_empire.model.build import build_model
+from mlx_empire.model.closed_forms import root_use
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 from mlx_empire.model.target import Target, make_target
 from mlx_empire.optim.adamw import AdamW
@@ -106,6 +107,7 @@ def tuned_trainer(
         wave=case.wave,
         compiled=case.compiled,
         paged=False,
+        embeds=root_use(built.spec)[1] > 0,
     )
     plan = make_plan(built.spec.units, shares, case.stage)
     work = keeping(work, built.spec, plan, case.kept)
@@ -113,8 +115,9 @@ def tuned_trainer(
     noise = SEED if case.tuning.get("dropout") else None
     settings = TrainerSettings(case.clip_norm, noise)
     trainer = Trainer(built.model, built.spec, plan, work, comm, thread, optimizer, settings)
-    base = base or HeldWeights(built.base, weights_of(case)[2])
-    source = TunedSource(base, built.spec, SEED, built.packing)
+    source: WeightSource = base or HeldWeights(built.base, weights_of(case)[2])
+    if built.adapters is not None or built.ternary:
+        source = TunedSource(source, built.spec, SEED, built.packing)
     for index in range(len(built.spec.units)):
         trainer.store.load(index, source.unit(index))
     trainer.prepare(packing=case.packed)

@@ -125,6 +125,10 @@ def refuse_unbuilt(recipe: Recipe) -> None:
         raise UserError(
             "optimizer.in_backward: true: every daughter is clipped by its own norm; leave it out"
         )
+    if recipe.model.dtype == "float16":
+        raise UserError(
+            "model.dtype: float16: every daughter would need a loss scale of its own; use bfloat16"
+        )
     if recipe.run.resume not in ("auto", "never"):
         raise UserError(
             f"run.resume: {recipe.run.resume}: each daughter goes on from its own last step; use auto or never"

@@ -125,6 +125,10 @@ def refuse_unbuilt(recipe: Recipe) -> None:
     """UserError for what a recipe may ask of one daughter and not of many."""
     if recipe.tuning.type == "full":
         raise UserError("tuning.type: full: daughters are adapters; use lora, dora or qlora")
+    if recipe.model.dtype == "float16":
+        raise UserError(
+            "model.dtype: float16: every daughter would need a loss scale of its own; use bfloat16"
+        )
     if recipe.run.resume not in ("auto", "never"):
         raise UserError(
             f"run.resume: {recipe.run.resume}: each daughter goes on from its own last step; use auto or never"

@@ -64,7 +64,8 @@ class RowSum:
         both = np.union1d(self.rows, rows)
         total = np.zeros((both.size, values.shape[1]), np.float32)
         total[np.searchsorted(both, self.rows)] = self.values.reshape(-1, values.shape[1])
-        total[np.searchsorted(both, rows)] += values
+        with np.errstate(invalid="ignore"):  # of infinities: whoever looks at the gradient's norm finds them
+            total[np.searchsorted(both, rows)] += values
         self.rows, self.values = both, total
 
     def whole(self, rows: int, dtype: mx.Dtype) -> mx.array:

@@ -71,19 +71,25 @@ class StreamedStep(Reader):
             evaluate.waits = True
 
     def gradients(
-        self, rounds: Sequence[Sequence[MicroBatch]], total_tokens: int, *, update: bool = False
+        self,
+        rounds: Sequence[Sequence[MicroBatch]],
+        total_tokens: int,
+        *,
+        update: bool = False,
+        scale: float = 1.0,
     ) -> list[np.ndarray]:
         """By micro-batch of this rank its rows' losses (already divided by the global count); totals are complete.
 
         `rounds` holds this rank's cells; a round without a cell is an empty list and still joins the collectives.
-        `update`: with `in_backward` also update units as they are complete.
+        `update`: with `in_backward` also update units as they are complete. `scale`: a power of two, by which totals
+        are larger than the gradients.
         """
         if not any(rounds):
             progress.reach("collectives")
-        self._begin([micro for one in rounds for micro in one], total_tokens)
+        self._begin([micro for one in rounds for micro in one], total_tokens / scale)
         shape = replace(self._shape, cells=tuple(len(one) for one in rounds))
         self.play(gradients(shape, update=update))
-        return self._losses
+        return self._losses if scale == 1.0 else [rows / np.float32(scale) for rows in self._losses]
 
     def losses(self, batches: Sequence[MicroBatch], total_tokens: int) -> list[float]:
         """Forward only, for evaluation: the loss of each micro-batch, divided by `total_tokens`."""
@@ -106,7 +112,7 @@ class StreamedStep(Reader):
         self._measure = None
         return self._measured
 
-    def _begin(self, batches: Sequence[MicroBatch], total_tokens: int) -> None:
+    def _begin(self, batches: Sequence[MicroBatch], total_tokens: float) -> None:
         self._passes.begin()
         self._batches, self._running, self._cells, self._embeds = list(batches), {}, {}, {}
         self._losses = []

@@ -21,6 +21,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.loss import of_all_rows
+from mlx_empire.engine.loss_scale import LossScale
 from mlx_empire.engine.numerics import GradientError, SpikeWatch, bad_weights, some_of
 from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.statistics import UpdateStatistics
@@ -68,13 +69,14 @@ class StepResult:
 class TrainerSettings:
     """What a recipe chooses of a step: None for no clipping, no dropout, no statistics of the optimizer's states.
 
-    `noise_seed`: of dropout's masks. `spikes` is one run's, for it remembers losses and norms.
+    `noise_seed`: of dropout's masks. `spikes` and `loss_scale` are one run's, for they remember steps.
     """
 
     clip_norm: float | None = None
     noise_seed: int | None = None
     spikes: SpikeWatch = field(default_factory=lambda: SpikeWatch("off"))
     statistics_every: int | None = None
+    loss_scale: LossScale = field(default_factory=LossScale)
 
 
 class Trainer:
@@ -93,6 +95,7 @@ class Trainer:
     ) -> None:
         self.spec, self.work, self.optimizer = spec, work, optimizer
         self._comm, self._thread, self._spikes = comm, thread, settings.spikes
+        self._scale = settings.loss_scale
         self.store = ShardStore(plan, model, comm, thread)
         self._slotted = SlottedModel(model, spec.name)
         self._sums = GradientStore(self.store, comm, thread, work.layout, work.gradient_dtype)
@@ -173,7 +176,7 @@ class Trainer:
         if self._noise is not None:
             self._noise.begin(step, [j for cell in members for j in cell])
         rounds = list(in_rounds(micro_batches, members))
-        return self.streamed.gradients(rounds, total_tokens, update=update)
+        return self.streamed.gradients(rounds, total_tokens, update=update, scale=self._scale.value)
 
     def update_by_unit(self, by_unit: ByUnit) -> None:
         """Where units are updated in the backward: by what this says of each one, in the place of one norm for all."""
@@ -189,11 +192,14 @@ class Trainer:
     def compute(
         self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int = 1, *, update: bool = False
     ) -> float:
-        """Forward and backward of this rank's micro-batches (in the order of its cells); the global mean loss."""
+        """Forward and backward of this rank's micro-batches (in the order of its cells); the global mean loss.
+
+        NumericsError if it is not finite, but where a smaller loss scale may be the answer.
+        """
         by_row = self.gather_gradients(micro_batches, step, total_tokens, update=update)
         losses = [of_all_rows(rows) for rows in by_row]
         loss = self._in_order(losses)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and not self._scale.may_fall:
             raise self._blame_loss(loss, losses, step)
         return loss
 
@@ -215,22 +221,47 @@ class Trainer:
             self._passes.strength.at(strength)
         if isinstance(self._updater, OptimizerInBackward):
             return self._released_step(self._updater, micro_batches, total_tokens, step, learning_rate)
-        loss = self.compute(micro_batches, total_tokens, step)
-        try:
-            self.streamed.play(global_norm(self._shape))
-        except GradientError as error:
-            raise self._blame_gradient(error, micro_batches, total_tokens, step) from None
-        norm = self.streamed.norm_value
+        loss, norm = self._loss_and_norm(micro_batches, total_tokens, step)
+        if not math.isfinite(loss + norm):
+            self._sums.clear()
+            return self._overflowed(loss)
         verdict = self._spikes.judge(step, loss, norm)
         if verdict.skip:
             self._sums.clear()
         else:
-            scalars = self._updater.clipped(step, learning_rate, norm)
+            # What was left out was no step to the optimizer, whose averages are corrected by how many there were.
+            updates = step - self._scale.left_out
+            scalars = self._updater.clipped(updates, learning_rate, norm, self._scale.value)
             self.renew(lambda name: scalars)
+        self._scale.held()
         causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
         statistics = self._measured(step)
         return StepResult(
             loss, norm, waited, verdict.skip, verdict.back, verdict.note, statistics, causes, self._untraced()
+        )
+
+    def _loss_and_norm(
+        self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int
+    ) -> tuple[float, float]:
+        """Of the gradients, which lie in the totals. NumericsError where one is not finite, or infinity for it where a
+        smaller loss scale may be the answer."""
+        loss = self.compute(micro_batches, total_tokens, step)
+        if not math.isfinite(loss):
+            return loss, math.inf
+        try:
+            self.streamed.play(global_norm(self._shape))
+        except GradientError as error:
+            if self._scale.may_fall:
+                return loss, math.inf
+            raise self._blame_gradient(error, micro_batches, total_tokens, step) from None
+        return loss, self.streamed.norm_value / self._scale.value
+
+    def _overflowed(self, loss: float) -> StepResult:
+        """Nothing is updated; the watch over leaps does not see such a step."""
+        causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
+        note = self._scale.overflowed()
+        return StepResult(
+            loss, math.inf, waited, skipped=True, note=note, waited_for=causes, untraced=self._untraced()
         )
 
     def _released_step(
@@ -241,7 +272,7 @@ class Trainer:
         step: int,
         learning_rate: float,
     ) -> StepResult:
-        updater.begin_step(step, learning_rate)
+        updater.begin_step(step, learning_rate, self._scale.value)
         try:
             loss = self.compute(micro_batches, total_tokens, step, update=True)
         except GradientError as error:
@@ -278,11 +309,12 @@ class Trainer:
         norm = (
             {"last_norm": [self._updater.last_norm]} if isinstance(self._updater, OptimizerInBackward) else {}
         )
-        return {**self._spikes.to_json(), **norm}
+        return {**self._spikes.to_json(), **norm, **self._scale.carried()}
 
     def carry_on(self, carried: Mapping[str, Sequence[float]]) -> None:
         """Take over what `carried` gave."""
         self._spikes.from_json(carried)
+        self._scale.carry_on(carried)
         if isinstance(self._updater, OptimizerInBackward):
             (self._updater.last_norm,) = carried.get("last_norm", (0.0,))
 

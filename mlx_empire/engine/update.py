@@ -88,9 +88,9 @@ class Updater:
         """The next updates are each tensor's by what `scalars_of` says for its name."""
         self._scalars_of = scalars_of
 
-    def clipped(self, step: int, learning_rate: float, norm: float) -> StepScalars:
-        """The scalars of a step whose gradients have this `norm`."""
-        return StepScalars(step, learning_rate, clip_scale(norm, self._clip_norm))
+    def clipped(self, step: int, learning_rate: float, norm: float, scale: float = 1.0) -> StepScalars:
+        """The scalars of a step whose gradients have this `norm`, and whose totals are `scale` times as large."""
+        return StepScalars(step, learning_rate, clip_scale(norm, self._clip_norm) / scale)
 
     def norm_of(self, index: int) -> None:
         """The check of one unit where it is updated in the backward; see `OptimizerInBackward`."""
@@ -197,14 +197,16 @@ class OptimizerInBackward(Updater):
         self.last_norm = 0.0
         self.updated = 0  # units, in this step
         self._step: tuple[int, float] = (0, 0.0)
+        self._scale = 1.0
         self._squares = 0.0
         self.by_unit: ByUnit | None = None
         units = self._store.plan.units
         self._layouts = {unit.index: NormLayout.of_units([unit]) for unit in units}
 
-    def begin_step(self, step: int, learning_rate: float) -> None:
-        """The backward of `step` begins."""
+    def begin_step(self, step: int, learning_rate: float, scale: float = 1.0) -> None:
+        """The backward of `step` begins, whose totals are `scale` times as large as the gradients."""
         self._step, self._squares, self.updated = (step, learning_rate), 0.0, 0
+        self._scale = scale
 
     def norm_of(self, index: int) -> None:
         """The unit's totals are complete on all ranks: check, and clip its update. Collective. GradientError.
@@ -216,8 +218,8 @@ class OptimizerInBackward(Updater):
             self.begin(self.by_unit(index))
             return
         unit = self._store.plan.units[index]
-        self._squares += self._norm_of(self._layouts[index], [unit]) ** 2
-        scalars = self.clipped(*self._step, max(self.last_norm, sqrt(self._squares)))
+        self._squares += (self._norm_of(self._layouts[index], [unit]) / self._scale) ** 2
+        scalars = self.clipped(*self._step, max(self.last_norm, sqrt(self._squares)), self._scale)
         self.begin(lambda name: scalars)
 
     def update(self, index: int) -> None:

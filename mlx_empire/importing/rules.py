@@ -82,7 +82,11 @@ def _dtype(value: Any, _: Mapping[str, Any]) -> Meaning:
         return Meaning(MAPPED, {"model.dtype": {"bf16": "bfloat16", "fp32": "float32"}.get(value, value)})
     if value in ("auto", "no", None):
         return Meaning(MAPPED, {}, "as stored in the folder, where model.dtype is not set")
-    return Meaning(REPLACED, {"model.dtype": "bfloat16"}, "bfloat16 needs no scaling of losses")
+    return Meaning(
+        REPLACED,
+        {"model.dtype": "bfloat16"},
+        "bfloat16 needs no scaling of losses; model.dtype: float16 scales them",
+    )
 
 
 def _packed(bits: int) -> Rule:

@@ -129,7 +129,7 @@ def refuse_dropped_head(spec: ModelSpec, stored: Stored, where: Path | str) -> N
 
 
 LAYER_LIST_NAMES = ("layers", "h", "blocks")
-COMPUTE_DTYPES = ("bfloat16", "float32")
+COMPUTE_DTYPES = ("bfloat16", "float32")  # that are taken as stored
 
 
 def build_model(config: Mapping[str, Any], name: str) -> nn.Module:

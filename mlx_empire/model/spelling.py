@@ -78,7 +78,7 @@ def spell_keys(
     for key, field in fields.items():
         if section.get(key) is not None:
             continue
-        if section.get(ALIASES.get(key, "")) is not None:
+        if key in ALIASES and section.get(ALIASES[key]) is not None:
             section[key] = section[ALIASES[key]]
         elif key in defaults:
             if key not in section:  # null is a value of its own

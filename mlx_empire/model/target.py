@@ -158,15 +158,15 @@ def refuse_other_architecture(config: Mapping[str, Any], recipe: Recipe) -> None
 
 
 def refuse_impossible(spec: ModelSpec) -> None:
-    """UserError for what MLX cannot multiply on a CPU: stacked experts in bfloat16, NVFP4 with global scales."""
+    """UserError for what MLX cannot multiply on a CPU: stacked experts in half precision, NVFP4 with global scales."""
     plain = (t for u in spec.units for t in u.tensors if t.name.endswith(".weight"))
-    stacked = any(len(t.shape) == 3 and t.dtype == "bfloat16" for t in plain)
+    stacked = sorted({t.dtype for t in plain if len(t.shape) == 3} & {"bfloat16", "float16"})
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     if on_cpu and any(t.name.endswith(".global_scale") for u in spec.units for t in u.tensors):
         raise UserError(f"{spec.name}: MLX on a CPU has no NVFP4 with global scales; train on a GPU")
     if stacked and on_cpu:
         raise UserError(
-            f"model.dtype: bfloat16: MLX on a CPU multiplies the experts of {spec.family} in float32 only; "
+            f"model.dtype: {stacked[0]}: MLX on a CPU multiplies the experts of {spec.family} in float32 only; "
             "set model.dtype: float32, or train on a GPU"
         )
 

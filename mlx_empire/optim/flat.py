@@ -4,7 +4,7 @@ A rule says which moments it has and how one step advances them, element by elem
 row per row of weights:
 - moments in float32, `m` and perhaps `v` (rows, 64), or in 8 bits, the arrays of `codec`, updated from
   un-quantised moments;
-- beside bfloat16 weights what `master` keeps of the float32 weight: one array, or nothing.
+- beside bfloat16 and float16 weights what `master` keeps of the float32 weight: one array, or nothing.
 
 Everything that depends on the step alone is computed in float64 on the host and rounded once (`numbers`). `step`
 takes these numbers and the rounding noise's keys as arrays, so that a caller whose step counter is itself an array
@@ -81,8 +81,9 @@ class FlatOptimizer(ABC):
             state = codec.empty_codes(rows, self.moments)
         else:
             state = {name: mx.zeros((rows, BLOCK)) for name in self.moments}
-        if weights.dtype == mx.bfloat16:
-            state |= master.first_state(weights, self.master_weights)
+        if weights.dtype != mx.float32:
+            name = "bfloat16" if weights.dtype == mx.bfloat16 else "float16"
+            state |= master.first_state(weights, master.completing(name, self.master_weights))
         return state
 
     def update(
@@ -107,10 +108,13 @@ class FlatOptimizer(ABC):
         keys: mx.array | None,
     ) -> tuple[mx.array, State]:
         """`update` with the step's `numbers` (float32 scalars) and, where `draws` says so, `keys` (rows, 1)."""
-        if weights.dtype != mx.bfloat16:
+        if weights.dtype == mx.float32:
             return self._advance(weights, state, gradient, numbers, keys)
         w, new = self._advance(master.joined(weights, state), state, gradient, numbers, keys)
-        weights, kept = master.parted(w, self.master_weights, keys)
+        if weights.dtype == mx.float16:
+            weights, kept = master.in_half(w)
+        else:
+            weights, kept = master.parted(w, self.master_weights, keys)
         return weights, new | kept
 
     def draws(self, weights: mx.array, state: State) -> bool:
@@ -126,10 +130,10 @@ class FlatOptimizer(ABC):
             sizes = codec.code_bytes(elements // BLOCK, self.moments)
         else:
             sizes = {name: 4 * elements for name in self.moments}
-        if weight_dtype == "bfloat16" and self.master_weights in master.KEPT:
-            name, dtype = master.KEPT[self.master_weights]
+        completed = master.completing(weight_dtype, self.master_weights)
+        if completed in master.KEPT:
+            name, dtype = master.KEPT[completed]
             sizes[name] = dtype.size * elements
-        completed = self.master_weights if weight_dtype == "bfloat16" else "float32"
         return StateCost(sizes, self.moments, completed, codes=codes)
 
     def convert(self, state: State, chunk: ChunkId, scalars: StepScalars, *, quantised: bool) -> State:

@@ -12,6 +12,9 @@ zero) and the remainder is the difference between b and that half. Joining adds 
 Bits grow with the weight's magnitude, in equal steps between neighbours, so rounding them without bias rounds
 the weight without bias. Above bf16's maximum the bf16 weight is infinite but an exact master is not lost; what
 is not finite is never rounded into a finite number. A bf16 checkpoint starts with remainder 0.
+
+A float16 weight has another exponent, so no half completes it: its master is always kept whole (`fp32`), and the weight
+is the nearest float16 of it, ties to even.
 """
 
 from __future__ import annotations
@@ -29,6 +32,11 @@ KEPT: dict[str, tuple[str, mx.Dtype]] = {  # kind -> name and dtype of what is k
     "diet": ("short_remainder", mx.int8),
     "fp32": ("master", mx.float32),
 }
+
+
+def completing(weight_dtype: str, asked: str) -> str:
+    """What completes weights of a plan's dtype where `asked` is set: a kind, or `float32` where nothing must."""
+    return {"bfloat16": asked, "float16": "fp32"}.get(weight_dtype, "float32")
 
 
 def first_state(weights: mx.array, kind: str) -> State:
@@ -49,6 +57,11 @@ def joined(weights: mx.array, state: State) -> mx.array:
         master: mx.array = _join_diet(weights.view(mx.int16), state["short_remainder"]).view(mx.float32)
         return master
     return weights.astype(mx.float32)
+
+
+def in_half(master: mx.array) -> tuple[mx.array, State]:
+    """(weights float16, the whole `master`) of a float32 `master`."""
+    return master.astype(mx.float16), {"master": master}
 
 
 def parted(master: mx.array, kind: str, keys: mx.array | None) -> tuple[mx.array, State]:

@@ -54,7 +54,7 @@ def resolve(
     layers, reached = len(spec.units) - 1, reached_layers(spec)
     unrecomputed = {True: 0, False: reached, "auto": 0}[memory.gradient_checkpointing]
     dtypes = ("float32", "bfloat16") if memory.gradient_dtype == "auto" else (memory.gradient_dtype,)
-    if spec.dtype == "float32" and memory.gradient_dtype == "auto":
+    if spec.dtype != "bfloat16" and memory.gradient_dtype == "auto":
         dtypes = ("float32",)
     stages = _stages(memory.zero_stage, nodes)
     keeps = keeps_products(recipe, nodes)

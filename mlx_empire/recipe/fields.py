@@ -1,5 +1,6 @@
 """What the values of a recipe's keys may be: paths, counts, durations and the like, and what all sections share."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,6 +43,15 @@ def exact_number(value: object) -> object:
     if isinstance(value, bool | float):
         raise ValueError("not a whole number")
     return value
+
+
+def power_of_two(value: object) -> object:
+    """A whole number stands for the float; of others only powers of two pass, which change no bit they multiply."""
+    if isinstance(value, bool) or (
+        isinstance(value, int | float) and (value < 1 or math.frexp(value)[0] != 0.5)
+    ):
+        raise ValueError("not a power of two")
+    return float(value) if isinstance(value, int) else value
 
 
 def true_or_false(value: object) -> object:

@@ -15,6 +15,7 @@ from mlx_empire.recipe.explain import leaf_fields
 from mlx_empire.recipe.load import written
 from mlx_empire.recipe.schema import Recipe
 
+HALF = frozenset(("bfloat16", "float16"))  # dtypes that masters complete
 Reason = tuple[str, str]  # a key, and why it has no effect
 
 
@@ -66,7 +67,7 @@ def _of_one_rank(recipe: Recipe, ranks: int) -> Iterator[Reason]:
 
 def _of_optimizer(recipe: Recipe, dtypes: Collection[str]) -> Iterator[Reason]:
     optimizer = recipe.optimizer
-    if "bfloat16" not in dtypes and optimizer.master_weights != "none":
+    if not HALF & set(dtypes) and optimizer.master_weights != "none":
         yield "optimizer.master_weights", "float32 weights are their own masters"
     if optimizer.name != "adamw":
         yield "optimizer.eps", f"{optimizer.name} divides by no average"
@@ -76,6 +77,8 @@ def _of_optimizer(recipe: Recipe, dtypes: Collection[str]) -> Iterator[Reason]:
 
 def _of_the_rest(recipe: Recipe) -> Iterator[Reason]:
     numerics, run = recipe.numerics, recipe.run
+    if recipe.model.dtype != "float16" or isinstance(numerics.loss_scale, float):
+        yield "numerics.loss_scale_window", "no loss scale is dynamic"
     if recipe.memory.gradient_checkpointing != "auto":
         yield "memory.keep_products", "memory.gradient_checkpointing is not auto"
     if recipe.data.format in ("text", "tokens"):

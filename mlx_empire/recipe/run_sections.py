@@ -1,7 +1,7 @@
 """The sections of a recipe on how a run is carried out: exchanges, watches, reports, checkpoints.
 
-Fields as in `sections`. No key here but run.steps, run.seed, numerics.attention, what numerics.spikes leaves out and,
-on a GPU, numerics.bits changes a result.
+Fields as in `sections`. No key here but run.steps, run.seed, numerics.attention, what numerics.spikes leaves out, how
+float16 is scaled and, on a GPU, numerics.bits changes a result.
 """
 
 from typing import Annotated, Literal
@@ -17,6 +17,7 @@ from mlx_empire.recipe.fields import (
     RunLength,
     Section,
     as_tuple,
+    power_of_two,
     step_as_text,
     true_or_false,
 )
@@ -77,6 +78,19 @@ class NumericsSection(Section):
         default="auto",
         description="auto (pattern, but a run that began with mask goes on so), pattern (block by block, without what "
         "causal, window and chunk masks and documents hide) or mask (MLX's own way)",
+    )
+    loss_scale: Annotated[
+        Literal["auto", "dynamic"] | Annotated[float, Field(ge=1, le=2**24)], BeforeValidator(power_of_two)
+    ] = Field(
+        title="What losses are multiplied by before the backward pass, so that small gradients survive float16.",
+        default="auto",
+        description="auto (dynamic with float16, else 1), dynamic (halved where gradients overflow, whose step is left "
+        "out, and doubled after loss_scale_window steps without) or a power of two from 1 to 16777216, which stays",
+    )
+    loss_scale_window: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        title="After how many steps in a row without an overflow a dynamic loss scale doubles.",
+        default=2000,
+        description="a whole number of steps from 1 to 1000000",
     )
     compiled_layers: bool = Field(
         title="Whether layers that are alike run by one trace, with what is element-wise fused, not call by call.",

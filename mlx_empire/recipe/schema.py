@@ -72,6 +72,7 @@ class Recipe(Section):
                 raise impossible(
                     ("run.accept_changes",), f"there is no key {name}; use keys such as run.steps"
                 )
+        self._possible_half()
         if self.tuning.bits is not None and self.tuning.type != "qlora":
             message = f"bits {self.tuning.bits} has no meaning for type {self.tuning.type}; use type qlora"
             raise impossible(("tuning.bits", "tuning.type"), message)
@@ -92,6 +93,23 @@ class Recipe(Section):
             message = "an adapter belongs to the weights it was trained on; use model.init pretrained"
             raise impossible(("tuning.start", "model.init"), message)
         return self
+
+    def _possible_half(self) -> None:
+        """What float16 excludes: masters that complete a bfloat16 weight, and updates before an overflow is known."""
+        optimizer, scale = self.optimizer, self.numerics.loss_scale
+        half = self.model.dtype == "float16"
+        if half and optimizer.master_weights in ("diet", "none"):
+            message = f"{optimizer.master_weights} completes bfloat16 weights; with float16 use exact or fp32"
+            raise impossible(("optimizer.master_weights", "model.dtype"), message)
+        if half and self.memory.gradient_dtype == "bfloat16":
+            message = "bfloat16 would keep less of a float16 gradient than there is; use auto or float32"
+            raise impossible(("memory.gradient_dtype", "model.dtype"), message)
+        if not half and scale != "auto":
+            message = f"{scale} serves float16 alone, for other numbers reach as far as float32; leave it out"
+            raise impossible(("numerics.loss_scale", "model.dtype"), message)
+        if half and optimizer.in_backward and not isinstance(scale, float):
+            message = "in_backward updates before an overflow is known; use false, or a number for numerics.loss_scale"
+            raise impossible(("optimizer.in_backward", "numerics.loss_scale"), message)
 
     @model_validator(mode="after")
     def _possible_data(self) -> Self:

@@ -46,10 +46,11 @@ class ModelSection(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         description="a catalog name such as llama-4-scout-109b, for planning when the folder is not there",
     )
-    dtype: Literal["bfloat16", "float32"] | None = Field(
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         title="In which numbers layers compute and weights and gradients travel.",
         default=None,
-        description="bfloat16 or float32 (compute and wire), or null (as stored in the folder)",
+        description="bfloat16, float16 (with losses scaled, see numerics.loss_scale) or float32 (compute and wire), or "
+        "null (as stored in the folder, float16 as float32)",
     )
     init: Literal["pretrained", "random"] = Field(
         title="Where the first weights come from.",
@@ -272,7 +273,8 @@ class OptimizerSection(Section):
     master_weights: Literal["exact", "diet", "fp32", "none"] = Field(
         title="What is kept beside a bfloat16 weight, so that small updates are not lost.",
         default="exact",
-        description="exact (2 bytes more than bfloat16, all of float32), diet (1 byte), fp32 (4) or none",
+        description="exact (2 bytes more than bfloat16, all of float32), diet (1 byte), fp32 (4) or none; a float16 "
+        "weight has a float32 master of 4 bytes with exact and fp32",
     )
     statistics_every: Count | None = Field(
         title="How often metrics.jsonl also says how healthy the optimizer's averages are.",

@@ -23,6 +23,7 @@ from mlx_empire.comm.buffers import DTYPES, host_view
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.loss_scale import FIRST, LossScale
 from mlx_empire.engine.numerics import SpikeWatch
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
@@ -116,7 +117,15 @@ def trainer_settings(recipe: Recipe) -> TrainerSettings:
         noise_seed=recipe.run.seed if recipe.tuning.dropout else None,
         spikes=SpikeWatch(numerics.spikes, numerics.threshold, numerics.window, numerics.max_skips),
         statistics_every=optimizer.statistics_every,
+        loss_scale=_loss_scale(recipe),
     )
+
+
+def _loss_scale(recipe: Recipe) -> LossScale:
+    asked, half = recipe.numerics.loss_scale, recipe.model.dtype == "float16"
+    if isinstance(asked, float):
+        return LossScale(asked)
+    return LossScale(FIRST, recipe.numerics.loss_scale_window) if half else LossScale()
 
 
 def limit_memory(plan: RunPlan, rank: int, asked: str | int, node: Node) -> str | None:

@@ -74,6 +74,16 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
             "compare": False,
             "steps": 2,
         }
+    for stage in (0, 3):  # the first steps overflow, and the scale falls and grows again
+        made[f"float16:stage {stage}"] = {
+            **made["steps:stage 3 relay"],
+            "stage": stage,
+            "dtype": "float16",
+            "loss_scale": 2.0**21,
+            "scale_window": 2,
+            "compare": False,
+            "steps": 6,
+        }
     for stage, wave, tail in ((2, 1, 0), (0, 2, 3)):  # cells of 2 and 3 micro-batches
         made[f"steps:stage {stage} waves of {wave}"] = {
             **made["steps:stage 3 relay"],

@@ -266,3 +266,9 @@ def test_a_silent_configuration_has_the_biases_that_are_stored(
     config = {k: v for k, v in tiny_config(family).items() if k != key}
     names = [f"model.layers.0.{module}.{kind}" for kind in stored]
     assert complete(config, "folder", names)[key] is expected
+
+
+def test_a_key_without_a_name_is_the_name_of_no_other() -> None:
+    """Byte errors in a config.json once made hidden_size null and another key empty."""
+    config = {**tiny_config("llama"), "": 5, "hidden_size": None}
+    assert complete(config, "here").get("hidden_size") is None

@@ -19,6 +19,7 @@ IDLE = [
     ("memory.shares=equal", BF16, 1, "memory.shares: equal (one machine"),
     ("run.buddy=true", BF16, 1, "run.buddy: true (there is no other machine"),
     ("numerics.max_skips=3", BF16, 2, "numerics.max_skips: 3 (numerics.spikes is log"),
+    ("numerics.loss_scale_window=9", BF16, 2, "numerics.loss_scale_window: 9 (no loss scale is dynamic"),
     ("data.validation_split=0.1", BF16, 2, "data.validation_split: 0.1 (run.eval_every is null"),
     ("report.samples=2", BF16, 2, "report.samples: 2 (run.eval_every is null"),
     ("run.eval_batches=4", BF16, 2, "run.eval_batches: 4 (run.eval_every is null"),

@@ -289,3 +289,27 @@ def test_wall_time_is_refused_where_the_result_would_hang_on_it(
 ) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         parse_recipe(minimal, "x", overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["optimizer.master_weights=diet"],
+            "diet completes bfloat16 weights; with float16 use exact or fp32",
+        ),
+        (["memory.gradient_dtype=bfloat16"], "bfloat16 would keep less of a float16 gradient than there is"),
+        (["optimizer.in_backward=true"], "in_backward updates before an overflow is known"),
+        (["model.dtype=bfloat16", "numerics.loss_scale=dynamic"], "dynamic serves float16 alone"),
+        (["numerics.loss_scale=1000"], "numerics.loss_scale: got 1000; expected auto (dynamic with float16"),
+        (["numerics.loss_scale=0.5"], "numerics.loss_scale: got 0.5; expected"),
+    ],
+)
+def test_what_float16_excludes_is_refused(minimal: str, overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse_recipe(minimal, "x", ["model.dtype=float16", *overrides])
+
+
+def test_a_loss_scale_may_be_a_power_of_two(minimal: str) -> None:
+    released = ["model.dtype=float16", "numerics.loss_scale=1024", "optimizer.in_backward=true"]
+    assert parse_recipe(minimal, "x", released).numerics.loss_scale == 1024.0

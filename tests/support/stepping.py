@@ -21,6 +21,7 @@ from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
+from mlx_empire.engine.loss_scale import LossScale
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.model.build import build_model, describe
 from mlx_empire.model.head_loss import row_losses
@@ -72,6 +73,8 @@ class Case:
     compiled: bool = False
     kept: float = 0.0
     wave: int = 0
+    loss_scale: float = 1.0
+    scale_window: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -145,6 +148,7 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
     plan = make_plan(spec.units, shares, case.stage)
     work = keeping(work, spec, plan, case.kept)
     optimizer = optimizer_of(case)
+    settings.setdefault("loss_scale", LossScale(case.loss_scale, case.scale_window))
     chosen = TrainerSettings(case.clip_norm, **settings)
     trainer = Trainer(model, spec, plan, work, comm, thread, optimizer, chosen)
     for index, unit in enumerate(spec.units):

@@ -18,10 +18,18 @@ RELEASED = (
     "run.save_every=2",
     "run.steps=4",
 )
+HALF = (  # the scale doubles at every step, until gradients overflow
+    "model.dtype=float16",
+    "numerics.loss_scale_window=1",
+    "run.save_every=7",
+    "run.steps=14",
+    "run.eval_every=null",
+)
 COMMANDS = {
     "released": (*RELEASED, "run.dir=released"),
     "lion": ("optimizer.name=lion", "optimizer.state_bits=8", "optimizer.betas=[0.9, 0.99]", "run.dir=lion"),
     "sgd": ("optimizer.name=sgd", "optimizer.statistics_every=1", "run.dir=sgd"),
+    "half": (*HALF, "run.dir=half"),
     "impossible": ("optimizer.in_backward=true", "numerics.spikes=skip", "run.dir=impossible"),
 }
 
@@ -50,6 +58,23 @@ def test_a_released_run_goes_on_from_a_checkpoint_to_the_same_bits(workspace, ou
     assert [s["loss"] for s in steps_of(first)] == [s["loss"] for s in steps_of(second)]
     plan = json.loads((first / "plan.json").read_text())
     assert plan["clipping"].startswith("by the last step's global norm")
+
+
+def test_a_float16_run_leaves_steps_out_that_overflow_and_goes_on_to_the_same_bits(workspace, outcomes):
+    succeeded(outcomes["half"])
+    assert "this step's update is left out, loss scale" in outcomes["half"].stdout
+    found = steps_of(workspace.folder / "half")
+    assert [s["grad_norm"] is None for s in found] == [bool(s.get("skipped")) for s in found]
+    assert any(s.get("skipped") for s in found[:7])  # before the checkpoint, and after it
+    assert any(s.get("skipped") for s in found[7:])
+    again = workspace.folder / "half-again"
+    shutil.copytree(workspace.folder / "half", again)
+    shutil.rmtree(again / "final")
+    shutil.rmtree(again / "checkpoints" / "step-000014")
+    (again / "COMPLETE").unlink()
+    succeeded(workspace.train("recipe.yaml", *HALF, "run.dir=half-again", ranks=2))
+    assert raw_tensors(again / "final") == raw_tensors(workspace.folder / "half" / "final")
+    assert {kind for kind, _, _ in raw_tensors(again / "final").values()} == {"F16"}
 
 
 def test_metrics_say_how_the_states_are(workspace, outcomes):

@@ -183,7 +183,10 @@ def _wrong_qat(tuning: TuningSection) -> tuple[str, str] | None:
     if asked not in (None, "qat"):
         return asked, f"{asked} has no meaning without tuning.qat; add qat: ternary, or leave {asked} out"
     if asked is not None and tuning.of_parts:
-        return asked, "what is frozen cannot be trained for being rounded; leave layers and unfrozen_parameters out"
+        return (
+            asked,
+            "what is frozen cannot be trained for being rounded; leave layers and unfrozen_parameters out",
+        )
     return None
 
 

@@ -70,6 +70,7 @@ from mlx_empire.recipe.text import read_small_text
 from mlx_empire.report.html import refuse_unwritable_files, write_file
 from mlx_empire.report.trace import trace_document
 from mlx_empire.run.agree import share_nodes, share_recipe
+from mlx_empire.run.apart import refuse_mixed
 from mlx_empire.run.disks import ledgers_of, planned_places, seen_places, what_else
 from mlx_empire.run.parent import read_parent
 
@@ -124,6 +125,7 @@ def answer(comm: Communicator, recipe_path: Path, overrides: Sequence[str], want
     code = None
     with together(comm):
         if comm.rank == 0:
+            refuse_mixed(recipe, comm.rank, comm.hostname)
             refuse_sources(recipe, recipe_path, wanted)
             code = present(recipe, nodes, places, wanted)
     return int(comm.broadcast_json(code))

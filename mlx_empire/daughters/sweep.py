@@ -36,6 +36,7 @@ from mlx_empire.recipe.load import dump_recipe, load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
 from mlx_empire.run.agree import share_nodes
+from mlx_empire.run.apart import refuse_mixed
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.job import Job
 from mlx_empire.run.launched import COMPLETE
@@ -93,6 +94,7 @@ def sweep_command(options: argparse.Namespace) -> int:
             raise UserError(
                 f"evaluation.fallback: {recipe.evaluation.fallback}: a sweep takes its best setting; leave it out"
             )
+        refuse_mixed(recipe, comm.rank, comm.hostname)
         with RunLock(recipe.run.dir) as lock:
             if lock.note:
                 print(lock.note)

@@ -44,6 +44,7 @@ from mlx_empire.errors import EmpireError, UserError
 from mlx_empire.recipe.load import load_recipe
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.agree import share_nodes, share_recipe
+from mlx_empire.run.apart import refuse_overlap
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.fallback import fallback_due, fallbacks_of, refuse_fallback
 from mlx_empire.run.lock import RunLock
@@ -91,6 +92,7 @@ def refuse(recipe: Recipe, people: Path) -> None:
             f"data.sources: {recipe.data.named}: each person's rows are in --people; give data.sources=[] and "
             f"data.path={people}"
         )
+    refuse_overlap("run.dir", recipe.run.dir, [("model.path", recipe.model.path), ("--people", people)])
     machine.refuse_unbuilt(recipe)
 
 

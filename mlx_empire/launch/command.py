@@ -110,11 +110,14 @@ def start(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.restarts < 0:
         raise UserError(f"--restarts {options.restarts}: expected 0 or more")
     # Only now: usage errors need no MLX.
+    from mlx_empire.run.apart import refuse_mixed, refuse_recipe
     from mlx_empire.run.fallback import fallback_due, fallback_taken, refuse_fallback
 
     code = 0
     while code == 0:
         recipe = load_recipe(options.recipe, options.overrides)
+        refuse_mixed(recipe, 0, socket.gethostname())
+        refuse_recipe(recipe, options.recipe)
         refuse_fallback(recipe)
         if options.dry_run or (other := fallback_due(recipe)) is None:
             code = start_one(options, recipe, words)

@@ -24,6 +24,12 @@ from mlx_empire.optim.protocol import State, StateCost, StepScalars
 
 Rule = Callable[..., tuple[mx.array, mx.array]]
 
+# Bytes per element that an update by SGD needs less than one by Lion, by whether its moment is in 8 bits.
+_LESS: dict[bool, dict[str, int]] = {
+    False: {"float32": 4},
+    True: {"float32": 8, "exact": 4, "fp32": 4, "none": 4},
+}
+
 
 def _both(rule: Rule) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The fused rule on a float32 moment, and on a moment's codes and their unit."""
@@ -137,11 +143,12 @@ class Sgd(MomentumOptimizer):
         return (self.momentum, scalars.clip_scale, lr, lr * self.weight_decay if decay else 0.0)
 
     def state_bytes(self, elements: int, weight_dtype: str, *, quantised: bool) -> StateCost:
-        """Beside weights in fp32 one array less than Lion's: they move by the new moment itself."""
+        """Less than Lion's: weights move by the new moment itself, and nothing lies beside that and them."""
         cost = super().state_bytes(elements, weight_dtype, quantised=quantised)
-        if "m" in cost and (weight_dtype == "float32" or self.master_weights == "fp32"):
-            cost.alone -= 4
-            cost.together -= 4
+        master = "float32" if weight_dtype == "float32" else self.master_weights
+        less = _LESS["m_codes" in cost].get(master, 0)
+        cost.alone, cost.together = cost.alone - less, cost.together - less
+        cost.in_place = 0.0 if master == "float32" else cost.in_place
         return cost
 
     def largest_update(self, state: State, step: int) -> mx.array:

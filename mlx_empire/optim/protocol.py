@@ -39,10 +39,13 @@ def decays(name: str, shape: Sequence[int]) -> bool:
 # the weights (`float32`: nothing is, nor needed).
 _UPDATE: dict[tuple[bool, bool], dict[str, float]] = {
     (False, True): {"float32": 8, "exact": 18, "diet": 21.1, "fp32": 12, "none": 24.1},
-    (False, False): {"float32": 8, "exact": 14, "diet": 17.1, "fp32": 12, "none": 20.1},
+    (False, False): {"float32": 8, "exact": 14, "diet": 17.1, "fp32": 8, "none": 20.1},
     (True, True): {"float32": 18.4, "exact": 28.4, "diet": 35.3, "fp32": 22.3, "none": 34.3},
-    (True, False): {"float32": 23.8, "exact": 29.8, "diet": 32.8, "fp32": 27.8, "none": 35.8},
+    (True, False): {"float32": 23.8, "exact": 29.8, "diet": 32.8, "fp32": 23.8, "none": 35.8},
 }
+# Less of that where nobody else holds the weights that are updated: a lone moment's new ones take the place of the old,
+# and where fp32 ones are kept the old ones are not read.
+_IN_PLACE = {False: {"float32": 4.0, "fp32": 2.0}, True: {"fp32": 2.0}}
 # Of 110 tasks, which may wait: a call takes two for each kernel (with 8-bit states 16 or more of them).
 _CALLS_AHEAD = {"float32": 38, "fp32": 17}
 _SMALL_CHUNKS = 0.83  # of that with 8-bit states for chunks evaluated together: they are freed one by one
@@ -52,6 +55,7 @@ class StateCost(dict[str, int]):
     """Bytes of each array of a state, by name; and what an update needs besides, in bytes per element.
 
     `alone`: of a large chunk, which is evaluated alone; `together`: of small ones that are evaluated at once;
+    `in_place`: less of both where nobody else holds the weights;
     `calls_ahead`: how many such calls may be under way where none is waited for, which is until MLX waits.
     """
 
@@ -59,6 +63,7 @@ class StateCost(dict[str, int]):
         """`master`: what completes the weights, or `float32` where they need nothing; `codes`: moments in 8 bits."""
         super().__init__(sizes)
         self.alone: float = _UPDATE[codes, "v" in moments][master]
+        self.in_place = _IN_PLACE["v" in moments].get(master, 0.0)
         self.together = _SMALL_CHUNKS * self.alone if codes else self.alone
         self.calls_ahead = 4 if codes else _CALLS_AHEAD.get(master, 10)
 

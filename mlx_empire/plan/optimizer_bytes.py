@@ -18,7 +18,8 @@ from mlx_empire.recipe.sections import OptimizerSection
 class StateSizes(Protocol):
     """The optimizer's answer for some elements: bytes of its state by name, and what an update needs besides.
 
-    That is in bytes per element: `alone` of a chunk that is evaluated alone, `together` of small ones evaluated so.
+    That is in bytes per element: `alone` of a chunk that is evaluated alone, `together` of small ones evaluated so;
+    `in_place`: less of both where nobody else holds the weights.
     `calls_ahead`: how many such calls may be under way where none is waited for.
     """
 
@@ -26,6 +27,8 @@ class StateSizes(Protocol):
     def alone(self) -> float: ...
     @property
     def together(self) -> float: ...
+    @property
+    def in_place(self) -> float: ...
     @property
     def calls_ahead(self) -> int: ...
     def items(self) -> Iterable[tuple[str, int]]: ...
@@ -57,11 +60,20 @@ def state_sizes(plan: ShardPlan, rank: int, state_bytes: StateBytes) -> dict[str
     return named
 
 
-def update_bytes(segment: Segment, start: int, stop: int, state_bytes: StateBytes) -> int:
-    """What updating [start, stop) of a segment needs at the worst moment beside state, gradients and new weights."""
+def update_bytes(
+    segment: Segment, start: int, stop: int, state_bytes: StateBytes, *, in_place: bool = False
+) -> tuple[int, int]:
+    """What updating [start, stop) of a segment needs at the worst moment beside state, gradients and new weights; and
+    elements of the new weights that come at that moment. `in_place`: nobody else holds the old ones.
+    """
     sizes = state_bytes(BLOCK, segment.dtype, quantised=segment.kind == "trainable")
+    less = sizes.in_place if in_place else 0.0
     together, largest = largest_update(segment.rows, start, stop)
-    return int(max(sizes.together * together, sizes.alone * largest))
+    found = (
+        (int((sizes.together - less) * together), together),
+        (int((sizes.alone - less) * largest), largest),
+    )
+    return max(found)
 
 
 @lru_cache(maxsize=4096)  # most layers of a model have the same rows and intervals

@@ -286,14 +286,16 @@ class StepBytes(Reader):
         self._moment({"norm of gradients": 2 * 4 * min(at_once, most)}, self._updating)
 
     def update(self, action: Action) -> None:
-        """Segment by segment: its new weights, and what the optimizer's calls need besides."""
+        """Segment by segment: its new weights, and what the optimizer's calls need besides. Where weights do not stay
+        whole, a chunk's old ones go with its update: only those of the chunks that are evaluated now are new."""
         new, before = 0, self._flying
         self._flying = self._own = 0
+        one_by_one = self.shape.sharded and self.shape.waits(action)
         for segment in self._plan.units[action.unit].segments:
             if segment.kind != "frozen":
                 a, b = self._plan.state_interval(segment, self._rank)
-                new += (b - a) * segment.itemsize
-                chunk = update_bytes(segment, a, b, self._state_bytes)
+                chunk, at_once = update_bytes(segment, a, b, self._state_bytes, in_place=one_by_one)
+                new = at_once * segment.itemsize if one_by_one else new + (b - a) * segment.itemsize
                 if not self.shape.waits(action):
                     chunk = self._in_flight(segment, chunk, b - a, before)
                 self._moment({"optimizer chunk": chunk, "new weights of a unit": new}, self._updating)

@@ -47,6 +47,7 @@ from mlx_empire.run.agree import (
     share_target,
     standing,
 )
+from mlx_empire.run.apart import refuse_mixed, refuse_recipe
 from mlx_empire.run.caffeinate import keep_awake
 from mlx_empire.run.disks import require_disks
 from mlx_empire.run.fallback import fallback_due, fallback_taken, refuse_fallback
@@ -102,7 +103,9 @@ def run_recipe(
         if (other := share_fallback(comm, recipe)) is not None:  # the run was over before
             return other
         with together(comm):
+            refuse_mixed(recipe, comm.rank, comm.hostname)
             if comm.rank == 0:
+                refuse_recipe(recipe, recipe_path)
                 refuse_finished(recipe.run.dir)
                 refuse_unwritable(recipe.run.dir)
                 result.refuse_taken(recipe)

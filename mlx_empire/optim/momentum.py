@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx_empire.optim import codec
 from mlx_empire.optim.compile import fused
 from mlx_empire.optim.flat import FlatOptimizer
+from mlx_empire.optim.master import completing
 from mlx_empire.optim.protocol import State, StateCost, StepScalars
 
 Rule = Callable[..., tuple[mx.array, mx.array]]
@@ -145,7 +146,7 @@ class Sgd(MomentumOptimizer):
     def state_bytes(self, elements: int, weight_dtype: str, *, quantised: bool) -> StateCost:
         """Less than Lion's: weights move by the new moment itself, and nothing lies beside that and them."""
         cost = super().state_bytes(elements, weight_dtype, quantised=quantised)
-        master = "float32" if weight_dtype == "float32" else self.master_weights
+        master = completing(weight_dtype, self.master_weights)
         less = _LESS["m_codes" in cost].get(master, 0)
         cost.alone, cost.together = cost.alone - less, cost.together - less
         cost.in_place = 0.0 if master == "float32" else cost.in_place

@@ -14,7 +14,11 @@ from mlx_empire.optim.momentum import Lion, Sgd
 from mlx_empire.optim.protocol import ChunkId, StepScalars
 
 ROWS, STEPS = 1 << 12, 12
-FORMS = [("float32", "exact"), *(("bfloat16", master) for master in ("exact", "diet", "fp32", "none"))]
+FORMS = [
+    ("float32", "exact"),
+    ("float16", "exact"),
+    *(("bfloat16", master) for master in ("exact", "diet", "fp32", "none")),
+]
 
 
 def highest(optimizer: FlatOptimizer, dtype: mx.Dtype, *, held: bool, near: float) -> float:

@@ -49,6 +49,7 @@ class Trainable:
 
     `pace` is None where a chip is not known, `dollars` (power and wear) also where a machine's price is not.
     `within`: whether it keeps `--deadline` and `--budget` at worst; None where nothing was asked or it is not known.
+    `why`: what else than memory stands against it, where something does.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Trainable:
     pace: Pace | None
     dollars: Range | None
     within: bool | None
+    why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,13 @@ def _row(
     known: bool,
     limits: tuple[float | None, float | None],
 ) -> Trainable:
-    size = 0
+    size, why = 0, None
     for way, settings in WAYS.items():
         tuned = variant(recipe, dict(settings))
         target = catalog_target(name, tuned)
         size = target.base_parameters
-        if target.not_trainable or never_fits(target.spec, nodes, state_bytes_of(tuned.optimizer)):
+        why = target.not_trainable
+        if why or never_fits(target.spec, nodes, state_bytes_of(tuned.optimizer)):
             continue
         found = assess(tuned, target.spec, nodes, state_bytes_of)
         if found.verdict == "no":
@@ -116,7 +119,7 @@ def _row(
         pace = pace_of(found, wire_of(nodes)) if known else None
         dollars = run_dollars(nodes, pace) if pace else None
         return Trainable(name, size, way, found, pace, dollars, _within(pace, dollars, *limits))
-    return Trainable(name, size, None, None, None, None, None)
+    return Trainable(name, size, None, None, None, None, None, why)
 
 
 def _within(
@@ -158,6 +161,7 @@ def what_document(survey: WhatSurvey) -> Document:
                 "run_hours": row.pace and sorted(row.pace.run_hours),
                 "dollars": row.dollars and sorted(row.dollars),
                 "within": row.within,
+                "why": row.why,
             }
             for row in survey.rows
         ],
@@ -178,6 +182,9 @@ def print_what(survey: WhatSurvey, console: Console) -> None:
     for row in survey.rows:
         table.add_row(row.model, billions(row.parameters), row.way or "-", *_cells(row))
     console.print(table)
+    for row in survey.rows:
+        if row.why:
+            console.print(f"{row.model}: {row.why}")
     for kind, found in survey.largest.items():
         console.print(f"the largest {kind} model that they train whole: {_spelled(found)}")
     if survey.no_time:

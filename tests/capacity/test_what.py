@@ -69,7 +69,8 @@ def test_each_model_is_trained_the_most_thorough_way_that_fits(say, hosts) -> No
     assert {row["model"] for row in found["models"]} == set(catalog.names())
     ways = {row["model"]: row["way"] for row in found["models"]}
     assert ways["llama-3.2-1b"] == "all weights"
-    assert ways["llama-3.1-8b"] == "adapters, 4-bit base"
+    assert ways["llama-3.1-8b"] == "adapters"
+    assert ways["mistral-nemo-12b"] == "adapters, 4-bit base"
     assert ways["llama-3.3-70b"] is None
     assert found["largest"]["mixture"]["parameters"] > 10**9
     dense = found["largest"]["dense"]
@@ -105,6 +106,15 @@ def test_a_person_reads_it_and_an_unknown_chip_has_no_hours(say, hosts) -> None:
     assert "no time: unknown chip M99 of mac" in said.out
     assert "within" not in said.out
     assert "largest" not in said.out, "which is said where no model is named"
+
+
+def test_what_else_than_memory_stands_against_a_model_is_said(say, hosts) -> None:
+    mac = hosts(MAC)
+    words = ("--what", "phi-3-mini-3.8b", "--hosts", mac, "--tokens", "1000000")
+    (one,) = say(*words, "--json").json["models"]
+    assert one["way"] is None
+    assert "sliding window of 2047 tokens" in one["why"]
+    assert f"phi-3-mini-3.8b: {one['why']}"[:70] in say(*words).out.replace("\n", " ")
 
 
 @given(st.integers(1, 999))

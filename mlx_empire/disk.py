@@ -12,7 +12,9 @@ import errno
 import fcntl
 import os
 import shutil
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
@@ -94,6 +96,40 @@ def _open(path: Path, flags: int) -> int:
             os.close(descriptor)
             raise
     return descriptor
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A private folder beside `folder` in which that is made; at the end it is gone, or has become `folder`.
+
+    What kills left of others, whose lock nobody holds, is removed first. OSError where nothing can be written there.
+    """
+    for parent in reversed([parent for parent in folder.parents if not parent.exists()]):
+        parent.mkdir(mode=0o700, exist_ok=True)
+    for left in folder.parent.glob(".building-*.d"):
+        _remove_dead(left)
+    number, name = tempfile.mkstemp(prefix=".building-", suffix=".lock", dir=folder.parent)
+    lock, place = Path(name), Path(name).with_suffix(".d")
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)  # before there is a folder: one without a holder is dead
+        place.mkdir(mode=0o700)
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        os.close(number)
+
+
+def _remove_dead(place: Path) -> None:
+    lock = place.with_suffix(".lock")
+    with suppress(OSError):  # held, or removed by another
+        number = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+        finally:
+            os.close(number)
 
 
 HEADROOM = 1.02  # rounding to the file system's blocks

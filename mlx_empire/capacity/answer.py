@@ -64,7 +64,7 @@ from mlx_empire.plan.hardware import WIRES, wire_named, wire_of
 from mlx_empire.plan.lengths import DataSize, Lengths
 from mlx_empire.plan.pace import chips_of, cloud_of, pace_of, timeline_of
 from mlx_empire.plan.wired_limit import untouched
-from mlx_empire.recipe.changes import variant
+from mlx_empire.recipe.changes import EVERY_WEIGHT, variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.recipe.text import read_small_text
 from mlx_empire.report.html import refuse_unwritable_files, write_file
@@ -257,6 +257,8 @@ def matrix_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> MatrixSu
     """The recipe with every model of the catalog, on the four clusters; of --hosts where that is asked for."""
     theirs = read_rows(*text_of(wanted.compare)) if wanted.compare is not None else None
     everywhere = for_any_nodes(recipe)
+    if everywhere.tuning.type == "full":  # parts and rounding are the recipe's own model's
+        everywhere = variant(everywhere, EVERY_WEIGHT)
     targets = (in_matrix(name, everywhere) for name in catalog.names())
     models = ((target.spec, target.not_trainable) for target in targets)
     own = wanted.part == "matrix" and wanted.hosts is not None

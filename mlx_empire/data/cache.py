@@ -7,14 +7,11 @@ that share a home may build the same entry at once: the first rename wins. Large
 hashed again (`digests`), but where a run goes on.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -131,40 +128,6 @@ def load_entry(folder: Path, *, thorough: bool = True) -> CacheEntry | None:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
-
-
-@contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """A private folder beside `folder` in which its entry is made; at the end it is gone, or has become the entry.
-
-    What kills left of others, whose lock nobody holds, is removed first. OSError where nothing can be written there.
-    """
-    for parent in reversed([parent for parent in folder.parents if not parent.exists()]):
-        parent.mkdir(mode=0o700, exist_ok=True)
-    for left in folder.parent.glob(".building-*.d"):
-        _remove_dead(left)
-    number, name = tempfile.mkstemp(prefix=".building-", suffix=".lock", dir=folder.parent)
-    lock, place = Path(name), Path(name).with_suffix(".d")
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX)  # before there is a folder: one without a holder is dead
-        place.mkdir(mode=0o700)
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-        lock.unlink(missing_ok=True)
-        os.close(number)
-
-
-def _remove_dead(place: Path) -> None:
-    lock = place.with_suffix(".lock")
-    with suppress(OSError):  # held, or removed by another
-        number = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(place, ignore_errors=True)
-            lock.unlink(missing_ok=True)
-        finally:
-            os.close(number)
 
 
 def publish_entry(place: Path, folder: Path, tables: Mapping[str, Table], report: Iterable[str]) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 
 from mlx_empire.data.cache import (
     CacheEntry,
-    building,
     cache_key,
     load_entry,
     make_entry,
@@ -24,6 +23,7 @@ from mlx_empire.data.files import Source, detect_format, locate
 from mlx_empire.data.order import fixed_permutation
 from mlx_empire.data.rows import Counts, Dataset, Rows, Table, join_rows
 from mlx_empire.data.stream import Chosen, Pieces
+from mlx_empire.disk import building
 from mlx_empire.errors import UserError
 
 SPLITTABLE = ("text", "tokens")

@@ -45,13 +45,14 @@ class UpdateStatistics:
         g = np.array(gradient[:1].astype(mx.float32), np.float64)[0] * scalars.clip_scale
         self._true[name] = beta2 * self._true[name] + (1 - beta2) * g * g
 
-    def measured(self, step: int) -> dict[str, float]:
-        """The numbers after `step`, alike on all ranks; empty for a step that is not looked at. Collective."""
+    def measured(self, step: int, updates: int) -> dict[str, float]:
+        """The numbers after `step` and so many updates, alike on all ranks; empty for a step that is not looked at.
+        Collective."""
         if step % self.every:
             return {}
         largest, sums = 0.0, np.zeros(7)
         for chunk in self._chunks():
-            worst, *counts = self._looked_at(chunk, step)
+            worst, *counts = self._looked_at(chunk, updates)
             largest = float(np.maximum(largest, worst))  # NaN stays visible
             bias = self._bias(chunk)
             sums += [*counts, sum(bias), len(bias)]
@@ -63,7 +64,7 @@ class UpdateStatistics:
         if known:
             found["v_bias"] = bias_sum / known
         if isinstance(self._optimizer, AdamW):
-            noise = self._optimizer.noise_over_signal(of_m, of_v, step)
+            noise = self._optimizer.noise_over_signal(of_m, of_v, updates)
             found |= {} if noise is None else {"gradient_noise": noise}
         return found
 

@@ -302,7 +302,9 @@ class Trainer:
         return new
 
     def _measured(self, step: int) -> Mapping[str, float]:
-        return {} if self._statistics is None else self._statistics.measured(step)
+        return (
+            {} if self._statistics is None else self._statistics.measured(step, step - self._scale.left_out)
+        )
 
     def carried(self) -> dict[str, list[float]]:
         """What a continued run needs beside weights and states to go on bitwise."""
@@ -342,6 +344,8 @@ class Trainer:
         self._sums.suspects = None
         guilty = [f"{r} ({self._comm.hostnames[r]})" for r, names in enumerate(by_rank) if names]
         what = f"step {step}: the gradient of {some_of(error.tensors)} is not finite"
+        if self._scale.value > 1:
+            what += f" (times a loss scale of {self._scale.value:.0f}, which may be the cause: take a smaller one)"
         if guilty:
             return _shared(f"{what}, computed by rank {', '.join(guilty)}; no weight was changed")
         try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_empire.disk import with_headroom
 from mlx_empire.errors import UserError
@@ -73,9 +74,9 @@ class AdapterWriter:
         self._adapters: dict[str, mx.array] = {}
 
     def write_unit(self, index: int, tensors: Mapping[str, mx.array]) -> None:
-        """Take one unit's tensors, named as in the spec."""
+        """Take copies of one unit's adapters, named as in the spec: the caller may reuse the memory afterwards."""
         names = [t.name for t in self._spec.units[index].tensors if t.trainable]
-        self._adapters |= {name: tensors[name] for name in names}
+        self._adapters |= {name: mx.array(np.array(tensors[name])) for name in names}
 
     def close(self) -> None:
         """Write, check the headers, and rename. NoRoomError; after an error it may be called again."""

@@ -6,16 +6,12 @@ Markdown with the YAML head that Hugging Face reads. Everything stands in the ru
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mlx_empire import __version__
-from mlx_empire.errors import UserError
-from mlx_empire.model.bitnet import FAMILY
-from mlx_empire.model.config import read_config
+from mlx_empire.formats.base_layout import BITNET, bitnet_family
 from mlx_empire.model.mlx_lm_modules import OURS
-from mlx_empire.model.packing_config import TITLES, packing_method
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.recipe.evaluation import worse_by
 from mlx_empire.recipe.load import dump_recipe
@@ -74,8 +70,8 @@ def _head(recipe: Recipe, source: str | None) -> str:
 
 def _use(recipe: Recipe, family: str) -> str:
     base, bits = recipe.model.path, recipe.tuning.bits
-    if (packed := bitnet_base(recipe)) is not None:
-        merge = "" if packed == FAMILY else ": `mlx-empire export merge` makes a whole model of it"
+    if (packed := bitnet_family(base)) is not None:
+        merge = "" if packed == BITNET else ": `mlx-empire export merge` makes a whole model of it"
         return f"mlx-lm puts no adapters into BitNet's modules{merge}."
     full, ours = recipe.tuning.type == "full", family in OURS
     beside = "" if full else f" --model {base}" if ours else " --adapter-path THIS_FOLDER"
@@ -95,14 +91,6 @@ def _use(recipe: Recipe, family: str) -> str:
         )
     lines.append("The sub-folder `peft`, where there is one, holds the same adapter for `peft` on torch.")
     return "\n\n".join(lines)
-
-
-def bitnet_base(recipe: Recipe) -> str | None:
-    """The model_type of a base in BitNet's layout, of whose modules mlx-lm cannot make LoRA's; None of another one."""
-    with suppress(UserError):
-        config = read_config(recipe.model.path)
-        return str(config["model_type"]) if packing_method(config) == TITLES["bitnet"] else None
-    return None
 
 
 def _figures(spec: ModelSpec, metrics: Sequence[Mapping[str, Any]]) -> str:

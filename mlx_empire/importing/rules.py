@@ -148,6 +148,15 @@ def _strategy(key: str) -> Rule:
     return rule
 
 
+def _rounded(value: Any, _: Mapping[str, Any]) -> Meaning:
+    """Quantisation-aware training elsewhere has integers of four bits and more."""
+    if not value:
+        return ALWAYS
+    return Meaning(
+        NOT_POSSIBLE, {}, "weights are trained for being rounded to three values alone (tuning.qat: ternary)"
+    )
+
+
 def _all_or(key: str) -> Rule:
     """A number, or -1 for all, which is so here where nothing is said."""
     return lambda value, _: Meaning(MAPPED, {}, "all") if value == -1 else Meaning(MAPPED, {key: value})
@@ -268,6 +277,8 @@ RULES: dict[str, Rule] = {
     "lora_target_modules": _targets,
     "lora_target": _targets,
     "lora_keys": _targets,
+    "qat": _rounded,
+    "quantization_aware_training": _rounded,
     "num_layers": _all_or("tuning.layers"),
     "lora_layers": _all_or("tuning.layers"),
     "unfrozen_parameters": _unfrozen,

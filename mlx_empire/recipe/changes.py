@@ -131,13 +131,18 @@ EVERY_WEIGHT: Changes = {
     "tuning.bits": None,
     "tuning.layers": None,
     "tuning.unfrozen_parameters": None,
+    "tuning.qat": None,
+    "tuning.qat_warmup": None,
+    "tuning.qat_group": None,
 }
+FULL_ALONE = tuple(
+    name for name in EVERY_WEIGHT if name not in ("tuning.type", "tuning.bits", "tuning.layers")
+)
 
 
 def adapters_of(recipe: Recipe, settings: Changes) -> dict[str, Any]:
-    """`settings`, which ask for adapters, as they can be typed after a recipe that may name parts to train."""
-    named = recipe.tuning.unfrozen_parameters is not None
-    return {**settings, **({"tuning.unfrozen_parameters": None} if named else {})}
+    """`settings`, which ask for adapters, as they can be typed after a recipe that may ask for parts or rounding."""
+    return {**settings, **{name: None for name in FULL_ALONE if value(recipe, name) is not None}}
 
 
 def typed(changes: Changes) -> str:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import suppress
 from pathlib import Path
 
-from mlx_empire.errors import UserError
-from mlx_empire.formats.model_card import bitnet_base
-from mlx_empire.model.bitnet import FAMILY
-from mlx_empire.model.config import read_config
-from mlx_empire.model.mlx_lm_modules import OURS
+from mlx_empire.formats.base_layout import BITNET, bitnet_family, is_of_our_family
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.names import CURRENT
 
@@ -28,9 +23,9 @@ def next_commands(recipe: Recipe) -> list[str]:
             way = f"bitnet {_word(run / 'final')} OUT"
         use = {f"mlx-empire export {way}": "packed, to use less memory"}
     else:
-        family = bitnet_base(recipe)
+        family = bitnet_family(recipe.model.path)
         speak = _ask(recipe, run, recipe.model.path, run / "final") if family is None else None
-        use = {} if family == FAMILY else {f"mlx-empire export merge {_word(run)} OUT": WHOLE}
+        use = {} if family == BITNET else {f"mlx-empire export merge {_word(run)} OUT": WHOLE}
         use[_go_on(run)] = "go on, on the rows there are by then"
     told = {} if speak is None else {speak: "let it speak"}
     return _told({**told, f"mlx-empire open {_word(run)}": "look at it", **use})
@@ -66,9 +61,8 @@ def _go_on(run: Path) -> str:
 
 def _ask(recipe: Recipe, run: Path, model: Path, adapter: Path | None = None) -> str:
     """The command that lets a model answer: mlx-lm's, where the family's module is mlx-lm's."""
-    with suppress(UserError):
-        if read_config(recipe.model.path)["model_type"] in OURS:
-            return f"mlx-empire chat {_word(run)}"
+    if is_of_our_family(recipe.model.path):
+        return f"mlx-empire chat {_word(run)}"
     beside = "" if adapter is None else f" --adapter-path {_word(adapter)}"
     return f'mlx_lm.generate --model {_word(model)}{beside} --prompt "{PROMPT}"'
 

@@ -173,7 +173,8 @@ def test_a_kill_in_the_middle_leaves_what_the_next_start_removes_and_makes_anew(
 def test_a_build_that_goes_on_is_not_taken_for_a_dead_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
 ) -> None:
-    from mlx_empire.data.cache import building, tokens_folder
+    from mlx_empire.data.cache import tokens_folder
+    from mlx_empire.disk import building
 
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"tokens": [1, 2, 3]}) + "\n")

@@ -118,8 +118,8 @@ def test_another_sweep_in_the_same_folder_is_refused(
         ),
         (["rank=2,4", "--keep", "1"], "--keep: 1: expected a whole number from 2 to 100"),
         (
-            ["rank=2,4", "optimizer.in_backward=true"],
-            "optimizer.in_backward: true: every daughter is clipped",
+            ["rank=2,4", "model.dtype=float16"],
+            "model.dtype: float16: every daughter would need a loss scale of its own",
         ),
     ],
 )

@@ -1,5 +1,7 @@
 """What an update needs besides, as each rule tells a plan, against MLX's own peak: for every form of state and master,
-whether somebody else holds the weights before (they are views of a whole buffer) or nobody does."""
+whether somebody else holds the weights before (they are views of a whole buffer) or nobody does. What the rule says is
+never passed; it is reached where MLX's threads are as far apart as they may be, which on a busy machine takes many
+updates: `make test-slow` waits for it."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.momentum import Lion, Sgd
 from mlx_empire.optim.protocol import ChunkId, StepScalars
 
-ROWS, STEPS = 1 << 12, 12
+ROWS = 1 << 12
 FORMS = [
     ("float32", "exact"),
     ("float16", "exact"),
@@ -21,7 +23,7 @@ FORMS = [
 ]
 
 
-def highest(optimizer: FlatOptimizer, dtype: mx.Dtype, *, held: bool, near: float) -> float:
+def highest(optimizer: FlatOptimizer, dtype: mx.Dtype, *, held: bool, near: float, steps: int) -> float:
     """Bytes per element beside the new weights at the worst moment of up to so many updates: how far MLX's threads are
     apart is chance, so it ends as soon as one comes `near`."""
     weights = mx.random.normal((ROWS, 64)).astype(dtype)
@@ -29,7 +31,7 @@ def highest(optimizer: FlatOptimizer, dtype: mx.Dtype, *, held: bool, near: floa
     state = optimizer.init(weights, quantised=True)
     mx.eval(weights, gradient, state)
     found = 0.0
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         kept = weights if held else None
         gc.collect()
         before = mx.get_active_memory()
@@ -44,14 +46,15 @@ def highest(optimizer: FlatOptimizer, dtype: mx.Dtype, *, held: bool, near: floa
     return found
 
 
+@pytest.mark.parametrize(("steps", "reached"), [(3, 0.3), pytest.param(300, 0.97, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", [AdamW, Lion, Sgd])
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize(("dtype", "master"), FORMS)
 def test_an_update_needs_what_the_rule_says(
-    rule: type[AdamW | Lion | Sgd], bits: int, dtype: str, master: str
+    rule: type[AdamW | Lion | Sgd], bits: int, dtype: str, master: str, steps: int, reached: float
 ) -> None:
     optimizer = rule(state_bits=bits, master_weights=master)
     cost = optimizer.state_bytes(64, dtype, quantised=True)
     for held, said in ((True, cost.alone), (False, cost.alone - cost.in_place)):
-        found = highest(optimizer, getattr(mx, dtype), held=held, near=0.98 * said)
-        assert 0.97 * said <= found <= 1.01 * said, (held, found, said)
+        found = highest(optimizer, getattr(mx, dtype), held=held, near=0.98 * said, steps=steps)
+        assert reached * said <= found <= 1.01 * said, (held, found, said)

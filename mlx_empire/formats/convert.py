@@ -37,8 +37,8 @@ from mlx_empire.formats.staging import (
     write_json,
     write_text,
 )
-from mlx_empire.model.bitnet import FAMILY
 from mlx_empire.model.config import read_config
+from mlx_empire.model.packing_config import BITNET_NAME
 from mlx_empire.model.quantize import Choice, QuantFormat, quant_format_with, quantize
 from mlx_empire.model.spec import ModelSpec, TensorSpec, is_embedding
 from mlx_empire.model.target import Target, make_target
@@ -197,9 +197,9 @@ def write_packed(
 
     `choose`: how each matrix is packed, if it is. `about`: what EXPORT.json also says.
     """
-    if spec.family == FAMILY:
+    if spec.family == BITNET_NAME:
         raise UserError(
-            f"{side_files}: mlx-lm's {FAMILY} reads weights in BitNet's layout only; nothing was packed"
+            f"{side_files}: mlx-lm's {BITNET_NAME} reads weights in BitNet's layout only; nothing was packed"
         )
     chosen: dict[str, QuantFormat] = {}
     table = PackingTable()

@@ -32,9 +32,9 @@ from mlx.utils import tree_flatten
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import Build, ModelFolder
 from mlx_empire.formats.safetensors import DTYPES
-from mlx_empire.model.bitnet import FAMILY
 from mlx_empire.model.build import build_model, describe, sanitize, stand_ins
 from mlx_empire.model.config import reader_of
+from mlx_empire.model.packing_config import BITNET_NAME
 from mlx_empire.model.scaled_down import scaled_down_config
 from mlx_empire.model.spec import ModelSpec, TensorSpec
 
@@ -116,10 +116,10 @@ def choose_layout(spec: ModelSpec, build: Build, folder: ModelFolder | None) -> 
     tensors): a run can ask before it trains whether its result can be exported. UserError if mlx-lm reads
     neither layout back.
     """
-    if spec.family == FAMILY:
+    if spec.family == BITNET_NAME:
         raise UserError(
-            f"{spec.name}: a trained one cannot be exported, for mlx-lm's {FAMILY} reads packed ternary weights only; "
-            "choose another model or tuning.type: lora"
+            f"{spec.name}: a trained one cannot be exported, for mlx-lm's {BITNET_NAME} reads packed ternary weights "
+            "only; choose another model or tuning.type: lora"
         )
     towers = _towers_to_carry(spec, folder) if folder else ()
     naming = _naming_of(spec, folder)

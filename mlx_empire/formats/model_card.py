@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_empire import __version__
-from mlx_empire.formats.base_layout import BITNET, bitnet_family
+from mlx_empire.formats.base_layout import bitnet_family
 from mlx_empire.model.mlx_lm_modules import OURS
+from mlx_empire.model.packing_config import BITNET_NAME
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.recipe.evaluation import worse_by
 from mlx_empire.recipe.load import dump_recipe
@@ -71,7 +72,7 @@ def _head(recipe: Recipe, source: str | None) -> str:
 def _use(recipe: Recipe, family: str) -> str:
     base, bits = recipe.model.path, recipe.tuning.bits
     if (packed := bitnet_family(base)) is not None:
-        merge = "" if packed == BITNET else ": `mlx-empire export merge` makes a whole model of it"
+        merge = "" if packed == BITNET_NAME else ": `mlx-empire export merge` makes a whole model of it"
         return f"mlx-lm puts no adapters into BitNet's modules{merge}."
     full, ours = recipe.tuning.type == "full", family in OURS
     beside = "" if full else f" --model {base}" if ours else " --adapter-path THIS_FOLDER"

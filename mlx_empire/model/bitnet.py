@@ -18,14 +18,14 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from mlx_empire.errors import UserError
+from mlx_empire.model.packing_config import BITNET_NAME
 
-FAMILY = "bitnet"
 ROWS_PER_BYTE, GROUP = 4, 64
 SCALE = ".weight_scale"
 CODES_PER_WORD = 16  # of two bits each, in one of MLX's uint32
 # What a folder in this layout says in `quantization_config`: scales are multiplied with, weights are packed.
 SETTINGS: Mapping[str, Any] = {
-    "quant_method": "bitnet",
+    "quant_method": BITNET_NAME,
     "linear_class": "autobitlinear",
     "quantization_mode": "offline",
 }

@@ -27,10 +27,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_empire.errors import EmpireError, UserError, of_gpu
-from mlx_empire.model.bitnet import FAMILY, with_plain_linears
+from mlx_empire.model.bitnet import with_plain_linears
 from mlx_empire.model.config import HEADS, TIE
 from mlx_empire.model.mlx_lm_modules import OURS, classes_of, said_of
-from mlx_empire.model.packing_config import is_packed, packing_method
+from mlx_empire.model.packing_config import BITNET_NAME, is_packed, packing_method
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec, is_adapter, is_offset
 from mlx_empire.model.stored_tensors import spell_tensors
 from mlx_empire.recipe.text import first_line
@@ -149,7 +149,7 @@ def build_model(config: Mapping[str, Any], name: str) -> nn.Module:
         model_class, args_class = classes_of(config)
         given = copy.deepcopy(dict(config))  # some write into it
         model: nn.Module = model_class(args_class.from_dict(given))
-        if config.get("model_type") == FAMILY:
+        if config.get("model_type") == BITNET_NAME:
             model = with_plain_linears(model)
         model.train().trainable_parameters()  # a few classes are no whole modules, which shows only here
     return model

@@ -22,6 +22,7 @@ FLOATING: Mapping[str, dict[str, Any]] = {
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
     "nvfp4": {"group_size": 16, "bits": 4, "mode": "nvfp4"},
 }
+BITNET_NAME = "bitnet"  # as quant_method, and as a model_type
 BITNET: Mapping[str, Any] = {"group_size": 64, "bits": 2, "mode": "affine"}  # what it becomes (`bitnet`)
 COMPRESSED: Mapping[str, dict[str, Any]] = {
     "nvfp4-pack-quantized": FLOATING["nvfp4"],
@@ -38,7 +39,7 @@ TRACES: tuple[tuple[tuple[str, ...], str], ...] = (
     ((".weight_scale_inv",), FP8),
     (("_proj_blocks", "_proj_scales"), "mxfp4"),
 )
-TITLES = {"awq": "AWQ", "gptq": "GPTQ", "hqq": "HQQ", "bitnet": "BitNet", "mxfp4": "MXFP4", FP8: "FP8"}
+TITLES = {"awq": "AWQ", "gptq": "GPTQ", "hqq": "HQQ", BITNET_NAME: "BitNet", "mxfp4": "MXFP4", FP8: "FP8"}
 KEPT_KEYS = ("modules_to_not_convert", "ignore", "exclude_modules", "ignored_layers")
 
 
@@ -122,7 +123,7 @@ def _mlx_settings(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
     method = found.get(METHOD)
     if method in ("mxfp4", "mxfp8"):
         return FLOATING[method]
-    if method == "bitnet":
+    if method == BITNET_NAME:
         return BITNET if _is_offline_bitnet(found) else None
     if method == FP8 and found.get("scale_fmt") == "ue8m0" and found.get("weight_block_size") == [32, 32]:
         return FLOATING["mxfp8"]

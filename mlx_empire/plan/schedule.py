@@ -163,9 +163,8 @@ class _Step:
             for part in wave:
                 for visit in self._visits("backward", "reuse", u, part.members, part.round, part.times):
                     yield visit
-                    if (
-                        u == shape.lowest and shape.trained[0] and shape.embeds
-                    ):  # beside the next micro-batch's backward
+                    # beside the next micro-batch's backward
+                    if u == shape.lowest and shape.trained[0] and shape.embeds:
                         yield visit._replace(kind="embed", unit=0, products=())
                 yield from self._deliver(u, part)
             yield Action("free", u)
@@ -181,9 +180,8 @@ class _Step:
                     part.round > 0
                 ):  # it hides behind nothing, and a second large contribution would be there beside it
                     yield from self._settle()
-                if (
-                    shape.embeds and shape.boundary < shape.lowest
-                ):  # else it came with the lowest layer's backward
+                # Else it came with the lowest layer's backward.
+                if shape.embeds and shape.boundary < shape.lowest:
                     yield from self.each("embed", 0, part.members, part.round, part.times)
                 yield from self._deliver(0, part)
         yield Action("free", 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from mlx_empire.formats.base_layout import BITNET, bitnet_family, is_of_our_family
+from mlx_empire.formats.base_layout import bitnet_family, is_of_our_family
+from mlx_empire.model.packing_config import BITNET_NAME
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.names import CURRENT
 
@@ -25,7 +26,7 @@ def next_commands(recipe: Recipe) -> list[str]:
     else:
         family = bitnet_family(recipe.model.path)
         speak = _ask(recipe, run, recipe.model.path, run / "final") if family is None else None
-        use = {} if family == BITNET else {f"mlx-empire export merge {_word(run)} OUT": WHOLE}
+        use = {} if family == BITNET_NAME else {f"mlx-empire export merge {_word(run)} OUT": WHOLE}
         use[_go_on(run)] = "go on, on the rows there are by then"
     told = {} if speak is None else {speak: "let it speak"}
     return _told({**told, f"mlx-empire open {_word(run)}": "look at it", **use})

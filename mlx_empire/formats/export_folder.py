@@ -20,7 +20,8 @@ import mlx.core as mx
 from mlx_empire.disk import with_headroom
 from mlx_empire.errors import NumericsError, UserError
 from mlx_empire.formats.hf_folder import INDEX_NAME, Build, ModelFolder, has_weights, open_folder
-from mlx_empire.formats.hf_names import HUGGING_FACE, HfPiece, Layout, choose_layout
+from mlx_empire.formats.hf_names import HUGGING_FACE, Layout, choose_layout
+from mlx_empire.formats.hf_pieces import HfPiece
 from mlx_empire.formats.safetensors import (
     CODES,
     ITEM_BYTES,

@@ -1,14 +1,6 @@
 """What an exported tensor is called and how it is laid out: the inverse of mlx-lm's renaming, checked.
 
-mlx-lm keeps most families' names. Three of its changes are undone here, recognised by the tensors' names:
-
-| mlx-lm                                             | Hugging Face                                          |
-|----------------------------------------------------|-------------------------------------------------------|
-| X.switch_mlp.gate_proj.weight [E, out, in], ...    | X.experts.<e>.gate_proj.weight [out, in], ...         |
-| ... under block_sparse_moe (mixtral)               | X.experts.<e>.w1 (gate), .w2 (down), .w3 (up)         |
-| feed_forward.experts.gate_proj/up_proj.weight      | ...experts.gate_up_proj [E, in, 2 out] (llama4)       |
-| feed_forward.experts.down_proj.weight [E, out, in] | ...experts.down_proj [E, in, out] (llama4)            |
-| self_attn.embed_q, unembed_out (deepseek_v3)       | self_attn.kv_b_proj.weight [heads (nope + v), rank]   |
+mlx-lm keeps most families' names; `hf_pieces` undoes three of its changes.
 
 A language model that mlx-lm wraps (`language_model.model.layers`) takes the names that the source folder has for it, so
 that the towers beside it can be carried along: vision-language folders come in three spellings (NAMINGS).
@@ -21,16 +13,16 @@ normalises its head whenever it is read), the model is refused before it is trai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import Build, ModelFolder
+from mlx_empire.formats.hf_pieces import HfPiece, Units, Way, as_hugging_face, as_mlx_lm
 from mlx_empire.formats.safetensors import DTYPES
 from mlx_empire.model.build import build_model, describe, sanitize, stand_ins
 from mlx_empire.model.config import reader_of
@@ -60,7 +52,6 @@ KEPT = frozenset(
         "olmo",
     }
 )
-MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 # Towers beside the language model that mlx-lm drops; they are carried into the export unchanged.
 TOWERS = (
@@ -82,21 +73,6 @@ Naming = tuple[tuple[str, str], ...]
 AS_MLX_LM: Naming = ()
 AS_TRANSFORMERS: Naming = (("language_model.model.", "model.language_model."), ("language_model.", ""))
 NAMINGS: tuple[Naming, ...] = (AS_MLX_LM, AS_TRANSFORMERS, (("language_model.", ""),))
-
-
-@dataclass(frozen=True)
-class HfPiece:
-    """One exported tensor: `make` builds it from the mlx-lm tensors named in `takes`, in that order."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    takes: tuple[str, ...]
-    make: Callable[..., mx.array]
-
-
-Units = tuple[tuple[HfPiece, ...], ...]
-Way = Callable[[tuple[TensorSpec, ...]], Iterator[HfPiece]]  # lays out the tensors of a unit
 
 
 @dataclass(frozen=True)
@@ -126,10 +102,10 @@ def choose_layout(spec: ModelSpec, build: Build, folder: ModelFolder | None) -> 
     why: str | None = None
     for carried in dict.fromkeys((towers, ())):
         others = {n: info for n, info in folder.stored().items() if n in carried} if folder else {}
-        for way in dict.fromkeys((_named(_inverse, naming), _inverse, _own)):
+        for way in dict.fromkeys((_named(as_hugging_face, naming), as_hugging_face, as_mlx_lm)):
             units = _laid_out(spec, way)
-            theirs = way is not _own and _is_huggingface(spec, units, folder)
-            if way not in (_inverse, _own) and not theirs:
+            theirs = way is not as_mlx_lm and _is_huggingface(spec, units, folder)
+            if way not in (as_hugging_face, as_mlx_lm) and not theirs:
                 continue  # another's names with mlx-lm's layout would help nobody
             why = naming_problem(spec, build, units, stand_ins(others)) or _problem_when_small(spec, way)
             if why is None:
@@ -200,7 +176,7 @@ def huggingface_names(spec: ModelSpec, folder: ModelFolder | None, adapted: Coll
         return True
     if folder and not _is_by_mlx(folder) and all(renamed(name, naming) in folder.tensors for name in adapted):
         return True
-    return _is_huggingface(spec, _laid_out(spec, _inverse), folder)
+    return _is_huggingface(spec, _laid_out(spec, as_hugging_face), folder)
 
 
 def tower_names(folder: ModelFolder) -> tuple[str, ...]:
@@ -250,65 +226,6 @@ def _named(way: Way, naming: Naming) -> Way:
 
 def _laid_out(spec: ModelSpec, way: Way) -> Units:
     return tuple(tuple(way(unit.tensors)) for unit in spec.units)
-
-
-def _own(tensors: tuple[TensorSpec, ...]) -> Iterator[HfPiece]:
-    return map(_same, tensors)
-
-
-def _inverse(tensors: tuple[TensorSpec, ...]) -> Iterator[HfPiece]:
-    here = {t.name: t for t in tensors}
-    for tensor in tensors:
-        stem, _, last = tensor.name.removesuffix(".weight").rpartition(".")
-        if stem.endswith(".feed_forward.experts") and last in ("gate_proj", "up_proj", "down_proj"):
-            if last == "down_proj":
-                yield _swapped(tensor, f"{stem}.down_proj")
-            elif last == "gate_proj":
-                yield _gate_and_up(tensor, here[f"{stem}.up_proj.weight"], f"{stem}.gate_up_proj")
-        elif stem.endswith(".switch_mlp") and len(tensor.shape) == 3:
-            yield from _experts(tensor, stem.removesuffix(".switch_mlp"), last)
-        elif last == "embed_q" and f"{stem}.unembed_out.weight" in here:
-            yield _key_value_up(tensor, here[f"{stem}.unembed_out.weight"], f"{stem}.kv_b_proj.weight")
-        elif not (last == "unembed_out" and f"{stem}.embed_q.weight" in here):
-            yield _same(tensor)
-
-
-def _same(tensor: TensorSpec) -> HfPiece:
-    return HfPiece(tensor.name, tensor.shape, tensor.dtype, (tensor.name,), lambda x: x)
-
-
-def _swapped(tensor: TensorSpec, name: str) -> HfPiece:
-    experts, rows, columns = tensor.shape
-    shape = (experts, columns, rows)
-    return HfPiece(name, shape, tensor.dtype, (tensor.name,), lambda x: mx.swapaxes(x, 1, 2))
-
-
-def _gate_and_up(gate: TensorSpec, up: TensorSpec, name: str) -> HfPiece:
-    experts, rows, columns = gate.shape
-
-    def make(g: mx.array, u: mx.array) -> mx.array:
-        return mx.concatenate([mx.swapaxes(g, 1, 2), mx.swapaxes(u, 1, 2)], axis=-1)
-
-    return HfPiece(name, (experts, columns, 2 * rows), gate.dtype, (gate.name, up.name), make)
-
-
-def _experts(tensor: TensorSpec, owner: str, projection: str) -> Iterator[HfPiece]:
-    if owner.endswith(".block_sparse_moe"):
-        projection = MIXTRAL_NAMES.get(projection, projection)
-    suffix = tensor.name.rpartition(".")[2]
-    for e in range(tensor.shape[0]):
-        name = f"{owner}.experts.{e}.{projection}.{suffix}"
-        yield HfPiece(name, tensor.shape[1:], tensor.dtype, (tensor.name,), itemgetter(e))
-
-
-def _key_value_up(key: TensorSpec, value: TensorSpec, name: str) -> HfPiece:
-    heads, rank, nope = key.shape
-    rows = heads * (nope + value.shape[1])
-
-    def make(k: mx.array, v: mx.array) -> mx.array:
-        return mx.concatenate([mx.swapaxes(k, 1, 2), v], axis=1).reshape(rows, rank)
-
-    return HfPiece(name, (rows, rank), key.dtype, (key.name, value.name), make)
 
 
 def _sample(tensor: TensorSpec) -> mx.array:

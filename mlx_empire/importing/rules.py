@@ -9,29 +9,28 @@ the nearest to it in another unit or the other way round, have a rule each.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_empire.importing.meaning import (
+    ALWAYS,
+    MAPPED,
+    NOT_POSSIBLE,
+    REPLACED,
+    Meaning,
+    Rule,
+    all_or,
+    always,
+    inverted,
+    iterations,
+    one_of,
+    steps,
+    strategy,
+)
 from mlx_empire.model.lora import DEFAULT_RANK
 from mlx_empire.recipe.foreign import KEYS
 
-MAPPED, REPLACED, NOT_POSSIBLE = "mapped", "replaced", "not possible"
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """A verdict, the recipe's keys with their values, and a sentence where those do not say it all."""
-
-    verdict: str
-    keys: Mapping[str, Any] = field(default_factory=dict)
-    why: str = ""
-
-
-Rule = Callable[[Any, Mapping[str, Any]], Meaning]  # of a value and of all values by name
-
-ALWAYS = Meaning(MAPPED, {}, "always so")
 TYPES = {"lora": "lora", "qlora": "qlora", "dora": "dora", "full": "full"}
 SCHEDULES = {
     "constant": "constant",
@@ -59,22 +58,6 @@ def meaning_of(name: str, value: Any, told: Mapping[str, Any]) -> Meaning:
     if name not in SAME:
         return Meaning(NOT_POSSIBLE, {}, "no key of a recipe says this")
     return Meaning(MAPPED, {KEYS[name.replace("_", "-")]: value})
-
-
-def _one_of(names: Mapping[str, Any], key: str) -> Rule:
-    def rule(value: Any, _: Mapping[str, Any]) -> Meaning:
-        found = names.get(str(value).lower())
-        if found is None:
-            return Meaning(NOT_POSSIBLE, {}, f"{key} is one of {', '.join(dict.fromkeys(names.values()))}")
-        return Meaning(MAPPED, {key: found})
-
-    return rule
-
-
-def _always(expected: Any, otherwise: str) -> Rule:
-    """A key that decides nothing here as long as it has one of the `expected` values."""
-    allowed = expected if isinstance(expected, tuple) else (expected,)
-    return lambda value, _: ALWAYS if value in allowed else Meaning(NOT_POSSIBLE, {}, otherwise)
 
 
 def _dtype(value: Any, _: Mapping[str, Any]) -> Meaning:
@@ -110,17 +93,6 @@ def _accumulated(value: Any, told: Mapping[str, Any]) -> Meaning:
     )
 
 
-def _iterations(key: str) -> Rule:
-    """mlx-lm counts micro-batches, also those after which nothing is updated."""
-
-    def rule(value: Any, told: Mapping[str, Any]) -> Meaning:
-        micro = int(told.get("grad_accumulation_steps") or 1)
-        why = f"{value} micro-batches there, {micro} a step" if micro > 1 else ""
-        return Meaning(MAPPED, {key: max(1, value // micro)}, why)
-
-    return rule
-
-
 def _micro_batches(value: Any, told: Mapping[str, Any]) -> Meaning:
     rows = int(told.get("batch_size") or 4)  # mlx-lm's own default
     return Meaning(MAPPED, {"batch.global_size": rows * value}, f"{rows} x {value} rows a step")
@@ -131,23 +103,6 @@ def _rows(value: Any, told: Mapping[str, Any]) -> Meaning:
     return Meaning(MAPPED, {"batch.micro_size" if accumulated else "batch.global_size": value})
 
 
-def _steps(key: str) -> Rule:
-    """A number of steps, or below 1 a part of the run."""
-    return lambda value, _: Meaning(MAPPED, {key: f"{100 * value:g}%" if 0 < value < 1 else value})
-
-
-def _strategy(key: str) -> Rule:
-    said: dict[str, dict[str, Any]] = {"epoch": {key: "1ep"}, "steps": {}, "no": {}, "false": {}}
-
-    def rule(value: Any, _: Mapping[str, Any]) -> Meaning:
-        found = said.get(str(value).lower())
-        if found is None:
-            return Meaning(NOT_POSSIBLE, {}, f"{key} is a number of steps or a part of the run")
-        return Meaning(MAPPED, found, "" if found else f"what {key} says, if another line gives it")
-
-    return rule
-
-
 def _rounded(value: Any, _: Mapping[str, Any]) -> Meaning:
     """Quantisation-aware training elsewhere has integers of four bits and more."""
     if not value:
@@ -155,20 +110,6 @@ def _rounded(value: Any, _: Mapping[str, Any]) -> Meaning:
     return Meaning(
         NOT_POSSIBLE, {}, "weights are trained for being rounded to three values alone (tuning.qat: ternary)"
     )
-
-
-def _all_or(key: str) -> Rule:
-    """A number, or -1 for all, which is so here where nothing is said."""
-    return lambda value, _: Meaning(MAPPED, {}, "all") if value == -1 else Meaning(MAPPED, {key: value})
-
-
-def _inverted(key: str) -> Rule:
-    def rule(value: Any, _: Mapping[str, Any]) -> Meaning:
-        if not isinstance(value, bool):
-            raise ValueError("neither true nor false")
-        return Meaning(MAPPED, {key: not value}, "the other way round")
-
-    return rule
 
 
 def _scale(value: Any, told: Mapping[str, Any]) -> Meaning:
@@ -258,12 +199,12 @@ def _unfrozen(value: Any, _: Mapping[str, Any]) -> Meaning:
 
 GROUPS = "by MLX's groups of 64 weights with 4-bit codes, a scale and a bias in bfloat16"
 RULES: dict[str, Rule] = {
-    "method": _one_of(TYPES, "tuning.type"),
-    "peft_type": _one_of(TYPES, "tuning.type"),
-    "finetuning_type": _one_of(TYPES, "tuning.type"),
-    "fine_tune_type": _one_of(TYPES, "tuning.type"),
-    "finetune_type": _one_of(TYPES, "tuning.type"),
-    "lora": _one_of({"true": "lora"}, "tuning.type"),
+    "method": one_of(TYPES, "tuning.type"),
+    "peft_type": one_of(TYPES, "tuning.type"),
+    "finetuning_type": one_of(TYPES, "tuning.type"),
+    "fine_tune_type": one_of(TYPES, "tuning.type"),
+    "finetune_type": one_of(TYPES, "tuning.type"),
+    "lora": one_of({"true": "lora"}, "tuning.type"),
     "use_peft": lambda value, _: Meaning(MAPPED, {"tuning.type": "lora" if value else "full"}),
     "use_dora": lambda value, _: Meaning(MAPPED, {"tuning.type": "dora"} if value else {}),
     "use_rslora": lambda value, _: Meaning(MAPPED, {"tuning.rslora": True} if value else {}),
@@ -271,23 +212,23 @@ RULES: dict[str, Rule] = {
     "alpha": lambda value, _: Meaning(MAPPED, {"tuning.alpha": value}),
     "lora_scale": _scale,
     "dropout": lambda value, _: Meaning(MAPPED, {"tuning.dropout": value}),
-    "bias": _always("none", "no bias is trained beside adapters"),
-    "task_type": _always(("CAUSAL_LM", None), "only causal language models are trained"),
+    "bias": always("none", "no bias is trained beside adapters"),
+    "task_type": always(("CAUSAL_LM", None), "only causal language models are trained"),
     "target_modules": _targets,
     "lora_target_modules": _targets,
     "lora_target": _targets,
     "lora_keys": _targets,
     "qat": _rounded,
     "quantization_aware_training": _rounded,
-    "num_layers": _all_or("tuning.layers"),
-    "lora_layers": _all_or("tuning.layers"),
+    "num_layers": all_or("tuning.layers"),
+    "lora_layers": all_or("tuning.layers"),
     "unfrozen_parameters": _unfrozen,
-    "modules_to_save": _always(
+    "modules_to_save": always(
         (None, []), "only adapters are trained; tuning.targets may name embed_tokens and lm_head"
     ),
-    "inference_mode": _always((True, False), "true or false there"),
-    "fan_in_fan_out": _always(False, "weights are stored outputs first"),
-    "init_lora_weights": _always((True, "default"), "lora_b begins at zero and lora_a at random"),
+    "inference_mode": always((True, False), "true or false there"),
+    "fan_in_fan_out": always(False, "weights are stored outputs first"),
+    "init_lora_weights": always((True, "default"), "lora_b begins at zero and lora_a at random"),
     "load_in_4bit": _packed(4),
     "load_in_8bit": _packed(8),
     "bnb_4bit_compute_dtype": _dtype,
@@ -303,17 +244,17 @@ RULES: dict[str, Rule] = {
     "num_train_epochs": _epochs,
     "num_epochs": _epochs,
     "epochs": _epochs,
-    "iters": _iterations("run.steps"),
-    "steps_per_eval": _iterations("run.eval_every"),
-    "steps_per_report": _iterations("report.log_every"),
-    "save_every": _iterations("run.save_every"),
-    "eval_steps": _steps("run.eval_every"),
-    "save_steps": _steps("run.save_every"),
-    "logging_steps": _steps("report.log_every"),
-    "eval_strategy": _strategy("run.eval_every"),
-    "evaluation_strategy": _strategy("run.eval_every"),
-    "save_strategy": _strategy("run.save_every"),
-    "val_batches": _all_or("run.eval_batches"),
+    "iters": iterations("run.steps"),
+    "steps_per_eval": iterations("run.eval_every"),
+    "steps_per_report": iterations("report.log_every"),
+    "save_every": iterations("run.save_every"),
+    "eval_steps": steps("run.eval_every"),
+    "save_steps": steps("run.save_every"),
+    "logging_steps": steps("report.log_every"),
+    "eval_strategy": strategy("run.eval_every"),
+    "evaluation_strategy": strategy("run.eval_every"),
+    "save_strategy": strategy("run.save_every"),
+    "val_batches": all_or("run.eval_batches"),
     "test_batches": lambda _, __: Meaning(NOT_POSSIBLE, {}, "test rows are for `mlx-empire evaluate`"),
     "resume": _resumed,
     "resume_from_checkpoint": _resumed,
@@ -321,16 +262,16 @@ RULES: dict[str, Rule] = {
     "run_name": _named_run,
     "report_to": _reported,
     "logging_dir": lambda _, __: Meaning(REPLACED, {}, "figures go to metrics.jsonl in run.dir"),
-    "train_on_inputs": _inverted("data.mask_prompt"),
-    "train_on_prompt": _inverted("data.mask_prompt"),
+    "train_on_inputs": inverted("data.mask_prompt"),
+    "train_on_prompt": inverted("data.mask_prompt"),
     "completion_only_loss": lambda value, _: Meaning(
         MAPPED, {} if value is None else {"data.mask_prompt": value}, "as rows are" if value is None else ""
     ),
     "max_steps": lambda value, _: Meaning(MAPPED, {"run.steps": value} if value > 0 else {}),
-    "lr_scheduler_type": _one_of(SCHEDULES, "schedule.type"),
-    "lr_scheduler": _one_of(SCHEDULES, "schedule.type"),
-    "lr_schedule": _one_of(SCHEDULES, "schedule.type"),
-    "warmup_steps": _steps("schedule.warmup"),
+    "lr_scheduler_type": one_of(SCHEDULES, "schedule.type"),
+    "lr_scheduler": one_of(SCHEDULES, "schedule.type"),
+    "lr_schedule": one_of(SCHEDULES, "schedule.type"),
+    "warmup_steps": steps("schedule.warmup"),
     "warmup_ratio": lambda value, _: Meaning(MAPPED, {"schedule.warmup": f"{100 * value:g}%"}),
     "gradient_accumulation_steps": _accumulated,
     "grad_accumulation_steps": _micro_batches,

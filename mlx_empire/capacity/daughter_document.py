@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mlx_empire.capacity.daughters import DaughterPlacement, DaughterRun, Model, Serving, place_daughters
+from mlx_empire.capacity.daughters import (
+    DaughterPlacement,
+    DaughterRun,
+    ServedModel,
+    Serving,
+    place_daughters,
+)
 from mlx_empire.capacity.document import Document
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.report.text import run_length, span
@@ -45,7 +51,7 @@ class DaughterSurvey:
         for one in {one.way: one for one in self.served}.values():
             for shared, own in ((False, one.weight_bytes), (True, one.adapter_bytes)):
                 base = "base" if shared else None
-                models = [Model(f"{i + 1}", one.cache_bytes + own, base) for i in range(self.count)]
+                models = [ServedModel(f"{i + 1}", one.cache_bytes + own, base) for i in range(self.count)]
                 placement = place_daughters(models, self.nodes, {"base": one.weight_bytes})
                 found.append(Placed(one.way, shared, placement))
         return found

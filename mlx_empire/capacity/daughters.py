@@ -66,7 +66,7 @@ class Serving:
 
 
 @dataclass(frozen=True)
-class Model:
+class ServedModel:
     """Something to be placed: its own bytes, and the base that it shares with others on the same node (or None)."""
 
     name: str
@@ -142,7 +142,7 @@ def serving(
 
 
 def place_daughters(
-    models: Sequence[Model], nodes: Sequence[Node], bases: Mapping[str, int] | None = None
+    models: Sequence[ServedModel], nodes: Sequence[Node], bases: Mapping[str, int] | None = None
 ) -> DaughterPlacement:
     """Spread `models` over `nodes`, never past 95 % of a limit; a base (`bases`: bytes by name) loads once per node.
 
@@ -167,13 +167,13 @@ def kinds(nodes: Sequence[Node]) -> list[Node]:
 
 
 def _place(
-    models: Sequence[Model], nodes: Sequence[Node], bases: Mapping[str, int], *, fullest: bool
+    models: Sequence[ServedModel], nodes: Sequence[Node], bases: Mapping[str, int], *, fullest: bool
 ) -> DaughterPlacement:
     limits = [serving_room(n.limit_bytes) for n in nodes]
     used, homes, homeless = [0] * len(nodes), [list[str]() for _ in nodes], []
     loaded: list[set[str]] = [set() for _ in nodes]
 
-    def cost(model: Model, i: int) -> int:
+    def cost(model: ServedModel, i: int) -> int:
         if model.base is None or model.base in loaded[i]:
             return model.own_bytes
         return model.own_bytes + bases[model.base]

@@ -24,8 +24,8 @@ from rich.text import Text
 from mlx_empire.comm.connect import choose_device
 from mlx_empire.comm.failure import guard
 from mlx_empire.errors import UserError
-from mlx_empire.importing.packing_error import packing_error
 from mlx_empire.importing.meaning import MAPPED, NOT_POSSIBLE, REPLACED, Meaning
+from mlx_empire.importing.packing_error import packing_error
 from mlx_empire.importing.rules import meaning_of
 from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.explain import leaf_fields, sections

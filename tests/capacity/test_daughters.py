@@ -12,7 +12,7 @@ from mlx_empire.capacity.daughters import (
     QLORA4,
     QLORA8,
     WAYS,
-    Model,
+    ServedModel,
     daughter_runs,
     kinds,
     place_daughters,
@@ -117,7 +117,7 @@ SIZES = st.lists(st.integers(1, 60), max_size=30)
 def test_a_placement_keeps_every_model_once_and_never_overfills(sizes, limits, shared):
     bases = {"even": 30, "odd": 17} if shared else {}
     models = [
-        Model(f"m{i}", size, ("even", "odd")[i % 2] if shared else None) for i, size in enumerate(sizes)
+        ServedModel(f"m{i}", size, ("even", "odd")[i % 2] if shared else None) for i, size in enumerate(sizes)
     ]
     nodes = nodes_of(limits)
     found = place_daughters(models, nodes, bases)
@@ -139,9 +139,9 @@ def test_a_placement_keeps_every_model_once_and_never_overfills(sizes, limits, s
 
 def test_alike_models_spread_evenly_and_share_their_base():
     nodes = nodes_of([1000, 1000])
-    found = place_daughters([Model(f"m{i}", 10) for i in range(8)], nodes)
+    found = place_daughters([ServedModel(f"m{i}", 10) for i in range(8)], nodes)
     assert [len(home) for home in found.homes] == [4, 4]
-    shared = place_daughters([Model(f"m{i}", 10, "base") for i in range(8)], nodes, {"base": 900})
+    shared = place_daughters([ServedModel(f"m{i}", 10, "base") for i in range(8)], nodes, {"base": 900})
     assert shared.used_bytes[0] + shared.used_bytes[1] == 80 + 2 * 900
     assert len(shared.homeless) == 0
 
@@ -149,6 +149,8 @@ def test_alike_models_spread_evenly_and_share_their_base():
 def test_a_large_model_keeps_its_machine():
     """Spreading alone would leave 900 without a place; packing finds it one."""
     nodes = nodes_of([1000, 1000])
-    found = place_daughters([Model("small-1", 450), Model("small-2", 450), Model("large", 900)], nodes)
+    found = place_daughters(
+        [ServedModel("small-1", 450), ServedModel("small-2", 450), ServedModel("large", 900)], nodes
+    )
     assert found.homeless == ()
     assert sorted(map(len, found.homes)) == [1, 2]

@@ -117,8 +117,7 @@ def _diet(assessment: Assessment) -> Settings:
 
 def _release(recipe: Recipe) -> Settings:
     """Gradients that are not kept: a unit is updated in the backward, clipped by the norm of the step before."""
-    skips = recipe.model.dtype == "float16" and not isinstance(recipe.numerics.loss_scale, float)
-    skips = skips or recipe.numerics.spikes in ("skip", "rollback")
+    skips = recipe.dynamic_loss_scale or recipe.numerics.spikes in ("skip", "rollback")
     return {} if skips or recipe.optimizer.in_backward else {"optimizer.in_backward": True}
 
 

@@ -77,7 +77,7 @@ def _of_optimizer(recipe: Recipe, dtypes: Collection[str]) -> Iterator[Reason]:
 
 def _of_the_rest(recipe: Recipe) -> Iterator[Reason]:
     numerics, run = recipe.numerics, recipe.run
-    if recipe.model.dtype != "float16" or isinstance(numerics.loss_scale, float):
+    if not recipe.dynamic_loss_scale:
         yield "numerics.loss_scale_window", "no loss scale is dynamic"
     if recipe.memory.gradient_checkpointing != "auto":
         yield "memory.keep_products", "memory.gradient_checkpointing is not auto"

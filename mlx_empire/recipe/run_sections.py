@@ -80,12 +80,12 @@ class NumericsSection(Section):
         "causal, window and chunk masks and documents hide) or mask (MLX's own way)",
     )
     loss_scale: Annotated[
-        Literal["auto", "dynamic"] | Annotated[float, Field(ge=1, le=2**24)], BeforeValidator(power_of_two)
+        Literal["auto"] | Annotated[float, Field(ge=1, le=2**24)], BeforeValidator(power_of_two)
     ] = Field(
         title="What losses are multiplied by before the backward pass, so that small gradients survive float16.",
         default="auto",
-        description="auto (dynamic with float16, else 1), dynamic (halved where gradients overflow, whose step is left "
-        "out, and doubled after loss_scale_window steps without) or a power of two from 1 to 16777216, which stays",
+        description="auto (with float16 dynamic: halved where gradients overflow, whose step is left out, and doubled "
+        "after loss_scale_window steps without; else 1) or a power of two from 1 to 16777216, which stays",
     )
     loss_scale_window: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         title="After how many steps in a row without an overflow a dynamic loss scale doubles.",

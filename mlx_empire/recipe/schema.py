@@ -94,6 +94,11 @@ class Recipe(Section):
             raise impossible(("tuning.start", "model.init"), message)
         return self
 
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether losses are multiplied by a number that follows overflows, which leaves steps out."""
+        return self.model.dtype == "float16" and self.numerics.loss_scale == "auto"
+
     def _possible_half(self) -> None:
         """What float16 excludes: masters that complete a bfloat16 weight, and updates before an overflow is known."""
         optimizer, scale = self.optimizer, self.numerics.loss_scale
@@ -107,7 +112,7 @@ class Recipe(Section):
         if not half and scale != "auto":
             message = f"{scale} serves float16 alone, for other numbers reach as far as float32; leave it out"
             raise impossible(("numerics.loss_scale", "model.dtype"), message)
-        if half and optimizer.in_backward and not isinstance(scale, float):
+        if optimizer.in_backward and self.dynamic_loss_scale:
             message = "in_backward updates before an overflow is known; use false, or a number for numerics.loss_scale"
             raise impossible(("optimizer.in_backward", "numerics.loss_scale"), message)
 

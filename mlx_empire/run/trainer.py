@@ -122,10 +122,10 @@ def trainer_settings(recipe: Recipe) -> TrainerSettings:
 
 
 def _loss_scale(recipe: Recipe) -> LossScale:
-    asked, half = recipe.numerics.loss_scale, recipe.model.dtype == "float16"
-    if isinstance(asked, float):
-        return LossScale(asked)
-    return LossScale(FIRST, recipe.numerics.loss_scale_window) if half else LossScale()
+    asked = recipe.numerics.loss_scale
+    if recipe.dynamic_loss_scale:
+        return LossScale(FIRST, recipe.numerics.loss_scale_window)
+    return LossScale() if asked == "auto" else LossScale(asked)
 
 
 def limit_memory(plan: RunPlan, rank: int, asked: str | int, node: Node) -> str | None:

@@ -300,8 +300,8 @@ def test_wall_time_is_refused_where_the_result_would_hang_on_it(
         ),
         (["memory.gradient_dtype=bfloat16"], "bfloat16 would keep less of a float16 gradient than there is"),
         (["optimizer.in_backward=true"], "in_backward updates before an overflow is known"),
-        (["model.dtype=bfloat16", "numerics.loss_scale=dynamic"], "dynamic serves float16 alone"),
-        (["numerics.loss_scale=1000"], "numerics.loss_scale: got 1000; expected auto (dynamic with float16"),
+        (["model.dtype=bfloat16", "numerics.loss_scale=8"], "8.0 serves float16 alone"),
+        (["numerics.loss_scale=1000"], "numerics.loss_scale: got 1000; expected auto (with float16 dynamic"),
         (["numerics.loss_scale=0.5"], "numerics.loss_scale: got 0.5; expected"),
     ],
 )

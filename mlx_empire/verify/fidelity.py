@@ -135,6 +135,8 @@ def pairs_of(recipe: Recipe, plan: RunPlan, dtype: str) -> list[Pair]:
             whole = {**half, "optimizer.master_weights": "fp32"}
             found.append(Pair("16 + 16-bit masters against float32 copies", half, True, whole))
         found.append(Pair(f"bfloat16, {optimizer.master_weights} masters", kept, False))
+    if dtype == "float16":
+        found.append(Pair("float16, float32 masters, scaled losses", {"model.dtype": "float16"}, False))
     if work.gradient_dtype == "bfloat16":
         found.append(Pair("gradients kept in bfloat16", {"memory.gradient_dtype": "bfloat16"}, False))
     if optimizer.state_bits == 8:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from mlx_empire.recipe.changes import value
 from mlx_empire.recipe.load import parse_recipe
-from mlx_empire.verify.fidelity import PLAIN, Finding, Outcome, Pair, audit
+from mlx_empire.verify.fidelity import PLAIN, Finding, Outcome, Pair, audit, pairs_of
 from mlx_empire.verify.page import FidelityReport, fidelity_document, fidelity_page, rows
 
 TEXT = """
@@ -121,3 +122,13 @@ def test_losses_that_are_not_finite_are_told_and_not_drawn():
 def test_two_runs_that_lose_their_numbers_alike_are_the_same_bits():
     lost = [Outcome((3.0, float(word)), None, "a") for word in ("nan", "nan")]
     assert Finding(Pair("it", {}, True), (lost[0],), (lost[1],)).same
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_that_is_computed_in_is_a_technique_of_its_own(dtype):
+    recipe = parse_recipe(TEXT, "x", ["optimizer.state_bits=32", f"model.dtype={dtype}"])
+    shards = SimpleNamespace(zero_stage=0, units=(), world_size=1)
+    plan = SimpleNamespace(shards=shards, work=SimpleNamespace(gradient_dtype="float32", unrecomputed=0))
+    found = [pair for pair in pairs_of(recipe, plan, dtype) if not pair.identical]
+    said = [pair.changes.get("model.dtype", "float32") for pair in found]
+    assert said == ["float32", *[dtype] * (dtype != "float32"), dtype]

@@ -29,6 +29,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import GradientStore
 from mlx_empire.engine.loss import of_all_rows
+from mlx_empire.engine.packing_proof import verify_packing
 from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.step import StreamedStep
 from mlx_empire.engine.store import ShardStore
@@ -171,11 +172,13 @@ def verify_scaled_down(
     by_pattern: bool = False,
     keeps: bool = False,
     compiles: bool = False,
+    packs: bool = False,
 ) -> RootNames:
     """Train-step it both ways in fp32 and compare; UserError naming what differs, or that it cannot be built.
 
     `by_pattern`: streamed layers attend in blocks, though rows are short, and those of the whole model by their masks;
-    `keeps`: of streamed layers everything is kept that can be; `compiles`: they run by traces.
+    `keeps`: of streamed layers everything is kept that can be; `compiles`: they run by traces; `packs`: packed rows
+    must not see each other's documents either.
 
     Returns which parameters of the root its head and embedding depend on, and how: the model's own, by their names.
     """
@@ -196,11 +199,16 @@ def verify_scaled_down(
         difference = float(np.abs(streamed[path] - expected.reshape(-1)).max()) / scale
         if not difference <= worst:
             worst, where = difference, path
-    if not worst <= (GPU_TOLERANCE if on_gpu else TOLERANCE):
+    tolerance = GPU_TOLERANCE if on_gpu else TOLERANCE
+    if not worst <= tolerance:
         raise UserError(
             f"{name}: streamed and whole-model gradients differ at {where} by {worst:.1e} (relative); "
             "this architecture would be trained wrongly, so it is refused"
         )
+    if packs:
+        _, another = _small_model(config, name, FUSED_HEAD_DIMS if on_gpu else ())
+        another.set_dtype(mx.float32)
+        verify_packing(another.eval(), name, VOCABULARY, tolerance)
     return root
 
 

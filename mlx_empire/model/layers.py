@@ -263,7 +263,23 @@ def separate(layer: nn.Module, given: LayerArguments, documents: mx.array) -> La
 
     Made anew for each call of a layer: a mask of width x width booleans is cheap to compute and dear to keep.
     """
-    return with_mask(layer, given, combine(given_mask(layer, given), same_document(documents)))
+    mask = combine(given_mask(layer, given), same_document(documents))
+    return with_mask(layer, given, mask[:, :, None] if _scores_by_groups(layer) else mask)
+
+
+def _scores_by_groups(layer: nn.Module) -> bool:
+    """Whether a layer adds its mask to scores of (rows, groups, heads of a group, width, width).
+
+    A mask of (rows, 1, width, width) is broadcast there as if its rows were groups of heads: where there are as many,
+    without a word. MLX's own attention takes that mask as it is.
+    """
+    attention: Any = getattr(layer, "self_attn", None)
+    match type(attention).__module__.removeprefix("mlx_lm.models."):
+        case "gemma2":
+            return bool(attention.repeats > 1)
+        case "phi3small":
+            return bool(attention.block_sparse)
+    return False
 
 
 def with_mask(layer: nn.Module, given: LayerArguments, mask: Any) -> LayerArguments:

@@ -178,7 +178,7 @@ def _planned(config: Mapping[str, Any], name: str, recipe: Recipe, stored: Store
     refused = None
     try:
         refuse_other_packing(config, tuning, name)
-        refuse_row_length(config, recipe.data.sequence_length, name)
+        refuse_row_length(config, recipe.data.sequence_length, name, packed=recipe.data.packing)
     except UserError as error:
         refused = str(error)
     return replace(_tuned(config, tuning, name, dtype, stored), not_trainable=refused)

@@ -7,6 +7,7 @@ again). A sliding window that the module lacks is no reason against rows that fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
@@ -201,11 +202,37 @@ def short_factors_up_to(config: Mapping[str, Any]) -> int | None:
     return original if isinstance(original, int) else None
 
 
-def refuse_row_length(config: Mapping[str, Any], length: int, name: str) -> None:
+def counted_from_row(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest row in which a document is read as it is alone, of a completed configuration; None: any.
+
+    Chunks and the queries' temperature of llama4, and the columns of phi3small's block-sparse layers, go by the place
+    in the row.
+    """
+    text = config.get("text_config")
+    section = text if isinstance(text, Mapping) else config
+    if config.get("model_type") in ("llama4", "llama4_text"):
+        tempered = (
+            int(section.get("floor_scale") or 8192) - 1 if section.get("attn_temperature_tuning", 4) else None
+        )
+        chunk = section.get("attention_chunk_size")
+        return min((n for n in (tempered, chunk) if isinstance(n, int)), default=None)
+    if config.get("model_type") == "phi3small":
+        sizes = ("blocksparse_block_size", 64), ("blocksparse_num_local_blocks", 16)
+        return math.prod(int(section.get(key) or default) for key, default in sizes)
+    return None
+
+
+def refuse_row_length(config: Mapping[str, Any], length: int, name: str, *, packed: bool = False) -> None:
     """UserError where mlx-lm's module computes another model on rows of `length` tokens than the folder's: they are
     longer than a table of positions, behind whose end MLX reads on, reach farther than a window that it leaves out, or
-    are short enough for longrope's short factors.
+    are short enough for longrope's short factors; and where documents that share a row would be read otherwise there.
     """
+    apart = counted_from_row(config) if packed else None
+    if apart is not None and length > apart:
+        raise UserError(
+            f"data.packing: true: in rows of {length} positions {name} reads a document otherwise than alone, for its "
+            f"attention goes by the place in the row; set data.sequence_length to at most {apart}, or packing: false"
+        )
     positions = learnt_positions(config)
     if positions is not None and length > positions:
         raise UserError(

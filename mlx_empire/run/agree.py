@@ -163,7 +163,7 @@ def share_target(comm: Communicator, recipe: Recipe, config: Mapping[str, Any]) 
         dtype = compute_dtype(config, recipe.model.dtype)
         target = make_target(config, recipe.tuning, str(folder), dtype, stored)
         refuse_impossible(target.spec)
-        refuse_row_length(config, recipe.data.sequence_length, str(folder))
+        refuse_row_length(config, recipe.data.sequence_length, str(folder), packed=recipe.data.packing)
     allow_sinks(tensor.name for unit in target.spec.units for tensor in unit.tensors)
     return target
 

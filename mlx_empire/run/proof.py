@@ -38,9 +38,15 @@ def share_proof(
     with together(comm):
         if comm.rank == 0:
             with said_if_slow(f"{name}: {VERIFYING}", say=say):
-                by_pattern, compiles = recipe.numerics.attention != "mask", recipe.numerics.compiled_layers
-                shown = asdict(
-                    verify_scaled_down(config, name, by_pattern=by_pattern, keeps=keeps, compiles=compiles)
+                numerics = recipe.numerics
+                found = verify_scaled_down(
+                    config,
+                    name,
+                    by_pattern=numerics.attention != "mask",
+                    keeps=keeps,
+                    compiles=numerics.compiled_layers,
+                    packs=recipe.data.packing,
                 )
+                shown = asdict(found)
     names = RootNames(**comm.broadcast_json(shown))
     return replace(target, spec=replace(target.spec, root_names=names))

@@ -130,6 +130,7 @@ def test_others_open_the_result_with_the_loss_that_was_told(name: str, place: Wo
         model, _ = mlx_lm.utils.load_model(place.folder / asked["model.path"])
         model.set_dtype(getattr(mx, asked["model.dtype"]))
         mlx_lm.utils.load_adapters(model, str(run / "final"))
+    model.eval()
     length = int(asked["data.sequence_length"])
     cut = [tokens[a : a + length + 1] for tokens in VALID for a in range(0, len(tokens) - 1, length)]
     tolerance = 1e-4 if asked["model.dtype"] == "float32" else 2e-2

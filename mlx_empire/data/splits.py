@@ -20,6 +20,7 @@ from mlx_empire.data.cache import (
 )
 from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
 from mlx_empire.data.files import Source, detect_format, locate
+from mlx_empire.data.long_text import rows_in_parts
 from mlx_empire.data.order import fixed_permutation
 from mlx_empire.data.rows import Counts, Dataset, Rows, Table, join_rows
 from mlx_empire.data.stream import Chosen, Pieces
@@ -153,7 +154,7 @@ def _from_cache_or_built(
 
 
 def _first_format(source: Source) -> str:
-    first = next(source.rows(), None)
+    first = next(rows_in_parts(source), None)
     if first is None:
         raise UserError(f"{source.path}: no rows; put at least one there")
     return detect_format(first)
@@ -181,7 +182,13 @@ def _build(
 
         def read(source: Source, name: str) -> Pieces:
             documents = encode_rows(
-                source.rows(), settings.format, tokenizer, settings.mask_prompt, settings.vocab_size, remarks
+                rows_in_parts(source),
+                settings.format,
+                tokenizer,
+                settings.mask_prompt,
+                settings.vocab_size,
+                remarks,
+                whole=False,
             )
             found = stack.enter_context(
                 closing(Pieces(place, name, settings.sequence_length, splittable=splittable))

@@ -24,6 +24,7 @@ from mlx_empire.disk import open_private
 
 HEADER_BYTES = 128  # of a `.npy` file with one axis, whatever its length: numpy leaves room for 21 digits
 COPIED = 1 << 20  # elements at once
+RUNS = 1 << 16  # pieces whose places are looked up at once
 
 
 class Flat:
@@ -84,21 +85,40 @@ class Pieces:
         ]
         self._sizes, self._of_document, self._cut = array("q"), array("q"), array("b")
         self._begins, self._first_tokens = array("q"), 0
+        # Of the document that is being written: tokens that are in no piece yet, how many are in one, how many pieces.
+        self._left: tuple[np.ndarray, np.ndarray] | None = None
+        self._before = self._kept = 0
 
     def add(self, document: Document) -> None:
-        """Write the pieces of one more document."""
-        if not self._of_document:
-            self._first_tokens = len(document.tokens)
-        kept = 0
-        for begin, tokens, counted in pieces_of(document, self._length, splittable=self._splittable):
-            for flat, values in zip(self._flats, (tokens, counted), strict=True):
+        """Write the pieces of one more document, or of its next part: what is left until the next one comes is
+        less than a piece."""
+        tokens, counted = document.tokens, document.counted
+        if self._left is not None:
+            tokens, counted = (
+                np.concatenate(pair) for pair in zip(self._left, (tokens, counted), strict=True)
+            )
+        done = len(tokens)
+        if document.more:
+            done = (
+                (len(tokens) - 1) // self._length * self._length
+            )  # a piece ends with the next one's first token
+        part = Document(document.where, tokens[: done + 1], counted[: done + 1])
+        for begin, *written in pieces_of(part, self._length, splittable=self._splittable):
+            for flat, values in zip(self._flats, written, strict=True):
                 flat.append(values)
-            self._sizes.append(len(tokens))
-            kept += 1
+            self._sizes.append(len(written[0]))
+            self._kept += 1
             if not self._of_document:
-                self._begins.append(begin)
-        self._of_document.append(kept)
-        self._cut.append(not self._splittable and len(document.tokens) > self._length + 1)
+                self._begins.append(self._before + begin)
+        self._before += done
+        if document.more:
+            self._left = tokens[done:], counted[done:]
+            return
+        if not self._of_document:
+            self._first_tokens = self._before
+        self._of_document.append(self._kept)
+        self._cut.append(not self._splittable and len(tokens) > self._length + 1)
+        self._left, self._before, self._kept = None, 0, 0
 
     def __len__(self) -> int:
         return len(self._of_document)
@@ -130,9 +150,8 @@ class Pieces:
             return None
         per_row = np.ones(len(order), np.int64)
         if packing:
-            together = packed_rows(sizes[order].tolist(), self._length)
-            per_row = np.array([len(row) for row in together], np.int64)
-            order = order[np.fromiter((i for row in together for i in row), np.int64, len(order))]
+            together, per_row = packed_rows(sizes[order], self._length)
+            order = order[together]
         flats = self._flats
         if len(order) < len(sizes) or packing:
             flats = [self._copied(flat, name, order, offsets_of(sizes)) for flat in self._flats]
@@ -153,9 +172,10 @@ class Pieces:
         made = Flat(
             None if place is None else place.with_name(f"{name}.{place.name}.part"), flat.read(0, 0).dtype.str
         )
-        for first, last in _runs(order, edges):
-            for start in range(first, last, COPIED):
-                made.append(flat.read(start, min(start + COPIED, last)))
+        for part in range(0, len(order), RUNS):
+            for start, end in _runs(order[part : part + RUNS], edges):
+                for first in range(start, end, COPIED):
+                    made.append(flat.read(first, min(first + COPIED, end)))
         return made
 
     def _named(self, name: str, flats: list[Flat]) -> None:

@@ -82,7 +82,9 @@ def pieces_of(
 
 def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """(n+1,) int64: where each of so many elements begins, and where the last ends."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
+    return offsets
 
 
 def packed_rows(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +118,7 @@ def packed_rows(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndar
             below[row] = newest[left] if spaces >> left & 1 else -1
             newest[left] = row
             spaces |= 1 << left
-    rows = np.array(row_of, np.int64)
+    rows = np.frombuffer(row_of, np.int64) if row_of else np.zeros(0, np.int64)
     return order[np.argsort(rows, kind="stable")], np.bincount(rows, minlength=len(below))
 
 

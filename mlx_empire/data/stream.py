@@ -1,9 +1,9 @@
 """Documents that become rows without being in memory together: their pieces pass through files, a batch at a time.
 
-Decides what is held: of each document how many pieces it has, of each piece how long it is, and nothing else. The
-pieces' tokens are written as they come. Which of them are held out and which share a row is known when all are there;
-where all stay in their order the files are the entry's own, else pieces are copied once, run by run. What comes out is
-byte for byte what `build_table` makes of the same documents in memory.
+Decides what is held: of each document how many pieces it has (9 bytes), of each piece how long it is (8), and while
+rows are laid out at most 80 bytes a piece. The pieces' tokens are written as they come. Which of them are held out and
+which share a row is known when all are there; where all stay in their order the files are the entry's own, else pieces
+are copied once, run by run. What comes out is byte for byte what `build_table` makes of the same documents in memory.
 """
 
 from __future__ import annotations
@@ -145,11 +145,13 @@ class Pieces:
     def table(self, name: str, chosen: Chosen, *, packing: bool) -> tuple[Table, int] | None:
         """The rows of a split, as files `name.*.npy` where there is a folder, and how many targets count; None where
         not one is left."""
-        order, sizes = chosen.pieces, np.array(self._sizes, np.int64)
+        order = chosen.pieces
         if not len(order):
             return None
-        per_row = np.ones(len(order), np.int64)
-        if packing:
+        sizes = np.frombuffer(self._sizes, np.int64)
+        if not packing:
+            per_row = np.ones(len(order), np.int64)
+        else:
             together, per_row = packed_rows(sizes[order], self._length)
             order = order[together]
         flats = self._flats

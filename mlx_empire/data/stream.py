@@ -8,6 +8,7 @@ are copied once, run by run. What comes out is byte for byte what `build_table` 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from array import array
@@ -20,9 +21,10 @@ import numpy as np
 
 from mlx_empire.data.encode import Document
 from mlx_empire.data.rows import Counts, Table, offsets_of, packed_rows, pieces_of
-from mlx_empire.disk import open_private
+from mlx_empire.disk import free_bytes, open_private
 
 HEADER_BYTES = 128  # of a `.npy` file with one axis, whatever its length: numpy leaves room for 21 digits
+BYTES_PER_TOKEN = 5  # int32, and a flag
 COPIED = 1 << 20  # elements at once
 RUNS = 1 << 16  # pieces whose places are looked up at once
 
@@ -156,6 +158,7 @@ class Pieces:
             order = order[together]
         flats = self._flats
         if len(order) < len(sizes) or packing:
+            self._require_room(int(sizes[order].sum()))
             flats = [self._copied(flat, name, order, offsets_of(sizes)) for flat in self._flats]
         targets = flats[1].total
         tokens, counted = (flat.finish() for flat in flats)
@@ -168,6 +171,11 @@ class Pieces:
             flat.close()
             if flat.place is not None:
                 flat.place.unlink(missing_ok=True)
+
+    def _require_room(self, tokens: int) -> None:
+        """OSError where so many tokens do not fit beside what is there: said before the disk is full."""
+        if self._folder is not None and free_bytes(self._folder) < tokens * BYTES_PER_TOKEN:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _copied(self, flat: Flat, name: str, order: np.ndarray, edges: np.ndarray) -> Flat:
         place = flat.place

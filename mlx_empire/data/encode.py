@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -116,28 +117,33 @@ def _documents(
     # A run whose tokens are in the cache renders nothing.
     from mlx_empire.data.chat import ChatReader
 
-    reader = ChatReader(tokenizer, remarks) if data_format != "tokens" else None
+    if data_format == "tokens":
+        for number, row in enumerate(rows):
+            if number % BATCH == 0:
+                progress.advance()
+            check_row(row, data_format)
+            yield _all_targets(row.where, row.value["tokens"])
+        return
+    reader = ChatReader(tokenizer, remarks)
     waiting: list[_Rendered] = []
     characters = 0
-    for number, row in enumerate(rows):
-        if number % BATCH == 0:
-            progress.advance()
-        check_row(row, data_format)
-        if reader is None:
-            yield _all_targets(row.where, row.value["tokens"])
-            continue
-        if data_format == "text" and (row.more or len(row.value["text"]) > CHARACTERS):
-            yield from _encode_batch(waiting, data_format, tokenizer)
-            waiting, characters = [], 0
-            yield from _encode_long(row.where, _texts(row, rows), tokenizer)
-            continue
-        waiting.append(_render(row, data_format, tokenizer, reader, mask_prompt))
-        characters += len(waiting[-1].text)
-        if len(waiting) == BATCH or characters >= CHARACTERS:
-            progress.advance()
-            yield from _encode_batch(waiting, data_format, tokenizer)
-            waiting, characters = [], 0
-    yield from _encode_batch(waiting, data_format, tokenizer)
+    with _Ahead(tokenizer, data_format) as ahead:
+        for row in rows:
+            check_row(row, data_format)
+            if data_format == "text" and (row.more or len(row.value["text"]) > CHARACTERS):
+                yield from ahead.documents(waiting)
+                yield from ahead.documents([])
+                waiting, characters = [], 0
+                yield from _encode_long(row.where, _texts(row, rows), tokenizer)
+                continue
+            waiting.append(_render(row, data_format, tokenizer, reader, mask_prompt))
+            characters += len(waiting[-1].text)
+            if len(waiting) == BATCH or characters >= CHARACTERS:
+                progress.advance()
+                yield from ahead.documents(waiting)
+                waiting, characters = [], 0
+        yield from ahead.documents(waiting)
+        yield from ahead.documents([])
 
 
 def _texts(row: RawRow, following: Iterator[RawRow]) -> Iterator[str]:
@@ -167,31 +173,52 @@ def check_tokenizer(data_format: str, tokenizer: Any, folder: Path | None) -> No
         )
 
 
-def _encode_batch(rendered: list[_Rendered], data_format: str, tokenizer: Any) -> Iterator[Document]:
-    if not rendered:
-        return
-    template = uses_template(data_format, tokenizer)
-    masked = any(row.spans is not None for row in rendered) and tokenizer.is_fast
-    for row in rendered:
-        _refuse_surrogates(row.where, row.text)
-    encoded = _encoded(tokenizer, [row.text for row in rendered], offsets=masked)
-    # A template writes its own special tokens; elsewhere each text gets those that it lacks of the tokenizer's.
-    head, tail = ([], []) if template else _added(tokenizer)
-    for index, row in enumerate(rendered):
-        ids = encoded["input_ids"][index]
-        tokens = np.array(ids, np.int32)
+class _Ahead:
+    """Tokenises a batch in a thread of its own while the next one is read and the one before is laid out."""
+
+    def __init__(self, tokenizer: Any, data_format: str) -> None:
+        self._tokenizer, self._template = tokenizer, uses_template(data_format, tokenizer)
+        # A template writes its own special tokens; elsewhere each text gets those that it lacks of the tokenizer's.
+        self._around: tuple[list[int], list[int]] | None = None
+        self._thread = ThreadPoolExecutor(1, "tokens")
+        self._begun: tuple[list[_Rendered], Future[Any]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def documents(self, rendered: list[_Rendered]) -> Iterator[Document]:
+        """Begin with these rows; the documents of those that were begun before."""
+        for row in rendered:
+            _refuse_surrogates(row.where, row.text)
+        before, self._begun = self._begun, None
+        if rendered:
+            masked = any(row.spans is not None for row in rendered) and self._tokenizer.is_fast
+            texts = [row.text for row in rendered]
+            self._begun = rendered, self._thread.submit(_encoded, self._tokenizer, texts, offsets=masked)
+        if before is not None:
+            rows, encoded = before[0], before[1].result()
+            offsets = encoded["offset_mapping"] if "offset_mapping" in encoded else [None] * len(rows)
+            for row, ids, places in zip(rows, encoded["input_ids"], offsets, strict=True):
+                yield self._document(row, ids, places)
+
+    def _document(self, row: _Rendered, ids: list[int], offsets: Offsets | None) -> Document:
+        tokenizer, tokens = self._tokenizer, np.array(ids, np.int32)
         if row.spans is None:
             flags = np.ones(len(ids), np.uint8)
-        elif tokenizer.is_fast:
-            flags = flags_by_offset(encoded["offset_mapping"][index], row.spans)
+        elif offsets is not None:
+            flags = flags_by_offset(offsets, row.spans)
         else:
             flags = flags_by_prefix(tokenizer, row.text, row.spans, ids)
-        if not template and row.text:
+        if not self._template and row.text:
+            self._around = head, tail = self._around or _added(tokenizer)
             tokens, flags = begun(tokens, flags, head)
             tokens, flags = ended(tokens, flags, tail, tokenizer.eos_token_id)
         uncount_bos(tokens, flags, tokenizer)
         flags[:1] = 0
-        yield Document(row.where, tokens, flags)
+        return Document(row.where, tokens, flags)
 
 
 def _encode_long(where: str, parts: Iterator[str], tokenizer: Any) -> Iterator[Document]:
@@ -208,7 +235,9 @@ def _encode_long(where: str, parts: Iterator[str], tokenizer: Any) -> Iterator[D
         return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
     if not tokenizer.is_fast:
-        yield from _encode_batch([_Rendered(where, "".join(parts), None)], "text", tokenizer)
+        with _Ahead(tokenizer, "text") as whole:
+            yield from whole.documents([_Rendered(where, "".join(parts), None)])
+            yield from whole.documents([])
         return
     head, tail = _added(tokenizer)
     found = tokens_in_parts(sound(parts), encode)

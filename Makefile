@@ -203,7 +203,8 @@ test-interop: setup
 bench: model
 	@$(FAST) $(PY) benchmarks/run.py && $(PY) benchmarks/adapters.py && \
 	$(PY) benchmarks/beside.py --cases smollm2-full-256 smollm2-full-2048 smollm2-lora-2048 && \
-	$(PY) benchmarks/attention.py && $(PY) benchmarks/main_thread.py && $(PY) benchmarks/capacity_report.py
+	$(PY) benchmarks/attention.py && $(PY) benchmarks/main_thread.py && $(PY) benchmarks/tokenising.py && \
+	$(PY) benchmarks/capacity_report.py
 
 # The others come in an environment of their own, which no test sees.
 PEERS := torchao==0.18.0 bitsandbytes==0.50.2 torch-optimi==0.3.3 flashoptim-jax==0.1.0 jax==0.10.2 jaxlib==0.10.2

@@ -12,14 +12,15 @@ import errno
 import fcntl
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 _MODE = 0o600
+WAIT_SECONDS = 0.2
 
 
 def create_private(path: Path) -> BinaryIO:
@@ -99,19 +100,22 @@ def _open(path: Path, flags: int) -> int:
 
 
 @contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """A private folder beside `folder` in which that is made; at the end it is gone, or has become `folder`.
+def building(folder: Path, wait: Callable[[], object] = lambda: None) -> Iterator[Path]:
+    """A private folder beside `folder` in which that is made, by one process at a time: whether another one has made it
+    is known only here. At the end it is gone, or has become `folder`.
 
-    What kills left of others, whose lock nobody holds, is removed first. OSError where nothing can be written there.
+    `wait` is called several times a second while another process is at it. What kills left, here and beside, is
+    removed first. OSError where nothing can be written there, or no lock can be held.
     """
     for parent in reversed([parent for parent in folder.parents if not parent.exists()]):
         parent.mkdir(mode=0o700, exist_ok=True)
-    for left in folder.parent.glob(".building-*.d"):
+    for left in folder.parent.glob(".building-*.lock"):
         _remove_dead(left)
-    number, name = tempfile.mkstemp(prefix=".building-", suffix=".lock", dir=folder.parent)
-    lock, place = Path(name), Path(name).with_suffix(".d")
+    lock = folder.with_name(f".building-{folder.name}.lock")
+    number = _held(lock, wait)
+    place = lock.with_suffix(".d")
     try:
-        fcntl.flock(number, fcntl.LOCK_EX)  # before there is a folder: one without a holder is dead
+        shutil.rmtree(place, ignore_errors=True)
         place.mkdir(mode=0o700)
         yield place
     finally:
@@ -120,14 +124,38 @@ def building(folder: Path) -> Iterator[Path]:
         os.close(number)
 
 
-def _remove_dead(place: Path) -> None:
-    lock = place.with_suffix(".lock")
+def _held(lock: Path, wait: Callable[[], object]) -> int:
+    """A descriptor of the file `lock`, locked: nobody else has it, and the file is still there."""
+    while True:
+        number = open_private(lock)
+        try:
+            while not _locked(number):
+                wait()
+                time.sleep(WAIT_SECONDS)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(number), lock.stat()):
+                    return number
+        except BaseException:
+            os.close(number)
+            raise
+        os.close(number)  # whoever had it has removed it
+
+
+def _locked(number: int) -> bool:
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_dead(lock: Path) -> None:
     with suppress(OSError):  # held, or removed by another
         number = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(place, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+            if _locked(number) and os.path.samestat(os.fstat(number), lock.stat()):
+                shutil.rmtree(lock.with_suffix(".d"), ignore_errors=True)
+                lock.unlink(missing_ok=True)
         finally:
             os.close(number)
 

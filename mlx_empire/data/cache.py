@@ -1,10 +1,11 @@
 """Decides where tokenised data is kept between runs, under which key, and when a kept copy is believed.
 
 An entry is a folder named by its key: one `.npy` file per array (read as memory maps, so a set larger than
-memory is no problem) and `index.json` with a SHA-256 of each. It appears whole, by one rename; an entry in
-which anything does not match is built again, and what a kill left half made is removed by the next build. Ranks
-that share a home may build the same entry at once: the first rename wins. Large files that did not change are not
-hashed again (`digests`), but where a run goes on.
+memory is no problem) and `index.json` with a SHA-256 of each. It appears whole and on the disk, by one rename; an entry
+in which anything does not match is built again, and what a kill left half made is removed by the next build. Of
+processes that want the same entry one builds it and the others wait (`disk.building`); where a shared disk's locks do
+not reach other machines the first rename wins. Large files that did not change are not hashed again (`digests`), but
+where a run goes on.
 """
 
 import hashlib
@@ -23,8 +24,9 @@ import numpy as np
 from mlx_empire.data.digests import noted_digest
 from mlx_empire.data.rows import Table
 from mlx_empire.data.stream import HEADER_BYTES
-from mlx_empire.disk import create_private
+from mlx_empire.disk import create_private, sync_file, sync_folder
 
+CACHED_PER_BYTE = 2.5  # 5 bytes a token, and no fewer than two bytes of data a token
 DIGESTED_BYTES = 1 << 20  # at once
 TOKENIZER_FILES = (
     "*token*",
@@ -56,6 +58,16 @@ def cache_folder() -> Path:
 def tokens_folder() -> Path:
     """Where the entries lie, each in a folder called by its key."""
     return cache_folder() / "tokens"
+
+
+def cached_bytes(data: int) -> int:
+    """What the tokens of so many bytes of data take, at most, as a rule."""
+    return int(CACHED_PER_BYTE * data)
+
+
+def tokens_beside(data: int, *, copied: bool) -> int:
+    """The same while they are written; `copied`: they are laid out anew (packing, or some are held out)."""
+    return cached_bytes(data) * (2 if copied else 1)
 
 
 def notes_folder() -> Path:
@@ -140,15 +152,30 @@ def publish_entry(place: Path, folder: Path, tables: Mapping[str, Table], report
             with create_private(file) as made:
                 np.save(made, array, allow_pickle=False)
         digests[name] = _file_digest(file, array, HEADER_BYTES)
+        with file.open("rb") as written:  # a digest that is noted is believed, also after a power cut
+            sync_file(written)
     content = {"arrays": digests, "report": list(report)}
     with create_private(place / "index.json") as made:
         made.write(json.dumps({"content": content, "sha256": _text_digest(content)}).encode())
-    if load_entry(folder) is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        place.rename(folder)
+        sync_file(made)
+    sync_folder(place)
+    if _put(place, folder):
         for name, digest in digests.items():  # nobody has to read them again to know
             noted = partial(str, digest)
             noted_digest("array", folder / f"{name}.npy", notes_folder(), noted, thorough=True, ours=True)
+
+
+def _put(place: Path, folder: Path) -> bool:
+    """Whether `place` has become `folder`: an entry that is whole stays."""
+    try:
+        place.rename(folder)
+    except OSError:
+        if load_entry(folder) is not None:
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+        place.rename(folder)
+    sync_folder(folder.parent)
+    return True
 
 
 def _named(tables: Mapping[str, Table]) -> dict[str, np.ndarray]:

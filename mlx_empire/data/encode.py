@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from mlx_empire import progress
 from mlx_empire.data.files import RawRow, check_row
+from mlx_empire.data.long_text import Offsets, tokens_in_parts
+from mlx_empire.data.targets import begun, ended, flags_by_offset, flags_by_prefix, uncount_bos
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.text import words_of
 
@@ -20,16 +22,19 @@ if TYPE_CHECKING:
     from mlx_empire.data.messages import Messages
     from mlx_empire.data.spans import Span
 
-BATCH = 256  # rows tokenised together: the tokenizer's own threads share them
+BATCH = 256  # rows tokenised together, at most: the tokenizer's own threads share them
+CHARACTERS = 2**20  # a batch ends with the row that reaches so many; a text with more comes in parts
 
 
 @dataclass(frozen=True)
 class Document:
-    """One row's tokens (n,) int32 and the uint8 flags (n,) of those that count as targets."""
+    """One row's tokens (n,) int32 and the uint8 flags (n,) of those that count as targets; `more`: the next document
+    is this row's next part."""
 
     where: str
     tokens: np.ndarray
     counted: np.ndarray
+    more: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,34 +83,75 @@ def encode_rows(
     mask_prompt: bool,
     vocab_size: int | None,
     remarks: Remarks | None = None,
+    *,
+    whole: bool = True,
 ) -> Iterator[Document]:
     """Turn raw rows into documents, in order. `tokenizer` may be None for format `tokens`. `remarks` collects what
-    the user should be told about conversations.
+    the user should be told about conversations. whole: a row is one document, however long its text.
 
     Errors: UserError naming file and line for rows of another format, broken rows and ids outside the
     vocabulary.
     """
-    remaining = iter(rows)
+    long: list[Document] = []
+    for document in _documents(iter(rows), data_format, tokenizer, mask_prompt, remarks):
+        largest = int(document.tokens.max(initial=-1))
+        if vocab_size is not None and largest >= vocab_size:
+            raise UserError(
+                f"{document.where}: token id {largest} is outside the model's vocabulary of "
+                f"{vocab_size}; use the tokenizer and the tokens that belong to model.path"
+            )
+        if not whole or not (document.more or long):
+            yield document
+            continue
+        long.append(document)
+        if not document.more:
+            tokens, counted = (np.concatenate([getattr(d, n) for d in long]) for n in ("tokens", "counted"))
+            yield Document(document.where, tokens, counted)
+            long.clear()
+
+
+def _documents(
+    rows: Iterator[RawRow], data_format: str, tokenizer: Any, mask_prompt: bool, remarks: Remarks | None
+) -> Iterator[Document]:
+    """As `encode_rows`, whatever the vocabulary; long texts in parts."""
     # A run whose tokens are in the cache renders nothing.
     from mlx_empire.data.chat import ChatReader
 
-    reader = ChatReader(tokenizer, remarks) if data_format != "tokens" else None
-    while batch := list(islice(remaining, BATCH)):
-        progress.advance()
-        for row in batch:
+    if data_format == "tokens":
+        for number, row in enumerate(rows):
+            if number % BATCH == 0:
+                progress.advance()
             check_row(row, data_format)
-        if reader is None:
-            documents = [_all_targets(row.where, row.value["tokens"]) for row in batch]
-        else:
-            documents = _encode_batch(batch, data_format, tokenizer, reader, mask_prompt)
-        for document in documents:
-            largest = int(document.tokens.max(initial=-1))
-            if vocab_size is not None and largest >= vocab_size:
-                raise UserError(
-                    f"{document.where}: token id {largest} is outside the model's vocabulary of "
-                    f"{vocab_size}; use the tokenizer and the tokens that belong to model.path"
-                )
-            yield document
+            yield _all_targets(row.where, row.value["tokens"])
+        return
+    reader = ChatReader(tokenizer, remarks)
+    waiting: list[_Rendered] = []
+    characters = 0
+    with _Ahead(tokenizer, data_format) as ahead:
+        for row in rows:
+            check_row(row, data_format)
+            if data_format == "text" and (row.more or len(row.value["text"]) > CHARACTERS):
+                yield from ahead.documents(waiting)
+                yield from ahead.documents([])
+                waiting, characters = [], 0
+                yield from _encode_long(row.where, _texts(row, rows), tokenizer)
+                continue
+            waiting.append(_render(row, data_format, tokenizer, reader, mask_prompt))
+            characters += len(waiting[-1].text)
+            if len(waiting) == BATCH or characters >= CHARACTERS:
+                progress.advance()
+                yield from ahead.documents(waiting)
+                waiting, characters = [], 0
+        yield from ahead.documents(waiting)
+        yield from ahead.documents([])
+
+
+def _texts(row: RawRow, following: Iterator[RawRow]) -> Iterator[str]:
+    """The text of a row, part by part; its other parts come first in what follows."""
+    yield row.value["text"]
+    while row.more:
+        row = next(following)
+        yield row.value["text"]
 
 
 def uses_template(data_format: str, tokenizer: Any) -> bool:
@@ -127,48 +173,105 @@ def check_tokenizer(data_format: str, tokenizer: Any, folder: Path | None) -> No
         )
 
 
-def _encode_batch(
-    rows: list[RawRow], data_format: str, tokenizer: Any, reader: ChatReader, mask_prompt: bool
-) -> list[Document]:
-    rendered = [_render(row, data_format, tokenizer, reader, mask_prompt) for row in rows]
-    template = uses_template(data_format, tokenizer)
-    masked = any(row.spans is not None for row in rendered)
-    for row in rendered:
-        try:
-            row.text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{row.where}: a lone surrogate (\\ud800-\\udfff) is not text; remove it"
-            ) from error
-    # A template writes its own special tokens; elsewhere each text gets those that it lacks of the tokenizer's.
-    # mlx-lm's wrapper has no batches and no offsets, hence the transformers tokenizer inside it.
-    encoded = tokenizer._tokenizer(
-        [row.text for row in rendered],
+class _Ahead:
+    """Tokenises a batch in a thread of its own while the next one is read and the one before is laid out."""
+
+    def __init__(self, tokenizer: Any, data_format: str) -> None:
+        self._tokenizer, self._template = tokenizer, uses_template(data_format, tokenizer)
+        # A template writes its own special tokens; elsewhere each text gets those that it lacks of the tokenizer's.
+        self._around: tuple[list[int], list[int]] | None = None
+        self._thread = ThreadPoolExecutor(1, "tokens")
+        self._begun: tuple[list[_Rendered], Future[Any]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def documents(self, rendered: list[_Rendered]) -> Iterator[Document]:
+        """Begin with these rows; the documents of those that were begun before."""
+        for row in rendered:
+            _refuse_surrogates(row.where, row.text)
+        before, self._begun = self._begun, None
+        if rendered:
+            masked = any(row.spans is not None for row in rendered) and self._tokenizer.is_fast
+            texts = [row.text for row in rendered]
+            self._begun = rendered, self._thread.submit(_encoded, self._tokenizer, texts, offsets=masked)
+        if before is not None:
+            rows, encoded = before[0], before[1].result()
+            offsets = encoded["offset_mapping"] if "offset_mapping" in encoded else [None] * len(rows)
+            for row, ids, places in zip(rows, encoded["input_ids"], offsets, strict=True):
+                yield self._document(row, ids, places)
+
+    def _document(self, row: _Rendered, ids: list[int], offsets: Offsets | None) -> Document:
+        tokenizer, tokens = self._tokenizer, np.array(ids, np.int32)
+        if row.spans is None:
+            flags = np.ones(len(ids), np.uint8)
+        elif offsets is not None:
+            flags = flags_by_offset(offsets, row.spans)
+        else:
+            flags = flags_by_prefix(tokenizer, row.text, row.spans, ids)
+        if not self._template and row.text:
+            self._around = head, tail = self._around or _added(tokenizer)
+            tokens, flags = begun(tokens, flags, head)
+            tokens, flags = ended(tokens, flags, tail, tokenizer.eos_token_id)
+        uncount_bos(tokens, flags, tokenizer)
+        flags[:1] = 0
+        return Document(row.where, tokens, flags)
+
+
+def _encode_long(where: str, parts: Iterator[str], tokenizer: Any) -> Iterator[Document]:
+    """A text as documents that follow one another: at most some windows of it are in memory. Tokenizers written in
+    Python, which say not where a token begins, get it whole."""
+
+    def sound(texts: Iterator[str]) -> Iterator[str]:
+        for text in texts:
+            _refuse_surrogates(where, text)
+            yield text
+
+    def encode(texts: list[str]) -> Iterator[tuple[list[int], Offsets]]:
+        encoded = _encoded(tokenizer, texts, offsets=True)
+        return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+    if not tokenizer.is_fast:
+        with _Ahead(tokenizer, "text") as whole:
+            yield from whole.documents([_Rendered(where, "".join(parts), None)])
+            yield from whole.documents([])
+        return
+    head, tail = _added(tokenizer)
+    found = tokens_in_parts(sound(parts), encode)
+    part, first = next(found, None), True
+    while part is not None:
+        tokens, flags, following = part, np.ones(len(part), np.uint8), next(found, None)
+        if first:
+            tokens, flags = begun(tokens, flags, head)
+        if following is None:
+            tokens, flags = ended(tokens, flags, tail, tokenizer.eos_token_id)
+        uncount_bos(tokens, flags, tokenizer)
+        flags[: int(first)] = 0
+        yield Document(where, tokens, flags, more=following is not None)
+        part, first = following, False
+
+
+def _encoded(tokenizer: Any, texts: list[str], *, offsets: bool) -> Any:
+    """As transformers says it, without special tokens: mlx-lm's wrapper has no batches and no offsets, hence the
+    tokenizer inside it."""
+    return tokenizer._tokenizer(
+        texts,
         add_special_tokens=False,
-        return_offsets_mapping=masked and tokenizer.is_fast,
+        return_offsets_mapping=offsets,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )
-    head, tail = ([], []) if template else _added(tokenizer)
-    documents = []
-    for index, row in enumerate(rendered):
-        ids = list(encoded["input_ids"][index])
-        if row.spans is None:
-            flags = np.ones(len(ids), np.uint8)
-        elif tokenizer.is_fast:
-            flags = _flags_by_offset(encoded["offset_mapping"][index], row.spans)
-        else:
-            flags = _flags_by_prefix(tokenizer, row, ids)
-        if not template and row.text:
-            ids, flags = _framed(ids, flags, head, tail, tokenizer.eos_token_id)
-        tokens = np.asarray(ids, np.int32)
-        bos = tokenizer.bos_token_id
-        if bos is not None and bos not in tokenizer.eos_token_ids:  # GPT-2's ends documents too
-            flags[tokens == bos] = 0
-        flags[:1] = 0
-        documents.append(Document(row.where, tokens, flags))
-    return documents
+
+
+def _refuse_surrogates(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: a lone surrogate (\\ud800-\\udfff) is not text; remove it") from error
 
 
 def encode_prompt(tokenizer: Any, row: RawRow, messages: Messages) -> list[int]:
@@ -226,50 +329,6 @@ def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
         f"the tokenizer in {tokenizer.name_or_path} does not add its special tokens around a text, so where they go "
         "cannot be told; use data.format tokens"
     )
-
-
-def _framed(
-    ids: list[int], flags: np.ndarray, head: list[int], tail: list[int], end: int
-) -> tuple[list[int], np.ndarray]:
-    """A text's ids and flags with head, tail and end token, none of them twice; only the end token is a target."""
-    if ids[: len(head)] != head:
-        ids, flags = head + ids, np.pad(flags, (len(head), 0))
-    if ids[len(ids) - len(tail) :] != tail:
-        ids, flags = ids + tail, np.pad(flags, (0, len(tail)))
-    if ids[-1:] != [end]:
-        ids, flags = [*ids, end], np.pad(flags, (0, 1))
-    flags[: len(head)] = 0
-    flags[-1] = 1
-    return ids, flags
-
-
-def _flags_by_offset(offsets: list[tuple[int, int]], spans: list[Span]) -> np.ndarray:
-    """A token is a target when it holds a character of a span.
-
-    So does a token that begins in the prompt, such as " four" where the prompt ends with the space: counting
-    it teaches the answer's first word, leaving it out would drop that word.
-    """
-    edges = np.array(offsets, np.int64).reshape(-1, 2)
-    starts, ends = edges[:, 0], edges[:, 1]
-    flags = np.zeros(len(offsets), np.uint8)
-    for start, end in spans:
-        # A token without characters (a prefix space of SentencePiece) counts where it stands.
-        flags[(starts < end) & ((ends > start) | (starts >= start))] = 1
-    return flags
-
-
-def _flags_by_prefix(tokenizer: Any, row: _Rendered, ids: list[int]) -> np.ndarray:
-    """The same without offsets (tokenizers written in Python): count the tokens that a prefix shares."""
-    from mlx_empire.data.spans import shared_prefix  # see `encode_rows`
-
-    def shared(end: int) -> int:
-        prefix = tokenizer.encode(row.text[:end], add_special_tokens=False)
-        return shared_prefix(prefix, ids)
-
-    flags = np.zeros(len(ids), np.uint8)
-    for start, end in row.spans or ():
-        flags[shared(start) : shared(end)] = 1
-    return flags
 
 
 def _all_targets(where: str, tokens: list[int]) -> Document:

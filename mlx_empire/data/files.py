@@ -35,10 +35,11 @@ Refuse = Callable[[str, UserError], None]  # told of a line that cannot be used:
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as the file has it; `where` is `file:line`, ready to open an error message."""
+    """One row as the file has it; `where` is `file:line`. `more`: its text goes on in the next one."""
 
     where: str
     value: dict[str, Any]
+    more: bool = False
 
     @property
     def converting(self) -> str:
@@ -73,9 +74,17 @@ class Source:
                 else:
                     yield from _json_lines(file, refuse)
             except OSError as error:
-                raise UserError(
-                    f"{file}: cannot be read: {error.strerror or error}; check data.path"
-                ) from error
+                raise unreadable(file, error) from error
+
+
+def unreadable(file: Path, error: OSError) -> UserError:
+    """What a person is told of a file that cannot be read."""
+    return UserError(f"{file}: cannot be read: {error.strerror or error}; check data.path")
+
+
+def not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
+    """What a person is told of bytes that are no text."""
+    return UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8")
 
 
 def locate(path: Path, suffixes: Sequence[str] = SUFFIXES) -> tuple[Source, Source | None]:
@@ -176,7 +185,7 @@ def _json_object(where: str, file: Path, line: bytes, number: int) -> dict[str, 
     try:
         value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        raise not_utf8(where, error) from error
     except json.JSONDecodeError as error:
         if number == 1 and is_pointer(line):
             raise UserError(f"{where}: {POINTER}") from error
@@ -211,7 +220,7 @@ def _text_document(file: Path, refuse: Refuse | None) -> Iterator[RawRow]:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         where = f"{file}:{line}"
-        told = UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8")
+        told = not_utf8(where, error)
         if refuse is None:
             raise told from error
         refuse(where, told)

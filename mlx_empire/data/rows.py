@@ -6,6 +6,7 @@ packing several that stay apart: each piece of n tokens fills n - 1 input positi
 document and no position is wasted between two documents.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -60,10 +61,10 @@ def build_table(
     counts = Counts(read, cut, dropped)
     if not kept:
         return None, counts
-    per_row = [1] * len(kept)
+    per_row = np.ones(len(kept), np.int64)
     if packing:
-        together = packed_rows([len(tokens) for tokens, _ in kept], sequence_length)
-        kept, per_row = [kept[i] for row in together for i in row], [len(row) for row in together]
+        order, per_row = packed_rows(np.array([len(tokens) for tokens, _ in kept]), sequence_length)
+        kept = [kept[i] for i in order.tolist()]
     tokens, counted = (np.concatenate([piece[i] for piece in kept]) for i in (0, 1))
     return Table(tokens, counted, offsets_of([len(one) for one, _ in kept]), offsets_of(per_row)), counts
 
@@ -81,37 +82,44 @@ def pieces_of(
 
 def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """(n+1,) int64: where each of so many elements begins, and where the last ends."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
+    return offsets
 
 
-def packed_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which pieces share a row of `capacity` input positions, by their places in `lengths` (of tokens, each).
+def packed_rows(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which pieces share a row of `capacity` input positions: the pieces (n,) int64 row by row, by their places in
+    `lengths` (n,) of tokens, and how many each row has (rows,) int64. Held on the way: up to 80 bytes a piece.
 
     Best fit, longest first: each piece goes to the open row that it leaves least room in. Equal lengths come in a
     fixed shuffled order, so that neighbours in the file (often alike) seldom share a row. An integer is the set of the
     free spaces that occur: its lowest bit at or above the need is the best fit, found without a search over rows.
     """
-    shuffled = fixed_permutation(len(lengths)).tolist()
-    rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}  # free positions -> rows that have them
+    lengths, order = np.asarray(lengths, np.int64), fixed_permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    row_of, below = array("q"), array("q")  # of each row the one that was left with as much room before it
+    newest: dict[int, int] = {}  # free positions -> the last row that was left with them
     spaces = 0
-    for index in sorted(shuffled, key=lambda i: -lengths[i]):
-        need = lengths[index] - 1
+    for index in order:
+        need = int(lengths[index]) - 1
         fitting = spaces >> need
         if fitting:
             free = need + (fitting & -fitting).bit_length() - 1
-            row = open_rows[free].pop()
-            if not open_rows[free]:
+            row = newest[free]
+            newest[free] = below[row]
+            if newest[free] < 0:
                 spaces &= ~(1 << free)
         else:
-            free, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(index)
+            free, row = capacity, len(below)
+            below.append(-1)
+        row_of.append(row)
         left = free - need
         if left > 0:
-            open_rows.setdefault(left, []).append(row)
+            below[row] = newest[left] if spaces >> left & 1 else -1
+            newest[left] = row
             spaces |= 1 << left
-    return rows
+    rows = np.frombuffer(row_of, np.int64) if row_of else np.zeros(0, np.int64)
+    return order[np.argsort(rows, kind="stable")], np.bincount(rows, minlength=len(below))
 
 
 class Row(NamedTuple):

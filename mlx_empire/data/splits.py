@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mlx_empire import progress
 from mlx_empire.data.cache import (
     CacheEntry,
     cache_key,
     load_entry,
     make_entry,
     publish_entry,
+    tokens_beside,
     tokens_folder,
 )
+from mlx_empire.data.digests import state_of
 from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
 from mlx_empire.data.files import Source, detect_format, locate
+from mlx_empire.data.long_text import rows_in_parts
 from mlx_empire.data.order import fixed_permutation
 from mlx_empire.data.rows import Counts, Dataset, Rows, Table, join_rows
 from mlx_empire.data.stream import Chosen, Pieces
-from mlx_empire.disk import building
-from mlx_empire.errors import UserError
+from mlx_empire.disk import building, free_bytes
+from mlx_empire.errors import DoesNotFitError, UserError
+from mlx_empire.sizes import amount
 
 SPLITTABLE = ("text", "tokens")
+MOST_IN_MEMORY = 2**28  # bytes of data whose tokens are kept there where the cache cannot be written
 WARNING = "WARNING"  # how a line of a report begins that asks for action
 
 
@@ -134,26 +140,58 @@ def _from_cache_or_built(
     thorough: bool,
 ) -> tuple[CacheEntry, str]:
     files = [*train.files, *(valid.files if valid else ())]
+    before = _states(files)
     folder = tokens_folder() / cache_key(vars(settings), files, tokenizer_folder, thorough=thorough)
+
+    def built(place: Path | None) -> tuple[dict[str, Table], list[str]]:
+        made = _build(train, valid, settings, tokenizer_folder, place)
+        for file, was, now in zip(files, before, _states(files), strict=True):
+            if was != now:  # the key tells of other bytes than were read
+                raise UserError(f"{file}: changed while it was read; start again when it stays as it is")
+        return made
+
     entry = load_entry(folder, thorough=thorough)
     if entry is not None:
         return entry, f"tokens read from the cache {folder}"
     try:
-        with building(folder) as place:
-            tables, report = _build(train, valid, settings, tokenizer_folder, place)
-            publish_entry(place, folder, tables, report)
+        with building(folder, progress.advance) as place:
+            entry = load_entry(folder, thorough=thorough)  # another process may have made it meanwhile
+            if entry is not None:
+                return entry, f"tokens read from the cache {folder}"
+            publish_entry(place, folder, *built(place))
         note = f"tokens written to the cache {folder}"
     except OSError as error:
-        reason = error.strerror or error
+        reason = error.strerror or str(error)
         note = f"tokens not cached: {folder}: {reason}; set MLX_EMPIRE_CACHE to a writable folder"
+        _refuse_too_large(files, settings, folder, reason)
     entry = load_entry(folder, thorough=False)
-    if entry is None:  # in memory, then, as far as that goes
-        entry = make_entry(*_build(train, valid, settings, tokenizer_folder, None))
+    if entry is None:  # in memory, then
+        entry = make_entry(*built(None))
     return entry, note
 
 
+def _states(files: Sequence[Path]) -> list[list[int]]:
+    """Of each file what changes with its content."""
+    try:
+        return [state_of(file)[:2] for file in files]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}; check data.path") from error
+
+
+def _refuse_too_large(files: Sequence[Path], settings: _Settings, folder: Path, reason: str) -> None:
+    """DoesNotFitError where the tokens of `files`, which the disk has no room for, would not fit in memory either."""
+    size = sum(file.stat().st_size for file in files)
+    if size > MOST_IN_MEMORY:
+        copied = settings.packing or settings.validation_split > 0
+        raise DoesNotFitError(
+            f"{folder.parent}: {reason}: the tokens of {amount(size)} of data take up to "
+            f"{amount(tokens_beside(size, copied=copied))} there while they are written, and "
+            f"{amount(free_bytes(folder))} is free; free some room, or set MLX_EMPIRE_CACHE to a folder with more"
+        )
+
+
 def _first_format(source: Source) -> str:
-    first = next(source.rows(), None)
+    first = next(rows_in_parts(source), None)
     if first is None:
         raise UserError(f"{source.path}: no rows; put at least one there")
     return detect_format(first)
@@ -181,7 +219,13 @@ def _build(
 
         def read(source: Source, name: str) -> Pieces:
             documents = encode_rows(
-                source.rows(), settings.format, tokenizer, settings.mask_prompt, settings.vocab_size, remarks
+                rows_in_parts(source),
+                settings.format,
+                tokenizer,
+                settings.mask_prompt,
+                settings.vocab_size,
+                remarks,
+                whole=False,
             )
             found = stack.enter_context(
                 closing(Pieces(place, name, settings.sequence_length, splittable=splittable))

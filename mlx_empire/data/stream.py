@@ -1,13 +1,14 @@
 """Documents that become rows without being in memory together: their pieces pass through files, a batch at a time.
 
-Decides what is held: of each document how many pieces it has, of each piece how long it is, and nothing else. The
-pieces' tokens are written as they come. Which of them are held out and which share a row is known when all are there;
-where all stay in their order the files are the entry's own, else pieces are copied once, run by run. What comes out is
-byte for byte what `build_table` makes of the same documents in memory.
+Decides what is held: of each document how many pieces it has (9 bytes), of each piece how long it is (8), and while
+rows are laid out at most 80 bytes a piece. The pieces' tokens are written as they come. Which of them are held out and
+which share a row is known when all are there; where all stay in their order the files are the entry's own, else pieces
+are copied once, run by run. What comes out is byte for byte what `build_table` makes of the same documents in memory.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from array import array
@@ -20,10 +21,12 @@ import numpy as np
 
 from mlx_empire.data.encode import Document
 from mlx_empire.data.rows import Counts, Table, offsets_of, packed_rows, pieces_of
-from mlx_empire.disk import open_private
+from mlx_empire.disk import free_bytes, open_private
 
 HEADER_BYTES = 128  # of a `.npy` file with one axis, whatever its length: numpy leaves room for 21 digits
+BYTES_PER_TOKEN = 5  # int32, and a flag
 COPIED = 1 << 20  # elements at once
+RUNS = 1 << 16  # pieces whose places are looked up at once
 
 
 class Flat:
@@ -84,21 +87,40 @@ class Pieces:
         ]
         self._sizes, self._of_document, self._cut = array("q"), array("q"), array("b")
         self._begins, self._first_tokens = array("q"), 0
+        # Of the document that is being written: tokens that are in no piece yet, how many are in one, how many pieces.
+        self._left: tuple[np.ndarray, np.ndarray] | None = None
+        self._before = self._kept = 0
 
     def add(self, document: Document) -> None:
-        """Write the pieces of one more document."""
-        if not self._of_document:
-            self._first_tokens = len(document.tokens)
-        kept = 0
-        for begin, tokens, counted in pieces_of(document, self._length, splittable=self._splittable):
-            for flat, values in zip(self._flats, (tokens, counted), strict=True):
+        """Write the pieces of one more document, or of its next part: what is left until the next one comes is
+        less than a piece."""
+        tokens, counted = document.tokens, document.counted
+        if self._left is not None:
+            tokens, counted = (
+                np.concatenate(pair) for pair in zip(self._left, (tokens, counted), strict=True)
+            )
+        done = len(tokens)
+        if document.more:
+            done = (
+                (len(tokens) - 1) // self._length * self._length
+            )  # a piece ends with the next one's first token
+        part = Document(document.where, tokens[: done + 1], counted[: done + 1])
+        for begin, *written in pieces_of(part, self._length, splittable=self._splittable):
+            for flat, values in zip(self._flats, written, strict=True):
                 flat.append(values)
-            self._sizes.append(len(tokens))
-            kept += 1
+            self._sizes.append(len(written[0]))
+            self._kept += 1
             if not self._of_document:
-                self._begins.append(begin)
-        self._of_document.append(kept)
-        self._cut.append(not self._splittable and len(document.tokens) > self._length + 1)
+                self._begins.append(self._before + begin)
+        self._before += done
+        if document.more:
+            self._left = tokens[done:], counted[done:]
+            return
+        if not self._of_document:
+            self._first_tokens = self._before
+        self._of_document.append(self._kept)
+        self._cut.append(not self._splittable and len(tokens) > self._length + 1)
+        self._left, self._before, self._kept = None, 0, 0
 
     def __len__(self) -> int:
         return len(self._of_document)
@@ -125,16 +147,18 @@ class Pieces:
     def table(self, name: str, chosen: Chosen, *, packing: bool) -> tuple[Table, int] | None:
         """The rows of a split, as files `name.*.npy` where there is a folder, and how many targets count; None where
         not one is left."""
-        order, sizes = chosen.pieces, np.array(self._sizes, np.int64)
+        order = chosen.pieces
         if not len(order):
             return None
-        per_row = np.ones(len(order), np.int64)
-        if packing:
-            together = packed_rows(sizes[order].tolist(), self._length)
-            per_row = np.array([len(row) for row in together], np.int64)
-            order = order[np.fromiter((i for row in together for i in row), np.int64, len(order))]
+        sizes = np.frombuffer(self._sizes, np.int64)
+        if not packing:
+            per_row = np.ones(len(order), np.int64)
+        else:
+            together, per_row = packed_rows(sizes[order], self._length)
+            order = order[together]
         flats = self._flats
         if len(order) < len(sizes) or packing:
+            self._require_room(int(sizes[order].sum()))
             flats = [self._copied(flat, name, order, offsets_of(sizes)) for flat in self._flats]
         targets = flats[1].total
         tokens, counted = (flat.finish() for flat in flats)
@@ -148,14 +172,20 @@ class Pieces:
             if flat.place is not None:
                 flat.place.unlink(missing_ok=True)
 
+    def _require_room(self, tokens: int) -> None:
+        """OSError where so many tokens do not fit beside what is there: said before the disk is full."""
+        if self._folder is not None and free_bytes(self._folder) < tokens * BYTES_PER_TOKEN:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def _copied(self, flat: Flat, name: str, order: np.ndarray, edges: np.ndarray) -> Flat:
         place = flat.place
         made = Flat(
             None if place is None else place.with_name(f"{name}.{place.name}.part"), flat.read(0, 0).dtype.str
         )
-        for first, last in _runs(order, edges):
-            for start in range(first, last, COPIED):
-                made.append(flat.read(start, min(start + COPIED, last)))
+        for part in range(0, len(order), RUNS):
+            for start, end in _runs(order[part : part + RUNS], edges):
+                for first in range(start, end, COPIED):
+                    made.append(flat.read(first, min(first + COPIED, end)))
         return made
 
     def _named(self, name: str, flats: list[Flat]) -> None:

@@ -99,9 +99,7 @@ def _part(part: SplitRows, reading: Reading) -> Document:
         "kept": kept,
         "learnt": learnt,
         "learnt_share": learnt / kept if kept else None,
-        "trained_rows": len(packed_rows(lengths.tolist(), reading.sequence_length))
-        if packed
-        else len(lengths),
+        "trained_rows": len(packed_rows(lengths, reading.sequence_length)[1]) if packed else len(lengths),
         "positions": int((lengths - 1).sum()),
         "median": float(np.median(size)) if len(rows) else 0.0,
         "longest": int(size.max(initial=0)),

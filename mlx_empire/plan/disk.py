@@ -35,7 +35,8 @@ FORMULAS: Mapping[str, str] = {
     "at once": "run.keep_last and the one that is being written; without it all of the run, while there is room",
     "result": "final/: the model as it computes, with its towers and tokenizer; or adapters in float32, in two formats",
     "base": "the model's folder, where this machine does not see it yet",
-    "token cache": "at most 2.5 bytes for each byte of the data (4 a token and 1 a target); written by the first start",
+    "token cache": "at most 2.5 bytes for each byte of the data (4 a token and 1 a target), written by the first start;"
+    " with packing or data.validation_split beside as much again, before there is a checkpoint",
 }
 
 
@@ -93,12 +94,14 @@ class Places:
 @dataclass(frozen=True)
 class Beside:
     """Bytes that are no matter of the plan: `carried` into a full result (towers, tokenizer), the model's folder where
-    it is still to come (`base`), and the token cache (`tokens`).
+    it is still to come (`base`), the token cache (`tokens`), and what lies beside that while it is written, when no
+    checkpoint is there yet (`building`).
     """
 
     carried: int = 0
     base: int = 0
     tokens: int = 0
+    building: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,14 @@ class DiskLedger:
     base: int
     tokens: int
     free: int | None
+    building: int = 0
 
     @property
     def asked(self) -> int:
         """What the recipe asks for, at the worst moment of the run."""
         each = self.checkpoint + self.copies
         saving, ending = self.keeping.asked * each, self.keeping.at_the_end * each + self.result
-        return with_headroom(max(saving, ending) + self.base + self.tokens)
+        return with_headroom(max(saving, ending, self.building) + self.base + self.tokens)
 
     @property
     def least(self) -> int:
@@ -187,6 +191,7 @@ def disk_ledgers(
             beside.base if disk == places.base else 0,
             beside.tokens if disk == places.tokens else 0,
             places.free.get(disk),
+            beside.building if disk == places.tokens else 0,
         )
         for disk in disks
     ]

@@ -19,7 +19,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.cluster.match import is_this_machine
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
-from mlx_empire.data.cache import cache_folder
+from mlx_empire.data.cache import cache_folder, cached_bytes, tokens_beside
 from mlx_empire.data.files import locate
 from mlx_empire.disk import disk_of, free_bytes
 from mlx_empire.errors import DoesNotFitError, UserError
@@ -32,8 +32,6 @@ from mlx_empire.plan.disk import Beside, DiskLedger, Keeping, Places, disk_ledge
 from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import checkpoint_folder
-
-CACHED_PER_BYTE = 2.5  # bytes of the token cache for each byte of data, at most, as a rule
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,14 @@ def what_else(recipe: Recipe, target: Target) -> Beside:
     """What a run writes beside its plan's bytes, as far as this machine can see."""
     folder = recipe.model.path
     missing = recipe.model.init == "pretrained" and not folder.exists()
-    return Beside(carried_bytes(folder), result_bytes(target.base) if missing else 0, _token_bytes(recipe))
+    data = _data_bytes(recipe)
+    copied = recipe.data.packing or bool(recipe.data.validation_split)
+    return Beside(
+        carried_bytes(folder),
+        result_bytes(target.base) if missing else 0,
+        cached_bytes(data),
+        tokens_beside(data, copied=copied) - cached_bytes(data),
+    )
 
 
 def carried_bytes(folder: Path) -> int:
@@ -200,10 +205,10 @@ def _spot(path: Path, host: str) -> Spot:
         return Spot(f"{host}:{path}", str(path), None)
 
 
-def _token_bytes(recipe: Recipe) -> int:
-    """What the token cache may take; 0 where the data is not on this machine."""
+def _data_bytes(recipe: Recipe) -> int:
+    """What is tokenised; 0 where the data is not on this machine."""
     try:
         found = [source for path in recipe.data.paths for source in locate(path) if source is not None]
-        return int(CACHED_PER_BYTE * sum(file.stat().st_size for one in found for file in one.files))
+        return sum(file.stat().st_size for one in found for file in one.files)
     except (UserError, OSError):
         return 0

@@ -1,15 +1,21 @@
 """The tokenised cache: believed when whole, built again when anything changed or is damaged."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlx_empire.data import splits
+from mlx_empire import disk
+from mlx_empire.data import cache, splits, stream
 from mlx_empire.data.splits import load_splits
+from mlx_empire.errors import DoesNotFitError, UserError
 
 ROWS = [{"tokens": list(range(n, n + 9))} for n in range(20)]
 
@@ -142,9 +148,18 @@ def test_a_cache_that_cannot_be_written_is_only_a_remark(write, monkeypatch, tmp
     assert "MLX_EMPIRE_CACHE" in loaded.report[-1]
 
 
-def test_ranks_that_build_at_once_agree_and_leave_one_entry(write, own_cache):
+def test_ranks_that_build_at_once_agree_and_leave_one_entry(write, builds, own_cache, monkeypatch):
+    waited = []
+    monkeypatch.setattr(splits.progress, "advance", lambda: waited.append(threading.get_ident()))
     path = write("a.jsonl", *ROWS)
     loaded = []
+    build = splits._build
+
+    def slowly(*args):
+        time.sleep(0.5)
+        return build(*args)
+
+    monkeypatch.setattr(splits, "_build", slowly)
     ranks = [
         threading.Thread(target=lambda: loaded.append(load_splits(path=path, sequence_length=4)))
         for _ in range(4)
@@ -154,5 +169,105 @@ def test_ranks_that_build_at_once_agree_and_leave_one_entry(write, own_cache):
     for rank in ranks:
         rank.join()
     assert len(loaded) == 4
+    assert builds == [1], "one does it"
+    assert set(waited) >= {rank.ident for rank in ranks}, "the others say that they live"
     assert all(same(loaded[0], other) for other in loaded)
     assert len(entries(own_cache)) == 1
+
+
+HOLDS = """\
+import sys, time
+from pathlib import Path
+from mlx_empire.disk import building
+with building(Path(sys.argv[1])) as place:
+    (place / "half").write_text("")
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_whose_holder_is_killed_is_free_and_what_it_left_is_gone(tmp_path):
+    folder = tmp_path / "tokens" / "entry"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    waits = []
+
+    def wait():
+        waits.append(0)
+        if len(waits) == 2:
+            holder.kill()
+
+    with disk.building(folder, wait) as place:
+        holder.wait()
+        assert len(waits) >= 2
+        assert list(place.iterdir()) == []
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_what_kills_left_of_other_entries_is_removed(tmp_path):
+    for name in ("a.lock", "a.d", "b.lock"):
+        path = tmp_path / f".building-{name}"
+        path.mkdir() if name.endswith(".d") else path.write_text("")
+    with disk.building(tmp_path / "entry"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            ".building-entry.d",
+            ".building-entry.lock",
+        ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["content", "time"])
+def test_data_that_changes_while_it_is_read_is_no_entry(what, write, own_cache, monkeypatch):
+    path = write("a.jsonl", *ROWS)
+    build = splits._build
+
+    def changes(*args):
+        made = build(*args)
+        with path.open("a") as file:
+            file.write('{"tokens": [1, 2]}\n')
+        if what == "time":
+            path.write_text(path.read_text().removesuffix('{"tokens": [1, 2]}\n'))
+        return made
+
+    monkeypatch.setattr(splits, "_build", changes)
+    with pytest.raises(UserError, match=r"a\.jsonl: changed while it was read"):
+        load_splits(path=path, sequence_length=4)
+    assert entries(own_cache) == []
+    monkeypatch.setattr(splits, "_build", build)
+    assert len(load_splits(path=path, sequence_length=4).train) == (41 if what == "content" else 40)
+
+
+def test_an_entry_is_on_the_disk_before_it_has_its_name(write, own_cache, monkeypatch):
+    steps = []
+    rename = Path.rename
+    monkeypatch.setattr(cache, "sync_file", lambda file: steps.append(os.fstat(file.fileno()).st_ino))
+    monkeypatch.setattr(cache, "sync_folder", lambda folder: steps.append("folder"))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (steps.append("rename"), rename(self, to))[1])
+    load_splits(path=write("a.jsonl", *ROWS), sequence_length=4)
+    named = steps[-3:]
+    assert named == ["folder", "rename", "folder"]
+    (entry,) = entries(own_cache)
+    assert set(steps[:-3]) - {"rename"} == {file.stat().st_ino for file in entry.iterdir()}
+
+
+@pytest.mark.parametrize("where", ["in the middle", "before the copy"])
+def test_more_data_than_memory_holds_is_refused_where_the_disk_is_full(where, write, own_cache, monkeypatch):
+    path = write("a.jsonl", *ROWS)
+    packing = where == "before the copy"
+    if packing:
+        monkeypatch.setattr(stream, "free_bytes", lambda _: 5 * 20 * 9 - 1)
+        monkeypatch.setattr(stream.Pieces, "_copied", lambda *_: pytest.fail("no room for a copy"))
+    else:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(stream.Flat, "append", full)
+    monkeypatch.setattr(splits, "MOST_IN_MEMORY", path.stat().st_size - 1)
+    with pytest.raises(
+        DoesNotFitError, match=r"No space left on device: the tokens of .* MLX_EMPIRE_CACHE"
+    ) as told:
+        load_splits(path=path, sequence_length=16, packing=packing)
+    assert "\n" not in str(told.value)
+    assert list((own_cache / "tokens").iterdir()) == []

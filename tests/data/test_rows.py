@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_empire.data.encode import Document
-from mlx_empire.data.rows import Dataset, build_table
+from mlx_empire.data.order import fixed_permutation
+from mlx_empire.data.rows import Dataset, build_table, packed_rows
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 
@@ -121,3 +122,29 @@ def test_packing_is_the_same_every_time():
     assert second is not None
     for name, array in first.arrays().items():
         assert np.array_equal(array, second.arrays()[name])
+
+
+def best_fit_by_looking_at_every_row(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Of the rows with least room left for a piece, the one that was left so last."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # of each row, and a number that grows with each piece
+    shuffled = fixed_permutation(len(lengths)).tolist()
+    for turn, index in enumerate(sorted(shuffled, key=lambda i: -lengths[i])):
+        need = lengths[index] - 1
+        fitting = [(free, -last, row) for row, (free, last) in enumerate(room) if free > 0 and free >= need]
+        row = min(fitting)[2] if fitting else len(rows)
+        if not fitting:
+            rows.append([])
+            room.append((capacity, 0))
+        rows[row].append(index)
+        room[row] = room[row][0] - need, turn
+    return rows
+
+
+@given(lengths=st.lists(st.integers(1, 18), max_size=60), width=st.integers(17, 40))
+@settings(max_examples=200, deadline=None)
+def test_packing_is_best_fit_longest_first(lengths, width):
+    expected = best_fit_by_looking_at_every_row(lengths, width)
+    order, per_row = packed_rows(np.array(lengths, np.uint32), width)
+    assert per_row.tolist() == [len(row) for row in expected]
+    assert order.tolist() == [index for row in expected for index in row]

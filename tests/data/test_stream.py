@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.data import splits
+from mlx_empire.data import splits, stream
 from mlx_empire.data.encode import Document
+from mlx_empire.data.order import fixed_permutation
 from mlx_empire.data.rows import Counts, build_table
 from mlx_empire.data.splits import end_held_out, held_out_rows, load_splits
 from mlx_empire.data.stream import Flat, Pieces
@@ -204,3 +206,24 @@ def test_a_full_disk_leaves_the_rows_in_memory(
     assert "No space left" in loaded.report[-1]
     assert [loaded.train.row(n).inputs.tolist() for n in (0, 8)] == [[0, 1], [8, 9]]
     assert not list((own_cache / "tokens").iterdir())
+
+
+def test_of_a_document_are_held_the_bytes_that_are_stated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "RUNS", 2**8)
+    count, one = 20_000, documents_of([9], 1)[0]
+    pieces = Pieces(tmp_path, "train", 64, splittable=True)
+    fixed_permutation(1)  # imports
+    tracemalloc.start()
+    for _ in range(count):
+        pieces.add(one)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    made = pieces.table("train", pieces.of_documents(np.ones(count, bool)), packing=True)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    pieces.close()
+    assert made is not None
+    assert held < 1.15 * (9 + 8) * count, "arrays grow ahead by an eighth"
+    assert most / count <= 80

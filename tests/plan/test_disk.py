@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,6 +63,9 @@ def test_a_checkpoint_is_weights_states_and_remainders_by_share(bits, state):
 def test_what_must_fit_and_what_is_asked_for():
     one = DiskLedger("d", "king", 100, 40, Keeping(10, 3, True), 150, 7, 5, None)
     assert one.asked == with_headroom(3 * 140 + 150 + 7 + 5)  # at the end, more than the 4 x 140 before
+    for building, worst in ((570, 570), (9999, 9999)):  # while tokens are written there is no checkpoint
+        assert replace(one, building=building).asked == with_headroom(worst + 7 + 5)
+        assert replace(one, building=building).least == one.least
     assert one.least == with_headroom(100 + 150 + 7)
     small = DiskLedger("d", "king", 100, 40, Keeping(10, 3, True), 30, 0, 0, None)
     assert (small.asked, small.least) == (with_headroom(4 * 140), with_headroom(200))

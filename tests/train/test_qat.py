@@ -13,7 +13,7 @@ import pytest
 from mlx_lm.models.bitlinear_layers import BitLinear
 from mlx_lm.utils import load_model
 from qat.test_bitnet import as_the_kernel_reads
-from train.launching import Outcome, Workspace, held_out, raw_tensors, step_records, succeeded
+from train.launching import Outcome, Workspace, curve, held_out, raw_tensors, step_records, succeeded
 
 from mlx_empire.export.command import main as export
 
@@ -32,6 +32,17 @@ COMMANDS = {
     "adapters": ("tuning.type=lora", "tuning.qat=ternary", "run.dir=a"),
     "alone": ("tuning.qat_group=64", "run.dir=b"),
     "too long": ("tuning.qat=ternary", "tuning.qat_warmup=9", "run.dir=c"),
+}
+RELEASED, HALF = "optimizer.in_backward=true", ("model.dtype=float16", "numerics.loss_scale_window=2")
+# With gradients that are used up as they come, and with weights and gradients in float16: what a run on so many ranks
+# asks for, which must have the bits of the other.
+BESIDE: dict[str, dict[int, tuple[str, ...]]] = {
+    "released": {
+        1: (RELEASED, "memory.zero_stage=1"),
+        2: (RELEASED, "memory.zero_stage=3", "memory.shares=[2,1]"),
+    },
+    "half": {1: (*HALF, "memory.zero_stage=0"), 2: (*HALF, "memory.zero_stage=3")},
+    "both": dict.fromkeys((1, 2), ("model.dtype=float16", "numerics.loss_scale=256", RELEASED)),
 }
 REFUSED = {
     "adapters": "tuning.qat: qat has no meaning for type lora",
@@ -98,6 +109,24 @@ def test_the_result_holds_ternary_matrices(workspace, outcomes, name):
 def test_what_has_no_meaning_is_refused(outcomes, name):
     assert outcomes[name].code == 64
     assert REFUSED[name] in outcomes[name].stderr
+
+
+@pytest.mark.parametrize("kinds", [["released", "half"], pytest.param(["both"], marks=pytest.mark.slow)])
+def test_beside_other_techniques_it_has_the_same_bits_on_one_rank_and_two(workspace, kinds):
+    for ranks in (1, 2):
+        commands = {
+            kind: ("recipe.yaml", *QAT, *BESIDE[kind][ranks], f"run.dir={kind}-{ranks}") for kind in kinds
+        }
+        for found in workspace.train_many(commands, ranks=ranks if ranks > 1 else 0):
+            for kind in kinds:
+                succeeded(found[kind])
+    for kind in kinds:
+        runs = [workspace.folder / f"{kind}-{ranks}" for ranks in (1, 2)]
+        alone, spread = ((curve(run), held_out(run), raw_tensors(run / "final")) for run in runs)
+        assert alone == spread
+        losses = [loss for _, loss, _ in alone[0]]
+        assert len(set(losses)) == 5
+        assert np.isfinite(losses).all()
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
+from mlx_lm.models.base import BaseModelArgs, scaled_dot_product_attention
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_empire.model.families.alibi import alibi_mask, alibi_slopes
-from mlx_empire.model.families.parts import activation_of, parameters_of
+from mlx_empire.model.families.parts import CausalModel, activation_of, through
 
 
 @dataclass
@@ -165,38 +165,12 @@ class FalconModel(nn.Module):
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """(rows, width) tokens -> (rows, width, hidden)."""
-        x = self.word_embeddings(inputs)
-        caches = [None] * len(self.h) if cache is None else cache
-        mask = create_attention_mask(x, caches[0])
-        for layer, own in zip(self.h, caches, strict=True):
-            x = layer(x, mask, own)
-        out: mx.array = self.ln_f(x)
+        out: mx.array = self.ln_f(through(self.h, self.word_embeddings(inputs), cache))
         return out
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """Falcon with its head, tied to the embedding or not."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        self.args, self.model_type = args, args.model_type
-        self.transformer = FalconModel(args)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
-
-    def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-        """(rows, width) tokens -> (rows, width, vocabulary) logits."""
-        x = self.transformer(inputs, cache)
-        tied = self.args.tie_word_embeddings
-        logits: mx.array = self.transformer.word_embeddings.as_linear(x) if tied else self.lm_head(x)
-        return logits
-
-    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Hugging Face's tensors, as they are, but for what is no parameter."""
-        return parameters_of(weights, self.args.tie_word_embeddings)
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The decoder layers."""
-        found: list[nn.Module] = self.transformer.h
-        return found
+        super().__init__(args, "transformer", FalconModel(args), "h", "word_embeddings")

@@ -12,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
+from mlx_lm.models.base import BaseModelArgs, scaled_dot_product_attention
 from mlx_lm.models.rope_utils import initialize_rope
 
-from mlx_empire.model.families.parts import activation_of, parameters_of
+from mlx_empire.model.families.parts import CausalModel, activation_of, through
 
 NORM_EPS = 1e-5  # no key of the configuration says it
 
@@ -142,38 +142,12 @@ class OlmoModel(nn.Module):
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """(rows, width) tokens -> (rows, width, hidden)."""
-        x = self.embed_tokens(inputs)
-        caches = [None] * len(self.layers) if cache is None else cache
-        mask = create_attention_mask(x, caches[0])
-        for layer, own in zip(self.layers, caches, strict=True):
-            x = layer(x, mask, own)
-        out: mx.array = self.norm(x)
+        out: mx.array = self.norm(through(self.layers, self.embed_tokens(inputs), cache))
         return out
 
 
-class Model(nn.Module):
+class Model(CausalModel):
     """OLMo 1 with its head, tied to the embedding or not."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        self.args, self.model_type = args, args.model_type
-        self.model = OlmoModel(args)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
-
-    def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-        """(rows, width) tokens -> (rows, width, vocabulary) logits."""
-        x = self.model(inputs, cache)
-        tied = self.args.tie_word_embeddings
-        logits: mx.array = self.model.embed_tokens.as_linear(x) if tied else self.lm_head(x)
-        return logits
-
-    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Hugging Face's tensors, as they are, but for what is no parameter."""
-        return parameters_of(weights, self.args.tie_word_embeddings)
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The decoder layers."""
-        found: list[nn.Module] = self.model.layers
-        return found
+        super().__init__(args, "model", OlmoModel(args), "layers", "embed_tokens")

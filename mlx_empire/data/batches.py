@@ -77,6 +77,11 @@ def validation_micro_batches(
         yield _collate(dataset, order[first : first + micro_size])
 
 
+def single_rows(dataset: Rows, first: int, last: int) -> list[MicroBatch]:
+    """The rows from `first` up to `last` in their order, each by itself."""
+    return [_collate(dataset, np.array([index])) for index in range(first, min(last, len(dataset)))]
+
+
 def counted(batch: MicroBatch) -> int:
     """Number of targets that count in a micro-batch."""
     return int(np.count_nonzero(batch.mask))

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_empire.model.distillation import Distillation
+from mlx_empire.model.distillation import Distillation, likeliest
 from mlx_empire.model.head_loss import HeadCall, chunk_ranges, head_chunks, joined_chunks, token_losses
 
 
@@ -71,6 +71,22 @@ def head_readings(chunks: Iterable[Chunk]) -> mx.array:
         found.append(-nn.losses.cross_entropy(logits, targets))
         mx.eval(found[-1])
     return mx.concatenate(found, axis=1)
+
+
+def head_likeliest(
+    chunks: Iterable[Chunk], columns: int, top: int, temperature: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the targets that count, row by row, what `likeliest` says of a teacher: ids (targets, top) int32 and logs
+    (targets, top + 1) float16. `columns`: of the logits that are tokens. Evaluates by chunk."""
+    ids, logs, masks = [], [], []
+    for logits, _, mask in chunks:
+        found = likeliest(logits[..., :columns], top, temperature)
+        mx.eval(found)
+        ids.append(np.array(found[0]))
+        logs.append(np.array(found[1]).astype(np.float16))
+        masks.append(np.array(mask) != 0)
+    counted = np.concatenate(masks, axis=1)
+    return np.concatenate(ids, axis=1)[counted], np.concatenate(logs, axis=1)[counted]
 
 
 def head_gradients(

@@ -16,7 +16,15 @@ from mlx_empire.cluster.machine import computes_on_gpu
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
 from mlx_empire.engine.layer_calls import Call, LayerCalls, Running, differentiated
-from mlx_empire.engine.loss import Chunk, head_gradients, head_loss, head_readings, head_scores, logit_chunks
+from mlx_empire.engine.loss import (
+    Chunk,
+    head_gradients,
+    head_likeliest,
+    head_loss,
+    head_readings,
+    head_scores,
+    logit_chunks,
+)
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.traces import Arrays
 from mlx_empire.model.attention.patterns import cuts_of
@@ -134,6 +142,12 @@ class Passes:
     def readings(self, r: Running) -> mx.array:
         """Forward only: the log-probability of every target, (rows, width)."""
         return head_readings(self._logits(r))
+
+    def likeliest(
+        self, r: Running, columns: int, top: int, temperature: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Forward only: what `head_likeliest` says of the targets that count."""
+        return head_likeliest(self._logits(r), columns, top, temperature)
 
     def head(
         self, r: Running, weights: Mapping[int, list[mx.array]], total: mx.array, *, onward: bool

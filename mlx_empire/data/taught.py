@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
@@ -91,10 +92,8 @@ def load_values(entry: Entry, rows: Rows, *, thorough: bool) -> TeacherValues | 
         digests = json.loads((entry.folder / INDEX).read_text("utf-8"))
         for name, (dtype, columns) in entry._shapes().items():
             file = entry.folder / f"{name}.bin"
-            found = noted_digest(
-                "teacher", file, notes, lambda f=file: file_digest(f), thorough=thorough, ours=True
-            )
-            if found != digests[name]:
+            read = partial(file_digest, file)
+            if noted_digest("file", file, notes, read, thorough=thorough, ours=True) != digests[name]:
                 return None
             arrays[name] = np.memmap(file, dtype, "r", shape=(entry.targets, columns))
     except (OSError, ValueError, KeyError, TypeError):

@@ -239,7 +239,11 @@ def asked_recipe(recipe: Recipe, ranks: int) -> Recipe:
 
 def _telling(comm: Communicator, recipe: Recipe, entry: Entry, rows: int) -> Callable[[int], None]:
     """What rank 0 says of a pass over so many rows: at its beginning, and now and then how far it is."""
-    say = partial(print, flush=True) if comm.rank == 0 else lambda _: None
+
+    def say(text: str) -> None:
+        if comm.rank == 0:
+            print(text, flush=True)
+
     say(
         f"{KEY}: {recipe.distillation.teacher} is asked once about {rows:,} rows: {entry.targets:,} targets, "
         f"{amount(entry.nbytes)} in {entry.folder}"

@@ -122,7 +122,7 @@ def teacher_values(
     found = load_values(entry, rows, thorough=thorough)
     have = comm.gather_json(found is not None)
     if not all(have):
-        places = comm.gather_json([comm.hostname, str(entry.folder)])
+        places = comm.gather_json([comm.hostname, str(entry.folder.absolute())])
         writes = not have[comm.rank] and places.index(places[comm.rank]) == comm.rank
         with together(comm):
             _require_room(entry, writes=writes)

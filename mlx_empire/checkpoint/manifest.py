@@ -100,8 +100,9 @@ class Manifest(_Strict):
     """A checkpoint after `step` steps.
 
     `next_row`: rows of the data that have been read. `base` identifies frozen weights, which are not saved, and
-    `config` the model's configuration (None: not noted). `numerics`: what the watch over leaps has seen. `shares` and
-    `zero_stage` say how the shards were cut, for people.
+    `config` the model's configuration (None: not noted), `teacher` who was
+    asked about the rows. `numerics`: what the watch over leaps has seen. `shares` and `zero_stage` say how the shards
+    were cut, for people.
     """
 
     format: Literal[1]
@@ -114,6 +115,7 @@ class Manifest(_Strict):
     seed: Count
     base: Text | None
     config: Digest | None = None
+    teacher: Digest | None = None
     resolved: Resolved
     numerics: dict[Text, tuple[float, ...]]
     zero_stage: Count
@@ -181,13 +183,15 @@ class Origin:
     """What a run, or a daughter, stands on: the recipe as YAML, and digests of what is not saved.
 
     `data`: of the rows; `base`: of frozen weights (None where there are none); `config`: of what the model's
-    config.json says (None where it says nothing, or an earlier version noted nothing).
+    config.json says (None where it says nothing, or an earlier version noted nothing); `teacher`: of the model that
+    was asked about the rows, where there is one.
     """
 
     recipe: str
     data: str
     base: str | None
     config: str | None = None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,7 @@ class Identity:
             seed=self.seed,
             base=self.origin.base,
             config=self.origin.config,
+            teacher=self.origin.teacher,
             resolved=self.resolved,
             numerics={name: tuple(map(float, values)) for name, values in numerics.items()},
             zero_stage=self.plan.zero_stage,

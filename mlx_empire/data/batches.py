@@ -1,6 +1,6 @@
 """Decides what a micro-batch looks like: the rows it reads, its padded width, the targets that count."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,10 @@ from mlx_empire.data.rows import Rows
 PAD_TO = 32  # widths are multiples of this, so that few shapes occur (each new one costs a compilation)
 PADDING_DOCUMENT = -1
 
+# What a teacher says of a micro-batch: its likeliest tokens (rows, width, top) int32, and logarithms of their
+# probabilities and of the rest's (rows, width, top + 1) float16; where no target counts anything.
+Teacher = Callable[[], tuple[np.ndarray, np.ndarray]]
+
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
@@ -20,7 +24,7 @@ class MicroBatch:
     each input in its document, padding 0. mask: (rows, width) float32, 1 where the target counts, else 0.
     documents: (rows, width) int32 numbers of the documents in each row (0, 1, ...), or None when rows are not
     packed; padding is document -1, which attends to itself, so no attention row is empty. rows_read: the
-    dataset's row of each row.
+    dataset's row of each row. teacher: reads what a teacher says of it, where one is asked.
     """
 
     inputs: np.ndarray
@@ -28,6 +32,7 @@ class MicroBatch:
     mask: np.ndarray
     documents: np.ndarray | None
     rows_read: tuple[int, ...]
+    teacher: Teacher | None = None
 
 
 def micro_batch(
@@ -70,6 +75,11 @@ def validation_micro_batches(
     order = fixed_permutation(len(dataset))[: None if limit is None else limit * micro_size]
     for first in range(0, len(order), micro_size):
         yield _collate(dataset, order[first : first + micro_size])
+
+
+def single_rows(dataset: Rows, first: int, last: int) -> list[MicroBatch]:
+    """The rows from `first` up to `last` in their order, each by itself."""
+    return [_collate(dataset, np.array([index])) for index in range(first, min(last, len(dataset)))]
 
 
 def counted(batch: MicroBatch) -> int:

@@ -129,6 +129,10 @@ def refuse_unbuilt(recipe: Recipe) -> None:
         raise UserError(
             "model.dtype: float16: every daughter would need a loss scale of its own; use bfloat16"
         )
+    if recipe.distillation.teacher is not None:
+        raise UserError(
+            f"distillation.teacher: {recipe.distillation.teacher}: only `train` asks a teacher; leave it out here"
+        )
     if recipe.run.resume not in ("auto", "never"):
         raise UserError(
             f"run.resume: {recipe.run.resume}: each daughter goes on from its own last step; use auto or never"

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_empire.data.batches import Teacher
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.traces import Arrays, LayerPass, Traces
 from mlx_empire.errors import UserError
@@ -31,7 +32,8 @@ class Running:
 
     `batch`: inputs, targets and mask, each (rows, width); `hidden`: the current hidden state or cotangent
     (rows, width, hidden); `inputs`: by layer what its backward needs, and `kept`: what it need not compute again;
-    `loss`: (rows,), in the end. `documents` of packed rows: (rows, width), and `cuts`: where they begin.
+    `loss`: (rows,), in the end, or (rows, 2) with a `teacher`, which gives its values when the loss wants them.
+    `documents` of packed rows: (rows, width), and `cuts`: where they begin.
     """
 
     position: int
@@ -43,6 +45,12 @@ class Running:
     inputs: dict[int, mx.array] = field(default_factory=dict)
     kept: dict[int, Kept] = field(default_factory=dict)
     loss: mx.array | None = None
+    teacher: Teacher | None = None
+
+    @property
+    def learnt(self) -> list[mx.array]:
+        """What the differentiated loss takes of the micro-batch."""
+        return [*self.batch, *map(mx.array, self.teacher() if self.teacher is not None else ())]
 
 
 def differentiated(run: Callable[[mx.array], mx.array], x: mx.array, *, in_full: bool) -> mx.array:

@@ -16,11 +16,20 @@ from mlx_empire.cluster.machine import computes_on_gpu
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, MicroBatchSum
 from mlx_empire.engine.layer_calls import Call, LayerCalls, Running, differentiated
-from mlx_empire.engine.loss import Chunk, head_gradients, head_loss, head_readings, head_scores, logit_chunks
+from mlx_empire.engine.loss import (
+    Chunk,
+    head_gradients,
+    head_likeliest,
+    head_loss,
+    head_readings,
+    head_scores,
+    logit_chunks,
+)
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.traces import Arrays
 from mlx_empire.model.attention.patterns import cuts_of
 from mlx_empire.model.attention.segments import Kernels
+from mlx_empire.model.distillation import Distillation
 from mlx_empire.model.head_loss import head_chunks, joined_chunks
 from mlx_empire.model.kept import Kept, Noting, Reusing
 from mlx_empire.model.layers import LayerArguments, LayerNoise, SlottedModel
@@ -35,7 +44,7 @@ class Passes:
     dropout; `table` is the position of the matrix in which tokens are looked up, where nothing else of the root goes by
     tokens. Layers are counted from 0. Without `kernels` every layer attends by the mask that it is given. `strict`: the
     forward of a training step runs as where it is differentiated (`differentiated`). Layers that are recomputed are
-    traced where one `compiles`.
+    traced where one `compiles`. `how` a teacher's values count, where micro-batches come with one.
     """
 
     def __init__(
@@ -51,9 +60,10 @@ class Passes:
         *,
         strict: bool = True,
         compiles: bool = False,
+        how: Distillation | None = None,
     ) -> None:
         self._slotted, self._store, self._tokens = slotted, store, tokens
-        self._table, self._strict = table, strict
+        self._table, self._strict, self._how = table, strict, how
         self._calls = LayerCalls(slotted, store, noise, kernels, compiles=compiles)
         self.traces, self.strength = self._calls.traces, self._calls.strength
         self.head_tensors, self.embed_tensors = list(head_tensors), list(embed_tensors)
@@ -93,7 +103,9 @@ class Passes:
         documents = None if micro.documents is None else mx.array(micro.documents)
         cuts = () if micro.documents is None else cuts_of(micro.documents)
         self._store.evaluate(hidden, documents)
-        return Running(position, (inputs, targets, mask), self._shapes[shape], documents, cuts, hidden)
+        running = Running(position, (inputs, targets, mask), self._shapes[shape], documents, cuts, hidden)
+        running.teacher = micro.teacher
+        return running
 
     def forward(self, layer: int, r: Running, *, keep_input: bool, products: Sequence[int] = ()) -> None:
         """Run a layer; its input is kept where the backward will come back to it, and of `products` the results."""
@@ -131,6 +143,12 @@ class Passes:
         """Forward only: the log-probability of every target, (rows, width)."""
         return head_readings(self._logits(r))
 
+    def likeliest(
+        self, r: Running, columns: int, top: int, temperature: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Forward only: what `head_likeliest` says of the targets that count."""
+        return head_likeliest(self._logits(r), columns, top, temperature)
+
     def head(
         self, r: Running, weights: Mapping[int, list[mx.array]], total: mx.array, *, onward: bool
     ) -> tuple[list[mx.array], dict[int, list[mx.array]]]:
@@ -143,7 +161,7 @@ class Passes:
         heads, layers = self._heads(), sorted(weights)
         if not layers:
             r.loss, gradients, r.hidden = head_gradients(
-                self._call_head, heads, r.hidden, r.batch, total, self._tokens
+                self._call_head, heads, r.hidden, r.learnt, total, self._tokens, self._how
             )
             return gradients, {}
 
@@ -152,7 +170,8 @@ class Passes:
                 self._store.rebind(i + 1, arrays)
                 hidden = self._calls.untraced(i, r, hidden)
             constant = mx.stop_gradient(hidden)
-            chunks = list(head_chunks(self._call_head, heads, constant, r.batch, total, self._tokens))
+            given = constant, r.learnt, total, self._tokens, self._how
+            chunks = list(head_chunks(self._call_head, heads, *given))
             cotangent = mx.stop_gradient(joined_chunks([part for _, _, part in chunks]))
             surrogate = (hidden * cotangent).sum()
             return (surrogate, *(array for loss, sums, part in chunks for array in (loss, *sums, part)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -28,7 +28,7 @@ from mlx_empire.plan.schedule import evaluation, gradients
 if TYPE_CHECKING:
     from mlx_empire.engine.trace import StepTrace
 
-Measure = Callable[[Running], mx.array]
+Measured = TypeVar("Measured")
 
 
 class StreamedStep(Reader):
@@ -54,8 +54,8 @@ class StreamedStep(Reader):
         self._embeds: dict[int, EmbeddingSum] = {}  # the embedding's part of the root, by round
         self._weights: dict[int, list[mx.array]] = {}  # of the units that are bound
         self._total = mx.array(1.0)
-        self._measure: Measure | None = None
-        self._measured: list[mx.array] = []
+        self._measure: Callable[[Running], Any] | None = None
+        self._measured: list[Any] = []
         self.norm_value = 0.0
         self.trace: StepTrace | None = None
 
@@ -104,7 +104,15 @@ class StreamedStep(Reader):
         """Forward only: by micro-batch the log-probability of every target, (rows, width) float32."""
         return [np.array(found) for found in self._evaluate(batches, 1, self._passes.readings)]
 
-    def _evaluate(self, batches: Sequence[MicroBatch], total_tokens: int, measure: Measure) -> list[mx.array]:
+    def likeliest(
+        self, batches: Sequence[MicroBatch], columns: int, top: int, temperature: float
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Forward only: by micro-batch what `head_likeliest` says of its targets that count."""
+        return self._evaluate(batches, 1, lambda r: self._passes.likeliest(r, columns, top, temperature))
+
+    def _evaluate(
+        self, batches: Sequence[MicroBatch], total_tokens: int, measure: Callable[[Running], Measured]
+    ) -> list[Measured]:
         self._begin(batches, total_tokens)
         self._measure, self._measured = measure, []
         with self._passes.evaluating():

@@ -21,7 +21,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.blame import gradient_error, loss_error, released_error
 from mlx_empire.engine.gradients import GradientStore
-from mlx_empire.engine.loss import of_all_rows
+from mlx_empire.engine.loss import parts_of_rows
 from mlx_empire.engine.loss_scale import LossScale
 from mlx_empire.engine.numerics import GradientError, SpikeWatch
 from mlx_empire.engine.passes import Passes
@@ -46,9 +46,13 @@ if TYPE_CHECKING:
     from mlx_empire.engine.trace import StepTrace
 
 
+PARTS = "cross_entropy", "divergence"  # of a loss with a teacher
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What all ranks know after a step; `loss` is the mean over the step's counted tokens.
+    """What all ranks know after a step; `loss` is the mean over the step's counted tokens; `parts` of it by name, where
+    it mixes cross-entropy and divergence from a teacher.
 
     `skipped`: nothing was updated; `go_back`: and the last checkpoint is to be restored; `note`: what there is to say
     about that; `statistics`: see `UpdateStatistics`; `waited_for`: `wait_seconds` of this rank by what was waited for;
@@ -64,6 +68,7 @@ class StepResult:
     statistics: Mapping[str, float] = field(default_factory=dict)
     waited_for: Mapping[str, float] = field(default_factory=dict)
     untraced: tuple[str, ...] = ()
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class Trainer:
         self._passes: Passes
         self.streamed: StreamedStep
         self._told = 0  # lines of layers that cannot be traced
+        self._parts: dict[str, float] = {}  # of the last loss
 
     def prepare(self, *, packing: bool, fresh: bool = True, together: int = 1) -> None:
         """After the weights are in: probe the model (UserError if it cannot be streamed) and make the states.
@@ -136,6 +142,7 @@ class Trainer:
             kernels,
             strict=self.work.strict,
             compiles=self.work.compiled,
+            how=self.work.distillation,
         )
         shape = step_shape(self.store.plan, self.work, self._comm.rank)
         # The plan goes by names where nothing was scaled down; what was probed holds.
@@ -199,8 +206,7 @@ class Trainer:
         NumericsError if it is not finite, but where a smaller loss scale may be the answer.
         """
         by_row = self.gather_gradients(micro_batches, step, total_tokens, update=update)
-        losses = [of_all_rows(rows) for rows in by_row]
-        loss = self._in_order(losses)
+        loss, losses = self._mixed([parts_of_rows(rows) for rows in by_row])
         if not math.isfinite(loss) and not self._scale.may_fall:
             raise loss_error(step, loss, losses, self.store, self._comm, self._updater.changed)
         return loss
@@ -285,7 +291,10 @@ class Trainer:
     def _result(self, loss: float, norm: float, **told: Any) -> StepResult:
         """With what the step waited for, and layers that turned out not to be traced."""
         causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
-        return StepResult(loss, norm, waited, waited_for=causes, untraced=self._untraced(), **told)
+        parts = dict(self._parts)
+        return StepResult(
+            loss, norm, waited, waited_for=causes, untraced=self._untraced(), parts=parts, **told
+        )
 
     def _untraced(self) -> tuple[str, ...]:
         """What is new of it."""
@@ -320,6 +329,16 @@ class Trainer:
         found = self._comm.gather_json(sorted(self._sums.suspects))
         self._sums.suspects = None
         return found
+
+    def _mixed(self, by_micro: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
+        """The loss of the step and of each of this rank's micro-batches, from their parts. Collective."""
+        how = self.work.distillation
+        if how is None:
+            losses = [loss for (loss,) in by_micro]
+            return self._in_order(losses), losses
+        parts = [self._in_order([one[part] for one in by_micro]) for part in (0, 1)]
+        self._parts = dict(zip(PARTS, parts, strict=True))
+        return how.mixed(*parts), [how.mixed(*one) for one in by_micro]
 
     def _in_order(self, losses: Sequence[float]) -> float:
         """Sum of all ranks' losses in the order of the micro-batches, in fp64."""

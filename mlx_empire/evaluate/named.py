@@ -23,28 +23,16 @@ from mlx_empire.recipe.duration import Duration
 from mlx_empire.recipe.evaluation import CITATIONS, GROUNDED, TASKS
 from mlx_empire.recipe.load import MAX_BYTES, dump_recipe, parse_recipe
 from mlx_empire.recipe.schema import Recipe
-from mlx_empire.recipe.sections import TuningSection
 from mlx_empire.recipe.text import read_small_text
 from mlx_empire.run.finished import Finished, finished
+from mlx_empire.run.forward_only import FORWARD_ONLY, NO_TUNING, ROWS
 from mlx_empire.run.names import RECIPE
 from mlx_empire.run.resident import base_folder_of
 
-ROWS = 8  # pass a rank at once
 FOREIGN_LENGTH = 1024  # positions of a row, for what comes without a recipe
-NO_TUNING = {f"tuning.{name}": field.default for name, field in TuningSection.model_fields.items()}
 # What a run has besides its weights, and an evaluation has not.
 IDLE: dict[str, Any] = {
-    "model.init": "pretrained",
-    "model.architecture": None,
-    "model.source": None,
-    "batch.micro_size": 1,
-    "batch.cells": "auto",
-    "optimizer.in_backward": False,
-    "optimizer.statistics_every": None,
-    "memory.gradient_checkpointing": True,
-    "memory.keep_products": False,
-    "memory.shares": "memory",
-    "numerics.spikes": "off",
+    **FORWARD_ONLY,
     "evaluation.stop_when": None,
     "evaluation.fallback": None,
     "run.save_every": None,

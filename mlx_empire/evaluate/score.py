@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 
 import mlx.core as mx
 from rich.console import Console
@@ -29,8 +28,6 @@ from mlx_empire.evaluate.page import evaluation_page
 from mlx_empire.evaluation.questions import files_of_set
 from mlx_empire.formats.hf_folder import has_weights
 from mlx_empire.formats.staging import disk_errors
-from mlx_empire.model.build import describe
-from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.recipe.load import dump_recipe, parse_recipe
@@ -45,6 +42,7 @@ from mlx_empire.run.agree import (
     standing,
 )
 from mlx_empire.run.caffeinate import keep_awake
+from mlx_empire.run.forward_only import frozen
 from mlx_empire.run.parent import share_parent
 from mlx_empire.run.proof import share_proof
 from mlx_empire.run.trainer import explaining_memory, limit_memory, load_weights, make_trainer
@@ -105,15 +103,6 @@ def scored(comm: Communicator, name: str, recipe: Recipe, nodes: Sequence[Node])
             decode = load_tokenizer(recipe.model.path).decode
             words = {one.title: worded(one, rows[one.title], decode) for one in evaluator.sets}
     return Scored(name, scores, words)
-
-
-def frozen(target: Target) -> Target:
-    """The target of full tuning with nothing to train; one with adapters as it is."""
-    if target.adapters is not None:
-        return target
-    target.model.freeze()
-    spec = target.spec
-    return replace(target, spec=describe(target.model, spec.config, spec.name, spec.dtype))
 
 
 def _digest(recipe: Recipe) -> str | None:

@@ -150,12 +150,21 @@ def _lineage(recipe: Recipe, data_digest: str, base_digest: str | None, source: 
         ("base", f"`{recipe.model.path}`"),
         *([] if source is None else [("fetched from", f"`{source}`")]),
         ("digest of the base", f"`{base_digest}`" if base_digest else "not frozen, so it has none"),
+        *_teacher(recipe),
         *[("data", f"`{path}`{mixed}") for path, mixed in _sources(recipe)],
         ("digest of the data", f"`{data_digest}`"),
         ("seed", str(recipe.run.seed)),
         ("written by", f"mlx_empire {__version__}"),
     ]
     return "| | |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in rows)
+
+
+def _teacher(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Whose likeliest tokens were learnt beside the data's."""
+    asked = recipe.distillation
+    if asked.teacher is not None:
+        how = f"weight {asked.weight:g}, temperature {asked.temperature:g}, {asked.top} tokens"
+        yield "teacher", f"`{asked.teacher}`, {how}"
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[Path, str]]:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from mlx_empire.model.attention.patterns import Pattern
 from mlx_empire.model.attention.segments import Kernels
+from mlx_empire.model.distillation import Distillation
 from mlx_empire.model.graph import Graph, repeated
 from mlx_empire.model.layer_graph import NotTraceable
 from mlx_empire.model.layer_passes import Adds, LayerPasses, Pass
@@ -65,17 +66,26 @@ class LayerCosts:
     """The needs of a model's layers and head on micro-batches of (rows, width), `chunk` tokens of the loss at a time.
 
     `linear`: kernels that make no scores compute causal attention without a mask, so those scores count nothing;
-    `by_pattern`: layers attend by segments where they can. Methods return None where the layers cannot be traced.
+    `by_pattern`: layers attend by segments where they can; `how` a teacher's values count in the loss. Methods return
+    None where the layers cannot be traced.
     """
 
     def __init__(
-        self, spec: ModelSpec, rows: int, width: int, chunk: int, *, linear: bool, by_pattern: bool = False
+        self,
+        spec: ModelSpec,
+        rows: int,
+        width: int,
+        chunk: int,
+        *,
+        linear: bool,
+        by_pattern: bool = False,
+        how: Distillation | None = None,
     ) -> None:
         self._spec, self._width, self._linear, self._patterned = spec, width, linear, by_pattern
         self._known: dict[tuple[object, ...], object] = {}
         try:
             kernels = Kernels(fused=linear) if by_pattern else None
-            self._passes: LayerPasses | None = LayerPasses(spec, rows, width, chunk, kernels)
+            self._passes: LayerPasses | None = LayerPasses(spec, rows, width, chunk, kernels, how)
         except NotTraceable:
             self._passes = None
         # By identity of a unit its place; in `_numbers` alike layers have that of the first of them.

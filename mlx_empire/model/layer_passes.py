@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlx_empire.model.attention.segments import Kernels
 from mlx_empire.model.closed_forms import root_parts
+from mlx_empire.model.distillation import Distillation
 from mlx_empire.model.graph import Graph
 from mlx_empire.model.head_loss import head_chunks, joined_chunks
 from mlx_empire.model.spec import ModelSpec, TensorSpec
@@ -57,14 +58,20 @@ class LayerPasses:
     """The parts of a described model, on micro-batches of (rows, width). NotTraceable where they cannot be run so.
 
     Units are numbered as in the specification, layers from 1. `chunk`: tokens of the loss at a time. `model`: what is
-    called.
+    called. `how` a teacher's values count in the loss.
     """
 
     def __init__(
-        self, spec: ModelSpec, rows: int, width: int, chunk: int, kernels: Kernels | None = None
+        self,
+        spec: ModelSpec,
+        rows: int,
+        width: int,
+        chunk: int,
+        kernels: Kernels | None = None,
+        how: Distillation | None = None,
     ) -> None:
         self.model = TracedModel(spec, rows, width, kernels)
-        self._spec, self._hidden = spec, self.model.hidden
+        self._spec, self._hidden, self._how = spec, self.model.hidden, how
         self._blocks, self._experts, self._products = (
             self.model.blocks,
             self.model.experts,
@@ -171,8 +178,7 @@ class LayerPasses:
     def _chunks(self, hidden: mx.array, batch: Arrays) -> Iterator[list[mx.array]]:
         """By chunk the losses so far, the head's gradients so far and that by the chunk of `hidden`."""
         heads = [self.model.bound[t.name] for t in self._heads]
-        inputs, targets, mask = batch
-        given = hidden, (inputs, targets, mask), mx.array(1.0), self._chunk
+        given = hidden, batch, mx.array(1.0), self._chunk, self._how
         for loss, sums, part in head_chunks(self._logits, heads, *given):
             yield [loss, *sums, part]
 
@@ -181,9 +187,13 @@ class LayerPasses:
         return self.model.head(hidden, tokens)
 
     def _batch(self, hidden: mx.array) -> list[mx.array]:
-        """Inputs, targets and mask."""
+        """Inputs, targets and mask, and a teacher's values."""
         shape = hidden.shape[:2]
-        return [mx.zeros(shape, mx.int32), mx.zeros(shape, mx.int32), mx.zeros(shape)]
+        batch = [mx.zeros(shape, mx.int32), mx.zeros(shape, mx.int32), mx.zeros(shape)]
+        if self._how is None:
+            return batch
+        top = self._how.top
+        return [*batch, mx.zeros((*shape, top), mx.int32), mx.zeros((*shape, top + 1), mx.float16)]
 
     def _of_chunks(self, graph: Graph, width: int) -> Pass:
         """A graph whose first outputs are those of the chunks of `width` positions, each of them an evaluation."""

@@ -55,12 +55,18 @@ def costs_of(spec: ModelSpec, work: Workload) -> LayerCosts:
     """The costs of the model's layers on such micro-batches, traced where they can be."""
     by_pattern = work.by_pattern and work.width > SHORT
     linear = work.linear_attention if by_pattern else needs_no_scores(spec, work)
-    question = "layer costs", work.micro_size, work.width, linear, by_pattern
+    question = "layer costs", work.micro_size, work.width, linear, by_pattern, work.distillation
     if question not in spec.known:
         vocabulary = int(spec.text_config.get("vocab_size") or 0)
         chunk = chunk_tokens(vocabulary, frozen=spec.frozen_root)
         spec.known[question] = LayerCosts(
-            spec, work.micro_size, work.width, chunk, linear=linear, by_pattern=by_pattern
+            spec,
+            work.micro_size,
+            work.width,
+            chunk,
+            linear=linear,
+            by_pattern=by_pattern,
+            how=work.distillation,
         )
     found: LayerCosts = spec.known[question]
     return found

@@ -22,6 +22,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import UserError
 from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.closed_forms import root_use
+from mlx_empire.model.distillation import Distillation
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.actions import StepShape
 from mlx_empire.plan.chips import is_mac, on_cpu
@@ -133,7 +134,14 @@ def _workload(
         paged=not all(_is_cpu(node) for node in nodes),
         strict=recipe.numerics.bits == "strict",
         embeds=_embeds(spec),
+        distillation=distillation_of(recipe),
     )
+
+
+def distillation_of(recipe: Recipe) -> Distillation | None:
+    """How a teacher's values count in the loss; None without a teacher."""
+    asked = recipe.distillation
+    return None if asked.teacher is None else Distillation(asked.weight, asked.temperature, asked.top)
 
 
 def never_fits(spec: ModelSpec, nodes: Sequence[Node], state_bytes: StateBytes) -> bool:

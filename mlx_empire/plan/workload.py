@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_empire.errors import UserError
+from mlx_empire.model.distillation import Distillation
 from mlx_empire.plan.actions import NOTHING, Stash, StepShape
 from mlx_empire.plan.shards import ShardPlan
 from mlx_empire.plan.traffic import Route
@@ -83,7 +84,8 @@ class Workload:
     none where it is empty. `wave`: how many micro-batches of a cell at most pass all layers before the others do; 0:
     all of a step pass together. `paged`: buffers take whole pages (Metal; a CPU's are as long as what is in them).
     `strict`: the forward runs as where it is differentiated, and one choice of kept products holds for every
-    micro-batch. `embeds`: whether something of what the embedding uses trains.
+    micro-batch. `embeds`: whether something of what the embedding uses trains. `distillation`: how a teacher's values
+    count in the loss, where there is one.
     """
 
     micro_size: int
@@ -103,6 +105,7 @@ class Workload:
     paged: bool = True
     strict: bool = True
     embeds: bool = True
+    distillation: Distillation | None = None
 
     def stash(self, rank: int) -> Stash:
         """Which results of recomputed layers stay on `rank`."""

@@ -77,6 +77,9 @@ def _of_optimizer(recipe: Recipe, dtypes: Collection[str]) -> Iterator[Reason]:
 
 def _of_the_rest(recipe: Recipe) -> Iterator[Reason]:
     numerics, run = recipe.numerics, recipe.run
+    if recipe.distillation.teacher is None:
+        for key in ("weight", "temperature", "top"):
+            yield f"distillation.{key}", "there is no distillation.teacher"
     if not recipe.dynamic_loss_scale:
         yield "numerics.loss_scale_window", "no loss scale is dynamic"
     if recipe.memory.gradient_checkpointing != "auto":

@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
+from mlx_empire.recipe.distillation import DistillationSection
 from mlx_empire.recipe.evaluation import EvaluationSection
 from mlx_empire.recipe.fields import Section
 from mlx_empire.recipe.mixture import gap
@@ -37,6 +38,7 @@ class Recipe(Section):
 
     model: ModelSection
     tuning: TuningSection = TuningSection()
+    distillation: DistillationSection = DistillationSection()
     data: DataSection
     batch: BatchSection
     optimizer: OptimizerSection

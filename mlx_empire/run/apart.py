@@ -51,6 +51,8 @@ def _read(recipe: Recipe) -> Iterator[tuple[str, Path]]:
         yield ("data.path" if recipe.data.path is not None else "data.sources"), path
     if recipe.tuning.start is not None:
         yield "tuning.start", recipe.tuning.start
+    if recipe.distillation.teacher is not None:
+        yield "distillation.teacher", recipe.distillation.teacher
 
 
 def _where(folder: Path, source: Path) -> str | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mlx_empire.data.batches import MicroBatch, micro_batch, positions, valid_tokens
 from mlx_empire.data.order import Order, reading_order
 from mlx_empire.data.rows import Rows
+from mlx_empire.data.taught import TeacherValues
 from mlx_empire.engine.trainer import StepResult
 from mlx_empire.optim.choose import LearningRate
 from mlx_empire.plan.lengths import Every, Lengths
@@ -27,7 +29,8 @@ class Job:
 
     `global_size` and `micro_size` are the rows of a step and of a micro-batch, `indices` the step's micro-batches that
     this rank computes, in the order of its cells. `rates(step)` is a step's learning rate, `qat_warmup` the steps
-    until ternary weights are rounded in full (None: weights are not trained so). `eval_every`, `save_every`
+    until ternary weights are rounded in full (None: weights are not trained so), `teacher` what one says of the rows,
+    where it is asked. `eval_every`, `save_every`
     and `log_every` say how often. `gate` ends the run early.
     """
 
@@ -43,6 +46,7 @@ class Job:
     save_every: Every
     log_every: Every
     gate: Gate | None
+    teacher: TeacherValues | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, data: Rows) -> Job:
@@ -73,7 +77,10 @@ class Job:
     def batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
         sizes = {"global_size": self.global_size, "micro_size": self.micro_size}
-        return [micro_batch(self.data, self.order, step - 1, j, **sizes) for j in self.indices]
+        batches = [micro_batch(self.data, self.order, step - 1, j, **sizes) for j in self.indices]
+        if self.teacher is None:
+            return batches
+        return [replace(batch, teacher=partial(self.teacher.of, batch)) for batch in batches]
 
     def strength(self, step: int) -> float:
         """How far the weights of a step are rounded: 0 in the first one, 1 after the warm-up; a number of it alone."""
@@ -95,6 +102,7 @@ class Job:
             "step": step,
             "epoch": step * self.global_size / len(self.data),
             "loss": taken.loss,
+            **taken.parts,
             "learning_rate": self.rates(step),
             **({} if self.qat_warmup is None else {"qat_strength": self.strength(step)}),
             "grad_norm": taken.gradient_norm,

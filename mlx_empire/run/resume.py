@@ -29,7 +29,8 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.metrics import read_metrics
 
 RECOMPUTATION = "memory.gradient_checkpointing", "memory.keep_products"
-DATA, MODEL = "data.path", "model.path"  # may be spelled in another way where the same is found there
+# May be spelled in another way where the same is found there.
+DATA, MODEL, TEACHER = "data.path", "model.path", "distillation.teacher"
 
 
 # ---- what must be as it was
@@ -45,7 +46,11 @@ def require_same(
     """
     recipe = parse_stored(now.recipe, "the recipe")
     accepted = recipe.run.accept_changes
-    by_digest = [DATA, *([MODEL] if before.config else [])]
+    by_digest = [
+        DATA,
+        *([MODEL] if before.config else []),
+        *([TEACHER] if before.teacher == now.teacher else []),
+    ]
     lines = require_acceptable(
         parse_stored(before.recipe, f"the recipe of {where}"), recipe, [*accepted, *by_digest], where
     )
@@ -56,6 +61,11 @@ def require_same(
             not before.config or before.config == now.config,
             MODEL,
             f"{recipe.model.path} holds another config.json",
+        ),
+        (
+            before.teacher == now.teacher or None in (before.teacher, now.teacher),
+            TEACHER,
+            f"{recipe.distillation.teacher} holds another teacher",
         ),
     ):
         if not same and not any(one.startswith(f"{key.split('.')[0]}.") for one in accepted):
@@ -145,15 +155,18 @@ def _in_words(chosen: Recomputation) -> str:
     return f"{chosen.unrecomputed} un-recomputed layers and {kept} kept products"
 
 
-def where_to_begin(comm: Communicator, recipe: Recipe, target: Target, splits: Splits, steps: int) -> Start:
+def where_to_begin(
+    comm: Communicator, recipe: Recipe, target: Target, splits: Splits, steps: int, teacher: str | None = None
+) -> Start:
     """What run.resume asks for, if this run of `steps` steps may go on from it. Collective; errors on all ranks.
+    `teacher`: the digest of one.
 
     Reads every byte of the checkpoint once, to verify it.
     """
     found, notes = find_checkpoint(comm, recipe)
     recipe = _settled(recipe, found)
     config = comm.broadcast_json(config_digest(recipe.model.path) if comm.rank == 0 else None)
-    now = Origin(dump_recipe(recipe), splits.digest, base_of(comm, recipe, target), config)
+    now = Origin(dump_recipe(recipe), splits.digest, base_of(comm, recipe, target), config, teacher)
     if found is None:
         return Start(recipe, now, None, tuple(notes))
     where = f"checkpoint {found.folder}"
@@ -182,7 +195,8 @@ def _origin_of(found: FoundCheckpoint) -> Origin:
     """What a checkpoint's run began with, its recipe with what was resolved then."""
     manifest = found.manifest
     recipe = _settled(_stored(found), found)
-    return Origin(dump_recipe(recipe), manifest.data_digest, manifest.base, manifest.config)
+    asked = manifest.config, manifest.teacher
+    return Origin(dump_recipe(recipe), manifest.data_digest, manifest.base, *asked)
 
 
 def _stored(found: FoundCheckpoint) -> Recipe:

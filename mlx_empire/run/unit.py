@@ -137,7 +137,8 @@ def train_layer(comm: Communicator, recipe: Recipe, hosts: Path | None, out: Pat
 
 def one_layer(comm: Communicator, recipe: Recipe, nodes: Sequence[Node]) -> tuple[Recipe, Target, int]:
     """What is trained in the place of the whole model, and which unit of it is looked at. Collective."""
-    recipe = variant(recipe, {"model.init": "random", "model.base_digest": None})
+    alone = {"model.init": "random", "model.base_digest": None, "distillation.teacher": None}
+    recipe = variant(recipe, alone)
     config = share_config(comm, recipe)
     whole = share_target(comm, recipe, config)
     plan = resolve(recipe, whole.spec, nodes, state_bytes_of(recipe.optimizer))

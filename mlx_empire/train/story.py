@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,7 @@ from mlx_empire.run.resume import Start, open_saver, where_to_begin
 from mlx_empire.run.shared_rows import share_data
 from mlx_empire.run.sources import sources_told
 from mlx_empire.run.stop import StopRequest
+from mlx_empire.run.teacher import Lesson, share_lesson, teacher_values
 from mlx_empire.run.trainer import explaining_memory, limit_memory, load_state, make_trainer
 from mlx_empire.run.what_next import next_commands
 from mlx_empire.train.loop import Run, train, write_result
@@ -131,6 +132,7 @@ class Prepared:
     recipe: Recipe
     target: Target
     splits: Splits
+    lesson: Lesson | None
     job: Job
     start: Start
     parent: Parent | None
@@ -157,6 +159,7 @@ def carry_out(
     """The run itself, once the ranks know each other and what is asked for."""
     ready = prepare(comm, recipe, nodes, guards)
     recipe, target, plan, start = ready.recipe, ready.target, ready.plan, ready.start
+    job = taught(comm, ready, nodes)
 
     # ---------------------------------------------------------------- the weights
     progress.reach("load")
@@ -171,7 +174,6 @@ def carry_out(
         # ------------------------------------------------------------ from here on something is written
         started_over = (recipe.run.dir / "metrics.jsonl").exists()
         begin_folder(comm, ready, nodes)
-        job = ready.job
         with (
             RunReport(
                 comm, recipe, target.spec, plan, nodes, job.steps, start.resumed, job.log_every
@@ -205,10 +207,12 @@ def prepare(comm: Communicator, recipe: Recipe, nodes: Sequence[Node], guards: S
         if comm.rank == 0:
             result.refuse_result(recipe, target)
     splits = share_data(comm, recipe, target.spec)
+    lesson = share_lesson(comm, recipe, target.spec, splits)
     job = Job.of(recipe, splits.train)
 
     # ---------------------------------------------------------------- where it goes on
-    start = where_to_begin(comm, recipe, target, splits, job.steps)
+    taught_by = None if lesson is None else lesson.digest
+    start = where_to_begin(comm, recipe, target, splits, job.steps, taught_by)
     recipe = start.recipe
     parent = share_parent(comm, recipe, target, start.origin.base) if start.found is None else None
 
@@ -235,7 +239,16 @@ def prepare(comm: Communicator, recipe: Recipe, nodes: Sequence[Node], guards: S
             refuse_other_scorers(recipe, {} if evaluator is None else evaluator.scorer_digests)
     reader = make_reader(comm, recipe, target.spec, plan, splits.valid)
     short = require_disks(comm, recipe, target, plan, nodes, job.steps, resumed=start.found is not None)
-    return Prepared(recipe, target, splits, job, start, parent, plan, evaluator, reader, short)
+    return Prepared(recipe, target, splits, lesson, job, start, parent, plan, evaluator, reader, short)
+
+
+def taught(comm: Communicator, ready: Prepared, nodes: Sequence[Node]) -> Job:
+    """The run's job, with what the teacher says of the rows: asked before the weights need the memory. Collective."""
+    if ready.lesson is None:
+        return ready.job
+    rows, goes_on = ready.splits.train, ready.start.found is not None
+    values = teacher_values(comm, ready.recipe, ready.lesson, rows, nodes, thorough=goes_on)
+    return replace(ready.job, teacher=values)
 
 
 def begin_folder(comm: Communicator, ready: Prepared, nodes: Sequence[Node]) -> None:

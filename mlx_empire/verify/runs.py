@@ -29,6 +29,7 @@ from mlx_empire.data.files import files_there
 from mlx_empire.data.splits import Splits
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
+from mlx_empire.errors import UserError, on_all_ranks
 from mlx_empire.evaluation.gate import held_out_loss
 from mlx_empire.model.quantize import unpacked
 from mlx_empire.model.scaled_down import scaled_down_config
@@ -82,6 +83,10 @@ def verify(
     comm: Communicator, recipe: Recipe, hosts: Path | None, own: bool, steps: int, seeds: int
 ) -> FidelityReport:
     """The audit; collective."""
+    if recipe.distillation.teacher is not None:
+        raise on_all_ranks(
+            UserError("distillation.teacher: the audit asks no teacher; add distillation.teacher=null")
+        )
     nodes = share_nodes(comm, recipe, hosts)
     config = share_config(comm, recipe)
     original = share_target(comm, recipe, config)

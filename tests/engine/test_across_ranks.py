@@ -108,6 +108,15 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
             "release": True,
             "compare": False,
         }
+    for stage, tail in ((3, 0), (0, 4)):
+        made[f"taught:stage {stage}"] = {
+            **COMMON,
+            "taught": True,
+            "tied": True,
+            "stage": stage,
+            "tail": tail,
+            "shares": SHARES[ranks],
+        }
     made["packed:stage 3"] = {**COMMON, "packed": True, "shares": SHARES[ranks]}
     made["packed:stage 0"] = {**COMMON, "packed": True, "stage": 0, "tail": 3}
     made["packed gemma2:stage 3"] = {**COMMON, "packed": True, "family": "gemma2", "shares": SHARES[ranks]}

@@ -20,10 +20,11 @@ from mlx.utils import tree_flatten
 from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
-from mlx_empire.data.batches import MicroBatch
+from mlx_empire.data.batches import MicroBatch, Teacher
 from mlx_empire.engine.loss_scale import LossScale
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.model.build import build_model, describe
+from mlx_empire.model.distillation import Distillation
 from mlx_empire.model.head_loss import row_losses
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.choose import make_optimizer
@@ -36,6 +37,7 @@ from mlx_empire.recipe.sections import OptimizerSection
 from support.tiny_models import tiny_config
 
 VOCABULARY = 256
+TAUGHT = Distillation(weight=0.7, temperature=1.7, top=5)
 VARIED = (8, 1, 4, 2)  # documents of a row, where they are to vary
 
 
@@ -76,6 +78,12 @@ class Case:
     loss_scale: float = 1.0
     scale_window: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    taught: bool = False
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """How the teacher's values of `batches_of` count."""
+        return TAUGHT if self.taught else None
 
 
 def config_of(case: Case) -> dict[str, Any]:
@@ -115,8 +123,18 @@ def batches_of(case: Case, step: int = 0) -> list[MicroBatch]:
             )
             row = np.searchsorted(starts, place, side="right").astype(np.int32)
             documents = np.repeat(row[None], case.rows, 0)
-        made.append(MicroBatch(tokens[:, :-1], tokens[:, 1:], mask, documents, tuple(range(case.rows))))
+        teacher = random_teacher(rng, (case.rows, case.width)) if case.taught else None
+        made.append(
+            MicroBatch(tokens[:, :-1], tokens[:, 1:], mask, documents, tuple(range(case.rows)), teacher)
+        )
     return made
+
+
+def random_teacher(rng: np.random.Generator, shape: tuple[int, int]) -> Teacher:
+    """A teacher that knows nothing: other tokens at each position, and probabilities that add up to one."""
+    ids = np.argsort(rng.random((*shape, VOCABULARY)), axis=-1)[..., : TAUGHT.top].astype(np.int32)
+    logs = np.log(rng.dirichlet(np.ones(TAUGHT.top + 1), shape)).astype(np.float16)
+    return lambda: (ids, logs)
 
 
 def counted_tokens(batches: list[MicroBatch]) -> int:
@@ -144,6 +162,7 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
         wave=case.wave,
         compiled=case.compiled,
         paged=False,
+        distillation=case.distillation,
     )
     plan = make_plan(spec.units, shares, case.stage)
     work = keeping(work, spec, plan, case.kept)
@@ -232,17 +251,35 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 # ---- the reference
 
 
-RowLosses = Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]
+RowLosses = Callable[..., mx.array]  # of logits, targets, mask and total, and of a teacher's values
 
 
-def stock_losses(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:
-    """What `row_losses` must give, by MLX's own cross entropy."""
-    return (nn.losses.cross_entropy(logits.astype(mx.float32), targets) * mask).sum(axis=1) / total
+def stock_losses(
+    logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array, *teacher: mx.array
+) -> mx.array:
+    """What `row_losses` must give, by MLX's own cross entropy, and differentiated by MLX."""
+    wide = logits.astype(mx.float32)
+    losses = nn.losses.cross_entropy(wide, targets)
+    if teacher:
+        ids, logs = teacher
+        q = mx.softmax(wide / TAUGHT.temperature, axis=-1)
+        known = mx.take_along_axis(q, ids, axis=-1)
+        q = mx.concatenate(
+            [known, q.sum(axis=-1, keepdims=True) - known.sum(axis=-1, keepdims=True)], axis=-1
+        )
+        p = mx.softmax(logs.astype(mx.float32), axis=-1)
+        divergence = nn.losses.kl_div_loss(mx.log(q), mx.log(p), axis=-1)
+        losses = (1 - TAUGHT.weight) * losses + TAUGHT.weight * TAUGHT.temperature**2 * divergence
+    return (losses * mask).sum(axis=1) / total
 
 
-def our_losses(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:
+def our_losses(
+    logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array, *teacher: mx.array
+) -> mx.array:
     """`row_losses` as one function with value and gradient: what is differentiated has the value 0 here."""
-    by_row, surrogate = row_losses(logits, targets, mask, total)
+    by_row, surrogate = row_losses(logits, targets, mask, total, (TAUGHT, *teacher) if teacher else None)
+    if teacher:
+        by_row = TAUGHT.mixed(by_row[:, 0], by_row[:, 1])
     return mx.stop_gradient(by_row) + (surrogate - mx.stop_gradient(surrogate))
 
 
@@ -250,18 +287,19 @@ def reference_loss(
     model: nn.Module, batch: MicroBatch, total: int, by_row: RowLosses = stock_losses
 ) -> mx.array:
     """Sum of masked cross-entropies over the global count, on whole logits; packed rows one document at a time."""
-    count = mx.array(float(total))
+    count, teacher = mx.array(float(total)), () if batch.teacher is None else batch.teacher()
     if batch.documents is None:
-        targets, mask = mx.array(batch.targets), mx.array(batch.mask)
-        return by_row(model(mx.array(batch.inputs)), targets, mask, count).sum()
+        targets, mask, *taught = map(mx.array, (batch.targets, batch.mask, *teacher))
+        return by_row(model(mx.array(batch.inputs)), targets, mask, count, *taught).sum()
     loss = mx.array(0.0)
     for row in range(batch.inputs.shape[0]):
         for document in np.unique(batch.documents[row]):
             (place,) = np.nonzero(batch.documents[row] == document)
-            inputs, targets, mask = (
-                mx.array(part[row][place])[None] for part in (batch.inputs, batch.targets, batch.mask)
+            inputs, targets, mask, *taught = (
+                mx.array(part[row][place])[None]
+                for part in (batch.inputs, batch.targets, batch.mask, *teacher)
             )
-            loss = loss + by_row(model(inputs), targets, mask, count).sum()
+            loss = loss + by_row(model(inputs), targets, mask, count, *taught).sum()
     return loss
 
 

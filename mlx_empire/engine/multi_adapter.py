@@ -1,8 +1,9 @@
 """Steps of several daughters together: one streamed pass over the base, and for each its own loss, norm and update.
 
 There are places; a daughter takes one, trains with its own data, schedule and step count, and leaves it to the next.
-Rows of a step are every present daughter's micro-batches side by side, its counted tokens weighted by 1 / their number
-in its step, so the sum of all losses has each one's own gradient. Norm, clipping and AdamW's step count are each one's.
+Micro-batches of one width pass side by side, whosever they are; of another width they pass for themselves, for a row
+that is padded further has other bits. Counted tokens are weighted by 1 / their number in a daughter's step, so the sum
+of all losses has each one's own gradient. Norm, clipping, dropout's masks and AdamW's step count are each one's.
 
 With the optimizer in the backward a unit is updated when its gradient is complete: each daughter's tensors clipped by
 the larger of its last step's norm and that of its units so far in this step (see `update`). A daughter whose gradient
@@ -12,13 +13,13 @@ is not finite is updated no more from that unit on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_empire.data.batches import PADDING_DOCUMENT, MicroBatch
+from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.trainer import Trainer
 from mlx_empire.model.lora import as_first_values, initial_adapter
@@ -64,6 +65,9 @@ class MultiAdapterSteps:
                 self._slices.setdefault(index, []).append(own)
         self._last_norms: dict[int, float] = {}
         self._inputs: Mapping[int, StepInput] = {}
+        self._companies: list[_Company] = []
+        if trainer.noise is not None:
+            trainer.noise.states = present.states
         self._squares: dict[int, float] = {}  # by place, of the units so far
         self._released = trainer.work.optimizer_in_backward
         if self._released:
@@ -116,22 +120,22 @@ class MultiAdapterSteps:
         A daughter whose norm is not finite is not updated (where the update runs in the backward: no further): what
         becomes of it is the caller's business.
         """
-        trainer, places = self._trainer, sorted(inputs)
+        trainer, streamed, places = self._trainer, self._trainer.streamed, sorted(inputs)
         self._inputs, self._squares = inputs, dict.fromkeys(places, 0.0)
-        self._present.places = places
-        count = max(len(inputs[p].micro_batches) for p in places)
-        joined = [_joined([_weighted(inputs[p], j) for p in places]) for j in range(count)]
-        # Dropout's masks are those of the one that is furthest, so of a daughter alone they are its own.
-        step = max(given.step for given in inputs.values())
-        rows = trainer.gather_gradients(joined, step, update=self._released)
-        losses = _shared_out(rows, [len(inputs[p].micro_batches[0].inputs) for p in places])
+        self._companies = _companies(inputs)
+        if trainer.noise is not None:
+            at = [{p: (inputs[p].step, one.index) for p in one.places} for one in self._companies]
+            trainer.noise.begin_together(at)
+        streamed.before_micro = lambda position: self._present.are(self._companies[position].places)
+        rows = streamed.gradients([[one.joined for one in self._companies]], 1, update=self._released)
+        losses = _shared_out(rows, self._companies)
         if not self._released:
             for index in self._slices:
                 self._add_squares(index)
         norms = {place: math.sqrt(squares) for place, squares in self._squares.items()}
         trainer.renew(self._scalars(norms, () if self._released else self._slices))
         self._last_norms |= norms
-        return {p: StepOutput(loss, norms[p]) for p, loss in zip(places, losses, strict=True)}
+        return {place: StepOutput(losses[place], norms[place]) for place in places}
 
     def _update_of_unit(self, index: int) -> Callable[[str], StepScalars]:
         """By what each tensor of a unit is updated whose gradients are complete, in the backward."""
@@ -150,7 +154,7 @@ class MultiAdapterSteps:
 
     def with_only(self, place: int) -> Trainer:
         """The trainer, whose model until the next step is that of the daughter in `place`."""
-        self._present.places = [place]
+        self._present.are([place])
         return self._trainer
 
     def adapter(self, place: int) -> dict[str, mx.array]:
@@ -221,26 +225,44 @@ def _weighted(given: StepInput, index: int) -> MicroBatch:
     return MicroBatch(batch.inputs, batch.targets, mask, batch.documents, batch.rows_read)
 
 
-def _shared_out(by_row: Sequence[np.ndarray], rows: Sequence[int]) -> list[float]:
-    """Each daughter's loss of a step: `by_row` of its joined micro-batches, in each of which it has so many `rows`."""
-    edges = np.cumsum(rows)
-    sums = [[own.sum(dtype=np.float64) for own in np.split(losses, edges[:-1])] for losses in by_row]
-    return [math.fsum(own) for own in zip(*sums, strict=True)]
+@dataclass(frozen=True)
+class _Company:
+    """Micro-batch `index` of the daughters in these places, side by side: `joined` has their rows, in order."""
+
+    index: int
+    places: Sequence[int]
+    joined: MicroBatch
+
+
+def _companies(inputs: Mapping[int, StepInput]) -> list[_Company]:
+    """What passes the model in a step, each daughter's micro-batches in their order."""
+    found: list[_Company] = []
+    for index in range(max(len(given.micro_batches) for given in inputs.values())):
+        alike: dict[Hashable, dict[int, MicroBatch]] = {}
+        for place in (p for p in sorted(inputs) if index < len(inputs[p].micro_batches)):
+            batch = _weighted(inputs[place], index)
+            alike.setdefault((batch.inputs.shape, batch.documents is None), {})[place] = batch
+        found += [_Company(index, list(own), _joined(list(own.values()))) for own in alike.values()]
+    return found
+
+
+def _shared_out(by_row: Sequence[np.ndarray], companies: Sequence[_Company]) -> dict[int, float]:
+    """Each daughter's loss of a step, by place; `by_row`: of the rows of each company."""
+    sums: dict[int, list[float]] = {}
+    for losses, company in zip(by_row, companies, strict=True):
+        for place, own in zip(company.places, np.split(losses, len(company.places)), strict=True):
+            sums.setdefault(place, []).append(own.sum(dtype=np.float64))
+    return {place: math.fsum(own) for place, own in sums.items()}
 
 
 def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
-    """Rows of several daughters, padded on the right to one width."""
-    width = max(b.inputs.shape[1] for b in batches)
-
-    def wide(arrays: Sequence[np.ndarray], filler: int = 0) -> np.ndarray:
-        padded = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=filler) for a in arrays]
-        return np.concatenate(padded)
-
+    """Rows of several daughters, of one shape each."""
+    together = np.concatenate
     documents = [b.documents for b in batches if b.documents is not None]
     return MicroBatch(
-        wide([b.inputs for b in batches]),
-        wide([b.targets for b in batches]),
-        wide([b.mask for b in batches]),
-        wide(documents, PADDING_DOCUMENT) if documents else None,
+        together([b.inputs for b in batches]),
+        together([b.targets for b in batches]),
+        together([b.mask for b in batches]),
+        together(documents) if documents else None,
         tuple(row for b in batches for row in b.rows_read),
     )

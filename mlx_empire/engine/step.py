@@ -58,6 +58,7 @@ class StreamedStep(Reader):
         self._measured: list[Any] = []
         self.norm_value = 0.0
         self.trace: StepTrace | None = None
+        self.before_micro: Callable[[int], None] | None = None  # called before a step does something with it
 
     def play(self, actions: Iterable[Action]) -> None:
         """As `Reader.play`; with a trace every action is noted."""
@@ -65,6 +66,8 @@ class StreamedStep(Reader):
         try:
             for action in actions:
                 evaluate.waits = self._shape.waits(action)
+                if self.before_micro is not None and action.micro >= 0 and self._measure is None:
+                    self.before_micro(action.micro)
                 with nullcontext() if self.trace is None else self.trace.action(action):
                     super().play((action,))
         finally:

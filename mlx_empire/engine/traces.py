@@ -147,8 +147,8 @@ class Traces:
             notes.append(note)
             return results
 
-        compiled = mx.compile(whole, inputs=mx.random.state)
-        with _as_before(layer), _generator_as_before(seeded):
+        compiled = mx.compile(whole, inputs=[mx.random.state, *(one.states for one in present)])
+        with _as_before(layer), _generator_as_before(seeded), _states_as_before(present):
             try:
                 results = compiled(*tensors, *given)
             finally:
@@ -332,6 +332,17 @@ def _generator_as_before(seeded: bool) -> Iterator[None]:
             mx.random.seed(high << 32 | low)
     if drawn and not seeded:
         raise RuntimeError("it draws random numbers that nobody has seeded")
+
+
+@contextmanager
+def _states_as_before(present: Sequence[Present]) -> Iterator[None]:
+    """Of daughters who draw from generators of their own, as MLX's: a trace has put its own arrays there."""
+    before = [(one.states, dict(one.states)) for one in present]
+    try:
+        yield
+    finally:
+        for states, then in before:
+            states |= then
 
 
 def _generator() -> list[int]:

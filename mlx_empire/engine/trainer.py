@@ -110,7 +110,7 @@ class Trainer:
         self._updater = (OptimizerInBackward if work.optimizer_in_backward else Updater)(
             self.store, self._sums, optimizer, comm, settings.clip_norm, self._statistics
         )
-        self._noise = None if seed is None else LayerNoise(seed)
+        self.noise = None if seed is None else LayerNoise(seed)
         self._passes: Passes
         self.streamed: StreamedStep
         self._told = 0  # lines of layers that cannot be traced
@@ -137,7 +137,7 @@ class Trainer:
             use.head,
             use.embed,
             tokens,
-            self._noise,
+            self.noise,
             use.table,
             kernels,
             strict=self.work.strict,
@@ -174,19 +174,6 @@ class Trainer:
         """This step's gradient totals, between `compute` and the update."""
         return self._sums
 
-    def gather_gradients(
-        self, micro_batches: Sequence[MicroBatch], step: int, total_tokens: int = 1, *, update: bool = False
-    ) -> list[np.ndarray]:
-        """Forward and backward of this rank's micro-batches, in the order of its cells; the losses of their rows.
-
-        `update`: where units are updated in the backward, update them.
-        """
-        members = self.work.layout.of_rank(self._comm.rank)
-        if self._noise is not None:
-            self._noise.begin(step, [j for cell in members for j in cell])
-        rounds = list(in_rounds(micro_batches, members))
-        return self.streamed.gradients(rounds, total_tokens, update=update, scale=self._scale.value)
-
     def update_by_unit(self, by_unit: ByUnit) -> None:
         """Where units are updated in the backward: by what this says of each one, in the place of one norm for all."""
         assert isinstance(self._updater, OptimizerInBackward)
@@ -205,7 +192,11 @@ class Trainer:
 
         NumericsError if it is not finite, but where a smaller loss scale may be the answer.
         """
-        by_row = self.gather_gradients(micro_batches, step, total_tokens, update=update)
+        members = self.work.layout.of_rank(self._comm.rank)
+        if self.noise is not None:
+            self.noise.begin(step, [j for cell in members for j in cell])
+        rounds = list(in_rounds(micro_batches, members))
+        by_row = self.streamed.gradients(rounds, total_tokens, update=update, scale=self._scale.value)
         loss, losses = self._mixed([parts_of_rows(rows) for rows in by_row])
         if not math.isfinite(loss) and not self._scale.may_fall:
             raise loss_error(step, loss, losses, self.store, self._comm, self._updater.changed)

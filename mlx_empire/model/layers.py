@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -293,18 +293,34 @@ def with_mask(layer: nn.Module, given: LayerArguments, mask: Any) -> LayerArgume
 
 
 class LayerNoise:
-    """Seeds MLX's generator before each call of a layer in training."""
+    """Seeds MLX's generator before each call of a layer in training.
+
+    Where the rows of several daughters pass together each has a generator of its own: its state lies in `states`, by
+    its place, and MLX's stays as it is.
+    """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._step = 0
-        self._micro_batches: list[int] = []
+        self._at: list[dict[int, tuple[int, int]]] = []
+        self.states: dict[int, mx.array] | None = None
 
     def begin(self, step: int, micro_batches: Sequence[int]) -> None:
         """A new step; `micro_batches`: this rank's, numbered over all ranks, in the order in which it runs them."""
-        self._step, self._micro_batches = step, list(micro_batches)
+        self._at = [{0: (step, micro)} for micro in micro_batches]
+
+    def begin_together(self, at: Sequence[Mapping[int, tuple[int, int]]]) -> None:
+        """A new step of several: for each micro-batch that runs, by place, whose step and micro-batch it is."""
+        self._at = [dict(one) for one in at]
 
     def seed(self, position: int, layer: int) -> None:
         """Before `layer` runs the micro-batch at `position` among this rank's."""
-        key = f"{self._seed}:{self._step}:{self._micro_batches[position]}:{layer}"
-        mx.random.seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
+        numbers = {place: self._number(*at, layer) for place, at in self._at[position].items()}
+        if self.states is None:
+            mx.random.seed(numbers[0])
+        else:
+            self.states.clear()
+            self.states |= {place: mx.random.key(number) for place, number in numbers.items()}
+
+    def _number(self, step: int, micro: int, layer: int) -> int:
+        key = f"{self._seed}:{step}:{micro}:{layer}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")

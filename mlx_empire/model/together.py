@@ -10,6 +10,7 @@ once and is gathered once a layer.
 - Embedding and head: each one's own tables for its rows, by the operations of mlx-lm's layer.
 - Stacked experts: the module that holds them sorts tokens by expert, and rows lose their order. So it is called by
   itself for each daughter's tokens: its sort and its sums are those of a daughter alone.
+- Dropout: each one's own masks, of the shape and from the state of MLX's generator that it has alone.
 
 Experts that stand in another module than mlx-lm's `SwitchGLU` and `SwitchMLP` cannot be put together: nobody knows what
 that does with the rows. A model with such holds one daughter.
@@ -32,9 +33,26 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 @dataclass
 class Present:
-    """The places of the daughters whose rows a micro-batch holds, in order; shared by all modules of a model."""
+    """The places of the daughters whose rows a micro-batch holds, in order; shared by all modules of a model.
+
+    states: by place the state of MLX's generator from which a daughter's dropout draws; empty where nothing is drawn.
+    """
 
     places: list[int] = field(default_factory=list)
+    states: dict[int, mx.array] = field(default_factory=dict)
+
+    def are(self, places: Sequence[int]) -> None:
+        """Those in these places are present from now on; nothing is drawn for them unless they are seeded."""
+        self.places = list(places)
+        self.states.clear()
+
+    def key(self, place: int) -> mx.array | None:
+        """By what the daughter in `place` draws next, as MLX's generator goes on from that state; None, for MLX's own,
+        where none is seeded (a call whose result nobody wants)."""
+        if place not in self.states:
+            return None
+        self.states[place], key = mx.random.split(self.states[place])
+        return key
 
     @contextmanager
     def only(self, place: int) -> Iterator[None]:
@@ -48,12 +66,14 @@ class Present:
 
 class _Together(nn.Module):
     """An adapter's module for `count` daughters. Each has `names` of its own, as `daughters.N.NAME`; what is frozen
-    stays where mlx-lm has it."""
+    stays where mlx-lm has it, in the base's module `inner`."""
 
     names: tuple[str, ...] = ("lora_a", "lora_b")
+    inner = "linear"
 
     def __init__(self, alone: nn.Module, count: int, present: Present) -> None:
         super().__init__()
+        self[self.inner] = alone[self.inner]
         self.dropout = alone.dropout
         self.scale: float = alone.scale
         self.daughters = [{name: alone[name] for name in self.names} for _ in range(count)]
@@ -70,20 +90,26 @@ class _Together(nn.Module):
         parts = mx.split(x, len(self._present.places))
         return _joined([call(part, *own) for part, *own in zip(parts, *tensors, strict=True)])
 
+    def dropped(self, x: mx.array) -> mx.array:
+        """`nn.Dropout` of each daughter's rows of `x` (rows, ...), by masks from its own state."""
+        present, keep = self._present, self.dropout._p_1
+        if keep == 1 or not self.dropout.training:
+            return x
+        own = (x.shape[0] // len(present.places), *x.shape[1:])
+        mask = _joined([mx.random.bernoulli(keep, own, present.key(place)) for place in present.places])
+        rows: mx.array = (mask * x) * (1 / keep)
+        return rows
+
     def low_rank(self, x: mx.array, outputs: tuple[int, ...]) -> mx.array:
         """scale x dropout(x) a b of each row's daughter, in float32 (*outputs)."""
         a, b = (mx.stack(one) for one in self.own("lora_a", "lora_b"))
-        z = (self.dropout(x).reshape(a.shape[0], -1, x.shape[-1]) @ a) @ b
+        z = (self.dropped(x).reshape(a.shape[0], -1, x.shape[-1]) @ a) @ b
         scaled: mx.array = (self.scale * z).reshape(outputs)
         return scaled
 
 
 class LoRATogether(_Together):
-    """mlx-lm's `LoRALinear` for several daughters; the base's module stays `linear`."""
-
-    def __init__(self, alone: LoRALinear, count: int, present: Present) -> None:
-        super().__init__(alone, count, present)
-        self.linear = alone.linear
+    """mlx-lm's `LoRALinear` for several daughters."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """(rows, width, inputs) -> (rows, width, outputs); rows belong to the daughters present, in order."""
@@ -92,14 +118,10 @@ class LoRATogether(_Together):
 
 
 class DoRATogether(_Together):
-    """mlx-lm's `DoRALinear` for several daughters; the base's module stays `linear`."""
+    """mlx-lm's `DoRALinear` for several daughters."""
 
     names = ("lora_a", "lora_b", "m")
     _is_quantized, _dequantized_weight = DoRALinear._is_quantized, DoRALinear._dequantized_weight
-
-    def __init__(self, alone: DoRALinear, count: int, present: Present) -> None:
-        super().__init__(alone, count, present)
-        self.linear = alone.linear
 
     def __call__(self, x: mx.array) -> mx.array:
         """(rows, width, inputs) -> (rows, width, outputs); rows belong to the daughters present, in order."""
@@ -118,16 +140,14 @@ class DoRATogether(_Together):
 
 
 class EmbeddingTogether(_Together):
-    """mlx-lm's `LoRAEmbedding` for several daughters; the base's module stays `embedding`."""
+    """mlx-lm's `LoRAEmbedding` for several daughters."""
 
-    def __init__(self, alone: LoRAEmbedding, count: int, present: Present) -> None:
-        super().__init__(alone, count, present)
-        self.embedding = alone.embedding
+    inner = "embedding"
 
     def __call__(self, x: mx.array) -> mx.array:
         """Tokens (rows, width) -> (rows, width, features); rows belong to the daughters present, in order."""
         y: mx.array = self.embedding(x)
-        z = self.dropout(self.by_daughter(x, lambda own, a, b: a[own] @ b, *self.own("lora_a", "lora_b")))
+        z = self.dropped(self.by_daughter(x, lambda own, a, b: a[own] @ b, *self.own("lora_a", "lora_b")))
         out: mx.array = y + (self.scale * z).astype(y.dtype)
         return out
 
@@ -135,22 +155,18 @@ class EmbeddingTogether(_Together):
         """Hidden states (rows, width, features) -> logits, where the head is the same matrix."""
         y: mx.array = self.embedding.as_linear(x)
         tensors = self.own("lora_a", "lora_b")
-        z = self.by_daughter(self.dropout(x), lambda own, a, b: (own @ b.T) @ a.T, *tensors)
+        z = self.by_daughter(self.dropped(x), lambda own, a, b: (own @ b.T) @ a.T, *tensors)
         return y + (self.scale * z).astype(x.dtype)
 
 
 class SwitchTogether(_Together):
-    """mlx-lm's `LoRASwitchLinear`, called with the tokens of one daughter at a time; the base's stays `linear`."""
-
-    def __init__(self, alone: LoRASwitchLinear, count: int, present: Present) -> None:
-        super().__init__(alone, count, present)
-        self.linear, self.num_experts = alone.linear, alone.num_experts
+    """mlx-lm's `LoRASwitchLinear`, called with the tokens of one daughter at a time."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """As `LoRASwitchLinear`: tokens by their experts."""
         y: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
         (a,), (b,) = self.own("lora_a", "lora_b")
-        z: mx.array = self.dropout(x)
+        z = self.dropped(x)
         for matrices in (a, b):
             z = mx.gather_mm(z, matrices.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
         return y + (self.scale * z).astype(x.dtype)

@@ -1,12 +1,22 @@
 """Daughters that are trained together against the same daughters trained alone by mlx-lm's own layers."""
 
+import re
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from support.stepping import batches_of, counted_tokens, weights_of
-from support.tuning import SEED, HeldWeights, TunedCase, built_of, reference_model, textbook_steps, trainable
+from support.tuning import (
+    SEED,
+    HeldWeights,
+    TunedCase,
+    built_of,
+    reference_model,
+    seeded,
+    textbook_steps,
+    trainable,
+)
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread
@@ -56,20 +66,27 @@ CASES = {
         tuning={"type": "lora", "rank": 4, "targets": ["all-linear", "embed_tokens"]},
         **COMMON,
     ),
+    "dropout": TunedCase("llama", tuning={"type": "lora", "rank": 4, "dropout": 0.3}, **COMMON),
+    "dropout of experts": TunedCase(
+        "qwen3_moe",
+        tuning={"type": "lora", "rank": 4, "targets": ["all-linear", "experts"], "dropout": 0.3},
+        **COMMON,
+    ),
     "packed rows": TunedCase("llama", packed=True, tuning={"type": "lora", "rank": 4}, **COMMON),
 }
 
 
-def cohort_of(case, places, thread):
+def cohort_of(case, places, thread, *, compiled=False):
     built = built_of(case)
     present = put_together(built.model, places)
     spec = describe(built.model, built.spec.config, case.family, case.dtype)
     work = Workload(
         case.rows * places, case.width, cell_layout(case.micro_batches, 1, 1, 1), 1, "float32", "auto", 8192
     )
-    work = replace(work, optimizer_in_backward=case.release)
+    work = replace(work, optimizer_in_backward=case.release, compiled=compiled)
     optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
-    comm, settings = SoloCommunicator("here"), TrainerSettings()
+    noise = SEED if case.tuning.get("dropout") else None
+    comm, settings = SoloCommunicator("here"), TrainerSettings(noise_seed=noise)
     trainer = Trainer(
         built.model, spec, make_plan(spec.units, [1.0], 2), work, comm, thread, optimizer, settings
     )
@@ -90,11 +107,11 @@ def alone(case, daughter):
     """The textbook's adapter of one daughter after its steps, the one before, and its losses."""
     import support.tuning as tuning
 
-    model = reference_model(case)
+    model = seeded(reference_model(case)) if case.tuning.get("dropout") else reference_model(case)
     start = {
         name: mx.array(w)  # DoRA's magnitude is the base's
         if name.endswith(".m")
-        else initial_adapter(TensorSpec(name, tuple(w.shape), "float32"), SEED)
+        else initial_adapter(TensorSpec(plain_name(name), tuple(w.shape), "float32"), SEED)
         for name, w in trainable(model).items()
     }
     model.load_weights([(name, mx.array(w)) for name, w in start.items()], strict=False)
@@ -104,7 +121,13 @@ def alone(case, daughter):
         losses = textbook_steps(case, model, STEPS)
     finally:
         tuning.batches_of = plain
-    return trainable(model), start, losses
+    ended = trainable(model)
+    return *({plain_name(name): a for name, a in one.items()} for one in (ended, start)), losses
+
+
+def plain_name(name):
+    """Without the `.layer` of a model whose layers are seeded."""
+    return re.sub(r"(layers\.\d+)\.layer\.", r"\1.", name)
 
 
 def check(found, expected, start):
@@ -143,22 +166,58 @@ def test_each_learns_what_it_learns_alone(case):
             assert losses[daughter] == pytest.approx(curve, rel=1e-5)
 
 
-@pytest.mark.parametrize("case", ["dora", "experts", "embedding and head", "released"])
+IN_COMPANY = ["dora", "experts", "embedding and head", "released", "dropout", "dropout of experts"]
+
+
+@pytest.mark.parametrize("case", IN_COMPANY)
 def test_each_has_the_bits_that_it_has_alone_in_a_place(case):
+    """The second one's rows are longer than the first one's, in every other micro-batch, and it is a step ahead."""
     case = CASES[case]
+
+    def own(place, step):
+        asked = given(case, place, step + place)
+        if place == 0:
+            return asked
+        return replace(
+            asked, micro_batches=[one_wider(b, 32 * (j % 2)) for j, b in enumerate(asked.micro_batches)]
+        )
+
     with CommThread() as thread:
         many = cohort_of(case, 2, thread)
         for place in range(2):
             many.begin(place)
-        outcomes = [many.step({p: given(case, p, step) for p in range(2)}) for step in range(2)]
+        outcomes = [many.step({p: own(p, step) for p in range(2)}) for step in range(2)]
         for place in range(2):
             one = cohort_of(case, 1, thread)
             one.begin(0)
-            assert [one.step({0: given(case, place, step)})[0] for step in range(2)] == [
+            assert [one.step({0: own(place, step)})[0] for step in range(2)] == [
                 outcome[place] for outcome in outcomes
             ]
             expected, found = one.adapter(0), many.adapter(place)
             assert all(mx.array_equal(found[n], expected[n]) for n in expected)
+
+
+def one_wider(batch, columns):
+    """The micro-batch, padded on the right by so many columns."""
+    wide = {
+        name: np.pad(getattr(batch, name), ((0, 0), (0, columns))) for name in ("inputs", "targets", "mask")
+    }
+    return replace(batch, **wide)
+
+
+def test_traced_layers_drop_out_alike():
+    case = CASES["dropout"]
+    with CommThread() as thread:
+        found = []
+        for compiled in (False, True):
+            many = cohort_of(case, 2, thread, compiled=compiled)
+            for place in range(2):
+                many.begin(place)
+            for step in range(2):
+                many.step({p: given(case, p, step + p) for p in range(2)})
+            assert many._trainer._passes.traces.untraced == {}
+            found.append(many.adapter(1))
+        assert all(mx.array_equal(found[0][n], found[1][n]) for n in found[0])
 
 
 @pytest.mark.parametrize("case", [CASES["lora"], CASES["released"]], ids=["lora", "released"])

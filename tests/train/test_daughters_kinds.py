@@ -32,7 +32,9 @@ KINDS = {
     "embedding and head": [*MIXTURE, "tuning.targets=[embed_tokens,lm_head,v_proj]"],
     "tied embedding": ["tuning.type=lora", "tuning.targets=[embed_tokens,o_proj]"],
     "released": ["tuning.type=dora", "optimizer.in_backward=true", "optimizer.clip_norm=0.5"],
-    "one by one": ["tuning.type=dora", "tuning.dropout=0.1"],  # masks are drawn for all rows of a micro-batch
+    "dropout": ["tuning.type=dora", "tuning.dropout=0.1"],
+    "dropout of experts": [*MIXTURE, "tuning.targets=[experts,q_proj]", "tuning.dropout=0.1"],
+    "one by one": ["tuning.type=dora"],
 }
 TOGETHER = {kind: 1 if kind == "one by one" else 2 for kind in KINDS}
 

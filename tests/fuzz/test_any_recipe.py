@@ -41,7 +41,7 @@ def rows(seed: int, count: int) -> list[list[int]]:
     return [[chance.randrange(1, 250) for _ in range(chance.choice((5, 17, 49, 90)))] for _ in range(count)]
 
 
-VALID = rows(2, 3)
+VALID = rows(2, 5)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def _recipe(chance: random.Random) -> Iterator[tuple[str, object]]:
     yield "model.path", family
     yield "model.dtype", dtype
     yield from _tuning(chance, family in MIXTURES)
-    micro = chance.choice((1, 1, 2))
+    micro = chance.choice((1, 1, 2, 3))
     rows = micro * chance.randint(2, 5)
     packed = chance.choice(("true", "false"))
     yield "data.packing", packed

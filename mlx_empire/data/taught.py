@@ -27,10 +27,10 @@ from mlx_empire.data.cache import cache_folder, file_digest
 from mlx_empire.data.digests import noted_digest
 from mlx_empire.data.rows import Rows, offsets_of
 from mlx_empire.disk import building, create_private
+from mlx_empire.model.distillation import bytes_per_target
 
 FORMAT = 1
 INDEX = "index.json"
-ID_BYTES, LOG_BYTES = 4, 2
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,6 @@ class Entry:
     def _shapes(self) -> dict[str, tuple[str, int]]:
         """By file its dtype and columns."""
         return {"ids": ("<i4", self.top), "logs": ("<f2", self.top + 1)}
-
-
-def bytes_per_target(top: int) -> int:
-    """What a teacher's values of a target take."""
-    return ID_BYTES * top + LOG_BYTES * (top + 1)
 
 
 @dataclass(frozen=True, eq=False)

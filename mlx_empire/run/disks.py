@@ -26,6 +26,7 @@ from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.formats.hf_folder import has_weights, open_folder
 from mlx_empire.formats.hf_names import tower_names
 from mlx_empire.formats.staging import side_files
+from mlx_empire.model.distillation import bytes_per_target
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.disk import Beside, DiskLedger, Keeping, Places, disk_ledgers, result_bytes
@@ -34,6 +35,7 @@ from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import checkpoint_folder
 
 CACHED_PER_BYTE = 2.5  # bytes of the token cache for each byte of data, at most, as a rule
+TARGETS_PER_BYTE = CACHED_PER_BYTE / 5  # a token takes 4 bytes there, and a target 1
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def _token_bytes(recipe: Recipe) -> int:
     """What the token cache may take; 0 where the data is not on this machine."""
     try:
         found = [source for path in recipe.data.paths for source in locate(path) if source is not None]
-        return int(CACHED_PER_BYTE * sum(file.stat().st_size for one in found for file in one.files))
+        size = sum(file.stat().st_size for one in found for file in one.files)
+        taught = bytes_per_target(recipe.distillation.top) if recipe.distillation.teacher is not None else 0
+        return int((CACHED_PER_BYTE + taught * TARGETS_PER_BYTE) * size)
     except (UserError, OSError):
         return 0

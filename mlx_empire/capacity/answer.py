@@ -36,6 +36,7 @@ from mlx_empire.capacity.document import (
 )
 from mlx_empire.capacity.ladder import UNLOCKED, ladder
 from mlx_empire.capacity.matrix import compare, matrix, read_rows
+from mlx_empire.capacity.teacher import teacher_pass
 from mlx_empire.capacity.text import (
     capacity_console,
     print_daughters,
@@ -241,6 +242,7 @@ def report_of(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wan
         counted,
         alone,
         unknown,
+        teacher_pass(recipe, nodes, wire, known_chips, size),
     )
 
 

@@ -15,6 +15,7 @@ from mlx_empire.capacity.disks import disk_documents
 from mlx_empire.capacity.ladder import Rung
 from mlx_empire.capacity.ledger_groups import entries, term
 from mlx_empire.capacity.matrix import Comparison, Matrix, MatrixRow
+from mlx_empire.capacity.teacher import TeacherPass
 from mlx_empire.capacity.whatif import Advice
 from mlx_empire.model.closed_forms import active_parameters
 from mlx_empire.model.spec import ModelSpec
@@ -41,7 +42,8 @@ class CapacityReport:
     first for the wire that is there; none where `no_time` says why. `chips`: of the nodes. `start`: of the run.
     `disks`: of every file system.
     `counted`: what lengths in targets and epochs rest on, empty where there are none.
-    `untouched`: the verdict where macOS's own limits hold, None where the plan assumes no others.
+    `untouched`: the verdict where macOS's own limits hold, None where the plan assumes no others. `teacher`: what the
+    pass of one needs, where there is one.
     """
 
     assessment: Assessment
@@ -55,11 +57,13 @@ class CapacityReport:
     counted: str = ""
     untouched: str | None = None
     no_time: str | None = None
+    teacher: TeacherPass | None = None
 
     @property
     def verdict(self) -> str:
-        """That of the worst machine, of its memory and of its disk."""
-        return max(self.assessment.verdict, disk_verdict(self.disks), key=VERDICTS.index)
+        """That of the worst machine, of its memory and of its disk, also while a teacher is asked."""
+        teacher = "fits" if self.teacher is None else self.teacher.verdict
+        return max(self.assessment.verdict, disk_verdict(self.disks), teacher, key=VERDICTS.index)
 
     @property
     def spec(self) -> ModelSpec:
@@ -86,6 +90,8 @@ class CapacityReport:
         """Why the worst node or disk does not simply fit; empty where all do."""
         worst = self.assessment.worst
         memory = [f"{worst.node.name}: {worst.reason}"] if worst.reason else []
+        if self.teacher is not None and self.teacher.verdict != "fits":
+            memory.append(self.teacher.sentence)
         disk = disk_verdict(self.disks)
         return "; ".join([*memory, *(one.reason for one in self.disks if one.reason and one.verdict == disk)])
 
@@ -134,6 +140,7 @@ class CapacityReport:
             for chip in dict.fromkeys(self.chips)
         ]
         notes += [self.counted] if self.counted else []
+        notes += [] if self.teacher is None else [self.teacher.sentence]
         notes += without_effect(self.assessment.recipe, self.spec.trained_dtypes, len(self.nodes))
         return notes
 
@@ -187,10 +194,26 @@ def report_document(report: CapacityReport) -> Document:
         "formulas": _formulas(report.nodes),
         "notes": report.notes,
         "disks": disk_documents(report.disks),
+        "teacher": _teacher(report.teacher),
         "untouched_macos": {
             "verdict": report.untouched,
             "commands": [{"name": name, "command": words} for name, words in report.raises.items()],
         },
+    }
+
+
+def _teacher(asked: TeacherPass | None) -> Document | None:
+    if asked is None:
+        return None
+    peaks = None if asked.plan is None else [node.peak_bytes for node in asked.plan.nodes]
+    return {
+        "path": asked.named,
+        "verdict": asked.verdict,
+        "peak_bytes": peaks,
+        "bytes_per_target": asked.target_bytes,
+        "targets": None if asked.size is None else asked.size.targets,
+        "hours": None if asked.hours is None else _pair(asked.hours),
+        "sentence": asked.sentence,
     }
 
 

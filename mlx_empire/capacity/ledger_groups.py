@@ -96,6 +96,9 @@ _TERMS = {
         "derived",
     ),
     "logits chunk": Term("what is alive at the worst moment of a chunk's loss and its vjp", "derived"),
+    "teacher's values": Term(
+        "6 bytes for each of the teacher's tokens and 2 more, for each position of one micro-batch", "exact"
+    ),
     "un-recomputed tail": Term(
         "what the layers that are not recomputed keep for their backward, with the logits of a chunk",
         "derived",
@@ -157,6 +160,7 @@ _RULES = (
     ("sums", "gradients"),
     ("optimizer", "optimizer"),
     ("logits", "logits"),
+    ("teacher", "logits"),
     ("weights", "weights"),
     ("layer", "activations"),
     ("kept products", "activations"),

@@ -26,7 +26,8 @@ from mlx_empire.data.rows import Table
 from mlx_empire.data.stream import HEADER_BYTES
 from mlx_empire.disk import create_private, sync_file, sync_folder
 
-CACHED_PER_BYTE = 2.5  # 5 bytes a token, and no fewer than two bytes of data a token
+BYTES_PER_TOKEN = 5  # an id, and whether it is a target
+CACHED_PER_BYTE = BYTES_PER_TOKEN / 2  # no fewer than two bytes of data a token
 DIGESTED_BYTES = 1 << 20  # at once
 TOKENIZER_FILES = (
     "*token*",

@@ -23,18 +23,18 @@ from typing import BinaryIO
 import numpy as np
 
 from mlx_empire.data.batches import MicroBatch
-from mlx_empire.data.cache import cache_folder, file_digest
+from mlx_empire.data.cache import BYTES_PER_TOKEN, cache_folder, cached_bytes, file_digest
 from mlx_empire.data.digests import noted_digest
 from mlx_empire.data.rows import Rows, offsets_of
 from mlx_empire.disk import building, create_private
+from mlx_empire.model.distillation import bytes_per_target
 
 FORMAT = 1
 INDEX = "index.json"
-ID_BYTES, LOG_BYTES = 4, 2
 
 
 @dataclass(frozen=True)
-class Entry:
+class TaughtEntry:
     """What an entry holds: values of so many `targets`, of `top` tokens each, in `folder`."""
 
     folder: Path
@@ -42,7 +42,9 @@ class Entry:
     top: int
 
     @classmethod
-    def of(cls, rows: Rows, data: str, teacher: str, top: int, temperature: float, attention: str) -> Entry:
+    def of(
+        cls, rows: Rows, data: str, teacher: str, top: int, temperature: float, attention: str
+    ) -> TaughtEntry:
         """`data` and `teacher`: the digests of the rows and of the model. All that the values' bits follow from."""
         versions = [version(name) for name in ("mlx", "mlx-lm")]
         said = [FORMAT, data, teacher, top, temperature, attention, *versions]
@@ -57,11 +59,6 @@ class Entry:
     def _shapes(self) -> dict[str, tuple[str, int]]:
         """By file its dtype and columns."""
         return {"ids": ("<i4", self.top), "logs": ("<f2", self.top + 1)}
-
-
-def bytes_per_target(top: int) -> int:
-    """What a teacher's values of a target take."""
-    return ID_BYTES * top + LOG_BYTES * (top + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +81,7 @@ class TeacherValues:
         return ids, logs
 
 
-def load_values(entry: Entry, rows: Rows, *, thorough: bool) -> TeacherValues | None:
+def load_values(entry: TaughtEntry, rows: Rows, *, thorough: bool) -> TeacherValues | None:
     """An entry's values as memory maps; None where it is missing or damaged in any way. `thorough`: every byte is read,
     also of files that have not changed since they were."""
     notes, arrays = cache_folder() / "digests", {}
@@ -104,7 +101,7 @@ def load_values(entry: Entry, rows: Rows, *, thorough: bool) -> TeacherValues | 
 class Writer:
     """Writes an entry, values of consecutive rows at a time. OSError where the disk is full."""
 
-    def __init__(self, entry: Entry, place: Path) -> None:
+    def __init__(self, entry: TaughtEntry, place: Path) -> None:
         self._entry, self._place = entry, place
         self._files: dict[str, BinaryIO] = {
             name: create_private(place / f"{name}.bin") for name in entry._shapes()
@@ -130,7 +127,7 @@ class Writer:
 
 
 @contextmanager
-def writing(entry: Entry) -> Iterator[Writer]:
+def writing(entry: TaughtEntry) -> Iterator[Writer]:
     """What writes `entry`, in a folder of its own that is gone at the end unless it was published. OSError."""
     with building(entry.folder) as place:
         yield Writer(entry, place)

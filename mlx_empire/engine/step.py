@@ -6,7 +6,7 @@ update in `update`. Collectives only ever see evaluated arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -250,3 +250,10 @@ class StreamedStep(Reader):
 
     def adopt(self, action: Action) -> None:
         self._store.adopt_views(action.unit)
+
+
+def in_rounds(micro_batches: Sequence[MicroBatch], members: Sequence[range]) -> Iterator[list[MicroBatch]]:
+    """A rank's micro-batches, given in order, divided into its cells."""
+    values = iter(micro_batches)
+    for cell in members:
+        yield [next(values) for _ in cell]

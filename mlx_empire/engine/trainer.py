@@ -26,7 +26,7 @@ from mlx_empire.engine.loss_scale import LossScale
 from mlx_empire.engine.numerics import GradientError, SpikeWatch
 from mlx_empire.engine.passes import Passes
 from mlx_empire.engine.statistics import UpdateStatistics
-from mlx_empire.engine.step import StreamedStep
+from mlx_empire.engine.step import StreamedStep, in_rounds
 from mlx_empire.engine.store import ShardStore
 from mlx_empire.engine.streamable import check_packing, probe_root
 from mlx_empire.engine.update import ByUnit, OptimizerInBackward, Updater
@@ -282,10 +282,8 @@ class Trainer:
     def _result(self, loss: float, norm: float, **told: Any) -> StepResult:
         """With what the step waited for, and layers that turned out not to be traced."""
         causes, (waited, _) = dict(self._thread.waited_for), self._thread.reset()
-        parts = dict(self._parts)
-        return StepResult(
-            loss, norm, waited, waited_for=causes, untraced=self._untraced(), parts=parts, **told
-        )
+        told |= {"untraced": self._untraced(), "parts": dict(self._parts)}
+        return StepResult(loss, norm, waited, waited_for=causes, **told)
 
     def _untraced(self) -> tuple[str, ...]:
         """What is new of it."""
@@ -339,10 +337,3 @@ class Trainer:
             members = [j for cell in self.work.layout.of_rank(rank) for j in cell]
             ordered |= dict(zip(members, values.tolist(), strict=True))
         return sum(ordered[j] for j in sorted(ordered))
-
-
-def in_rounds(micro_batches: Sequence[MicroBatch], members: Sequence[range]) -> Iterator[list[MicroBatch]]:
-    """A rank's micro-batches, given in order, divided into its cells."""
-    values = iter(micro_batches)
-    for cell in members:
-        yield [next(values) for _ in cell]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+ID_BYTES, LOG_BYTES = 4, 2  # of a token and of a logarithm, as they are kept and as a step has them
 TINY = 1e-30  # what a probability is taken to be at least, under a logarithm or a fraction
 
 
@@ -37,6 +38,11 @@ class Distillation:
     def mixed(self, cross_entropy: float, divergence: float) -> float:
         """The loss of its two parts."""
         return (1 - self.weight) * cross_entropy + self.weight * self.temperature**2 * divergence
+
+
+def bytes_per_target(top: int) -> int:
+    """What a teacher's values of a target take."""
+    return ID_BYTES * top + LOG_BYTES * (top + 1)
 
 
 def divergences(

@@ -23,6 +23,7 @@ from mlx_empire.model.attention.blocks import largest_scores
 from mlx_empire.model.attention.fused import attention_is_fused
 from mlx_empire.model.attention.segments import SHORT
 from mlx_empire.model.closed_forms import experts, is_stacked
+from mlx_empire.model.distillation import bytes_per_target
 from mlx_empire.model.layer_costs import LayerCosts, Need
 from mlx_empire.model.layer_passes import Adds
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, TensorSpec, UnitSpec
@@ -138,6 +139,8 @@ def head_costs(
     """
     root, hidden = RootMemory(spec, work), hidden_bytes(spec, work)
     chunked = {"layer inputs": hidden} if root.chunked else {}  # gradients of earlier chunks
+    if work.distillation is not None:
+        chunked["teacher's values"] = work.tokens * bytes_per_target(work.distillation.top)
     costs = costs_of(spec, work)
     needs = costs.tail(units, adds=adds) if units else costs.head()
     if needs is None:
@@ -176,6 +179,8 @@ def _fitted_head(units: Sequence[UnitSpec], spec: ModelSpec, work: Workload) -> 
     root = RootMemory(spec, work)
     one = root.head * (root.wide if root.chunked else 1) + root.head * root.chunked
     always = {"layer inputs": 2 * hidden_bytes(spec, work), "root gradients": one}
+    if work.distillation is not None:
+        always["teacher's values"] = work.tokens * bytes_per_target(work.distillation.top)
     if not units:
         return [always | {"logits chunk": root.fitted_logits}]
     kept, moments = _fitted_tail(units, spec, work)

@@ -36,7 +36,8 @@ FORMULAS: Mapping[str, str] = {
     "result": "final/: the model as it computes, with its towers and tokenizer; or adapters in float32, in two formats",
     "base": "the model's folder, where this machine does not see it yet",
     "token cache": "at most 2.5 bytes for each byte of the data (4 a token and 1 a target), written by the first start;"
-    " with packing or data.validation_split beside as much again, before there is a checkpoint",
+    " with packing or data.validation_split beside as much again, before there is a checkpoint; with a teacher half as many "
+    "times 6 x distillation.top + 2 besides, on each machine",
 }
 
 

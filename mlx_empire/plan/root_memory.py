@@ -15,6 +15,7 @@ from mlx_empire.plan.workload import Workload, chunk_tokens
 # Where the head cannot be traced:
 LOGITS_COPIES = 3.2  # fp32 arrays of a chunk's logits alive in the gradient of the loss
 SOFT_CAPPED = 2.2  # more of them where logits are soft-capped
+TAUGHT = 4.0  # and where a teacher's values count, as where the head can be traced
 
 
 class RootMemory:
@@ -48,7 +49,8 @@ class RootMemory:
         elements = min(self._chunk_tokens, self._work.tokens) * self._vocabulary
         size = elements * (4 * LOGITS_COPIES + 2.25 * self._item * (self._item < 4))
         soft = self._spec.family == "gemma2" or self._spec.text_config.get("final_logit_softcapping")
-        return int(size + (4 * elements * SOFT_CAPPED if soft else 0))
+        taught = TAUGHT if self._work.distillation is not None else 0
+        return int(size + 4 * elements * ((SOFT_CAPPED if soft else 0) + taught))
 
     @cached_property
     def head(self) -> int:

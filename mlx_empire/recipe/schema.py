@@ -38,8 +38,8 @@ class Recipe(Section):
 
     model: ModelSection
     tuning: TuningSection = TuningSection()
-    distillation: DistillationSection = DistillationSection()
     data: DataSection
+    distillation: DistillationSection = DistillationSection()
     batch: BatchSection
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()

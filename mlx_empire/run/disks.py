@@ -26,6 +26,7 @@ from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.formats.hf_folder import has_weights, open_folder
 from mlx_empire.formats.hf_names import tower_names
 from mlx_empire.formats.staging import side_files
+from mlx_empire.model.distillation import bytes_per_target
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.disk import Beside, DiskLedger, Keeping, Places, disk_ledgers, result_bytes
@@ -120,12 +121,12 @@ def what_else(recipe: Recipe, target: Target) -> Beside:
     """What a run writes beside its plan's bytes, as far as this machine can see."""
     folder = recipe.model.path
     missing = recipe.model.init == "pretrained" and not folder.exists()
-    data = _data_bytes(recipe)
+    data, distillation = _data_bytes(recipe), recipe.distillation
     copied = recipe.data.packing or bool(recipe.data.validation_split)
     return Beside(
         carried_bytes(folder),
         result_bytes(target.base) if missing else 0,
-        cached_bytes(data),
+        cached_bytes(data) + (taught_bytes(data, distillation.top) if distillation.teacher is not None else 0),
         tokens_beside(data, copied=copied) - cached_bytes(data),
     )
 

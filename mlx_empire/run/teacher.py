@@ -29,7 +29,7 @@ from mlx_empire.data.batches import single_rows
 from mlx_empire.data.encode import load_tokenizer
 from mlx_empire.data.rows import Rows
 from mlx_empire.data.splits import Splits
-from mlx_empire.data.taught import Entry, TeacherValues, load_values, writing
+from mlx_empire.data.taught import TaughtEntry, TeacherValues, load_values, writing
 from mlx_empire.disk import free_bytes, with_headroom
 from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.formats.hf_folder import has_weights
@@ -55,7 +55,7 @@ Values = tuple[np.ndarray, np.ndarray]  # ids (targets, top) and logs (targets, 
 class Lesson:
     """What is asked of a teacher: where its values are kept, its digest, and how many of its logits are tokens."""
 
-    entry: Entry
+    entry: TaughtEntry
     digest: str
     columns: int
 
@@ -72,7 +72,7 @@ def share_lesson(comm: Communicator, recipe: Recipe, spec: ModelSpec, splits: Sp
             told = columns, teacher_digest(section.teacher)
     columns, digest = comm.broadcast_json(told)
     how = section.top, section.temperature, recipe.numerics.attention
-    return Lesson(Entry.of(splits.train, splits.digest, digest, *how), digest, columns)
+    return Lesson(TaughtEntry.of(splits.train, splits.digest, digest, *how), digest, columns)
 
 
 def teacher_digest(teacher: Path) -> str:
@@ -140,7 +140,7 @@ def teacher_values(
     return found
 
 
-def _require_room(entry: Entry, *, writes: bool) -> None:
+def _require_room(entry: TaughtEntry, *, writes: bool) -> None:
     needed = with_headroom(entry.nbytes)
     if writes and (free := free_bytes(entry.folder)) < needed:
         raise DoesNotFitError(
@@ -150,7 +150,7 @@ def _require_room(entry: Entry, *, writes: bool) -> None:
 
 
 @contextmanager
-def _told(entry: Entry) -> Iterator[None]:
+def _told(entry: TaughtEntry) -> Iterator[None]:
     """What a disk says against writing an entry, as a UserError."""
     try:
         yield
@@ -160,7 +160,7 @@ def _told(entry: Entry) -> Iterator[None]:
         ) from None
 
 
-def _write(comm: Communicator, entry: Entry, values: Iterable[Values], *, writes: bool) -> None:
+def _write(comm: Communicator, entry: TaughtEntry, values: Iterable[Values], *, writes: bool) -> None:
     """Keep all values on the ranks that write. Collective, group by group."""
     with ExitStack() as stack:
         with together(comm), _told(entry):
@@ -174,7 +174,9 @@ def _write(comm: Communicator, entry: Entry, values: Iterable[Values], *, writes
                 writer.publish()
 
 
-def _sent(comm: Communicator, found: TeacherValues | None, holder: int, entry: Entry) -> Iterator[Values]:
+def _sent(
+    comm: Communicator, found: TeacherValues | None, holder: int, entry: TaughtEntry
+) -> Iterator[Values]:
     """The values as `holder` has them. Collective."""
     for first in range(0, entry.targets, SENT):
         own = None
@@ -225,7 +227,10 @@ def _asked(
 
 
 def asked_recipe(recipe: Recipe, ranks: int) -> Recipe:
-    """The recipe of the teacher's pass on so many ranks: its own dtype, every row by itself, nothing trained."""
+    """The recipe of the teacher's pass on so many ranks: its own dtype, every row by itself, nothing trained.
+
+    It still names a teacher: so the ledger has room for a distilling head, which needs more than the likeliest tokens.
+    """
     changes: dict[str, Any] = {
         **FORWARD_ONLY,
         **NO_TUNING,
@@ -233,11 +238,12 @@ def asked_recipe(recipe: Recipe, ranks: int) -> Recipe:
         "model.dtype": None,
         "model.base_digest": None,
         "batch.global_size": ROWS * ranks,
+        "distillation.teacher": recipe.distillation.teacher,
     }
     return variant(recipe, changes)
 
 
-def _telling(comm: Communicator, recipe: Recipe, entry: Entry, rows: int) -> Callable[[int], None]:
+def _telling(comm: Communicator, recipe: Recipe, entry: TaughtEntry, rows: int) -> Callable[[int], None]:
     """What rank 0 says of a pass over so many rows: at its beginning, and now and then how far it is."""
 
     def say(text: str) -> None:

@@ -81,6 +81,12 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
             )
             for name, tail, more in (("full", 2, {}), ("lora", 10, {"tuning": tuned("lora")}))
         },
+        **{  # a teacher's values, and the logits' arrays that learn from them
+            f"llama 512 stage 2, taught, tail of {tail}, large vocabulary": setting(
+                "llama", 512, 2, [1], tail=tail, config={**SIZES, "vocab_size": 32768}, taught=True
+            )
+            for tail in (0, 2)
+        },
         **{  # the root is nearly all: head and embedding are put together before there are totals of both
             f"llama 32 stage 2, tied, {name}": setting("llama", 32, 2, [1], tied=True, config=ROOT, **more)
             for name, more in (

@@ -14,6 +14,7 @@ from mlx_empire.capacity.ledger_groups import UNKNOWN, term
         ["memory.zero_stage=1", "optimizer.state_bits=32"],
         ["optimizer.master_weights=diet"],
         ["tuning.type=dora"],
+        ["distillation.teacher=teacher"],
         ["tuning.type=qlora", "tuning.bits=2"],
     ],
 )

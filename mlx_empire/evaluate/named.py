@@ -43,6 +43,7 @@ IDLE: dict[str, Any] = {
     "optimizer.statistics_every": None,
     "memory.gradient_checkpointing": True,
     "memory.keep_products": False,
+    "memory.activation_offload": False,
     "memory.shares": "memory",
     "numerics.spikes": "off",
     "evaluation.stop_when": None,

@@ -83,7 +83,8 @@ class Workload:
     none where it is empty. `wave`: how many micro-batches of a cell at most pass all layers before the others do; 0:
     all of a step pass together. `paged`: buffers take whole pages (Metal; a CPU's are as long as what is in them).
     `strict`: the forward runs as where it is differentiated, and one choice of kept products holds for every
-    micro-batch. `embeds`: whether something of what the embedding uses trains.
+    micro-batch. `embeds`: whether something of what the embedding uses trains. `offload`: inputs of recomputed layers
+    go to a file.
     """
 
     micro_size: int
@@ -103,6 +104,7 @@ class Workload:
     paged: bool = True
     strict: bool = True
     embeds: bool = True
+    offload: bool = False
 
     def stash(self, rank: int) -> Stash:
         """Which results of recomputed layers stay on `rank`."""
@@ -131,4 +133,5 @@ def step_shape(plan: ShardPlan, work: Workload, rank: int) -> StepShape:
         work.stash(rank),
         work.wave,
         work.embeds,
+        work.offload,
     )

@@ -29,6 +29,7 @@ from mlx_empire.formats.staging import side_files
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.disk import Beside, DiskLedger, Keeping, Places, disk_ledgers, result_bytes
+from mlx_empire.plan.offload import input_file_bytes
 from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import checkpoint_folder
@@ -115,7 +116,10 @@ def ledgers_of(
 ) -> tuple[DiskLedger, ...]:
     """The disk ledgers of a recipe's plan; `steps` of the run, None where nobody knows."""
     keeping, states = Keeping.of(recipe.run, steps), state_bytes_of(recipe.optimizer)
-    return disk_ledgers(target.spec, plan.shards, keeping, states, places, beside)
+    inputs = [
+        input_file_bytes(target.spec, plan.shards, plan.work, rank) for rank in range(len(plan.ledgers))
+    ]
+    return disk_ledgers(target.spec, plan.shards, keeping, states, places, beside, inputs)
 
 
 def what_else(recipe: Recipe, target: Target) -> Beside:
@@ -170,6 +174,7 @@ def remedies(recipe: Recipe) -> str:
     """What could be changed where a disk is too small, without what is so already."""
     full = recipe.tuning.type == "full"
     options = [
+        ("memory.activation_offload: false", recipe.memory.activation_offload is not False),
         ("optimizer.state_bits: 8", recipe.optimizer.state_bits != 8 and recipe.run.save_every is not None),
         ("optimizer.master_weights: diet", recipe.optimizer.master_weights in ("exact", "fp32") and full),
         ("tuning.type: lora", full),

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from typing import BinaryIO
 
 _MODE = 0o600
 WAIT_SECONDS = 0.2
+_PIECE_BYTES = 1 << 24  # at a time
 
 
 def create_private(path: Path) -> BinaryIO:
@@ -36,6 +38,34 @@ def append_private(path: Path) -> FileIO:
 def open_private(path: Path) -> int:
     """A descriptor of a file for reading and writing, made if need be: what a lock is held on."""
     return _open(path, os.O_RDWR)
+
+
+def unnamed_private(folder: Path, nbytes: int) -> FileIO:
+    """A file for reading and writing that has no name: it is gone when it is closed, whatever ends the process.
+
+    Its room on the disk is taken now. Unbuffered; what is in it is not kept in memory where the system can be told so.
+    """
+    number, name = tempfile.mkstemp(prefix=".unnamed-", dir=folder)
+    file = FileIO(number, "r+b")
+    try:
+        os.unlink(name)
+        if hasattr(fcntl, "F_NOCACHE"):
+            fcntl.fcntl(number, fcntl.F_NOCACHE, 1)
+        _take_room(file, nbytes)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _take_room(file: FileIO, nbytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        if nbytes:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        return
+    zeros = bytes(_PIECE_BYTES)
+    while nbytes > 0:
+        nbytes -= file.write(memoryview(zeros)[: min(nbytes, _PIECE_BYTES)])
 
 
 def replace_private(path: Path, content: str | bytes, *, durable: bool = False) -> None:
@@ -167,6 +197,23 @@ SLACK_BYTES = 1 << 17  # folders, and what is small beside the weights
 def with_headroom(nbytes: int) -> int:
     """The room that so many bytes of weights need, with what is written beside them."""
     return int(nbytes * HEADROOM) + SLACK_BYTES
+
+
+def write_at(file: FileIO, data: memoryview, offset: int) -> None:
+    """Write all bytes of `data` at `offset`; several threads may."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(file.fileno(), data[done : done + _PIECE_BYTES], offset + done)
+
+
+def read_at(file: FileIO, data: memoryview, offset: int) -> None:
+    """Fill `data` from `offset` on; several threads may. OSError where the file ends before."""
+    done = 0
+    while done < len(data):
+        count = os.preadv(file.fileno(), [data[done : done + _PIECE_BYTES]], offset + done)
+        if not count:
+            raise OSError(errno.EIO, "the file ends too early")
+        done += count
 
 
 def free_bytes(place: Path) -> int:

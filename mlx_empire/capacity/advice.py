@@ -78,7 +78,11 @@ def _until_it_fits(assessment: Assessment, pace: PaceOf | None, retuned: Retuned
     settings = _fewest(assessment, each)
     if settings:
         return [_by_settings(assessment, settings)]
-    each += [settings for settings in (_diet(assessment), _release(assessment.recipe)) if settings]
+    each += [
+        settings
+        for settings in (_diet(assessment), _release(assessment.recipe), _offload(assessment.recipe))
+        if settings
+    ]
     settings = _fewest(assessment, each)
     if settings is None and (costly := _costly_settings(assessment, _together(each))):
         settings = _fewest(assessment, [*each, costly])
@@ -119,6 +123,11 @@ def _release(recipe: Recipe) -> Settings:
     """Gradients that are not kept: a unit is updated in the backward, clipped by the norm of the step before."""
     skips = recipe.dynamic_loss_scale or recipe.numerics.spikes in ("skip", "rollback")
     return {} if skips or recipe.optimizer.in_backward else {"optimizer.in_backward": True}
+
+
+def _offload(recipe: Recipe) -> Settings:
+    """Layers' inputs in a file: the same bits, and much that is written."""
+    return {} if recipe.memory.activation_offload is True else {"memory.activation_offload": True}
 
 
 def _adapters_alone(assessment: Assessment, free: Settings, retuned: Retuned | None) -> list[Advice]:

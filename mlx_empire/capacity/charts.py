@@ -4,9 +4,9 @@ Memory is a box per machine, filled by what the ledger names, with a line at wha
 chart share one scale, so a machine of twice the memory is a box of twice the length. Machines that are alike are drawn
 once. What comes out are plain values: the templates draw them.
 
-A step in time is per machine a lane of computation and a lane of the network, as spans. Events that follow one
-another closely and are of one kind are one span: a reader sees hundreds of them, not thousands. Made from the clock's
-fast end (`plan.step_time`).
+A step in time is per machine a lane of computation, one of the network and, where it is used, one of the disk, as
+spans. Events that follow one another closely and are of one kind are one span: a reader sees hundreds of them, not
+thousands. Made from the clock's fast end (`plan.step_time`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from mlx_empire.capacity.ledger_groups import GROUPS, entries, grouped, kinds_of, short_names
 from mlx_empire.plan.assess import NodeAssessment
-from mlx_empire.plan.step_time import ADD, EXCHANGE, WAIT, Event, Timeline
+from mlx_empire.plan.step_time import ADD, DISK, EXCHANGE, WAIT, Event, Timeline
 from mlx_empire.sizes import amount
 
 TITLES = {group.key: group.title for group in GROUPS}
@@ -78,14 +78,17 @@ def used_groups(bars: Sequence[NodeBar]) -> list[tuple[str, str]]:
 
 
 CLOSE = 1 / 400  # of the step: gaps below are not seen
-LANES = ("compute", "network")
-KINDS = ("forward", "head", "backward", "update", "gather", "reduce", "add")
+LANES = ("compute", "network", "disk")
+KINDS = ("forward", "head", "backward", "update", "gather", "reduce", "add", "disk")
+_LANE_OF = {EXCHANGE: "network", ADD: "network", DISK: "disk"}
 _KIND_OF = {
     "stash": "forward",
     "reuse": "backward",
     "embed": "backward",
     "renew": "gather",
     "replicate": "reduce",
+    "offload": "disk",
+    "prefetch": "disk",
 }
 COLOURS = {
     "forward": "weights",
@@ -95,6 +98,7 @@ COLOURS = {
     "gather": "activations",
     "reduce": "logits",
     "add": "other",
+    "disk": "adapters",
 }
 
 
@@ -116,12 +120,13 @@ class Lane:
 
 
 def lanes_of(timeline: Timeline, names: Sequence[str]) -> list[Lane]:
-    """The lanes of every machine, in the order of `names` (by rank)."""
+    """The lanes of every machine, in the order of `names` (by rank); the disk's where a machine uses it."""
     lanes = []
+    shown = LANES if any(e.lane == DISK for e in timeline.events) else LANES[:2]
     for rank, name in enumerate(names):
         own = [e for e in timeline.events if e.rank == rank and e.lane != WAIT]
-        for lane in LANES:
-            events = [e for e in own if (e.lane in (EXCHANGE, ADD)) == (lane == "network")]
+        for lane in shown:
+            events = [e for e in own if _LANE_OF.get(e.lane, "compute") == lane]
             lanes.append(Lane(name, lane, _spans(events, timeline.seconds)))
     return lanes
 
@@ -147,8 +152,9 @@ def timeline_document(timeline: Timeline, names: Sequence[str]) -> dict[str, obj
 def drawn_once(lanes: Sequence[Lane], seconds: float) -> list[Lane]:
     """Of machines whose lanes look the same, only those of the first, named for all of them."""
     found: dict[tuple[object, ...], list[Sequence[Lane]]] = {}
-    for first in range(0, len(lanes), len(LANES)):
-        own = lanes[first : first + len(LANES)]
+    each = len({lane.lane for lane in lanes})
+    for first in range(0, len(lanes), each or 1):
+        own = lanes[first : first + each]
         found.setdefault(tuple(_looks(lane, seconds) for lane in own), []).append(own)
     return [
         replace(lane, node=short_names([own[0].node for own in group]))

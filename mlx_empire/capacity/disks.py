@@ -21,6 +21,7 @@ DISK_COLUMNS = (
     "at once",
     "result",
     "base",
+    "inputs",
     "token cache",
     "asked for",
     "least",
@@ -42,6 +43,7 @@ def disk_rows(ledgers: Sequence[DiskLedger]) -> list[list[str]]:
             f"{one.keeping.asked}" if one.keeping.asked else "-",
             amount(one.result) if one.result else "-",
             amount(one.base) if one.base else "-",
+            amount(one.inputs) if one.inputs else "-",
             amount(one.tokens) if one.tokens else "-",
             amount(one.asked),
             amount(one.least),
@@ -62,6 +64,7 @@ def disk_documents(ledgers: Sequence[DiskLedger]) -> list[dict[str, object]]:
             "checkpoints_at_once": one.keeping.asked,
             "result_bytes": one.result,
             "base_bytes": one.base,
+            "layer_inputs_bytes": one.inputs,
             "token_cache_bytes": one.tokens,
             "asked_bytes": one.asked,
             "least_bytes": one.least,
@@ -81,6 +84,7 @@ def disk_notes(ledgers: Sequence[DiskLedger]) -> list[str]:
         "at once": any(one.keeping.asked for one in ledgers),
         "result": any(one.result for one in ledgers),
         "base": any(one.base for one in ledgers),
+        "inputs": any(one.inputs for one in ledgers),
         "token cache": any(one.tokens for one in ledgers),
     }
     notes = [f"{name}: {FORMULAS[name]}" for name, occurs in used.items() if occurs]
@@ -112,6 +116,8 @@ def disk_advice(recipe: Recipe, ledgers: Sequence[DiskLedger], again: Again) -> 
 def _settings(recipe: Recipe, verdict: str) -> Iterator[Settings]:
     """Settings that take less of a disk, those that cost least first."""
     optimizer, full = recipe.optimizer, recipe.tuning.type == "full"
+    if recipe.memory.activation_offload is not False:
+        yield {"memory.activation_offload": False}
     if verdict == "tight":
         no_copies: Settings = {"run.buddy": False} if recipe.run.buddy is not False else {}
         fewer: list[Settings] = [

@@ -23,9 +23,11 @@ from mlx_empire.plan.assess import VERDICTS, Assessment, NodeAssessment
 from mlx_empire.plan.chips import Chip
 from mlx_empire.plan.disk import DiskLedger, disk_verdict
 from mlx_empire.plan.fill import bought
+from mlx_empire.plan.offload import wear_of
 from mlx_empire.plan.pace import Cloud, Pace, ends, spell
 from mlx_empire.plan.resolve import reached_layers
 from mlx_empire.plan.wired_limit import FORGETS, raising_commands, untouched
+from mlx_empire.plan.workload import step_shape
 from mlx_empire.recipe.idle import without_effect
 from mlx_empire.report.text import energy, run_length, span
 
@@ -126,6 +128,7 @@ class CapacityReport:
             f"ZeRO {plan.shards.zero_stage}, shares by {shares}" if len(self.nodes) > 1 else "one node",
             f"{max(reached_layers(self.spec) - unrecomputed, 0)} of {layers} layers recomputed",
             *((f"micro-batches pass {plan.work.wave} at a time",) if plan.work.wave else ()),
+            *(("their inputs on disk",) if any(step_shape(plan.shards, plan.work, 0).offloaded) else ()),
             *((f"kept {kept}",) if (kept := bought(self.spec, plan.shards, plan.work, plan.ledgers)) else ()),
             f"{recipe.optimizer.state_bits}-bit states, master {recipe.optimizer.master_weights}",
             f"gradients {plan.work.gradient_dtype}",
@@ -141,6 +144,9 @@ class CapacityReport:
         ]
         notes += [self.counted] if self.counted else []
         notes += [] if self.teacher is None else [self.teacher.sentence]
+        timed = [(pace.lengths.steps, pace.step_seconds) for pace in self.paces[:1]]
+        wear = wear_of(self.spec, self.assessment.plan, self.names, *(timed[0] if timed else ()))
+        notes += [] if wear is None else [wear.told]
         notes += without_effect(self.assessment.recipe, self.spec.trained_dtypes, len(self.nodes))
         return notes
 

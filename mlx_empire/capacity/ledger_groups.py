@@ -82,6 +82,10 @@ _TERMS = {
         "one hidden state for each layer that the backward reaches and micro-batch that passes, and the current ones",
         "exact",
     ),
+    "fetched layer inputs": Term(
+        "two hidden states: where inputs come from a file, that of the layer in work and the next one",
+        "exact",
+    ),
     "kept products": Term(
         "results of recomputed layers that stay from forward to backward, which then does not compute them",
         "exact",

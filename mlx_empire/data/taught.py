@@ -61,6 +61,11 @@ class TaughtEntry:
         return {"ids": ("<i4", self.top), "logs": ("<f2", self.top + 1)}
 
 
+def taught_bytes(data: int, top: int) -> int:
+    """What the values for so many bytes of data take, at most, as a rule: of each token a target."""
+    return cached_bytes(data) // BYTES_PER_TOKEN * bytes_per_target(top)
+
+
 @dataclass(frozen=True, eq=False)
 class TeacherValues:
     """The values of all rows: `ids` and `logs` as they are kept, and `offsets` (rows + 1,) of the rows in them."""

@@ -17,6 +17,7 @@ import numpy as np
 from mlx_empire import progress
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.gradients import EmbeddingSum, GradientStore, MicroBatchSum
+from mlx_empire.engine.input_file import InputFile
 from mlx_empire.engine.layer_calls import Running
 from mlx_empire.engine.loss import of_all_rows
 from mlx_empire.engine.passes import Passes
@@ -34,7 +35,8 @@ Measured = TypeVar("Measured")
 class StreamedStep(Reader):
     """Runs steps and evaluations of `shape` (its cells follow from the micro-batches that are given).
 
-    `updater` may be left out where only gradients are wanted. `norm`: that of the last `norm` action.
+    `updater` may be left out where only gradients are wanted, `inputs` where no layer's input goes to a file. `norm`:
+    that of the last `norm` action.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class StreamedStep(Reader):
         sums: GradientStore,
         shape: StepShape,
         updater: Updater | None = None,
+        inputs: InputFile | None = None,
     ) -> None:
+        self._inputs = inputs
         self._passes, self._store, self._sums, self._updater = passes, store, sums, updater
         self._shape = shape
         self._batches: list[MicroBatch] = []
@@ -127,6 +131,8 @@ class StreamedStep(Reader):
         self._passes.begin()
         self._batches, self._running, self._cells, self._embeds = list(batches), {}, {}, {}
         self._losses = []
+        if self._inputs is not None:
+            self._inputs.begin()
         self._total = mx.array(float(total_tokens), mx.float32)
 
     # ---- weights
@@ -152,11 +158,29 @@ class StreamedStep(Reader):
         self._running[action.micro] = self._passes.capture(action.micro, self._batches[action.micro])
 
     def forward(self, action: Action) -> None:
-        keep = self._measure is None and action.unit >= self._shape.lowest
+        stays = action.unit >= self._shape.lowest and action.unit not in self._shape.offloaded
+        keep = self._measure is None and stays
         r, products = self._running[action.micro], action.products
         self._passes.forward(action.unit - 1, r, keep_input=keep, products=products)
 
     stash = forward
+
+    def offload(self, action: Action) -> None:
+        assert self._inputs is not None
+        self._inputs.write(action.unit, action.micro, self._running[action.micro].hidden)
+
+    def evict(self, action: Action) -> None:
+        assert self._inputs is not None
+        self._inputs.written(action.unit, action.micro)
+
+    def prefetch(self, action: Action) -> None:
+        assert self._inputs is not None
+        self._inputs.read(action.unit, action.micro)
+
+    def fetch(self, action: Action) -> None:
+        assert self._inputs is not None
+        found = self._inputs.fetched(action.unit, action.micro)
+        self._running[action.micro].inputs[action.unit - 1] = found
 
     def score(self, action: Action) -> None:
         assert self._measure is not None

@@ -10,7 +10,8 @@ from mlx_empire.plan.actions import Action
 from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, WAIT, Event
 
 TRACED_STEPS = 3
-_WAITS = ("bind", "settle", "adopt")
+_WAITS = ("bind", "settle", "adopt", "evict", "fetch")
+_BEGIN = ("gather", "reduce", "replicate", "renew", "offload", "prefetch")
 
 
 class StepTrace:
@@ -25,12 +26,12 @@ class StepTrace:
         """The main thread plays an action. Those that only begin something are not events: the queue tells of it."""
         start = time.perf_counter()
         yield
-        if action.kind not in ("gather", "reduce", "replicate", "renew"):
+        if action.kind not in _BEGIN:
             lane = WAIT if action.kind in _WAITS else COMPUTE
             self.add(lane, (action.kind, action.unit), start, time.perf_counter())
 
     def exchange(self, what: tuple[str, int], start: float, end: float) -> None:
-        """The communication thread, or the checkpoint's, has done a job."""
+        """The communication thread, the checkpoint's or that of layers' inputs has done a job."""
         self.add(EXCHANGE, what, start, end)
 
     def add(self, lane: str, what: tuple[str, int], start: float, end: float) -> None:

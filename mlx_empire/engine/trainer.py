@@ -21,6 +21,7 @@ from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch
 from mlx_empire.engine.blame import gradient_error, loss_error, released_error
 from mlx_empire.engine.gradients import GradientStore
+from mlx_empire.engine.input_file import InputFile
 from mlx_empire.engine.loss import parts_of_rows
 from mlx_empire.engine.loss_scale import LossScale
 from mlx_empire.engine.numerics import GradientError, SpikeWatch
@@ -86,7 +87,7 @@ class TrainerSettings:
 
 
 class Trainer:
-    """One rank's part of a training run."""
+    """One rank's part of a training run; `inputs`: where the plan has layers' inputs go."""
 
     def __init__(
         self,
@@ -98,7 +99,9 @@ class Trainer:
         thread: CommThread,
         optimizer: FlatOptimizer,
         settings: TrainerSettings,
+        inputs: InputFile | None = None,
     ) -> None:
+        self.inputs = inputs
         self.spec, self.work, self.optimizer = spec, work, optimizer
         self._comm, self._thread, self._spikes = comm, thread, settings.spikes
         self._scale = settings.loss_scale
@@ -147,7 +150,9 @@ class Trainer:
         shape = step_shape(self.store.plan, self.work, self._comm.rank)
         # The plan goes by names where nothing was scaled down; what was probed holds.
         self._shape = replace(shape, embeds=shape.embeds or bool(use.embed))
-        self.streamed = StreamedStep(self._passes, self.store, self._sums, self._shape, self._updater)
+        self.streamed = StreamedStep(
+            self._passes, self.store, self._sums, self._shape, self._updater, self.inputs
+        )
         if fresh:
             self._updater.init_states()
 
@@ -155,6 +160,8 @@ class Trainer:
         """Note what the main and the communication thread do, or no longer."""
         self.streamed.trace = trace
         self._thread.observe = trace.exchange if trace is not None else None
+        if self.inputs is not None:
+            self.inputs.observe(self._thread.observe)
 
     @contextmanager
     def whole_model(self) -> Iterator[nn.Module]:

@@ -8,8 +8,12 @@
 | capture   | embed a micro-batch, note what the model passes to its layers                               |
 | forward   | one layer, one micro-batch                                                                  |
 | stash     | the same, where results of products stay for the backward                                   |
+| offload   | begin to write a layer's input of one micro-batch to the rank's file, beside its forward    |
+| evict     | wait until it is written; its memory goes                                                   |
 | head      | loss and gradients of head and un-recomputed layers, one micro-batch                        |
 | score     | in an evaluation: loss or scores of one micro-batch                                         |
+| prefetch  | begin to read a layer's input back, beside the backward before                              |
+| fetch     | wait until it is there                                                                      |
 | backward  | one layer's vjp, one micro-batch; the layer is recomputed                                   |
 | reuse     | the same with what was stashed, which is not computed again                                 |
 | embed     | the embedding's gradient, one micro-batch                                                   |
@@ -91,7 +95,8 @@ class StepShape:
     updated as soon as its gradient is complete; `run_ahead`: the next layer is handed to the device while one runs;
     `stash`: which results of the others stay from the forward to the backward; `wave`: how many micro-batches of a cell
     at most pass all layers before the others do, where weights stay whole; 0: all of the step pass together; `embeds`:
-    whether something that the embedding uses is among what trains of the root.
+    whether something that the embedding uses is among what trains of the root; `offload`: inputs of recomputed layers
+    go to a file, and come back for the backward.
     """
 
     zero_stage: int
@@ -103,6 +108,7 @@ class StepShape:
     stash: Stash = NOTHING
     wave: int = 0
     embeds: bool = True
+    offload: bool = False
 
     def waits(self, action: Action) -> bool:
         """Whether the main thread waits for what the action evaluates, or hands it over and goes on."""
@@ -132,6 +138,11 @@ class StepShape:
     def reached(self) -> int:
         """How many layers the backward reaches: the last ones."""
         return self.layers + 1 - self.lowest
+
+    @property
+    def offloaded(self) -> range:
+        """The layers whose inputs go to a file: where that is asked for those that the backward recomputes."""
+        return range(self.lowest, self.boundary + 1 if self.offload else self.lowest)
 
     @property
     def sharded(self) -> bool:

@@ -54,7 +54,8 @@ def live_buffers(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int, st
     count = _IN_FLIGHT + 4 * max(len(u.tensors) for u in spec.units)
     micros = work.micro_batches(rank)
     passing = min(micros, work.wave or micros)
-    count += passing * (len(plan.units) - work.unrecomputed + 4)
+    inputs = 0 if work.offload else len(plan.units) - work.unrecomputed
+    count += passing * (inputs + 4)
     count += (
         work.stash(rank).arrays(micros) * passing // max(micros, 1)
     )  # in waves all micro-batches keep the same

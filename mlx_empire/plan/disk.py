@@ -1,10 +1,10 @@
 """The disk ledger: what a run will have on each file system, by name and formula, held against what is free there.
 
 Decides what must fit and what is only asked for. What must: two checkpoints at once, for the newest whole one stays
-until the next is committed; later the newest one and the result. What is asked for besides: `run.keep_last` checkpoints
-and the one that is being written, copies of another machine's shards, the token cache. A run with too little room for
-that loses nothing (`checkpoint.retention` gives up copies and old checkpoints, `run.result` waits), so it is `tight`;
-where even the least does not fit the verdict is `no`.
+until the next is committed; later the newest one and the result; layers' inputs that go to files. What is asked for
+besides: `run.keep_last` checkpoints and the one that is being written, copies of another machine's shards, the token
+cache. A run with too little room for that loses nothing (`checkpoint.retention` gives up copies and old checkpoints,
+`run.result` waits), so it is `tight`; where even the least does not fit the verdict is `no`.
 
 File systems, not machines: two ranks of one machine share one, and so do machines with a shared disk.
 """
@@ -34,10 +34,11 @@ FORMULAS: Mapping[str, str] = {
     "copies": "the shards of the machine before in the ring (run.buddy), in every checkpoint",
     "at once": "run.keep_last and the one that is being written; without it all of the run, while there is room",
     "result": "final/: the model as it computes, with its towers and tokenizer; or adapters in float32, in two formats",
+    "inputs": "layers' inputs of all ranks here (memory.activation_offload), from the first step to the last",
     "base": "the model's folder, where this machine does not see it yet",
     "token cache": "at most 2.5 bytes for each byte of the data (4 a token and 1 a target), written by the first start;"
-    " with packing or data.validation_split beside as much again, before there is a checkpoint; with a teacher half as many "
-    "times 6 x distillation.top + 2 besides, on each machine",
+    " with packing or data.validation_split beside as much again, before there is a checkpoint; with a teacher half as "
+    "many times 6 x distillation.top + 2 besides, on each machine",
 }
 
 
@@ -107,7 +108,8 @@ class Beside:
 
 @dataclass(frozen=True)
 class DiskLedger:
-    """Bytes on one file system. `checkpoint`: one of them, as ranks here write it; `copies`: others' shards in it."""
+    """Bytes on one file system. `checkpoint`: one of them, as ranks here write it; `copies`: others' shards in it;
+    `inputs`: of layers, as long as the run lasts."""
 
     disk: str
     name: str
@@ -119,20 +121,22 @@ class DiskLedger:
     tokens: int
     free: int | None
     building: int = 0
+    inputs: int = 0
 
     @property
     def asked(self) -> int:
         """What the recipe asks for, at the worst moment of the run."""
         each = self.checkpoint + self.copies
         saving, ending = self.keeping.asked * each, self.keeping.at_the_end * each + self.result
-        return with_headroom(max(saving, ending, self.building) + self.base + self.tokens)
+        running = max(saving, ending) + self.inputs
+        return with_headroom(max(running, self.building) + self.base + self.tokens)
 
     @property
     def least(self) -> int:
         """What the run cannot do without."""
         saving = self.keeping.least * self.checkpoint
         ending = min(self.keeping.least, 1) * self.checkpoint + self.result
-        return with_headroom(max(saving, ending) + self.base)
+        return with_headroom(max(saving, ending) + self.base + self.inputs)
 
     @property
     def verdict(self) -> str | None:
@@ -158,6 +162,7 @@ class DiskLedger:
         )
         parts += [f"{amount(self.result)} of result"] if self.result else []
         parts += [f"{amount(self.base)} of base"] if self.base else []
+        parts += [f"{amount(self.inputs)} of layers' inputs"] if self.inputs else []
         return (
             f"the disk of {self.name} needs {amount(self.least)} at least ({', '.join(parts)}) and has "
             f"{amount(self.free)} free"
@@ -165,12 +170,21 @@ class DiskLedger:
 
 
 def disk_ledgers(
-    spec: ModelSpec, plan: ShardPlan, keeping: Keeping, states: StateBytes, places: Places, beside: Beside
+    spec: ModelSpec,
+    plan: ShardPlan,
+    keeping: Keeping,
+    states: StateBytes,
+    places: Places,
+    beside: Beside,
+    inputs: Sequence[int] = (),
 ) -> tuple[DiskLedger, ...]:
-    """The ledger of every file system that the run writes to, in the order of the ranks."""
+    """The ledger of every file system that the run writes to, in the order of the ranks; `inputs`: by rank, bytes of
+    the file of layers' inputs."""
     shards = [shard_bytes(plan, rank, states) for rank in range(plan.world_size)]
     described = _described(plan, states)
-    own, others = dict.fromkeys(places.disks, 0), dict.fromkeys(places.disks, 0)
+    own, others, files = (dict.fromkeys(places.disks, 0) for _ in range(3))
+    for disk, nbytes in zip(places.disks, inputs, strict=False):
+        files[disk] += nbytes
     for rank, nbytes in enumerate(shards):
         own[places.disks[rank]] += nbytes
         keeper = keeper_of(rank, places.folders) if keeping.copies else None
@@ -179,7 +193,9 @@ def disk_ledgers(
     for folder in dict.fromkeys(places.folders):  # each has a manifest of all shards
         own[places.disks[places.folders.index(folder)]] += described
     saved = keeping.saves != 0
-    disks = dict.fromkeys((*(places.disks if saved else ()), places.result, places.base, places.tokens))
+    disks = dict.fromkeys(
+        (*(places.disks if saved or any(inputs) else ()), places.result, places.base, places.tokens)
+    )
     result = result_bytes(spec) + (0 if _has_adapters(spec) else beside.carried)
     found = [
         DiskLedger(
@@ -193,6 +209,7 @@ def disk_ledgers(
             beside.tokens if disk == places.tokens else 0,
             places.free.get(disk),
             beside.building if disk == places.tokens else 0,
+            files.get(disk, 0),
         )
         for disk in disks
     ]

@@ -1,9 +1,9 @@
 """How long a step and a run take, and what holds them back: ranges over what the chips may execute.
 
 A step is played on lanes (`step_time`), once with the best and once with the worst of what chips and wire may do. What
-is said of its parts is how long the busiest rank's lane is at work, whatever it overlaps with. Loading the weights once
-and writing the result once is spread over the steps as `disk`. Evaluation, saves in between and the first compilation
-are not counted.
+is said of its parts is how long the busiest rank's lane is at work, whatever it overlaps with. `disk` is writing and
+reading layers' inputs, and loading the weights once and writing the result once, spread over the steps. Evaluation,
+saves in between and the first compilation are not counted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mlx_empire.plan.hardware import (
     hourly_wear,
 )
 from mlx_empire.plan.lengths import DataSize, Every, Lengths
-from mlx_empire.plan.step_time import ADD, COMPUTE, Link, Timeline, step_timeline
+from mlx_empire.plan.step_time import ADD, COMPUTE, DISK, Link, Timeline, step_timeline
 from mlx_empire.plan.work import ChipCosts, route_over, step_flops, trained_bytes, whole_weights
 
 RENTED_AT_ONCE = (1, 2, 4, 8)  # how many H100 one machine has; more come in eights
@@ -127,7 +127,8 @@ def pace_of(
     load = _slowest(_over(2 * whole_weights(assessment), chip.disk_rate) for chip in used)
     disk = (load[0] / steps, load[1] / steps)
     low, high = fast.timeline.seconds + disk[0], slow.timeline.seconds + disk[1]
-    parts = {name: (fast.parts[name], slow.parts[name]) for name in fast.parts} | {"disk": disk}
+    parts = {name: (fast.parts[name], slow.parts[name]) for name in fast.parts}
+    parts["disk"] = parts["disk"][0] + disk[0], parts["disk"][1] + disk[1]
     positions = recipe.batch.global_size * recipe.data.sequence_length
     hours = (low * steps / 3600, high * steps / 3600)
     watts = [chip.watts for chip in used if chip.watts is not None]
@@ -247,7 +248,14 @@ def timeline_of(assessment: Assessment, wire: Wire, chips: Sequence[Chip], i: in
     """The step with the low (0) or high (1) end of what chips and wire may do."""
     plan = assessment.plan
     costs = [
-        ChipCosts(assessment, r, chip.tflops[i] * TERA, chip.memory_rate[i], ADDING_RATE[i])
+        ChipCosts(
+            assessment,
+            r,
+            chip.tflops[i] * TERA,
+            chip.memory_rate[i],
+            ADDING_RATE[i],
+            chip.disk_rate[i],
+        )
         for r, chip in enumerate(chips)
     ]
     link = Link(wire.rate[i], wire.per)
@@ -267,6 +275,7 @@ def _played(assessment: Assessment, wire: Wire, chips: Sequence[Chip], i: int) -
             "network": timeline.wire_seconds,
             "adding": max(timeline.busy(r, ADD) for r in ranks),
             "optimizer": max(updates),
+            "disk": max(timeline.busy(r, DISK) for r in ranks),
         },
     )
 

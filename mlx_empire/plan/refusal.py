@@ -9,6 +9,8 @@ from mlx_empire.errors import DoesNotFitError
 from mlx_empire.plan.shares import RunPlan
 from mlx_empire.sizes import amount
 
+WORTH_A_FILE = 0.1  # of the peak, that layers' inputs take
+
 
 def require_fit(plan: RunPlan, nodes: Sequence[Node], more: str = "") -> None:
     """DoesNotFitError naming the worst node, what it needs and what could be changed; `more`: a remedy of hardware."""
@@ -35,11 +37,13 @@ def needs_in_words(plan: RunPlan, rank: int) -> str:
 
 def _remedies(plan: RunPlan) -> str:
     """What could be changed, without what is so already."""
+    inputs = max(one.items().get("layer inputs", 0) / max(one.peak, 1) for one in plan.ledgers)
     done = any("codes" in name for name in plan.ledgers[0].resident)
     options = [
         ("memory.zero_stage: 3", plan.shards.zero_stage < 3),
         ("memory.gradient_checkpointing: true", plan.work.unrecomputed > 0),
         ("optimizer.state_bits: 8", not done),
+        ("memory.activation_offload: true", not plan.work.offload and inputs > WORTH_A_FILE),
         ("a shorter data.sequence_length", True),
         ("another node", True),
     ]

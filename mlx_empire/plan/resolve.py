@@ -6,7 +6,8 @@ it is chosen once and kept. Where bits are strict a run that goes on takes the t
 while they fit. The order of preference: gradients in fp32 before bf16, then the stage with the least traffic that fits,
 then the longest tail that fits and products in what it leaves, or products alone, whichever leaves the fewest
 operations to the slowest rank; where weights stay whole and none of these fits, micro-batches in the largest waves that
-do. Any plan that leaves headroom comes before any that is tight.
+do. Any plan that leaves headroom comes before any that is tight. Layers' inputs go to files where that is asked for; by
+`auto` where nothing fits without.
 """
 
 from __future__ import annotations
@@ -50,6 +51,24 @@ def resolve(
 
     `noted`: what is taken in place of `auto` where bits are strict and it fits, headroom or not.
     """
+    asked = recipe.memory.activation_offload
+    found = _resolved(recipe, spec, nodes, state_bytes, noted, offload=asked is True)
+    if asked == "auto" and not found.fits:
+        offloaded = _resolved(recipe, spec, nodes, state_bytes, noted, offload=True)
+        return offloaded if offloaded.fits else found
+    return found
+
+
+def _resolved(
+    recipe: Recipe,
+    spec: ModelSpec,
+    nodes: Sequence[Node],
+    state_bytes: StateBytes,
+    noted: Recomputation | None,
+    *,
+    offload: bool,
+) -> RunPlan:
+    """The plan with layers' inputs in files, or without."""
     batch, memory = recipe.batch, recipe.memory
     layout = cell_layout(batch.global_size, batch.micro_size, batch.cells, len(nodes))
     layers, reached = len(spec.units) - 1, reached_layers(spec)
@@ -67,7 +86,7 @@ def resolve(
     tried: list[RunPlan] = []
     tight: list[RunPlan] = []
     for dtype in dtypes:
-        work = _workload(recipe, spec, nodes, layout, unrecomputed, dtype)
+        work = replace(_workload(recipe, spec, nodes, layout, unrecomputed, dtype), offload=offload)
         if goes_on is not None:
             as_noted = goes_on.put_into(work, layers, keeps=keeps)
             same = _somehow([at_stage(stage, as_noted) for stage in stages], at_stage)
@@ -220,6 +239,8 @@ def _ahead_where_asked(
     at_stage: Callable[[int, Workload], RunPlan],
     plan: RunPlan,
 ) -> RunPlan:
+    if plan.work.offload:  # a layer that is handed over would hold what was read for it
+        return plan
     if asked is True or (asked == "auto" and _on_cpus(nodes)):
         with_work = partial(at_stage, plan.shards.zero_stage)
         return _running_ahead(plan, with_work, only_free=asked == "auto")

@@ -23,6 +23,10 @@ Where weights stay whole, nothing has to be gathered for a second visit, so micr
 (`StepShape.wave`): phases 1 to 5 for some of a cell's micro-batches after the other. Only a wave's inputs are kept, and
 every unit's sum, until the cell's last wave delivers it. Cells follow one another, so the order of additions stays.
 
+Where inputs of recomputed layers go to a file (`StepShape.offload`), one is written while its micro-batch passes the
+layer, and its memory goes before the next one passes; in the backward the next one is read while one is differentiated.
+So a rank keeps one hidden state for each micro-batch, whatever the number of layers, and in the backward two inputs.
+
 Where a rank runs ahead (`StepShape.run_ahead`), what most actions evaluate is handed to the device, and the main
 thread goes on to the next layer. It waits in head and score, for the root's sums and for the norm: there memory is at
 its peak, or a number is asked for. Before the first head and the root's sums it waits for all that it handed over.
@@ -86,7 +90,7 @@ def updates(shape: StepShape) -> Iterator[Action]:
 
 def evaluation(shape: StepShape) -> Iterator[Action]:
     """A forward pass over this rank's micro-batches, in which no input is kept and every layer runs."""
-    step = _Step(replace(shape, stash=NOTHING), update=False, fold="nothing")
+    step = _Step(replace(shape, stash=NOTHING, offload=False), update=False, fold="nothing")
     yield from step.forward(shape.layers, [_Part(0, range(shape.micro_batches))])
     yield from step.each("score", 0, range(shape.micro_batches))
     yield Action("free", shape.layers)
@@ -133,7 +137,8 @@ class _Step:
             yield Action("bind", u)
             if shape.sharded and u < shape.layers:
                 yield Action("gather", u + 1)
-            yield from self._visits("forward", "stash", u, micros)
+            for visit in self._visits("forward", "stash", u, micros):
+                yield from _written(visit) if u in shape.offloaded else (visit,)
             if u < shape.layers:
                 yield Action("free", u)
 
@@ -155,13 +160,19 @@ class _Step:
     def backward(self, wave: _Wave) -> Iterator[Action]:
         """The recomputed layers that train, or have one below that does."""
         shape = self._shape
-        for u in range(shape.boundary, shape.lowest - 1, -1):
+        layers = range(shape.boundary, shape.lowest - 1, -1)
+        inputs = iter([visit for u in layers for part in wave for visit in self._backward(u, part)])
+        yield from _read(next(inputs, None), shape)
+        for u in layers:
             if u < shape.layers:  # the last one is still bound
                 yield Action("bind", u)
             if shape.sharded and u > shape.lowest:
                 yield Action("gather", u - 1)
             for part in wave:
-                for visit in self._visits("backward", "reuse", u, part.members, part.round, part.times):
+                for visit in self._backward(u, part):
+                    if shape.offload:
+                        yield visit._replace(kind="fetch", products=())
+                        yield from _read(next(inputs, None), shape, visit.times)
                     yield visit
                     # beside the next micro-batch's backward
                     if u == shape.lowest and shape.trained[0] and shape.embeds:
@@ -208,6 +219,10 @@ class _Step:
             micros = micros[-1:]
         yield from (Action(kind, unit, micro, round, times, products) for micro in micros)
 
+    def _backward(self, unit: int, part: _Part) -> Iterator[Action]:
+        """A recomputed layer's actions of a part of a round."""
+        return self._visits("backward", "reuse", unit, part.members, part.round, part.times)
+
     def _visits(
         self, plain: str, keeping: str, unit: int, micros: range, round: int = -1, times: int = 1
     ) -> Iterator[Action]:
@@ -247,6 +262,20 @@ class _Step:
             yield Action("norm", unit)
             yield from _update(self._shape, unit, self._updated)
             self._updated = unit
+
+
+def _written(visit: Action) -> Iterator[Action]:
+    """A layer's forward, beside which its input is written."""
+    yield visit._replace(kind="offload", products=())
+    yield visit
+    yield visit._replace(kind="evict", products=())
+
+
+def _read(visit: Action | None, shape: StepShape, times: int = 1) -> Iterator[Action]:
+    """Begin to read a backward's input, where it lies in the file; `times`: in a folded list, of the visits beside
+    which reads are made."""
+    if visit is not None and shape.offload:
+        yield visit._replace(kind="prefetch", times=times, products=())
 
 
 def _update(shape: StepShape, unit: int, before: int | None) -> Iterator[Action]:

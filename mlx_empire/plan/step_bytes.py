@@ -26,6 +26,7 @@ NORM_AHEAD = 10 * SQUARED_ELEMENTS
 PHASES = ("forward", "head", "backward", "embed", "release", "finish", "update")
 _GATHERED = ("gathered root", "gathered units")
 KEPT = "kept products"
+FETCHED = "fetched layer inputs"
 EMBEDDING = "embedding gradients"
 
 
@@ -66,7 +67,7 @@ class StepBytes(Reader):
         self._own = 0  # of the unit that is updated
         self._new: dict[int, int] = {}  # by unit that was updated: bytes of its new weights on this rank
 
-    bind = score = replicate = Reader.nothing
+    bind = score = replicate = offload = evict = Reader.nothing
 
     @property
     def spare(self) -> int:
@@ -111,7 +112,8 @@ class StepBytes(Reader):
             "backward",
             "embed",
         ):  # its inputs went one by one; they count until the layer is left
-            self._hold("layer inputs", -self._hidden * self._passing)
+            if not self.shape.offload:
+                self._hold("layer inputs", -self._hidden * self._passing)
             self._hold(KEPT, -self._stashed.pop(action.unit, 0))
 
     # ---- micro-batches
@@ -122,7 +124,9 @@ class StepBytes(Reader):
         self._hold("layer inputs", self._hidden * action.times)
 
     def forward(self, action: Action) -> None:
-        kept = self._hidden if action.unit >= self.shape.lowest else 0
+        """Its input stays where a backward comes back to it, but where it is written meanwhile."""
+        stays = action.unit >= self.shape.lowest and not self.shape.offload
+        kept = self._hidden if stays else 0
         unit = self._spec.units[action.unit]
         stashed = kept_bytes(unit, action.products, self._spec, self._work)
         self._stashed[action.unit] = self._stashed.get(action.unit, 0) + stashed * action.times
@@ -147,6 +151,14 @@ class StepBytes(Reader):
         for u in range(self.shape.boundary + 1, self.shape.layers + 1):
             self._hold_cell(action, u, "tail sums")
 
+    def prefetch(self, action: Action) -> None:
+        """The next input lies beside the one of the layer that is differentiated."""
+        self._phase = "backward"
+        self._hold(FETCHED, self._hidden)
+        self._moment({})
+
+    fetch = Reader.nothing
+
     def backward(self, action: Action) -> None:
         self._phase = "backward"
         if self._plan.world_size == 1:  # a copy, done before the layer's worst moment
@@ -157,6 +169,8 @@ class StepBytes(Reader):
             costs = layer_costs(unit, self._spec, self._work, adds=adds, kept=kept)
             self._moment(self._of_narrow(action, costs, "one layer's recompute", "unit gradient sums"))
         self._hold_cell(action, action.unit, "unit gradient sums")
+        if self.shape.offload:
+            self._hold(FETCHED, -self._hidden)
 
     reuse = backward
 

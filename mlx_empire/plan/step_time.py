@@ -1,7 +1,7 @@
 """How long a step takes: plays every rank's actions (`schedule`) on lanes, each of which does one thing at a time.
 
-A rank has a compute lane (the main thread) and a queue of exchanges (the communication thread), and its card has two
-directions. The rules:
+A rank has a compute lane (the main thread), a queue of exchanges (the communication thread) and one of what its disk
+writes and reads; its card has two directions. The rules:
 
 1. compute   forward, stash, head, backward, reuse, embed and update follow one another, also where the engine has the
              CPU do embed while the next micro-batch's backward runs;
@@ -11,8 +11,9 @@ directions. The rules:
              its own, so the rank with most bytes (the hub of reductions) holds up who sends to it. Relayed in a ring,
              pieces are passed on as they come. Contributions are added on the host piece by piece as they come, all
              of them before the next exchange;
-4. wait      bind, settle and adopt stop the compute lane until their exchange is done; the norm until all ranks are
-             there and have swapped two small messages.
+4. disk      offload and prefetch are queued likewise, one after the other;
+5. wait      bind, settle and adopt stop the compute lane until their exchange is done, evict and fetch until the disk's
+             work is; the norm until all ranks are there and have swapped two small messages.
 
 So forward hides its gathers only behind forward, and gathers and reductions take turns. Nothing here depends on the
 machine it runs on: the seconds of an action are the caller's (`Costs`).
@@ -33,8 +34,9 @@ from mlx_empire.plan.step_traffic import Part, StepTraffic
 from mlx_empire.plan.traffic import PIECE_BYTES, Route
 from mlx_empire.plan.workload import Workload, step_shape
 
-COMPUTE, EXCHANGE, ADD, WAIT = "compute", "exchange", "add", "wait"
+COMPUTE, EXCHANGE, ADD, WAIT, DISK = "compute", "exchange", "add", "wait", "disk"
 _WAITED_FOR = {"gather": "bind", "reduce": "settle", "replicate": "settle", "renew": "adopt"}
+_DISK_S = {"evict": "offload", "fetch": "prefetch"}
 
 
 class Costs(Protocol):
@@ -46,6 +48,10 @@ class Costs(Protocol):
 
     def add(self, nbytes: int) -> float:
         """Of adding `nbytes` of contributions to totals, on the host."""
+        ...
+
+    def disk(self, action: Action) -> float:
+        """Of offload or prefetch, as often as the action stands for."""
         ...
 
 
@@ -83,6 +89,8 @@ class RankLanes(Reader):
         self._rank, self._actions, self._costs = rank, actions, costs
         self._next = self._norms = 0
         self._latest: dict[tuple[str, int], int] = {}  # the exchange that a wait for a unit is for
+        self._disk_done = 0.0  # when all is written and read that was queued
+        self._on_disk: dict[tuple[str, int, int], float] = {}  # by kind, unit and micro-batch: when that is
 
     @property
     def finished(self) -> bool:
@@ -114,6 +122,15 @@ class RankLanes(Reader):
         if number is not None:
             self._until(WAIT, action, self.done[number])
 
+    def _queue(self, action: Action) -> None:
+        start = max(self.now, self._disk_done)
+        self._disk_done = start + self._costs.disk(action)
+        self._on_disk[action.kind, action.unit, action.micro] = self._disk_done
+        self.events.append(Event(self._rank, DISK, action.kind, action.unit, start, self._disk_done))
+
+    def _wait_for_disk(self, action: Action) -> None:
+        self._until(WAIT, action, self._on_disk.pop((_DISK_S[action.kind], action.unit, action.micro)))
+
     def norm(self, action: Action) -> None:
         """All ranks meet."""
         self._until(WAIT, action, self.met[self._norms])
@@ -122,6 +139,8 @@ class RankLanes(Reader):
     forward = stash = head = backward = reuse = embed = update = _work
     gather = reduce = replicate = renew = _begin
     bind = settle = adopt = _wait
+    offload = prefetch = _queue
+    evict = fetch = _wait_for_disk
     capture = score = free = keep = Reader.nothing
 
     def _until(self, lane: str, action: Action, end: float) -> None:

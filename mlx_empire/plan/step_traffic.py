@@ -71,7 +71,7 @@ class StepTraffic(Reader):
     reduce = replicate = _reduced
     bind = free = adopt = settle = keep = Reader.nothing
     capture = forward = stash = head = score = backward = reuse = Reader.nothing
-    embed = norm = update = Reader.nothing
+    embed = norm = update = offload = evict = prefetch = fetch = Reader.nothing
 
 
 def step_matrices(plan: ShardPlan, work: Workload, route: Route | None = None) -> tuple[Matrix, Matrix]:

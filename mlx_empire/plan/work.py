@@ -22,6 +22,7 @@ from mlx_empire.model.closed_forms import experts, is_stacked
 from mlx_empire.model.kept import ATTENTION
 from mlx_empire.model.spec import ITEM_BYTES, ModelSpec, UnitSpec, is_adapter
 from mlx_empire.plan.actions import Action, Reader, StepShape
+from mlx_empire.plan.activations import hidden_bytes
 from mlx_empire.plan.hardware import Wire
 from mlx_empire.plan.kept import never_again, saved_operations
 from mlx_empire.plan.schedule import folded_step
@@ -139,6 +140,7 @@ class StepFlops(Reader):
     stash, reuse = forward, backward
     gather = bind = free = capture = score = embed = Reader.nothing
     keep = reduce = settle = replicate = norm = update = renew = adopt = Reader.nothing
+    offload = evict = prefetch = fetch = Reader.nothing
 
 
 def saved_flops(spec: ModelSpec, work: Workload, action: Action) -> float:
@@ -199,13 +201,23 @@ def update_memory_traffic(assessment: Assessment, rank: int) -> list[float]:
 
 
 class ChipCosts:
-    """`step_time.Costs` of one rank, from what its chip does: FLOP/s executed, bytes/s of memory, bytes/s of adding."""
+    """`step_time.Costs` of one rank, from what its chip does: FLOP/s executed, bytes/s of memory, of adding and of its
+    disk, which ranks of one machine share."""
 
     def __init__(
-        self, assessment: Assessment, rank: int, flops: float, memory_rate: float, adding: float
+        self,
+        assessment: Assessment,
+        rank: int,
+        flops: float,
+        memory_rate: float,
+        adding: float,
+        disk_rate: float,
     ) -> None:
         plan, work = assessment.plan, assessment.plan.work
         self._flops, self._memory_rate, self._adding = flops, memory_rate, adding
+        name = assessment.nodes[rank].node.name
+        sharing = sum(one.node.name == name for one in assessment.nodes)
+        self._input_seconds = sharing * hidden_bytes(assessment.spec, work) / disk_rate
         self._tokens, self._units = work.tokens, unit_flops(assessment.spec, work)
         self._bytes = [u.gathered_bytes for u in plan.shards.units]
         self._saved = partial(saved_flops, assessment.spec, work)
@@ -233,6 +245,10 @@ class ChipCosts:
     def add(self, nbytes: int) -> float:
         """Contributions are added by one thread."""
         return nbytes / self._adding
+
+    def disk(self, action: Action) -> float:
+        """A layer's input of a micro-batch, written or read."""
+        return action.times * self._input_seconds
 
     def _pass(self, flops: float, nbytes: float) -> float:
         return max(self._tokens * flops / self._flops, nbytes / self._memory_rate)

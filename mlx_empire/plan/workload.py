@@ -85,7 +85,7 @@ class Workload:
     all of a step pass together. `paged`: buffers take whole pages (Metal; a CPU's are as long as what is in them).
     `strict`: the forward runs as where it is differentiated, and one choice of kept products holds for every
     micro-batch. `embeds`: whether something of what the embedding uses trains. `distillation`: how a teacher's values
-    count in the loss, where there is one.
+    count in the loss, where there is one. `offload`: inputs of recomputed layers go to a file.
     """
 
     micro_size: int
@@ -106,6 +106,7 @@ class Workload:
     strict: bool = True
     embeds: bool = True
     distillation: Distillation | None = None
+    offload: bool = False
 
     def stash(self, rank: int) -> Stash:
         """Which results of recomputed layers stay on `rank`."""
@@ -134,4 +135,5 @@ def step_shape(plan: ShardPlan, work: Workload, rank: int) -> StepShape:
         work.stash(rank),
         work.wave,
         work.embeds,
+        work.offload,
     )

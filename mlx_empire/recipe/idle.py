@@ -84,6 +84,10 @@ def _of_the_rest(recipe: Recipe) -> Iterator[Reason]:
         yield "numerics.loss_scale_window", "no loss scale is dynamic"
     if recipe.memory.gradient_checkpointing != "auto":
         yield "memory.keep_products", "memory.gradient_checkpointing is not auto"
+    if recipe.memory.gradient_checkpointing is False:
+        yield "memory.activation_offload", "memory.gradient_checkpointing is false, so no layer is recomputed"
+    elif recipe.memory.activation_offload is True:
+        yield "memory.run_ahead", "memory.activation_offload waits at each layer"
     if recipe.data.format in ("text", "tokens"):
         yield "data.mask_prompt", f"rows of {recipe.data.format} have no prompt"
     if numerics.spikes == "off":

@@ -318,6 +318,11 @@ class MemorySection(Section):
         default="auto",
         description="true, false or auto (not on a GPU); with gradient_checkpointing auto",
     )
+    activation_offload: bool | Literal["auto"] = Field(
+        title="Whether inputs of recomputed layers go to a file of each rank and come back for the backward.",
+        default=False,
+        description="true, false or auto (where the run does not fit otherwise); writes much to the disk",
+    )
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], BeforeValidator(exact_number)] = Field(
         title="What machines divide: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights.",
         default="auto",

@@ -19,6 +19,7 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.fill import bought
 from mlx_empire.plan.lengths import Every
 from mlx_empire.plan.shares import RunPlan
+from mlx_empire.plan.workload import step_shape
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.report.console import NodeRow, RunDisplay
 from mlx_empire.report.metrics import MetricsWriter
@@ -158,6 +159,7 @@ def title_rows(spec: ModelSpec, plan: RunPlan, ranks: int) -> list[tuple[str, st
     """The header: model, size, how it is divided."""
     layers = len(spec.units) - 1
     work = plan.work
+    goes = any(step_shape(plan.shards, work, rank).offloaded for rank in range(ranks))
     return [
         ("model", f"{spec.name} ({spec.family}, {spec.dtype})"),
         ("parameters", f"{spec.parameters:,} ({spec.trainable_parameters:,} trained)"),
@@ -165,6 +167,7 @@ def title_rows(spec: ModelSpec, plan: RunPlan, ranks: int) -> list[tuple[str, st
         ("ZeRO stage", f"{plan.shards.zero_stage}, gradients kept in {work.gradient_dtype}"),
         ("recomputed", f"{layers - work.unrecomputed} of {layers} layers"),
         *((("waves", f"micro-batches pass {work.wave} at a time"),) if work.wave else ()),
+        *((("inputs", "of recomputed layers go to a file of each rank"),) if goes else ()),
         *((("kept", kept),) if (kept := bought(spec, plan.shards, work, plan.ledgers)) else ()),
         *(
             (("updates", "in the backward, clipped by the last step's norm"),)

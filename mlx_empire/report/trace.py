@@ -34,7 +34,7 @@ _LANE_OF = {
     **dict.fromkeys(("gather", "renew"), "gather"),
     **dict.fromkeys(("reduce", "replicate"), "reduce"),
     **dict.fromkeys(("update", "norm"), "optimizer"),
-    **dict.fromkeys(("load", "save"), "disk"),
+    **dict.fromkeys(("load", "save", "offload", "prefetch"), "disk"),
 }
 _MICROSECONDS = 1e6
 

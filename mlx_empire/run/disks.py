@@ -21,15 +21,16 @@ from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.data.cache import cache_folder, cached_bytes, tokens_beside
 from mlx_empire.data.files import locate
+from mlx_empire.data.taught import taught_bytes
 from mlx_empire.disk import disk_of, free_bytes
 from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.formats.hf_folder import has_weights, open_folder
 from mlx_empire.formats.hf_names import tower_names
 from mlx_empire.formats.staging import side_files
-from mlx_empire.model.distillation import bytes_per_target
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.disk import Beside, DiskLedger, Keeping, Places, disk_ledgers, result_bytes
+from mlx_empire.plan.offload import input_file_bytes
 from mlx_empire.plan.shares import RunPlan
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.resume import checkpoint_folder
@@ -114,7 +115,10 @@ def ledgers_of(
 ) -> tuple[DiskLedger, ...]:
     """The disk ledgers of a recipe's plan; `steps` of the run, None where nobody knows."""
     keeping, states = Keeping.of(recipe.run, steps), state_bytes_of(recipe.optimizer)
-    return disk_ledgers(target.spec, plan.shards, keeping, states, places, beside)
+    inputs = [
+        input_file_bytes(target.spec, plan.shards, plan.work, rank) for rank in range(len(plan.ledgers))
+    ]
+    return disk_ledgers(target.spec, plan.shards, keeping, states, places, beside, inputs)
 
 
 def what_else(recipe: Recipe, target: Target) -> Beside:
@@ -126,7 +130,8 @@ def what_else(recipe: Recipe, target: Target) -> Beside:
     return Beside(
         carried_bytes(folder),
         result_bytes(target.base) if missing else 0,
-        cached_bytes(data) + (taught_bytes(data, distillation.top) if distillation.teacher is not None else 0),
+        cached_bytes(data)
+        + (taught_bytes(data, distillation.top) if distillation.teacher is not None else 0),
         tokens_beside(data, copied=copied) - cached_bytes(data),
     )
 
@@ -176,6 +181,7 @@ def remedies(recipe: Recipe) -> str:
     """What could be changed where a disk is too small, without what is so already."""
     full = recipe.tuning.type == "full"
     options = [
+        ("memory.activation_offload: false", recipe.memory.activation_offload is not False),
         ("optimizer.state_bits: 8", recipe.optimizer.state_bits != 8 and recipe.run.save_every is not None),
         ("optimizer.master_weights: diet", recipe.optimizer.master_weights in ("exact", "fp32") and full),
         ("tuning.type: lora", full),

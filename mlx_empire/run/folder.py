@@ -128,6 +128,7 @@ def plan_document(
         "zero_stage": plan.shards.zero_stage,
         "tail": plan.work.unrecomputed,
         "wave": plan.work.wave,
+        "activation_offload": plan.work.offload,
         "clipping": CLIPPING[plan.work.optimizer_in_backward],
         "gradient_dtype": plan.work.gradient_dtype,
         "cells": plan.work.layout.cells,

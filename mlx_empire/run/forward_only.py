@@ -25,6 +25,7 @@ FORWARD_ONLY: dict[str, Any] = {
     "optimizer.statistics_every": None,
     "memory.gradient_checkpointing": True,
     "memory.keep_products": False,
+    "memory.activation_offload": False,
     "memory.shares": "memory",
     "numerics.spikes": "off",
     "distillation.teacher": None,

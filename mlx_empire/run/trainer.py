@@ -23,6 +23,7 @@ from mlx_empire.comm.buffers import DTYPES, host_view
 from mlx_empire.comm.failure import together
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
+from mlx_empire.engine.input_file import InputFile
 from mlx_empire.engine.loss_scale import FIRST, LossScale
 from mlx_empire.engine.numerics import SpikeWatch
 from mlx_empire.engine.store import ShardStore
@@ -33,14 +34,17 @@ from mlx_empire.formats.source import FolderSource, RandomSource, TunedSource, W
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import make_optimizer
+from mlx_empire.plan.activations import hidden_bytes
 from mlx_empire.plan.assess import cache_bound
+from mlx_empire.plan.offload import file_places
 from mlx_empire.plan.refusal import needs_in_words
 from mlx_empire.plan.shards import Placement, Segment, Unit
 from mlx_empire.plan.shares import RunPlan
 from mlx_empire.plan.wired_limit import wired_bytes
+from mlx_empire.plan.workload import step_shape
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.run.parent import Parent
-from mlx_empire.run.resume import Start, folder_of
+from mlx_empire.run.resume import Start, checkpoint_folder, folder_of
 from mlx_empire.sizes import amount
 
 
@@ -104,9 +108,20 @@ def make_trainer(
 ) -> Trainer:
     """A rank's trainer, without weights: they are loaded next, and `Trainer.prepare` ends it."""
     optimizer, settings = make_optimizer(recipe.optimizer), trainer_settings(recipe)
-    trainer = Trainer(target.model, target.spec, plan.shards, plan.work, comm, thread, optimizer, settings)
+    inputs = input_file(comm, recipe, target.spec, plan)
+    trainer = Trainer(
+        target.model, target.spec, plan.shards, plan.work, comm, thread, optimizer, settings, inputs
+    )
     trainer.gradients.reuse(plan.ledgers[comm.rank].spare)
     return trainer
+
+
+def input_file(comm: Communicator, recipe: Recipe, spec: ModelSpec, plan: RunPlan) -> InputFile | None:
+    """Where layers' inputs go on this rank, beside its checkpoints; None where they stay. Made by the first step, if
+    not before."""
+    count = file_places(step_shape(plan.shards, plan.work, comm.rank))
+    folder = checkpoint_folder(recipe, comm.rank, comm.hostname)
+    return InputFile(folder, count, hidden_bytes(spec, plan.work)) if count else None
 
 
 def trainer_settings(recipe: Recipe) -> TrainerSettings:

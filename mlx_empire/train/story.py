@@ -170,6 +170,9 @@ def carry_out(
         trainer = make_trainer(comm, thread, recipe, target, plan)
         sent = load_state(comm, target, trainer, start, ready.parent)
         trainer.prepare(packing=recipe.data.packing, fresh=start.found is None)
+        with together(comm):
+            if trainer.inputs is not None:
+                trainer.inputs.open()
 
         # ------------------------------------------------------------ from here on something is written
         started_over = (recipe.run.dir / "metrics.jsonl").exists()

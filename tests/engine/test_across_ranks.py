@@ -93,6 +93,19 @@ def cases(ranks: int) -> dict[str, dict[str, Any]]:
             "run_ahead": stage == 0,
             "kept": 0.0 if stage == 0 else 1.0,
         }
+    for stage, more in (  # layers' inputs in a file
+        (0, {"tail": 2}),
+        (1, {}),
+        (2, {"wave": 1, "kept": 1.0}),
+        (3, {"kept": 0.4}),
+    ):
+        made[f"steps:stage {stage}, inputs in a file"] = {
+            **made["steps:stage 3 relay"],
+            **more,
+            "stage": stage,
+            "offload": True,
+        }
+    made["bfloat16:stage 3, inputs in a file"] = {**made["bfloat16:stage 3"], "offload": True}
     small = {"micro_batches": 4, "rows": 1, "width": 16, "config": {"num_hidden_layers": 1}, "compare": False}
     step = {**made["steps:stage 3 relay"], **small, "steps": 3, "dtype": "bfloat16"}
     for name, bits, master in OPTIMIZERS:

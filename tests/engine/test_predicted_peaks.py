@@ -152,6 +152,18 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
             dtype="bfloat16",
             gradient_dtype="bfloat16",
         ),
+        **{  # layers' inputs in a file: 16 micro-batches, or as many as are told
+            f"{family} {width} stage {stage}, inputs in a file{name}": setting(
+                family, width, stage, [1], **{"micro_batches": 16, "offload": True, **more}
+            )
+            for family, width, stage, name, more in (
+                ("llama", 384, 3, ", lora", {"tuning": tuned("lora")}),
+                ("llama", 384, 2, ", waves of 4", {"wave": 4}),
+                ("qwen3_moe", 128, 3, ", 4 cells", {"cells": 4}),
+                ("llama", 256, 2, ", lora, tail of 3", {"tail": 3, "tuning": tuned("lora")}),
+                ("llama", 384, 3, ", lora, 30% kept", {"kept": 0.3, "tuning": tuned("lora")}),
+            )
+        },
         "qwen3_moe 384 stage 2, qlora of experts": setting(
             "qwen3_moe", 384, 2, [1], tuning=tuned("qlora", targets=["q_proj", "experts"])
         ),
@@ -232,6 +244,12 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "llama 128 stage 2, 4 cells": setting("llama", 128, 2, [2, 1], cells=4, gradient_dtype="bfloat16"),
         "qwen3_moe 128 stage 3": setting("qwen3_moe", 128, 3, [3, 1]),
         "gemma2 128 stage 1": setting("gemma2", 128, 1, [2, 1]),
+        "llama 384 stage 3, inputs in a file, lora": setting(
+            "llama", 384, 3, [2, 1], micro_batches=24, offload=True, tuning=tuned("lora")
+        ),
+        "gemma2 128 stage 1, inputs in a file": setting(
+            "gemma2", 128, 1, [2, 1], micro_batches=16, offload=True
+        ),
         "phi3 384 stage 2": setting("phi3", 384, 2, [3, 2], micro_batches=2),
         "llama 128 stage 3, 8 bits": setting("llama", 128, 3, [2, 1], state_bits=8),
         "llama 384 stage 3, 60% kept": setting("llama", 384, 3, [2, 1], kept=0.6, micro_batches=6, cells=4),

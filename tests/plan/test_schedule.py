@@ -14,6 +14,7 @@ from support.planning import llama_like
 
 from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.actions import ALL_UNITS, Action, Stash, StepShape
+from mlx_empire.plan.offload import file_places, visits
 from mlx_empire.plan.schedule import evaluation, gradients, training_step
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.step_bytes import StepBytes
@@ -39,7 +40,7 @@ def ranked_shapes(draw: st.DrawFn) -> list[StepShape]:
         draw(st.integers(0, layers)),
         draw(st.booleans()),
     )
-    embeds = draw(st.booleans())
+    embeds, offload = draw(st.booleans()), draw(st.booleans())
     order = draw(st.permutations([(u, own) for u in range(1, layers + 1) for own in ((0, 2), (1,))]))
     wave = draw(st.integers(0, 4)) if stage in (0, 2) or (ranks, stage) == (1, 3) else 0
     shapes = []
@@ -58,6 +59,7 @@ def ranked_shapes(draw: st.DrawFn) -> list[StepShape]:
                 stash=Stash(tuple(order), visits),
                 wave=wave,
                 embeds=embeds,
+                offload=offload,
             )
         )
     return shapes
@@ -242,9 +244,15 @@ def test_in_waves_no_more_pass_together_and_cells_follow_one_another(shapes):
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_waves_that_are_left_out_of_a_ledger_do_not_matter(stage, dtype):
     spec = llama_like(layers=3, dtype=dtype)
-    for wave, tail, micros, cells in ((1, 0, 9, 2), (2, 2, 14, 1), (3, 3, 20, 4), (5, 0, 11, 1)):
+    for wave, tail, micros, cells, offload in (
+        (1, 0, 9, 2, False),
+        (2, 2, 14, 1, False),
+        (2, 0, 14, 1, True),
+        (3, 3, 20, 4, False),
+        (5, 0, 11, 1, True),
+    ):
         layout = CellLayout(micros, cells, 1)
-        work = Workload(1, 64, layout, tail, dtype, "auto", 4096, wave=wave)
+        work = Workload(1, 64, layout, tail, dtype, "auto", 4096, wave=wave, offload=offload)
         plan = make_plan(spec.units, [1], stage)
         every, few = (StepBytes(spec, plan, work, 0, AdamW().state_bytes) for _ in range(2))
         every.play(training_step(every.shape))
@@ -255,6 +263,58 @@ def test_the_waves_that_are_left_out_of_a_ledger_do_not_matter(stage, dtype):
         together.play(training_step(together.shape, fold="peak"))
         inputs = [one.phases["backward" if tail < 3 else "head"]["layer inputs"] for one in (few, together)]
         assert inputs[0] < inputs[1]
+
+
+@given(ranked_shapes())
+@settings(max_examples=150)
+def test_inputs_of_recomputed_layers_are_written_once_and_come_back_before_their_backward(shapes):
+    """One is written at a time, beside its own forward; in the backward one is used while the next one is read."""
+    for shape in shapes:
+        written, reading, here, current = [], [], [], None
+        for action in training_step(shape):
+            place = action.unit, action.micro
+            match action.kind:
+                case "offload":
+                    assert current is None
+                    current = place
+                case "forward" | "stash" if action.unit in shape.offloaded:
+                    assert current == place
+                case "evict":
+                    assert current == place
+                    current = None
+                    written.append(place)
+                case "prefetch":
+                    assert place in written
+                    reading.append(place)
+                    assert len(reading) == 1
+                case "fetch":
+                    reading.remove(place)
+                    here.append(place)
+                case "backward" | "reuse" if shape.offload:
+                    assert here == [place]
+                    here = []
+        expected = {(u, m) for u in shape.offloaded for m in range(shape.micro_batches)}
+        assert len(written) == len(expected) == visits(shape)
+        assert set(written) == expected
+        assert (reading, here, current) == ([], [], None)
+        recomputed = range(shape.lowest, shape.boundary + 1) if shape.offload else ()
+        assert list(shape.offloaded) == list(recomputed)
+
+
+@given(ranked_shapes())
+@settings(max_examples=150)
+def test_but_for_that_a_step_is_the_same_and_the_file_has_as_many_places_as_it_needs(shapes):
+    disks = ("offload", "evict", "prefetch", "fetch")
+    for shape in shapes:
+        actions = list(training_step(shape))
+        kept = training_step(replace(shape, offload=False))
+        assert [a for a in actions if a.kind not in disks] == list(kept)
+        assert not [a for a in evaluation(shape) if a.kind in disks]
+        held = most = 0
+        for action in actions:
+            held += (action.kind == "offload") - (action.kind == "fetch")
+            most = max(most, held)
+        assert most == file_places(shape)
 
 
 def test_many_micro_batches_and_rounds_are_folded():

@@ -41,9 +41,9 @@ def test_a_reader_that_does_not_know_an_action_fails_loudly(reader):
 
 def test_the_readers_know_every_kind_of_action():
     stash = Stash(((1, (0,)),), 1)
-    shapes = [StepShape(stage, (True,) * 3, (2,), stash=stash) for stage in range(4)]
+    shapes = [StepShape(stage, (True,) * 3, (2,), stash=stash, offload=True) for stage in range(4)]
     kinds = {a.kind for shape in shapes for a in training_step(shape)}
-    assert {"forward", "stash", "backward", "reuse"} <= kinds
+    assert {"forward", "stash", "backward", "reuse", "offload", "evict", "prefetch", "fetch"} <= kinds
     kinds |= {a.kind for a in evaluation(SHAPE)}
     assert [(type(r).__name__, k) for r in readers() for k in kinds if not hasattr(r, k)] == []
 

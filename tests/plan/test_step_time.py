@@ -15,7 +15,7 @@ from support.planning import catalog_spec, llama_like, recipe_of
 from mlx_empire.plan.actions import Action
 from mlx_empire.plan.schedule import training_step
 from mlx_empire.plan.shards import make_plan
-from mlx_empire.plan.step_time import COMPUTE, EXCHANGE, WAIT, Link, RankLanes, _Wires, step_timeline
+from mlx_empire.plan.step_time import COMPUTE, DISK, EXCHANGE, WAIT, Link, RankLanes, _Wires, step_timeline
 from mlx_empire.plan.step_traffic import step_matrices
 from mlx_empire.plan.traffic import PIECE_BYTES
 from mlx_empire.plan.workload import Workload, cell_layout
@@ -38,10 +38,15 @@ class Fixed:
     def add(self, nbytes: int) -> float:
         return self.adding * nbytes
 
+    def disk(self, action: Action) -> float:
+        return action.times * self.seconds.get(action.kind, 0.0)
 
-def work_of(ranks: int, micro_batches: int = 2, cells: int | str = "auto", tail: int = 0) -> Workload:
+
+def work_of(
+    ranks: int, micro_batches: int = 2, cells: int | str = "auto", tail: int = 0, *, offload: bool = False
+) -> Workload:
     layout = cell_layout(micro_batches, 1, cells, ranks)
-    return Workload(1, 64, layout, tail, "float32", "auto", 1 << 20)
+    return Workload(1, 64, layout, tail, "float32", "auto", 1 << 20, offload=offload)
 
 
 def timed(shares, stage, costs, rate=RATE, per="card", **more):
@@ -177,6 +182,35 @@ def test_folded_micro_batches_take_as_long(ranks, stage, micro_batches, tail):
         patch.setattr("mlx_empire.plan.step_time.training_step", lambda shape, fold: training_step(shape))
         plain = step_timeline(plan, work, [costs] * ranks, link)
     assert folded.seconds == pytest.approx(plain.seconds)
+
+
+def test_what_is_written_and_read_hides_behind_computation_but_for_the_first_read():
+    """By hand: 3 layers, 4 micro-batches; a forward takes 1 s, a backward 3 s."""
+    compute = {"forward": 1.0, "backward": 3.0}
+    quick = timed([1], 2, Fixed({**compute, "offload": 0.5, "prefetch": 2.0}), micro_batches=4, offload=True)
+    assert quick.seconds == pytest.approx(12 * 1.0 + 2.0 + 12 * 3.0)
+    assert quick.busy(0, DISK) == pytest.approx(12 * 0.5 + 12 * 2.0)
+    assert quick.busy(0, WAIT) == pytest.approx(2.0)
+
+
+def test_a_slow_disk_sets_the_pace():
+    compute = {"forward": 1.0, "backward": 3.0}
+    slow = timed([1], 2, Fixed({**compute, "offload": 5.0, "prefetch": 7.0}), micro_batches=4, offload=True)
+    assert slow.seconds == pytest.approx(12 * 5.0 + 12 * 7.0 + 3.0)  # behind the last read its backward
+
+
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(1, 40), st.integers(0, 3), st.floats(0.0, 1.0))
+@settings(max_examples=30)
+def test_folded_writes_and_reads_take_as_long(ranks, stage, micro_batches, tail, slow):
+    plan = make_plan(SPEC.units, list(range(1, ranks + 1)), stage)
+    work = work_of(ranks, micro_batches=micro_batches * ranks, tail=tail, offload=True)
+    costs = Fixed({"forward": 0.1, "head": 0.3, "backward": 0.3, "offload": slow, "prefetch": slow})
+    folded = step_timeline(plan, work, [costs] * ranks, Link(RATE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_empire.plan.step_time.training_step", lambda shape, fold: training_step(shape))
+        plain = step_timeline(plan, work, [costs] * ranks, Link(RATE))
+    assert folded.seconds == pytest.approx(plain.seconds)
+    assert folded.busy(0, DISK) == pytest.approx(plain.busy(0, DISK))
 
 
 def test_a_cable_for_each_pair_is_quicker_than_one_card():

@@ -8,8 +8,10 @@ head and embedding are summed apart, as a streamed step does.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +23,7 @@ from mlx_empire.comm.buffers import host_view
 from mlx_empire.comm.protocol import Communicator
 from mlx_empire.comm.thread import CommThread
 from mlx_empire.data.batches import MicroBatch, Teacher
+from mlx_empire.engine.input_file import InputFile
 from mlx_empire.engine.loss_scale import LossScale
 from mlx_empire.engine.trainer import Trainer, TrainerSettings
 from mlx_empire.model.build import build_model, describe
@@ -30,9 +33,11 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.plan.actions import Stash
+from mlx_empire.plan.activations import hidden_bytes
 from mlx_empire.plan.kept import order_of
+from mlx_empire.plan.offload import file_places
 from mlx_empire.plan.shards import ShardPlan, make_plan
-from mlx_empire.plan.workload import Workload, cell_layout
+from mlx_empire.plan.workload import Workload, cell_layout, step_shape
 from mlx_empire.recipe.sections import OptimizerSection
 from support.tiny_models import tiny_config
 
@@ -75,6 +80,7 @@ class Case:
     compiled: bool = False
     kept: float = 0.0
     wave: int = 0
+    offload: bool = False
     loss_scale: float = 1.0
     scale_window: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -163,17 +169,25 @@ def trainer_of(case: Case, comm: Communicator, thread: CommThread, **settings: A
         compiled=case.compiled,
         paged=False,
         distillation=case.distillation,
+        offload=case.offload,
     )
     plan = make_plan(spec.units, shares, case.stage)
     work = keeping(work, spec, plan, case.kept)
     optimizer = optimizer_of(case)
     settings.setdefault("loss_scale", LossScale(case.loss_scale, case.scale_window))
     chosen = TrainerSettings(case.clip_norm, **settings)
-    trainer = Trainer(model, spec, plan, work, comm, thread, optimizer, chosen)
+    inputs = inputs_of(spec, plan, work, comm.rank)
+    trainer = Trainer(model, spec, plan, work, comm, thread, optimizer, chosen, inputs)
     for index, unit in enumerate(spec.units):
         trainer.store.load(index, ((t, values[t.name]) for t in unit.tensors))
     trainer.prepare(packing=case.packed)
     return trainer
+
+
+def inputs_of(spec: ModelSpec, plan: ShardPlan, work: Workload, rank: int) -> InputFile | None:
+    """A file for what the work offloads, with no more places than the plan says."""
+    count = file_places(step_shape(plan, work, rank))
+    return InputFile(Path(tempfile.gettempdir()), count, hidden_bytes(spec, work)) if count else None
 
 
 def keeping(work: Workload, spec: ModelSpec, plan: ShardPlan, part: float) -> Workload:

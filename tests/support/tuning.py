@@ -34,6 +34,7 @@ from support.stepping import (
     batches_of,
     config_of,
     counted_tokens,
+    inputs_of,
     keeping,
     reference_loss,
     stock_losses,
@@ -107,6 +108,7 @@ def tuned_trainer(
         wave=case.wave,
         compiled=case.compiled,
         paged=False,
+        offload=case.offload,
         embeds=root_use(built.spec)[1] > 0,
     )
     plan = make_plan(built.spec.units, shares, case.stage)
@@ -114,7 +116,8 @@ def tuned_trainer(
     optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
     noise = SEED if case.tuning.get("dropout") else None
     settings = TrainerSettings(case.clip_norm, noise)
-    trainer = Trainer(built.model, built.spec, plan, work, comm, thread, optimizer, settings)
+    inputs = inputs_of(built.spec, plan, work, comm.rank)
+    trainer = Trainer(built.model, built.spec, plan, work, comm, thread, optimizer, settings, inputs)
     source: WeightSource = base or HeldWeights(built.base, weights_of(case)[2])
     if built.adapters is not None or built.ternary:
         source = TunedSource(source, built.spec, SEED, built.packing)

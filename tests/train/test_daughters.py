@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from mlx_lm.utils import load_model, load_tokenizer, quantize_model, save
 from support.mpi import ROOT
 from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, metrics, raw_tensors, succeeded
 from train.people import command, hostfile, run, started, with_people, worker
@@ -110,6 +111,28 @@ def test_in_company_each_has_the_bits_that_it_has_alone(place: Workspace, way: s
         company, single = (place.folder / f"{how} {way}" / name for how in ("company", "single"))
         assert curve(company) == curve(single)
         assert raw_tensors(company / "final") == raw_tensors(single / "final")
+
+
+def test_so_it_has_with_dora_on_a_base_that_is_stored_packed(place: Workspace) -> None:
+    """Four bits, as mlx-lm packs them; and the adapter opens on that base."""
+    packed, config = quantize_model(*load_model(MODEL), 64, 4)
+    save(place.folder / "packed", MODEL, packed, load_tokenizer(MODEL), config)
+    words = [
+        "model.path=packed",
+        "tuning.type=dora",
+        "tuning.dropout=0.1",
+        "run.steps=2",
+        "--only=anna",
+        "--only=bert",
+    ]
+    assert "up to 2 together" in succeeded(worker(place, *words, "run.dir=dora")).stdout
+    succeeded(worker(place, *words, "--together", 1, "run.dir=single-dora"))
+    for name in NAMES[:2]:
+        company, single = (place.folder / folder / name for folder in ("dora", "single-dora"))
+        assert curve(company) == curve(single)
+        assert raw_tensors(company / "final") == raw_tensors(single / "final")
+    model, _ = mlx_lm.load(str(place.folder / "packed"), adapter_path=str(place.folder / "dora/anna/final"))
+    assert mx.isfinite(model(mx.array([TRAIN[0]]))).all()
 
 
 def test_given_again_it_does_nothing(place: Workspace, together: Outcome) -> None:

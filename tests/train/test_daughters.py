@@ -23,6 +23,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.daughters.machine import capacity_for
 from mlx_empire.daughters.saved import resume_point_of
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.run.lock import RUN, is_held
 
 POISON = str(ROOT / "tests" / "support" / "poison.py")
 NAMES = ("anna", "bert", "carl", "dora")
@@ -177,6 +178,25 @@ def test_a_kill_loses_no_finished_daughter_and_repeats_none(
         for tensor in expected:
             values, should = (np.frombuffer(one[tensor][2], np.float32) for one in (found, expected))
             assert np.abs(values - should).max() < 2e-4
+
+
+def test_a_worker_that_outlives_its_command_keeps_the_folder(place: Workspace) -> None:
+    """While it is busy it does not know that nobody listens: a second one beside it would write the same files."""
+    line, environment = command(place, "--only=anna", "run.dir=outlived")
+    environment["MLX_EMPIRE_FAULT"] = "phase=evaluate;action=delay;seconds=6"
+    process = subprocess.Popen(line, cwd=place.folder, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any("anna: training" in said for said in process.stdout)
+    process.kill()
+    process.wait()
+    second = run(place, "--only=anna", "run.dir=outlived")
+    assert second.code == 64
+    assert f"run.dir: outlived: is in use by process {process.pid} on " in second.stderr
+    deadline = time.monotonic() + 60
+    while is_held(place.folder / "outlived", RUN):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    succeeded(run(place, "--only=anna", "run.dir=outlived"))
 
 
 def test_unfinished_daughters_go_on_where_they_were_saved(place: Workspace) -> None:

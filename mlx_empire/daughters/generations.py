@@ -12,10 +12,11 @@ the next of them again. None that is complete is ever removed.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,29 @@ class Generations:
         if decision.promoted:
             self.use(decision.generation)
         progress.reach("promote")
+        self._note_decision(decision)
+
+    def _note_decision(self, decision: Decision) -> None:
         text = json.dumps(asdict(decision), indent=1) + "\n"
         replace_private(self.place(decision.generation) / DECISION, text, durable=True)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, no other command of this machine decides what is in use here: it waits. OSError."""
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some shared disks know no locks
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
     def roll_back(self, to: int | None) -> int:
-        """Put an earlier generation into use, by default the one from which that in use began; which. UserError."""
+        """Put an earlier generation into use, by default the one from which that in use began; which. UserError.
+
+        Where a kill came between the use of a generation and the note of why, that is decided by this: the next round
+        must not put it into use again.
+        """
         now = self.current
         target = self.begun_from(now) if to is None else to
         if target is None:
@@ -178,6 +197,9 @@ class Generations:
                 f"--rollback: {self.folder.name}={target}: no such generation is finished; there are "
                 f"{', '.join(map(str, self.finished)) or 'none'}"
             )
+        if now not in (1, target) and self.decision(now) is None:
+            why = f"generation {target} was put into use"
+            self._note_decision(Decision(now, self.begun_from(now) or 1, False, why, {}))
         self.use(target)
         return target
 

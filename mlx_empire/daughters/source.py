@@ -119,6 +119,11 @@ def next_recipe(first: Recipe, own: Generations, number: int) -> Recipe:
 
 def decide_newest(own: Generations) -> str:
     """Decide about the newest generation if it is complete and nothing is decided yet; what is to be said. OSError."""
+    with own.alone():
+        return _decide_newest(own)
+
+
+def _decide_newest(own: Generations) -> str:
     number = own.newest
     if not (own.folder / CURRENT).is_symlink() and own.numbers[:1] == [1]:
         own.use(1)

@@ -27,7 +27,7 @@ from mlx_empire.daughters.jobs import Jobs, JobState, event
 from mlx_empire.daughters.settings import Setting, divided, groups_of, rungs_of, settings_of
 from mlx_empire.daughters.table import DaughterTable
 from mlx_empire.disk import replace_private
-from mlx_empire.errors import UserError
+from mlx_empire.errors import UnreadableError, UserError
 from mlx_empire.evaluation.questions import files_of_set
 from mlx_empire.formats.seal import bytes_and_digest
 from mlx_empire.recipe.changes import changes, parse_stored
@@ -164,7 +164,12 @@ class Sweep:
         folder = setting.recipe.run.dir
         if (folder / COMPLETE).exists():
             return True
-        point = saved.resume_point_of(folder) if (folder / saved.FILE_NAME).exists() else None
+        try:
+            point = saved.resume_point_of(folder)
+        except UnreadableError:
+            raise
+        except UserError:  # damaged: it begins anew, and says so
+            point = None
         return (
             step < self._steps
             and point is not None

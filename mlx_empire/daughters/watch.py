@@ -71,12 +71,12 @@ def manage(jobs: JobSource, rollback: Sequence[str], pin: Sequence[str], unpin: 
         if number and not number.isdecimal():
             raise UserError(f"--rollback: {asked}: expected NAME or NAME=N, such as alice=1")
         own = _known(jobs, name, "--rollback")
-        with disk_errors(own.folder):
+        with disk_errors(own.folder), own.alone():
             own.roll_back(int(number) if number else None)
     for option, names in (("--pin", pin), ("--unpin", unpin)):
         for name in names:
             own = _known(jobs, name, option)
-            with disk_errors(own.folder):
+            with disk_errors(own.folder), own.alone():
                 own.pin(on=option == "--pin")
     touched = dict.fromkeys([*(asked.partition("=")[0] for asked in rollback), *pin, *unpin])
     print("\n".join(line for name in touched for line in jobs.generations(name).lines()))

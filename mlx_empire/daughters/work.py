@@ -165,7 +165,7 @@ def oversee_once(
     with RunLock(recipe.run.dir) as lock, DaughterTable(jobs) as update:
         if lock.note:
             print(lock.note)
-        code = _listen(line, jobs, update)
+        code = _listen(line, jobs, update, lock.file)
     over = _over(recipe, jobs, watched=watched)
     return code or over
 
@@ -197,7 +197,9 @@ def _over(recipe: Recipe, jobs: Jobs, *, watched: bool = False) -> int:
     return SOME_FAILED if jobs.finished < len(jobs.states) else 0
 
 
-def _listen(line: Sequence[str], jobs: Jobs, update: Callable[[], None]) -> int:
+def _listen(line: Sequence[str], jobs: Jobs, update: Callable[[], None], lock: int) -> int:
+    """Start the workers by this line and take in what they say, until they end; the exit code. They hold the `lock` as
+    well: who outlives this process, perhaps for a long step, still trains in the folder."""
     environment = clean_environment(os.environ)
     environment.pop(progress.LAUNCHER_VARIABLE)  # nobody reads what a run tells its supervisor
     process = subprocess.Popen(
@@ -206,6 +208,7 @@ def _listen(line: Sequence[str], jobs: Jobs, update: Callable[[], None]) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
+        pass_fds=(lock,),
     )
     assert process.stdout is not None
     try:

@@ -24,7 +24,7 @@ from mlx_empire.model.build import read_stored
 from mlx_empire.model.config import EMBEDDINGS, HEADS, TIE
 from mlx_empire.model.lora import as_first_values, initial_adapter, magnitude
 from mlx_empire.model.mlx_lm_modules import said_of
-from mlx_empire.model.quantize import Choice, quantize
+from mlx_empire.model.quantize import PACKED_PARTS, Choice, quantize, unpacked_matrix
 from mlx_empire.model.spec import ModelSpec, TensorSpec, is_offset, own_name
 
 READABLE = (mx.float32, mx.bfloat16, mx.float16)
@@ -220,6 +220,8 @@ class TunedSource:
         start: Mapping[str, mx.array] | None = None,
     ) -> None:
         self._base, self._spec, self._seed, self._packing, self._start = base, spec, seed, packing, start
+        # By module the parts of a matrix that is stored packed, until its rows' norms are known.
+        self._stored: dict[str, dict[str, mx.array]] = {}
 
     def unit(self, index: int) -> Iterator[tuple[TensorSpec, mx.array]]:
         """See `WeightSource.unit`."""
@@ -258,8 +260,24 @@ class TunedSource:
             return dict(zip(names, quantize(array, packing), strict=False))
         made = {name: array}
         magnitudes = [n for n in wanted if own_name(n)[1] == f"{stem}.m"]  # of each daughter
-        if leaf == "weight" and magnitudes:
-            m = magnitude(array) if self._start is None else as_first_values(self._start[f"{stem}.m"])
+        if magnitudes and (m := self._magnitude(stem, leaf, array, wanted)) is not None:
             mx.eval(m)
             made |= dict.fromkeys(magnitudes, m)
         return made
+
+    def _magnitude(
+        self, stem: str, leaf: str, array: mx.array, wanted: Mapping[str, TensorSpec]
+    ) -> mx.array | None:
+        """DoRA's first `m` of a module once what it needs is there, of which `array` is the last; None before."""
+        if self._start is not None:
+            return as_first_values(self._start[f"{stem}.m"]) if leaf == "weight" else None
+        if f"{stem}.linear.scales" not in wanted or leaf not in PACKED_PARTS:
+            return magnitude(array) if leaf == "weight" else None
+        parts = self._stored.setdefault(stem, {})
+        parts[leaf] = array
+        if any(f"{stem}.linear.{name}" in wanted and name not in parts for name in PACKED_PARTS):
+            return None
+        del self._stored[stem]
+        bits, group = wanted[f"{stem}.linear.weight"].bits, wanted[f"{stem}.linear.scales"].group
+        with mx.stream(mx.cpu):
+            return magnitude(unpacked_matrix(parts, bits, group))

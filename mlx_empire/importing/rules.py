@@ -40,6 +40,8 @@ SCHEDULES = {
 }
 EIGHT_BITS = ("paged_adamw_8bit", "adamw_8bit", "adamw_bnb_8bit")
 ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw", "paged_adamw_32bit")
+LAYERS_THERE = 16  # mlx-lm's default of num_layers
+LAYERS_ALONE = r"(.*\.)?(layers|blocks|h)\.[0-9]+\."  # paths of the layers' parameters in mlx-lm's models
 # Names whose values are those of the recipe's key, unit by unit.
 _SAME = """
 lora_r lora_rank rank lora_alpha lora_dropout max_seq_length max_length cutoff_len model_max_length block_size
@@ -110,6 +112,23 @@ def _rounded(value: Any, _: Mapping[str, Any]) -> Meaning:
     return Meaning(
         NOT_POSSIBLE, {}, "weights are trained for being rounded to three values alone (tuning.qat: ternary)"
     )
+
+
+def _kind_there(value: Any, told: Mapping[str, Any]) -> Meaning:
+    """mlx-lm's word, beside which `num_layers` is 16 where nobody says it."""
+    found = one_of(TYPES, "tuning.type")(value, told)
+    if found.verdict is not MAPPED or {"num_layers", "num-layers"} & told.keys():
+        return found
+    why = f"the last {LAYERS_THERE} layers are trained there where num_layers is not said"
+    return Meaning(MAPPED, {**found.keys, "tuning.layers": LAYERS_THERE}, why)
+
+
+def _layers_there(value: Any, told: Mapping[str, Any]) -> Meaning:
+    """With `fine_tune_type: full` mlx-lm trains layers alone, also where it is all of them."""
+    if value != -1 or str(told.get("fine_tune_type", told.get("fine-tune-type"))).lower() != "full":
+        return all_or("tuning.layers")(value, told)
+    why = "all layers; embedding, last norm and head stay as they are, as there"
+    return Meaning(MAPPED, {"tuning.unfrozen_parameters": [LAYERS_ALONE]}, why)
 
 
 def _scale(value: Any, told: Mapping[str, Any]) -> Meaning:
@@ -202,7 +221,7 @@ RULES: dict[str, Rule] = {
     "method": one_of(TYPES, "tuning.type"),
     "peft_type": one_of(TYPES, "tuning.type"),
     "finetuning_type": one_of(TYPES, "tuning.type"),
-    "fine_tune_type": one_of(TYPES, "tuning.type"),
+    "fine_tune_type": _kind_there,
     "finetune_type": one_of(TYPES, "tuning.type"),
     "lora": one_of({"true": "lora"}, "tuning.type"),
     "use_peft": lambda value, _: Meaning(MAPPED, {"tuning.type": "lora" if value else "full"}),
@@ -220,7 +239,7 @@ RULES: dict[str, Rule] = {
     "lora_keys": _targets,
     "qat": _rounded,
     "quantization_aware_training": _rounded,
-    "num_layers": all_or("tuning.layers"),
+    "num_layers": _layers_there,
     "lora_layers": all_or("tuning.layers"),
     "unfrozen_parameters": _unfrozen,
     "modules_to_save": always(

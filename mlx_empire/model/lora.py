@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.dora import DoRALinear
 
 from mlx_empire.errors import UserError
 from mlx_empire.model.build import find_layers
@@ -29,6 +30,7 @@ from mlx_empire.model.parts import last_layers
 from mlx_empire.model.spec import TensorSpec, is_router, own_name
 from mlx_empire.recipe.sections import TuningSection
 
+WORD_BITS = 32  # in which packed codes lie
 DEFAULT_RANK = 8
 EXPERTS = "experts"  # the target that stands for the stacked matrices of a mixture's experts
 ALL_LINEAR = "all-linear"  # the one that stands for every linear module of the layers but routers and experts
@@ -71,6 +73,11 @@ def adapt(model: nn.Module, tuning: TuningSection) -> AdapterSettings:
     for path, module in model.named_modules():
         if path in keys:  # by its whole path: it belongs to no layer
             module.dropout = nn.Dropout(0.0)
+        if isinstance(module, DoRALinear) and WORD_BITS % getattr(module.linear, "bits", 1):
+            raise UserError(
+                f"tuning.type: dora: {path} is stored in {module.linear.bits} bits, for which mlx-lm's DoRA takes a "
+                "wrong width; use type lora, or a folder in 8, 4 or 2 bits"
+            )
     return settings
 
 

@@ -40,6 +40,11 @@ from mlx_empire.recipe.sections import TuningSection
 
 DEFAULT_BITS = 4
 AFFINE = "affine"
+PACKED_PARTS = (
+    "weight",
+    "scales",
+    "biases",
+)  # codes, and by what they are multiplied and shifted; some have no last
 
 
 @dataclass(frozen=True)
@@ -157,19 +162,27 @@ def stored_quantization(
 
 
 def refuse_other_packing(config: Mapping[str, Any], tuning: TuningSection, name: str) -> None:
-    """UserError for what cannot be done on a base that is stored packed: other `tuning.bits`, DoRA."""
+    """UserError for what cannot be done on a base that is stored packed: other `tuning.bits`."""
     found = stored_quantization(config, tuning, name)
     if found is None:
         return
-    if tuning.type == "dora":
-        raise UserError(
-            f"tuning.type: dora: {name} is stored quantised; use type lora, or a folder that is not"
-        )
     mode = found.get("mode", AFFINE)
     bits = stored_quant_format(found).bits if mode == AFFINE else mode
     if tuning.bits is not None and tuning.bits != bits:
         how = f"in {bits} bits" if mode == AFFINE else f"as {mode}"
         raise UserError(f"tuning.bits: {tuning.bits}: {name} is stored {how}; leave tuning.bits out")
+
+
+def unpacked_matrix(parts: Mapping[str, mx.array], bits: int, group: int) -> mx.array:
+    """The matrix of a packed one's `PACKED_PARTS`, lazily; floating-point modes are told by `bits` and `group`."""
+    codes, scales, biases = (parts.get(name) for name in PACKED_PARTS)
+    assert codes is not None
+    assert scales is not None
+    floating = (
+        f.mode for f in QUANT_FORMATS.values() if (f.bits, f.group) == (bits, group) and not f.has_biases
+    )
+    mode = next(floating) if biases is None else AFFINE
+    return mx.dequantize(codes, scales, biases, group, bits, mode)
 
 
 def unpacked(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,6 +115,11 @@ class RunLock:
         self._released = threading.Event()
         threading.Thread(target=self._keep_touching, name="run lock", daemon=True).start()
 
+    @property
+    def file(self) -> int:
+        """The locked file's descriptor: a process that inherits it holds the lock for as long as it lives."""
+        return self._file
+
     def release(self) -> None:
         """Let go; a folder that was made for the lock and got nothing else goes too."""
         if self._released.is_set():

@@ -4,12 +4,16 @@ import json
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
-from support.stepping import config_of, weights_of
-from support.tuning import TunedCase
+from support.stepping import batches_of, config_of, counted_tokens, weights_of, whole_weights
+from support.tuning import LINEAR, TunedCase, textbook_steps, trainable, tuned_trainer
 
+from mlx_empire.comm.solo import SoloCommunicator
+from mlx_empire.comm.thread import CommThread
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import open_folder
 from mlx_empire.formats.source import FolderSource, TunedSource
@@ -114,7 +118,6 @@ run: {{dir: run, steps: 1}}
 @pytest.mark.parametrize(
     ("tuning", "changed", "message"),
     [
-        ({"type": "dora"}, {}, "tuning.type: dora: .*stored quantised; use type lora"),
         ({"type": "qlora", "bits": 8}, {}, "tuning.bits: 8: .*stored in 4 bits; leave tuning.bits out"),
         ({"type": "lora"}, {"mode": "mxfp5"}, "packed as mxfp5"),
         ({"type": "qlora", "bits": 4}, {"mode": "mxfp4"}, "tuning.bits: 4: .*stored as mxfp4"),
@@ -126,6 +129,69 @@ def test_what_cannot_be_trained_is_refused_in_one_line(folder, tuning, changed, 
     with pytest.raises(UserError, match=message) as error:
         make_target(config, TuningSection(**tuning), str(path), "float32", open_folder(path).stored())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_dora_where_mlx_lm_takes_a_wrong_width_is_refused(bits, tmp_path):
+    path, config = packed_llama(tmp_path, 64, bits, "affine")
+    with pytest.raises(
+        UserError, match=f"tuning.type: dora: .*_proj is stored in {bits} bits.*use type lora"
+    ):
+        make_target(config, TuningSection(type="dora"), str(path), "float32", open_folder(path).stored())
+
+
+@pytest.mark.parametrize(
+    ("group", "bits", "mode"),
+    [(64, 4, "affine"), (None, None, "mxfp4"), pytest.param(32, 8, "affine", marks=pytest.mark.slow)],
+)
+def test_ten_steps_of_dora_are_those_of_mlx_lms_own_layers(group, bits, mode, tmp_path):
+    """Magnitudes begin as the norms of what the codes stand for."""
+    case = TunedCase("llama", tuning={"type": "dora", "rank": 4, "alpha": 4}, micro_batches=3, clip_norm=0.05)
+    path, config = packed_llama(tmp_path, group, bits, mode)
+
+    def given():
+        target = make_target(
+            config, TuningSection(**case.tuning), str(path), "float32", open_folder(path).stored()
+        )
+        return target, FolderSource(path, target.rebuild, target.base)
+
+    with CommThread() as thread:
+        trainer = tuned_trainer(case, SoloCommunicator("here"), thread, given())
+        first = whole_weights(trainer)
+        model, _ = load_model(path)
+        model.freeze()
+        linear_to_lora_layers(
+            model, 4, {"rank": 4, "scale": 1.0, "dropout": 0.0, "keys": LINEAR["llama"]}, use_dora=True
+        )
+        model.train()
+        for name, w in trainable(model).items():
+            if name.endswith(".m"):
+                assert np.array_equal(first[name], w.astype(np.float32)), name
+        model.load_weights(
+            [(n, mx.array(first[n]).reshape(w.shape)) for n, w in trainable(model).items()], strict=False
+        )
+        losses = []
+        for step in range(10):
+            batches = batches_of(case, step)
+            tokens = counted_tokens(batches)
+            losses.append(trainer.train_step(batches, tokens, step + 1, case.learning_rate).loss)
+        assert losses == pytest.approx(textbook_steps(case, model, 10), rel=1e-5)
+        found = whole_weights(trainer)
+        for name, should in trainable(model).items():
+            moved = np.linalg.norm(should - np.array(first[name], np.float64).reshape(should.shape))
+            assert moved > 0
+            assert np.linalg.norm(found[name].reshape(should.shape) - should) <= 0.01 * moved, name
+
+
+def packed_llama(folder, group, bits, mode):
+    """A tiny llama in a folder as mlx-lm packs it; its configuration."""
+    case = TunedCase("llama")
+    model, _, values = weights_of(case)
+    model.load_weights(list(values.items()))
+    model, config = quantize_model(model, config_of(case), group, bits, mode)
+    save_model(folder, model)
+    save_config(dict(config), folder / "config.json")
+    return folder, json.loads((folder / "config.json").read_text())
 
 
 def test_full_fine_tuning_of_it_is_refused(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,41 @@ def next_generation(recipe: Recipe, *losses: float) -> str:
     job = jobs.of("alice")
     complete(job.run.dir, job, list(losses))
     return jobs.done("alice")
+
+
+def test_who_goes_back_while_it_is_decided_is_heard(recipe: Recipe, alice: Generations) -> None:
+    """The person's word comes second: it waits for the decision, which would be put over it otherwise."""
+    jobs, persons = JobSource(recipe, Path("people"), watched=True), []
+
+    def go_back(reached: str, _: int) -> None:
+        if reached == "decide":
+            persons.append(threading.Thread(target=manage, args=(jobs, ["alice=1"], [], [])))
+            persons[0].start()
+            persons[0].join(0.3)
+
+    offer(1, 2, 3, 4)
+    progress.on_reach(go_back)
+    assert "generation 2 is in use" in next_generation(recipe, 2.0, 1.0)
+    persons[0].join()
+    assert alice.current == 1
+
+
+def test_what_a_kill_left_undecided_does_not_come_back_over_a_person(
+    recipe: Recipe, alice: Generations
+) -> None:
+    offer(1, 2, 3, 4)
+    strike_at("promote")
+    with pytest.raises(KeyboardInterrupt):
+        next_generation(recipe, 2.0, 1.0)
+    progress.on_reach(None)
+    assert (alice.current, alice.decision(2)) == (2, None)
+    jobs = JobSource(recipe, Path("people"), watched=True)
+    manage(jobs, ["alice"], [], [])
+    assert not jobs.prepare("alice")
+    assert alice.current == 1
+    found = alice.decision(2)
+    assert found is not None
+    assert (found.promoted, found.why) == (False, "generation 1 was put into use")
 
 
 def test_a_worse_one_is_kept_and_not_used_and_its_rows_come_again_with_newer_ones(

@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
+from mlx.utils import tree_flatten
+from mlx_lm.lora import CONFIG_DEFAULTS
 from support.rows import MODEL
+from support.tiny_models import tiny_config
 
 from mlx_empire.cli import main as cli
+from mlx_empire.model.build import build_model
+from mlx_empire.model.target import make_target
 from mlx_empire.recipe.load import load_recipe
 
 # The keys and values of the owner's configuration for a qlora of OLMo, in its nesting.
@@ -295,3 +300,30 @@ def test_what_a_file_says_stays_in_its_line(tmp_path: Path) -> None:
         "not possible"
     }
     assert load_recipe(tmp_path / "ours.yaml").tuning.rank == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("layers", ["num_layers: -1\n", "num_layers: 2\n", ""])
+def test_what_mlx_lm_trains_in_full_is_what_trains_here(family: str, layers: str, tmp_path: Path) -> None:
+    """Its own lines for it: layers alone, the last 16 where the file does not say how many."""
+    told = imported(tmp_path, f"fine_tune_type: full\n{layers}")["lines"]
+    assert {one["verdict"] for one in told} == {"mapped"}
+    config = tiny_config(family)
+    name = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    config[name] = 18
+    tuning = load_recipe(tmp_path / "ours.yaml").tuning
+    found = make_target(config, tuning, family, "float32").spec
+    theirs = build_model(config, family)
+    theirs.freeze()
+    wanted = yaml.safe_load(layers)["num_layers"] if layers else CONFIG_DEFAULTS["num_layers"]
+    for layer in theirs.layers[-max(wanted, 0) :]:
+        layer.unfreeze()
+    trained = {name for name, _ in tree_flatten(theirs.trainable_parameters())}
+    assert {t.name for unit in found.units for t in unit.tensors if t.trainable} == trained
+    assert trained
+
+
+def test_how_many_layers_get_adapters_is_said_where_mlx_lm_does_not_say_it(tmp_path: Path) -> None:
+    (line,) = imported(tmp_path, "fine_tune_type: dora\n")["lines"]
+    assert line["keys"] == {"tuning.type": "dora", "tuning.layers": 16}
+    assert line["why"] == "the last 16 layers are trained there where num_layers is not said"

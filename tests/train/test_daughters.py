@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from mlx_lm.utils import load_model, load_tokenizer, quantize_model, save
 from support.mpi import ROOT
 from train.launching import MODEL, Outcome, Workspace, curve, held_out, jsonl, metrics, raw_tensors, succeeded
 from train.people import command, hostfile, run, started, with_people, worker
@@ -22,6 +23,7 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.daughters.machine import capacity_for
 from mlx_empire.daughters.saved import resume_point_of
 from mlx_empire.recipe.load import load_recipe
+from mlx_empire.run.lock import RUN, is_held
 
 POISON = str(ROOT / "tests" / "support" / "poison.py")
 NAMES = ("anna", "bert", "carl", "dora")
@@ -112,6 +114,28 @@ def test_in_company_each_has_the_bits_that_it_has_alone(place: Workspace, way: s
         assert raw_tensors(company / "final") == raw_tensors(single / "final")
 
 
+def test_so_it_has_with_dora_on_a_base_that_is_stored_packed(place: Workspace) -> None:
+    """Four bits, as mlx-lm packs them; and the adapter opens on that base."""
+    packed, config = quantize_model(*load_model(MODEL), 64, 4)
+    save(place.folder / "packed", MODEL, packed, load_tokenizer(MODEL), config)
+    words = [
+        "model.path=packed",
+        "tuning.type=dora",
+        "tuning.dropout=0.1",
+        "run.steps=2",
+        "--only=anna",
+        "--only=bert",
+    ]
+    assert "up to 2 together" in succeeded(worker(place, *words, "run.dir=dora")).stdout
+    succeeded(worker(place, *words, "--together", 1, "run.dir=single-dora"))
+    for name in NAMES[:2]:
+        company, single = (place.folder / folder / name for folder in ("dora", "single-dora"))
+        assert curve(company) == curve(single)
+        assert raw_tensors(company / "final") == raw_tensors(single / "final")
+    model, _ = mlx_lm.load(str(place.folder / "packed"), adapter_path=str(place.folder / "dora/anna/final"))
+    assert mx.isfinite(model(mx.array([TRAIN[0]]))).all()
+
+
 def test_given_again_it_does_nothing(place: Workspace, together: Outcome) -> None:
     before = {
         p: p.stat().st_mtime_ns
@@ -154,6 +178,25 @@ def test_a_kill_loses_no_finished_daughter_and_repeats_none(
         for tensor in expected:
             values, should = (np.frombuffer(one[tensor][2], np.float32) for one in (found, expected))
             assert np.abs(values - should).max() < 2e-4
+
+
+def test_a_worker_that_outlives_its_command_keeps_the_folder(place: Workspace) -> None:
+    """While it is busy it does not know that nobody listens: a second one beside it would write the same files."""
+    line, environment = command(place, "--only=anna", "run.dir=outlived")
+    environment["MLX_EMPIRE_FAULT"] = "phase=evaluate;action=delay;seconds=6"
+    process = subprocess.Popen(line, cwd=place.folder, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any("anna: training" in said for said in process.stdout)
+    process.kill()
+    process.wait()
+    second = run(place, "--only=anna", "run.dir=outlived")
+    assert second.code == 64
+    assert f"run.dir: outlived: is in use by process {process.pid} on " in second.stderr
+    deadline = time.monotonic() + 60
+    while is_held(place.folder / "outlived", RUN):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    succeeded(run(place, "--only=anna", "run.dir=outlived"))
 
 
 def test_unfinished_daughters_go_on_where_they_were_saved(place: Workspace) -> None:

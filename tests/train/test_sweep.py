@@ -124,6 +124,16 @@ def test_comparisons_do_not_count_at_a_gate(place: Workspace) -> None:
 
 
 @pytest.mark.slow
+def test_a_setting_with_a_damaged_save_begins_anew(place: Workspace, whole: Workspace) -> None:
+    """Killed after the first comparison; the header of one setting's file does not tell its step any more."""
+    assert sweep(place, *THREE, fault="step=5;phase=forward;action=kill").code == -signal.SIGKILL
+    file = next((place.folder / "swept").glob("*/unfinished.safetensors"))
+    file.write_bytes(file.read_bytes().replace(b"bookmark", b"bookmarc"))
+    succeeded(sweep(place, *THREE))
+    assert found_in(place) == found_in(whole)
+
+
+@pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize(
     "fault", ["step=5;phase=forward", "phase=save-rename", "phase=evaluate;step=4", "phase=finish"]

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_empire.model.attention import blocks
+from mlx_empire.model.attention import tiling
 from mlx_empire.model.attention.patterns import Pattern
 from mlx_empire.model.attention.segments import Kernels, attend
 
@@ -107,7 +107,7 @@ def test_output_and_gradients_are_those_of_float64(name, dtype):
 
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(window=200)])
 def test_coarser_tiles_of_longer_rows_are_right_too(pattern, monkeypatch):
-    monkeypatch.setattr(blocks, "FINE", 60)  # so that tiles are four times as long and as wide
+    monkeypatch.setattr(tiling, "FINE", 60)  # so that tiles are four times as long and as wide
     arrays = drawn(900, 1, False, mx.float32)
     expected = exact(arrays, allowed(pattern, 1, 900), DEPTH**-0.5, 0.0)
     found = differentiated(by_pattern(pattern), arrays)

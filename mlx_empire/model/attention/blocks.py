@@ -9,18 +9,25 @@ product, with no repeated keys. `mx.depends` chains tiles; else MLX would comput
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
-QUERIES, KEYS = 128, 512  # of a tile of the vjp, where a query sees at most FINE keys
-FINE = 4096
-SCORES = 1 << 18  # of a block of the forward, for a head, likewise
-LEAST_QUERIES, MOST_QUERIES = 32, 256  # of a block of the forward
-MASKED = -1e30  # added to scores: exp() of it is 0, and it is a number in every dtype of 8 exponent bits
+from mlx_empire.model.attention.folded import blocks_left_out, rows_left_out, tiles_left_out
+from mlx_empire.model.attention.tiling import (
+    KEYS,
+    QUERIES,
+    Keys,
+    Row,
+    blocks,
+    coarseness,
+    mask_of_block,
+    mask_of_tile,
+    tiles,
+)
 
 
 def attend_in_blocks(attention: Attention, given: Sequence[mx.array]) -> mx.array:
@@ -56,36 +63,47 @@ def attend_again(
 
 def forward_operations(attention: Attention, q: mx.array, v: mx.array) -> int:
     """Of the forward's products."""
-    pairs = sum((b - a) * (b - low) for a, b, low in _blocks(q.shape[2], attention.window))
+    pairs = sum((b - a) * (b - low) for a, b, low in blocks(q.shape[2], attention.window))
     return 2 * q.shape[0] * q.shape[1] * pairs * (q.shape[-1] + v.shape[-1])
 
 
 def largest_scores(length: int) -> int:
     """The most scores of a head that are in one array for a segment of `length`."""
-    return max((b - a) * (b - low) for a, b, low in _blocks(length, 0))
+    return max((b - a) * (b - low) for a, b, low in blocks(length, 0))
 
 
 @dataclass(frozen=True)
 class Attention:
     """Of one segment: forward and vjp as MLX asks for them.
 
-    `window`: see `Pattern`; `softcap`: scores become softcap tanh(scores / softcap).
+    `window`: see `Pattern`; `softcap`: scores become softcap tanh(scores / softcap). `folds`: only the graph counts,
+    and what is alike is left out of it (`folded`).
     """
 
     scale: float
     window: int = 0
     softcap: float = 0.0
+    folds: bool = False
 
     def forward(self, q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> tuple[mx.array, mx.array]:
         """The output, and the log-sum-exp of each query's scores (rows, heads, S) in fp32."""
         heads = _Heads.of(q, k)
         outputs: list[mx.array] = []
         sums: list[mx.array] = []
-        for a, b, low in _blocks(q.shape[2], self.window):
+        parts = list(blocks(q.shape[2], self.window))
+        left_out = blocks_left_out(len(parts)) if self.folds else range(0)
+        before: list[mx.array] = []
+        for n, (a, b, low) in enumerate(parts):
+            if n in left_out:
+                depths = (v.shape[-1], q.dtype), (1, mx.float32)
+                before = [heads.by_head(heads.unmade(b - a, *one, before)) for one in depths]
+                outputs.append(before[0])
+                sums.append(before[1])
+                continue
             query = heads.grouped(q, a, b) * self.scale
-            if outputs:  # or the probabilities of a block would wait for their maximum to the end
-                (query,) = mx.depends([query], [outputs[-1], sums[-1]])
-            mask = _of_block(a, b, low, self.window, heads.per_group).astype(q.dtype)
+            if before:  # or the probabilities of a block would wait for their maximum to the end
+                (query,) = mx.depends([query], before)
+            mask = mask_of_block(a, b, low, self.window, heads.per_group).astype(q.dtype)
             keys = k[:, :, low:b].swapaxes(-1, -2)
             if self.softcap:
                 scores = self.softcap * mx.tanh(query @ keys / self.softcap) + mask
@@ -94,6 +112,7 @@ class Attention:
             probabilities, total = _softmax(scores.astype(mx.float32), heads, sinks)
             outputs.append(heads.by_head(probabilities.astype(q.dtype) @ v[:, :, low:b]))
             sums.append(heads.by_head(total))
+            before = [outputs[-1], sums[-1]]
         return heads.joined(outputs), heads.joined(sums)[..., 0]
 
     def backward(
@@ -105,17 +124,25 @@ class Attention:
         inner = (by_output.astype(mx.float32) * output.astype(mx.float32)).sum(-1)
         tile = _Tile(self, heads, k, v)
         by_query = []
-        step = QUERIES if self.window else KEYS * _coarseness(q.shape[2], self.window)
+        step = QUERIES if self.window else KEYS * coarseness(q.shape[2], self.window)
         by_key, by_value = _KeySum(step), _KeySum(step)
         done: list[mx.array] = []
-        for (a, b), columns in _tiles(q.shape[2], self.window):
+        found: mx.array | None
+        rows = list(tiles(q.shape[2], self.window))
+        left_out = self._left_out(rows)
+        for n, ((a, b), columns) in enumerate(rows):
+            if n in left_out:
+                found = heads.unmade(b - a, q.shape[-1], mx.float32, done)
+                done = [found, *by_key.unmade(a, b, k, done), *by_value.unmade(a, b, v, done)]
+                by_query.append(heads.by_head((found * self.scale).astype(q.dtype)))
+                continue
             query, cotangent, total, dot = (
                 heads.grouped(x, a, b) for x in (q, by_output, sums[..., None], inner[..., None])
             )
             query = query * self.scale
             queries = tile.queries(query, cotangent, total, dot)
-            found: mx.array | None = None
-            for c, d in columns:
+            found = None
+            for c, d in self._made(columns):
                 given = mx.depends(queries, done) if done else queries
                 probabilities, by_score = tile.scored(given, (a, b), (c, d))
                 part = (by_score @ k[:, :, c:d]).astype(mx.float32)
@@ -129,6 +156,18 @@ class Attention:
             share = mx.exp(sinks[0].astype(mx.float32)[None, :, None] - sums)
             gradients.append(-(share * inner).sum((0, 2)).astype(sinks[0].dtype))
         return gradients
+
+    def _made(self, columns: Sequence[Keys]) -> list[Keys]:
+        """The tiles of a block of queries that are made."""
+        left_out = tiles_left_out(len(columns)) if self.folds else range(0)
+        return [one for n, one in enumerate(columns) if n not in left_out]
+
+    def _left_out(self, rows: Sequence[Row]) -> range:
+        """Of the vjp's blocks of queries."""
+        if not self.folds:
+            return range(0)
+        (_, queries), _ = rows[0]
+        return rows_left_out(len(rows), -(-self.window // queries), KEYS // QUERIES)
 
 
 @cache
@@ -180,6 +219,10 @@ class _Heads:
         whole = parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=3)
         return whole.reshape(self.rows, self.groups * self.per_group, -1, whole.shape[-1])
 
+    def unmade(self, queries: int, depth: int, dtype: mx.Dtype, after: Sequence[mx.array]) -> mx.array:
+        """What stands for what `by_head` is given of queries that are left out."""
+        return _unmade((self.rows, self.groups, self.per_group * queries, depth), dtype, after)
+
     def for_groups(self, x: mx.array, queries: int) -> mx.array:
         """(heads,) -> (1, groups, queries of a group, 1)."""
         apart = x.reshape(1, self.groups, self.per_group, 1, 1)
@@ -210,7 +253,7 @@ class _Tile:
     ) -> tuple[mx.array, mx.array]:
         """(probabilities, gradient by the scores) of a tile, in the dtype of the queries."""
         query, cotangent, *figures = given
-        mask = _of_tile(queries, keys, self._attention.window, self._heads.per_group)
+        mask = mask_of_tile(queries, keys, self._attention.window, self._heads.per_group)
         k, v = (x[:, :, keys[0] : keys[1]].swapaxes(-1, -2) for x in (self._k, self._v))
         if self._wide:
             probabilities = mx.exp(query @ k if mask is None else mx.addmm(mask, query, k))
@@ -252,69 +295,23 @@ class _KeySum:
             self._pieces[place] = piece
         return [self._pieces[place] for place in places]
 
+    def unmade(self, first: int, stop: int, keys: mx.array, after: Sequence[mx.array]) -> list[mx.array]:
+        """What stands for the pieces that begin between these keys, where the queries there are left out."""
+        places = range(-(-first // self._step) * self._step, stop, self._step)
+        shape = (*keys.shape[:2], self._step, keys.shape[-1])
+        self._pieces |= {place: _unmade(shape, mx.float32, after) for place in places}
+        return [self._pieces[place] for place in places]
+
     def whole(self, dtype: mx.Dtype) -> mx.array:
         """(rows, groups, S, D)"""
         return mx.concatenate([self._pieces[place] for place in sorted(self._pieces)], axis=2).astype(dtype)
 
 
+def _unmade(shape: Sequence[int], dtype: mx.Dtype, after: Sequence[mx.array]) -> mx.array:
+    """A result of that size that cannot be made before those `after` which it comes."""
+    (number,) = mx.depends([mx.array(0, dtype)], list(after))
+    return mx.full(shape, number)
+
+
 def _with_column(x: mx.array, column: mx.array) -> mx.array:
     return mx.concatenate([x, column], axis=-1)
-
-
-# ---- where blocks and tiles lie, and what is masked in them
-
-
-def _coarseness(length: int, window: int) -> int:
-    """How many times as long and as wide tiles are: twice where a query sees four times as many keys, so that their
-    number grows with the length and not with its square.
-    """
-    keys, times = min(length, window or length), 1
-    while keys > FINE * times**2:
-        times *= 2
-    return times
-
-
-def _blocks(length: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """(first query, stop, first key that one of them sees) of the forward's blocks."""
-    keys, times = min(length, 2 * window or length), _coarseness(length, window)
-    size = min(MOST_QUERIES, max(LEAST_QUERIES, SCORES * times**2 // keys))
-    for a in range(0, length, size):
-        yield a, min(a + size, length), max(0, a - window + 1) if window else 0
-
-
-def _tiles(length: int, window: int) -> Iterator[tuple[tuple[int, int], list[tuple[int, int]]]]:
-    """The vjp's blocks of queries, each with the tiles of keys that one of them sees."""
-    times = _coarseness(length, window)
-    queries, keys = QUERIES * times, KEYS * times
-    for a in range(0, length, queries):
-        b = min(a + queries, length)
-        low = max(0, a - window + 1) // QUERIES * QUERIES if window else 0
-        yield (a, b), [(c, min(c + keys, b)) for c in range(low, b, keys)]
-
-
-def _of_block(a: int, b: int, low: int, window: int, per_group: int) -> mx.array:
-    """What is added to the scores of the queries a to b by the keys low to b."""
-    if window:
-        return _edge(b - a, b - low, a - low, window, per_group)
-    corner = _edge(b - a, b - a, 0, 0, per_group)
-    if a == low:
-        return corner
-    return mx.concatenate([mx.zeros((per_group * (b - a), a - low)), corner], axis=1)
-
-
-def _of_tile(queries: tuple[int, int], keys: tuple[int, int], window: int, per_group: int) -> mx.array | None:
-    """What is added to the scores of a tile; None where every query sees every key."""
-    (a, b), (c, d) = queries, keys
-    if a >= d - 1 and not (window and b - 1 - c >= window):
-        return None
-    return _edge(b - a, d - c, a - c, window, per_group)
-
-
-def _edge(queries: int, keys: int, ahead: int, window: int, per_group: int) -> mx.array:
-    """(per_group x queries, keys): 0 where key j is visible to query i, which lies `ahead` + i - j after it."""
-    query, key = mx.arange(ahead, ahead + queries)[:, None], mx.arange(keys)[None]
-    visible = query >= key
-    if window:
-        visible = mx.logical_and(visible, query - key < window)
-    mask = mx.where(visible, 0.0, MASKED)
-    return mx.broadcast_to(mask, (per_group, queries, keys)).reshape(per_group * queries, keys)

@@ -33,15 +33,18 @@ class AttentionCall:
 
 @dataclass
 class TracedBlocks:
-    """The calls of `attend_in_blocks` in a pass; `shapes`: by call of what came in and of the output, once known."""
+    """The calls of `attend_in_blocks` in a pass; `shapes`: by call of what came in and of the output, once known;
+    `folds`: see `Attention`."""
 
     shapes: list[Shapes] = field(default_factory=list)
     calls: list[AttentionCall] = field(default_factory=list)
     summands: list[mx.array] = field(default_factory=list)
     cotangents: list[mx.array] = field(default_factory=list)
+    folds: bool = True
 
     def attend(self, attention: Attention, given: list[mx.array]) -> mx.array:
         """As `attend_in_blocks`; its derivative is what the summand's is."""
+        attention = replace(attention, folds=self.folds)
         # MLX's node of the function keeps what came in until its results are there; so does this one.
         results: list[mx.array] = mx.depends(list(attention.forward(*given)), given)
         place = len(self.calls)

@@ -29,7 +29,7 @@ def noted_digest(
     `kind`: what is computed. `thorough`: compute in any case. `ours`: nobody changes the file in place. OSError where
     there is no such file.
     """
-    state = state_of(file)
+    state = file_state(file)
     if state[0] < LEAST_BYTES:
         return compute()
     name = hashlib.sha256(f"{kind} {file.absolute()}".encode()).hexdigest()[:32]
@@ -41,13 +41,13 @@ def noted_digest(
                 return str(known["digest"])
     digest = compute()
     settled = ours or time.time_ns() - max(state[1:3]) > SETTLED_SECONDS * 1e9
-    if settled and state_of(file) == state:
+    if settled and file_state(file) == state:
         with suppress(OSError):
             _write(note, json.dumps({"file": str(file.absolute()), "state": state, "digest": digest}))
     return digest
 
 
-def state_of(file: Path) -> list[int]:
+def file_state(file: Path) -> list[int]:
     """Size, times of the last changes of content and of anything, inode."""
     found = file.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

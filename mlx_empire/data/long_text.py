@@ -20,7 +20,7 @@ from mlx_empire import progress
 from mlx_empire.data.files import RawRow, Source, not_utf8, unreadable
 
 PART_BYTES = 2**20  # of a document that are read at once
-WINDOW = 2**17  # characters from one window to the next
+WINDOW = 2**16  # characters from one window to the next
 OVERLAP = 2**11  # characters that two windows share
 TOGETHER = 8  # windows tokenised together: the tokenizer's own threads share them
 SAME = 16

@@ -20,7 +20,7 @@ from mlx_empire.data.cache import (
     tokens_beside,
     tokens_folder,
 )
-from mlx_empire.data.digests import state_of
+from mlx_empire.data.digests import file_state
 from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
 from mlx_empire.data.files import Source, detect_format, locate
 from mlx_empire.data.long_text import rows_in_parts
@@ -173,7 +173,7 @@ def _from_cache_or_built(
 def _states(files: Sequence[Path]) -> list[list[int]]:
     """Of each file what changes with its content."""
     try:
-        return [state_of(file)[:2] for file in files]
+        return [file_state(file)[:2] for file in files]
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}; check data.path") from error
 

@@ -31,6 +31,7 @@ def spread(chance: random.Random, ranks: int, *, anew: bool = True) -> list[str]
         "memory.shares": chance.choice((shares, "equal")),
         "memory.gradient_checkpointing": chance.choice(("true", "true", "false", "auto")),
         "memory.run_ahead": chance.choice(("true", "false")),
+        "memory.activation_offload": chance.choice(("true", "false")),
         "comm.route": chance.choice(("relay", "direct")),
         "comm.bucket_bytes": chance.choice((4096, 65536)),
     }
@@ -64,6 +65,11 @@ def _recipe(chance: random.Random) -> Iterator[tuple[str, object]]:
     if odd or dtype == "float16":
         yield "numerics.loss_scale", chance.choice(("8", "auto", "4096"))
         yield "numerics.loss_scale_window", chance.choice((1, 2000))
+    if chance.random() < 0.15:
+        yield "distillation.teacher", chance.choice(DENSE)
+        yield "distillation.weight", chance.choice((0.3, 1.0))
+        yield "distillation.temperature", chance.choice((1.0, 3.0))
+        yield "distillation.top", chance.choice((1, 8))
     yield "run.seed", chance.randrange(1000)
 
 

@@ -200,11 +200,11 @@ def report_document(report: CapacityReport) -> Document:
         "formulas": _formulas(report.nodes),
         "notes": report.notes,
         "disks": disk_documents(report.disks),
-        "teacher": _teacher(report.teacher),
         "untouched_macos": {
             "verdict": report.untouched,
             "commands": [{"name": name, "command": words} for name, words in report.raises.items()],
         },
+        "teacher": _teacher(report.teacher),
     }
 
 

@@ -30,7 +30,7 @@ DOCUMENTS = {
         "formulas(weights|optimizer m|gradients|gathered units|attention|logits chunk|adapters|MLX base: formula mark) "
         "notes disks(name checkpoint_bytes copies_bytes checkpoints_at_once result_bytes base_bytes token_cache_bytes "
         "asked_bytes least_bytes free_bytes verdict reason) "
-        "untouched_macos(verdict commands(name command))",
+        "untouched_macos(verdict commands(name command)) teacher",
     ),
     "matrix": (
         matrix_document,

@@ -40,12 +40,13 @@ def open_private(path: Path) -> int:
     return _open(path, os.O_RDWR)
 
 
-def unnamed_private(folder: Path, nbytes: int) -> FileIO:
+def unnamed_private(place: Path, nbytes: int) -> FileIO:
     """A file for reading and writing that has no name: it is gone when it is closed, whatever ends the process.
 
-    Its room on the disk is taken now. Unbuffered; what is in it is not kept in memory where the system can be told so.
+    It lies on the disk of a folder, which need not exist yet, and takes its room there now. Unbuffered; what is in it
+    is not kept in memory where the system can be told so.
     """
-    number, name = tempfile.mkstemp(prefix=".unnamed-", dir=folder)
+    number, name = tempfile.mkstemp(prefix=".unnamed-", dir=_nearest(place))
     file = FileIO(number, "r+b")
     try:
         os.unlink(name)

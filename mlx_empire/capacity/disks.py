@@ -14,7 +14,7 @@ from mlx_empire.recipe.changes import adapters_of, typed, variant
 from mlx_empire.recipe.schema import Recipe
 from mlx_empire.sizes import amount
 
-DISK_COLUMNS = (
+_COLUMNS = (
     "disk",
     "checkpoint",
     "copies",
@@ -33,8 +33,18 @@ Again = Callable[
 ]  # the verdict of a changed recipe's memory, and its disks
 
 
+def disk_columns(ledgers: Sequence[DiskLedger]) -> list[str]:
+    """The columns of the table, without that of layers' inputs where none go to a file."""
+    return [name for name in _COLUMNS if name != "inputs" or any(one.inputs for one in ledgers)]
+
+
 def disk_rows(ledgers: Sequence[DiskLedger]) -> list[list[str]]:
-    """What `DISK_COLUMNS` say of each file system."""
+    """What `disk_columns` say of each file system."""
+    shown = [name in disk_columns(ledgers) for name in _COLUMNS]
+    return [[cell for cell, is_shown in zip(row, shown, strict=True) if is_shown] for row in _rows(ledgers)]
+
+
+def _rows(ledgers: Sequence[DiskLedger]) -> list[list[str]]:
     return [
         [
             one.name,
@@ -64,13 +74,13 @@ def disk_documents(ledgers: Sequence[DiskLedger]) -> list[dict[str, object]]:
             "checkpoints_at_once": one.keeping.asked,
             "result_bytes": one.result,
             "base_bytes": one.base,
-            "layer_inputs_bytes": one.inputs,
             "token_cache_bytes": one.tokens,
             "asked_bytes": one.asked,
             "least_bytes": one.least,
             "free_bytes": one.free,
             "verdict": one.verdict,
             "reason": one.reason,
+            "layer_inputs_bytes": one.inputs,
         }
         for one in ledgers
     ]

@@ -26,7 +26,7 @@ from mlx_empire.capacity.charts import (
     used_kinds,
 )
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughter_tables
-from mlx_empire.capacity.disks import DISK_COLUMNS, disk_notes, disk_rows
+from mlx_empire.capacity.disks import disk_columns, disk_notes, disk_rows
 from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSurvey, MatrixSurvey, time_cells
 from mlx_empire.capacity.heat_map import HERE, counted_verdicts, matrix_section
 from mlx_empire.capacity.ladder import Rung
@@ -123,7 +123,7 @@ def _disks(disks: Sequence[DiskLedger]) -> dict[str, Any]:
     for name, *figures in disk_rows(disks):
         found.setdefault(tuple(figures), []).append(name)
     return {
-        "disk_head": DISK_COLUMNS,
+        "disk_head": disk_columns(disks),
         "disks": [[short_names(names), *figures] for figures, names in found.items()],
         "disks_short": any(one.verdict in ("tight", "no") for one in disks),
         "disks_said": _disks_said(disks),

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughter_tables
-from mlx_empire.capacity.disks import DISK_COLUMNS, disk_notes, disk_rows
+from mlx_empire.capacity.disks import disk_columns, disk_notes, disk_rows
 from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSurvey, MatrixSurvey, time_cells
 from mlx_empire.capacity.ledger_groups import GROUPS, alike, entries, grouped, ledger_lines
 from mlx_empire.capacity.matrix import Cell, Comparison
@@ -173,7 +173,7 @@ def ledger_table(nodes: Sequence[NodeAssessment], console: Console) -> Table:
 def disk_table(disks: Sequence[DiskLedger]) -> Table:
     """A row per file system: what lies on it at the worst moment of the run, against what is free."""
     table = plain_table("disk: what is asked for, and what the run cannot do without")
-    for name in DISK_COLUMNS:
+    for name in disk_columns(disks):
         table.add_column(name, overflow="fold", justify="left" if name in LEFT else "right")
     for row in disk_rows(disks):
         table.add_row(*(verdict_text(cell) if cell in VERDICT_STYLES else escape(cell) for cell in row))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -39,7 +38,7 @@ class _Stored:
 
 
 class InputFile:
-    """A file in `folder` with `places` for inputs of at most `place_bytes` each."""
+    """A file on the disk of `folder`, which need not exist, with `places` for inputs of at most `place_bytes` each."""
 
     def __init__(self, folder: Path, places: int, place_bytes: int) -> None:
         self._folder, self._places, self._place_bytes = folder, places, place_bytes
@@ -55,11 +54,8 @@ class InputFile:
         if self._file is not None:
             return
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._file = unnamed_private(self._folder, self._places * self._place_bytes)
         except OSError as error:
-            with suppress(OSError):
-                self._folder.rmdir()  # made for this, empty
             raise self._told(error, DoesNotFitError, UserError) from None
         self._thread = CommThread("inputs")
         self._thread.observe = self._observe

@@ -29,7 +29,7 @@ DOCUMENTS = {
         f"time({PACE}) times({PACE}) no_time cloud advice(change effect verdict) "
         "formulas(weights|optimizer m|gradients|gathered units|attention|logits chunk|adapters|MLX base: formula mark) "
         "notes disks(name checkpoint_bytes copies_bytes checkpoints_at_once result_bytes base_bytes token_cache_bytes "
-        "asked_bytes least_bytes free_bytes verdict reason) "
+        "asked_bytes least_bytes free_bytes verdict reason layer_inputs_bytes) "
         "untouched_macos(verdict commands(name command)) teacher",
     ),
     "matrix": (

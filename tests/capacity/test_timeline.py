@@ -9,12 +9,20 @@ import re
 import pytest
 from support.planning import assess, llama_like, nodes_of, recipe_of
 
-from mlx_empire.capacity.charts import CLOSE, KINDS, drawn_once, lane_pieces, lanes_of, timeline_document
+from mlx_empire.capacity.charts import (
+    CLOSE,
+    KINDS,
+    drawn_once,
+    lane_pieces,
+    lanes_of,
+    timeline_document,
+    used_kinds,
+)
 from mlx_empire.capacity.heat_map import HERE
 from mlx_empire.page.render import templates
 from mlx_empire.plan.hardware import wire_named
 from mlx_empire.plan.pace import pace_of
-from mlx_empire.plan.step_time import ADD, COMPUTE, EXCHANGE, WAIT, Event, Timeline
+from mlx_empire.plan.step_time import ADD, COMPUTE, DISK, EXCHANGE, WAIT, Event, Timeline
 
 
 def test_events_that_follow_closely_are_one_span_and_waiting_is_none():
@@ -70,6 +78,24 @@ def test_spans_are_as_long_as_the_lanes_and_in_order(stage):
         events = sum(e.rank == rank for e in timeline.events)
         assert busy - 1e-9 <= drawn <= busy + events * CLOSE * timeline.seconds
         assert {kind for kind, _, _ in spans} <= set(KINDS)
+
+
+def test_a_disk_that_is_used_has_a_lane_and_its_machines_are_drawn_once():
+    events = [
+        Event(rank, lane, what, 1, start, start + 2.0)
+        for rank in range(3)
+        for lane, what, start in ((COMPUTE, "forward", 0.0), (DISK, "offload", 0.5), (DISK, "prefetch", 6.0))
+    ]
+    drawn = drawn_once(lanes_of(Timeline(tuple(events), 10.0, 0.0), list("abc")), 10.0)
+    assert [(lane.node, lane.lane) for lane in drawn] == [
+        ("a +2", "compute"), ("a +2", "network"), ("a +2", "disk"),
+    ]  # fmt: skip
+    assert [lane.spans for lane in drawn] == [
+        (("forward", 0.0, 2.0),),
+        (),
+        (("disk", 0.5, 2.5), ("disk", 6.0, 8.0)),
+    ]
+    assert used_kinds(drawn)[-1] == ("adapters", "disk")
 
 
 def test_machines_whose_lanes_look_the_same_are_drawn_once():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.stepping import batches_of, counted_tokens, weights_of
+from support.stepping import batches_of, counted_tokens, inputs_of, weights_of
 from support.tuning import (
     SEED,
     HeldWeights,
@@ -73,6 +73,9 @@ CASES = {
         **COMMON,
     ),
     "packed rows": TunedCase("llama", packed=True, tuning={"type": "lora", "rank": 4}, **COMMON),
+    "packed rows, inputs in a file": TunedCase(
+        "llama", packed=True, offload=True, tuning={"type": "lora", "rank": 4}, **COMMON
+    ),
 }
 
 
@@ -83,13 +86,13 @@ def cohort_of(case, places, thread, *, compiled=False):
     work = Workload(
         case.rows * places, case.width, cell_layout(case.micro_batches, 1, 1, 1), 1, "float32", "auto", 8192
     )
-    work = replace(work, optimizer_in_backward=case.release, compiled=compiled)
+    work = replace(work, optimizer_in_backward=case.release, compiled=compiled, offload=case.offload)
     optimizer = AdamW(weight_decay=case.weight_decay, state_bits=case.state_bits)
     noise = SEED if case.tuning.get("dropout") else None
     comm, settings = SoloCommunicator("here"), TrainerSettings(noise_seed=noise)
-    trainer = Trainer(
-        built.model, spec, make_plan(spec.units, [1.0], 2), work, comm, thread, optimizer, settings
-    )
+    plan = make_plan(spec.units, [1.0], 2)
+    inputs = inputs_of(spec, plan, work, 0)
+    trainer = Trainer(built.model, spec, plan, work, comm, thread, optimizer, settings, inputs)
     source = TunedSource(HeldWeights(built.base, weights_of(case)[2]), spec, SEED, built.packing)
     for index in range(len(spec.units)):
         trainer.store.load(index, source.unit(index))

@@ -152,16 +152,16 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
             dtype="bfloat16",
             gradient_dtype="bfloat16",
         ),
-        **{  # layers' inputs in a file: 16 micro-batches, or as many as are told
+        **{  # layers' inputs in a file
             f"{family} {width} stage {stage}, inputs in a file{name}": setting(
-                family, width, stage, [1], **{"micro_batches": 16, "offload": True, **more}
+                family, width, stage, [1], micro_batches=micro_batches, offload=True, **more
             )
-            for family, width, stage, name, more in (
-                ("llama", 384, 3, ", lora", {"tuning": tuned("lora")}),
-                ("llama", 384, 2, ", waves of 4", {"wave": 4}),
-                ("qwen3_moe", 128, 3, ", 4 cells", {"cells": 4}),
-                ("llama", 256, 2, ", lora, tail of 3", {"tail": 3, "tuning": tuned("lora")}),
-                ("llama", 384, 3, ", lora, 30% kept", {"kept": 0.3, "tuning": tuned("lora")}),
+            for family, width, stage, micro_batches, name, more in (
+                ("llama", 384, 3, 16, ", lora", {"tuning": tuned("lora")}),
+                ("llama", 384, 2, 8, ", waves of 4", {"wave": 4}),
+                ("qwen3_moe", 128, 3, 8, ", 4 cells", {"cells": 4}),
+                ("llama", 256, 2, 12, ", lora, tail of 3", {"tail": 3, "tuning": tuned("lora")}),
+                ("llama", 384, 3, 8, ", lora, 30% kept", {"kept": 0.3, "tuning": tuned("lora")}),
             )
         },
         "qwen3_moe 384 stage 2, qlora of experts": setting(
@@ -244,8 +244,8 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
         "llama 128 stage 2, 4 cells": setting("llama", 128, 2, [2, 1], cells=4, gradient_dtype="bfloat16"),
         "qwen3_moe 128 stage 3": setting("qwen3_moe", 128, 3, [3, 1]),
         "gemma2 128 stage 1": setting("gemma2", 128, 1, [2, 1]),
-        "llama 384 stage 3, inputs in a file, lora": setting(
-            "llama", 384, 3, [2, 1], micro_batches=24, offload=True, tuning=tuned("lora")
+        "llama 192 stage 3, inputs in a file, lora": setting(
+            "llama", 192, 3, [2, 1], micro_batches=24, offload=True, tuning=tuned("lora")
         ),
         "gemma2 128 stage 1, inputs in a file": setting(
             "gemma2", 128, 1, [2, 1], micro_batches=16, offload=True

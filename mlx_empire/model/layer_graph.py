@@ -127,7 +127,8 @@ def _joined(exported: _Exported, drawing: str, held: Sequence[int]) -> Graph:
         for node in labels
     ]
     given = [numbers[f"i{i}"] for i in range(len(exported.inputs))]
-    constants = [n for name, n in numbers.items() if name not in makers and n not in given]
+    known = {*given}
+    constants = [n for name, n in numbers.items() if name not in makers and n not in known]
     return Graph(
         tuple(exported.shapes[twin][0] for twin in twins.values()),
         tuple(exported.shapes[twin][1] for twin in twins.values()),

@@ -56,6 +56,9 @@ class TracedModel:
         self._spec, self._model = spec, spec.module
         self.blocks = TracedBlocks()
         self._forwards: dict[tuple[int, ...], Forward] = {}
+        self._calls: dict[
+            tuple[object, ...], list[Shapes]
+        ] = {}  # by kind of layer of its attention in blocks
         self._segmented: set[object] = set()  # kinds of layers whose experts' gradients need stand-ins
         owner, key, _ = find_layers(self._model, spec.name)
         self._list = owner, key
@@ -194,9 +197,14 @@ class TracedModel:
 
     def calls_in_blocks(self, units: Sequence[int]) -> list[Shapes]:
         """What comes in and out of the layers' attention in blocks."""
-        if all(self.pattern(u) is None for u in units):
-            return []
-        return self.forward(units).in_blocks
+        return [call for u in units if self.pattern(u) is not None for call in self._in_blocks(u)]
+
+    def _in_blocks(self, unit: int) -> list[Shapes]:
+        """Those of one layer; alike ones have the same."""
+        kind = self._spec.units[unit].kind, self.variant(unit)
+        if kind not in self._calls:
+            self._calls[kind] = self.forward([unit]).in_blocks
+        return self._calls[kind]
 
     def begin(self, placeholders: Arrays) -> None:
         """A call of layers: what stands in for primitives gets these."""

@@ -97,7 +97,7 @@ class RootMemory:
         """What there is besides when head's and embedding's sums of a cell are put together: a tied matrix in fp32, and
         in the order of rows before, or the whole contribution."""
         tied = self._tied
-        in_rows = 0 if self.chunked or micro_batches > 1 else self._item % 4 * tied
+        in_rows = self._item * tied if self._is_narrow(micro_batches) else 0
         wide = self.wide if self._adds_up and not self.by_row else 1
         return max(4 * tied + in_rows, wide * self._contribution)
 
@@ -109,6 +109,26 @@ class RootMemory:
     def flat(self) -> int:
         """Bytes of a tied matrix in fp32: it is flat when both sums are together in it, and is not copied again."""
         return self._tied * self._item if self.by_row and self._item == 4 else 0
+
+    @cached_property
+    def joins_first(self) -> bool:
+        """Whether the joined sum is larger than what it takes the place of, or takes its place: a tied matrix's."""
+        return bool(self.flat or (self._tied and self._item < 4))
+
+    def widened(self, micro_batches: int) -> int:
+        """How much longer the sums of a cell are when they are put together: a tied matrix is in fp32 from there on."""
+        return self._tied * (4 - self._item) if self._is_narrow(micro_batches) else 0
+
+    def added(self, place: int) -> int:
+        """What adding the head's gradients of a cell's micro-batch number `place` needs beside its sum so far, once
+        these are there and the logits have gone. In fp32 a sum lies where one of the two lay; narrower ones are made
+        wide first, the sum of a cell's first as well, and stay until that is done."""
+        if place == 0 or self._item == 4 or self.chunked:
+            return 0
+        return self.head * (1 + self.wide * (2 if place == 1 else 1))
+
+    def _is_narrow(self, micro_batches: int) -> bool:
+        return self._item < 4 and micro_batches == 1 and not self.chunked
 
     @cached_property
     def _tied(self) -> int:

@@ -142,9 +142,12 @@ class StepBytes(Reader):
         kept = self._spec.units[self.shape.boundary + 1 :]
         for moment in head_costs(kept, self._spec, self._work, adds=self._adds(action)):
             self._moment(self._of_narrow(action, moment, "un-recomputed tail", "tail sums"))
+        second = action.micro - 1 in self._first
+        if not kept and action.micro not in self._first:
+            self._moment({"root gradients": self._root.added(1 if second else 2)})
         if action.micro in self._first:
             self._hold("root gradients", self._root.head_sum(1) * action.times)
-        elif action.micro - 1 in self._first:
+        elif second:
             others = max(self.shape.cells[action.round] - 2, 1)
             rounds = 1 if self.shape.wave else action.times // others  # alike ones that it stands for
             self._hold("root gradients", (self._root.head_sum(2) - self._root.head_sum(1)) * rounds)
@@ -205,6 +208,8 @@ class StepBytes(Reader):
     # ---- sums
 
     def keep(self, action: Action) -> None:
+        if self._root.joins_first:
+            self._join(action)
         self._moment(self._copy(action))
         self._drop_cell(action)
         self._hold("contributions kept whole", self._contribution(action) * action.times)
@@ -212,8 +217,8 @@ class StepBytes(Reader):
     def reduce(self, action: Action) -> None:
         """Totals are there from the first round on."""
         size = self._sizes[action.unit]
-        if self.shape.zero_stage != 1 and self._root.flat:
-            self._join(action)  # into what is as large as the head's sum
+        if self.shape.zero_stage != 1 and self._root.joins_first:
+            self._join(action)
         if action.round == 0:
             self._hold("gradients", 4 * size.trained)
         if self.shape.zero_stage == 1:
@@ -240,7 +245,9 @@ class StepBytes(Reader):
         """Head's and embedding's sums of a round become the root's, if they have not."""
         if action.unit == 0 and self.shape.cells[action.round] and action.round not in self._joined:
             self._joined.add(action.round)
-            self._moment({"root gradients": self._root.joined(self.shape.cells[action.round])})
+            micro_batches = self.shape.cells[action.round]
+            self._moment({"root gradients": self._root.joined(micro_batches)})
+            self._hold("root gradients", self._root.widened(micro_batches))
 
     def settle(self, action: Action) -> None:
         if self.shape.zero_stage == 1:
@@ -276,7 +283,9 @@ class StepBytes(Reader):
         if action.unit == 0 and self.shape.cells[action.round] and action.round not in self._handed_over:
             self._handed_over.add(action.round)
             self._join(action)
-            name, size = "root gradients", self._root.head_sum(self.shape.cells[action.round]) * action.times
+            micro_batches = self.shape.cells[action.round]
+            size = self._root.head_sum(micro_batches) * action.times + self._root.widened(micro_batches)
+            name = "root gradients"
             self._hold(EMBEDDING, -self._embedding - self._embedded.pop(action.round, 0))
             self._embedding = 0
         self._hold(name, -size)

@@ -24,6 +24,7 @@ SIZES = {
     "vocab_size": 4096,
 }
 ROOT = {**SIZES, "num_hidden_layers": 1, "vocab_size": 32768}
+LOW = {"dtype": "bfloat16", "gradient_dtype": "bfloat16"}
 EXTRA: dict[str, dict[str, int]] = {
     "llama": {},
     "qwen3_moe": {"moe_intermediate_size": 256, "num_experts": 8},
@@ -92,6 +93,10 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
             for name, more in (
                 ("one micro-batch", {"micro_batches": 1}),
                 ("two cells", {"cells": 2}),
+                ("bfloat16, one micro-batch", {"micro_batches": 1, **LOW}),
+                ("bfloat16, a cell of two", {"cells": 1, **LOW}),
+                ("bfloat16, a cell of three", {"cells": 1, "micro_batches": 3, **LOW}),
+                ("bfloat16, two cells", {"cells": 2, **LOW}),
             )
         },
         "llama 384 stage 2, dora": setting("llama", 384, 2, [1], tuning=tuned("dora")),
@@ -238,6 +243,8 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
             "qwen3_moe", 384, 3, [3, 1], tuning=tuned("qlora", bits=8)
         ),
         "llama 384 stage 3": setting("llama", 384, 3, [3, 2], micro_batches=2),
+        "llama 32 stage 2, tied, bfloat16": setting("llama", 32, 2, [2, 1], tied=True, config=ROOT, **LOW),
+        "llama 32 stage 1, tied, bfloat16": setting("llama", 32, 1, [1, 1], tied=True, config=ROOT, **LOW),
         "llama 128 stage 3, tail of 3": setting("llama", 128, 3, [2, 1], tail=3),
         "llama 128 stage 0": setting("llama", 128, 0, [1, 1]),
         "llama 128 stage 3, cells of 1 and 2": setting("llama", 128, 3, [2, 1], micro_batches=6, cells=4),
@@ -273,6 +280,8 @@ DAILY: dict[int, set[str]] = {  # beside those of `test_random_peaks.py`
     1: {
         "llama 128 stage 2",
         "llama 32 stage 2, tied, one micro-batch",
+        "llama 32 stage 2, tied, bfloat16, one micro-batch",
+        "llama 32 stage 2, tied, bfloat16, a cell of two",
         "llama 128 stage 3, lion",
         "llama 64 stage 2, bfloat16, tail of 10",
         "qwen3_moe 128 stage 2, tail of 6",

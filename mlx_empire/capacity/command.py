@@ -86,6 +86,12 @@ def parser_without_recipe() -> UserArguments:
     made.add_argument(
         "--budget", type=float, metavar="DOLLARS", help="with --what: which cost no more at worst"
     )
+    made.add_argument(
+        "settings",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="with --what: of the recipe, such as optimizer.state_bits=8",
+    )
     made.set_defaults(recipe=None)
     return made
 
@@ -96,9 +102,9 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     if any(word.partition("=")[0] in WITHOUT_RECIPE for word in words):
         alone = parser_without_recipe()
         options = alone.parse_args(words)
-        of_runs = (options.tokens, options.deadline, options.budget)
+        of_runs = (options.tokens, options.deadline, options.budget, options.settings or None)
         if options.what is None and any(value is not None for value in of_runs):
-            alone.error("--tokens, --deadline and --budget go with --what")
+            alone.error("--tokens, --deadline, --budget and settings go with --what")
         options.tokens = TOKENS if options.tokens is None else options.tokens
         if not 1 <= options.tokens <= MOST_TOKENS or not (options.budget is None or options.budget > 0):
             alone.error(f"--tokens: 1 to {MOST_TOKENS:,}; --budget: more than 0 dollars")

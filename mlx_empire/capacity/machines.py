@@ -43,7 +43,7 @@ def _what(options: argparse.Namespace, nodes: Sequence[Node]) -> int:
         nearest = catalog.nearest(options.what)
         raise UserError(f"--what {options.what[:60]}: in no name of the catalog; did you mean {nearest}?")
     deadline = hours_of(options.deadline) if options.deadline is not None else None
-    survey = what(nodes, names, options.tokens, deadline, options.budget)
+    survey = what(nodes, names, options.tokens, deadline, options.budget, options.settings)
     if options.json:
         print(json.dumps(what_document(survey), indent=1))
     else:

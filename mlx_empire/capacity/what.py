@@ -3,13 +3,14 @@
 Decides the ways that are tried for a model, the one that changes most first (all weights, adapters at 16 bits, adapters
 over a base packed to 4 bits), in steps of 8 rows of 2,048 with the other settings of `recipes/scout.yaml`; how long a
 run is (`--tokens`); and what it costs: power, and its part of the machines' price. The largest models are scaled from
-a known shape.
+a known shape. Settings that are asked for (`optimizer.state_bits=8`) hold in every way and for the largest models; one
+of `tuning` takes the place of the three ways.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "adapters": {"tuning.type": "lora", "tuning.rank": 16},
     "adapters, 4-bit base": {"tuning.type": "qlora", "tuning.rank": 16, "tuning.bits": 4},
 }
+AS_ASKED: Mapping[str, Mapping[str, Any]] = {"as asked": {}}
 ROWS, POSITIONS = 8, 2048  # of a step: few, so that small machines are not refused for long steps
 _HOURS = {"h": 1.0, "d": 24.0, "w": 168.0}
 
@@ -55,6 +57,7 @@ class Trainable:
     model: str
     parameters: int
     way: str | None
+    settings: Mapping[str, Any] | None
     assessment: Assessment | None
     pace: Pace | None
     dollars: Range | None
@@ -65,7 +68,7 @@ class Trainable:
 @dataclass(frozen=True)
 class WhatSurvey:
     """What machines train: by model, and the largest that they train whole by kind (empty where one model was asked
-    for). `no_time`: why no times."""
+    for, or how they are tuned). `no_time`: why no times."""
 
     rows: Sequence[Trainable]
     largest: Mapping[str, Largest | None]
@@ -82,31 +85,44 @@ def hours_of(written: str) -> float:
 
 
 def what(
-    nodes: Sequence[Node], names: Sequence[str], tokens: int, deadline: float | None, budget: float | None
+    nodes: Sequence[Node],
+    names: Sequence[str],
+    tokens: int,
+    deadline: float | None,
+    budget: float | None,
+    asked: Sequence[str] = (),
 ) -> WhatSurvey:
-    """What `nodes` train of the models `names`; `deadline` in hours, `budget` in dollars, None where not asked."""
-    rows_a_step = max(ROWS, len(nodes))
-    steps = max(-(-tokens // (rows_a_step * POSITIONS)), 1)
-    changes = (f"batch.global_size={rows_a_step}", f"data.sequence_length={POSITIONS}", f"run.steps={steps}")
-    recipe = load_recipe(recipe_file("scout"), changes)
+    """What `nodes` train of the models `names`; `deadline` in hours, `budget` in dollars, None where not asked; what
+    settings are `asked` as on a command line. UserError for those that cannot be."""
+    plain = (f"batch.global_size={max(ROWS, len(nodes))}", f"data.sequence_length={POSITIONS}")
+    recipe = load_recipe(recipe_file("scout"), (*plain, *asked))
+    steps = max(-(-tokens // (recipe.batch.global_size * recipe.data.sequence_length)), 1)
+    recipe = load_recipe(recipe_file("scout"), (*plain, *asked, f"run.steps={steps}"))
+    keys = {setting.partition("=")[0].strip() for setting in asked}
+    tuned = any(key.startswith("tuning.") for key in keys)
+    ways = AS_ASKED if tuned else WAYS
     unknown = no_time(nodes)
-    rows = [_row(name, recipe, nodes, known=unknown is None, limits=(deadline, budget)) for name in names]
-    rows.sort(key=lambda row: (list(WAYS).index(row.way) if row.way else len(WAYS), -row.parameters))
-    kinds = {"dense": DENSE, "mixture": MIXTURE} if len(names) == len(catalog.names()) else {}
-    sizes = {kind: _largest(name, recipe, nodes) for kind, name in kinds.items()}
+    rows = [
+        _row(name, recipe, ways, nodes, known=unknown is None, limits=(deadline, budget)) for name in names
+    ]
+    rows.sort(key=lambda row: (list(ways).index(row.way) if row.way else len(ways), -row.parameters))
+    whole = len(names) == len(catalog.names()) and not tuned
+    kinds = {"dense": DENSE, "mixture": MIXTURE} if whole else {}
+    sizes = {kind: _largest(name, recipe, nodes, keys) for kind, name in kinds.items()}
     return WhatSurvey(rows, sizes, tokens, unknown)
 
 
 def _row(
     name: str,
     recipe: Recipe,
+    ways: Mapping[str, Mapping[str, Any]],
     nodes: Sequence[Node],
     *,
     known: bool,
     limits: tuple[float | None, float | None],
 ) -> Trainable:
     size, why = 0, None
-    for way, settings in WAYS.items():
+    for way, settings in ways.items():
         tuned = variant(recipe, dict(settings))
         target = catalog_target(name, tuned)
         size = target.base_parameters
@@ -118,8 +134,8 @@ def _row(
             continue
         pace = pace_of(found, wire_of(nodes)) if known else None
         dollars = run_dollars(nodes, pace) if pace else None
-        return Trainable(name, size, way, found, pace, dollars, _within(pace, dollars, *limits))
-    return Trainable(name, size, None, None, None, None, None, why)
+        return Trainable(name, size, way, settings, found, pace, dollars, _within(pace, dollars, *limits))
+    return Trainable(name, size, None, None, None, None, None, None, why)
 
 
 def _within(
@@ -132,14 +148,14 @@ def _within(
     return all(value is not None and value[1] <= limit for value, limit in limited)
 
 
-def _largest(name: str, recipe: Recipe, nodes: Sequence[Node]) -> Largest | None:
-    """The largest model of a shape that is trained whole, with whatever saves memory."""
+def _largest(name: str, recipe: Recipe, nodes: Sequence[Node], asked: Collection[str]) -> Largest | None:
+    """The largest model of a shape that is trained whole, with whatever saves memory and is not `asked` otherwise."""
     least: dict[str, Any] = {
         "memory.gradient_checkpointing": True,
         "memory.zero_stage": 3 if len(nodes) > 1 else "auto",
         "memory.gradient_dtype": "bfloat16",
     }
-    saving = variant(recipe, least)
+    saving = variant(recipe, {key: value for key, value in least.items() if key not in asked})
     config, _ = catalog.load(name)
     return largest(saving, config, lambda one: shaped_target(one, name, saving).spec, nodes, state_bytes_of)
 
@@ -155,7 +171,7 @@ def what_document(survey: WhatSurvey) -> Document:
                 "model": row.model,
                 "parameters": row.parameters,
                 "way": row.way,
-                "settings": dict(WAYS[row.way]) if row.way else None,
+                "settings": None if row.settings is None else dict(row.settings),
                 "verdict": row.assessment.verdict if row.assessment else "no",
                 "zero_stage": row.assessment.zero_stage if row.assessment else None,
                 "run_hours": row.pace and sorted(row.pace.run_hours),

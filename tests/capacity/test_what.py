@@ -117,6 +117,27 @@ def test_what_else_than_memory_stands_against_a_model_is_said(say, hosts) -> Non
     assert f"phi-3-mini-3.8b: {one['why']}"[:70] in say(*words).out.replace("\n", " ")
 
 
+def test_techniques_are_combined_freely(say, hosts) -> None:
+    """What is asked for holds in each way; a setting of `tuning` takes the place of the ways."""
+    mac = hosts("mac slots=1 # memory=48GiB chip=M4")
+
+    def row(*words: str) -> dict[str, Any]:
+        (one,) = say("--what", "llama-3.2-3b", "--hosts", mac, "--tokens", "1000000", *words, "--json").json[
+            "models"
+        ]
+        return dict(one)
+
+    eight = ("optimizer.state_bits=8", "optimizer.master_weights=diet", "memory.gradient_checkpointing=true")
+    assert row("optimizer.state_bits=32", "optimizer.master_weights=fp32")["way"] == "adapters"
+    assert row(*eight)["way"] == "all weights"
+    asked = row("tuning.type=lora", "tuning.rank=64", "data.sequence_length=4096", "batch.global_size=4")
+    assert (asked["way"], asked["settings"], asked["verdict"]) == ("as asked", {}, "fits")
+    few, many = (row("tuning.type=lora", f"tuning.layers={n}")["run_hours"] for n in (4, 28))
+    assert few[1] < many[1], "below the last four layers there is no backward"
+    said = say("--what", "llama-3.2-3b", "--hosts", mac, "optimizer.stat=8")
+    assert (said.code, said.out, said.err.count("\n")) == (64, "", 1)
+
+
 @given(st.integers(1, 999))
 def test_a_deadline_is_hours_days_or_weeks(count: int) -> None:
     assert hours_of(f"{count}h") * 24 == hours_of(f"{count}d")
@@ -138,6 +159,7 @@ def test_a_deadline_that_is_none_is_refused(written: str) -> None:
         ["--what", "llama-3.2-1b", "--deadline", "soon"],
         ["--federation", "x.yaml", "--deadline", "7d"],
         ["--federation", "x.yaml", "--tokens", "1000"],
+        ["--federation", "x.yaml", "optimizer.state_bits=8"],
         ["scout", "--federation", "x.yaml"],
         ["scout", "--fed", "x.yaml"],
         ["--federation", "x.yaml", "--what"],

@@ -42,7 +42,8 @@ from mlx_empire.model.target import make_target
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.workload import Workload, cell_layout
-from mlx_empire.recipe.sections import OptimizerSection, TuningSection
+from mlx_empire.recipe.sections import TuningSection
+from mlx_empire.recipe.update_sections import OptimizerSection
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE = 32 << 20

@@ -14,7 +14,7 @@ import mlx.optimizers as stock_optimizers
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.protocol import ChunkId, StepScalars
 from mlx_empire.plan.shards import CHUNK_ELEMENTS
-from mlx_empire.recipe.sections import OptimizerSection
+from mlx_empire.recipe.update_sections import OptimizerSection
 
 Step = Callable[[], None]
 STOCK = "MLX AdamW, float32, compiled"

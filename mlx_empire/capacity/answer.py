@@ -25,17 +25,10 @@ from mlx_empire.capacity.command import DAUGHTERS
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughters_document
 from mlx_empire.capacity.daughters import LORA, WAYS, daughter_runs, serving, tuned_in
 from mlx_empire.capacity.disks import disk_advice
-from mlx_empire.capacity.document import (
-    CapacityReport,
-    Document,
-    LadderSurvey,
-    MatrixSurvey,
-    ladder_document,
-    matrix_document,
-    report_document,
-)
+from mlx_empire.capacity.document import CapacityReport, Document, report_document
 from mlx_empire.capacity.ladder import UNLOCKED, ladder
 from mlx_empire.capacity.matrix import compare, matrix, read_rows
+from mlx_empire.capacity.survey_document import LadderSurvey, MatrixSurvey, ladder_document, matrix_document
 from mlx_empire.capacity.teacher import teacher_pass
 from mlx_empire.capacity.text import (
     capacity_console,

@@ -12,9 +12,7 @@ from datetime import datetime
 
 from mlx_empire.capacity.charts import timeline_document
 from mlx_empire.capacity.disks import disk_documents
-from mlx_empire.capacity.ladder import Rung
 from mlx_empire.capacity.ledger_groups import entries, term
-from mlx_empire.capacity.matrix import Comparison, Matrix, MatrixRow
 from mlx_empire.capacity.teacher import TeacherPass
 from mlx_empire.capacity.whatif import Advice
 from mlx_empire.model.closed_forms import active_parameters
@@ -272,89 +270,3 @@ def _formulas(nodes: Sequence[NodeAssessment]) -> Document:
     derived = all(node.ledger.derived for node in nodes)
     terms = {name: term(name, derived=derived) for name in names}
     return {name: {"formula": one.formula, "mark": one.known} for name, one in terms.items()}
-
-
-@dataclass(frozen=True)
-class MatrixSurvey:
-    """Every model of the catalog on every cluster, and what somebody's file says instead, if there is one."""
-
-    matrix: Matrix
-    comparison: Comparison | None = None
-
-    @property
-    def by_size(self) -> list[MatrixRow]:
-        """The matrix's rows, small models first."""
-        return sorted(self.matrix.rows, key=lambda row: row.parameters)
-
-
-@dataclass(frozen=True)
-class LadderSurvey:
-    """One model under one technique after the other."""
-
-    model: str
-    rungs: Sequence[Rung]
-
-
-def matrix_document(survey: MatrixSurvey) -> Document:
-    """The matrix as JSON; `headroom` is a fraction of the worst node's limit."""
-    matrix, comparison = survey.matrix, survey.comparison
-    document: Document = {
-        "clusters": list(matrix.clusters),
-        "pooled_bytes": dict(matrix.pooled_bytes),
-        "rows": [
-            {
-                "model": row.model,
-                "parameters": row.parameters,
-                "active_parameters": row.active_parameters,
-                "not_trainable": row.not_trainable,
-                "cells": {
-                    name: {
-                        "verdict": cell.verdict,
-                        "zero_stage": cell.zero_stage,
-                        "headroom": cell.headroom,
-                        "headroom_bytes": cell.headroom_bytes,
-                        "pooled_says": cell.pooled_says,
-                        "worst_node": cell.worst,
-                        "reason": cell.reason,
-                    }
-                    for name, cell in row.cells.items()
-                },
-            }
-            for row in matrix.rows
-        ],
-    }
-    if comparison is not None:
-        document["same"] = comparison.same
-        document["unknown"] = list(comparison.unknown)
-        document["differences"] = [asdict(difference) for difference in comparison.differences]
-    return document
-
-
-def ladder_document(ladder: LadderSurvey) -> Document:
-    """The ladder as JSON; `dense` and `moe` are the largest models that a rung unlocks."""
-    return {
-        "model": ladder.model,
-        "rungs": [
-            {
-                "name": rung.name,
-                "verdict": rung.assessment.verdict,
-                "zero_stage": rung.assessment.zero_stage,
-                "nodes": [
-                    {
-                        "name": node.node.name,
-                        "peak_bytes": node.peak_bytes,
-                        "limit_bytes": node.limit_bytes,
-                        "verdict": node.verdict,
-                    }
-                    for node in rung.assessment.nodes
-                ],
-                "dense": _model(rung.dense),
-                "moe": _model(rung.moe),
-            }
-            for rung in ladder.rungs
-        ],
-    }
-
-
-def _model(found: tuple[str, int] | None) -> Document | None:
-    return None if found is None else {"model": found[0], "parameters": found[1]}

@@ -9,8 +9,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from mlx_empire.capacity.charts import SAID, SIGNS, WORDS
-from mlx_empire.capacity.document import MatrixSurvey
 from mlx_empire.capacity.matrix import Cell, MatrixRow
+from mlx_empire.capacity.survey_document import MatrixSurvey
 from mlx_empire.page.render import still_part
 from mlx_empire.report.text import billions, room
 

@@ -27,10 +27,11 @@ from mlx_empire.capacity.charts import (
 )
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughter_tables
 from mlx_empire.capacity.disks import disk_columns, disk_notes, disk_rows
-from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSurvey, MatrixSurvey, time_cells
+from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, time_cells
 from mlx_empire.capacity.heat_map import HERE, counted_verdicts, matrix_section
 from mlx_empire.capacity.ladder import Rung
 from mlx_empire.capacity.ledger_groups import alike, ledger_lines, short_names
+from mlx_empire.capacity.survey_document import LadderSurvey, MatrixSurvey
 from mlx_empire.capacity.whatif import AS_IT_IS, Advice
 from mlx_empire.capacity.when import milestones
 from mlx_empire.page.render import still_page

@@ -16,9 +16,10 @@ from rich.text import Text
 
 from mlx_empire.capacity.daughter_document import DaughterSurvey, daughter_tables
 from mlx_empire.capacity.disks import disk_columns, disk_notes, disk_rows
-from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, LadderSurvey, MatrixSurvey, time_cells
+from mlx_empire.capacity.document import TIME_COLUMNS, CapacityReport, time_cells
 from mlx_empire.capacity.ledger_groups import GROUPS, alike, entries, grouped, ledger_lines
 from mlx_empire.capacity.matrix import Cell, Comparison
+from mlx_empire.capacity.survey_document import LadderSurvey, MatrixSurvey
 from mlx_empire.capacity.whatif import Advice
 from mlx_empire.capacity.when import milestones
 from mlx_empire.plan.assess import MOST_LIVE_BUFFERS, NodeAssessment

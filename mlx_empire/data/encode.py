@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from mlx_empire import progress
-from mlx_empire.data.files import RawRow, check_row
+from mlx_empire.data.files import RawRow
 from mlx_empire.data.long_text import Offsets, tokens_in_parts
+from mlx_empire.data.row_format import check_row
 from mlx_empire.data.targets import begun, ended, flags_by_offset, flags_by_prefix, uncount_bos
 from mlx_empire.errors import UserError
 from mlx_empire.recipe.text import words_of

@@ -22,9 +22,10 @@ from mlx_empire.data.cache import (
 )
 from mlx_empire.data.digests import file_state
 from mlx_empire.data.encode import Document, check_tokenizer, encode_rows, load_tokenizer, uses_template
-from mlx_empire.data.files import Source, detect_format, locate
+from mlx_empire.data.files import Source, locate
 from mlx_empire.data.long_text import rows_in_parts
 from mlx_empire.data.order import fixed_permutation
+from mlx_empire.data.row_format import detect_format
 from mlx_empire.data.rows import Counts, Dataset, Rows, Table, join_rows
 from mlx_empire.data.stream import Chosen, Pieces
 from mlx_empire.disk import building, free_bytes

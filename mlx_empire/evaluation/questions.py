@@ -36,8 +36,9 @@ from mlx_empire.data.encode import (
     encode_rows,
     load_tokenizer,
 )
-from mlx_empire.data.files import RawRow, detect_format, locate
+from mlx_empire.data.files import RawRow, locate
 from mlx_empire.data.messages import standard_role
+from mlx_empire.data.row_format import detect_format
 from mlx_empire.errors import UserError
 from mlx_empire.evaluation.grounding import Grounds, grounds_of
 from mlx_empire.evaluation.tasks import Choices, choices_of

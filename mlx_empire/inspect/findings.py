@@ -14,7 +14,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from mlx_empire.data.files import FOREIGN, converting
+from mlx_empire.data.files import converting
+from mlx_empire.data.row_format import FOREIGN
 from mlx_empire.errors import UserError
 from mlx_empire.inspect.layouts import layout_of
 from mlx_empire.inspect.texts import words

@@ -17,7 +17,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mlx_empire.data.chat import Remarks
 from mlx_empire.data.encode import check_tokenizer, load_tokenizer
-from mlx_empire.data.files import Source, detect_format, locate
+from mlx_empire.data.files import Source, locate
+from mlx_empire.data.row_format import detect_format
 from mlx_empire.data.splits import end_held_out, held_out_rows, refuse_too_few
 from mlx_empire.errors import UserError
 from mlx_empire.formats.fetched import naming_the_fetch

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from mlx_empire.data.files import KEYS, RawRow
+from mlx_empire.data.files import RawRow
 from mlx_empire.data.messages import parts_of, standard_role
+from mlx_empire.data.row_format import KEYS
 
 _WORD = re.compile(r"\w+")
 

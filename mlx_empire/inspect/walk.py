@@ -22,8 +22,9 @@ import numpy as np
 from mlx_empire import progress
 from mlx_empire.data.chat import Remarks
 from mlx_empire.data.encode import BATCH, Document, encode_rows, uses_template
-from mlx_empire.data.files import KEYS, RawRow, Source, check_row
+from mlx_empire.data.files import RawRow, Source
 from mlx_empire.data.messages import read_conversation
+from mlx_empire.data.row_format import KEYS, check_row
 from mlx_empire.data.rows import build_table
 from mlx_empire.data.splits import SPLITTABLE
 from mlx_empire.errors import UserError

@@ -25,7 +25,7 @@ from mlx_empire.optim.adamw import AdamW
 from mlx_empire.optim.flat import FlatOptimizer
 from mlx_empire.optim.momentum import Lion, Sgd
 from mlx_empire.optim.protocol import StateCost
-from mlx_empire.recipe.sections import OptimizerSection
+from mlx_empire.recipe.update_sections import OptimizerSection
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from mlx_empire.model.spec import BLOCK
 from mlx_empire.plan.shards import SHARED_ELEMENTS, Segment, ShardPlan, runs_of
-from mlx_empire.recipe.sections import OptimizerSection
+from mlx_empire.recipe.update_sections import OptimizerSection
 
 
 class StateSizes(Protocol):

@@ -27,10 +27,9 @@ from mlx_empire.recipe.sections import (
     DataSection,
     MemorySection,
     ModelSection,
-    OptimizerSection,
-    ScheduleSection,
     TuningSection,
 )
+from mlx_empire.recipe.update_sections import OptimizerSection, ScheduleSection
 
 
 class Recipe(Section):

@@ -9,9 +9,10 @@ from support.planning import assess, llama_like, node_of, nodes_of, recipe_of
 
 from mlx_empire.capacity.daughter_document import DaughterSurvey
 from mlx_empire.capacity.daughters import DaughterRun, Serving
-from mlx_empire.capacity.document import CapacityReport, LadderSurvey, MatrixSurvey
+from mlx_empire.capacity.document import CapacityReport
 from mlx_empire.capacity.ladder import Rung
 from mlx_empire.capacity.matrix import Cell, Comparison, Difference, Matrix, MatrixRow
+from mlx_empire.capacity.survey_document import LadderSurvey, MatrixSurvey
 from mlx_empire.capacity.whatif import Advice
 from mlx_empire.cluster.hostfile import Node
 from mlx_empire.model.spec import ModelSpec, TensorSpec, UnitSpec

@@ -9,7 +9,8 @@ import pytest
 from capacity import made_up
 
 from mlx_empire.capacity.daughter_document import daughters_document
-from mlx_empire.capacity.document import ladder_document, matrix_document, report_document
+from mlx_empire.capacity.document import report_document
+from mlx_empire.capacity.survey_document import ladder_document, matrix_document
 
 PACE = (
     "wire built step_seconds positions_per_second tokens_per_second run_hours energy_kwh ends "

@@ -16,9 +16,10 @@ from support.browser import ENOUGH, needs_browser
 from support.outline import Outline
 
 from mlx_empire.capacity import command
-from mlx_empire.capacity.document import CapacityReport, MatrixSurvey
+from mlx_empire.capacity.document import CapacityReport
 from mlx_empire.capacity.heat_map import HERE, matrix_section
 from mlx_empire.capacity.page import capacity_page
+from mlx_empire.capacity.survey_document import MatrixSurvey
 from mlx_empire.capacity.whatif import Advice
 
 ENOUGH_FOR_PICTURES = 1.9  # contrast of parts of a bar against the card (they are labelled too)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_empire.data.files import RawRow, detect_format, locate
+from mlx_empire.data.files import RawRow, locate
+from mlx_empire.data.row_format import detect_format
 from mlx_empire.data.splits import load_splits
 from mlx_empire.errors import UserError
 

@@ -24,7 +24,8 @@ from mlx_empire.checkpoint.manifest import Piece, Resolved, Shard, decode_manife
 from mlx_empire.checkpoint.paths import shard_name
 from mlx_empire.cluster.hostfile import load_hostfile
 from mlx_empire.data.encode import encode_rows
-from mlx_empire.data.files import KEYS, Source, check_row, detect_format
+from mlx_empire.data.files import Source
+from mlx_empire.data.row_format import KEYS, check_row, detect_format
 from mlx_empire.errors import UserError
 from mlx_empire.formats.hf_folder import INDEX_NAME, open_folder
 from mlx_empire.formats.safetensors import read_header

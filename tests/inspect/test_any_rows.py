@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlx_empire.data.files import RawRow, detect_format, locate
+from mlx_empire.data.files import RawRow, locate
+from mlx_empire.data.row_format import detect_format
 from mlx_empire.errors import UserError
 from mlx_empire.inspect.findings import SplitRows, find, variety
 from mlx_empire.inspect.layouts import Unusable, layout_of

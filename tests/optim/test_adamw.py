@@ -15,7 +15,7 @@ from mlx_empire.optim.adamw import AdamW
 from mlx_empire.optim.choose import make_optimizer
 from mlx_empire.optim.momentum import Lion, Sgd
 from mlx_empire.optim.protocol import ChunkId, State, StepScalars
-from mlx_empire.recipe.sections import OptimizerSection
+from mlx_empire.recipe.update_sections import OptimizerSection
 
 ROWS = 37
 CHUNK = ChunkId(tensor=99, first_row=0, decay=True)

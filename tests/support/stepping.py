@@ -38,7 +38,7 @@ from mlx_empire.plan.kept import order_of
 from mlx_empire.plan.offload import file_places
 from mlx_empire.plan.shards import ShardPlan, make_plan
 from mlx_empire.plan.workload import Workload, cell_layout, step_shape
-from mlx_empire.recipe.sections import OptimizerSection
+from mlx_empire.recipe.update_sections import OptimizerSection
 from support.tiny_models import tiny_config
 
 VOCABULARY = 256

@@ -1,4 +1,4 @@
-"""What `capacity --matrix` and `--ladder` found, as documents: many models on many clusters, what each technique saves."""
+"""What `capacity --matrix` and `--ladder` found, as documents: models on clusters, and what each technique saves."""
 
 from __future__ import annotations
 

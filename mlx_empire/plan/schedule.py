@@ -161,8 +161,11 @@ class _Step:
         """The recomputed layers that train, or have one below that does."""
         shape = self._shape
         layers = range(shape.boundary, shape.lowest - 1, -1)
-        inputs = iter([visit for u in layers for part in wave for visit in self._backward(u, part)])
-        yield from _read(next(inputs, None), shape)
+        visits = [visit for u in layers for part in wave for visit in self._backward(u, part)]
+        inputs = iter(visits)
+        yield from _read(
+            next(inputs, None), shape, visits[-1].times if visits else 1
+        )  # beside the last one none
         for u in layers:
             if u < shape.layers:  # the last one is still bound
                 yield Action("bind", u)
@@ -273,7 +276,7 @@ def _written(visit: Action) -> Iterator[Action]:
 
 def _read(visit: Action | None, shape: StepShape, times: int = 1) -> Iterator[Action]:
     """Begin to read a backward's input, where it lies in the file; `times`: in a folded list, of the visits beside
-    which reads are made."""
+    which reads are made, for in step with them the disk goes on."""
     if visit is not None and shape.offload:
         yield visit._replace(kind="prefetch", times=times, products=())
 

@@ -12,11 +12,9 @@ do. Any plan that leaves headroom comes before any that is tight. Layers' inputs
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from typing import Literal
 
 from mlx_empire.cluster.hostfile import Node
@@ -26,9 +24,9 @@ from mlx_empire.model.closed_forms import root_use
 from mlx_empire.model.distillation import Distillation
 from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.actions import StepShape
-from mlx_empire.plan.chips import is_mac, on_cpu
 from mlx_empire.plan.fill import Recomputation, fill, most_operations
 from mlx_empire.plan.memory import stored
+from mlx_empire.plan.node_kernels import LINEAR, _is_cpu, has_metal, kernels_differ, on_cpus
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan, make_plan
 from mlx_empire.plan.shares import TIGHT_HEADROOM, RunPlan, plan_at_stage
@@ -147,7 +145,7 @@ def _workload(
         recipe.comm.route,
         recipe.comm.bucket_bytes,
         recipe.optimizer.in_backward,
-        _LINEAR and not _needs_masks(recipe) and all(_has_metal(n) for n in nodes),
+        LINEAR and not _needs_masks(recipe) and all(has_metal(n) for n in nodes),
         by_pattern=recipe.numerics.attention != "mask",
         compiled=recipe.numerics.compiled_layers,
         paged=not all(_is_cpu(node) for node in nodes),
@@ -186,16 +184,6 @@ def _needs_masks(recipe: Recipe) -> bool:
     return recipe.data.packing and (short or recipe.numerics.attention == "mask")
 
 
-def kernels_differ(nodes: Sequence[Node]) -> str:
-    """What the GPUs' kernels are compiled for and by, where that differs between nodes; empty where it does not."""
-    found = {node.compiles: node.name for node in reversed(nodes) if node.compiles is not None}
-    return (
-        ", ".join(f"{name}: {compiles}" for compiles, name in reversed(found.items()))
-        if len(found) > 1
-        else ""
-    )
-
-
 def _stages(asked: Literal["auto"] | int, nodes: Sequence[Node]) -> tuple[int, ...]:
     """The stages to try. At stage 0 every rank computes the same update, which only equal kernels do to the bit."""
     odd = kernels_differ(nodes)
@@ -209,30 +197,6 @@ def _stages(asked: Literal["auto"] | int, nodes: Sequence[Node]) -> tuple[int, .
     return tuple(stage for stage in STAGES if stage or not odd)
 
 
-def linear_in(mlx: str) -> bool:
-    """Whether this version of MLX has the backward of causal attention on Metal whose memory is linear in the width."""
-    numbers = re.findall(r"\d+", mlx)[:3]
-    return tuple(map(int, numbers)) >= (0, 32, 4)
-
-
-_LINEAR = linear_in(version("mlx"))
-
-
-def _has_metal(node: Node) -> bool:
-    """Whether a node is known to compute on Apple's GPU; a hostfile says so by its chip, such as chip=M3-Ultra."""
-    return node.chip is not None and is_mac(node)
-
-
-def _is_cpu(node: Node) -> bool:
-    """Whether a node was asked and computes on a CPU."""
-    return node.measured and node.compiles is None and node.chip is None
-
-
-def _on_cpus(nodes: Sequence[Node]) -> bool:
-    """Whether all nodes compute on CPUs, as far as is known: on others some things are off until a Mac has run them."""
-    return all(_is_cpu(n) or (not n.measured and on_cpu(n)) for n in nodes)
-
-
 def _ahead_where_asked(
     asked: bool | Literal["auto"],
     nodes: Sequence[Node],
@@ -241,7 +205,7 @@ def _ahead_where_asked(
 ) -> RunPlan:
     if plan.work.offload:  # a layer that is handed over would hold what was read for it
         return plan
-    if asked is True or (asked == "auto" and _on_cpus(nodes)):
+    if asked is True or (asked == "auto" and on_cpus(nodes)):
         with_work = partial(at_stage, plan.shards.zero_stage)
         return _running_ahead(plan, with_work, only_free=asked == "auto")
     return plan
@@ -258,7 +222,7 @@ def _running_ahead(plan: RunPlan, with_work: Callable[[Workload], RunPlan], *, o
 def keeps_products(recipe: Recipe, nodes: Sequence[Node]) -> bool:
     """Whether spare memory may keep results of recomputed layers; unless asked for, on CPUs alone."""
     asked = recipe.memory.keep_products
-    allowed = _on_cpus(nodes) if asked == "auto" else asked
+    allowed = on_cpus(nodes) if asked == "auto" else asked
     return allowed and recipe.memory.gradient_checkpointing == "auto"
 
 

@@ -28,7 +28,8 @@ from mlx_empire.model.attention.fused import refuse_too_short
 from mlx_empire.model.target import Target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.page.saved import try_report
-from mlx_empire.plan.resolve import keeps_products, kernels_differ
+from mlx_empire.plan.node_kernels import kernels_differ
+from mlx_empire.plan.resolve import keeps_products
 from mlx_empire.plan.shares import RunPlan
 from mlx_empire.plan.wired_limit import fitting_plan
 from mlx_empire.recipe.idle import refuse_unmeasured, without_effect

@@ -3,7 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.stepping import batches_of, counted_tokens, our_losses, stock_losses, whole_weights
+from support.references import our_losses, stock_losses
+from support.stepping import batches_of, counted_tokens, whole_weights
 from support.tuning import (
     LINEAR,
     TunedCase,

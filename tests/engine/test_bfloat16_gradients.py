@@ -19,16 +19,14 @@ import pytest
 from mlx.utils import tree_flatten
 from support.every_model import models
 from support.model_table import refusal
+from support.references import our_losses, reference_loss, stock_losses
 from support.stepping import (
     Case,
     as_fp32,
     batches_of,
     counted_tokens,
     gathered_gradients,
-    our_losses,
-    reference_loss,
     rounded_to_bf16,
-    stock_losses,
     trainer_of,
     weights_of,
 )

@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.stepping import (
-    TAUGHT,
-    Case,
-    batches_of,
-    counted_tokens,
-    gathered_gradients,
-    reference_gradients,
-    trainer_of,
-)
+from support.references import reference_gradients
+from support.stepping import TAUGHT, Case, batches_of, counted_tokens, gathered_gradients, trainer_of
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread

@@ -17,14 +17,8 @@ from support import published
 from support.every_model import models, small_config
 from support.model_table import PAGE, page, refusal, refusal_of, refusal_of_folder, refusal_of_published
 from support.mpi import run_ranks
-from support.stepping import (
-    Case,
-    batches_of,
-    counted_tokens,
-    gathered_gradients,
-    reference_gradients,
-    trainer_of,
-)
+from support.references import reference_gradients
+from support.stepping import Case, batches_of, counted_tokens, gathered_gradients, trainer_of
 
 from mlx_empire.comm.solo import SoloCommunicator
 from mlx_empire.comm.thread import CommThread

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.stepping import our_losses, stock_losses
+from support.references import our_losses, stock_losses
 
 
 def in_float64(logits, targets, mask, total):

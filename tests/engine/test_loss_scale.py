@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.references import reference_gradients
 from support.stepping import (
     Case,
     batches_of,
@@ -20,7 +21,6 @@ from support.stepping import (
     digest,
     gathered_gradients,
     own_batches,
-    reference_gradients,
     trainer_of,
     whole_weights,
 )

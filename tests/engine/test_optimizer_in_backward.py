@@ -8,13 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from optim.reference import adamw
+from support.references import reference_gradients
 from support.stepping import (
     Case,
     batches_of,
     counted_tokens,
     digest,
     own_batches,
-    reference_gradients,
     trainer_of,
     weights_of,
     whole_weights,

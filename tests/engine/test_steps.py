@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.references import reference_gradients
 from support.stepping import (
     Case,
     as_fp32,
@@ -14,7 +15,6 @@ from support.stepping import (
     counted_tokens,
     gathered_gradients,
     own_batches,
-    reference_gradients,
     rounded_to_bf16,
     trainer_of,
     weights_of,

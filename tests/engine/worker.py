@@ -16,17 +16,14 @@ from typing import Any
 
 import numpy as np
 from support.mpi import report
+from support.references import RowLosses, our_losses, reference_gradients, stock_losses
 from support.stepping import (
     Case,
-    RowLosses,
     batches_of,
     counted_tokens,
     digest,
     gathered_gradients,
-    our_losses,
     own_batches,
-    reference_gradients,
-    stock_losses,
     trainer_of,
     whole_weights,
 )

@@ -7,7 +7,8 @@ import hashlib
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from support.stepping import Case, batches_of, reference_loss, weights_of
+from support.references import reference_loss
+from support.stepping import Case, batches_of, weights_of
 
 
 def fingerprint() -> str:

@@ -13,7 +13,7 @@ from mlx_empire.plan.hardware import (
     wire_named,
     wire_of,
 )
-from mlx_empire.plan.resolve import linear_in
+from mlx_empire.plan.node_kernels import linear_in
 from mlx_empire.sizes import GIB
 
 

@@ -11,7 +11,8 @@ from mlx_empire.cluster.hostfile import Node
 from mlx_empire.errors import UserError
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan import resolve as resolving
-from mlx_empire.plan.resolve import kernels_differ, resolve
+from mlx_empire.plan.node_kernels import kernels_differ
+from mlx_empire.plan.resolve import resolve
 from mlx_empire.plan.shares import RunPlan
 
 M3, M4 = "applegpu_g15d under macOS 15.5", "applegpu_g16s under macOS 15.5"

@@ -19,9 +19,10 @@ from mlx_empire.plan.assess import LEAST_CACHE_BYTES, cache_bound
 from mlx_empire.plan.hardware import WIRES, hourly_wear, wire_of
 from mlx_empire.plan.kept import kept_bytes, order_of, saved_operations
 from mlx_empire.plan.memory import ledger
+from mlx_empire.plan.node_kernels import linear_in
 from mlx_empire.plan.optimizer_bytes import state_sizes
 from mlx_empire.plan.refusal import needs_in_words, require_fit
-from mlx_empire.plan.resolve import linear_in, reached_layers
+from mlx_empire.plan.resolve import reached_layers
 from mlx_empire.plan.serving import cache_bytes_per_token, resting_bytes, serving_room
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.traffic import (

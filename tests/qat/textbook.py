@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from support.stepping import batches_of, config_of, counted_tokens, reference_loss, weights_of
+from support.references import reference_loss
+from support.stepping import batches_of, config_of, counted_tokens, weights_of
 from support.tuning import TunedCase
 
 from mlx_empire.model.build import build_model

@@ -28,18 +28,8 @@ from mlx_empire.optim.adamw import AdamW
 from mlx_empire.plan.shards import make_plan
 from mlx_empire.plan.workload import Workload, cell_layout
 from mlx_empire.recipe.sections import TuningSection
-from support.stepping import (
-    Case,
-    RowLosses,
-    batches_of,
-    config_of,
-    counted_tokens,
-    inputs_of,
-    keeping,
-    reference_loss,
-    stock_losses,
-    weights_of,
-)
+from support.references import RowLosses, reference_loss, stock_losses
+from support.stepping import Case, batches_of, config_of, counted_tokens, inputs_of, keeping, weights_of
 
 SEED = 11
 ATTENTION = tuple(f"self_attn.{p}_proj" for p in "qkvo")

@@ -8,7 +8,10 @@ full. All of it by the command that a user types; a pair is of one seed, start, 
 verdicts are paired t-tests over the seeds: rounded less trained, and trained alone less trained with the teacher; of
 each the mean, its standard error and t.
 
+`--model` begins with a folder's weights in place of that: then nothing is trained before.
+
     python benchmarks/ternary.py [--seeds 5] [--base 150] [--steps 100] [--json FILE]
+    python benchmarks/ternary.py --model models/smollm2-135m --data data/quickstart --length 128 --rows 4 --seeds 1
 """
 
 from __future__ import annotations
@@ -54,8 +57,8 @@ def model_folder(folder: Path) -> Path:
 def recipe_of(options: argparse.Namespace) -> str:
     """What all runs share."""
     return f"""\
-data: {{path: {SPEECHES}, format: text, sequence_length: 64}}
-batch: {{global_size: 8, micro_size: 8}}
+data: {{path: {options.data}, format: text, sequence_length: {options.length}}}
+batch: {{global_size: {options.rows}, micro_size: {options.rows}}}
 optimizer: {{learning_rate: {options.rate}, statistics_every: null}}
 schedule: {{type: cosine, warmup: 5%, final: 0.1}}
 numerics: {{compiled_layers: true}}
@@ -82,10 +85,11 @@ def trained(folder: Path, recipe: str, name: str, model: Path, steps: int, *sett
 def one_seed(folder: Path, options: argparse.Namespace, seed: int) -> dict[str, float]:
     """The losses of one seed."""
     folder.mkdir()
-    recipe, random = recipe_of(options), model_folder(folder / "random")
+    recipe = recipe_of(options)
     own, qat = f"run.seed={seed}", ("tuning.qat=ternary", "tuning.qat_warmup=30%")
-    trained(folder, recipe, "base", random, options.base, own, "model.init=random")
-    base = folder / "base" / "final"
+    if (base := options.model) is None:
+        random, base = model_folder(folder / "random"), folder / "base" / "final"
+        trained(folder, recipe, "base", random, options.base, own, "model.init=random")
     _, plain = trained(folder, recipe, "plain", base, options.steps, own)
     _, ternary = trained(folder, recipe, "qat", base, options.steps, own, *qat)
     teacher = f"distillation.teacher={folder / 'plain' / 'final'}"
@@ -122,8 +126,13 @@ def main() -> int:
     asked.add_argument("--base", type=int, default=150, help="steps in float32 before the pair")
     asked.add_argument("--steps", type=int, default=100, help="steps of each run of the pair")
     asked.add_argument("--rate", type=float, default=1e-3)
+    asked.add_argument("--model", type=Path, help="the folder to begin with, in place of a model made here")
+    asked.add_argument("--data", type=Path, default=SPEECHES)
+    asked.add_argument("--length", type=int, default=64, help="positions of a row")
+    asked.add_argument("--rows", type=int, default=8, help="rows of a step")
     asked.add_argument("--json", type=Path)
     options = asked.parse_args()
+    options.model, options.data = options.model and options.model.absolute(), options.data.absolute()
     rows = []
     print("| seed | float32 | rounded | trained as ternary | with a teacher |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

@@ -33,7 +33,7 @@ HEADS = {8: False, 16: False, 64: True, 100: False, 112: False, 128: True, 192: 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_heads_that_are_not_fused_have_scores(head: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolving, "_LINEAR", True)
+    monkeypatch.setattr(resolving, "LINEAR", True)
     recipe, spec = recipe_of(), llama_like()
     spec = replace(spec, config={**spec.config, "head_dim": head})
     plan = resolve(recipe, spec, [node_of("mac", 1 << 40, chip="M3-Ultra")], state_bytes_of(recipe.optimizer))

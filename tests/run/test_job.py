@@ -42,7 +42,9 @@ def job(*overrides: str) -> Job:
 
 
 def test_a_record_tells_how_often_the_rows_have_been_read() -> None:
-    taken = SimpleNamespace(loss=1.0, gradient_norm=1.0, wait_seconds=0.0, skipped=False, statistics={})
+    taken = SimpleNamespace(
+        loss=1.0, gradient_norm=1.0, wait_seconds=0.0, skipped=False, statistics={}, parts={}
+    )
     assert [job().record(step, taken, 1.0)["epoch"] for step in (1, 5)] == [0.4, 2.0]  # type: ignore[arg-type]
 
 

@@ -209,7 +209,7 @@ def test_all_that_a_trace_is_given_is_laid_out_by_rows(monkeypatch):
             laid_out.extend(memoryview(array).c_contiguous for array in arrays)
             return compiled(*arrays)
 
-        return call if inputs is mx.random.state else compiled
+        return call if isinstance(inputs, list) and inputs[0] is mx.random.state else compiled
 
     def turned(self, x, *rest, **more):
         return mx.contiguous(CALL(self, x, *rest, **more).swapaxes(1, 2)).swapaxes(1, 2)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from fractions import Fraction
 from math import ceil, cos, floor, pi
-from types import SimpleNamespace
 
 import pytest
 from data.test_batches import make_dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mlx_empire.engine.trainer import StepResult
 from mlx_empire.errors import UserError
 from mlx_empire.plan.lengths import Every
 from mlx_empire.plan.workload import cell_layout
@@ -42,10 +42,8 @@ def job(*overrides: str) -> Job:
 
 
 def test_a_record_tells_how_often_the_rows_have_been_read() -> None:
-    taken = SimpleNamespace(
-        loss=1.0, gradient_norm=1.0, wait_seconds=0.0, skipped=False, statistics={}, parts={}
-    )
-    assert [job().record(step, taken, 1.0)["epoch"] for step in (1, 5)] == [0.4, 2.0]  # type: ignore[arg-type]
+    taken = StepResult(loss=1.0, gradient_norm=1.0, wait_seconds=0.0)
+    assert [job().record(step, taken, 1.0)["epoch"] for step in (1, 5)] == [0.4, 2.0]
 
 
 @pytest.mark.parametrize("unit", ["steps", "tok", "ep", "%"])

@@ -23,7 +23,7 @@ from support.tiny_models import tiny_config, tiny_model
 from train.launching import Outcome, Workspace, curve, held_out, jsonl, raw_tensors
 from train.test_result import mean_loss
 
-COUNT = int(os.environ.get("MLX_EMPIRE_FUZZ_EXAMPLES", "300")) // 50
+COUNT = int(os.environ.get("MLX_EMPIRE_FUZZ_EXAMPLES", "150")) // 50
 SEED = int(os.environ.get("MLX_EMPIRE_FUZZ_SEED", "11"))
 RECIPE = """\
 model: {path: llama}

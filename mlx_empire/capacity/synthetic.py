@@ -28,7 +28,7 @@ from mlx_empire.plan.agreement import agreement
 from mlx_empire.plan.assess import Assessment, assess
 from mlx_empire.plan.chips import GIGA, Chip, Range, no_time
 from mlx_empire.plan.hardware import Wire
-from mlx_empire.plan.intentions import INTENTIONS, Intention, steps_for, tflops_asked
+from mlx_empire.plan.intentions import INTENTIONS, Intention, steps_of_tokens, tflops_asked
 from mlx_empire.plan.pace import chips_of, pace_of, spell
 from mlx_empire.plan.resolve import never_fits
 from mlx_empire.plan.work import flops_per_token
@@ -85,9 +85,11 @@ class Budget:
             sum_of_it = (
                 f"{_tokens(self.meant.tokens)} x {self.operations / 1e9:,.0f} G / {spell(self.meant.hours)}"
             )
+            done = tflops_asked(self.meant.tokens, self.operations, self.hours)
             parts.append(
                 f"tokens x operations a token / time, {sum_of_it} hours, asks for {spell(asked)} TFLOP/s with this "
-                f"model, and chips.toml knows these machines for {spell(self.tflops)} (most of a step: {self.bound})"
+                f"model, and the clock has these machines do {spell(done)} (chips.toml: {spell(self.tflops)}; most of "
+                f"a step: {self.bound})"
             )
         if self.memory_verdict != "agrees":
             worst = self.plan.worst
@@ -140,7 +142,7 @@ def budget(
 ) -> Budget:
     """What the intention takes with this plan. `chips`: of the machines, None where one is not known."""
     batch, length = plan.recipe.batch.global_size, plan.recipe.data.sequence_length
-    fewer, more = (steps_for(tokens, batch * length) for tokens in meant.tokens)
+    fewer, more = (steps_of_tokens(tokens, batch * length) for tokens in meant.tokens)
     if not fits(plan):
         return Budget(name, meant, plan, (fewer, more), None, None, None, least(plan, wire, spec_of))
     if chips is None:

@@ -73,6 +73,6 @@ def tflops_asked(tokens: Range, operations: float, hours: Range) -> Range:
     return asked[0], asked[-1]
 
 
-def steps_for(tokens: float, positions: int) -> int:
+def steps_of_tokens(tokens: float, positions: int) -> int:
     """Steps of so many positions in which every token is passed once; rows are full."""
     return -(-int(tokens) // positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from mlx_empire.errors import UserError
 from mlx_empire.plan.agreement import agreement
 from mlx_empire.plan.chips import TERA, chip_named
 from mlx_empire.plan.hardware import WIRES
-from mlx_empire.plan.intentions import INTENTIONS, compute_hours, steps_for, tflops_asked
+from mlx_empire.plan.intentions import INTENTIONS, compute_hours, steps_of_tokens, tflops_asked
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = "model.path=llama-3.2-1b", "model.dtype=bfloat16", "memory.gradient_dtype=bfloat16"
 ROWS = "data.sequence_length=2048", "batch.global_size=8", "optimizer.state_bits=8", "memory.zero_stage=auto"
 STUDIO = "studio slots=1 # memory=256GiB chip=M3-Ultra"
@@ -88,6 +90,21 @@ def test_all_weights_take_the_more_days_for_the_more_tokens_and_hold_states(rows
         "weights, gradients, their other half, two codes"
     )
     assert row["steps"] == [610_352, 1_220_704]
+
+
+def test_several_machines_share_what_one_could_not_hold(say) -> None:
+    """Scout on the empire: 107.77 B parameters, of which a token passes 17.2 B; 8 bytes each are kept."""
+    empire = ("--hosts", ROOT / "hosts" / "empire.txt")
+    found = say(ROOT / "recipes" / "scout.yaml", "--synthetic", "--json", *empire).json
+    row = found["intentions"][-1]
+    assert (row["verdict"], row["zero_stage"], len(row["nodes"])) == ("fits", 3, 4)
+    assert sum(node["peak_bytes"] for node in row["nodes"]) > 8 * 107.77e9
+    assert row["operations_per_token"] == pytest.approx(8 * 17.2e9, rel=0.1)
+    rates = [4 * tflops * TERA for tflops in reversed(chip_named("M3-Ultra").tflops)]
+    for days, tokens, rate in zip(row["days"], (1e10, 2e10), rates, strict=True):
+        least = tokens * row["operations_per_token"] / rate / 86400
+        assert least < days < 2 * least, "experts' weights are read for each row, and layers gathered"
+    assert row["steps"] == [76_294, 152_588]
 
 
 def test_an_unknown_chip_has_memory_and_no_times(rows, say, recipe, hosts) -> None:
@@ -166,7 +183,7 @@ def test_hours_grow_as_tokens_do(tokens: int, times: int) -> None:
 
 @given(st.integers(1, 10**12), st.integers(1, 10**7))
 def test_steps_hold_every_token_and_no_step_is_idle(tokens: int, positions: int) -> None:
-    steps = steps_for(tokens, positions)
+    steps = steps_of_tokens(tokens, positions)
     assert (steps - 1) * positions < tokens <= steps * positions
 
 

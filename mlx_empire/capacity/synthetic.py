@@ -82,9 +82,8 @@ class Budget:
         parts = []
         if self.hours is not None and self.tflops is not None and self.time_verdict != "agrees":
             asked = tflops_asked(self.meant.tokens, self.operations, self.meant.hours)
-            sum_of_it = (
-                f"{_tokens(self.meant.tokens)} x {self.operations / 1e9:,.0f} G / {spell(self.meant.hours)}"
-            )
+            each = spell((self.operations / 1e9, self.operations / 1e9))
+            sum_of_it = f"{_tokens(self.meant.tokens)} x {each} G / {spell(self.meant.hours)}"
             done = tflops_asked(self.meant.tokens, self.operations, self.hours)
             parts.append(
                 f"tokens x operations a token / time, {sum_of_it} hours, asks for {spell(asked)} TFLOP/s with this "
@@ -95,7 +94,7 @@ class Budget:
             worst = self.plan.worst
             parts.append(f"most of the {self.gigabytes:,.3g} GB on {worst.node.name}: {worst.ledger.most()}")
         return (
-            "the document leaves the model open and reckons for one GPU: " + "; ".join(parts) if parts else ""
+            f"the document leaves the model open and reckons for one GPU: {'; '.join(parts)}" if parts else ""
         )
 
 

@@ -29,6 +29,7 @@ from mlx_empire.capacity.document import CapacityReport, Document, report_docume
 from mlx_empire.capacity.ladder import UNLOCKED, ladder
 from mlx_empire.capacity.matrix import compare, matrix, read_rows
 from mlx_empire.capacity.survey_document import LadderSurvey, MatrixSurvey, ladder_document, matrix_document
+from mlx_empire.capacity.synthetic import SyntheticSurvey, print_synthetic, synthetic, synthetic_document
 from mlx_empire.capacity.teacher import teacher_pass
 from mlx_empire.capacity.text import (
     capacity_console,
@@ -49,6 +50,7 @@ from mlx_empire.data.files import files_there
 from mlx_empire.errors import DoesNotFitError, UserError
 from mlx_empire.formats.hf_folder import stored_if_whole
 from mlx_empire.model import catalog
+from mlx_empire.model.spec import ModelSpec
 from mlx_empire.model.target import Target, catalog_target, planned_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment, assess
@@ -160,6 +162,8 @@ def present(recipe: Recipe, nodes: Sequence[Node], places: Places, wanted: Wante
         show_part(ladder(), wanted, ladder_document, print_ladder)
     elif wanted.part == "daughters":
         show_part(daughters(), wanted, daughters_document, print_daughters)
+    elif wanted.part == "synthetic":
+        show_part(synthetic_of(recipe, nodes, wanted), wanted, synthetic_document, print_synthetic)
     else:
         show_part(report(), wanted, report_document, print_report)
         return DoesNotFitError.exit_code if report().verdict == "no" else 0
@@ -280,6 +284,17 @@ def daughters_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> Daugh
     runs = daughter_runs(alone, specs, nodes, state_bytes_of, measured, size)
     served = serving(alone, specs, nodes, calibration=measured)
     return DaughterSurvey(first.spec.name, first.not_trainable, runs, served, nodes, wanted.count)
+
+
+def synthetic_of(recipe: Recipe, nodes: Sequence[Node], wanted: Wanted) -> SyntheticSurvey:
+    """What synthetic data takes for the recipe's model, by intention."""
+    own = planned_target(recipe, stored_if_whole)
+    wire, measured = wire_named(wanted.wire) if wanted.wire else wire_of(nodes), calibration_of(own, wanted)
+
+    def spec_of(changed: Recipe) -> ModelSpec:
+        return planned_target(changed, stored_if_whole).spec
+
+    return synthetic(recipe, spec_of, nodes, wire, measured, own.not_trainable)
 
 
 def in_matrix(name: str, recipe: Recipe) -> Target:

@@ -1,7 +1,7 @@
 """What may be typed after `mlx-empire capacity`, which says what every machine will need, before a byte is allocated:
 
 mlx-empire capacity RECIPE [--hosts FILE] [--json] [--html FILE] [--trace FILE] [key=value ...]
-                           [--matrix [--compare FILE] | --ladder | --daughters] [--wire NAME]
+                           [--matrix [--compare FILE] | --ladder | --daughters | --synthetic] [--wire NAME]
                            [--calibrate | --unit FILE]
 mlx-empire capacity --what [NAME] --hosts HOSTFILE [--tokens N] [--deadline 7d] [--budget DOLLARS] [--json]
 mlx-empire capacity --federation FILE --hosts HOSTFILE [--json]
@@ -47,6 +47,7 @@ def parser() -> RecipeArguments:
         ("matrix", "every model of the catalog on four clusters"),
         ("ladder", "what each technique saves, one after the other"),
         ("daughters", "tuning and serving small models of this one"),
+        ("synthetic", "what three intentions of synthetic data take, beside the document's numbers"),
     ):
         made.add_argument(f"--{name}", action="append_const", dest="parts", const=name, help=words)
     made.add_argument(
@@ -113,11 +114,13 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = made.parse_intermixed_args(arguments)
     options.parts = options.parts or ["report"]
     if len(options.parts) > 1:
-        made.error("one of --matrix, --ladder and --daughters at a time; --html FILE shows them together")
+        made.error(
+            "one of --matrix, --ladder, --daughters and --synthetic at a time; --html FILE shows the first three"
+        )
     if options.compare is not None and options.parts != ["matrix"]:
         made.error("--compare goes with --matrix")
     if options.trace is not None and options.parts != ["report"]:
-        made.error("--trace goes with the report, not with --matrix, --ladder or --daughters")
+        made.error("--trace goes with the report, not with --matrix, --ladder, --daughters or --synthetic")
     if not 1 <= options.count <= MOST_DAUGHTERS:
         made.error(f"--count {options.count}: place 1 to {MOST_DAUGHTERS:,}")
     return options

@@ -1,7 +1,8 @@
 """What a claim is, and how it is judged: a number of a document, and a question whose answer is computed here.
 
-Decides which words a verdict has. Numbers agree within 15 % or where their ranges meet, are near within 35 %, and
-differ beyond; words agree or do not. A claim is data (`claims.toml`): which question is ours, and its settings.
+Decides which words a verdict has: numbers as `plan.agreement` says; words agree or do not. A claim is data
+(`claims.toml`): which question is ours, and its settings. Numbers that a plan has too stand there: a claim names
+`{ hours = "command tuning" }` of `plan.intentions`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_empire.plan.agreement import agreement
 from mlx_empire.plan.chips import GIGA
+from mlx_empire.plan.intentions import INTENTIONS
 
 FILE = Path(__file__).with_name("claims.toml")
-AGREES, NEAR = 1.15, 1.35  # times
 TO_MEASURE = "to be measured"  # what no plan can say
 Value = float | tuple[float, float] | str
 
@@ -57,14 +59,7 @@ class Judged:
             return TO_MEASURE
         if isinstance(theirs, str) or isinstance(ours, str):
             return "agrees" if theirs == ours else "differs"
-        (low, high), (least, most) = _range(theirs), _range(ours)
-        if least <= high and low <= most:
-            return "agrees"
-        if min(high, most) <= 0:
-            return "differs"
-        far, times = (least / high, least / high) if least > high else (low / most, most / low)
-        word = "agrees" if far <= AGREES else "near" if far <= NEAR else "differs"
-        return word if word == "agrees" else f"{word}: {times:.3g} x"
+        return agreement(_range(theirs), _range(ours))
 
 
 def claims() -> list[Claim]:
@@ -99,6 +94,9 @@ def judged(claim: Claim, questions: Mapping[str, Callable[..., Ours]]) -> Judged
 def _value(written: Any) -> Value:
     if isinstance(written, list):
         low, high = written
+        return float(low), float(high)
+    if isinstance(written, dict):
+        low, high = INTENTIONS[written["hours"]].hours
         return float(low), float(high)
     value: float | str = written
     return value

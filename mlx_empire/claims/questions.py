@@ -14,8 +14,9 @@ from mlx_empire.model import catalog
 from mlx_empire.model.target import catalog_target, shaped_target
 from mlx_empire.optim.choose import state_bytes_of
 from mlx_empire.plan.assess import Assessment
-from mlx_empire.plan.chips import GIGA, TERA, chip_named, price_of
+from mlx_empire.plan.chips import GIGA, chip_named, price_of
 from mlx_empire.plan.hardware import DOLLARS_PER_KWH, WIRES, YEARS_OF_USE, hourly_wear, standard_clusters
+from mlx_empire.plan.intentions import INTENTIONS, compute_hours
 from mlx_empire.plan.largest import DENSE, MIXTURE, largest
 from mlx_empire.plan.lengths import DataSize, Lengths
 from mlx_empire.plan.pace import Pace, cloud_of, pace_of, run_dollars, spell
@@ -144,9 +145,7 @@ def adapters_on(model: str, gb: float, chip: str, kind: str) -> Ours:
 
 def adapters_need(model: str, gb: float, chip: str, kind: str) -> Ours:
     (node,) = on_one(model, gb, chip, kind).nodes
-    largest_first = sorted(node.ledger.items().items(), key=lambda entry: -entry[1])[:3]
-    parts = ", ".join(f"{name} {size / GIGA:.2f}" for name, size in largest_first)
-    return Ours(node.peak_bytes / GIGA, f"most of it: {parts}")
+    return Ours(node.peak_bytes / GIGA, f"most of it: {node.ledger.most()}")
 
 
 def adapter_parameters(model: str, rank: int = 16) -> Ours:
@@ -231,11 +230,12 @@ def hours_at(tokens: float, rate: list[float]) -> Ours:
     )
 
 
-def token_hours(model: str, chip: str, tokens: list[float], kind: str = "lora") -> Ours:
-    found = on_one(model, max(chip_named(chip).memory), chip, kind)
-    each = flops_per_token(found.spec, found.plan.work)
-    speed = chip_named(chip).tflops
-    hours = tokens[0] * each / (speed[1] * TERA) / 3600, tokens[1] * each / (speed[0] * TERA) / 3600
+def intention_hours(model: str, chip: str, intention: str) -> Ours:
+    """Of the arithmetic; adapters have the rank that stands for all of a document's."""
+    meant = INTENTIONS[intention]
+    found = on_one(model, max(chip_named(chip).memory), chip, str(meant.settings["tuning.type"]))
+    each, speed = flops_per_token(found.spec, found.plan.work), chip_named(chip).tflops
+    hours = compute_hours(meant.tokens, each, speed)
     return Ours(hours, f"{each / 1e9:.0f} G operations a token at {spell(speed)} TFLOP/s of one {chip}")
 
 
@@ -294,7 +294,7 @@ QUESTIONS: dict[str, Callable[..., Ours]] = {
         own_dollars,
         cards,
         hours_at,
-        token_hours,
+        intention_hours,
         base_gb,
         compression,
         sum_of,

@@ -17,6 +17,8 @@ import numpy as np
 from mlx_empire.data.encode import Document
 from mlx_empire.data.order import fixed_permutation
 
+COUNTED_ROWS = 1024  # at once
+
 
 @dataclass(frozen=True, eq=False)
 class Table:
@@ -190,8 +192,12 @@ class Dataset:
     @cached_property
     def targets_per_row(self) -> np.ndarray:
         """(rows,) int64: how many targets of each row count."""
-        starts = self.table.pieces[self.table.rows[:-1]]
-        return np.add.reduceat(self.table.counted, starts, dtype=np.int64)
+        starts, found = self.table.pieces[self.table.rows], np.zeros(len(self), np.int64)
+        for first in range(0, len(self), COUNTED_ROWS):  # numpy makes 8 bytes of each flag that it is given
+            own = starts[first : first + COUNTED_ROWS + 1]
+            flags = self.table.counted[own[0] : own[-1]]
+            found[first : first + COUNTED_ROWS] = np.add.reduceat(flags, own[:-1] - own[0], dtype=np.int64)
+        return found
 
     @cached_property
     def positions_per_row(self) -> np.ndarray:

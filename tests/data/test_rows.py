@@ -1,5 +1,6 @@
 """Splitting, cutting and packing: no target lost, repeated or moved into another document."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from mlx_empire.data.encode import Document
 from mlx_empire.data.order import fixed_permutation
-from mlx_empire.data.rows import Dataset, build_table, packed_rows
+from mlx_empire.data.rows import COUNTED_ROWS, Dataset, Table, build_table, packed_rows
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 
@@ -148,3 +149,19 @@ def test_packing_is_best_fit_longest_first(lengths, width):
     order, per_row = packed_rows(np.array(lengths, np.uint32), width)
     assert per_row.tolist() == [len(row) for row in expected]
     assert order.tolist() == [index for row in expected for index in row]
+
+
+def test_targets_are_counted_row_by_row_in_little_memory():
+    """Rows of 1 to 900 tokens, more than are counted at once; numpy would make eight bytes of each flag."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 900, 2 * COUNTED_ROWS + 7)
+    pieces = np.concatenate([[0], np.cumsum(lengths)])
+    counted = rng.integers(0, 2, pieces[-1]).astype(np.uint8)
+    rows = np.arange(len(pieces))
+    dataset = Dataset(Table(np.zeros(len(counted), np.int32), counted, pieces, rows), 900, packed=False)
+    tracemalloc.start()
+    found = dataset.targets_per_row
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.tolist() == [int(part.sum()) for part in np.split(counted, pieces[1:-1])]
+    assert peak < 5 * len(counted)

@@ -155,6 +155,19 @@ def building(folder: Path, wait: Callable[[], object] = lambda: None) -> Iterato
         os.close(number)
 
 
+def put_folder(place: Path, folder: Path, is_whole: Callable[[], bool]) -> bool:
+    """Whether `place` has become `folder`, also after a power cut: one that is there and whole stays, another goes."""
+    try:
+        place.rename(folder)
+    except OSError:
+        if is_whole():
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+        place.rename(folder)
+    sync_folder(folder.parent)
+    return True
+
+
 def _held(lock: Path, wait: Callable[[], object]) -> int:
     """A descriptor of the file `lock`, locked: nobody else has it, and the file is still there."""
     while True:

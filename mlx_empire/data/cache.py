@@ -11,7 +11,6 @@ where a run goes on.
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ import numpy as np
 from mlx_empire.data.digests import noted_digest
 from mlx_empire.data.rows import Table
 from mlx_empire.data.stream import HEADER_BYTES
-from mlx_empire.disk import create_private, sync_file, sync_folder
+from mlx_empire.disk import create_private, put_folder, sync_file, sync_folder
 
 BYTES_PER_TOKEN = 5  # an id, and whether it is a target
 CACHED_PER_BYTE = BYTES_PER_TOKEN / 2  # no fewer than two bytes of data a token
@@ -160,23 +159,10 @@ def publish_entry(place: Path, folder: Path, tables: Mapping[str, Table], report
         made.write(json.dumps({"content": content, "sha256": _text_digest(content)}).encode())
         sync_file(made)
     sync_folder(place)
-    if _put(place, folder):
+    if put_folder(place, folder, lambda: load_entry(folder) is not None):
         for name, digest in digests.items():  # nobody has to read them again to know
             noted = partial(str, digest)
             noted_digest("array", folder / f"{name}.npy", notes_folder(), noted, thorough=True, ours=True)
-
-
-def _put(place: Path, folder: Path) -> bool:
-    """Whether `place` has become `folder`: an entry that is whole stays."""
-    try:
-        place.rename(folder)
-    except OSError:
-        if load_entry(folder) is not None:
-            return False
-        shutil.rmtree(folder, ignore_errors=True)
-        place.rename(folder)
-    sync_folder(folder.parent)
-    return True
 
 
 def _named(tables: Mapping[str, Table]) -> dict[str, np.ndarray]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from mlx_empire.data.batches import MicroBatch
 from mlx_empire.data.cache import BYTES_PER_TOKEN, cache_folder, cached_bytes, file_digest
 from mlx_empire.data.digests import noted_digest
 from mlx_empire.data.rows import Rows, offsets_of
-from mlx_empire.disk import building, create_private
+from mlx_empire.disk import building, create_private, put_folder, sync_file, sync_folder
 from mlx_empire.model.distillation import bytes_per_target
 
 FORMAT = 1
@@ -89,7 +89,13 @@ class TeacherValues:
 def load_values(entry: TaughtEntry, rows: Rows, *, thorough: bool) -> TeacherValues | None:
     """An entry's values as memory maps; None where it is missing or damaged in any way. `thorough`: every byte is read,
     also of files that have not changed since they were."""
-    notes, arrays = cache_folder() / "digests", {}
+    arrays = _arrays(entry, thorough=thorough)
+    return None if arrays is None else TeacherValues(**arrays, offsets=offsets_of(rows.targets_per_row))
+
+
+def _arrays(entry: TaughtEntry, *, thorough: bool) -> dict[str, np.ndarray] | None:
+    notes = cache_folder() / "digests"
+    arrays: dict[str, np.ndarray] = {}
     try:
         digests = json.loads((entry.folder / INDEX).read_text("utf-8"))
         for name, (dtype, columns) in entry._shapes().items():
@@ -100,7 +106,7 @@ def load_values(entry: TaughtEntry, rows: Rows, *, thorough: bool) -> TeacherVal
             arrays[name] = np.memmap(file, dtype, "r", shape=(entry.targets, columns))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return TeacherValues(arrays["ids"], arrays["logs"], offsets_of(rows.targets_per_row))
+    return arrays
 
 
 class Writer:
@@ -121,18 +127,24 @@ class Writer:
             self._digests[name].update(raw)
 
     def publish(self) -> None:
-        """Make what was written the entry; one that is there and is damaged goes."""
+        """Make what was written the entry; one that is there and whole stays."""
         for file in self._files.values():
+            sync_file(file)  # a digest that is noted is believed, also after a power cut
             file.close()
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         with create_private(self._place / INDEX) as made:
             made.write(json.dumps(digests).encode())
-        shutil.rmtree(self._entry.folder, ignore_errors=True)
-        self._place.rename(self._entry.folder)
+            sync_file(made)
+        sync_folder(self._place)
+        put_folder(self._place, self._entry.folder, lambda: _arrays(self._entry, thorough=False) is not None)
 
 
 @contextmanager
 def writing(entry: TaughtEntry) -> Iterator[Writer]:
-    """What writes `entry`, in a folder of its own that is gone at the end unless it was published. OSError."""
-    with building(entry.folder) as place:
+    """What writes `entry`, in a folder of its own that is gone at the end unless it was published. OSError.
+
+    Runs that ask the same at once do not wait for each other: of two machines one might be the first here and the other
+    there, for as long as both passes last.
+    """
+    with building(entry.folder.with_name(f"{entry.folder.name}.{uuid4().hex}")) as place:
         yield Writer(entry, place)

@@ -242,7 +242,8 @@ def test_an_entry_is_on_the_disk_before_it_has_its_name(write, own_cache, monkey
     steps = []
     rename = Path.rename
     monkeypatch.setattr(cache, "sync_file", lambda file: steps.append(os.fstat(file.fileno()).st_ino))
-    monkeypatch.setattr(cache, "sync_folder", lambda folder: steps.append("folder"))
+    for module in (cache, disk):
+        monkeypatch.setattr(module, "sync_folder", lambda folder: steps.append("folder"))
     monkeypatch.setattr(Path, "rename", lambda self, to: (steps.append("rename"), rename(self, to))[1])
     load_splits(path=write("a.jsonl", *ROWS), sequence_length=4)
     named = steps[-3:]

@@ -198,6 +198,8 @@ class _Ahead:
         if rendered:
             masked = any(row.spans is not None for row in rendered) and self._tokenizer.is_fast
             texts = [row.text for row in rendered]
+            if not self._template and self._around is None:  # before the thread has the tokenizer
+                self._around = _added(self._tokenizer)
             self._begun = rendered, self._thread.submit(_encoded, self._tokenizer, texts, offsets=masked)
         if before is not None:
             rows, encoded = before[0], before[1].result()
@@ -214,7 +216,8 @@ class _Ahead:
         else:
             flags = flags_by_prefix(tokenizer, row.text, row.spans, ids)
         if not self._template and row.text:
-            self._around = head, tail = self._around or _added(tokenizer)
+            assert self._around is not None
+            head, tail = self._around
             tokens, flags = begun(tokens, flags, head)
             tokens, flags = ended(tokens, flags, tail, tokenizer.eos_token_id)
         uncount_bos(tokens, flags, tokenizer)

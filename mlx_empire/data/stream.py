@@ -101,9 +101,8 @@ class Pieces:
             )
         done = len(tokens)
         if document.more:
-            done = (
-                (len(tokens) - 1) // self._length * self._length
-            )  # a piece ends with the next one's first token
+            # A piece ends with the next one's first token.
+            done = (len(tokens) - 1) // self._length * self._length
         part = Document(document.where, tokens[: done + 1], counted[: done + 1])
         for begin, *written in pieces_of(part, self._length, splittable=self._splittable):
             for flat, values in zip(self._flats, written, strict=True):

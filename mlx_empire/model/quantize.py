@@ -40,11 +40,8 @@ from mlx_empire.recipe.sections import TuningSection
 
 DEFAULT_BITS = 4
 AFFINE = "affine"
-PACKED_PARTS = (
-    "weight",
-    "scales",
-    "biases",
-)  # codes, and by what they are multiplied and shifted; some have no last
+# Codes, and by what they are multiplied and shifted; some have no last.
+PACKED_PARTS = ("weight", "scales", "biases")
 
 
 @dataclass(frozen=True)

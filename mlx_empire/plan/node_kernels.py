@@ -34,11 +34,11 @@ def has_metal(node: Node) -> bool:
     return node.chip is not None and is_mac(node)
 
 
-def _is_cpu(node: Node) -> bool:
+def is_cpu(node: Node) -> bool:
     """Whether a node was asked and computes on a CPU."""
     return node.measured and node.compiles is None and node.chip is None
 
 
 def on_cpus(nodes: Sequence[Node]) -> bool:
     """Whether all nodes compute on CPUs, as far as is known: on others some things are off until a Mac has run them."""
-    return all(_is_cpu(n) or (not n.measured and on_cpu(n)) for n in nodes)
+    return all(is_cpu(n) or (not n.measured and on_cpu(n)) for n in nodes)

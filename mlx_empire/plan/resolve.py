@@ -26,7 +26,7 @@ from mlx_empire.model.spec import ModelSpec
 from mlx_empire.plan.actions import StepShape
 from mlx_empire.plan.fill import Recomputation, fill, most_operations
 from mlx_empire.plan.memory import stored
-from mlx_empire.plan.node_kernels import LINEAR, _is_cpu, has_metal, kernels_differ, on_cpus
+from mlx_empire.plan.node_kernels import LINEAR, has_metal, is_cpu, kernels_differ, on_cpus
 from mlx_empire.plan.optimizer_bytes import StateBytes
 from mlx_empire.plan.shards import ShardPlan, make_plan
 from mlx_empire.plan.shares import TIGHT_HEADROOM, RunPlan, plan_at_stage
@@ -148,7 +148,7 @@ def _workload(
         LINEAR and not _needs_masks(recipe) and all(has_metal(n) for n in nodes),
         by_pattern=recipe.numerics.attention != "mask",
         compiled=recipe.numerics.compiled_layers,
-        paged=not all(_is_cpu(node) for node in nodes),
+        paged=not all(is_cpu(node) for node in nodes),
         strict=recipe.numerics.bits == "strict",
         embeds=_embeds(spec),
         distillation=distillation_of(recipe),
